@@ -1,0 +1,23 @@
+# make demo: install, train the default model on the toy stories, and print some
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo install test clean
+
+demo: install
+	$(BIN)/python train.py --out_dir=out/demo --overwrite
+	$(BIN)/python sample.py --out_dir=out/demo --num_samples=4 --temperature=0.7
+
+install: .venv/installed
+
+test: .venv/installed-dev
+	$(BIN)/python -m pytest -q tests
+
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -r requirements.txt
+	touch $@
+
+.venv/installed-dev: .venv/installed requirements-dev.txt
+	$(BIN)/pip install -q -r requirements-dev.txt
+	touch $@
