@@ -1,0 +1,636 @@
+"""prepare.py: what goes in comes out, the splits are right, and nothing half done or damaged is ever accepted."""
+import contextlib
+import hashlib
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import tracemalloc
+from dataclasses import fields
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings, strategies as st
+
+import prepare
+import toy_stories
+from config import Refusal, describe, run
+from prepare import Config, load
+from tokenizer import Tokenizer
+
+SCRIPT = Path(prepare.__file__)
+SEPARATOR = "<|endoftext|>"
+WORDS = "the a cat dog sat ran. Lily said, \"naïve café 日本語 🙂 42 don't can't\n and\n\nbut   x".split(" ")
+
+
+def make_docs(n, seed=0):
+    r = random.Random(seed)
+    return [f"{i} " + " ".join(r.choice(WORDS) for _ in range(r.randrange(1, 60))) + "." for i in range(n)]
+
+
+DOCS = make_docs(150)
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def write(path, text):
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(text, encoding="utf-8", newline="")
+
+
+def write_txt(path, docs, separator=SEPARATOR):
+    write(path, f"\n{separator}\n".join(docs))
+
+
+def write_jsonl(path, docs, column="text"):
+    write(path, "".join(json.dumps({"id": i, column: text}) + "\n" for i, text in enumerate(docs)))
+
+
+def write_parquet(path, docs, column="text"):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({"id": list(range(len(docs))), column: docs}), path, row_group_size=40)
+
+
+def make(dataset="c.txt", name="d", vocab_size=400, **kwargs):
+    return load(prepare.prepare(Config(dataset=dataset, name=name, vocab_size=vocab_size, **kwargs)))
+
+
+def texts(ids, tokenizer):
+    """The documents in ids, each of which must be followed by end-of-text."""
+    ends = np.flatnonzero(ids == tokenizer.eot)
+    assert len(ends) and ends[-1] == len(ids) - 1
+    return [tokenizer.decode(part[:-1].tolist()) for part in np.split(ids, ends + 1)[:-1]]
+
+
+def bins(folder="data/d"):
+    return [Path(folder, name).read_bytes() for name in ("train.bin", "val.bin", "tokenizer.json")]
+
+
+def refusal(function, *args, **kwargs):
+    with pytest.raises(Refusal) as e:
+        function(*args, **kwargs)
+    return str(e.value)
+
+
+# ---- what goes in comes out
+
+def test_every_format_gives_back_the_documents_and_the_same_bytes():
+    write_txt("txt.txt", DOCS)
+    write_txt("md.md", DOCS)
+    write_jsonl("jsonl.jsonl", DOCS)
+    write_parquet("parquet.parquet", DOCS)
+    write_txt("folder/a/1.txt", DOCS[:30])
+    write_jsonl("folder/a/2.JSONL", DOCS[30:70])
+    write_parquet("folder/b.parquet", DOCS[70:100])
+    write_txt("folder/c/d/0.md", DOCS[100:])
+    write("folder/a/1.csv", "not,read")
+    made = set()
+    for dataset in "txt.txt", "md.md", "jsonl.jsonl", "parquet.parquet", "folder":
+        meta, data, tokenizer = make(dataset, name="")
+        assert meta["name"] == Path(dataset).stem
+        train, val = texts(data["train"], tokenizer), texts(data["val"], tokenizer)
+        assert (len(train), len(val)) == (135, 15)
+        assert sorted(train + val) == sorted(DOCS)
+        assert train == [d for d in DOCS if d in set(train)] and val == [d for d in DOCS if d in set(val)]  # in their order
+        for split, docs in ("train", train), ("val", val):
+            entry = meta["splits"][split]
+            assert entry["documents"] == len(docs) and entry["tokens"] == len(data[split])
+            assert entry["bytes"] == sum(len(d.encode()) for d in docs) and entry["characters"] == sum(map(len, docs))
+        made.add(tuple(bins(f"data/{meta['name']}")))
+    assert len(made) == 1
+
+
+def test_the_toy_stories():
+    meta, data, tokenizer = make("toy", name="", num_stories=120, seed=5)
+    assert sorted(texts(data["train"], tokenizer) + texts(data["val"], tokenizer)) == sorted(
+        text for text, _ in toy_stories.stories(120, 5))
+    assert sorted(p.name for p in Path("data/toy").iterdir()) == ["meta.json", "tokenizer.json", "train.bin", "val.bin"]
+
+
+def test_the_split_depends_on_the_seed_and_on_nothing_else():
+    write_txt("c.txt", DOCS)
+    vals = {}
+    for name, seed in ("a", 1), ("b", 1), ("c", 2):
+        _, data, tokenizer = make(name=name, seed=seed)
+        vals[name] = texts(data["val"], tokenizer)
+    assert bins("data/a") == bins("data/b") and vals["a"] != vals["c"]
+    assert vals["a"] != DOCS[-15:] and vals["a"] != DOCS[:15]
+
+
+def test_bpe_is_learned_from_the_training_split_alone():
+    write_txt("c.txt", DOCS)
+    meta, data, tokenizer = make()
+    assert meta["tokenizer"]["sha256"] == tokenizer.sha256 == hashlib.sha256(Path("data/d/tokenizer.json").read_bytes()).hexdigest()
+    assert tokenizer.sha256 == Tokenizer.train(texts(data["train"], tokenizer), 400).sha256 != Tokenizer.train(DOCS, 400).sha256
+
+
+@pytest.mark.parametrize("n", [15, 5000, 54321])
+def test_one_document_is_cut_as_nanogpt_does(n):
+    text = " \n\n" + "".join(random.Random(n).choices("abc \nZé日", k=n)) + "\u3000\n"
+    write("c.txt", text)
+    _, data, tokenizer = make(tokenizer="char")
+    # nanoGPT's data/shakespeare_char/prepare.py, whose ids begin at 0 where our 0 is end-of-text
+    stoi = {c: i for i, c in enumerate(sorted(set(text)))}
+    cut = int(len(text) * 0.9)
+    assert tokenizer.vocab_size == len(stoi) + 1
+    for split, part in ("train", text[:cut]), ("val", text[cut:]):
+        assert data[split].dtype == np.uint16 and np.array_equal(data[split] - 1, np.array([stoi[c] for c in part], dtype=np.uint16))
+
+
+def test_a_few_documents_are_cut_by_characters_with_end_of_text_between_them():
+    docs = make_docs(7)
+    write_txt("c.txt", [f"  {d}\n" for d in docs])
+    for fraction in 0.1, 0.5, 1 - len(docs[0]) / sum(map(len, docs)):
+        meta, data, tokenizer = make(val_fraction=fraction, overwrite=True)
+        ids = np.concatenate([data["train"], data["val"]])
+        assert tokenizer.decode(ids.tolist()) == SEPARATOR.join(docs) and (ids == tokenizer.eot).sum() == 6
+        assert meta["splits"]["train"]["characters"] == int(sum(map(len, docs)) * (1 - fraction))
+        assert sum(s["bytes"] for s in meta["splits"].values()) == len("".join(docs).encode())
+
+
+def test_from_100_documents_on_they_stay_whole(capsys):
+    for n in 99, 100:
+        write_txt("c.txt", DOCS[:n])
+        meta, data, tokenizer = make(name=f"n{n}")
+        assert ("fewer than 100 documents (99): the last 10% of the text" in capsys.readouterr().out) == (n == 99)
+        assert (data["train"][-1] == tokenizer.eot) == (n == 100)
+
+
+def test_newlines_byte_order_marks_and_white_space():
+    docs = [f"line {i}\nline\n\n  indented" for i in range(100)]
+    write_txt("c.txt", docs)
+    make(name="plain")
+    write("c.txt", f"\ufeff{SEPARATOR} \n\t" + f"\n\u3000{SEPARATOR}{SEPARATOR}\n".join(docs).replace("\n", "\r\n") + "\r\n ")
+    make(name="odd")
+    assert bins("data/plain") == bins("data/odd")
+    write("c.jsonl", "\n".join(json.dumps({"text": d}) for d in docs + ["", " \n", None]).replace(": ", ":\r") + "\n\n")
+    make("c.jsonl", name="json")
+    assert bins("data/plain") == bins("data/json")
+
+
+def test_separators():
+    write_txt("c.txt", DOCS, "-- cut here --")
+    _, data, tokenizer = make(separator="-- cut here --")
+    assert sorted(texts(data["train"], tokenizer) + texts(data["val"], tokenizer)) == sorted(DOCS)
+    for i, text in enumerate(DOCS):
+        write(f"many/{i:03}.txt", text + SEPARATOR)
+    _, data, tokenizer = make("many", separator="", overwrite=True)
+    assert sorted(texts(data["train"], tokenizer) + texts(data["val"], tokenizer)) == sorted(d + SEPARATOR for d in DOCS)
+    assert (data["train"] == tokenizer.eot).sum() == 135  # text that spells end-of-text is text
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text("ab\n", max_size=30), st.lists(st.integers(0, 30), max_size=6), st.text("ab\n", max_size=3))
+@example("a\n\n\n\nb", [2, 3], "\n\n")
+def test_split_text_is_str_split(text, cuts, separator):
+    cuts = [0, *sorted(cuts), len(text)]
+    chunks = [text[i:j] for i, j in zip(cuts, cuts[1:])]
+    assert list(prepare.split_text(chunks, separator)) == (text.split(separator) if separator else [text])
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(" \n\t\r\x1c\x85\xa0\u2028\u3000ab1,'sé日", max_size=60), st.integers(1, 20))
+@example("a  b", 1)
+@example("aaaa\n\n\nbbb \n bb", 2)
+def test_pieces_encode_as_the_whole(text, size):
+    whole = TOKENIZER.encode(text)
+    old, prepare.CHUNK = prepare.CHUNK, size
+    try:
+        rows = list(prepare.pieces([("val", text, True, True)]))
+    finally:
+        prepare.CHUNK = old
+    assert [i for _, part, *_ in rows for i in TOKENIZER.encode(part)] == whole
+    assert [row[2:] for row in rows] == [(False, False)] * (len(rows) - 1) + [(True, True)] * bool(text)
+
+
+TOKENIZER = Tokenizer.train([" \n\n  a\u3000\u3000 b  'sa's 11,, \r\n\r\n é日  日"] * 2 + DOCS, 600)
+
+
+def test_threads_and_chunks_change_nothing(monkeypatch):
+    write_txt("c.txt", DOCS)
+    write("one.txt", "\n".join(DOCS) * 3)
+    make(name="plain", num_proc=1), make("one.txt", name="one", num_proc=1)
+    monkeypatch.setattr(prepare, "CHUNK", 1000)
+    make(name="small", num_proc=4), make("one.txt", name="pieces", num_proc=4)
+    assert bins("data/plain") == bins("data/small") and bins("data/one") == bins("data/pieces")
+
+
+def test_more_than_65536_tokens_take_uint32():
+    text = "".join(map(chr, range(0x20000, 0x20000 + 70000)))
+    write("c.txt", text)
+    meta, data, tokenizer = make(tokenizer="char")
+    assert meta["dtype"] == "uint32" and data["val"].dtype == np.uint32 and tokenizer.vocab_size == 70001
+    assert tokenizer.decode(np.concatenate([data["train"], data["val"]]).tolist()) == text
+    assert [prepare.id_type(n).name for n in (65536, 65537)] == ["uint16", "uint32"]
+
+
+def test_a_tokenizer_can_be_reused():
+    write_txt("c.txt", DOCS)
+    _, _, tokenizer = make(name="a")
+    write_txt("other.txt", make_docs(120, seed=1))
+    meta, data, again = make("other.txt", name="b", tokenizer="data/a/tokenizer.json")
+    assert meta["tokenizer"]["sha256"] == again.sha256 == tokenizer.sha256
+    model = json.loads(tokenizer.to_str())["model"]  # the same in GPT-2's two files
+    write("gpt2/encoder.json", json.dumps(model["vocab"]))
+    write("gpt2/vocab.bpe", "\n".join(["#version: 0.2", *model["merges"]]) + "\n")
+    assert make("other.txt", name="c", tokenizer="gpt2:gpt2")[2].sha256 == tokenizer.sha256
+
+
+def test_names():
+    for dataset, name in (("toy", "toy"), ("tinystories", "tinystories"), ("a/b.txt", "b"), ("a/b.c.jsonl", "b.c"), ("a/b", "b"),
+                          ("a/b/", "b"), ("hf:me/thing", "thing"), ("hf:me/thing:small", "thing"), ("hf:thing", "thing")):
+        assert Config(dataset=dataset).name == name
+    assert Config(dataset="x", name="y").name == "y"
+    for name in "..", ".", ".x", "a/b", "a\\b", "../x", "/x", "c:x", "a\nb", "a\0b":
+        with pytest.raises(ValueError, match="name"):
+            Config(name=name)
+
+
+def test_what_main_prints(capsys):
+    write_txt("c.txt", DOCS)
+    prepare.main(Config(dataset="c.txt", name="d", vocab_size=300))
+    meta = json.loads(Path("data/d/meta.json").read_text(encoding="utf-8"))
+    out = capsys.readouterr().out
+    for entry in meta["splits"].values():
+        assert f"{entry['documents']} documents, {entry['tokens']:,} tokens, {entry['bytes']:,} bytes, " in out
+        assert f"{entry['bytes'] / entry['tokens']:.3f} bytes a token" in out
+    assert re.search(r"vocabulary of 300 \(bpe\), [\d.]+ s, [\d.]+ MB/s\n$", out)
+
+
+# ---- memory
+
+def test_reading_holds_one_document(monkeypatch):
+    monkeypatch.setattr(prepare, "CHUNK", 1 << 16)
+    doc = "x" * 99
+    write_txt("c.txt", [doc] * 30_000)
+    write_jsonl("c.jsonl", [doc] * 30_000)
+    for file in "c.txt", "c.jsonl":
+        tracemalloc.start()
+        assert sum(1 for _ in prepare.documents([Path(file)], Config(dataset=file))) == 30_000
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 1e6, (file, peak)  # the files have 3 MB
+
+
+def test_encoding_reads_only_so_far_ahead(monkeypatch, tmp_path):
+    monkeypatch.setattr(prepare, "CHUNK", 1000)
+    ahead, read, done = [0], 0, 0
+
+    def rows():
+        nonlocal read
+        for _ in range(2000):
+            read += 1
+            ahead[0] = max(ahead[0], read - done)
+            yield "train", "x" * 100, True, True
+
+    def encode(text):
+        nonlocal done
+        done += 1
+        return [1]
+
+    made = prepare.encode(rows(), SimpleNamespace(vocab_size=2, eot=0, encode=encode), tmp_path, num_proc=1)
+    assert made["train"]["tokens"] == 4000 and ahead[0] <= 40
+
+
+# ---- nothing half done is accepted
+
+DAMAGE = {
+    "meta.json": [
+        lambda p: p.unlink(), lambda p: p.write_text("{"), lambda p: p.write_text("[]"), lambda p: p.write_text("{}"), lambda p: p.write_text("7"),
+        lambda p: p.write_bytes(b"\xff"), lambda p: p.write_text("[" * 100000), lambda p: edit(p, format=2), lambda p: edit(p, dtype="uint32"),
+        lambda p: edit(p, vocab_size="many"), lambda p: edit(p, splits=[]), lambda p: edit(p, splits={"train": {}, "val": {}}),
+        lambda p: edit(p, tokenizer=None)],
+    "tokenizer.json": [lambda p: p.unlink(), lambda p: p.write_text("{}"), lambda p: TOKENIZER.save(p)],
+    "train.bin": [
+        lambda p: p.unlink(), lambda p: p.write_bytes(b""), lambda p: p.write_bytes(p.read_bytes()[:-2]),
+        lambda p: p.write_bytes(p.read_bytes()[:-1]), lambda p: p.write_bytes(p.read_bytes() + b"\0\0"),
+        lambda p: p.write_bytes(b"\1" + p.read_bytes()[1:]), lambda p: large_id(p),
+        lambda p: edit(p.with_name("meta.json"), splits={s: {"tokens": 7, "sha256": hashlib.sha256(p.with_name(f"{s}.bin").read_bytes()).hexdigest()}
+                                                         for s in prepare.SPLITS})],
+    "val.bin": [
+        lambda p: p.unlink(), lambda p: p.write_bytes(p.read_bytes()[:-1] + b"\1"), lambda p: p.write_bytes(p.read_bytes()[:-2])],
+}
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def large_id(path):
+    """An id past the vocabulary, and a meta.json that agrees with it."""
+    ids = np.fromfile(path, "<u2")
+    ids[7] = 400
+    path.write_bytes(ids.tobytes())
+    meta = json.loads(path.with_name("meta.json").read_text())
+    meta["splits"]["train"]["sha256"] = hashlib.sha256(ids.tobytes()).hexdigest()
+    path.with_name("meta.json").write_text(json.dumps(meta))
+
+
+@pytest.mark.parametrize("file, case", [(file, i) for file, cases in DAMAGE.items() for i in range(len(cases))])
+def test_damage_is_refused_by_name(file, case, prepared):
+    assert load(prepared)
+    DAMAGE[file][case](prepared / file)
+    message = refusal(load, prepared)
+    assert message.startswith(f"{prepared / file}: ") and "--overwrite" in message and "\n" not in message
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("original")
+    write_txt(folder / "c.txt", DOCS)
+    with contextlib.chdir(folder):
+        make()
+    return folder / "data" / "d"
+
+
+@pytest.fixture
+def prepared(original, tmp_path):
+    (tmp_path / "copy").mkdir()
+    for path in original.iterdir():
+        (tmp_path / "copy" / path.name).write_bytes(path.read_bytes())
+    return tmp_path / "copy"
+
+
+KILL = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import prepare, tokenizer, os, pathlib
+def deadly(function, calls=[0]):
+    def called(*args):
+        calls[0] += 1
+        if calls[0] == {call}:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args)
+    return called
+{target} = deadly({target})
+prepare.prepare(prepare.Config(dataset="c.txt", name="d", vocab_size=300, overwrite={overwrite}))
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+@pytest.mark.parametrize("target, call, overwrite", [
+    ("tokenizer.Tokenizer.encode", 70, False), ("os.fsync", 2, False), ("tokenizer.Tokenizer.to_str", 1, False), ("os.fsync", 4, False),
+    ("pathlib.Path.rename", 1, False), ("os.fsync", 4, True), ("pathlib.Path.rename", 2, True)])
+def test_a_killed_run_leaves_nothing_under_the_name(target, call, overwrite):
+    write_txt("c.txt", DOCS)
+    if overwrite:
+        make()
+        before = bins()
+    code = KILL.format(root=str(SCRIPT.parent), target=target, call=call, overwrite=overwrite)
+    done = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert any(".d.tmp-" in p.name for p in Path("data").iterdir())
+    if overwrite:
+        kept = [p for p in Path("data").iterdir() if not p.name.startswith(".")]  # between the two renames it has its other name
+        assert len(kept) == 1 and bins(kept[0]) == before and load(kept[0])
+    else:
+        assert not Path("data/d").exists()
+        assert "meta.json: there is no such file" in refusal(load, "data/d")
+        assert make()  # and what is left is in nobody's way
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device"), MemoryError])
+def test_a_failed_run_cleans_up(monkeypatch, error):
+    write_txt("c.txt", DOCS)
+
+    def fail(self, text, calls=[0]):
+        calls[0] += 1
+        if calls[0] == 70:
+            raise error
+        return [1]
+    monkeypatch.setattr(Tokenizer, "encode", fail)
+    with pytest.raises(Refusal if isinstance(error, OSError) else error) as e:
+        make()
+    assert list(Path("data").iterdir()) == []
+    if isinstance(error, OSError):
+        assert e.value.status == 1 and "No space left" in str(e.value)
+
+
+def test_what_exists_is_refused_or_moved_aside(capsys):
+    write_txt("c.txt", DOCS)
+    make()
+    before = bins()
+    assert "--overwrite" in refusal(make, vocab_size=300)
+    assert bins() == before
+    for n in 300, 350:
+        make(vocab_size=n, overwrite=True)
+    out = capsys.readouterr().out
+    aside = sorted(p for p in Path("data").iterdir() if p.name != "d")
+    assert len(aside) == 2 and all(p.name.startswith("d.old-") and str(p) in out for p in aside)
+    assert bins(aside[0]) == before and [load(p)[2].vocab_size for p in (*aside, "data/d")] == [400, 300, 350]
+
+
+def test_another_run_that_was_faster_is_not_overwritten(monkeypatch):
+    write_txt("c.txt", DOCS)
+    build = prepare.build
+
+    def slow(cfg, tmp):
+        build(cfg, tmp)
+        write("data/d/meta.json", "theirs")
+    monkeypatch.setattr(prepare, "build", slow)
+    assert "cannot prepare data" in refusal(make)
+    assert [str(p) for p in Path("data").rglob("*")] == [str(Path("data/d")), str(Path("data/d/meta.json"))]
+
+
+def test_a_failed_overwrite_leaves_what_was_there():
+    write_txt("c.txt", DOCS)
+    make()
+    before = bins()
+    write("c.txt", " ")
+    assert "no text" in refusal(make, overwrite=True)
+    assert bins() == before and len(list(Path("data").iterdir())) == 1
+
+
+def test_a_text_that_changes_meanwhile(monkeypatch):
+    write_txt("c.txt", DOCS)
+    train = Tokenizer.train
+
+    def train_and_append(texts, vocab_size):
+        made = train(texts, vocab_size)
+        with open("c.txt", "a", encoding="utf-8") as f:
+            f.write(" still downloading")
+        return made
+    monkeypatch.setattr(Tokenizer, "train", train_and_append)
+    assert "changed while it was read" in refusal(make)
+
+
+# ---- what a user gets wrong: one line, status 2
+
+def bad_inputs():
+    write_txt("good.txt", DOCS)
+    write_jsonl("good.jsonl", DOCS)
+    write_parquet("good.parquet", DOCS)
+    write("empty.txt", "")
+    write("blank.txt", f" \n{SEPARATOR}\n")
+    write("short.txt", "abcdefghij")
+    write("x.csv", "a,b")
+    Path("folder").mkdir()
+    Path("latin.txt").write_bytes(b"caf\xe9 " * 10)
+    write("bad.jsonl", '{"text": "a"}\n{"text": \n')
+    write("list.jsonl", "[1, 2]\n")
+    write("number.jsonl", '{"text": 5}\n')
+    write("half.jsonl", '{"text": "\\ud83d"}\n')
+    write("bad.parquet", "PAR1 but not really")
+    write("tokenizer.json", "{}")
+    write("data/taken/x", "")
+    Tokenizer.char(["abc"]).save("abc.json")
+
+
+MISTAKES = [
+    ("--datasets=good.txt", "did you mean dataset?"), ("--vocab_size=big", "must be an integer"), ("good.txt", "expected FILE.toml or --key=value"),
+    ("--dataset=nowhere.txt", "no file or folder nowhere.txt"), ("--dataset=x.csv", ".jsonl .parquet"), ("--dataset=folder", ".jsonl .parquet"),
+    ("--dataset=", "dataset is empty"), ("--dataset=empty.txt", "no text"), ("--dataset=blank.txt", "no text"),
+    ("--dataset=short.txt --tokenizer=char", "val split has 1 tokens"), ("--dataset=latin.txt", "latin.txt is not UTF-8: byte 0xe9 at offset 3;"),
+    ("--dataset=good.jsonl --column=story", "choose with --column= from: id, text"), ("--dataset=bad.jsonl", "bad.jsonl line 2 is not JSON"),
+    ("--dataset=list.jsonl", "it is a list"), ("--dataset=number.jsonl", "number.jsonl line 1: column 'text' is not text but 5"),
+    ("--dataset=half.jsonl", "not text"), ("--dataset=good.parquet --column=story", "choose with --column= from: id, text"),
+    ("--dataset=good.parquet --column=id", "not text but 0"), ("--dataset=bad.parquet", "cannot read bad.parquet as parquet"),
+    ("--dataset=good.txt --vocab_size=100", "257"), ("--dataset=good.txt --tokenizer=gpt3", "gpt2:FOLDER"),
+    ("--dataset=good.txt --tokenizer=tokenizer.json", "tokenizer.json"), ("--dataset=good.txt --tokenizer=missing.json", "missing.json"),
+    ("--dataset=good.txt --tokenizer=gpt2:folder", "encoder.json"), ("--dataset=good.txt --tokenizer=abc.json", "character"),
+    ("--dataset=good.txt --name=taken", "--overwrite"), ("--dataset=good.txt --name=../up", "name '../up'"),
+    ("--dataset=good.txt --val_fraction=0", "between 0 and 1"), ("--dataset=good.txt --val_fraction=0.001", "val split has 0 tokens"),
+    ("--dataset=good.txt --val_fraction=0.999", "no text"), ("--num_stories=0", "num_stories must be at least 1"), ("--seed=-1", "seed must be at least 0")]
+
+
+@pytest.mark.parametrize("args, says", MISTAKES)
+def test_mistakes_are_one_line_and_status_2(args, says, monkeypatch, capfd):
+    bad_inputs()
+    monkeypatch.setattr(sys, "argv", ["prepare.py", *args.split(" ")])
+    with pytest.raises(SystemExit) as e:
+        run(prepare.main, Config)
+    err = capfd.readouterr().err
+    assert e.value.code == 2 and err.startswith("prepare.py: ") and err.count("\n") == 1 and says in err, err
+    assert [p.name for p in Path("data").iterdir()] == ["taken"]
+
+
+def test_mistakes_from_a_shell():
+    bad_inputs()
+    for args, says in MISTAKES[:1] + MISTAKES[3:4] + MISTAKES[10:11]:
+        process = start(*args.split(" "))
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 2 and err.startswith("prepare.py: ") and err.count("\n") == 1 and says in err, err
+
+
+def start(*args, **env):
+    return subprocess.Popen([sys.executable, SCRIPT, *args], env=os.environ | env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+@pytest.mark.parametrize("before", [b"", b"\xef\xbb\xbf", "naïve ".encode() * 5000])
+@pytest.mark.parametrize("bad", [b"\xff", b"\xe6\x97", b"\xe6\x97 ", b"ok \xed\xa0\x80", b"\x80\xbf"])
+def test_the_offset_of_a_bad_byte(before, bad):
+    for size in [*range(20), 8189, 8190, 8191, 8192, 20000, 70001]:
+        data = before + b"a" * size + bad
+        Path("c.txt").write_bytes(data)
+        with pytest.raises(UnicodeDecodeError) as e:
+            data.decode("utf-8")
+        message = refusal(list, prepare.documents([Path("c.txt")], Config(dataset="c.txt")))
+        assert f"byte 0x{data[e.value.start]:02x} at offset {e.value.start};" in message
+
+
+def test_every_key_has_a_comment():
+    lines = describe(Config).split("keys:\n")[1].splitlines()
+    assert len(lines) == len(fields(Config)) and all(re.fullmatch(r"  --\w+=.+?  +[^ ].*", line) for line in lines)
+
+
+# ---- the hub
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A pretended hub: hub.splits is the dataset's, hub.error is raised on the first request."""
+    pretended = SimpleNamespace(splits={}, error=None, asked=[])
+
+    class RepositoryNotFoundError(Exception):
+        pass
+
+    class HfApi:
+        def dataset_info(self, name, timeout):
+            pretended.asked.append(name)
+            if pretended.error:
+                raise pretended.error
+
+    def load_dataset(name, config, streaming):
+        assert streaming
+        pretended.asked.append((name, config))
+        return pretended.splits
+
+    pretended.missing = RepositoryNotFoundError
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(HfApi=HfApi))
+    monkeypatch.setitem(sys.modules, "huggingface_hub.errors", SimpleNamespace(RepositoryNotFoundError=RepositoryNotFoundError))
+    return pretended
+
+
+def rows(docs, column="text"):
+    return ({"id": i, column: text} for i, text in enumerate(docs))
+
+
+def test_a_hub_dataset_and_its_own_validation_split(hub):
+    hub.splits = {"train": rows(DOCS[:20]), "validation": rows(DOCS[20:25]), "test": rows(["not this"])}
+    _, data, tokenizer = make("tinystories", name="")
+    assert hub.asked == ["roneneldan/TinyStories", ("roneneldan/TinyStories", None)]
+    assert texts(data["train"], tokenizer) == DOCS[:20] and texts(data["val"], tokenizer) == DOCS[20:25]
+    assert tokenizer.sha256 == Tokenizer.train(DOCS[:20], 400).sha256
+    assert sorted(p.name for p in Path("data/tinystories").iterdir()) == ["meta.json", "tokenizer.json", "train.bin", "val.bin"]
+
+
+def test_a_hub_dataset_without_one_is_split_like_a_file(hub):
+    write_txt("c.txt", DOCS)
+    make(name="file")
+    hub.splits = {"train": rows(DOCS, "story")}
+    make("hf:me/thing:small", name="hub", column="story")
+    assert hub.asked == ["me/thing", ("me/thing", "small")] and bins("data/file") == bins("data/hub")
+
+
+def test_hub_mistakes(hub):
+    hub.splits = {"test": rows(DOCS)}
+    assert "no split train, only: test" in refusal(make, "hf:a/b")
+    hub.splits = {"train": rows(DOCS)}
+    assert "--column= from: id, text" in refusal(make, "hf:a/b", column="story")
+    hub.error = ImportError("no such module")
+    assert "pip install datasets" in refusal(make, "hf:a/b")
+    hub.error = hub.missing("404")
+    assert "hub has no dataset a/b" in refusal(make, "hf:a/b")
+    hub.error = RuntimeError("out\nof order")
+    assert "cannot read a/b from the Hugging Face hub (RuntimeError: out of order)" in refusal(make, "hf:a/b")
+    assert list(Path("data").iterdir()) == []
+
+
+class NotFound(BaseHTTPRequestHandler):
+    """What the hub answers for a dataset that is not there."""
+    def do_GET(self):
+        self.send_response(404)
+        self.send_header("X-Error-Code", "RepoNotFound")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *args):
+        pass
+
+
+def test_no_network_and_no_such_dataset_are_told_apart_in_seconds():
+    pytest.importorskip("datasets")
+    server = HTTPServer(("127.0.0.1", 0), NotFound)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    here = f"http://127.0.0.1:{server.server_port}"
+    cases = [({"HF_HUB_OFFLINE": "1"}, "cannot read me/thing"), ({"HF_ENDPOINT": "http://127.0.0.1:9"}, "cannot read me/thing"),
+             ({"HF_ENDPOINT": here}, "hub has no dataset me/thing")]
+    running = [(says, start("--dataset=hf:me/thing", **{"HF_HUB_OFFLINE": "0", "HF_HOME": "hf", "no_proxy": "127.0.0.1"} | env))
+               for env, says in cases]
+    for says, process in running:
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 2 and err.count("\n") == 1 and says in err, err
+        assert ("--dataset=FILE.txt" in err and "--dataset=toy" in err) == ("cannot" in says)
+    server.shutdown()
+    server.server_close()

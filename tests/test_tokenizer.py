@@ -1,0 +1,493 @@
+"""tokenizer.py against Hugging Face's tokenizers (training, encoding, the file) and against itself.
+
+    python -m pytest tests/test_tokenizer.py -q
+"""
+
+import json
+import pickle
+import random
+import unicodedata
+
+import pytest
+import tiktoken
+import tokenizers as hf
+from hypothesis import given, settings, strategies as st
+from tiktoken import load as tiktoken_load
+from tokenizers import models, pre_tokenizers, trainers
+
+from tokenizer import BYTE_CHAR, EOT, GAP, Tokenizer
+
+FUZZ = settings(max_examples=300, deadline=None, derandomize=True, database=None)
+
+# Unicode 3.2 is assigned in every version that the three regular-expression engines may have; the emoji are newer.
+ASSIGNED = [chr(i) for i in range(0x110000) if unicodedata.ucd_3_2_0.category(chr(i)) not in ("Cn", "Cs")]
+SPACES = " \n\t\r\x0b\x0c\x1c\x85\xa0\u2003\u2028\u3000"
+CHARS = st.one_of(*map(st.sampled_from, ["etaoin 'sdmtlvr<|>", SPACES, "0123½Ⅷ٣.,!?-_👩🏽‍🚀😀é\u0301ß語ก", ASSIGNED]))
+PIECES = ["the", " cat", " sat", "'s", "'d", "'m", "'t", "'ll", "'ve", "'re", "'S", "'", EOT, " ", "  ", "\n", "\n\n", " \n",
+          "\t", "12", " 345", "!?", " é", "日本", "👍"]
+TEXTS = st.text(CHARS, max_size=60) | st.lists(st.sampled_from(PIECES), max_size=20).map("".join)
+
+
+def sentences(rng, words, n):
+    ends = [".", "!", " ", "\n", "'s"]
+    return [" ".join(rng.choices(words, k=rng.randrange(1, 12))) + rng.choice(ends) for _ in range(n)]
+
+
+def corpora():
+    """name -> (documents, vocab_size)"""
+    rng = random.Random(0)
+    english = ("once upon a time there was little girl named Lily she loved to play with her friend's dog "
+               "don't we'll it's they're we've I'd I'm").split()
+    world = ["naïve", "Straße", "日本語", "日本", "привет", "мир", "नमस्ते", "👩🏽‍🚀", "👍🏽", "½", "٣٤", "e\u0301", "\u2028", "ﬁ"]
+    syllables = ["ka", "to", "mi", "ren", "sha", "u", "lo", "th", "ing", "é"]
+    made_up = ["".join(rng.choices(syllables, k=rng.randrange(1, 5))) for _ in range(800)]
+    found = {
+        "made up": (sentences(rng, made_up, 400), 1200),
+        "english": (sentences(rng, english, 400), 700),
+        "unicode": (sentences(rng, world + english[:5], 300), 900),
+        "literal endoftext": ([f"a {EOT} b{EOT}{EOT}", EOT, f"x {EOT}"] * 5 + sentences(rng, english, 20), 400),
+        "blank lines and trailing spaces": ([f"one\n\ntwo \n\n\n three  {'  ' * i}\t\n" for i in range(30)], 330),
+        "one document": (["low low low low low lower lower newest newest newest widest widest"], 300),
+        "long runs": (["a" * n for n in range(1, 40)] + [" " * n + "b" for n in range(30)], 320),
+        "empty documents": (["", "ab ab", ""], 300)}
+    for i in range(60):  # nearly every count ties with others here
+        alphabets = rng.choices(["ab", "abc", "ab ", "zyx ", "aAé ", "\n a"], k=4)
+        docs = ["".join(rng.choices(alphabet, k=rng.randrange(60))) for alphabet in alphabets]
+        found[f"ties {i}"] = (docs + ["a"], 257 + rng.randrange(60))
+    return found
+
+
+CORPORA = corpora()
+
+
+def hf_train(docs, vocab_size):
+    theirs = hf.Tokenizer(models.BPE())
+    theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    theirs.train_from_iterator(docs, trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[EOT], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False))
+    return theirs
+
+
+def hf_open(tokenizer):
+    theirs = hf.Tokenizer.from_str(tokenizer.to_str())
+    theirs.encode_special_tokens = True
+    return theirs
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    docs = [doc for name in ("made up", "english", "unicode", "literal endoftext", "long runs") for doc in CORPORA[name][0]]
+    return Tokenizer.train(docs, 1200)
+
+
+@pytest.fixture(scope="module")
+def theirs(bpe):
+    return hf_open(bpe)
+
+
+# ---- training
+
+@pytest.mark.parametrize("name", CORPORA)
+def test_merges_and_ids_are_those_of_hugging_face(name):
+    docs, vocab_size = CORPORA[name]
+    ours, model = Tokenizer.train(iter(docs), vocab_size), json.loads(hf_train(docs, vocab_size).to_str())["model"]
+    mine = json.loads(ours.to_str())["model"]
+    assert [m.split(" ") for m in mine["merges"]] == model["merges"]
+    assert mine["vocab"] == model["vocab"]
+    assert ours.vocab_size == len(model["vocab"]) <= vocab_size
+
+
+def test_layout_of_ids():
+    tokenizer = Tokenizer.train(["aaab aaab"], 259)
+    assert (tokenizer.kind, tokenizer.eot, tokenizer.vocab_size) == ("bpe", 0, 259)
+    assert tokenizer.decode_bytes([1, 34, 221]) == b"!B "  # by code point of GPT-2's characters: the space is Ġ
+    assert tokenizer.decode_bytes([257]) == b"aa"  # 4 times; then a+b and aa+a are there twice each, and a+b is smaller
+    assert tokenizer.decode_bytes([258]) == b"ab"
+
+
+def test_training_ends_when_no_pair_is_left():
+    tokenizer = Tokenizer.train(["ab ab"], 5000)
+    assert tokenizer.vocab_size == 257 + 2
+    assert tokenizer.encode("ab ab") == [257, 258] == tokenizer.encode_plain("ab ab")
+
+
+def test_training_is_deterministic_and_sha256_tells_vocabularies_apart():
+    docs = CORPORA["made up"][0]
+    one, two, other = Tokenizer.train(docs, 500), Tokenizer.train(docs, 500), Tokenizer.train(docs, 501)
+    assert one.to_str() == two.to_str() and one.sha256 == two.sha256 != other.sha256
+    assert len(one.sha256) == 64
+
+
+# ---- encoding and decoding
+
+@FUZZ
+@given(text=TEXTS)
+def test_plain_and_fast_and_hugging_face_agree_and_decode_inverts(bpe, theirs, text):
+    ids = bpe.encode(text)
+    assert ids == bpe.encode_plain(text) == theirs.encode(text).ids
+    assert bpe.decode(ids) == text == theirs.decode(ids, skip_special_tokens=False)
+    assert bpe.decode_bytes(ids) == text.encode()
+    assert bpe.eot not in ids
+
+
+@FUZZ
+@given(docs=st.lists(st.text("ab é\n", max_size=30), min_size=1, max_size=4), text=st.text("ab é\n", max_size=40))
+def test_they_agree_on_vocabularies_full_of_ties(docs, text):
+    tokenizer = Tokenizer.train([*docs, "a"], 300)
+    assert tokenizer.encode(text) == tokenizer.encode_plain(text) == hf_open(tokenizer).encode(text).ids
+    assert Tokenizer.from_str(tokenizer.to_str()).merges == tokenizer.merges  # reading recovers what training found
+
+
+def test_every_assigned_character_is_split_alike(bpe, theirs):
+    for i in range(0, len(ASSIGNED), 1000):
+        text = "".join(f"a{c}1{c}{c} {c}" for c in ASSIGNED[i:i + 1000:5])
+        assert bpe.encode(text) == bpe.encode_plain(text) == theirs.encode(text).ids
+
+
+def test_batch_is_encode_of_each(bpe):
+    texts = CORPORA["unicode"][0] + ["", EOT]
+    assert bpe.encode_batch(texts) == bpe.encode_batch(iter(texts), num_threads=3) == [bpe.encode(text) for text in texts]
+
+
+def test_text_that_spells_the_special_token_is_ordinary(bpe):
+    assert len(bpe.encode(EOT)) > 1 and bpe.decode(bpe.encode(EOT)) == EOT == bpe.decode([bpe.eot])
+
+
+def test_surrogates_count_as_replacement_characters(bpe):
+    for text, meant in [("a\ud800b", "a\ufffdb"), ("\udfff", "\ufffd"), ("\ud83d\ude00", "😀"),
+                        ("x \ude00\ud83d", "x \ufffd\ufffd")]:
+        assert bpe.encode(text) == bpe.encode_plain(text) == bpe.encode(meant)
+        assert Tokenizer.train([text], 300).to_str() == Tokenizer.train([meant], 300).to_str()
+        assert Tokenizer.char([text]).encode(text) == Tokenizer.char([meant]).encode(meant)
+
+
+def test_whitespace_without_end_does_not_panic(bpe, theirs):
+    for n in (GAP - 1, GAP, GAP + 1):
+        for text in ("a" + " " * n + "a", "\n" * n):
+            assert bpe.encode(text) == theirs.encode(text).ids
+    text = "\n" * 1_000_002 + "a"  # tiktoken alone dies here
+    assert bpe.decode(bpe.encode(text)) == text
+
+
+def test_every_id_sequence_decodes(bpe):
+    rng = random.Random(1)
+    for _ in range(200):
+        ids = rng.choices(range(bpe.vocab_size), k=20)
+        assert bpe.decode_bytes(ids) == b"".join(bpe.decode_bytes([i]) for i in ids)
+        assert bpe.decode(ids) == bpe.decode_bytes(ids).decode("utf-8", "replace")
+    assert bpe.decode([]) == ""
+
+
+@pytest.mark.parametrize("wrong", [-1, 1200, 10**9])
+def test_decode_refuses_ids_outside(bpe, wrong):
+    assert bpe.vocab_size == 1200
+    for decode in (bpe.decode, bpe.decode_bytes, lambda ids: bpe.stream()(ids[-1])):
+        with pytest.raises(ValueError, match=rf"{wrong} .*1200 tokens"):
+            decode([5, wrong])
+
+
+@FUZZ
+@given(ids=st.lists(st.integers(0, 1199), max_size=30), text=TEXTS)
+def test_stream_joins_to_decode_and_never_splits_a_character(bpe, ids, text):
+    stream = bpe.stream()
+    assert "".join([stream(i) for i in ids] + [stream(None)]) == bpe.decode(ids)
+    stream, seen = bpe.stream(), ""
+    for i in bpe.encode(text):
+        seen += stream(i)
+        assert text.startswith(seen)  # half a character would be U+FFFD here
+    assert seen == text and stream(None) == ""
+
+
+def test_stream_holds_back_until_the_character_is_complete():
+    tokenizer = Tokenizer.train(["x"], 257)
+    stream = tokenizer.stream()
+    assert [stream(i) for i in tokenizer.encode("é€")] == ["", "é", "", "", "€"]
+    assert stream(tokenizer.encode("€")[0]) == "" and stream(None) == "\ufffd"
+
+
+# ---- the file
+
+def test_file_round_trip_and_pickle(bpe, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    bpe.save(path)
+    assert path.read_bytes() == bpe.to_str().encode() and [p.name for p in tmp_path.iterdir()] == ["tokenizer.json"]
+    text = "the girl's 日本 \n\n"
+    bpe.encode(text)  # so that the pickled one has its tiktoken core
+    for again in (Tokenizer.load(path), Tokenizer.load(str(path)), pickle.loads(pickle.dumps(bpe))):
+        assert again.to_str() == bpe.to_str() and again.sha256 == bpe.sha256
+        assert (again.kind, again.eot, again.vocab_size) == (bpe.kind, bpe.eot, bpe.vocab_size)
+        assert again.encode(text) == bpe.encode(text) == again.encode_plain(text)
+
+
+def test_a_save_that_fails_leaves_the_old_file(bpe, tmp_path, monkeypatch):
+    path = tmp_path / "tokenizer.json"
+    path.write_text("old")
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError):
+        bpe.save(path)
+    assert path.read_text() == "old"
+
+
+@pytest.mark.parametrize("kind", ["bpe", "char"])
+def test_transformers_opens_the_file(kind, bpe, tmp_path):
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    text = "the girl's  dog .\n\n 日本 , don't !\t"
+    tokenizer = bpe if kind == "bpe" else Tokenizer.char([text])
+    tokenizer.save(tmp_path / "tokenizer.json")
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOT}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    for theirs in (AutoTokenizer.from_pretrained(tmp_path),
+                   PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))):
+        assert theirs(text).input_ids == tokenizer.encode(text)
+        assert theirs.decode(tokenizer.encode(text)) == text
+        assert len(theirs) == tokenizer.vocab_size and theirs.convert_tokens_to_ids(EOT) == tokenizer.eot
+    again = tmp_path / "again"
+    theirs.save_pretrained(again)
+    assert Tokenizer.load(again / "tokenizer.json").to_str() == tokenizer.to_str()
+
+
+def test_a_foreign_file_with_our_split_is_read():
+    docs, vocab_size = CORPORA["english"]
+    theirs, ours = hf_train(docs, vocab_size), Tokenizer.train(docs, vocab_size)
+    for post in (None, hf.processors.ByteLevel(trim_offsets=False),
+                 hf.processors.TemplateProcessing(single="$A", pair="$A $B:1")):
+        if post:
+            theirs.post_processor = post
+        assert Tokenizer.from_str(theirs.to_str()).to_str() == ours.to_str()
+    data = json.loads(theirs.to_str())  # older files: no use_regex, and merges as text
+    del data["pre_tokenizer"]["use_regex"]
+    data["model"]["merges"] = [" ".join(m) for m in data["model"]["merges"]]
+    data["model"]["continuing_subword_prefix"] = ""
+    assert Tokenizer.from_str(json.dumps(data)).to_str() == ours.to_str()
+
+
+# ---- GPT-2's two files, in miniature
+
+@pytest.fixture
+def gpt2_folder(tmp_path):
+    """A trained vocabulary as GPT-2 writes it: bytes from 0, merges, <|endoftext|> last."""
+    model = json.loads(Tokenizer.train(CORPORA["made up"][0] + CORPORA["unicode"][0], 600).to_str())["model"]
+    vocab = {token: i - 1 for token, i in model["vocab"].items() if token != EOT} | {EOT: 599}
+    (tmp_path / "encoder.json").write_text(json.dumps(vocab))
+    (tmp_path / "vocab.bpe").write_text("#version: 0.2\n" + "\n".join(model["merges"]) + "\n", encoding="utf-8")
+    return tmp_path
+
+
+def test_gpt2_from_its_files(gpt2_folder):
+    from transformers import GPT2Tokenizer
+    theirs = GPT2Tokenizer(str(gpt2_folder / "encoder.json"), str(gpt2_folder / "vocab.bpe"))
+    bare = hf.ByteLevelBPETokenizer(str(gpt2_folder / "encoder.json"), str(gpt2_folder / "vocab.bpe"))
+    tokenizer = Tokenizer.gpt2(gpt2_folder)
+    assert (tokenizer.kind, tokenizer.eot, tokenizer.vocab_size) == ("bpe", 599, 600)
+    for text in CORPORA["made up"][0][:50] + CORPORA["unicode"][0][:50] + ["", " \n\n x", "they're"]:
+        ids = tokenizer.encode(text)
+        assert ids == tokenizer.encode_plain(text) == bare.encode(text).ids == hf_open(tokenizer).encode(text).ids
+        assert tokenizer.decode(ids) == text
+    assert theirs("the girl").input_ids == tokenizer.encode("the girl")
+    again = Tokenizer.from_str(tokenizer.to_str())
+    assert again.to_str() == tokenizer.to_str() and again.eot == 599
+
+
+def test_gpt2_from_tiktoken(gpt2_folder, monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")
+    ranks = tiktoken_load.data_gym_to_mergeable_bpe_ranks(
+        vocab_bpe_file=str(gpt2_folder / "vocab.bpe"), encoder_json_file=str(gpt2_folder / "encoder.json"))
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: tiktoken.Encoding(
+        name, pat_str=".", mergeable_ranks=ranks, special_tokens={EOT: 599}))
+    assert Tokenizer.gpt2().to_str() == Tokenizer.gpt2(gpt2_folder).to_str()
+
+
+def test_gpt2_without_network_or_files(gpt2_folder, monkeypatch):
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: (_ for _ in ()).throw(ConnectionError("no route\nto host")))
+    with pytest.raises(ValueError, match=r"could not be downloaded.*encoder\.json and vocab\.bpe") as e:
+        Tokenizer.gpt2()
+    assert "\n" not in str(e.value)
+    (gpt2_folder / "encoder.json").write_text("[1")
+    with pytest.raises(ValueError, match="encoder.json"):
+        Tokenizer.gpt2(gpt2_folder)
+    (gpt2_folder / "encoder.json").unlink()
+    with pytest.raises(FileNotFoundError):
+        Tokenizer.gpt2(gpt2_folder)
+
+
+# ---- characters
+
+CHAR_DOCS = ["To be, or not to be:\n\n that is", "the  question.\t\r\n", "é 日本 👩🏽‍🚀 \u2028\xa0\x85", EOT, "don't."]
+
+
+def test_char_vocabulary():
+    tokenizer = Tokenizer.char(iter(["ba", "a\n"]))
+    assert (tokenizer.kind, tokenizer.eot, tokenizer.vocab_size) == ("char", 0, 4)
+    assert tokenizer.encode("ab\n") == [2, 3, 1] == tokenizer.encode_plain("ab\n")
+    assert tokenizer.decode([3, 2, 0]) == "ba" + EOT
+    again = pickle.loads(pickle.dumps(tokenizer))
+    assert again.to_str() == tokenizer.to_str() and again.encode("ab\n") == [2, 3, 1] and again.kind == "char"
+
+
+@FUZZ
+@given(text=st.text(sorted(set("".join(CHAR_DOCS)))))
+def test_char_agrees_with_hugging_face(text):
+    tokenizer = Tokenizer.char(CHAR_DOCS)
+    theirs, ids = hf_open(tokenizer), tokenizer.encode(text)
+    assert ids == theirs.encode(text).ids == tokenizer.encode_batch([text])[0]
+    assert tokenizer.decode(ids) == text == theirs.decode(ids)
+
+
+def test_char_names_the_unknown_character():
+    tokenizer = Tokenizer.char(["abc"])
+    for encode in (tokenizer.encode, tokenizer.encode_plain, lambda text: tokenizer.encode_batch([text])):
+        with pytest.raises(ValueError, match=r"'é' \(U\+00E9\)"):
+            encode("abcé!")
+    with pytest.raises(Exception, match="UNK"):  # Hugging Face refuses too; it does not drop the character
+        hf_open(tokenizer).encode("abcé!")
+
+
+# ---- what is refused, and in what words
+
+@pytest.mark.parametrize("make, words", [
+    (lambda: Tokenizer.train(["a b"], 256), "256 is too small"),
+    (lambda: Tokenizer.train(["a b"], 0), "0 is too small"),
+    (lambda: Tokenizer.train([]), "no text"),
+    (lambda: Tokenizer.train(["", ""]), "no text"),
+    (lambda: Tokenizer.train("one str"), "one str"),
+    (lambda: Tokenizer.char([]), "no text"),
+    (lambda: Tokenizer.char([""]), "no text")])
+def test_training_refuses(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()
+
+
+def edited(tokenizer, edit):
+    data = json.loads(tokenizer.to_str())
+    return json.dumps(edit(data, data["model"]) or data)
+
+
+def move(vocab, token, i):
+    vocab[token] = i
+
+
+SMALL = Tokenizer.train(["abab abab abc"], 262)
+BAD = {  # what is done to SMALL's file -> words of the sentence
+    "no model": (lambda d, m: d.pop("model") and None, "model"),
+    "a list": (lambda d, m: [1], "no tokenizer.json"),
+    "model is a list": (lambda d, m: d.update(model=[]), "no tokenizer.json"),
+    "no vocabulary": (lambda d, m: m.pop("vocab") and None, "no vocabulary"),
+    "Unigram": (lambda d, m: m.update(type="Unigram", vocab=[["a", 0.0]]), "model.*Unigram"),
+    "WordPiece": (lambda d, m: m.update(type="WordPiece"), "model.*WordPiece"),
+    "dropout": (lambda d, m: m.update(dropout=0.1), "model.*dropout"),
+    "suffix": (lambda d, m: m.update(end_of_word_suffix="</w>"), "</w>"),
+    "normalizer": (lambda d, m: d.update(normalizer={"type": "NFC"}), "normalizer.*NFC"),
+    "no split": (lambda d, m: d.update(pre_tokenizer=None), "pre_tokenizer.*null"),
+    "another split": (lambda d, m: d.update(pre_tokenizer={"type": "Sequence", "pretokenizers": [{"type": "Digits"}]}),
+                      "pre_tokenizer.*Sequence.*Digits"),
+    "prefix space": (lambda d, m: d["pre_tokenizer"].update(add_prefix_space=True), "pre_tokenizer.*add_prefix_space"),
+    "no regex": (lambda d, m: d["pre_tokenizer"].update(use_regex=False), "pre_tokenizer.*use_regex"),
+    "a bos": (lambda d, m: d.update(post_processor={"type": "TemplateProcessing", "special_tokens": {"<s>": 1}}),
+              "post_processor.*<s>"),
+    "Bert": (lambda d, m: d.update(post_processor={"type": "BertProcessing"}), "post_processor.*BertProcessing"),
+    "more added": (lambda d, m: d["added_tokens"].append({"id": 262, "content": "<|im_start|>"}), "added_tokens.*im_start"),
+    "none added": (lambda d, m: d.update(added_tokens=[]), "added_tokens"),
+    "added elsewhere": (lambda d, m: d["added_tokens"][0].update(id=5), "ids"),
+    "malformed added": (lambda d, m: d.update(added_tokens=[7]), "added_tokens"),
+    "an id twice": (lambda d, m: move(m["vocab"], "ab", 5), "ids of the 262 tokens"),
+    "a hole": (lambda d, m: m["vocab"].pop("A") and None, "ids of the 261 tokens"),
+    "a fraction": (lambda d, m: move(m["vocab"], "ab", 257.0), "ids"),
+    "a text id": (lambda d, m: move(m["vocab"], "ab", "257"), "ids"),
+    "True": (lambda d, m: move(m["vocab"], "!", True), "ids"),
+    "not byte-level": (lambda d, m: m["vocab"].update({"日": 262}), "262 .*byte characters"),
+    "empty token": (lambda d, m: m["vocab"].update({"": 262}), "token 262"),
+    "an orphan": (lambda d, m: m["vocab"].update({"zz": 262}), r"merge 5 is None.*\['z', 'z'\]"),
+    "a longer orphan": (lambda d, m: m["vocab"].update({"zzz": 262}), "token 262 .*'zzz'"),
+    "a byte missing": (lambda d, m: (move(m["vocab"], "zz", m["vocab"].pop("A")), None)[1], "byte 65"),
+    "unknown token": (lambda d, m: m["merges"].__setitem__(0, "a qq"), r"merge 0 is \['a', 'qq'\]"),
+    "three parts": (lambda d, m: m["merges"].__setitem__(0, "a b c"), "merge 0"),
+    "merge is a number": (lambda d, m: m["merges"].__setitem__(0, 3), "merge 0 is 3"),
+    "no merges": (lambda d, m: m.pop("merges") and None, "merge 0 is None"),
+    "merges is a number": (lambda d, m: m.update(merges=3), "merge 0 is None"),
+    "one merge short": (lambda d, m: m["merges"].pop() and None, "merge 4 is None"),
+    "one merge twice": (lambda d, m: m["merges"].append(m["merges"][0]), "merge 5 .*None"),
+    "merges in another order": (lambda d, m: m["merges"].reverse(), "merge 0"),
+    "another pair makes it": (lambda d, m: m["merges"].__setitem__(4, "Ġ abab"), "merge 4 .*'Ġab', 'ab'"),
+}
+
+
+def test_small_is_what_the_table_takes_it_for():
+    assert SMALL.tokens[257:] == [b"ab", b" ab", b"abab", b" abc", b" abab"]
+    assert Tokenizer.from_str(edited(SMALL, lambda d, m: None)).to_str() == SMALL.to_str()
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_file_is_refused_in_one_line(name, tmp_path):
+    edit, words = BAD[name]
+    text = edited(SMALL, edit)
+    with pytest.raises(ValueError, match=words) as e:
+        Tokenizer.from_str(text)
+    assert "\n" not in str(e.value) and len(str(e.value)) < 300
+    (tmp_path / "bad.json").write_text(text)
+    with pytest.raises(ValueError, match="bad.json: "):
+        Tokenizer.load(tmp_path / "bad.json")
+
+
+CHAR_BAD = {
+    "two characters": (lambda d, m: m["vocab"].update(de=4), "token 4 .'de'. is not one character"),
+    "a surrogate": (lambda d, m: m["vocab"].update({"\ud800": 4}), "token 4 .*not one character"),
+    "byte-level split": (lambda d, m: d.update(pre_tokenizer={"type": "ByteLevel"}), "pre_tokenizer"),
+    "a hole": (lambda d, m: m["vocab"].update(d=5), "ids")}
+
+
+@pytest.mark.parametrize("name", CHAR_BAD)
+def test_a_bad_character_file_is_refused(name):
+    edit, words = CHAR_BAD[name]
+    with pytest.raises(ValueError, match=words):
+        Tokenizer.from_str(edited(Tokenizer.char(["abc"]), edit))
+
+
+@pytest.mark.parametrize("text", [
+    "", "{", "null", "7", '"x"', "[]", "{}", "not json", "[" * 100_000, '{"model": {"type": "BPE"}}'])
+def test_what_is_no_tokenizer_json_is_refused(text):
+    with pytest.raises(ValueError):
+        Tokenizer.from_str(text)
+
+
+def test_truncated_and_binary_files_are_refused(tmp_path):
+    whole = SMALL.to_str().encode()
+    path = tmp_path / "tokenizer.json"
+    binary = [b"\xff\xfe" + whole, b"\x80\x02}q", b"\xef\xbb\xbf" + whole]  # UTF-16's mark, a pickle, UTF-8's mark
+    for data in [whole[:n] for n in range(0, len(whole) - 1, 97)] + binary:
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match="tokenizer.json: ") as e:
+            Tokenizer.load(path)
+        assert "\n" not in str(e.value)
+    with pytest.raises(FileNotFoundError):
+        Tokenizer.load(tmp_path / "absent.json")
+
+
+def places(value, path=()):
+    """Every path into a JSON value, but only a few of the vocabulary's."""
+    yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in list(items)[-20:]:
+        yield from places(inner, (*path, key))
+
+
+def test_any_one_wrong_value_is_refused_or_changes_nothing():
+    """Whatever stands in one place of the file: a ValueError, or a tokenizer that encodes as before."""
+    text = "abab abc  ab's"
+    for path in list(places(json.loads(SMALL.to_str())))[1:]:
+        for junk in (None, True, 3, -1, 0.5, "a", "", [], [1], {}, {"type": "a"}, "\ud800"):
+            data = inner = json.loads(SMALL.to_str())
+            for key in path[:-1]:
+                inner = inner[key]
+            inner[path[-1]] = junk
+            try:
+                tokenizer = Tokenizer.from_str(json.dumps(data))
+            except ValueError:
+                continue
+            assert tokenizer.encode(text) == tokenizer.encode_plain(text) == SMALL.encode(text), (path, junk)
+
+
+def test_byte_characters_are_gpt2s():
+    assert len(set(BYTE_CHAR.values())) == 256 and list(BYTE_CHAR.values()) == sorted(BYTE_CHAR.values())
+    assert set(BYTE_CHAR.values()) == set(pre_tokenizers.ByteLevel.alphabet())
+    assert "".join(BYTE_CHAR[b] for b in " \n!a\xad".encode("latin-1")) == "ĠĊ!aŃ"
