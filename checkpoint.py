@@ -1,0 +1,103 @@
+"""Checkpoints: one file with everything a reader needs. Atomic to write, safe to read.
+
+    out/NAME/ckpt.pt        the last step, what --init_from=resume goes on from
+    out/NAME/ckpt_best.pt   the best validation loss, what sample.py reads
+
+The file holds tensors and plain types alone and is read with weights_only=True: an untrusted one runs no code.
+"""
+import dataclasses
+import os
+import pickle
+import tempfile
+import zipfile
+
+import torch
+
+from config import Refusal
+from model import ModelConfig, Transformer
+from tokenizer import Tokenizer
+
+FORMAT = 1
+KEYS = {"format": int, "config": dict, "model_config": dict, "tokenizer": str, "tokenizer_sha256": str, "step": int,
+        "best_val_loss": float, "val_loss": float, "model": dict, "optimizers": list}
+
+
+def save(path, model, tokenizer, config, step, val_loss, best_val_loss, optimizers=(), scaler=None):
+    """Writes the checkpoint under a temporary name, then renames it: path is the old file or the new one, always whole.
+
+    model may be wrapped (torch.compile, DDP); config is a dict of plain types. Raises Refusal where the disk does not take it.
+    """
+    ckpt = {"format": FORMAT, "config": config, "model_config": dataclasses.asdict(unwrap(model).config),
+            "tokenizer": tokenizer.to_str(), "tokenizer_sha256": tokenizer.sha256, "step": step, "val_loss": float(val_loss),
+            "best_val_loss": float(best_val_loss), "model": unwrap(model).state_dict(),
+            "optimizers": [o.state_dict() for o in optimizers], "scaler": scaler.state_dict() if scaler else {}}
+    write_atomic(path, lambda f: torch.save(ckpt, f))
+
+
+def write_atomic(path, write):
+    """Calls write(file) on a new file beside path, then puts it in path's place."""
+    folder, tmp = os.path.dirname(path) or ".", None
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=os.path.basename(path) + ".", suffix=".tmp", delete=False) as f:
+            tmp = f.name
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+        tmp = None
+    except (OSError, RuntimeError) as e:  # torch.save says RuntimeError on a full disk
+        raise Refusal(f"cannot write {path}: {str(e).splitlines()[0]}; what was there before is as it was", status=1)
+    finally:
+        if tmp and os.path.exists(tmp):
+            os.remove(tmp)
+
+
+def unwrap(model):
+    """The Transformer inside torch.compile's and DDP's wrappers."""
+    while hasattr(model, "_orig_mod") or hasattr(model, "module"):
+        model = getattr(model, "_orig_mod", None) or model.module
+    return model
+
+
+def find(out_dir, prefer="ckpt_best.pt"):
+    """The checkpoint file meant by out_dir: itself when it is a file, else the preferred one in it, else ckpt.pt."""
+    if os.path.isfile(out_dir):
+        return out_dir
+    for name in prefer, "ckpt.pt":
+        if os.path.isfile(os.path.join(out_dir, name)):
+            return os.path.join(out_dir, name)
+    raise Refusal(f"there is no checkpoint in {out_dir}; python train.py --out_dir={out_dir} makes one")
+
+
+def load(path):
+    """The checkpoint as a dict, on the CPU. Raises Refusal, one line, for a file that is none of ours or not whole."""
+    try:
+        with open(path, "rb") as f:
+            ckpt = torch.load(f, map_location="cpu", weights_only=True)
+    except OSError as e:
+        raise Refusal(f"cannot read {path}: {e.strerror or e}")
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile, AttributeError, TypeError):
+        raise Refusal(f"{path} is not a checkpoint that is safe to read: it is damaged, foreign, or holds code")
+    if not isinstance(ckpt, dict) or "format" not in ckpt:
+        raise Refusal(f"{path} is not a TinyLM checkpoint")
+    if ckpt["format"] != FORMAT:
+        raise Refusal(f"{path} has checkpoint format {ckpt['format']!r}; this version reads format {FORMAT}")
+    for key, kind in KEYS.items():
+        if not isinstance(ckpt.get(key), kind):
+            raise Refusal(f"{path} is damaged: {key} is missing or not a {kind.__name__}")
+    return ckpt
+
+
+def restore(ckpt, path, device="cpu"):
+    """(model, tokenizer) from a loaded checkpoint: the model in eval mode, float32, on device."""
+    try:
+        tokenizer = Tokenizer.from_str(ckpt["tokenizer"])
+        config = ModelConfig(**ckpt["model_config"])
+        if tokenizer.sha256 != ckpt["tokenizer_sha256"] or tokenizer.vocab_size != config.vocab_size:
+            raise ValueError("its tokenizer is not the one it was trained with")
+        model = Transformer(config)
+        model.load_state_dict(ckpt["model"])
+    except (ValueError, TypeError, RuntimeError) as e:
+        raise Refusal(f"{path} is damaged: {str(e).splitlines()[0]}")
+    return model.to(device).eval(), tokenizer

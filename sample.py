@@ -1,0 +1,206 @@
+"""Writes stories with a trained model, as they are sampled.
+
+    python sample.py                                                       the model in out
+    python sample.py --out_dir=out/ts --start="Once upon a time" --temperature=0.7 --top_p=0.95
+    python sample.py --start=FILE:prompts.txt --max_new_tokens=100         a prompt, or several with <|endoftext|> between
+
+generate() is a Python generator that other scripts import.
+"""
+import time
+from dataclasses import dataclass
+
+import torch
+
+import checkpoint
+from config import Refusal, run
+from device import resolve
+from model import KVCache
+
+
+@dataclass
+class Config:
+    out_dir: str = "out"             # the folder of a trained model, or a checkpoint file
+    start: str = ""                  # the prompt, or FILE:path; "" starts a new document
+    num_samples: int = 1             # continuations of each prompt, written in one batch
+    max_new_tokens: int = 500        # tokens at most, each
+    temperature: float = 0.8         # 0 = always the likeliest token
+    top_k: int = 200                 # keep the k likeliest tokens; 0 = all
+    top_p: float = 1.0               # keep the likeliest tokens that make up this probability; 1 = all
+    repetition_penalty: float = 1.0  # above 1 makes tokens that occurred less likely (Keskar et al. 2019)
+    past_end: str = "stop"           # at block_size: stop | recompute (go on from the last half of the window)
+    seed: int = 1337                 # the same seed, the same story
+    device: str = "auto"             # auto | cpu | cuda | cuda:N | mps
+    dtype: str = "auto"              # auto | float32 | bfloat16 | float16
+    compile: str = "false"           # torch.compile
+
+    def __post_init__(self):
+        if self.num_samples < 1 or self.max_new_tokens < 1:
+            raise ValueError("num_samples and max_new_tokens must be at least 1")
+        if self.temperature < 0 or self.top_k < 0:
+            raise ValueError("temperature and top_k cannot be negative; temperature 0 is greedy, top_k 0 keeps all tokens")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, not {self.top_p}")
+        if self.repetition_penalty <= 0:
+            raise ValueError(f"repetition_penalty must be above 0 (1 is none), not {self.repetition_penalty}")
+        if self.past_end not in ("stop", "recompute"):
+            raise ValueError(f"past_end must be stop or recompute, not {self.past_end!r}")
+
+
+def next_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+    """A token a row (B,) from logits (B, V). top_p keeps the token that crosses it (Holtzman et al. 2019)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float() / temperature
+    if 0 < top_k < logits.size(-1):
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
+    if top_p < 1:
+        p, order = logits.softmax(-1).sort(descending=True, stable=True)
+        drop = p.cumsum(-1) - p >= top_p  # what is likelier already makes up top_p
+        logits = logits.masked_fill(drop.scatter(-1, order, drop), -torch.inf)
+    p = logits.softmax(-1)
+    # p / Exponential(1) is largest at i with probability p[i]: a draw without waiting for the device
+    return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)
+
+
+def penalized(logits, seen, penalty):
+    """Logits (B, V) with those of seen tokens (B, V bool) made smaller: divided where positive, multiplied where negative."""
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def prefill(model, windows, more):
+    """Reads one window of ids a row, padded on the left: (the last tokens' logits (B, V), a cache with room for `more`)."""
+    lengths, device = [len(w) for w in windows], model.wte.weight.device
+    longest = max(lengths)
+    idx = torch.tensor([[0] * (longest - n) + w for n, w in zip(lengths, windows)], device=device)
+    doc = None
+    if min(lengths) < longest:
+        doc = torch.tensor([[-1] * (longest - n) + [0] * n for n in lengths], device=device)
+    cache = KVCache(model, len(windows), min(longest + more, model.config.block_size + longest - min(lengths)))
+    return model.head(model.hidden(idx, cache, doc)[:, -1]), cache
+
+
+@torch.inference_mode()
+def generate(model, prompts, max_new_tokens, temperature=0.8, top_k=200, top_p=1.0, repetition_penalty=1.0, stop=None,
+             seed=1337, past_end="stop"):
+    """Continues prompts (lists of ids, of any lengths) together: a step yields a list with an id, or None, for each row.
+
+    A row ends at the token `stop`, which is not yielded, after max_new_tokens, or when block_size tokens are in its context;
+    past_end="recompute" then reads the last half of the window again and goes on. The return value (StopIteration.value) says
+    for each row which: "stop", "length" or "block_size". Raises ValueError for a prompt that is empty or too long.
+    """
+    c, device = model.config, model.wte.weight.device
+    for prompt in prompts:
+        if not prompt:
+            raise ValueError("a prompt must have at least one token")
+        if len(prompt) > c.block_size and past_end == "stop":
+            raise ValueError(f"the prompt has {len(prompt)} tokens and the context {c.block_size}: shorten it, or keep only its "
+                             f"end with --past_end=recompute")
+    rng, half = torch.Generator(device).manual_seed(seed), max(1, c.block_size // 2)
+    windows = [list(p) if len(p) <= c.block_size else list(p[-half:]) for p in prompts]  # what the model sees of each row
+    seen = torch.zeros(len(prompts), c.vocab_size, dtype=torch.bool, device=device)
+    for row, prompt in enumerate(prompts):
+        seen[row, prompt] = True
+    every_row = torch.arange(len(prompts), device=device)
+    ended, cache, was_training = [None] * len(prompts), None, model.training
+    model.eval()
+    try:
+        for step in range(max_new_tokens):
+            if cache is None:
+                logits, cache = prefill(model, windows, max_new_tokens - step)
+            else:  # a row that has ended goes on as padding
+                doc = torch.tensor([[-1 if e else 0] for e in ended], device=device) if any(ended) else None
+                logits = model.head(model.hidden(ids[:, None], cache, doc)[:, -1])
+            if repetition_penalty != 1:
+                logits = penalized(logits, seen, repetition_penalty)
+            ids = next_token(logits, temperature, top_k, top_p, rng)
+            seen[every_row, ids] = True
+            new = ids.tolist()
+            for row, id in enumerate(new):
+                windows[row].append(id)
+                if id == stop:
+                    ended[row] = ended[row] or "stop"
+            if all(ended):
+                break
+            yield [None if end else id for end, id in zip(ended, new)]
+            for row in range(len(prompts)):
+                if ended[row]:
+                    windows[row] = windows[row][-1:]
+                elif len(windows[row]) > c.block_size and past_end == "stop":
+                    ended[row] = "block_size"
+                elif len(windows[row]) > c.block_size:
+                    windows[row], cache = windows[row][-half:], None
+            if all(ended):
+                break
+    finally:
+        model.train(was_training)
+    return [end or "length" for end in ended]
+
+
+def prompt_ids(tokenizer, text):
+    """The ids to start from: documents start after end-of-text. A character model may never have seen that token."""
+    ids = tokenizer.encode(text)
+    return ids if tokenizer.kind == "char" and ids else [tokenizer.eot, *ids]
+
+
+def read_start(start):
+    """The prompts that --start means."""
+    if not start.startswith("FILE:"):
+        return [start]
+    try:
+        with open(start[5:], encoding="utf-8") as f:
+            return [text.strip() for text in f.read().removesuffix("\n").split("<|endoftext|>")]
+    except OSError as e:
+        raise Refusal(f"cannot read {start[5:]}: {e.strerror}")
+    except UnicodeDecodeError as e:
+        raise Refusal(f"{start[5:]} is not UTF-8 text: byte {e.start}")
+
+
+def main(cfg):
+    path = checkpoint.find(cfg.out_dir)
+    ckpt = checkpoint.load(path)
+    compute = resolve(cfg.device, cfg.dtype, cfg.compile)
+    model, tokenizer = checkpoint.restore(ckpt, path, compute.device)
+    model = model.to(compute.dtype)
+    if compute.compile:
+        model.forward = torch.compile(model.forward)
+    texts = [t for t in read_start(cfg.start or ckpt["config"].get("start", "")) for _ in range(cfg.num_samples)]
+    try:
+        prompts = [prompt_ids(tokenizer, t) for t in texts]
+        print(f"{path}: {compute.said}")
+        write(generate(model, prompts, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, cfg.repetition_penalty,
+                       tokenizer.eot, cfg.seed, cfg.past_end), texts, prompts, tokenizer, model.config)
+    except ValueError as e:
+        raise Refusal(e)
+
+
+def write(steps, texts, prompts, tokenizer, c):
+    """Prints the first row as it comes, then the others, then the speed."""
+    streams, rest = [tokenizer.stream() for _ in texts], list(texts)
+    start, times, made, ended = time.perf_counter(), [], 0, []
+    print("-" * 80 + "\n" + texts[0], end="", flush=True)
+    while True:
+        try:
+            ids = next(steps)
+        except StopIteration as e:
+            ended = e.value
+            break
+        times.append(time.perf_counter())
+        made += sum(id is not None for id in ids)
+        for row, id in enumerate(ids):
+            piece = "" if id is None else streams[row](id)
+            rest[row] += piece
+            if row == 0:
+                print(piece, end="", flush=True)
+    for row, end in enumerate(ended):
+        print("\n" + "-" * 80 + "\n" + rest[row] if row else "", end="")
+        if end == "block_size":
+            print(f"\n[the context of {c.block_size} tokens is full; --past_end=recompute goes on]", end="")
+    read, times = sum(map(len, prompts)), times or [time.perf_counter()]
+    decoding = times[-1] - times[0]
+    print("\n" + "-" * 80)
+    print(f"prefill {read} tokens, {read / (times[0] - start):,.0f} tokens/s; decode {made} tokens" +
+          (f", {(made - len(prompts)) / decoding:,.0f} tokens/s" if decoding and made > len(prompts) else ""))
+
+
+if __name__ == "__main__":
+    run(main, Config)

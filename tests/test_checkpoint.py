@@ -1,0 +1,117 @@
+"""Checkpoints: whole, safe, atomic."""
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+from config import Refusal
+from model import ModelConfig, Transformer
+from test_model import redraw
+from tokenizer import Tokenizer
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def saved(tmp_path):
+    tokenizer = Tokenizer.train(["the cat sat on the mat"] * 3, 270)
+    model = redraw(Transformer(ModelConfig(vocab_size=tokenizer.vocab_size, n_layer=1, n_embd=32, n_head=2)))
+    path = str(tmp_path / "ckpt.pt")
+    checkpoint.save(path, model, tokenizer, {"seed": 1}, 7, 2.5, 2.25)
+    return path, model, tokenizer
+
+
+def test_what_is_saved_comes_back(saved):
+    path, model, tokenizer = saved
+    ckpt = checkpoint.load(path)
+    again, tok = checkpoint.restore(ckpt, path)
+    assert (ckpt["step"], ckpt["val_loss"], ckpt["best_val_loss"], ckpt["config"]) == (7, 2.5, 2.25, {"seed": 1})
+    idx = torch.arange(20)[None]
+    assert torch.equal(again(idx)[0], model.eval()(idx)[0]) and tok.to_str() == tokenizer.to_str()
+    assert again.head.weight is again.wte.weight and not again.training
+    assert os.listdir(os.path.dirname(path)) == ["ckpt.pt"]
+
+
+def test_a_compiled_model_is_saved_unwrapped(saved):
+    path, model, tokenizer = saved
+    checkpoint.save(path, torch.compile(model), tokenizer, {}, 1, 1, 1)
+    assert checkpoint.load(path)["model"].keys() == model.state_dict().keys()
+
+
+def test_code_in_a_checkpoint_is_refused_and_does_not_run(saved, tmp_path):
+    path, mark = saved[0], tmp_path / "ran"
+
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {mark}",)
+    for write in (lambda: torch.save({**checkpoint.load(path), "config": Evil()}, path), lambda: Path(path).write_bytes(pickle.dumps(Evil()))):
+        checkpoint.save(path, saved[1], saved[2], {}, 1, 1, 1)
+        write()
+        with pytest.raises(Refusal, match="not a checkpoint that is safe to read"):
+            checkpoint.load(path)
+        assert not mark.exists()
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda c: c.update(format=99), "format 99"), (lambda c: c.pop("format"), "not a TinyLM checkpoint"), (lambda c: c.pop("model"), "model"),
+    (lambda c: c.update(step="7"), "step"), (lambda c: c["model"].pop("norm.weight"), "norm.weight|Error"),
+    (lambda c: c["model_config"].update(n_layer=3), "damaged"), (lambda c: c["model_config"].update(color=3), "color"),
+    (lambda c: c.update(tokenizer_sha256="0" * 64), "tokenizer"), (lambda c: c.update(tokenizer="{}"), "damaged")])
+def test_damage_is_one_line(saved, change, words):
+    path = saved[0]
+    ckpt = checkpoint.load(path)
+    change(ckpt)
+    torch.save(ckpt, path)
+    with pytest.raises(Refusal, match=words) as e:
+        checkpoint.restore(checkpoint.load(path), path)
+    assert "\n" not in str(e.value) and e.value.status == 2
+
+
+def test_truncated_empty_and_foreign_files_are_one_line(saved, tmp_path):
+    whole = Path(saved[0]).read_bytes()
+    for content in whole[:len(whole) // 2], whole[:100], b"", b"hello world", b"\x80\x02.", pickle.dumps([1, 2]):
+        (tmp_path / "bad.pt").write_bytes(content)
+        with pytest.raises(Refusal) as e:
+            checkpoint.load(str(tmp_path / "bad.pt"))
+        assert "\n" not in str(e.value)
+    with pytest.raises(Refusal, match="cannot read"):
+        checkpoint.load(str(tmp_path / "none.pt"))
+    with pytest.raises(Refusal, match="no checkpoint in"):
+        checkpoint.find(str(tmp_path / "nowhere"))
+
+
+def test_a_write_that_fails_leaves_the_old_file(saved):
+    """A full disk, by a limit on the size of files: torch then raises RuntimeError."""
+    path = saved[0]
+    before = Path(path).read_bytes()
+    code = f"""
+import resource, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+import checkpoint, config
+ckpt = checkpoint.load({path!r})
+model, tokenizer = checkpoint.restore(ckpt, {path!r})
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (10000, 10000))
+try:
+    checkpoint.save({path!r}, model, tokenizer, {{}}, 8, 1, 1)
+except config.Refusal as e:
+    print(e.status, e)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.startswith("1 cannot write") and len(done.stdout.splitlines()) == 1, done.stderr
+    assert Path(path).read_bytes() == before and os.listdir(os.path.dirname(path)) == ["ckpt.pt"]
+
+
+def test_best_is_preferred_for_reading_and_last_for_resuming(tmp_path):
+    for name in "ckpt.pt", "ckpt_best.pt":
+        (tmp_path / name).touch()
+    assert checkpoint.find(str(tmp_path)).endswith("ckpt_best.pt")
+    assert checkpoint.find(str(tmp_path), "ckpt.pt").endswith("/ckpt.pt")
+    assert checkpoint.find(str(tmp_path / "ckpt.pt")).endswith("/ckpt.pt")
+    (tmp_path / "ckpt_best.pt").unlink()
+    assert checkpoint.find(str(tmp_path)).endswith("/ckpt.pt")

@@ -1,0 +1,485 @@
+"""Trains a model and writes it, its log and a loss plot to out_dir.
+
+    python train.py                                                        the toy stories, about two minutes on a laptop
+    python train.py configs/tiny.toml --dataset=ts --out_dir=out/ts        what prepare.py wrote to data/ts
+    python train.py --out_dir=out/ts --init_from=resume --max_iters=8000   goes on, exactly as if it had never stopped
+
+Read from the bottom: main() prepares, fit() is the loop, train_step() is one update.
+Fine-tuning calls fit and train_step with its own batches and loss.
+"""
+import functools
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass, fields
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import checkpoint
+import prepare
+import toy_stories
+from config import Refusal, run
+from device import fast_bfloat16, resolve
+from model import ModelConfig, Transformer, flops_per_token, num_params
+from muon import Muon
+from sample import generate, prompt_ids
+
+
+@dataclass
+class TrainConfig:
+    out_dir: str = "out"                    # where ckpt.pt, ckpt_best.pt, log.jsonl and loss.png go
+    dataset: str = "toy"                    # data/NAME as prepare.py made it; toy makes itself
+    init_from: str = "scratch"              # scratch | resume (from out_dir) | a checkpoint whose weights to start from
+    overwrite: bool = False                 # move an out_dir that is in the way aside
+    eval_only: bool = False                 # print the loss on the whole validation split and stop
+    eval_interval: int = 200                # steps between evaluations, samples and checkpoints
+    eval_tokens: int = 65536                # validation tokens looked at meanwhile, always the same ones; 0 = all
+    log_interval: int = 10                  # steps a line of log.jsonl
+    batch_size: int = 16                    # rows of block_size tokens in a micro-batch
+    gradient_accumulation_steps: int = 1    # micro-batches in a step
+    max_iters: int = 1000                   # steps
+    optimizer: str = "muon"                 # muon (hidden matrices; AdamW for the rest) | adamw
+    learning_rate: float = 5e-3             # the highest one; Muon's updates are scaled to AdamW's size
+    min_lr: float = 0.0                     # the last one
+    warmup_iters: int = 20                  # steps of linear warm-up
+    lr_decay_iters: int = 0                 # the step where min_lr is reached: 0 = max_iters
+    schedule: str = "linear"                # after warm-up: cosine | linear (constant, then down in a straight line)
+    decay_frac: float = 0.7                 # linear: the share of the steps that go down
+    weight_decay: float = 0.1               # on matrices; never on gains and biases
+    beta1: float = 0.9                      # AdamW's
+    beta2: float = 0.95                     # AdamW's
+    momentum: float = 0.95                  # Muon's
+    grad_clip: float = 1.0                  # largest gradient norm; 0 = any
+    loss: str = "plain"                     # plain | chunked (torch's linear_cross_entropy: less memory, never all logits)
+    gradient_checkpointing: bool = False    # recompute blocks in the backward pass: less memory, more time
+    device: str = "auto"                    # auto | cpu | cuda | cuda:N | mps
+    dtype: str = "auto"                     # of matrix products: auto | float32 | bfloat16 | float16 (with loss scaling)
+    compile: str = "auto"                   # torch.compile: auto | true | false
+    seed: int = 1337                        # of weights, batches and dropout
+    start: str = ""                         # what the sample at each evaluation starts from
+    wandb_log: bool = False                 # log to Weights & Biases too
+
+    def __post_init__(self):
+        super().__post_init__()
+        for key in "eval_interval", "log_interval", "batch_size", "gradient_accumulation_steps", "max_iters":
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key} must be at least 1, not {getattr(self, key)}")
+        for key in "eval_tokens", "min_lr", "warmup_iters", "lr_decay_iters", "weight_decay", "grad_clip", "seed":
+            if getattr(self, key) < 0:
+                raise ValueError(f"{key} cannot be negative")
+        for key in "beta1", "beta2", "momentum":
+            if not 0 <= getattr(self, key) < 1:
+                raise ValueError(f"{key} must be at least 0 and below 1, not {getattr(self, key)}")
+        if self.learning_rate <= 0 or self.min_lr > self.learning_rate:
+            raise ValueError("learning_rate must be above 0 and at least min_lr")
+        if not 0 < self.decay_frac <= 1:
+            raise ValueError(f"decay_frac must be above 0 and at most 1, not {self.decay_frac}")
+        for key, choices in ("optimizer", ("muon", "adamw")), ("schedule", ("cosine", "linear")), ("loss", ("plain", "chunked")):
+            if getattr(self, key) not in choices:
+                raise ValueError(f"{key} must be one of {' | '.join(choices)}, not {getattr(self, key)!r}")
+        if self.loss == "chunked" and not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+            raise ValueError(f"loss=chunked needs a torch with linear_cross_entropy (2.13); this is {torch.__version__}")
+
+
+@dataclass
+class Config(TrainConfig, ModelConfig):
+    pass
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches: row r of step s is a pure function of (seed, s, r), so a resumed run needs no saved position
+
+@functools.lru_cache(maxsize=2)
+def epoch_starts(n_tokens, T, seed, epoch):
+    """Where the rows of an epoch start: the stream cut into blocks of T from a random offset, in random order."""
+    rng = np.random.default_rng((seed, epoch))
+    n = max(1, (n_tokens - T) // T)
+    return rng.integers(min(T, n_tokens - n * T)) + T * rng.permutation(n)
+
+
+def training_rows(data, T, seed, first, n):
+    """Rows first .. first+n of the endless stream of rows: {"idx", "targets"} (n, T) int64, targets one token ahead."""
+    rows, per_epoch = [], len(epoch_starts(len(data), T, seed, 0))
+    for r in range(first, first + n):
+        epoch, i = divmod(r, per_epoch)
+        start = epoch_starts(len(data), T, seed, epoch)[i]
+        rows.append(data[start:start + T + 1])
+    rows = torch.from_numpy(np.stack(rows).astype(np.int64))
+    return {"idx": rows[:, :-1], "targets": rows[:, 1:]}
+
+
+def to(batch, device):
+    if device.type != "cuda":
+        return {key: x.to(device) for key, x in batch.items()}
+    return {key: x.pin_memory().to(device, non_blocking=True) for key, x in batch.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimizers and learning rate
+
+def make_optimizers(model, cfg, device):
+    """[AdamW], or [AdamW, Muon] with Muon on the matrices inside blocks. By role: matrices, embeddings and the head decay,
+    vectors do not. Frozen parameters are in no group; every other one is in exactly one, and this is checked."""
+    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    hidden = [p for name, p in params.items() if p.dim() == 2 and ".blocks." in f".{name}"]
+    outer = [p for name, p in params.items() if p.dim() == 2 and ".blocks." not in f".{name}"]
+    vectors = [p for p in params.values() if p.dim() < 2]
+    assert sorted(map(id, hidden + outer + vectors)) == sorted(map(id, params.values())), "a parameter not in exactly one group"
+    use_muon = cfg.optimizer == "muon" and hidden
+    groups = [{"params": outer if use_muon else hidden + outer, "weight_decay": cfg.weight_decay},
+              {"params": vectors, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2),
+                              fused=device.type == "cuda")
+    if not use_muon:
+        return [adamw]
+    return [adamw, Muon(hidden, dtype=torch.bfloat16 if fast_bfloat16(device) else torch.float32, lr=cfg.learning_rate,
+                        momentum=cfg.momentum, weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw")]
+
+
+def get_lr(step, cfg):
+    """The learning rate of a step (the first is 0): linear warm-up, which reaches learning_rate at warmup_iters, then down to
+    min_lr at lr_decay_iters, along a cosine (Loshchilov & Hutter 2017) or constant first and then in a straight line."""
+    end = cfg.lr_decay_iters or cfg.max_iters
+    if step < cfg.warmup_iters:
+        return cfg.learning_rate * (step + 1) / (cfg.warmup_iters + 1)
+    if step >= end:
+        return cfg.min_lr
+    if cfg.schedule == "cosine":
+        part = 0.5 * (1 + math.cos(math.pi * (step - cfg.warmup_iters) / (end - cfg.warmup_iters)))
+    else:
+        part = min(1, (end - step) / (cfg.decay_frac * (end - cfg.warmup_iters)))
+    return part * cfg.learning_rate + (1 - part) * cfg.min_lr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Losses
+
+def next_token_loss(model, batch):
+    """Cross-entropy in nats, summed over the batch's targets."""
+    return model(**batch, reduction="sum")[1]
+
+
+def count_targets(batch):
+    return int((batch["targets"] != -100).sum())
+
+
+@torch.no_grad()
+def evaluate(model, data, cfg, compute, tokens=0):
+    """Nats a token on a split (1-D array of ids) in blocks of block_size, each target once; with `tokens` only on about so
+    many, evenly spaced and always the same."""
+    T = cfg.block_size
+    starts = np.arange(0, len(data) - 1, T)
+    if 0 < tokens < len(data):
+        starts = starts[np.linspace(0, len(starts) - 1, max(1, tokens // T)).astype(int)]
+    total, count, was_training = 0.0, 0, model.training
+    model.eval()
+    for some in np.array_split(starts, math.ceil(len(starts) / cfg.batch_size)):
+        rows = np.full((len(some), T + 1), -100, dtype=np.int64)
+        for row, start in zip(rows, some):
+            piece = data[start:start + T + 1]
+            row[:len(piece)] = piece
+        rows = torch.from_numpy(rows)
+        batch = to({"idx": rows[:, :-1].clamp(min=0), "targets": rows[:, 1:]}, compute.device)
+        with compute.autocast():
+            total += float(next_token_loss(model, batch))
+        count += count_targets(batch)
+    model.train(was_training)
+    return total / count
+
+
+@torch.no_grad()
+def document_nats(model, documents, eot, compute, batch_size=32):
+    """-log p of each document (a list of ids) and its end, in nats, from its own start after end-of-text: float64 (n,)."""
+    longest = max(map(len, documents)) + 1
+    if longest > unwrapped_config(model).block_size:
+        raise Refusal(f"a document of {longest - 1} tokens does not fit in block_size={unwrapped_config(model).block_size}")
+    was_training, nats = model.training, []
+    model.eval()
+    for i in range(0, len(documents), batch_size):
+        some = documents[i:i + batch_size]
+        rows = torch.full((len(some), longest + 1), -100)
+        for row, ids in zip(rows, some):
+            row[:len(ids) + 2] = torch.tensor([eot, *ids, eot])
+        batch = to({"idx": rows[:, :-1].clamp(min=0), "targets": rows[:, 1:]}, compute.device)
+        with compute.autocast():
+            nats.append(model(**batch, reduction="none")[1].double().sum(1).cpu())
+    model.train(was_training)
+    return torch.cat(nats).numpy()
+
+
+def unwrapped_config(model):
+    return checkpoint.unwrap(model).config
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop
+
+def train_step(model, optimizers, batches, compute, seed=(0, 0), grad_clip=0.0, scaler=None,
+               loss_fn=next_token_loss, count=count_targets):
+    """One update from micro-batches (dicts of the model's keyword arguments): (loss, gradient norm) as floats.
+
+    loss_fn(model, batch) is a sum; it is divided once by the count over all micro-batches, so that k micro-batches weigh
+    their targets as one large batch would. Dropout is drawn from (*seed, micro-batch). A loss that is not finite changes nothing.
+    """
+    total, loss = sum(map(count, batches)), 0.0
+    for micro, batch in enumerate(batches):
+        torch.manual_seed(int(np.random.SeedSequence((*seed, micro)).generate_state(1)[0]))
+        with compute.autocast():
+            part = loss_fn(model, batch) / total
+        loss += part.detach()
+        (scaler.scale(part) if scaler else part).backward()
+    params = [p for o in optimizers for g in o.param_groups for p in g["params"]]
+    if scaler:
+        for o in optimizers:
+            scaler.unscale_(o)
+    norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf)
+    loss, norm = torch.stack((loss, norm)).tolist()  # the one wait for the device in a step
+    if math.isfinite(loss) and (scaler or math.isfinite(norm)):
+        for o in optimizers:
+            scaler.step(o) if scaler else o.step()
+        if scaler:
+            scaler.update()
+    for o in optimizers:
+        o.zero_grad(set_to_none=True)
+    return loss, norm
+
+
+def fit(model, cfg, compute, get_batches, validate, save, preview=None, resumed=None, flops=0,
+        loss_fn=next_token_loss, count=count_targets):
+    """Trains to cfg.max_iters; returns the last validate().
+
+    get_batches(step) is a list of micro-batches, validate() a dict of figures with "val_loss",
+    save(name, step=, val_loss=, best_val_loss=, optimizers=, scaler=) writes a checkpoint, preview() is text to show.
+    resumed: a loaded checkpoint to go on from. flops: per token, for MFU. Raises Refusal (status 1) when the loss is not finite.
+    """
+    optimizers = make_optimizers(checkpoint.unwrap(model), cfg, compute.device)
+    scaler = torch.amp.GradScaler(compute.device.type) if compute.dtype == torch.float16 else None
+    step, best, figures = 0, math.inf, {}
+    if resumed:
+        step, best, figures = resumed["step"], resumed["best_val_loss"], {"val_loss": resumed["val_loss"]}
+        if len(optimizers) != len(resumed["optimizers"]):
+            raise Refusal(f"the checkpoint was trained with another optimizer than {cfg.optimizer}")
+        for o, state in zip(optimizers, resumed["optimizers"]):
+            o.load_state_dict(state)
+        if scaler and resumed["scaler"]:
+            scaler.load_state_dict(resumed["scaler"])
+    log = Log(cfg, step)
+    bar = tqdm(total=cfg.max_iters, initial=step, unit="step", dynamic_ncols=True, disable=None, smoothing=0.05)
+    peak, clock, tokens, losses, speed, first = peak_flops(compute), time.perf_counter(), 0, [], {}, step
+    model.train()
+    while True:
+        if (step % cfg.eval_interval == 0 or step == cfg.max_iters) and not (resumed and step == first):
+            paused = time.perf_counter()
+            figures = validate()
+            if not math.isfinite(figures["val_loss"]):
+                raise Refusal(f"the validation loss is {figures['val_loss']} at step {step}; {advice(cfg, first)}", status=1)
+            better = figures["val_loss"] < best
+            best = min(best, figures["val_loss"])
+            if step > first:
+                state = dict(step=step, val_loss=figures["val_loss"], best_val_loss=best, optimizers=optimizers, scaler=scaler)
+                save("ckpt.pt", **state)
+                if better:
+                    save("ckpt_best.pt", **{**state, "optimizers": (), "scaler": None})
+            log.write({"step": step, **figures})
+            bar.write(f"step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in figures.items()) +
+                      "".join(f", {k} {v:,}" for k, v in speed.items()) +
+                      (f"\n{preview()}\n" if preview else ""), file=sys.stderr)
+            clock += time.perf_counter() - paused
+        if step >= cfg.max_iters:
+            break
+        lr = get_lr(step, cfg)
+        for o in optimizers:
+            for group in o.param_groups:
+                group["lr"] = lr
+        batches = get_batches(step)
+        loss, norm = train_step(model, optimizers, batches, compute, (cfg.seed, step), cfg.grad_clip, scaler, loss_fn, count)
+        if not math.isfinite(loss) or not (scaler or math.isfinite(norm)):
+            raise Refusal(f"the loss is {loss} and its gradient norm {norm} at step {step}; {advice(cfg, first)}", status=1)
+        step, tokens = step + 1, tokens + sum(b["idx"].numel() for b in batches)
+        losses.append(loss)
+        bar.update()
+        if step % cfg.log_interval == 0 or step == cfg.max_iters:
+            seconds, clock = time.perf_counter() - clock, time.perf_counter()
+            speed = {"tokens_per_s": round(tokens / seconds)}
+            if peak and flops:
+                speed["mfu"] = round(flops * tokens / seconds / peak, 4)
+            log.write({"step": step, "loss": sum(losses) / len(losses), "lr": lr, "grad_norm": norm, **speed})
+            bar.set_postfix({"loss": f"{sum(losses) / len(losses):.3f}", **speed})
+            tokens, losses = 0, []
+    bar.close()
+    log.close()
+    return figures
+
+
+def advice(cfg, first):
+    kept = "the last checkpoint in {} is as it was" if os.path.exists(os.path.join(cfg.out_dir, "ckpt.pt")) else "{} has no checkpoint yet"
+    return f"try a lower --learning_rate or a longer --warmup_iters; {kept.format(cfg.out_dir)}"
+
+
+class Log:
+    """out_dir/log.jsonl, a JSON object a line; lines past the step that a run resumes from are dropped."""
+
+    def __init__(self, cfg, step):
+        path, kept = os.path.join(cfg.out_dir, "log.jsonl"), []
+        if os.path.exists(path):
+            with open(path, encoding="utf-8") as f:
+                kept = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step]
+        checkpoint.write_atomic(path, lambda f: f.write("".join(kept).encode()))
+        self.file, self.wandb = open(path, "a", encoding="utf-8", buffering=1), None
+        if cfg.wandb_log:
+            try:
+                import wandb
+            except ImportError:
+                raise Refusal("wandb_log needs wandb: pip install wandb")
+            self.wandb = wandb.init(project="tinylm", name=os.path.basename(cfg.out_dir), config=asdict(cfg), resume="allow")
+
+    def write(self, line):
+        self.file.write(json.dumps(line) + "\n")
+        if self.wandb:
+            self.wandb.log({k: v for k, v in line.items() if k != "step"}, step=line["step"])
+
+    def close(self):
+        self.file.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def peak_flops(compute):
+    """Dense half-precision FLOP/s of the GPU by its data sheet; None where we do not know, and then no MFU is said."""
+    if compute.device.type != "cuda" or compute.dtype == torch.float32:
+        return None
+    name = torch.cuda.get_device_name(compute.device)
+    known = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "T4": 65e12,
+             "RTX 4090": 165e12, "RTX 3090": 71e12}
+    return next((flops for key, flops in known.items() if key in name), None)
+
+
+def plot(out_dir):
+    """Draws log.jsonl as loss.png. Returns a line to print."""
+    try:
+        import matplotlib
+    except ImportError:
+        return "no loss plot: pip install matplotlib"
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    with open(os.path.join(out_dir, "log.jsonl"), encoding="utf-8") as f:
+        lines = [json.loads(line) for line in f]
+    fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
+    for key, label, style in ("loss", "training", {"alpha": 0.7, "lw": 1}), ("val_loss", "validation", {"marker": "o", "ms": 3}):
+        ax.plot([x["step"] for x in lines if key in x], [x[key] for x in lines if key in x], label=label, **style)
+    ax.set(xlabel="step", ylabel="loss, nats a token", title=out_dir)
+    ax.grid(alpha=0.3)
+    ax.legend()
+    path = os.path.join(out_dir, "loss.png")
+    checkpoint.write_atomic(path, lambda f: fig.savefig(f, format="png", dpi=120))
+    plt.close(fig)
+    return f"loss plot: {path}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From the command line
+
+MODEL_KEYS = {f.name for f in fields(ModelConfig)}
+DATA_KEYS = {"dataset", "seed"}
+
+
+def inherit(cfg, ckpt, path, resume):
+    """cfg with what the checkpoint decides: the architecture, and when resuming everything that was not given anew."""
+    for key, saved in (ckpt["config"] | ckpt["model_config"] if resume else ckpt["model_config"]).items():
+        if key in cfg.given and getattr(cfg, key, saved) != saved and (key in MODEL_KEYS or resume and key in DATA_KEYS):
+            raise Refusal(f"{path} has {key}={saved!r}, which cannot become {getattr(cfg, key)!r}; leave it out")
+        if key not in cfg.given and key not in ("out_dir", "init_from", "overwrite", "eval_only", "device", "dtype", "compile"):
+            setattr(cfg, key, saved)
+    return cfg
+
+
+def move_aside(out_dir):
+    aside = f"{out_dir.rstrip('/')}.old-{time.strftime('%Y%m%d-%H%M%S')}"
+    os.rename(out_dir, aside)
+    print(f"moved the old {out_dir} to {aside}")
+
+
+def main(cfg):
+    resume, ckpt = cfg.init_from == "resume", None
+    if cfg.init_from != "scratch":
+        path = checkpoint.find(cfg.out_dir if resume else cfg.init_from, "ckpt.pt" if resume else "ckpt_best.pt")
+        ckpt = checkpoint.load(path)
+        cfg = inherit(cfg, ckpt, path, resume)
+    if not resume and not cfg.eval_only and os.path.exists(cfg.out_dir) and (not os.path.isdir(cfg.out_dir) or os.listdir(cfg.out_dir)):
+        if not cfg.overwrite:
+            raise Refusal(f"{cfg.out_dir} is there already: --init_from=resume goes on with it, --overwrite moves it aside, "
+                          f"--out_dir=OTHER writes elsewhere")
+        move_aside(cfg.out_dir)
+    compute = resolve(cfg.device, cfg.dtype, cfg.compile)
+
+    folder = os.path.join("data", cfg.dataset)
+    if cfg.dataset == "toy" and not os.path.exists(folder):
+        prepare.prepare(prepare.Config())
+    meta, data, tokenizer = prepare.load(folder)
+    if len(data["train"]) <= cfg.block_size:
+        raise Refusal(f"{folder}/train.bin has {len(data['train'])} tokens, not enough for block_size={cfg.block_size}")
+    if "vocab_size" in cfg.given and cfg.vocab_size != tokenizer.vocab_size:
+        raise Refusal(f"vocab_size is the tokenizer's, {tokenizer.vocab_size}; leave it out (prepare.py --vocab_size chooses it)")
+    torch.manual_seed(cfg.seed)
+    if ckpt:
+        if ckpt["tokenizer_sha256"] != tokenizer.sha256:
+            raise Refusal(f"{path} was trained with another tokenizer than {folder}'s; prepare the data with its own")
+        model, _ = checkpoint.restore(ckpt, path, compute.device)
+    else:
+        cfg.vocab_size = tokenizer.vocab_size
+        model = Transformer(ModelConfig(**{key: getattr(cfg, key) for key in MODEL_KEYS})).to(compute.device)
+    model.gradient_checkpointing, model.chunked_loss = cfg.gradient_checkpointing, cfg.loss == "chunked"
+    cfg.vocab_size = model.config.vocab_size
+    print(compute.said)
+    print(f"{num_params(model):,} parameters, {len(data['train']):,} training tokens, "
+          f"{cfg.batch_size * cfg.gradient_accumulation_steps * cfg.block_size:,} tokens a step")
+    trained = torch.compile(model) if compute.compile else model
+
+    split = meta["splits"]["val"]
+    bits_a_byte = split["tokens"] / split["bytes"] / math.log(2)
+
+    def validate(tokens=cfg.eval_tokens):
+        loss = evaluate(trained, data["val"], cfg, compute, tokens)
+        return {"val_loss": loss, "val_bits_per_byte": loss * bits_a_byte}
+
+    def get_batches(step):
+        accumulate, B = cfg.gradient_accumulation_steps, cfg.batch_size
+        return [to(training_rows(data["train"], cfg.block_size, cfg.seed, (step * accumulate + micro) * B, B), compute.device)
+                for micro in range(accumulate)]
+
+    def save(name, **state):
+        checkpoint.save(os.path.join(cfg.out_dir, name), model, tokenizer, asdict(cfg), **state)
+
+    def preview():
+        prompt = prompt_ids(tokenizer, cfg.start)
+        return cfg.start + tokenizer.decode([ids[0] for ids in generate(model, [prompt], min(cfg.block_size, 200), stop=tokenizer.eot, seed=cfg.seed)])
+
+    if not cfg.eval_only:
+        fit(trained, cfg, compute, get_batches, validate, save, preview, ckpt if resume else None,
+            flops_per_token(model, cfg.block_size))
+    final = validate(tokens=0)
+    print(f"whole validation split: {final['val_loss']:.4f} nats a token, {final['val_bits_per_byte']:.4f} bits a byte")
+    if meta["source"] == "toy":
+        print(floor_line(trained, tokenizer, data["val"], compute))
+    if not cfg.eval_only:
+        print(plot(cfg.out_dir))
+        print(f"next: python sample.py --out_dir={cfg.out_dir}")
+
+
+def floor_line(model, tokenizer, val, compute, n=500):
+    """How far the model is above the exact entropy of the toy stories: the same stories scored by both, in nats a story."""
+    ends = np.flatnonzero(val[:200 * n] == tokenizer.eot)[:n]
+    documents = [part.tolist() for part in np.split(val[:ends[-1]], ends[:-1])]
+    documents = [d[1:] if d[0] == tokenizer.eot else d for d in documents]
+    floor = -np.array([toy_stories.log_prob(tokenizer.decode(d)) for d in documents])
+    gap = document_nats(model, documents, tokenizer.eot, compute) - floor
+    return (f"{len(documents)} unseen stories: {(floor + gap).mean():.2f} nats a story, {100 * gap.mean() / floor.mean():.1f}% above "
+            f"their exact entropy of {floor.mean():.2f} (standard error of the difference {gap.std() / len(gap) ** 0.5:.2f})")
+
+
+if __name__ == "__main__":
+    run(main, Config)
