@@ -31,6 +31,7 @@ import tiktoken
 
 EOT = "<|endoftext|>"
 # GPT-2's split: contractions; letters, digits or other marks, each with the space before; whitespace that is left over.
+# (Written shorter than in its encoder.py; it splits the same.)
 SPLIT = regex.compile(r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 GAP = 100_000  # whitespace in a row; from a million on, tiktoken's regular expressions panic (a BaseException)
 LONG_GAP = regex.compile(r"(?<!\s)\s{%d}" % GAP)  # (?<!\s): tried once a run, not at each of its characters

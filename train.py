@@ -36,14 +36,15 @@ class TrainConfig:
     init_from: str = "scratch"              # scratch | resume (from out_dir) | a checkpoint whose weights to start from
     overwrite: bool = False                 # move an out_dir that is in the way aside
     eval_only: bool = False                 # print the loss on the whole validation split and stop
-    eval_interval: int = 200                # steps between evaluations, samples and checkpoints
+    eval_interval: int = 100                # steps between evaluations, samples and checkpoints
     eval_tokens: int = 65536                # validation tokens looked at meanwhile, always the same ones; 0 = all
     log_interval: int = 10                  # steps a line of log.jsonl
     batch_size: int = 16                    # rows of block_size tokens in a micro-batch
     gradient_accumulation_steps: int = 1    # micro-batches in a step
-    max_iters: int = 1000                   # steps
+    max_iters: int = 500                    # steps
     optimizer: str = "muon"                 # muon (hidden matrices; AdamW for the rest) | adamw
-    learning_rate: float = 5e-3             # the highest one; Muon's updates are scaled to AdamW's size
+    learning_rate: float = 2.5e-3           # the highest one; Muon's updates are scaled to AdamW's size
+    embd_lr_scale: float = 8.0              # muon: embeddings, head, gains and biases learn so many times as fast
     min_lr: float = 0.0                     # the last one
     warmup_iters: int = 20                  # steps of linear warm-up
     lr_decay_iters: int = 0                 # the step where min_lr is reached: 0 = max_iters
@@ -74,6 +75,8 @@ class TrainConfig:
         for key in "beta1", "beta2", "momentum":
             if not 0 <= getattr(self, key) < 1:
                 raise ValueError(f"{key} must be at least 0 and below 1, not {getattr(self, key)}")
+        if self.embd_lr_scale <= 0:
+            raise ValueError(f"embd_lr_scale must be above 0, not {self.embd_lr_scale}")
         if self.learning_rate <= 0 or self.min_lr > self.learning_rate:
             raise ValueError("learning_rate must be above 0 and at least min_lr")
         if not 0 < self.decay_frac <= 1:
@@ -130,13 +133,14 @@ def make_optimizers(model, cfg, device):
     vectors = [p for p in params.values() if p.dim() < 2]
     assert sorted(map(id, hidden + outer + vectors)) == sorted(map(id, params.values())), "a parameter not in exactly one group"
     use_muon = cfg.optimizer == "muon" and hidden
-    groups = [{"params": outer if use_muon else hidden + outer, "weight_decay": cfg.weight_decay},
-              {"params": vectors, "weight_decay": 0.0}]
+    scale = cfg.embd_lr_scale if use_muon else 1.0
+    groups = [{"params": outer if use_muon else hidden + outer, "weight_decay": cfg.weight_decay, "lr_scale": scale},
+              {"params": vectors, "weight_decay": 0.0, "lr_scale": scale}]
     adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2),
                               fused=device.type == "cuda")
     if not use_muon:
         return [adamw]
-    return [adamw, Muon(hidden, dtype=torch.bfloat16 if fast_bfloat16(device) else torch.float32, lr=cfg.learning_rate,
+    return [adamw, Muon([{"params": hidden, "lr_scale": 1.0}], dtype=torch.bfloat16 if fast_bfloat16(device) else torch.float32, lr=cfg.learning_rate,
                         momentum=cfg.momentum, weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw")]
 
 
@@ -194,9 +198,9 @@ def evaluate(model, data, cfg, compute, tokens=0):
 @torch.no_grad()
 def document_nats(model, documents, eot, compute, batch_size=32):
     """-log p of each document (a list of ids) and its end, in nats, from its own start after end-of-text: float64 (n,)."""
-    longest = max(map(len, documents)) + 1
-    if longest > unwrapped_config(model).block_size:
-        raise Refusal(f"a document of {longest - 1} tokens does not fit in block_size={unwrapped_config(model).block_size}")
+    longest, T = max(map(len, documents)) + 1, checkpoint.unwrap(model).config.block_size
+    if longest > T:
+        raise Refusal(f"a document of {longest - 1} tokens does not fit in block_size={T}")
     was_training, nats = model.training, []
     model.eval()
     for i in range(0, len(documents), batch_size):
@@ -209,10 +213,6 @@ def document_nats(model, documents, eot, compute, batch_size=32):
             nats.append(model(**batch, reduction="none")[1].double().sum(1).cpu())
     model.train(was_training)
     return torch.cat(nats).numpy()
-
-
-def unwrapped_config(model):
-    return checkpoint.unwrap(model).config
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -294,7 +294,7 @@ def fit(model, cfg, compute, get_batches, validate, save, preview=None, resumed=
         lr = get_lr(step, cfg)
         for o in optimizers:
             for group in o.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group["lr_scale"]
         batches = get_batches(step)
         loss, norm = train_step(model, optimizers, batches, compute, (cfg.seed, step), cfg.grad_clip, scaler, loss_fn, count)
         if not math.isfinite(loss) or not (scaler or math.isfinite(norm)):
@@ -394,6 +394,10 @@ def inherit(cfg, ckpt, path, resume):
             raise Refusal(f"{path} has {key}={saved!r}, which cannot become {getattr(cfg, key)!r}; leave it out")
         if key not in cfg.given and key not in ("out_dir", "init_from", "overwrite", "eval_only", "device", "dtype", "compile"):
             setattr(cfg, key, saved)
+    try:
+        cfg.__post_init__()
+    except (ValueError, TypeError) as e:
+        raise Refusal(f"{path} is damaged: {e}")
     return cfg
 
 
@@ -418,6 +422,7 @@ def main(cfg):
 
     folder = os.path.join("data", cfg.dataset)
     if cfg.dataset == "toy" and not os.path.exists(folder):
+        print(f"writing the toy stories to {folder}")
         prepare.prepare(prepare.Config())
     meta, data, tokenizer = prepare.load(folder)
     if len(data["train"]) <= cfg.block_size:
