@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo install test clean
+.PHONY: demo install test
 
 demo: install
 	$(BIN)/python train.py --out_dir=out/demo --overwrite

@@ -31,7 +31,6 @@ class Config:
     seed: int = 1337                 # the same seed, the same story
     device: str = "auto"             # auto | cpu | cuda | cuda:N | mps
     dtype: str = "auto"              # auto | float32 | bfloat16 | float16
-    compile: str = "false"           # torch.compile
 
     def __post_init__(self):
         if self.num_samples < 1 or self.max_new_tokens < 1:
@@ -158,11 +157,9 @@ def read_start(start):
 def main(cfg):
     path = checkpoint.find(cfg.out_dir)
     ckpt = checkpoint.load(path)
-    compute = resolve(cfg.device, cfg.dtype, cfg.compile)
+    compute = resolve(cfg.device, cfg.dtype, "false")
     model, tokenizer = checkpoint.restore(ckpt, path, compute.device)
     model = model.to(compute.dtype)
-    if compute.compile:
-        model.forward = torch.compile(model.forward)
     texts = [t for t in read_start(cfg.start or ckpt["config"].get("start", "")) for _ in range(cfg.num_samples)]
     try:
         prompts = [prompt_ids(tokenizer, t) for t in texts]

@@ -12,13 +12,13 @@ V, T = 61, 16
 GRID = list(itertools.product(NORMS, BLOCKS, POSITIONS, MLPS, (4, 2, 1), (True, False), (True, False)))
 
 
-def redraw(model, seed=0):
+def redraw(model, scale=1.0):
     """Draws every parameter anew, gains and biases too, so that nothing is hidden by a 1, a 0 or a tiny weight."""
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator().manual_seed(0)
     for name, p in model.named_parameters():
         noise = torch.randn(p.shape, generator=g)
         gain = "norm" in name and name.endswith("weight")
-        p.data = 1 + 0.2 * noise if gain else 0.2 * noise if p.dim() == 1 else noise * p.size(-1) ** -0.5
+        p.data = 1 + 0.2 * noise if gain else 0.2 * noise if p.dim() == 1 else noise * scale * p.size(-1) ** -0.5
     return model
 
 

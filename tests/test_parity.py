@@ -9,26 +9,18 @@ import model as ours
 import train
 from config import configure
 from model import ModelConfig, Transformer
+from test_model import redraw
 
 transformers = pytest.importorskip("transformers")
 
 V, T = 97, 640  # positions past 512
+SCALE = 1.3     # of the weights, for logits of standard deviation 1 or more
 
 
 def preset(name, **more):
     cfg = configure(train.Config, [f"configs/{name}.toml"])
     keys = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(ModelConfig)}
     return ModelConfig(**{**keys, "vocab_size": V, "n_layer": 3, "n_head": 4, "n_kv_head": 4, "n_embd": 64, "n_inner": 0, "block_size": 1024, **more})
-
-
-def redraw(model):
-    """Every parameter anew; embeddings small, so that eps is felt; logits of standard deviation 1 or more."""
-    g = torch.Generator().manual_seed(0)
-    for name, p in model.named_parameters():
-        noise = torch.randn(p.shape, generator=g)
-        gain = "norm" in name and name.endswith("weight")
-        p.data = 1 + 0.3 * noise if gain else 0.3 * noise if p.dim() == 1 else noise * 0.15 if name == "wte.weight" else noise * p.size(-1) ** -0.5
-    return model.eval()
 
 
 def llama_peer(model, rope_parameters=None):
@@ -81,13 +73,13 @@ def difference(model, peer):
 @pytest.mark.parametrize("n_kv_head", [4, 2, 1])
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_llama_is_llama_and_with_qk_norm_qwen3(tie, n_kv_head, qk_norm):
-    model = redraw(Transformer(preset("llama", tie_embeddings=tie, n_kv_head=n_kv_head, qk_norm=qk_norm)))
+    model = redraw(Transformer(preset("llama", tie_embeddings=tie, n_kv_head=n_kv_head, qk_norm=qk_norm)), SCALE)
     assert difference(model, llama_peer(model)) < 1e-4
 
 
 @pytest.mark.parametrize("tie", [True, False])
 def test_gpt2_is_gpt2(tie):
-    model = redraw(Transformer(preset("gpt2", tie_embeddings=tie)))
+    model = redraw(Transformer(preset("gpt2", tie_embeddings=tie)), SCALE)
     assert difference(model, gpt2_peer(model)) < 1e-4
 
 
@@ -96,9 +88,9 @@ def test_gpt2_is_gpt2(tie):
     ("llama3:8,1,4,256", {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                           "original_max_position_embeddings": 256})])
 def test_rope_scaling_is_theirs(ours, theirs):
-    model = redraw(Transformer(preset("llama", rope_scaling=ours)))
+    model = redraw(Transformer(preset("llama", rope_scaling=ours)), SCALE)
     assert difference(model, llama_peer(model, theirs)) < 1e-4
-    assert difference(redraw(Transformer(preset("llama"))), llama_peer(model, theirs)) > 1e-2
+    assert difference(redraw(Transformer(preset("llama")), SCALE), llama_peer(model, theirs)) > 1e-2
 
 
 def interleaved(x, cos, sin):
@@ -108,7 +100,7 @@ def interleaved(x, cos, sin):
 
 @pytest.mark.parametrize("mistake", ["exact gelu", "eps", "bias", "interleaved"])
 def test_a_mistake_would_be_seen(mistake, monkeypatch):
-    model = redraw(Transformer(preset("llama" if mistake == "interleaved" else "gpt2")))
+    model = redraw(Transformer(preset("llama" if mistake == "interleaved" else "gpt2")), SCALE)
     peer = (llama_peer if mistake == "interleaved" else gpt2_peer)(model)
     assert difference(model, peer) < 1e-4
     if mistake == "exact gelu":
@@ -127,7 +119,7 @@ def test_a_mistake_would_be_seen(mistake, monkeypatch):
 
 
 def test_rms_norm_eps_would_be_seen():
-    model = redraw(Transformer(preset("llama")))
+    model = redraw(Transformer(preset("llama")), SCALE)
     peer = llama_peer(model)
     for norm in model.modules():
         if isinstance(norm, ours.RMSNorm):
