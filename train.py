@@ -371,7 +371,7 @@ def plot(out_dir):
     fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
     for key, label, style in ("loss", "training", {"alpha": 0.7, "lw": 1}), ("val_loss", "validation", {"marker": "o", "ms": 3}):
         ax.plot([x["step"] for x in lines if key in x], [x[key] for x in lines if key in x], label=label, **style)
-    ax.set(xlabel="step", ylabel="loss, nats a token", title=out_dir)
+    ax.set(xlabel="step", ylabel="loss, nats a token", yscale="log", title=out_dir)
     ax.grid(alpha=0.3)
     ax.legend()
     path = os.path.join(out_dir, "loss.png")
