@@ -390,6 +390,8 @@ def load(folder):
     Every file is checked against meta.json. Raises Refusal.
     """
     folder, name = Path(folder), "meta.json"
+    if not folder.exists():
+        raise Refusal(f"there is no dataset {folder}: python prepare.py --dataset=FILE --name={folder.name} makes it")
     try:
         meta = json.loads((folder / name).read_text(encoding="utf-8"))
         splits = {s: (meta["splits"][s]["tokens"], meta["splits"][s]["sha256"]) for s in SPLITS}

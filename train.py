@@ -8,6 +8,7 @@ Read from the bottom: main() prepares, fit() is the loop, train_step() is one up
 Fine-tuning calls fit and train_step with its own batches and loss.
 """
 import functools
+import importlib.util
 import json
 import math
 import os
@@ -84,6 +85,8 @@ class TrainConfig:
         for key, choices in ("optimizer", ("muon", "adamw")), ("schedule", ("cosine", "linear")), ("loss", ("plain", "chunked")):
             if getattr(self, key) not in choices:
                 raise ValueError(f"{key} must be one of {' | '.join(choices)}, not {getattr(self, key)!r}")
+        if self.wandb_log and not importlib.util.find_spec("wandb"):
+            raise ValueError("wandb_log needs wandb: pip install wandb")
         if self.loss == "chunked" and not hasattr(torch.nn, "LinearCrossEntropyOptions"):
             raise ValueError(f"loss=chunked needs a torch with linear_cross_entropy (2.13); this is {torch.__version__}")
 
@@ -331,10 +334,7 @@ class Log:
         checkpoint.write_atomic(path, lambda f: f.write("".join(kept).encode()))
         self.file, self.wandb = open(path, "a", encoding="utf-8", buffering=1), None
         if cfg.wandb_log:
-            try:
-                import wandb
-            except ImportError:
-                raise Refusal("wandb_log needs wandb: pip install wandb")
+            import wandb
             self.wandb = wandb.init(project="tinylm", name=os.path.basename(cfg.out_dir), config=asdict(cfg), resume="allow")
 
     def write(self, line):
@@ -401,6 +401,10 @@ def inherit(cfg, ckpt, path, resume):
     return cfg
 
 
+def is_empty_folder(path):
+    return os.path.isdir(path) and not os.listdir(path)
+
+
 def move_aside(out_dir):
     aside = f"{out_dir.rstrip('/')}.old-{time.strftime('%Y%m%d-%H%M%S')}"
     os.rename(out_dir, aside)
@@ -413,11 +417,10 @@ def main(cfg):
         path = checkpoint.find(cfg.out_dir if resume else cfg.init_from, "ckpt.pt" if resume else "ckpt_best.pt")
         ckpt = checkpoint.load(path)
         cfg = inherit(cfg, ckpt, path, resume)
-    if not resume and not cfg.eval_only and os.path.exists(cfg.out_dir) and (not os.path.isdir(cfg.out_dir) or os.listdir(cfg.out_dir)):
-        if not cfg.overwrite:
-            raise Refusal(f"{cfg.out_dir} is there already: --init_from=resume goes on with it, --overwrite moves it aside, "
-                          f"--out_dir=OTHER writes elsewhere")
-        move_aside(cfg.out_dir)
+    in_the_way = not resume and not cfg.eval_only and os.path.exists(cfg.out_dir) and not is_empty_folder(cfg.out_dir)
+    if in_the_way and not cfg.overwrite:
+        raise Refusal(f"{cfg.out_dir} is there already: --init_from=resume goes on with it, --overwrite moves it aside, "
+                      f"--out_dir=OTHER writes elsewhere")
     compute = resolve(cfg.device, cfg.dtype, cfg.compile)
 
     folder = os.path.join("data", cfg.dataset)
@@ -463,6 +466,8 @@ def main(cfg):
         prompt = prompt_ids(tokenizer, cfg.start)
         return cfg.start + tokenizer.decode([ids[0] for ids in generate(model, [prompt], min(cfg.block_size, 200), stop=tokenizer.eot, seed=cfg.seed)])
 
+    if in_the_way:
+        move_aside(cfg.out_dir)
     if not cfg.eval_only:
         fit(trained, cfg, compute, get_batches, validate, save, preview, ckpt if resume else None,
             flops_per_token(model, cfg.block_size))

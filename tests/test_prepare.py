@@ -396,7 +396,7 @@ def test_a_killed_run_leaves_nothing_under_the_name(target, call, overwrite):
         assert len(kept) == 1 and bins(kept[0]) == before and load(kept[0])
     else:
         assert not Path("data/d").exists()
-        assert "meta.json: there is no such file" in refusal(load, "data/d")
+        assert "there is no dataset data/d" in refusal(load, "data/d")
         assert make()  # and what is left is in nobody's way
 
 

@@ -211,6 +211,9 @@ def test_an_existing_out_dir_is_refused_or_moved_aside(lab):
     with pytest.raises(Refusal, match="--init_from=resume"):
         run_train(lab, "--out_dir=o", "--max_iters=1")
     assert (lab / "o/ckpt.pt").read_bytes() == before
+    with pytest.raises(Refusal, match="no dataset"):
+        run_train(lab, "--out_dir=o", "--dataset=none", "--overwrite")
+    assert (lab / "o/ckpt.pt").read_bytes() == before  # moved aside only once nothing else is wrong
     run_train(lab, "--out_dir=o", "--max_iters=2", "--overwrite")
     aside = [p for p in lab.iterdir() if p.name.startswith("o.old-")]
     assert len(aside) == 1 and (aside[0] / "ckpt.pt").read_bytes() == before
