@@ -24,12 +24,6 @@ class Compute:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
-    def synchronize(self):
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        elif self.device.type == "mps":
-            torch.mps.synchronize()
-
 
 def resolve(device="auto", dtype="auto", compile="auto"):
     """Compute for three settings as they stand on the command line. Raises Refusal for what this machine cannot do."""

@@ -75,7 +75,7 @@ class RMSNorm(nn.Module):
 
     def __init__(self, dim, eps, bias=False):  # bias: for LayerNorm's signature; this norm never has one
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(dim))
+        self.weight = nn.Parameter(torch.ones(dim))
         self.eps = eps
 
     def forward(self, x):
@@ -361,13 +361,12 @@ class Transformer(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """GPT-2's: N(0, 0.02), the projections into the residual stream smaller by sqrt(2 n_layer), gains 1, biases 0."""
+        """GPT-2's: N(0, 0.02), the projections into the residual stream smaller by sqrt(2 n_layer), biases 0.
+        Norms start by themselves: gains 1, biases 0."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
-            elif isinstance(module, (RMSNorm, nn.LayerNorm)):
-                nn.init.ones_(module.weight)
-            if getattr(module, "bias", None) is not None:
+            if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
         for block in self.blocks:
             for module in block.attn.o_proj, block.mlp.down_proj:

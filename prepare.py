@@ -360,6 +360,13 @@ def build(cfg, tmp):
             os.fsync(f.fileno())
 
 
+def move_aside(folder):
+    folder = Path(folder)
+    old = folder.with_name(f"{folder.name}.old-{datetime.now():%Y%m%d-%H%M%S-%f}")
+    folder.rename(old)
+    print(f"what was {folder} is now {old}")
+
+
 def prepare(cfg):
     """Makes data/NAME and returns its path, or changes nothing: it appears under its name when it is complete.
 
@@ -373,9 +380,7 @@ def prepare(cfg):
         tmp.mkdir(parents=True)
         build(cfg, tmp)
         if folder.exists() and cfg.overwrite:
-            old = folder.with_name(f"{cfg.name}.old-{datetime.now():%Y%m%d-%H%M%S-%f}")
-            folder.rename(old)
-            print(f"what was {folder} is now {old}")
+            move_aside(folder)
         tmp.rename(folder)
     except OSError as e:
         raise Refusal(f"cannot prepare {folder}: {e}", status=1)

@@ -96,10 +96,10 @@ def generate(model, prompts, max_new_tokens, temperature=0.8, top_k=200, top_p=1
                              f"end with --past_end=recompute")
     rng, half = torch.Generator(device).manual_seed(seed), max(1, c.block_size // 2)
     windows = [list(p) if len(p) <= c.block_size else list(p[-half:]) for p in prompts]  # what the model sees of each row
-    seen = torch.zeros(len(prompts), c.vocab_size, dtype=torch.bool, device=device)
-    for row, prompt in enumerate(prompts):
-        seen[row, prompt] = True
-    every_row = torch.arange(len(prompts), device=device)
+    if repetition_penalty != 1:
+        seen, every_row = torch.zeros(len(prompts), c.vocab_size, dtype=torch.bool, device=device), torch.arange(len(prompts), device=device)
+        for row, prompt in enumerate(prompts):
+            seen[row, prompt] = True
     ended, cache, was_training = [None] * len(prompts), None, model.training
     model.eval()
     try:
@@ -112,7 +112,8 @@ def generate(model, prompts, max_new_tokens, temperature=0.8, top_k=200, top_p=1
             if repetition_penalty != 1:
                 logits = penalized(logits, seen, repetition_penalty)
             ids = next_token(logits, temperature, top_k, top_p, rng)
-            seen[every_row, ids] = True
+            if repetition_penalty != 1:
+                seen[every_row, ids] = True
             new = ids.tolist()
             for row, id in enumerate(new):
                 windows[row].append(id)

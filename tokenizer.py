@@ -287,7 +287,7 @@ class Tokenizer:
         partial.write_bytes(self.to_str().encode())
         os.replace(partial, path)
 
-    @property
+    @cached_property
     def sha256(self):
         return hashlib.sha256(self.to_str().encode()).hexdigest()
 

@@ -1,8 +1,8 @@
 """Trains a model and writes it, its log and a loss plot to out_dir.
 
-    python train.py                                                        the toy stories, about two minutes on a laptop
+    python train.py                                                        the toy stories, about two minutes on two cores
     python train.py configs/tiny.toml --dataset=ts --out_dir=out/ts        what prepare.py wrote to data/ts
-    python train.py --out_dir=out/ts --init_from=resume --max_iters=8000   goes on, exactly as if it had never stopped
+    python train.py --out_dir=out/ts --init_from=resume                    goes on with a stopped run, to the bit
 
 Read from the bottom: main() prepares, fit() is the loop, train_step() is one update.
 Fine-tuning calls fit and train_step with its own batches and loss.
@@ -114,8 +114,12 @@ def training_rows(data, T, seed, first, n):
         epoch, i = divmod(r, per_epoch)
         start = epoch_starts(len(data), T, seed, epoch)[i]
         rows.append(data[start:start + T + 1])
-    rows = torch.from_numpy(np.stack(rows).astype(np.int64))
-    return {"idx": rows[:, :-1], "targets": rows[:, 1:]}
+    return shifted(torch.from_numpy(np.stack(rows).astype(np.int64)))
+
+
+def shifted(rows):
+    """Rows of ids (n, T+1), -100 where there is none, as a batch whose targets are one token ahead."""
+    return {"idx": rows[:, :-1].clamp(min=0), "targets": rows[:, 1:]}
 
 
 def to(batch, device):
@@ -189,8 +193,7 @@ def evaluate(model, data, cfg, compute, tokens=0):
         for row, start in zip(rows, some):
             piece = data[start:start + T + 1]
             row[:len(piece)] = piece
-        rows = torch.from_numpy(rows)
-        batch = to({"idx": rows[:, :-1].clamp(min=0), "targets": rows[:, 1:]}, compute.device)
+        batch = to(shifted(torch.from_numpy(rows)), compute.device)
         with compute.autocast():
             total += float(next_token_loss(model, batch))
         count += count_targets(batch)
@@ -211,7 +214,7 @@ def document_nats(model, documents, eot, compute, batch_size=32):
         rows = torch.full((len(some), longest + 1), -100)
         for row, ids in zip(rows, some):
             row[:len(ids) + 2] = torch.tensor([eot, *ids, eot])
-        batch = to({"idx": rows[:, :-1].clamp(min=0), "targets": rows[:, 1:]}, compute.device)
+        batch = to(shifted(rows), compute.device)
         with compute.autocast():
             nats.append(model(**batch, reduction="none")[1].double().sum(1).cpu())
     model.train(was_training)
@@ -241,7 +244,7 @@ def train_step(model, optimizers, batches, compute, seed=(0, 0), grad_clip=0.0, 
             scaler.unscale_(o)
     norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf)
     loss, norm = torch.stack((loss, norm)).tolist()  # the one wait for the device in a step
-    if math.isfinite(loss) and (scaler or math.isfinite(norm)):
+    if usable(loss, norm, scaler):
         for o in optimizers:
             scaler.step(o) if scaler else o.step()
         if scaler:
@@ -249,6 +252,11 @@ def train_step(model, optimizers, batches, compute, seed=(0, 0), grad_clip=0.0, 
     for o in optimizers:
         o.zero_grad(set_to_none=True)
     return loss, norm
+
+
+def usable(loss, norm, scaler):
+    """Whether a step may be taken. With a loss scaler a gradient that is not finite is its business: it skips the step."""
+    return math.isfinite(loss) and (scaler is not None or math.isfinite(norm))
 
 
 def fit(model, cfg, compute, get_batches, validate, save, preview=None, resumed=None, flops=0,
@@ -279,7 +287,7 @@ def fit(model, cfg, compute, get_batches, validate, save, preview=None, resumed=
             paused = time.perf_counter()
             figures = validate()
             if not math.isfinite(figures["val_loss"]):
-                raise Refusal(f"the validation loss is {figures['val_loss']} at step {step}; {advice(cfg, first)}", status=1)
+                raise Refusal(f"the validation loss is {figures['val_loss']} at step {step}; {advice(cfg)}", status=1)
             better = figures["val_loss"] < best
             best = min(best, figures["val_loss"])
             if step > first:
@@ -300,8 +308,8 @@ def fit(model, cfg, compute, get_batches, validate, save, preview=None, resumed=
                 group["lr"] = lr * group["lr_scale"]
         batches = get_batches(step)
         loss, norm = train_step(model, optimizers, batches, compute, (cfg.seed, step), cfg.grad_clip, scaler, loss_fn, count)
-        if not math.isfinite(loss) or not (scaler or math.isfinite(norm)):
-            raise Refusal(f"the loss is {loss} and its gradient norm {norm} at step {step}; {advice(cfg, first)}", status=1)
+        if not usable(loss, norm, scaler):
+            raise Refusal(f"the loss is {loss} and its gradient norm {norm} at step {step}; {advice(cfg)}", status=1)
         step, tokens = step + 1, tokens + sum(b["idx"].numel() for b in batches)
         losses.append(loss)
         bar.update()
@@ -318,7 +326,7 @@ def fit(model, cfg, compute, get_batches, validate, save, preview=None, resumed=
     return figures
 
 
-def advice(cfg, first):
+def advice(cfg):
     kept = "the last checkpoint in {} is as it was" if os.path.exists(os.path.join(cfg.out_dir, "ckpt.pt")) else "{} has no checkpoint yet"
     return f"try a lower --learning_rate or a longer --warmup_iters; {kept.format(cfg.out_dir)}"
 
@@ -405,12 +413,6 @@ def is_empty_folder(path):
     return os.path.isdir(path) and not os.listdir(path)
 
 
-def move_aside(out_dir):
-    aside = f"{out_dir.rstrip('/')}.old-{time.strftime('%Y%m%d-%H%M%S')}"
-    os.rename(out_dir, aside)
-    print(f"moved the old {out_dir} to {aside}")
-
-
 def main(cfg):
     resume, ckpt = cfg.init_from == "resume", None
     if cfg.init_from != "scratch":
@@ -467,7 +469,7 @@ def main(cfg):
         return cfg.start + tokenizer.decode([ids[0] for ids in generate(model, [prompt], min(cfg.block_size, 200), stop=tokenizer.eot, seed=cfg.seed)])
 
     if in_the_way:
-        move_aside(cfg.out_dir)
+        prepare.move_aside(cfg.out_dir)
     if not cfg.eval_only:
         fit(trained, cfg, compute, get_batches, validate, save, preview, ckpt if resume else None,
             flops_per_token(model, cfg.block_size))
@@ -483,8 +485,7 @@ def main(cfg):
 def floor_line(model, tokenizer, val, compute, n=500):
     """How far the model is above the exact entropy of the toy stories: the same stories scored by both, in nats a story."""
     ends = np.flatnonzero(val[:200 * n] == tokenizer.eot)[:n]
-    documents = [part.tolist() for part in np.split(val[:ends[-1]], ends[:-1])]
-    documents = [d[1:] if d[0] == tokenizer.eot else d for d in documents]
+    documents = [val[start:end].tolist() for start, end in zip([0, *ends + 1], ends)]
     floor = -np.array([toy_stories.log_prob(tokenizer.decode(d)) for d in documents])
     gap = document_nats(model, documents, tokenizer.eot, compute) - floor
     return (f"{len(documents)} unseen stories: {(floor + gap).mean():.2f} nats a story, {100 * gap.mean() / floor.mean():.1f}% above "
