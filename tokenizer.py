@@ -17,7 +17,6 @@ str, which UTF-8 cannot hold, counts as U+FFFD.
 import codecs
 import hashlib
 import heapq
-import json
 import os
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -29,28 +28,14 @@ from pathlib import Path
 import regex
 import tiktoken
 
-EOT = "<|endoftext|>"
+import tokenizer_json
+from tokenizer_json import BYTE_CHAR, EOT, byte_chars
+
 # GPT-2's split: contractions; letters, digits or other marks, each with the space before; whitespace that is left over.
 # (Written shorter than in its encoder.py; it splits the same.)
 SPLIT = regex.compile(r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 GAP = 100_000  # whitespace in a row; from a million on, tiktoken's regular expressions panic (a BaseException)
 LONG_GAP = regex.compile(r"(?<!\s)\s{%d}" % GAP)  # (?<!\s): tried once a run, not at each of its characters
-
-# In JSON, GPT-2 writes a byte as one visible character: its own in Latin-1, or one from U+0100 on where that is not
-# visible. This dict runs by code point, as the ids do; ids in byte order would break ties between merges differently.
-BYTE_CHAR = {b: chr(b) for b in range(256) if chr(b).isprintable() and chr(b) != " "}
-BYTE_CHAR |= {b: chr(256 + n) for n, b in enumerate(sorted(set(range(256)) - set(BYTE_CHAR)))}
-CHAR_BYTE = {c: b for b, c in BYTE_CHAR.items()}
-
-# tokenizer.json, beside the vocabulary. WordLevel demands an unk_token; as no vocabulary has this one, an unknown
-# character is an error there as it is here (a BPE model would drop it without a word).
-BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-BPE = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
-       "fuse_unk": False, "byte_fallback": False, "ignore_merges": False}
-EACH_CHAR = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
-LAYOUT = {"bpe": {"pre_tokenizer": BYTE_LEVEL, "decoder": BYTE_LEVEL, "model": BPE},
-          "char": {"pre_tokenizer": EACH_CHAR, "decoder": {"type": "Fuse"},
-                   "model": {"type": "WordLevel", "unk_token": "<unk>"}}}
 
 
 def mend(text):
@@ -139,7 +124,7 @@ def recover_merges(tokens, eot):
 class Tokenizer:
     """Made by train, char, gpt2, load or from_str. kind is "bpe" or "char", eot the id of <|endoftext|>.
 
-    Wrong input is a ValueError of one sentence. An instance never changes, and pickles (as its tokenizer.json).
+    Wrong input is a ValueError of one sentence. An instance never changes.
     """
 
     def __init__(self, kind, tokens, eot, merges=None):
@@ -190,20 +175,11 @@ class Tokenizer:
 
         ValueError: no download, or files that do not hold a byte-level BPE. OSError: files that are not there.
         """
-        if folder is None:
-            try:
-                gpt2 = tiktoken.get_encoding("gpt2")
-            except (OSError, ValueError) as e:
-                raise ValueError(f"GPT-2's vocabulary could not be downloaded ({type(e).__name__}): "
-                                 "name a folder that holds its encoder.json and vocab.bpe") from None
-            vocab = {"".join(BYTE_CHAR[b] for b in t): gpt2.encode_single_token(t) for t in gpt2.token_byte_values()}
-            return cls._read(vocab | {EOT: gpt2.eot_token})
         try:
-            vocab = json.loads(Path(folder, "encoder.json").read_text(encoding="utf-8"))
-            merges = Path(folder, "vocab.bpe").read_text(encoding="utf-8").splitlines()[1:]  # after "#version: 0.2"
-            return cls._read(vocab, merges)
+            return cls._checked(*tokenizer_json.gpt2(folder))
         except (ValueError, RecursionError) as e:
-            raise ValueError(f"{folder}: encoder.json and vocab.bpe do not hold GPT-2's vocabulary: {e}") from None
+            where = f"{folder}: encoder.json and vocab.bpe do not hold GPT-2's vocabulary: " if folder else ""
+            raise ValueError(f"{where}{e}") from None
 
     @classmethod
     def load(cls, path):
@@ -217,69 +193,22 @@ class Tokenizer:
     def from_str(cls, text):
         """The tokenizer in the text of a tokenizer.json, ours or a foreign one with GPT-2's split.
 
-        ValueError: not JSON, another model, normalizer, split or post-processor, added tokens beside <|endoftext|>,
-        ids with holes or twice, bytes without a token, merges that are not the ones that make the tokens.
+        ValueError: what tokenizer_json.loads refuses, bytes without a token, merges that do not make the tokens.
         """
-        try:
-            data = json.loads(text)
-            model, added = data["model"], {token["content"]: token["id"] for token in data.get("added_tokens") or []}
-            settings = {key: value for key, value in model.items() if key not in ("vocab", "merges")}
-        except (ValueError, RecursionError) as e:
-            raise ValueError(f"the text is not JSON ({e})") from None
-        except (KeyError, TypeError, AttributeError):
-            raise ValueError("the JSON is no tokenizer.json: model or added_tokens is missing or malformed") from None
-        char, pre, post = settings.get("type") == "WordLevel", data.get("pre_tokenizer"), data.get("post_processor")
-        changed = any(settings.get(key) for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"))
-        for key, found, readable in (
-                ("model", settings, char or settings.get("type") == "BPE" and not changed),
-                ("normalizer", data.get("normalizer"), data.get("normalizer") is None),
-                ("pre_tokenizer", pre, pre == EACH_CHAR if char else isinstance(pre, dict)
-                    and {"use_regex": True, **pre, "trim_offsets": True} == BYTE_LEVEL),  # offsets are not ids
-                ("post_processor", post, post is None or isinstance(post, dict) and not post.get("special_tokens")
-                    and post.get("type") in ("ByteLevel", "TemplateProcessing")),  # templates may add tokens
-                ("added_tokens", list(added), list(added) == [EOT])):
-            if not readable:
-                raise ValueError(f"its {key} is {json.dumps(found):.120}, which this class does not read "
-                                 "(Hugging Face's tokenizers may)")
-        vocab, merges = model.get("vocab"), model.get("merges")
-        return cls._read({**vocab, **added} if isinstance(vocab, dict) else {},
-                         merges if isinstance(merges, list) else [], char)
+        return cls._checked(*tokenizer_json.loads(text))
 
     @classmethod
-    def _read(cls, vocab, merges=None, char=False):
-        """vocab: token text -> id. merges: "left right" or [left, right] each; None stands for those the ids imply."""
-        if not isinstance(vocab, dict) or EOT not in vocab:
-            raise ValueError(f"there is no vocabulary with {EOT}, which separates documents")
-        if any(type(i) is not int for i in vocab.values()) or sorted(vocab.values()) != list(range(len(vocab))):
-            raise ValueError(f"the ids of the {len(vocab)} tokens are not 0 to {len(vocab) - 1}, each used once")
-        texts, eot = sorted(vocab, key=vocab.get), vocab[EOT]
-        for i, text in enumerate(texts):
-            if i != eot and not (len(text) == 1 and mend(text) == text if char else CHAR_BYTE.keys() >= set(text)):
-                kind = "one character" if char else "written in GPT-2's byte characters"
-                raise ValueError(f"token {i} ({text!r:.60}) is not {kind}")
-        if char:
-            return cls("char", [text.encode() for text in texts], eot)
-        tokens = [bytes(CHAR_BYTE[c] for c in text) for text in texts]
-        made = recover_merges(tokens, eot)
-        needed = [[texts[left], texts[right]] for left, right in made]
-        given = needed if merges is None else [m.split(" ") if isinstance(m, str) else m for m in merges]
-        for n, (got, need) in enumerate(zip_longest(given, needed)):
+    def _checked(cls, kind, tokens, eot, given):
+        merges = recover_merges(tokens, eot) if kind == "bpe" else {}
+        needed = [[byte_chars(tokens[left]), byte_chars(tokens[right])] for left, right in merges]
+        for n, (got, need) in enumerate(zip_longest(needed if given is None else given, needed)):
             if got != need:
                 raise ValueError(f"merge {n} is {got!r:.60}, but the tokens in order of id need {need!r:.60} there")
-        return cls("bpe", tokens, eot, made)
+        return cls(kind, tokens, eot, merges)
 
     def to_str(self):
         """The text of tokenizer.json: the same for the same tokenizer, and from_str gives that tokenizer again."""
-        bpe, layout = self.kind == "bpe", LAYOUT[self.kind]
-        texts = ["".join(BYTE_CHAR[b] for b in token) if bpe else token.decode() for token in self.tokens]
-        model = {**layout["model"], "vocab": {text: i for i, text in enumerate(texts)}}
-        if bpe:
-            model["merges"] = [f"{texts[left]} {texts[right]}" for left, right in self.merges]
-        added = {"id": self.eot, "content": EOT, "single_word": False, "lstrip": False, "rstrip": False,
-                 "normalized": False, "special": True}
-        return json.dumps({"version": "1.0", "truncation": None, "padding": None, "added_tokens": [added],
-                           "normalizer": None, "post_processor": None, **layout, "model": model},
-                          ensure_ascii=False, indent=1)
+        return tokenizer_json.dumps(self.kind, self.tokens, self.eot, self.merges)
 
     def save(self, path):
         """Write tokenizer.json under a temporary name, then rename: never half a file. OSError: cannot be written."""
@@ -290,9 +219,6 @@ class Tokenizer:
     @cached_property
     def sha256(self):
         return hashlib.sha256(self.to_str().encode()).hexdigest()
-
-    def __reduce__(self):
-        return Tokenizer.from_str, (self.to_str(),)
 
     @cached_property
     def _fast(self):

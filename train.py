@@ -24,9 +24,9 @@ import checkpoint
 import prepare
 import toy_stories
 from config import Refusal, run
-from device import fast_bfloat16, resolve
+from device import resolve
 from model import ModelConfig, Transformer, flops_per_token, num_params
-from muon import Muon
+from optim import get_lr, make_optimizers
 from sample import generate, prompt_ids
 
 
@@ -126,44 +126,6 @@ def to(batch, device):
     if device.type != "cuda":
         return {key: x.to(device) for key, x in batch.items()}
     return {key: x.pin_memory().to(device, non_blocking=True) for key, x in batch.items()}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Optimizers and learning rate
-
-def make_optimizers(model, cfg, device):
-    """[AdamW], or [AdamW, Muon] with Muon on the matrices inside blocks. By role: matrices, embeddings and the head decay,
-    vectors do not. Frozen parameters are in no group; every other one is in exactly one, and this is checked."""
-    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    hidden = [p for name, p in params.items() if p.dim() == 2 and ".blocks." in f".{name}"]
-    outer = [p for name, p in params.items() if p.dim() == 2 and ".blocks." not in f".{name}"]
-    vectors = [p for p in params.values() if p.dim() < 2]
-    assert sorted(map(id, hidden + outer + vectors)) == sorted(map(id, params.values())), "a parameter not in exactly one group"
-    use_muon = cfg.optimizer == "muon" and hidden
-    scale = cfg.embd_lr_scale if use_muon else 1.0
-    groups = [{"params": outer if use_muon else hidden + outer, "weight_decay": cfg.weight_decay, "lr_scale": scale},
-              {"params": vectors, "weight_decay": 0.0, "lr_scale": scale}]
-    adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2),
-                              fused=device.type == "cuda")
-    if not use_muon:
-        return [adamw]
-    return [adamw, Muon([{"params": hidden, "lr_scale": 1.0}], dtype=torch.bfloat16 if fast_bfloat16(device) else torch.float32, lr=cfg.learning_rate,
-                        momentum=cfg.momentum, weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw")]
-
-
-def get_lr(step, cfg):
-    """The learning rate of a step (the first is 0): linear warm-up, which reaches learning_rate at warmup_iters, then down to
-    min_lr at lr_decay_iters, along a cosine (Loshchilov & Hutter 2017) or constant first and then in a straight line."""
-    end = cfg.lr_decay_iters or cfg.max_iters
-    if step < cfg.warmup_iters:
-        return cfg.learning_rate * (step + 1) / (cfg.warmup_iters + 1)
-    if step >= end:
-        return cfg.min_lr
-    if cfg.schedule == "cosine":
-        part = 0.5 * (1 + math.cos(math.pi * (step - cfg.warmup_iters) / (end - cfg.warmup_iters)))
-    else:
-        part = min(1, (end - step) / (cfg.decay_frac * (end - cfg.warmup_iters)))
-    return part * cfg.learning_rate + (1 - part) * cfg.min_lr
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from muon import Muon, orthogonalize
+from optim import Muon, orthogonalize
 
 SHAPES = [(24, 32), (24, 32), (32, 24), (48, 16), (1, 8)]
 
