@@ -12,7 +12,7 @@ import warnings
 import torch
 
 from config import Refusal
-from model import ModelConfig, Transformer
+from model import ModelConfig, Transformer, num_weights
 from tokenizer import Tokenizer
 
 FORMAT = 1
@@ -33,17 +33,27 @@ def save(path, model, tokenizer, config, step, val_loss, best_val_loss, optimize
 
 
 def write_atomic(path, write):
-    """Calls write(file) on a new file beside path, then puts it in path's place."""
-    tmp = f"{path}.{os.getpid()}.tmp"
+    """Calls write(file) on a file beside path, then puts it in path's place; on disk when this returns.
+
+    What a killed process left beside path is overwritten by the next one. Raises Refusal.
+    """
+    folder, tmp = os.path.dirname(path) or ".", f"{path}.tmp"
     try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        os.makedirs(folder, exist_ok=True)
         with open(tmp, "wb") as f:
             write(f)
             f.flush()
             os.fsync(f.fileno())
         os.replace(tmp, path)
-    except (OSError, RuntimeError) as e:  # torch.save says RuntimeError on a full disk
-        raise Refusal(f"cannot write {path}: {str(e).splitlines()[0]}; what was there before is as it was", status=1)
+        if os.name == "posix":  # the new name is an entry of the folder, which is written on its own
+            handle = os.open(folder, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+    except (OSError, RuntimeError) as e:
+        why = e.strerror if isinstance(e, OSError) else "the disk may be full"  # torch.save raises RuntimeError then
+        raise Refusal(f"cannot write {path}: {why}; what was there before is as it was", status=1)
     finally:
         if os.path.exists(tmp):
             os.remove(tmp)
@@ -93,8 +103,10 @@ def restore(ckpt, path, device="cpu"):
         config = ModelConfig(**ckpt["model_config"])
         if tokenizer.sha256 != ckpt["tokenizer_sha256"] or tokenizer.vocab_size != config.vocab_size:
             raise ValueError("its tokenizer is not the one it was trained with")
+        if num_weights(config) > sum(w.numel() for w in ckpt["model"].values()):  # before memory is taken for them
+            raise ValueError("its weights are fewer than its model_config needs")
         model = Transformer(config)
         model.load_state_dict(ckpt["model"])
-    except (ValueError, TypeError, RuntimeError) as e:
+    except (ValueError, TypeError, AttributeError, RuntimeError) as e:
         raise Refusal(f"{path} is damaged: {str(e).splitlines()[0]}")
     return model.to(device).eval(), tokenizer

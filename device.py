@@ -1,6 +1,7 @@
-"""Where and how a script computes: device, dtype and compile, "auto" resolved once and said with its reason."""
+"""Where and how a script computes: device, dtype and compile, "auto" resolved once and said with its reason; and with whom."""
 import contextlib
 import ctypes
+import os
 import shutil
 import sys
 from dataclasses import dataclass
@@ -18,6 +19,22 @@ class Compute:
     dtype: torch.dtype  # of matrix products; weights and the optimizer stay float32
     compile: bool
     said: str           # one line: what was chosen, and why
+    rank: int = 0       # of this process, among
+    world: int = 1      # so many that torchrun started
+
+    def sum(self, x):
+        """The tensor x summed over all processes, in place where it is on the device. Raises Refusal when one has ended."""
+        if self.world > 1:
+            x = x.to(self.device)
+            try:
+                torch.distributed.all_reduce(x)
+            except RuntimeError as e:
+                raise Refusal(f"process {self.rank} lost another one, whose own message says why ({str(e).splitlines()[0]})", status=1)
+        return x
+
+    def wait(self):
+        """Until every process is here."""
+        self.sum(torch.zeros(1))
 
     def autocast(self):
         if self.dtype == torch.float32:
@@ -25,8 +42,12 @@ class Compute:
         return torch.autocast(self.device.type, dtype=self.dtype)
 
 
-def resolve(device="auto", dtype="auto", compile="auto"):
-    """Compute for three settings as they stand on the command line. Raises Refusal for what this machine cannot do."""
+def resolve(device="auto", dtype="auto", compile="auto", join=False):
+    """Compute for three settings as they stand on the command line; join: with the other processes that torchrun started.
+
+    Raises Refusal for what this machine cannot do.
+    """
+    rank, world, local_rank = (int(os.environ.get(key, n)) if join else n for key, n in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     reasons = []
     if device == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -35,8 +56,10 @@ def resolve(device="auto", dtype="auto", compile="auto"):
         name = device
         reasons.append(f"device={name}")
     try:
-        dev = torch.device(name)
+        dev = torch.device(name, local_rank) if name == "cuda" and world > 1 else torch.device(name)
         torch.empty(1, device=dev)
+        if dev.type not in ("cuda", "mps", "cpu"):
+            raise RuntimeError("only cuda, mps and cpu are known to work")
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         raise Refusal(f"device={name} cannot be used here ({str(e).splitlines()[0]}); --device=cpu always can")
     if dev.type == "cuda":
@@ -66,7 +89,14 @@ def resolve(device="auto", dtype="auto", compile="auto"):
         raise Refusal(f"compile must be auto, true or false, not {compile!r}")
     if compiled and dev.type == "cpu" and sys.platform == "win32":
         raise Refusal("compile=true on a Windows CPU needs a C++ compiler that torch finds; leave it out")
-    return Compute(dev, DTYPES[kind], compiled, ", ".join(reasons))
+    if world > 1:
+        if name not in ("cuda", "cpu"):
+            raise Refusal(f"several processes need --device=cuda, where each takes its own GPU, or --device=cpu, not {name}")
+        if dev.type == "cuda":
+            torch.cuda.set_device(dev)
+        torch.distributed.init_process_group("nccl" if dev.type == "cuda" else "gloo")
+        reasons.append(f"{world} processes")
+    return Compute(dev, DTYPES[kind], compiled, ", ".join(reasons), rank, world)
 
 
 def keep_freed_memory():
@@ -77,6 +107,16 @@ def keep_freed_memory():
         if hasattr(libc, "mallopt"):  # musl has none
             libc.mallopt(-4, 0)            # M_MMAP_MAX: no block is a mapping of its own
             libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD: keep what is free at the end of the heap
+
+
+def memory(device):
+    """Bytes that the device has in all, None where that cannot be told."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows
+        return None
 
 
 def fast_bfloat16(device):

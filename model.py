@@ -39,11 +39,9 @@ class ModelConfig:
 
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
-        for key in "n_layer", "n_head", "n_kv_head", "n_embd", "block_size":
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key} must be at least 1, not {getattr(self, key)}")
-        if self.vocab_size < 0 or self.n_inner < 0:
-            raise ValueError("vocab_size and n_inner cannot be negative; 0 chooses them")
+        for key, least in ("n_layer", 1), ("n_head", 1), ("n_kv_head", 1), ("n_embd", 1), ("block_size", 1), ("n_inner", 0), ("vocab_size", 0):
+            if not least <= getattr(self, key) <= 10 ** 7:
+                raise ValueError(f"{key} must be at least {least} and at most ten million, not {getattr(self, key)}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")
         if self.n_head % self.n_kv_head:
@@ -426,6 +424,12 @@ def num_params(model, positions=True):
     """Parameters, a tied matrix counted once; positions=False leaves out a learned position table, as nanoGPT does."""
     n = sum(p.numel() for p in model.parameters())
     return n if positions or model.config.pos != "learned" else n - model.add_pos.weight.numel()
+
+
+def num_weights(c):
+    """Parameters in matrices, from the config alone; without a learned position table."""
+    inside = c.n_embd * (2 * c.n_embd + 2 * c.n_embd * c.n_kv_head // c.n_head + (2 if c.mlp == "gelu" else 3) * c.n_inner)
+    return c.n_layer * inside + (1 if c.tie_embeddings else 2) * c.vocab_size * c.n_embd
 
 
 def flops_per_token(model, T):

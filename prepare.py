@@ -69,9 +69,13 @@ class Config:
             raise ValueError(f"tokenizer must be bpe, char, gpt2, gpt2:FOLDER or a tokenizer.json, not {self.tokenizer!r}")
         if not 0 < self.val_fraction < 1:
             raise ValueError(f"val_fraction must be between 0 and 1, not {self.val_fraction}")
+        if self.dataset == "hf:":
+            raise ValueError("dataset is hf:NAME, with a NAME of the Hugging Face hub such as hf:roneneldan/TinyStories")
         for key, least in ("num_stories", 1), ("num_proc", 0), ("seed", 0):
             if getattr(self, key) < least:
                 raise ValueError(f"{key} must be at least {least}, not {getattr(self, key)}")
+        if self.num_proc > 1024:
+            raise ValueError(f"num_proc must be at most 1024, not {self.num_proc}")
 
 
 # ---- reading documents
@@ -120,8 +124,11 @@ def read_jsonl(path, cfg):
 
 
 def read_parquet(path, cfg):
-    import pyarrow
-    from pyarrow.parquet import ParquetFile
+    try:
+        import pyarrow
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise Refusal(f"reading {path} needs pyarrow: pip install pyarrow")
     try:
         with ParquetFile(path) as f:
             field(dict.fromkeys(f.schema_arrow.names), cfg.column, path)
@@ -361,9 +368,13 @@ def build(cfg, tmp):
 
 
 def move_aside(folder):
+    """Renames a folder to NAME.old-TIME and says so. Raises Refusal."""
     folder = Path(folder)
     old = folder.with_name(f"{folder.name}.old-{datetime.now():%Y%m%d-%H%M%S-%f}")
-    folder.rename(old)
+    try:
+        folder.rename(old)
+    except OSError as e:
+        raise Refusal(f"cannot move {folder} aside: {e.strerror}", status=1)
     print(f"what was {folder} is now {old}")
 
 

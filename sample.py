@@ -13,8 +13,8 @@ import torch
 
 import checkpoint
 from config import Refusal, run
-from device import resolve
-from model import KVCache
+from device import memory, resolve
+from model import KVCache, kv_cache_bytes
 
 
 @dataclass
@@ -41,13 +41,15 @@ class Config:
             raise ValueError(f"top_p must be above 0 and at most 1, not {self.top_p}")
         if self.repetition_penalty <= 0:
             raise ValueError(f"repetition_penalty must be above 0 (1 is none), not {self.repetition_penalty}")
+        if not -2 ** 63 <= self.seed < 2 ** 63:
+            raise ValueError("seed must have at most 63 bits")
         if self.past_end not in ("stop", "recompute"):
             raise ValueError(f"past_end must be stop or recompute, not {self.past_end!r}")
 
 
 def next_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     """A token a row (B,) from logits (B, V). top_p keeps the token that crosses it (Holtzman et al. 2019)."""
-    if temperature == 0:
+    if temperature < 1e-5:  # divided by less, logits overflow
         return logits.argmax(-1)
     logits = logits.float() / temperature
     if 0 < top_k < logits.size(-1):
@@ -161,7 +163,11 @@ def main(cfg):
     compute = resolve(cfg.device, cfg.dtype, "false")
     model, tokenizer = checkpoint.restore(ckpt, path, compute.device)
     model = model.to(compute.dtype)
-    texts = [t for t in read_start(cfg.start or ckpt["config"].get("start", "")) for _ in range(cfg.num_samples)]
+    starts = read_start(cfg.start or ckpt["config"].get("start", ""))
+    needs = kv_cache_bytes(model.config, cfg.num_samples * len(starts), min(cfg.max_new_tokens, model.config.block_size), compute.dtype.itemsize)
+    if (there := memory(compute.device)) and needs > there:
+        raise Refusal(f"num_samples={cfg.num_samples} needs {needs / 2 ** 30:,.0f} GiB for keys and values, and {compute.device} has {there / 2 ** 30:,.0f}")
+    texts = [t for t in starts for _ in range(cfg.num_samples)]
     try:
         prompts = [prompt_ids(tokenizer, t) for t in texts]
         print(f"{path}: {compute.said}")

@@ -3,8 +3,9 @@
     python train.py                                                        the toy stories, about two minutes on two cores
     python train.py configs/tiny.toml --dataset=ts --out_dir=out/ts        what prepare.py wrote to data/ts
     python train.py --out_dir=out/ts --init_from=resume                    goes on with a stopped run, to the bit
+    torchrun --nproc_per_node=2 train.py                                   the same run, its rows shared by two processes
 
-Read from the bottom: main() prepares, fit() is the loop, train_step() is one update.
+Ctrl-C and SIGTERM end a run after the step at hand, with a checkpoint. Read from the bottom: main() prepares, fit() is the loop, train_step() is one update.
 Fine-tuning calls fit and train_step with its own batches and loss.
 """
 import functools
@@ -12,8 +13,10 @@ import importlib.util
 import json
 import math
 import os
+import signal
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 
 import numpy as np
@@ -24,8 +27,9 @@ import checkpoint
 import prepare
 import toy_stories
 from config import Refusal, run
-from device import resolve
-from model import ModelConfig, Transformer, flops_per_token, num_params
+from device import memory, resolve
+from log import Log, plot
+from model import ModelConfig, Transformer, flops_per_token, num_params, num_weights
 from optim import get_lr, make_optimizers
 from sample import generate, prompt_ids
 
@@ -41,7 +45,7 @@ class TrainConfig:
     eval_tokens: int = 65536                # validation tokens looked at meanwhile, always the same ones; 0 = all
     log_interval: int = 10                  # steps a line of log.jsonl
     batch_size: int = 16                    # rows of block_size tokens in a micro-batch
-    gradient_accumulation_steps: int = 1    # micro-batches in a step
+    gradient_accumulation_steps: int = 1    # micro-batches in a step, of all processes together
     max_iters: int = 500                    # steps
     optimizer: str = "muon"                 # muon (hidden matrices; AdamW for the rest) | adamw
     learning_rate: float = 2.5e-3           # the highest one; Muon's updates are scaled to AdamW's size
@@ -67,9 +71,13 @@ class TrainConfig:
 
     def __post_init__(self):
         super().__post_init__()
+        if not self.out_dir:
+            raise ValueError("out_dir is empty: name a folder")
         for key in "eval_interval", "log_interval", "batch_size", "gradient_accumulation_steps", "max_iters":
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} must be at least 1, not {getattr(self, key)}")
+        if self.seed >= 2 ** 63:
+            raise ValueError("seed must be below 2^63")
         for key in "eval_tokens", "min_lr", "warmup_iters", "lr_decay_iters", "weight_decay", "grad_clip", "seed":
             if getattr(self, key) < 0:
                 raise ValueError(f"{key} cannot be negative")
@@ -140,46 +148,52 @@ def count_targets(batch):
     return int((batch["targets"] != -100).sum())
 
 
-@torch.no_grad()
+@contextmanager
+def evaluating(model):
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
 def evaluate(model, data, cfg, compute, tokens=0):
     """Nats a token on a split (1-D array of ids) in blocks of block_size, each target once; with `tokens` only on about so
-    many, evenly spaced and always the same."""
+    many, evenly spaced and always the same. Processes share the batches; the figure does not depend on how many they are."""
     T = cfg.block_size
     starts = np.arange(0, len(data) - 1, T)
     if 0 < tokens < len(data):
         starts = starts[np.linspace(0, len(starts) - 1, max(1, tokens // T)).astype(int)]
-    total, count, was_training = 0.0, 0, model.training
-    model.eval()
-    for some in np.array_split(starts, math.ceil(len(starts) / cfg.batch_size)):
-        rows = np.full((len(some), T + 1), -100, dtype=np.int64)
-        for row, start in zip(rows, some):
-            piece = data[start:start + T + 1]
-            row[:len(piece)] = piece
-        batch = to(shifted(torch.from_numpy(rows)), compute.device)
-        with compute.autocast():
-            total += float(next_token_loss(model, batch))
-        count += count_targets(batch)
-    model.train(was_training)
-    return total / count
+    batches = np.array_split(starts, math.ceil(len(starts) / cfg.batch_size))
+    sums = torch.zeros(len(batches), 2, dtype=torch.float64)  # nats and targets of each batch
+    with evaluating(model):
+        for i in range(compute.rank, len(batches), compute.world):
+            rows = np.full((len(batches[i]), T + 1), -100, dtype=np.int64)
+            for row, start in zip(rows, batches[i]):
+                piece = data[start:start + T + 1]
+                row[:len(piece)] = piece
+            batch = to(shifted(torch.from_numpy(rows)), compute.device)
+            with compute.autocast():
+                sums[i] = torch.tensor([float(next_token_loss(model, batch)), count_targets(batch)])
+    nats, targets = compute.sum(sums).sum(0).tolist()
+    return nats / targets
 
 
-@torch.no_grad()
 def document_nats(model, documents, eot, compute, batch_size=32):
-    """-log p of each document (a list of ids) and its end, in nats, from its own start after end-of-text: float64 (n,)."""
-    longest, T = max(map(len, documents)) + 1, checkpoint.unwrap(model).config.block_size
-    if longest > T:
-        raise Refusal(f"a document of {longest - 1} tokens does not fit in block_size={T}")
-    was_training, nats = model.training, []
-    model.eval()
-    for i in range(0, len(documents), batch_size):
-        some = documents[i:i + batch_size]
-        rows = torch.full((len(some), longest + 1), -100)
-        for row, ids in zip(rows, some):
-            row[:len(ids) + 2] = torch.tensor([eot, *ids, eot])
-        batch = to(shifted(rows), compute.device)
-        with compute.autocast():
-            nats.append(model(**batch, reduction="none")[1].double().sum(1).cpu())
-    model.train(was_training)
+    """-log p of each document (a list of ids, shorter than block_size) and its end, in nats, from its own start after
+    end-of-text: float64 (n,)."""
+    longest, nats = max(map(len, documents)) + 1, []
+    with evaluating(model):
+        for i in range(0, len(documents), batch_size):
+            some = documents[i:i + batch_size]
+            rows = torch.full((len(some), longest + 1), -100)
+            for row, ids in zip(rows, some):
+                row[:len(ids) + 2] = torch.tensor([eot, *ids, eot])
+            batch = to(shifted(rows), compute.device)
+            with compute.autocast():
+                nats.append(model(**batch, reduction="none")[1].double().sum(1).cpu())
     return torch.cat(nats).numpy()
 
 
@@ -190,17 +204,19 @@ def train_step(model, optimizers, batches, compute, seed=(0, 0), grad_clip=0.0, 
                loss_fn=next_token_loss, count=count_targets):
     """One update from micro-batches (dicts of the model's keyword arguments): (loss, gradient norm) as floats.
 
-    loss_fn(model, batch) is a sum; it is divided once by the count over all micro-batches, so that k micro-batches weigh
-    their targets as one large batch would. Dropout is drawn from (*seed, micro-batch). A loss that is not finite changes nothing.
+    loss_fn(model, batch) is a sum; it is divided once by the count over all micro-batches of all processes, so that k of them
+    weigh their targets as one large batch would. Dropout is drawn from (*seed, micro-batch). A loss that is not finite changes nothing.
     """
-    total, loss = sum(map(count, batches)), 0.0
-    for micro, batch in enumerate(batches):
+    total, loss = compute.sum(torch.tensor(sum(map(count, batches)))).item(), 0.0
+    for micro, batch in enumerate(batches, compute.rank * len(batches)):
         torch.manual_seed(int(np.random.SeedSequence((*seed, micro)).generate_state(1)[0]))
         with compute.autocast():
             part = loss_fn(model, batch) / total
         loss += part.detach()
         (scaler.scale(part) if scaler else part).backward()
     params = [p for o in optimizers for g in o.param_groups for p in g["params"]]
+    if compute.world > 1:
+        loss = sum_gradients(params, loss, compute)
     if scaler:
         for o in optimizers:
             scaler.unscale_(o)
@@ -214,6 +230,15 @@ def train_step(model, optimizers, batches, compute, seed=(0, 0), grad_clip=0.0, 
     for o in optimizers:
         o.zero_grad(set_to_none=True)
     return loss, norm
+
+
+def sum_gradients(params, loss, compute):
+    """Adds up the gradients, and the loss, of all processes in one message. Returns the loss."""
+    grads = [p.grad for p in params if p.grad is not None]
+    flat = compute.sum(torch.cat([g.flatten() for g in (*grads, loss.to(grads[0].dtype))]))
+    for g, summed in zip(grads, flat[:-1].split([g.numel() for g in grads])):
+        g.copy_(summed.view_as(g))
+    return flat[-1]
 
 
 def usable(loss, norm, scaler):
@@ -236,86 +261,109 @@ def fit(model, cfg, compute, get_batches, validate, save, preview=None, resumed=
         step, best, figures = resumed["step"], resumed["best_val_loss"], {"val_loss": resumed["val_loss"]}
         if len(optimizers) != len(resumed["optimizers"]):
             raise Refusal(f"the checkpoint was trained with another optimizer than {cfg.optimizer}")
-        for o, state in zip(optimizers, resumed["optimizers"]):
-            o.load_state_dict(state)
-        if scaler and resumed["scaler"]:
-            scaler.load_state_dict(resumed["scaler"])
-    log = Log(cfg, step)
-    bar = tqdm(total=cfg.max_iters, initial=step, unit="step", dynamic_ncols=True, disable=None, smoothing=0.05)
-    peak, clock, tokens, losses, speed, first = peak_flops(compute), time.perf_counter(), 0, [], {}, step
+        try:
+            for o, state in zip(optimizers, resumed["optimizers"]):
+                o.load_state_dict(state)
+            if scaler and resumed["scaler"]:
+                scaler.load_state_dict(resumed["scaler"])
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            raise Refusal(f"the checkpoint's optimizer state is damaged: {e!r}")
+    log, first_process = Log(cfg, step, compute), compute.rank == 0
+    peak, clock, tokens, losses, speed = peak_flops(compute), time.perf_counter(), 0, [], {}
+    first = saved = step
+
+    def keep(name, **state):
+        if first_process:
+            save(name, step=step, val_loss=figures["val_loss"], best_val_loss=best, **state)
+
     model.train()
-    while True:
-        if (step % cfg.eval_interval == 0 or step == cfg.max_iters) and not (resumed and step == first):
-            paused = time.perf_counter()
-            figures = validate()
-            if not math.isfinite(figures["val_loss"]):
-                raise Refusal(f"the validation loss is {figures['val_loss']} at step {step}; {advice(cfg)}", status=1)
-            better = figures["val_loss"] < best
-            best = min(best, figures["val_loss"])
-            if step > first:
-                state = dict(step=step, val_loss=figures["val_loss"], best_val_loss=best, optimizers=optimizers, scaler=scaler)
-                save("ckpt.pt", **state)
-                if better:
-                    save("ckpt_best.pt", **{**state, "optimizers": (), "scaler": None})
-            log.write({"step": step, **figures})
-            bar.write(f"step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in figures.items()) +
-                      "".join(f", {k} {v:,}" for k, v in speed.items()) +
-                      (f"\n{preview()}\n" if preview else ""), file=sys.stderr)
-            clock += time.perf_counter() - paused
-        if step >= cfg.max_iters:
-            break
-        lr = get_lr(step, cfg)
-        for o in optimizers:
-            for group in o.param_groups:
-                group["lr"] = lr * group["lr_scale"]
-        batches = get_batches(step)
-        loss, norm = train_step(model, optimizers, batches, compute, (cfg.seed, step), cfg.grad_clip, scaler, loss_fn, count)
-        if not usable(loss, norm, scaler):
-            raise Refusal(f"the loss is {loss} and its gradient norm {norm} at step {step}; {advice(cfg)}", status=1)
-        step, tokens = step + 1, tokens + sum(b["idx"].numel() for b in batches)
-        losses.append(loss)
-        bar.update()
-        if step % cfg.log_interval == 0 or step == cfg.max_iters:
-            seconds, clock = time.perf_counter() - clock, time.perf_counter()
-            speed = {"tokens_per_s": round(tokens / seconds)}
-            if peak and flops:
-                speed["mfu"] = round(flops * tokens / seconds / peak, 4)
-            log.write({"step": step, "loss": sum(losses) / len(losses), "lr": lr, "grad_norm": norm, **speed})
-            bar.set_postfix({"loss": f"{sum(losses) / len(losses):.3f}", **speed})
-            tokens, losses = 0, []
-    bar.close()
+    with StopAfterStep(compute) as stop, tqdm(total=cfg.max_iters, initial=step, unit="step", dynamic_ncols=True, smoothing=0.05,
+                                              disable=None if first_process else True) as bar:
+        while True:
+            if (step % cfg.eval_interval == 0 or step == cfg.max_iters) and not (resumed and step == first):
+                paused = time.perf_counter()
+                figures = validate()
+                if not math.isfinite(figures["val_loss"]):
+                    raise Refusal(f"the validation loss is {figures['val_loss']} at step {step}; {advice(cfg)}", status=1)
+                better, best = figures["val_loss"] < best, min(best, figures["val_loss"])
+                log.write({"step": step, **figures})
+                if step > first:  # ckpt.pt last: whoever goes on from it finds the log and the best one as it says
+                    if better:
+                        keep("ckpt_best.pt")
+                    keep("ckpt.pt", optimizers=optimizers, scaler=scaler)
+                    saved = step
+                if first_process:
+                    bar.write(f"step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in figures.items()) +
+                              "".join(f", {k} {v:,}" for k, v in speed.items()) +
+                              (f"\n{preview()}\n" if preview else ""), file=sys.stderr)
+                clock += time.perf_counter() - paused
+            if stop.agreed():
+                if step > saved:
+                    keep("ckpt.pt", optimizers=optimizers, scaler=scaler)
+                how = f"; python train.py --out_dir={cfg.out_dir} --init_from=resume goes on" if step else ""
+                raise Refusal(f"stopped at step {step} by {stop.name}{how}", status=stop.status)
+            if step >= cfg.max_iters:
+                break
+            lr = get_lr(step, cfg)
+            for o in optimizers:
+                for group in o.param_groups:
+                    group["lr"] = lr * group["lr_scale"]
+            batches = get_batches(step)
+            loss, norm = train_step(model, optimizers, batches, compute, (cfg.seed, step), cfg.grad_clip, scaler, loss_fn, count)
+            if not usable(loss, norm, scaler):
+                raise Refusal(f"the loss is {loss} and its gradient norm {norm} at step {step}; {advice(cfg)}", status=1)
+            step, tokens = step + 1, tokens + sum(b["idx"].numel() for b in batches) * compute.world
+            losses.append(loss)
+            bar.update()
+            if step % cfg.log_interval == 0 or step == cfg.max_iters:
+                seconds, clock = time.perf_counter() - clock, time.perf_counter()
+                speed = {"tokens_per_s": round(tokens / seconds)}
+                if peak and flops:
+                    speed["mfu"] = round(flops * tokens / seconds / peak / compute.world, 4)
+                log.write({"step": step, "loss": sum(losses) / len(losses), "lr": lr, "grad_norm": norm, **speed})
+                bar.set_postfix({"loss": f"{sum(losses) / len(losses):.3f}", **speed})
+                tokens, losses = 0, []
     log.close()
     return figures
+
+
+class StopAfterStep:
+    """Turns SIGTERM and SIGINT (Ctrl-C) into a wish that agreed() tells, on every process at the same step.
+
+    A second one acts as usual, but not among several processes: there each comes from the terminal and again from torchrun.
+    """
+
+    def __init__(self, compute):
+        self.compute, self.asked = compute, 0
+
+    def __enter__(self):
+        self.before = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def note(self, number, frame):
+        self.asked = number
+        if self.compute.world == 1:
+            signal.signal(number, self.before[number])
+
+    def agreed(self):
+        return self.compute.sum(torch.tensor(self.asked)).item() > 0
+
+    @property
+    def name(self):
+        return signal.Signals(self.asked).name if self.asked else "a signal to another process"
+
+    @property
+    def status(self):
+        return 128 + (self.asked or signal.SIGTERM)  # as a shell says it
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 def advice(cfg):
     kept = "the last checkpoint in {} is as it was" if os.path.exists(os.path.join(cfg.out_dir, "ckpt.pt")) else "{} has no checkpoint yet"
     return f"try a lower --learning_rate or a longer --warmup_iters; {kept.format(cfg.out_dir)}"
-
-
-class Log:
-    """out_dir/log.jsonl, a JSON object a line; lines past the step that a run resumes from are dropped."""
-
-    def __init__(self, cfg, step):
-        path, kept = os.path.join(cfg.out_dir, "log.jsonl"), []
-        if os.path.exists(path):
-            with open(path, encoding="utf-8") as f:
-                kept = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step]
-        checkpoint.write_atomic(path, lambda f: f.write("".join(kept).encode()))
-        self.file, self.wandb = open(path, "a", encoding="utf-8", buffering=1), None
-        if cfg.wandb_log:
-            import wandb
-            self.wandb = wandb.init(project="tinylm", name=os.path.basename(cfg.out_dir), config=asdict(cfg), resume="allow")
-
-    def write(self, line):
-        self.file.write(json.dumps(line) + "\n")
-        if self.wandb:
-            self.wandb.log({k: v for k, v in line.items() if k != "step"}, step=line["step"])
-
-    def close(self):
-        self.file.close()
-        if self.wandb:
-            self.wandb.finish()
 
 
 def peak_flops(compute):
@@ -326,28 +374,6 @@ def peak_flops(compute):
     known = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "T4": 65e12,
              "RTX 4090": 165e12, "RTX 3090": 71e12}
     return next((flops for key, flops in known.items() if key in name), None)
-
-
-def plot(out_dir):
-    """Draws log.jsonl as loss.png. Returns a line to print."""
-    try:
-        import matplotlib
-    except ImportError:
-        return "no loss plot: pip install matplotlib"
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    with open(os.path.join(out_dir, "log.jsonl"), encoding="utf-8") as f:
-        lines = [json.loads(line) for line in f]
-    fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
-    for key, label, style in ("loss", "training", {"alpha": 0.7, "lw": 1}), ("val_loss", "validation", {"marker": "o", "ms": 3}):
-        ax.plot([x["step"] for x in lines if key in x], [x[key] for x in lines if key in x], label=label, **style)
-    ax.set(xlabel="step", ylabel="loss, nats a token", yscale="log", title=out_dir)
-    ax.grid(alpha=0.3)
-    ax.legend()
-    path = os.path.join(out_dir, "loss.png")
-    checkpoint.write_atomic(path, lambda f: fig.savefig(f, format="png", dpi=120))
-    plt.close(fig)
-    return f"loss plot: {path}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -385,12 +411,16 @@ def main(cfg):
     if in_the_way and not cfg.overwrite:
         raise Refusal(f"{cfg.out_dir} is there already: --init_from=resume goes on with it, --overwrite moves it aside, "
                       f"--out_dir=OTHER writes elsewhere")
-    compute = resolve(cfg.device, cfg.dtype, cfg.compile)
+    compute = resolve(cfg.device, cfg.dtype, cfg.compile, join=True)
+    first_process, accumulate, B = compute.rank == 0, cfg.gradient_accumulation_steps, cfg.batch_size
+    if accumulate * B % compute.world:
+        raise Refusal(f"{compute.world} processes cannot share the {accumulate * B} rows of a step evenly: choose another batch_size")
 
     folder = os.path.join("data", cfg.dataset)
-    if cfg.dataset == "toy" and not os.path.exists(folder):
+    if cfg.dataset == "toy" and first_process and not os.path.exists(folder):
         print(f"writing the toy stories to {folder}")
         prepare.prepare(prepare.Config())
+    compute.wait()  # nothing is written to out_dir before everyone has looked at it, nothing read before it is there
     meta, data, tokenizer = prepare.load(folder)
     if len(data["train"]) <= cfg.block_size:
         raise Refusal(f"{folder}/train.bin has {len(data['train'])} tokens, not enough for block_size={cfg.block_size}")
@@ -403,12 +433,13 @@ def main(cfg):
         model, _ = checkpoint.restore(ckpt, path, compute.device)
     else:
         cfg.vocab_size = tokenizer.vocab_size
+        check_memory(cfg, compute.device)
         model = Transformer(ModelConfig(**{key: getattr(cfg, key) for key in MODEL_KEYS})).to(compute.device)
     model.gradient_checkpointing, model.chunked_loss = cfg.gradient_checkpointing, cfg.loss == "chunked"
     cfg.vocab_size = model.config.vocab_size
-    print(compute.said)
-    print(f"{num_params(model):,} parameters, {len(data['train']):,} training tokens, "
-          f"{cfg.batch_size * cfg.gradient_accumulation_steps * cfg.block_size:,} tokens a step")
+    if first_process:
+        print(compute.said)
+        print(f"{num_params(model):,} parameters, {len(data['train']):,} training tokens, {accumulate * B * cfg.block_size:,} tokens a step")
     trained = torch.compile(model) if compute.compile else model
 
     split = meta["splits"]["val"]
@@ -419,9 +450,10 @@ def main(cfg):
         return {"val_loss": loss, "val_bits_per_byte": loss * bits_a_byte}
 
     def get_batches(step):
-        accumulate, B = cfg.gradient_accumulation_steps, cfg.batch_size
-        return [to(training_rows(data["train"], cfg.block_size, cfg.seed, (step * accumulate + micro) * B, B), compute.device)
-                for micro in range(accumulate)]
+        share = accumulate * B // compute.world
+        start = step * accumulate * B + compute.rank * share
+        return [to(training_rows(data["train"], cfg.block_size, cfg.seed, start + row, min(B, share - row)), compute.device)
+                for row in range(0, share, B)]
 
     def save(name, **state):
         checkpoint.save(os.path.join(cfg.out_dir, name), model, tokenizer, asdict(cfg), **state)
@@ -430,24 +462,35 @@ def main(cfg):
         prompt = prompt_ids(tokenizer, cfg.start)
         return cfg.start + tokenizer.decode([ids[0] for ids in generate(model, [prompt], min(cfg.block_size, 200), stop=tokenizer.eot, seed=cfg.seed)])
 
-    if in_the_way:
+    if in_the_way and first_process:
         prepare.move_aside(cfg.out_dir)
     if not cfg.eval_only:
         fit(trained, cfg, compute, get_batches, validate, save, preview, ckpt if resume else None,
             flops_per_token(model, cfg.block_size))
     final = validate(tokens=0)
-    print(f"whole validation split: {final['val_loss']:.4f} nats a token, {final['val_bits_per_byte']:.4f} bits a byte")
-    if meta["source"] == "toy":
-        print(floor_line(trained, tokenizer, data["val"], compute))
-    if not cfg.eval_only:
-        print(plot(cfg.out_dir))
-        print(f"next: python sample.py --out_dir={cfg.out_dir}")
+    if first_process:
+        print(f"whole validation split: {final['val_loss']:.4f} nats a token, {final['val_bits_per_byte']:.4f} bits a byte")
+        if meta["source"] == "toy":
+            print(floor_line(trained, tokenizer, data["val"], compute))
+        if not cfg.eval_only:
+            print(plot(cfg.out_dir))
+            print(f"next: python sample.py --out_dir={cfg.out_dir}")
+
+
+def check_memory(cfg, device):
+    """Refuses what cannot fit: weights, gradients and one or two moments, and the logits of a micro-batch with their gradient."""
+    needs = 12 * num_weights(cfg) + (8 * cfg.batch_size * cfg.block_size * cfg.vocab_size if cfg.loss == "plain" else 0)
+    if (there := memory(device)) and needs > there:
+        raise Refusal(f"this needs more than {needs / 2 ** 30:,.0f} GiB and {device} has {there / 2 ** 30:,.0f}: try a smaller model or batch_size")
 
 
 def floor_line(model, tokenizer, val, compute, n=500):
     """How far the model is above the exact entropy of the toy stories: the same stories scored by both, in nats a story."""
     ends = np.flatnonzero(val[:200 * n] == tokenizer.eot)[:n]
     documents = [val[start:end].tolist() for start, end in zip([0, *ends + 1], ends)]
+    T = checkpoint.unwrap(model).config.block_size
+    if max(map(len, documents)) >= T:
+        return f"the stories, which have up to {max(map(len, documents))} tokens, are not scored whole: block_size is {T}"
     floor = -np.array([toy_stories.log_prob(tokenizer.decode(d)) for d in documents])
     gap = document_nats(model, documents, tokenizer.eot, compute) - floor
     return (f"{len(documents)} unseen stories: {(floor + gap).mean():.2f} nats a story, {100 * gap.mean() / floor.mean():.1f}% above "

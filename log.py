@@ -1,0 +1,71 @@
+"""log.jsonl, a JSON object a line with the step it is about, and loss.png, which draws it."""
+import json
+import os
+from dataclasses import asdict
+
+import checkpoint
+from config import Refusal
+
+
+class Log:
+    """Writes out_dir/log.jsonl, from the first process alone; lines past the step that a run resumes from are dropped."""
+
+    def __init__(self, cfg, step, compute):
+        self.path, self.wandb, self.writes = os.path.join(cfg.out_dir, "log.jsonl"), None, compute.rank == 0
+        if not self.writes:
+            return
+        kept = [json.dumps(line) + "\n" for line in read_log(self.path) if line["step"] <= step]
+        checkpoint.write_atomic(self.path, lambda f: f.write("".join(kept).encode()))
+        if cfg.wandb_log:
+            import wandb
+            self.wandb = wandb.init(project="tinylm", name=os.path.basename(cfg.out_dir), config=asdict(cfg), resume="allow")
+
+    def write(self, line):
+        if not self.writes:
+            return
+        try:
+            with open(self.path, "a", encoding="utf-8") as f:
+                f.write(json.dumps(line) + "\n")
+        except OSError as e:
+            raise Refusal(f"cannot write {self.path}: {e.strerror}", status=1)
+        if self.wandb:
+            self.wandb.log({k: v for k, v in line.items() if k != "step"}, step=line["step"])
+
+    def close(self):
+        if self.wandb:
+            self.wandb.finish()
+
+
+def read_log(path):
+    """The lines of a log.jsonl as dicts, without what is no line of ours: a run that was killed may leave half of one."""
+    def parsed(line):
+        try:
+            line = json.loads(line)
+        except (ValueError, RecursionError):
+            return None
+        return line if isinstance(line, dict) and type(line.get("step")) is int else None
+    if not os.path.exists(path):
+        return []
+    with open(path, encoding="utf-8", errors="replace") as f:
+        return list(filter(None, map(parsed, f)))
+
+
+def plot(out_dir):
+    """Draws log.jsonl as loss.png. Returns a line to print."""
+    try:
+        import matplotlib
+    except ImportError:
+        return "no loss plot: pip install matplotlib"
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    lines = read_log(os.path.join(out_dir, "log.jsonl"))
+    fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
+    for key, label, style in ("loss", "training", {"alpha": 0.7, "lw": 1}), ("val_loss", "validation", {"marker": "o", "ms": 3}):
+        ax.plot([x["step"] for x in lines if key in x], [x[key] for x in lines if key in x], label=label, **style)
+    ax.set(xlabel="step", ylabel="loss, nats a token", yscale="log", title=out_dir)
+    ax.grid(alpha=0.3)
+    ax.legend()
+    path = os.path.join(out_dir, "loss.png")
+    checkpoint.write_atomic(path, lambda f: fig.savefig(f, format="png", dpi=120))
+    plt.close(fig)
+    return f"loss plot: {path}"

@@ -1,0 +1,207 @@
+"""What a user gets wrong, in every script: one line that says what, exit status 2 (1 for a run that failed), nothing changed on disk."""
+import contextlib
+import hashlib
+import json
+import pickle
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+import prepare
+import sample
+import train
+from config import configure, run
+from test_prepare import DOCS, write, write_jsonl, write_parquet, write_txt
+from test_train import SMALL
+from tokenizer import Tokenizer
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = {"prepare": prepare, "train": train, "sample": sample}
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory):
+    """A folder with good data, a good checkpoint, and one of everything that is broken."""
+    folder = tmp_path_factory.mktemp("shop")
+    with contextlib.chdir(folder):
+        prepare.prepare(configure(prepare.Config, ["--num_stories=2000", "--num_proc=1"]))
+        train.main(configure(train.Config, [*SMALL, "--max_iters=1", "--block_size=32"]))
+        write_txt("good.txt", DOCS)
+        write_jsonl("good.jsonl", DOCS)
+        write_parquet("good.parquet", DOCS)
+        write("empty.txt", "")
+        write("blank.txt", " \n<|endoftext|>\n")
+        write("short.txt", "abcdefghij")
+        write("x.csv", "a,b")
+        Path("folder").mkdir()
+        Path("latin.txt").write_bytes(b"caf\xe9 " * 10)
+        Path("latin.toml").write_bytes(b'out_dir = "caf\xe9"')
+        Path("binary.txt").write_bytes(bytes(range(256)) * 10)
+        write("bad.jsonl", '{"text": "a"}\n{"text": \n')
+        write("list.jsonl", "[1, 2]\n")
+        write("number.jsonl", '{"text": 5}\n')
+        write("half.jsonl", '{"text": "\\ud83d"}\n')
+        write("bad.parquet", "PAR1 but not really")
+        write("tokenizer.json", "{}")
+        write("data/taken/x", "")
+        write("a_file", "in the way")
+        Tokenizer.char(["abc"]).save("abc.json")
+        for name, text in {"broken": "n_layer = ", "unknown": "n_layers = 3", "type": 'n_layer = "3"', "float": "n_layer = 3.0", "table": "[model]\nn_layer = 3",
+                           "list": "n_layer = [3]", "twice": "n_layer = 3\nn_layer = 4", "nan": "learning_rate = nan", "vocab": "vocab_size = 300"}.items():
+            write(f"{name}.toml", text)
+        write("empty.pt", "")
+        write("text.pt", "hello")
+        Path("pickle.pt").write_bytes(pickle.dumps({"format": 1}))
+        Path("truncated.pt").write_bytes(Path("out/ckpt.pt").read_bytes()[:5000])
+        good = checkpoint.load("out/ckpt.pt")
+        changes = {"version": {"format": 99}, "shape": {"model_config": good["model_config"] | {"n_layer": 3}}, "step": {"step": "1"},
+                   "huge": {"model_config": good["model_config"] | {"n_layer": 10 ** 6}}, "other_tokenizer": {"tokenizer": Tokenizer.char(["abc"]).to_str()},
+                   "hash": {"tokenizer_sha256": "0" * 64}, "optimizers": {"optimizers": [{}, {}]}, "model": {"model": {"a": 1}}}
+        for name, change in changes.items():
+            Path(name).mkdir()
+            torch.save(good | change, f"{name}/ckpt.pt")
+        Path("code").mkdir()
+        torch.save(good | {"config": Evil()}, "code/ckpt.pt")
+        for name in ("no_meta", "meta_text", "version_meta", "short_bin", "changed_bin", "odd_bin", "no_tokenizer", "foreign_tokenizer", "big_ids"):
+            shutil.copytree("data/toy", f"data/{name}")
+        Path("data/no_meta/meta.json").unlink()
+        write("data/meta_text/meta.json", "hello")
+        meta = json.loads(Path("data/toy/meta.json").read_text())
+        write("data/version_meta/meta.json", json.dumps(meta | {"format": 99}))
+        whole = Path("data/toy/train.bin").read_bytes()
+        Path("data/short_bin/train.bin").write_bytes(whole[:1000])
+        Path("data/odd_bin/train.bin").write_bytes(whole[:1001])
+        Path("data/changed_bin/train.bin").write_bytes(whole[:-2] + b"\x07\x00")
+        Path("data/no_tokenizer/tokenizer.json").unlink()
+        Tokenizer.train(DOCS, 300).save("data/foreign_tokenizer/tokenizer.json")
+        big = np.full(len(whole) // 2, 5000, "<u2").tobytes()
+        Path("data/big_ids/train.bin").write_bytes(big)
+        meta["splits"]["train"]["sha256"] = hashlib.sha256(big).hexdigest()
+        write("data/big_ids/meta.json", json.dumps(meta))
+        prepare.prepare(configure(prepare.Config, ["--dataset=good.txt", "--tokenizer=char", "--name=chars"]))
+    return folder
+
+
+class Evil:
+    """What a pickle may do when it is read."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("code_ran"),)
+
+
+CASES = [
+    ("prepare", "--datasets=good.txt", "did you mean dataset?"), ("prepare", "--vocab_size=big", "must be an integer"),
+    ("prepare", "good.txt", "expected FILE.toml or --key=value"), ("prepare", "--dataset=nowhere.txt", "no file or folder nowhere.txt"),
+    ("prepare", "--dataset=x.csv", ".jsonl .parquet"), ("prepare", "--dataset=folder", ".jsonl .parquet"), ("prepare", "--dataset=", "dataset is empty"),
+    ("prepare", "--dataset=empty.txt", "no text"), ("prepare", "--dataset=blank.txt", "no text"),
+    ("prepare", "--dataset=short.txt --tokenizer=char", "val split has 1 tokens"),
+    ("prepare", "--dataset=latin.txt", "latin.txt is not UTF-8: byte 0xe9 at offset 3;"), ("prepare", "--dataset=binary.txt", "binary.txt is not UTF-8"),
+    ("prepare", "--dataset=good.jsonl --column=story", "choose with --column= from: id, text"),
+    ("prepare", "--dataset=bad.jsonl", "bad.jsonl line 2 is not JSON"), ("prepare", "--dataset=list.jsonl", "it is a list"),
+    ("prepare", "--dataset=number.jsonl", "number.jsonl line 1: column 'text' is not text but 5"), ("prepare", "--dataset=half.jsonl", "not text"),
+    ("prepare", "--dataset=good.parquet --column=story", "choose with --column= from: id, text"),
+    ("prepare", "--dataset=good.parquet --column=id", "not text but 0"), ("prepare", "--dataset=bad.parquet", "cannot read bad.parquet as parquet"),
+    ("prepare", "--dataset=good.txt --vocab_size=100", "257"), ("prepare", "--dataset=good.txt --vocab_size=-1", "257"),
+    ("prepare", "--dataset=good.txt --tokenizer=gpt3", "gpt2:FOLDER"), ("prepare", "--dataset=good.txt --tokenizer=tokenizer.json", "tokenizer.json"),
+    ("prepare", "--dataset=good.txt --tokenizer=missing.json", "missing.json"), ("prepare", "--dataset=good.txt --tokenizer=gpt2:folder", "encoder.json"),
+    ("prepare", "--dataset=good.txt --tokenizer=abc.json", "character"), ("prepare", "--dataset=good.txt --name=taken", "--overwrite"),
+    ("prepare", "--dataset=good.txt --name=../escape", "name '../escape'"), ("prepare", "--dataset=good.txt --name=/tmp/x", "name '/tmp/x'"),
+    ("prepare", "--dataset=good.txt --name=.", "name '.'"), ("prepare", "--dataset=good.txt --val_fraction=0", "between 0 and 1"),
+    ("prepare", "--dataset=good.txt --val_fraction=nan", "finite number"), ("prepare", "--dataset=good.txt --val_fraction=0.001", "val split has 0 tokens"),
+    ("prepare", "--dataset=good.txt --val_fraction=0.999", "no text"), ("prepare", "--num_stories=0", "num_stories must be at least 1"),
+    ("prepare", "--name=n --num_proc=-1", "num_proc must be at least 0"), ("prepare", "--dataset=good.txt --num_proc=1000000000", "num_proc"),
+    ("prepare", "--seed=-1", "seed must be at least 0"), ("prepare", "--dataset=hf: --name=n", "hf:NAME"), ("prepare", "--name=n --overwrite=maybe", "true or false"),
+
+    ("train", "--n_layers=3", "did you mean n_layer?"), ("train", "--lr=3", "learning_rate"), ("train", "n_layer=3", "expected FILE.toml or --key=value"),
+    ("train", "--n_layer", "--n_layer needs a value"), ("train", "--n_layer=three", "must be an integer"), ("train", "--n_layer=3.5", "must be an integer"),
+    ("train", "--learning_rate=nan", "finite number"), ("train", "--learning_rate=inf", "finite number"), ("train", "--overwrite=perhaps", "true or false"),
+    ("train", "missing.toml", "cannot read missing.toml"), ("train", "folder.toml/", "folder.toml/"), ("train", "broken.toml", "not a TOML file"),
+    ("train", "unknown.toml", "did you mean n_layer?"), ("train", "type.toml", "must be an integer"), ("train", "float.toml", "must be an integer"),
+    ("train", "table.toml", "model"), ("train", "list.toml", "must be an integer"), ("train", "twice.toml", "not a TOML file"),
+    ("train", "nan.toml", "finite number"), ("train", "latin.toml", "not a TOML file"), ("train", "vocab.toml --out_dir=n", "vocab_size is the tokenizer's"),
+    ("train", "--n_layer=0", "n_layer must be at least 1"), ("train", "--n_layer=-1", "n_layer must be at least 1"),
+    ("train", "--n_embd=130", "multiple of n_head"), ("train", "--n_head=3", "multiple of n_head"), ("train", "--n_kv_head=3", "multiple of n_kv_head"),
+    ("train", "--n_embd=12 --n_head=4", "must be even"), ("train", "--n_embd=100000000000", "n_embd must be"), ("train", "--n_layer=1000000000000", "n_layer must be"),
+    ("train", "--out_dir=n --n_embd=1000000", "GiB"), ("train", "--out_dir=n --n_layer=10000000", "GiB"),
+    ("train", "--out_dir=n --batch_size=1000000000", "GiB"), ("train", "--block_size=0", "block_size must be"),
+    ("train", "--out_dir=n --block_size=1000000", "not enough for block_size"), ("train", "--norm=batchnorm", "layernorm | rmsnorm"), ("train", "--pos=rotary", "rope"),
+    ("train", "--mlp=relu", "gelu | swiglu"), ("train", "--norm_position=middle", "pre | post"), ("train", "--rope_scaling=yarn:2", "rope_scaling"),
+    ("train", "--rope_theta=0", "above 0"), ("train", "--norm_eps=0", "above 0"), ("train", "--dropout=1", "dropout"), ("train", "--dropout=-0.1", "dropout"),
+    ("train", "--batch_size=0", "batch_size must be at least 1"), ("train", "--max_iters=0", "max_iters must be at least 1"),
+    ("train", "--gradient_accumulation_steps=-1", "gradient_accumulation_steps"), ("train", "--eval_interval=0", "eval_interval"),
+    ("train", "--learning_rate=0", "learning_rate"), ("train", "--learning_rate=-1", "learning_rate"), ("train", "--min_lr=1", "at least min_lr"),
+    ("train", "--weight_decay=-1", "weight_decay"), ("train", "--grad_clip=-1", "grad_clip"), ("train", "--beta1=1", "beta1"), ("train", "--momentum=-0.1", "momentum"),
+    ("train", "--decay_frac=0", "decay_frac"), ("train", "--optimizer=sgd", "muon | adamw"), ("train", "--schedule=step", "cosine | linear"),
+    ("train", "--seed=-1", "seed"), ("train", "--seed=100000000000000000000", "seed"), ("train", "--loss=focal", "plain | chunked"),
+    ("train", "--device=tpu9", "device=tpu9 cannot be used here"), ("train", "--device=cuda:99 --out_dir=n", "cuda:99"), ("train", "--device=meta --out_dir=n", "meta"),
+    ("train", "--dtype=int8 --out_dir=n", "dtype must be"), ("train", "--dtype=float16 --device=cpu --out_dir=n", "float16"), ("train", "--compile=maybe --out_dir=n", "compile must be"),
+    ("train", "", "--overwrite"), ("train", "--out_dir=a_file", "--overwrite"), ("train", "--out_dir=a_file --init_from=resume", "a_file"), ("train", "--out_dir=", "out_dir"),
+    ("train", "--out_dir=n --dataset=none", "no dataset data/none"),
+    ("train", "--out_dir=n --dataset=no_meta", "meta.json: there is no such file"), ("train", "--out_dir=n --dataset=meta_text", "meta.json"),
+    ("train", "--out_dir=n --dataset=version_meta", "format 99"), ("train", "--out_dir=n --dataset=short_bin", "train.bin"),
+    ("train", "--out_dir=n --dataset=odd_bin", "train.bin"), ("train", "--out_dir=n --dataset=changed_bin", "sha256"),
+    ("train", "--out_dir=n --dataset=no_tokenizer", "tokenizer.json: there is no such file"), ("train", "--out_dir=n --dataset=foreign_tokenizer", "not the tokenizer"),
+    ("train", "--out_dir=n --dataset=big_ids", "holds id 5000"), ("train", "--out_dir=n --init_from=nowhere", "no checkpoint in nowhere"),
+    ("train", "--out_dir=n --init_from=resume", "no checkpoint in n"), ("train", "--out_dir=n --init_from=folder", "no checkpoint in folder"),
+    ("train", "--out_dir=n --init_from=text.pt", "not a checkpoint that is safe to read"), ("train", "--out_dir=n --init_from=code", "not a checkpoint that is safe to read"),
+    ("train", "--out_dir=n --init_from=out --dataset=chars", "another tokenizer"), ("train", "--out_dir=n --init_from=out --n_layer=5", "n_layer=2"),
+    ("train", "--init_from=resume --seed=7", "seed=1337"), ("train", "--init_from=resume --dataset=chars", "dataset='toy'"),
+    ("train", "--init_from=resume --optimizer=adamw", "another optimizer"), ("train", "--out_dir=optimizers --init_from=resume --max_iters=3", "damaged"),
+    ("train", "--init_from=resume --pos=alibi", "pos='rope'"), ("train", "--out_dir=huge --init_from=resume", "damaged"),
+
+    ("sample", "--temprature=1", "did you mean temperature?"), ("sample", "--temperature=-1", "temperature"), ("sample", "--temperature=hot", "finite number"),
+    ("sample", "--top_k=-1", "top_k"), ("sample", "--top_k=1.5", "must be an integer"), ("sample", "--top_p=0", "top_p"), ("sample", "--top_p=1.1", "top_p"),
+    ("sample", "--repetition_penalty=0", "repetition_penalty"), ("sample", "--num_samples=0", "num_samples"), ("sample", "--num_samples=1000000000000", "num_samples"),
+    ("sample", "--max_new_tokens=-5", "max_new_tokens"), ("sample", "--past_end=wrap", "past_end"), ("sample", "--seed=100000000000000000000", "seed"),
+    ("sample", "--out_dir=nowhere", "no checkpoint in nowhere"), ("sample", "--out_dir=folder", "no checkpoint in folder"),
+    ("sample", "--out_dir=a_file", "not a checkpoint that is safe to read"), ("sample", "--out_dir=empty.pt", "not a checkpoint that is safe to read"),
+    ("sample", "--out_dir=text.pt", "not a checkpoint that is safe to read"), ("sample", "--out_dir=truncated.pt", "not a checkpoint that is safe to read"),
+    ("sample", "--out_dir=pickle.pt", "pickle.pt"), ("sample", "--out_dir=code", "holds code"), ("sample", "--out_dir=version", "format 99"),
+    ("sample", "--out_dir=shape", "damaged"), ("sample", "--out_dir=step", "step"), ("sample", "--out_dir=huge", "damaged"), ("sample", "--out_dir=model", "damaged"),
+    ("sample", "--out_dir=other_tokenizer", "damaged"), ("sample", "--out_dir=hash", "damaged"), ("sample", "--device=cuda:99", "cuda:99"),
+    ("sample", "--dtype=float16 --device=cpu", "float16"), ("sample", "--start=FILE:nowhere.txt", "cannot read nowhere.txt"),
+    ("sample", "--start=FILE:latin.txt", "not UTF-8"), ("sample", "--start=FILE:folder", "cannot read folder"),
+    ("sample", f"--start='{'once upon a time ' * 20}'", "the context 32"), ("sample", "--start=FILE:good.txt", "tokens and the context 32"),
+]
+
+
+def contents(folder):
+    return {p: p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+
+
+def test_the_table_is_large():
+    assert len(CASES) >= 100 and len({(script, args) for script, args, _ in CASES}) == len(CASES)
+
+
+@pytest.mark.parametrize("script, args, says", CASES)
+def test_bad_input_is_one_line(script, args, says, shop, monkeypatch, capfd):
+    monkeypatch.chdir(shop)
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *shlex.split(args)])
+    before = contents(shop)
+    with pytest.raises(SystemExit) as e:
+        run(SCRIPTS[script].main, SCRIPTS[script].Config)
+    out, err = capfd.readouterr()
+    assert e.value.code == 2 and err.startswith(f"{script}.py: ") and err.count("\n") == 1 and says in err, err
+    assert len(err) < 400
+    assert contents(shop) == before
+
+
+@pytest.mark.parametrize("script, args, says", CASES[:1] + CASES[50:51] + CASES[-1:])
+def test_from_a_shell(script, args, says, shop):
+    done = subprocess.run([sys.executable, ROOT / f"{script}.py", *shlex.split(args)], cwd=shop, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and says in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("script, args, library, says", [
+    ("train", "--out_dir=n --wandb_log", "wandb", "pip install wandb"), ("prepare", "--dataset=hf:a/b --name=n", "datasets", "pip install datasets"),
+    ("prepare", "--dataset=good.parquet --name=n", "pyarrow", "pip install pyarrow")])
+def test_a_missing_library_is_one_line(script, args, library, says, shop, monkeypatch, capfd):
+    monkeypatch.setitem(sys.modules, library, None)
+    test_bad_input_is_one_line(script, args, says, shop, monkeypatch, capfd)

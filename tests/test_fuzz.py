@@ -1,0 +1,100 @@
+"""Every reader of a file, given files that something has happened to: it reads them or refuses them in one line. Nothing else."""
+import contextlib
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings, strategies as st
+
+import checkpoint
+import prepare
+import sample
+from config import Refusal, configure
+from log import read_log
+from model import ModelConfig, Transformer
+from test_prepare import DOCS, write_jsonl, write_parquet, write_txt
+from tokenizer import Tokenizer
+
+FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+def damaged(whole):
+    """Bytes that were `whole`: cut, changed, doubled, or with something put in."""
+    place, junk = st.integers(0, len(whole)), st.one_of(st.binary(max_size=8), st.sampled_from(
+        [b"\x00" * 100, b"\xff\xfe", b'"', b"}", b"[" * 3000, b"null", b"-1", b"1e999", b"99999999999999999999", b"\xed\xa0\x80", b"NaN", b"{}"]))
+    return st.builds(lambda i, j, junk: whole[:i] + junk + whole[j:], place, place, junk)
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("good")
+    with contextlib.chdir(folder):
+        write_txt("c.txt", DOCS)
+        write_jsonl("c.jsonl", DOCS)
+        write_parquet("c.parquet", DOCS)
+        prepare.prepare(configure(prepare.Config, ["--dataset=c.txt", "--name=d", "--vocab_size=300"]))
+        tokenizer = Tokenizer.load("data/d/tokenizer.json")
+        checkpoint.save("ckpt.pt", Transformer(ModelConfig(vocab_size=300, n_layer=1, n_embd=8, n_head=1)), tokenizer, {"seed": 1}, 7, 2.5, 2.25)
+        Path("c.toml").write_text('n_layer = 3\nlearning_rate = 1e-3\nout_dir = "out/x"\nbias = true\n')
+        Path("log.jsonl").write_text("".join(json.dumps({"step": i, "loss": 1.5}) + "\n" for i in range(5)))
+    return folder
+
+
+def read_data(folder):
+    _, data, tokenizer = prepare.load(folder / "data/d")
+    assert all(int(ids.max()) < tokenizer.vocab_size for ids in data.values())
+
+
+def read_checkpoint(folder):
+    path = str(folder / "ckpt.pt")
+    checkpoint.restore(checkpoint.load(path), path)
+
+
+def read_documents(suffix):
+    return lambda folder: list(prepare.documents([folder / f"c{suffix}"], configure(prepare.Config, ["--dataset=toy"])))
+
+
+def read_tokenizer(folder):
+    try:
+        tokenizer = Tokenizer.load(folder / "data/d/tokenizer.json")
+    except ValueError as e:
+        raise Refusal(e)
+    assert tokenizer.decode(tokenizer.encode("a cat sat")) == "a cat sat"
+
+
+def read_config(folder):
+    from train import Config
+    configure(Config, [str(folder / "c.toml")])
+
+
+READERS = {"data/d/meta.json": read_data, "data/d/train.bin": read_data, "data/d/tokenizer.json": read_tokenizer, "ckpt.pt": read_checkpoint,
+           "c.txt": read_documents(".txt"), "c.jsonl": read_documents(".jsonl"), "c.parquet": read_documents(".parquet"), "c.toml": read_config,
+           "log.jsonl": lambda folder: read_log(folder / "log.jsonl")}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_damaged_file_is_read_or_refused_in_one_line(name, good):
+    whole = (good / name).read_bytes()
+    READERS[name](good)
+
+    @FUZZ
+    @given(content=damaged(whole))
+    def check(content):
+        (good / name).write_bytes(content)
+        try:
+            READERS[name](good)
+        except Refusal as e:
+            assert str(e) and "\n" not in str(e) and len(str(e)) < 500
+    try:
+        check()
+    finally:
+        (good / name).write_bytes(whole)
+
+
+@FUZZ
+@given(content=st.binary(max_size=200))
+def test_any_prompt_file(content, tmp_path_factory):
+    path = tmp_path_factory.mktemp("p") / "prompt"
+    path.write_bytes(content)
+    with contextlib.suppress(Refusal):
+        assert all(isinstance(text, str) for text in sample.read_start(f"FILE:{path}"))

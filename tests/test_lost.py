@@ -1,0 +1,156 @@
+"""Nothing is lost: runs that are killed, told to stop, or out of disk go on as if nothing had been."""
+import contextlib
+import json
+import os
+import random
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import checkpoint
+import prepare
+import train
+from children import fork, finish, said, start
+from config import Refusal, configure
+from test_train import lab, load, same  # noqa: F401  (lab is a fixture)
+
+ARGV = ["--n_layer=2", "--n_embd=32", "--n_head=2", "--block_size=16", "--batch_size=4", "--eval_interval=1", "--log_interval=1", "--eval_tokens=64",
+        "--dropout=0.1", "--learning_rate=1e-4", "--device=cpu", "--dtype=float32"]
+
+
+def go_on(lab, out_dir, *argv):
+    with contextlib.chdir(lab):
+        train.main(configure(train.Config, [f"--out_dir={out_dir}", "--init_from=resume", *argv]))
+
+
+def log(lab, out_dir):
+    lines = [json.loads(line) for line in open(lab / out_dir / "log.jsonl", encoding="utf-8")]
+    for line in lines:
+        line.pop("tokens_per_s", None)
+    return lines
+
+
+def assert_same_run(lab, a, b):
+    for name in "ckpt.pt", "ckpt_best.pt":
+        x, y = load(lab, a, name), load(lab, b, name)
+        for key in "step", "model", "optimizers", "val_loss", "best_val_loss":
+            assert same(x[key], y[key]), (name, key)
+    assert log(lab, a) == log(lab, b)
+    assert sorted(os.listdir(lab / b)) == ["ckpt.pt", "ckpt_best.pt", "log.jsonl", "loss.png"]
+
+
+def wait_for(path, n=1):
+    """Until a file has n lines."""
+    for _ in range(3000):
+        if os.path.exists(path) and Path(path).read_bytes().count(b"\n") >= n:
+            return
+        time.sleep(0.02)
+    raise TimeoutError(path)
+
+
+def undisturbed(lab, steps):
+    if not (lab / f"whole{steps}").exists():
+        assert finish(start(lab, "train", *ARGV, f"--max_iters={steps}", f"--out_dir=whole{steps}")) == 0
+    return f"whole{steps}"
+
+
+def test_killed_at_20_random_moments(lab):
+    whole, moments, steps = undisturbed(lab, 120), random.Random(0), []
+    process = start(lab, "train", *ARGV, "--max_iters=120", "--out_dir=killed")
+    for _ in range(20):
+        wait_for(lab / f"err.{process.pid}", 3)  # an evaluation and its sample are printed once the step is saved
+        time.sleep(moments.uniform(0, 0.2))
+        process.kill()
+        assert finish(process) == -signal.SIGKILL, said(lab, process)
+        for name in "ckpt.pt", "ckpt_best.pt":
+            checkpoint.restore(load(lab, "killed", name), name)
+        steps.append(load(lab, "killed")["step"])
+        process = start(lab, "train", "--out_dir=killed", "--init_from=resume")
+    assert finish(process) == 0, said(lab, process)
+    assert steps == sorted(steps) and len(set(steps)) == 20 and steps[-1] < 120, steps
+    assert_same_run(lab, whole, "killed")
+
+
+@pytest.mark.parametrize("place, call", [("write", 1), ("write", 2), ("write", 4), ("fsync", 3), ("fsync", 4), ("fsync", 5), ("fsync", 8), ("fsync", 10),
+                                         ("rename", 2), ("rename", 3), ("rename", 5), ("renamed", 2), ("renamed", 3), ("renamed", 4)])
+def test_killed_at_each_point_of_a_save(lab, place, call):
+    whole, out_dir = undisturbed(lab, 6), f"{place}{call}"
+    process = start(lab, "train", *ARGV, "--max_iters=6", f"--out_dir={out_dir}", fault=(place, call))
+    assert finish(process) == -signal.SIGKILL, said(lab, process)
+    saved = [name for name in ("ckpt.pt", "ckpt_best.pt") if (lab / out_dir / name).exists()]
+    for name in saved:
+        checkpoint.restore(load(lab, out_dir, name), name)
+    if "ckpt.pt" in saved:
+        go_on(lab, out_dir)
+    else:  # killed before there was one: the run starts anew
+        assert finish(start(lab, "train", *ARGV, "--max_iters=6", f"--out_dir={out_dir}", "--overwrite")) == 0
+    assert_same_run(lab, whole, out_dir)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_run_after_its_step_and_says_how_to_go_on(lab, number):
+    whole, out_dir = undisturbed(lab, 120), f"stopped{number}"
+    process = start(lab, "train", *ARGV, "--max_iters=120", "--eval_interval=50", f"--out_dir={out_dir}")
+    wait_for(lab / out_dir / "log.jsonl", 8)
+    os.kill(process.pid, number)
+    assert finish(process) == 128 + number
+    ckpt = load(lab, out_dir)
+    line = f"train.py: stopped at step {ckpt['step']} by {number.name}; python train.py --out_dir={out_dir} --init_from=resume goes on"
+    assert said(lab, process).splitlines()[-1] == line and 7 <= ckpt["step"] < 120
+    go_on(lab, out_dir)
+    assert same(load(lab, out_dir)["model"], load(lab, whole)["model"]) and same(load(lab, out_dir)["optimizers"], load(lab, whole)["optimizers"])
+
+
+def limited(folder, argv, limit):
+    """A training run in a forked process that may write no file larger than limit bytes, as on a disk that is nearly full."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    os.chdir(folder)
+    sys.stdout = sys.stderr = open(os.devnull, "w")
+    try:
+        train.main(configure(train.Config, argv))
+    except Refusal as e:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        Path("refused").write_text(f"{e.status} {e}")
+
+
+@pytest.mark.parametrize("limit, file", [(0, "log.jsonl"), ("a line more", "log.jsonl"), (50_000, "ckpt_best.pt")])
+def test_a_full_disk_is_one_line_and_the_old_checkpoint_stays(lab, limit, file):
+    out_dir = f"full{limit}".replace(" ", "-")
+    with contextlib.chdir(lab):
+        train.main(configure(train.Config, [*ARGV, "--max_iters=4", f"--out_dir={out_dir}"]))
+    before = {name: (lab / out_dir / name).read_bytes() for name in ("ckpt.pt", "ckpt_best.pt")}
+    if limit == "a line more":
+        limit = (lab / out_dir / "log.jsonl").stat().st_size + 150
+    argv = [f"--out_dir={out_dir}", "--init_from=resume", "--max_iters=8", "--lr_decay_iters=8"]
+    process = fork.Process(target=limited, args=(str(lab), argv, limit))
+    process.start()
+    assert finish(process) == 0
+    words = (lab / "refused").read_text()
+    assert words.startswith("1 cannot write ") and "\n" not in words and f"{out_dir}/{file}: " in words, words
+    assert before == {name: (lab / out_dir / name).read_bytes() for name in before}
+    go_on(lab, out_dir, "--max_iters=8")
+    assert load(lab, out_dir)["step"] == 8
+
+
+def test_an_out_dir_that_cannot_be_made_is_one_line(lab):
+    (lab / "file").write_text("in the way")
+    process = start(lab, "train", *ARGV, "--max_iters=2", "--out_dir=file/out")
+    assert finish(process) == 1
+    assert said(lab, process).count("\n") == 1 and said(lab, process).startswith("train.py: cannot write file/out/")
+
+
+def test_two_prepares_of_one_name_at_once(tmp_path):
+    for i in range(4):
+        running = [start(tmp_path, "prepare", "--num_stories=300", f"--seed={seed}", f"--name=d{i}", "--num_proc=1") for seed in (1, 2)]
+        codes = [finish(process) for process in running]
+        assert sorted(codes) in ([0, 1], [0, 2]), [said(tmp_path, process) for process in running]
+        meta, _, _ = prepare.load(tmp_path / f"data/d{i}")
+        assert meta["seed"] == codes.index(0) + 1  # the winner's, whole
+        loser = running[1 - codes.index(0)]
+        assert said(tmp_path, loser).count("\n") == 1
+    assert sorted(p.name for p in (tmp_path / "data").iterdir()) == ["d0", "d1", "d2", "d3"]

@@ -1,0 +1,122 @@
+"""Several processes train as one does: to the bit where they add up the same parts, and whoever they are when a run goes on."""
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from children import finish, fork, said, together
+from config import configure
+from device import resolve
+from test_lost import ARGV, log, wait_for
+from test_model import build, tokens
+from test_train import lab, load, same  # noqa: F401  (lab is a fixture)
+
+ROOT = Path(__file__).parents[1]
+TWO = [*ARGV, "--eval_interval=4", "--eval_tokens=1024", "--gradient_accumulation_steps=2"]
+
+
+def run_together(lab, n, *argv):
+    running = together(lab, n, "train", *argv)
+    assert [finish(p) for p in running] == [0] * n, [said(lab, p) for p in running]
+    return running
+
+
+@pytest.fixture(scope="module")
+def one(lab):
+    with contextlib.chdir(lab):
+        train.main(configure(train.Config, [*TWO, "--max_iters=12", "--out_dir=one"]))
+    return load(lab, "one")
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_two_processes_with_a_micro_batch_each_are_one_with_two_to_the_bit(lab, optimizer):
+    argv = [*TWO, f"--optimizer={optimizer}", "--max_iters=8"]
+    with contextlib.chdir(lab):
+        train.main(configure(train.Config, [*argv, f"--out_dir=1-{optimizer}"]))
+    first, second = run_together(lab, 2, *argv, f"--out_dir=2-{optimizer}")
+    a, b = load(lab, f"1-{optimizer}"), load(lab, f"2-{optimizer}")
+    for key in "step", "model", "optimizers", "val_loss", "best_val_loss":
+        assert same(a[key], b[key]), key
+    assert log(lab, f"1-{optimizer}") == log(lab, f"2-{optimizer}")  # and only one of them has written it
+    assert sorted(os.listdir(lab / f"2-{optimizer}")) == ["ckpt.pt", "ckpt_best.pt", "log.jsonl", "loss.png"]
+    assert "bits a byte" in (lab / f"out.{first.pid}").read_text() and not (lab / f"out.{second.pid}").read_text() and not said(lab, second)
+
+
+def test_a_run_goes_on_with_two_processes_and_with_one_again(lab, one):
+    with contextlib.chdir(lab):
+        train.main(configure(train.Config, [*TWO, "--max_iters=4", "--lr_decay_iters=12", "--out_dir=mixed"]))
+    run_together(lab, 2, "--out_dir=mixed", "--init_from=resume", "--max_iters=8")
+    with contextlib.chdir(lab):
+        train.main(configure(train.Config, ["--out_dir=mixed", "--init_from=resume", "--max_iters=12"]))
+    for key in "step", "model", "optimizers", "val_loss", "best_val_loss":
+        assert same(one[key], load(lab, "mixed")[key]), key
+    assert log(lab, "one") == log(lab, "mixed")
+
+
+def gradient(path, n, rank, env):
+    """Saves what a step of plain gradient descent takes off the weights, which is the gradient: n processes, each with its rows."""
+    os.environ.update(env)
+    torch.set_num_threads(1)
+    compute = resolve("cpu", "float32", "false", join=n > 1)
+    model = build().train()
+    before = [p.detach().clone() for p in model.parameters()]
+    idx, targets = tokens(6), tokens(6, seed=2)
+    targets[0, :15], targets[1, :3], targets[4, 5:] = -100, -100, -100  # unequal numbers of targets
+    batch = {key: x.chunk(n)[rank] for key, x in (("idx", idx), ("targets", targets))}
+    loss, norm = train.train_step(model, [torch.optim.SGD(model.parameters(), lr=1.0)], [batch], compute)
+    torch.save((loss, norm, [b - p.detach() for b, p in zip(before, model.parameters())]), f"{path}.{rank}")
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_gradients_are_those_of_one_process(tmp_path, n):
+    gradient(tmp_path / "one", 1, 0, {})
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    running = [fork.Process(target=gradient, args=(tmp_path / "all", n, rank, dict(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=port))) for rank in range(n)]
+    for process in running:
+        process.start()
+    assert [finish(process) for process in running] == [0] * n
+    loss, norm, expected = torch.load(tmp_path / "one.0")
+    for rank in range(n):
+        l, g, found = torch.load(tmp_path / f"all.{rank}")
+        assert l == pytest.approx(loss, rel=1e-6) and g == pytest.approx(norm, rel=1e-6)
+        for a, b in zip(found, expected):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+def test_rows_that_cannot_be_shared_are_refused(lab):
+    running = together(lab, 2, "train", *ARGV, "--batch_size=3", "--out_dir=odd")
+    assert [finish(p) for p in running] == [2, 2]
+    assert all("2 processes cannot share the 3 rows" in said(lab, p) for p in running) and not (lab / "odd").exists()
+
+
+def test_torchrun_and_a_signal_that_stops_all_at_one_step(lab):
+    """The real launcher, with the default batch: a step's rows are split. SIGTERM reaches one worker alone, and all stop with it."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}", ROOT / "train.py",
+               *ARGV, "--max_iters=100000", "--eval_interval=1000", "--out_dir=torchrun"]
+    launcher = subprocess.Popen(command, cwd=lab, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        wait_for(lab / "torchrun/log.jsonl", 5)
+        workers = [int(pid) for pid in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()]
+        assert len(workers) == 2
+        os.kill(workers[1], signal.SIGTERM)
+        out, err = launcher.communicate(timeout=60)
+    finally:
+        launcher.kill()
+    step = load(lab, "torchrun")["step"]
+    assert step >= 4 and err.count(f"stopped at step {step} by ") == 2 and "2 processes" in out, err
+    with contextlib.chdir(lab):
+        train.main(configure(train.Config, ["--out_dir=torchrun", "--init_from=resume", f"--max_iters={step + 1}"]))
+    assert load(lab, "torchrun")["step"] == step + 1
