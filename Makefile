@@ -11,7 +11,7 @@ demo: install
 install: .venv/installed
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest -q tests
+	$(BIN)/python -m pytest -q -n auto --dist=loadfile tests
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv

@@ -79,12 +79,14 @@ def find(out_dir, prefer="ckpt_best.pt"):
 def load(path):
     """The checkpoint as a dict, on the CPU. Raises Refusal, one line, for a file that is none of ours or not whole."""
     try:
-        with open(path, "rb") as f, warnings.catch_warnings():
+        f = open(path, "rb")
+    except OSError as e:
+        raise Refusal(f"cannot read {path}: {e.strerror}")
+    try:
+        with f, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a foreign pickle's protocol; it is refused or fine
             ckpt = torch.load(f, map_location="cpu", weights_only=True)
-    except OSError as e:
-        raise Refusal(f"cannot read {path}: {e.strerror or e}")
-    except Exception:  # the unpickler raises whatever it stumbles over: IndexError, AssertionError, KeyError ...
+    except Exception:  # the unpickler raises whatever it stumbles over: OSError, IndexError, AssertionError, KeyError ...
         raise Refusal(f"{path} is not a checkpoint that is safe to read: it is damaged, foreign, or holds code")
     if not isinstance(ckpt, dict) or "format" not in ckpt:
         raise Refusal(f"{path} is not a TinyLM checkpoint")

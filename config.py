@@ -22,7 +22,8 @@ class Refusal(Exception):
     """What the user has to know, in one line. status 2: the command was wrong; 1: the run failed."""
 
     def __init__(self, message, status=2):
-        super().__init__(" ".join(str(message).split()))
+        line = " ".join(str(message).split())
+        super().__init__(line if len(line) <= 500 else f"{line[:300]} ... {line[-150:]}")  # what a broken file holds may be long
         self.status = status
 
 

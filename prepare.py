@@ -135,7 +135,7 @@ def read_parquet(path, cfg):
             for batch in f.iter_batches(100, columns=[cfg.column]):
                 for text in batch.column(0).to_pylist():
                     yield field({cfg.column: text}, cfg.column, path)
-    except (OSError, pyarrow.ArrowException) as e:
+    except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as e:
         raise Refusal(f"cannot read {path} as parquet: {e}")
 
 

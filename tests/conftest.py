@@ -10,8 +10,4 @@ offline = tests / "offline"
 os.environ["PYTHONPATH"] = os.pathsep.join([str(offline), str(tests), str(tests.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
 exec((offline / "sitecustomize.py").read_text(encoding="utf-8"))
 
-try:
-    import torch
-    torch.set_num_threads(1)  # the tensors are small, and threads that wait for each other spin
-except ImportError:
-    pass
+os.environ["OMP_NUM_THREADS"] = "1"  # the tensors are small, tests run side by side, and threads that wait for each other spin

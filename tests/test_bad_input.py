@@ -119,7 +119,7 @@ CASES = [
     ("prepare", "--name=n --num_proc=-1", "num_proc must be at least 0"), ("prepare", "--dataset=good.txt --num_proc=1000000000", "num_proc"),
     ("prepare", "--seed=-1", "seed must be at least 0"), ("prepare", "--dataset=hf: --name=n", "hf:NAME"), ("prepare", "--name=n --overwrite=maybe", "true or false"),
 
-    ("train", "--n_layers=3", "did you mean n_layer?"), ("train", "--lr=3", "learning_rate"), ("train", "n_layer=3", "expected FILE.toml or --key=value"),
+    ("train", "--n_layers=3", "did you mean n_layer?"), ("train", "--lr=3", "did you mean min_lr?"), ("train", "n_layer=3", "expected FILE.toml or --key=value"),
     ("train", "--n_layer", "--n_layer needs a value"), ("train", "--n_layer=three", "must be an integer"), ("train", "--n_layer=3.5", "must be an integer"),
     ("train", "--learning_rate=nan", "finite number"), ("train", "--learning_rate=inf", "finite number"), ("train", "--overwrite=perhaps", "true or false"),
     ("train", "missing.toml", "cannot read missing.toml"), ("train", "folder.toml/", "folder.toml/"), ("train", "broken.toml", "not a TOML file"),
@@ -140,7 +140,7 @@ CASES = [
     ("train", "--weight_decay=-1", "weight_decay"), ("train", "--grad_clip=-1", "grad_clip"), ("train", "--beta1=1", "beta1"), ("train", "--momentum=-0.1", "momentum"),
     ("train", "--decay_frac=0", "decay_frac"), ("train", "--optimizer=sgd", "muon | adamw"), ("train", "--schedule=step", "cosine | linear"),
     ("train", "--seed=-1", "seed"), ("train", "--seed=100000000000000000000", "seed"), ("train", "--loss=focal", "plain | chunked"),
-    ("train", "--device=tpu9", "device=tpu9 cannot be used here"), ("train", "--device=cuda:99 --out_dir=n", "cuda:99"), ("train", "--device=meta --out_dir=n", "meta"),
+    ("train", "--device=tpu9 --out_dir=n", "device=tpu9 cannot be used here"), ("train", "--device=cuda:99 --out_dir=n", "cuda:99"), ("train", "--device=meta --out_dir=n", "meta"),
     ("train", "--dtype=int8 --out_dir=n", "dtype must be"), ("train", "--dtype=float16 --device=cpu --out_dir=n", "float16"), ("train", "--compile=maybe --out_dir=n", "compile must be"),
     ("train", "", "--overwrite"), ("train", "--out_dir=a_file", "--overwrite"), ("train", "--out_dir=a_file --init_from=resume", "a_file"), ("train", "--out_dir=", "out_dir"),
     ("train", "--out_dir=n --dataset=none", "no dataset data/none"),

@@ -22,7 +22,8 @@ def damaged(whole):
     """Bytes that were `whole`: cut, changed, doubled, or with something put in."""
     place, junk = st.integers(0, len(whole)), st.one_of(st.binary(max_size=8), st.sampled_from(
         [b"\x00" * 100, b"\xff\xfe", b'"', b"}", b"[" * 3000, b"null", b"-1", b"1e999", b"99999999999999999999", b"\xed\xa0\x80", b"NaN", b"{}"]))
-    return st.builds(lambda i, j, junk: whole[:i] + junk + whole[j:], place, place, junk)
+    return st.one_of(st.builds(lambda i, j, junk: whole[:i] + junk + whole[j:], place, place, junk),
+                     st.builds(lambda i, n, junk: whole[:i] + junk + whole[i + n:], place, st.integers(0, 9), junk))
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +85,7 @@ def test_a_damaged_file_is_read_or_refused_in_one_line(name, good):
         try:
             READERS[name](good)
         except Refusal as e:
-            assert str(e) and "\n" not in str(e) and len(str(e)) < 500
+            assert str(e) and "\n" not in str(e) and len(str(e)) <= 500
     try:
         check()
     finally:
