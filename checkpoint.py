@@ -5,6 +5,7 @@
 
 The file holds tensors and plain types alone and is read with weights_only=True: an untrusted one runs no code.
 """
+import contextlib
 import dataclasses
 import os
 import warnings
@@ -17,27 +18,24 @@ from tokenizer import Tokenizer
 
 FORMAT = 1
 KEYS = {"format": int, "config": dict, "model_config": dict, "tokenizer": str, "tokenizer_sha256": str, "step": int,
-        "best_val_loss": float, "val_loss": float, "model": dict, "optimizers": list}
+        "best_val_loss": float, "val_loss": float, "losses": list, "model": dict, "optimizers": list}
 
 
-def save(path, model, tokenizer, config, step, val_loss, best_val_loss, optimizers=(), scaler=None):
+def save(path, model, tokenizer, config, step, val_loss, best_val_loss, losses=(), optimizers=(), scaler=None):
     """Writes the checkpoint under a temporary name, then renames it: path is the old file or the new one, always whole.
 
-    model may be wrapped (torch.compile, DDP); config is a dict of plain types. Raises Refusal where the disk does not take it.
+    model may be wrapped by torch.compile; config is a dict of plain types. Raises Refusal where the disk does not take it.
     """
     ckpt = {"format": FORMAT, "config": config, "model_config": dataclasses.asdict(unwrap(model).config),
             "tokenizer": tokenizer.to_str(), "tokenizer_sha256": tokenizer.sha256, "step": step, "val_loss": float(val_loss),
-            "best_val_loss": float(best_val_loss), "model": unwrap(model).state_dict(),
+            "best_val_loss": float(best_val_loss), "losses": list(losses), "model": unwrap(model).state_dict(),
             "optimizers": [o.state_dict() for o in optimizers], "scaler": scaler.state_dict() if scaler else {}}
     write_atomic(path, lambda f: torch.save(ckpt, f))
 
 
 def write_atomic(path, write):
-    """Calls write(file) on a file beside path, then puts it in path's place; on disk when this returns.
-
-    What a killed process left beside path is overwritten by the next one. Raises Refusal.
-    """
-    folder, tmp = os.path.dirname(path) or ".", f"{path}.tmp"
+    """Calls write(file) on a file beside path, then puts it in path's place; on disk when this returns. Raises Refusal."""
+    folder, tmp = os.path.dirname(path) or ".", f"{path}.{os.getpid()}.tmp"
     try:
         os.makedirs(folder, exist_ok=True)
         with open(tmp, "wb") as f:
@@ -52,18 +50,16 @@ def write_atomic(path, write):
             finally:
                 os.close(handle)
     except (OSError, RuntimeError) as e:
-        why = e.strerror if isinstance(e, OSError) else "the disk may be full"  # torch.save raises RuntimeError then
+        why = e.strerror if isinstance(e, OSError) else f"is the disk full? ({str(e).splitlines()[0]})"  # torch.save says RuntimeError then
         raise Refusal(f"cannot write {path}: {why}; what was there before is as it was", status=1)
     finally:
-        if os.path.exists(tmp):
+        with contextlib.suppress(OSError):
             os.remove(tmp)
 
 
 def unwrap(model):
-    """The Transformer inside torch.compile's and DDP's wrappers."""
-    while hasattr(model, "_orig_mod") or hasattr(model, "module"):
-        model = getattr(model, "_orig_mod", None) or model.module
-    return model
+    """The Transformer inside torch.compile's wrapper."""
+    return getattr(model, "_orig_mod", model)
 
 
 def find(out_dir, prefer="ckpt_best.pt"):
@@ -73,7 +69,8 @@ def find(out_dir, prefer="ckpt_best.pt"):
     for name in prefer, "ckpt.pt":
         if os.path.isfile(os.path.join(out_dir, name)):
             return os.path.join(out_dir, name)
-    raise Refusal(f"there is no checkpoint in {out_dir}; python train.py --out_dir={out_dir} makes one")
+    overwrite = " --overwrite" if os.path.exists(out_dir) else ""
+    raise Refusal(f"there is no checkpoint in {out_dir}; python train.py --out_dir={out_dir}{overwrite} makes one")
 
 
 def load(path):

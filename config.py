@@ -19,7 +19,7 @@ BOOLS = {"true": True, "1": True, "false": False, "0": False}
 
 
 class Refusal(Exception):
-    """What the user has to know, in one line. status 2: the command was wrong; 1: the run failed."""
+    """What the user has to know, in one line. status 2: the command was wrong; 1: the run failed; above 128: a signal ended it."""
 
     def __init__(self, message, status=2):
         line = " ".join(str(message).split())

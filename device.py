@@ -23,7 +23,8 @@ class Compute:
     world: int = 1      # so many that torchrun started
 
     def sum(self, x):
-        """The tensor x summed over all processes, in place where it is on the device. Raises Refusal when one has ended."""
+        """The tensor x summed over all processes, in place where it is on the device. Raises Refusal when one has ended (over
+        gloo; nccl lets the others hang until torchrun ends them)."""
         if self.world > 1:
             x = x.to(self.device)
             try:
@@ -34,7 +35,16 @@ class Compute:
 
     def wait(self):
         """Until every process is here."""
-        self.sum(torch.zeros(1))
+        self.sum(torch.zeros(1)).item()
+
+    def leave(self):
+        if self.world > 1:
+            torch.distributed.destroy_process_group()
+
+    @property
+    def first(self):
+        """Whether this is the process that writes and prints."""
+        return self.rank == 0
 
     def autocast(self):
         if self.dtype == torch.float32:
@@ -47,7 +57,9 @@ def resolve(device="auto", dtype="auto", compile="auto", join=False):
 
     Raises Refusal for what this machine cannot do.
     """
-    rank, world, local_rank = (int(os.environ.get(key, n)) if join else n for key, n in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, world, local_rank = 0, 1, 0
+    if join and {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        rank, world, local_rank = (int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     reasons = []
     if device == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -94,7 +106,10 @@ def resolve(device="auto", dtype="auto", compile="auto", join=False):
             raise Refusal(f"several processes need --device=cuda, where each takes its own GPU, or --device=cpu, not {name}")
         if dev.type == "cuda":
             torch.cuda.set_device(dev)
-        torch.distributed.init_process_group("nccl" if dev.type == "cuda" else "gloo")
+        try:
+            torch.distributed.init_process_group("nccl" if dev.type == "cuda" else "gloo")
+        except (RuntimeError, ValueError) as e:
+            raise Refusal(f"{world} processes could not find each other: {str(e).splitlines()[0]}", status=1)
         reasons.append(f"{world} processes")
     return Compute(dev, DTYPES[kind], compiled, ", ".join(reasons), rank, world)
 

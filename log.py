@@ -1,4 +1,5 @@
 """log.jsonl, a JSON object a line with the step it is about, and loss.png, which draws it."""
+import glob
 import json
 import os
 from dataclasses import asdict
@@ -11,9 +12,11 @@ class Log:
     """Writes out_dir/log.jsonl, from the first process alone; lines past the step that a run resumes from are dropped."""
 
     def __init__(self, cfg, step, compute):
-        self.path, self.wandb, self.writes = os.path.join(cfg.out_dir, "log.jsonl"), None, compute.rank == 0
-        if not self.writes:
+        self.path, self.wandb, self.first = os.path.join(cfg.out_dir, "log.jsonl"), None, compute.first
+        if not self.first:
             return
+        for left in glob.glob(os.path.join(glob.escape(cfg.out_dir), "*.tmp")):  # by a process that was killed while it wrote
+            os.remove(left)
         kept = [json.dumps(line) + "\n" for line in read_log(self.path) if line["step"] <= step]
         checkpoint.write_atomic(self.path, lambda f: f.write("".join(kept).encode()))
         if cfg.wandb_log:
@@ -21,7 +24,7 @@ class Log:
             self.wandb = wandb.init(project="tinylm", name=os.path.basename(cfg.out_dir), config=asdict(cfg), resume="allow")
 
     def write(self, line):
-        if not self.writes:
+        if not self.first:
             return
         try:
             with open(self.path, "a", encoding="utf-8") as f:
@@ -46,8 +49,11 @@ def read_log(path):
         return line if isinstance(line, dict) and type(line.get("step")) is int else None
     if not os.path.exists(path):
         return []
-    with open(path, encoding="utf-8", errors="replace") as f:
-        return list(filter(None, map(parsed, f)))
+    try:
+        with open(path, encoding="utf-8", errors="replace") as f:
+            return list(filter(None, map(parsed, f)))
+    except OSError as e:
+        raise Refusal(f"cannot read {path}: {e.strerror}")
 
 
 def plot(out_dir):

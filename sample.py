@@ -163,7 +163,7 @@ def main(cfg):
     compute = resolve(cfg.device, cfg.dtype, "false")
     model, tokenizer = checkpoint.restore(ckpt, path, compute.device)
     model = model.to(compute.dtype)
-    starts = read_start(cfg.start or ckpt["config"].get("start", ""))
+    starts = read_start(cfg.start or str(ckpt["config"].get("start", "")))
     needs = kv_cache_bytes(model.config, cfg.num_samples * len(starts), min(cfg.max_new_tokens, model.config.block_size), compute.dtype.itemsize)
     if (there := memory(compute.device)) and needs > there:
         raise Refusal(f"num_samples={cfg.num_samples} needs {needs / 2 ** 30:,.0f} GiB for keys and values, and {compute.device} has {there / 2 ** 30:,.0f}")

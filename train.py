@@ -10,7 +10,6 @@ Fine-tuning calls fit and train_step with its own batches and loss.
 """
 import functools
 import importlib.util
-import json
 import math
 import os
 import signal
@@ -26,7 +25,7 @@ from tqdm import tqdm
 import checkpoint
 import prepare
 import toy_stories
-from config import Refusal, run
+from config import Refusal, convert, run
 from device import memory, resolve
 from log import Log, plot
 from model import ModelConfig, Transformer, flops_per_token, num_params, num_weights
@@ -193,7 +192,7 @@ def document_nats(model, documents, eot, compute, batch_size=32):
                 row[:len(ids) + 2] = torch.tensor([eot, *ids, eot])
             batch = to(shifted(rows), compute.device)
             with compute.autocast():
-                nats.append(model(**batch, reduction="none")[1].double().sum(1).cpu())
+                nats.append(model(**batch, reduction="none")[1].cpu().double().sum(1))
     return torch.cat(nats).numpy()
 
 
@@ -221,7 +220,7 @@ def train_step(model, optimizers, batches, compute, seed=(0, 0), grad_clip=0.0, 
         for o in optimizers:
             scaler.unscale_(o)
     norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf)
-    loss, norm = torch.stack((loss, norm)).tolist()  # the one wait for the device in a step
+    loss, norm = torch.stack((loss, norm)).tolist()  # waits for the device
     if usable(loss, norm, scaler):
         for o in optimizers:
             scaler.step(o) if scaler else o.step()
@@ -263,22 +262,24 @@ def fit(model, cfg, compute, get_batches, validate, save, preview=None, resumed=
             raise Refusal(f"the checkpoint was trained with another optimizer than {cfg.optimizer}")
         try:
             for o, state in zip(optimizers, resumed["optimizers"]):
+                chosen = [{key: g[key] for key in ("weight_decay", "betas", "momentum", "lr_scale") if key in g} for g in o.param_groups]
                 o.load_state_dict(state)
+                for group, settings in zip(o.param_groups, chosen):
+                    group.update(settings)  # the config's: they may be given anew
             if scaler and resumed["scaler"]:
                 scaler.load_state_dict(resumed["scaler"])
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise Refusal(f"the checkpoint's optimizer state is damaged: {e!r}")
-    log, first_process = Log(cfg, step, compute), compute.rank == 0
-    peak, clock, tokens, losses, speed = peak_flops(compute), time.perf_counter(), 0, [], {}
-    first = saved = step
+    log, peak, clock, tokens, speed = Log(cfg, step, compute), peak_flops(compute), time.perf_counter(), 0, {}
+    first, saved, losses = step, step if resumed else -1, resumed["losses"] if resumed else []  # losses: since the last line of the log
 
     def keep(name, **state):
-        if first_process:
-            save(name, step=step, val_loss=figures["val_loss"], best_val_loss=best, **state)
+        if compute.first:
+            save(name, step=step, val_loss=figures["val_loss"], best_val_loss=best, losses=losses, **state)
 
     model.train()
     with StopAfterStep(compute) as stop, tqdm(total=cfg.max_iters, initial=step, unit="step", dynamic_ncols=True, smoothing=0.05,
-                                              disable=None if first_process else True) as bar:
+                                              disable=None if compute.first else True) as bar:
         while True:
             if (step % cfg.eval_interval == 0 or step == cfg.max_iters) and not (resumed and step == first):
                 paused = time.perf_counter()
@@ -292,7 +293,7 @@ def fit(model, cfg, compute, get_batches, validate, save, preview=None, resumed=
                         keep("ckpt_best.pt")
                     keep("ckpt.pt", optimizers=optimizers, scaler=scaler)
                     saved = step
-                if first_process:
+                if compute.first:
                     bar.write(f"step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in figures.items()) +
                               "".join(f", {k} {v:,}" for k, v in speed.items()) +
                               (f"\n{preview()}\n" if preview else ""), file=sys.stderr)
@@ -300,8 +301,9 @@ def fit(model, cfg, compute, get_batches, validate, save, preview=None, resumed=
             if stop.agreed():
                 if step > saved:
                     keep("ckpt.pt", optimizers=optimizers, scaler=scaler)
-                how = f"; python train.py --out_dir={cfg.out_dir} --init_from=resume goes on" if step else ""
-                raise Refusal(f"stopped at step {step} by {stop.name}{how}", status=stop.status)
+                compute.wait()  # torchrun ends all processes soon after the first has ended
+                raise Refusal(f"stopped at step {step} by {stop.name}; python train.py --out_dir={cfg.out_dir} --init_from=resume goes on",
+                              status=stop.status)
             if step >= cfg.max_iters:
                 break
             lr = get_lr(step, cfg)
@@ -330,7 +332,7 @@ def fit(model, cfg, compute, get_batches, validate, save, preview=None, resumed=
 class StopAfterStep:
     """Turns SIGTERM and SIGINT (Ctrl-C) into a wish that agreed() tells, on every process at the same step.
 
-    A second one acts as usual, but not among several processes: there each comes from the terminal and again from torchrun.
+    The same one again acts as usual, but not among several processes: there each comes from the terminal and again from torchrun.
     """
 
     def __init__(self, compute):
@@ -385,10 +387,14 @@ DATA_KEYS = {"dataset", "seed"}
 
 def inherit(cfg, ckpt, path, resume):
     """cfg with what the checkpoint decides: the architecture, and when resuming everything that was not given anew."""
+    types = {f.name: f.type for f in fields(Config)}
     for key, saved in (ckpt["config"] | ckpt["model_config"] if resume else ckpt["model_config"]).items():
-        if key in cfg.given and getattr(cfg, key, saved) != saved and (key in MODEL_KEYS or resume and key in DATA_KEYS):
+        if key not in types:
+            continue
+        saved = convert(saved, types[key], f"{path}: {key}", parse=False)
+        if key in cfg.given and getattr(cfg, key) != saved and (key in MODEL_KEYS or resume and key in DATA_KEYS):
             raise Refusal(f"{path} has {key}={saved!r}, which cannot become {getattr(cfg, key)!r}; leave it out")
-        if key not in cfg.given and key not in ("out_dir", "init_from", "overwrite", "eval_only", "device", "dtype", "compile"):
+        if key not in cfg.given and key not in ("out_dir", "init_from", "overwrite", "eval_only"):
             setattr(cfg, key, saved)
     try:
         cfg.__post_init__()
@@ -412,32 +418,35 @@ def main(cfg):
         raise Refusal(f"{cfg.out_dir} is there already: --init_from=resume goes on with it, --overwrite moves it aside, "
                       f"--out_dir=OTHER writes elsewhere")
     compute = resolve(cfg.device, cfg.dtype, cfg.compile, join=True)
-    first_process, accumulate, B = compute.rank == 0, cfg.gradient_accumulation_steps, cfg.batch_size
+    accumulate, B = cfg.gradient_accumulation_steps, cfg.batch_size
     if accumulate * B % compute.world:
         raise Refusal(f"{compute.world} processes cannot share the {accumulate * B} rows of a step evenly: choose another batch_size")
 
     folder = os.path.join("data", cfg.dataset)
-    if cfg.dataset == "toy" and first_process and not os.path.exists(folder):
+    if cfg.dataset == "toy" and compute.first and not os.path.exists(folder):
         print(f"writing the toy stories to {folder}")
-        prepare.prepare(prepare.Config())
+        try:
+            prepare.prepare(prepare.Config())
+        except Refusal:
+            if not os.path.exists(folder):  # else another run was faster
+                raise
     compute.wait()  # nothing is written to out_dir before everyone has looked at it, nothing read before it is there
     meta, data, tokenizer = prepare.load(folder)
     if len(data["train"]) <= cfg.block_size:
         raise Refusal(f"{folder}/train.bin has {len(data['train'])} tokens, not enough for block_size={cfg.block_size}")
     if "vocab_size" in cfg.given and cfg.vocab_size != tokenizer.vocab_size:
         raise Refusal(f"vocab_size is the tokenizer's, {tokenizer.vocab_size}; leave it out (prepare.py --vocab_size chooses it)")
+    cfg.vocab_size = tokenizer.vocab_size
+    check_memory(cfg, compute.device)
     torch.manual_seed(cfg.seed)
     if ckpt:
         if ckpt["tokenizer_sha256"] != tokenizer.sha256:
             raise Refusal(f"{path} was trained with another tokenizer than {folder}'s; prepare the data with its own")
         model, _ = checkpoint.restore(ckpt, path, compute.device)
     else:
-        cfg.vocab_size = tokenizer.vocab_size
-        check_memory(cfg, compute.device)
         model = Transformer(ModelConfig(**{key: getattr(cfg, key) for key in MODEL_KEYS})).to(compute.device)
     model.gradient_checkpointing, model.chunked_loss = cfg.gradient_checkpointing, cfg.loss == "chunked"
-    cfg.vocab_size = model.config.vocab_size
-    if first_process:
+    if compute.first:
         print(compute.said)
         print(f"{num_params(model):,} parameters, {len(data['train']):,} training tokens, {accumulate * B * cfg.block_size:,} tokens a step")
     trained = torch.compile(model) if compute.compile else model
@@ -462,24 +471,26 @@ def main(cfg):
         prompt = prompt_ids(tokenizer, cfg.start)
         return cfg.start + tokenizer.decode([ids[0] for ids in generate(model, [prompt], min(cfg.block_size, 200), stop=tokenizer.eot, seed=cfg.seed)])
 
-    if in_the_way and first_process:
+    if in_the_way and compute.first:
         prepare.move_aside(cfg.out_dir)
     if not cfg.eval_only:
         fit(trained, cfg, compute, get_batches, validate, save, preview, ckpt if resume else None,
             flops_per_token(model, cfg.block_size))
     final = validate(tokens=0)
-    if first_process:
+    if compute.first:
         print(f"whole validation split: {final['val_loss']:.4f} nats a token, {final['val_bits_per_byte']:.4f} bits a byte")
         if meta["source"] == "toy":
             print(floor_line(trained, tokenizer, data["val"], compute))
         if not cfg.eval_only:
             print(plot(cfg.out_dir))
             print(f"next: python sample.py --out_dir={cfg.out_dir}")
+    compute.leave()
 
 
 def check_memory(cfg, device):
-    """Refuses what cannot fit: weights, gradients and one or two moments, and the logits of a micro-batch with their gradient."""
-    needs = 12 * num_weights(cfg) + (8 * cfg.batch_size * cfg.block_size * cfg.vocab_size if cfg.loss == "plain" else 0)
+    """Refuses what cannot fit: weights, gradients and one or two moments; a micro-batch's logits and their gradient; a step's tokens."""
+    tokens = cfg.batch_size * cfg.block_size
+    needs = 12 * num_weights(cfg) + (8 * tokens * cfg.vocab_size if cfg.loss == "plain" else 0) + 16 * tokens * cfg.gradient_accumulation_steps
     if (there := memory(device)) and needs > there:
         raise Refusal(f"this needs more than {needs / 2 ** 30:,.0f} GiB and {device} has {there / 2 ** 30:,.0f}: try a smaller model or batch_size")
 

@@ -85,11 +85,14 @@ def finish(process, timeout=120):
     return process.exitcode
 
 
-def together(folder, n, script, *argv):
-    """Starts n processes as torchrun does."""
+def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    return [start(folder, script, *argv, RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-            for r in range(n)]
+        return str(s.getsockname()[1])
+
+
+def ranks(n):
+    """The environments of n processes, as torchrun makes them."""
+    port = free_port()
+    return [dict(RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=port) for r in range(n)]
 

@@ -1,6 +1,9 @@
 """Every reader of a file, given files that something has happened to: it reads them or refuses them in one line. Nothing else."""
 import contextlib
 import json
+import subprocess
+import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 import checkpoint
 import prepare
 import sample
+import train
 from config import Refusal, configure
 from log import read_log
 from model import ModelConfig, Transformer
@@ -64,8 +68,7 @@ def read_tokenizer(folder):
 
 
 def read_config(folder):
-    from train import Config
-    configure(Config, [str(folder / "c.toml")])
+    configure(train.Config, [str(folder / "c.toml")])
 
 
 READERS = {"data/d/meta.json": read_data, "data/d/train.bin": read_data, "data/d/tokenizer.json": read_tokenizer, "ckpt.pt": read_checkpoint,
@@ -99,3 +102,32 @@ def test_any_prompt_file(content, tmp_path_factory):
     path.write_bytes(content)
     with contextlib.suppress(Refusal):
         assert all(isinstance(text, str) for text in sample.read_start(f"FILE:{path}"))
+
+
+VALUES = st.one_of(st.text(max_size=8), st.integers().map(str), st.floats().map(str), st.sampled_from(
+    ["", "true", "0", "-1", "1e400", "nan", "99999999999999999999", "layernorm", "rope", "linear:nan", "llama3:1,2,3", "FILE:", "hf:", "..", "\x00"]))
+
+
+@pytest.mark.parametrize("script", [prepare, train, sample])
+def test_any_values_of_real_keys_give_a_config_or_one_line(script):
+    names = [f.name for f in fields(script.Config)]
+
+    @FUZZ
+    @given(keys=st.dictionaries(st.sampled_from(names), VALUES, max_size=4))
+    def check(keys):
+        try:
+            cfg = configure(script.Config, [f"--{key}={value}" for key, value in keys.items()])
+        except Refusal as e:
+            assert str(e) and "\n" not in str(e) and e.status == 2
+        else:
+            assert all(type(getattr(cfg, f.name)) is f.type for f in fields(cfg))
+    check()
+
+
+def test_the_network_is_off():
+    """Here and in the processes that tests start; the tests before this one did without it."""
+    code = "import socket; socket.create_connection(('192.0.2.1', 80), timeout=5)"
+    with pytest.raises(ConnectionRefusedError, match="network off"):
+        exec(code)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "network off" in done.stderr

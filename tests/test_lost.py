@@ -18,7 +18,7 @@ from children import fork, finish, said, start
 from config import Refusal, configure
 from test_train import lab, load, same  # noqa: F401  (lab is a fixture)
 
-ARGV = ["--n_layer=2", "--n_embd=32", "--n_head=2", "--block_size=16", "--batch_size=4", "--eval_interval=1", "--log_interval=1", "--eval_tokens=64",
+ARGV = ["--n_layer=2", "--n_embd=32", "--n_head=2", "--block_size=16", "--batch_size=4", "--eval_interval=1", "--log_interval=3", "--eval_tokens=64",
         "--dropout=0.1", "--learning_rate=1e-4", "--device=cpu", "--dtype=float32"]
 
 
@@ -59,11 +59,12 @@ def undisturbed(lab, steps):
 
 
 def test_killed_at_20_random_moments(lab):
-    whole, moments, steps = undisturbed(lab, 120), random.Random(0), []
+    began, whole, moments, steps = time.time(), undisturbed(lab, 120), random.Random(0), []
+    a_step = (time.time() - began) / 120
     process = start(lab, "train", *ARGV, "--max_iters=120", "--out_dir=killed")
     for _ in range(20):
         wait_for(lab / f"err.{process.pid}", 3)  # an evaluation and its sample are printed once the step is saved
-        time.sleep(moments.uniform(0, 0.2))
+        time.sleep(moments.uniform(0, 3 * a_step))
         process.kill()
         assert finish(process) == -signal.SIGKILL, said(lab, process)
         for name in "ckpt.pt", "ckpt_best.pt":
@@ -95,14 +96,17 @@ def test_killed_at_each_point_of_a_save(lab, place, call):
 def test_a_signal_ends_the_run_after_its_step_and_says_how_to_go_on(lab, number):
     whole, out_dir = undisturbed(lab, 120), f"stopped{number}"
     process = start(lab, "train", *ARGV, "--max_iters=120", "--eval_interval=50", f"--out_dir={out_dir}")
-    wait_for(lab / out_dir / "log.jsonl", 8)
+    wait_for(lab / out_dir / "log.jsonl", 5)
     os.kill(process.pid, number)
     assert finish(process) == 128 + number
     ckpt = load(lab, out_dir)
+    assert log(lab, out_dir)[-1]["step"] >= 9
     line = f"train.py: stopped at step {ckpt['step']} by {number.name}; python train.py --out_dir={out_dir} --init_from=resume goes on"
-    assert said(lab, process).splitlines()[-1] == line and 7 <= ckpt["step"] < 120
+    assert said(lab, process).splitlines()[-1] == line and 9 <= ckpt["step"] < 120
     go_on(lab, out_dir)
-    assert same(load(lab, out_dir)["model"], load(lab, whole)["model"]) and same(load(lab, out_dir)["optimizers"], load(lab, whole)["optimizers"])
+    for key in "model", "optimizers":
+        assert same(load(lab, out_dir)[key], load(lab, whole)[key])
+    assert [x for x in log(lab, out_dir) if "loss" in x] == [x for x in log(lab, whole) if "loss" in x]
 
 
 def limited(folder, argv, limit):
@@ -125,7 +129,7 @@ def test_a_full_disk_is_one_line_and_the_old_checkpoint_stays(lab, limit, file):
         train.main(configure(train.Config, [*ARGV, "--max_iters=4", f"--out_dir={out_dir}"]))
     before = {name: (lab / out_dir / name).read_bytes() for name in ("ckpt.pt", "ckpt_best.pt")}
     if limit == "a line more":
-        limit = (lab / out_dir / "log.jsonl").stat().st_size + 150
+        limit = (lab / out_dir / "log.jsonl").stat().st_size + 50
     argv = [f"--out_dir={out_dir}", "--init_from=resume", "--max_iters=8", "--lr_decay_iters=8"]
     process = fork.Process(target=limited, args=(str(lab), argv, limit))
     process.start()
@@ -145,12 +149,14 @@ def test_an_out_dir_that_cannot_be_made_is_one_line(lab):
 
 
 def test_two_prepares_of_one_name_at_once(tmp_path):
+    lost = []  # 1: at the rename, 2: the other had ended before this one began
     for i in range(4):
         running = [start(tmp_path, "prepare", "--num_stories=300", f"--seed={seed}", f"--name=d{i}", "--num_proc=1") for seed in (1, 2)]
         codes = [finish(process) for process in running]
+        lost.append(max(codes))
         assert sorted(codes) in ([0, 1], [0, 2]), [said(tmp_path, process) for process in running]
         meta, _, _ = prepare.load(tmp_path / f"data/d{i}")
         assert meta["seed"] == codes.index(0) + 1  # the winner's, whole
         loser = running[1 - codes.index(0)]
         assert said(tmp_path, loser).count("\n") == 1
-    assert sorted(p.name for p in (tmp_path / "data").iterdir()) == ["d0", "d1", "d2", "d3"]
+    assert sorted(p.name for p in (tmp_path / "data").iterdir()) == ["d0", "d1", "d2", "d3"] and 1 in lost

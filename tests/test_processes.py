@@ -2,7 +2,6 @@
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ import pytest
 import torch
 
 import train
-from children import finish, fork, said, together
+from children import finish, fork, free_port, ranks, said, start
 from config import configure
 from device import resolve
 from test_lost import ARGV, log, wait_for
@@ -19,11 +18,11 @@ from test_model import build, tokens
 from test_train import lab, load, same  # noqa: F401  (lab is a fixture)
 
 ROOT = Path(__file__).parents[1]
-TWO = [*ARGV, "--eval_interval=4", "--eval_tokens=1024", "--gradient_accumulation_steps=2"]
+TWO = [*ARGV, "--log_interval=1", "--eval_interval=4", "--eval_tokens=1024", "--gradient_accumulation_steps=2"]
 
 
 def run_together(lab, n, *argv):
-    running = together(lab, n, "train", *argv)
+    running = [start(lab, "train", *argv, **env) for env in ranks(n)]
     assert [finish(p) for p in running] == [0] * n, [said(lab, p) for p in running]
     return running
 
@@ -77,11 +76,7 @@ def gradient(path, n, rank, env):
 @pytest.mark.parametrize("n", [2, 3])
 def test_gradients_are_those_of_one_process(tmp_path, n):
     gradient(tmp_path / "one", 1, 0, {})
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
-    running = [fork.Process(target=gradient, args=(tmp_path / "all", n, rank, dict(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=port))) for rank in range(n)]
+    running = [fork.Process(target=gradient, args=(tmp_path / "all", n, rank, env)) for rank, env in enumerate(ranks(n))]
     for process in running:
         process.start()
     assert [finish(process) for process in running] == [0] * n
@@ -94,19 +89,16 @@ def test_gradients_are_those_of_one_process(tmp_path, n):
 
 
 def test_rows_that_cannot_be_shared_are_refused(lab):
-    running = together(lab, 2, "train", *ARGV, "--batch_size=3", "--out_dir=odd")
+    running = [start(lab, "train", *ARGV, "--batch_size=3", "--out_dir=odd", **env) for env in ranks(2)]
     assert [finish(p) for p in running] == [2, 2]
     assert all("2 processes cannot share the 3 rows" in said(lab, p) for p in running) and not (lab / "odd").exists()
 
 
 def test_torchrun_and_a_signal_that_stops_all_at_one_step(lab):
     """The real launcher, with the default batch: a step's rows are split. SIGTERM reaches one worker alone, and all stop with it."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}", ROOT / "train.py",
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}", ROOT / "train.py",
                *ARGV, "--max_iters=100000", "--eval_interval=1000", "--out_dir=torchrun"]
-    launcher = subprocess.Popen(command, cwd=lab, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    launcher = subprocess.Popen(command, cwd=lab, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
         wait_for(lab / "torchrun/log.jsonl", 5)
         workers = [int(pid) for pid in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()]
@@ -114,7 +106,8 @@ def test_torchrun_and_a_signal_that_stops_all_at_one_step(lab):
         os.kill(workers[1], signal.SIGTERM)
         out, err = launcher.communicate(timeout=60)
     finally:
-        launcher.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(launcher.pid, signal.SIGKILL)
     step = load(lab, "torchrun")["step"]
     assert step >= 4 and err.count(f"stopped at step {step} by ") == 2 and "2 processes" in out, err
     with contextlib.chdir(lab):

@@ -200,8 +200,9 @@ def test_resume_keeps_what_was_saved_and_refuses_another_model_or_data(lab):
         for argv, words in (["--n_layer=3"], "n_layer=2"), (["--dataset=other"], "dataset"), (["--pos=alibi"], "pos"), (["--seed=3"], "seed"):
             with pytest.raises(Refusal, match=words):
                 resume(*argv)
-        resume("--max_iters=16", "--n_layer=2", "--learning_rate=1e-4")  # the same n_layer is no change
+        resume("--max_iters=16", "--n_layer=2", "--learning_rate=1e-4", "--momentum=0.5")  # the same n_layer is no change
     ckpt = load(lab, "r")
+    assert ckpt["optimizers"][1]["param_groups"][0]["momentum"] == 0.5 and ckpt["optimizers"][0]["param_groups"][0]["weight_decay"] == 0.3
     assert ckpt["step"] == 16 and ckpt["config"]["weight_decay"] == 0.3 and ckpt["config"]["learning_rate"] == 1e-4
 
 
