@@ -59,13 +59,12 @@ def read_log(path):
 def plot(out_dir):
     """Draws log.jsonl as loss.png. Returns a line to print."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure  # without pyplot, which looks for a screen and takes as long to import as the drawing
     except ImportError:
         return "no loss plot: pip install matplotlib"
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     lines = read_log(os.path.join(out_dir, "log.jsonl"))
-    fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
+    fig = Figure(figsize=(7, 4), layout="constrained")
+    ax = fig.add_subplot()
     for key, label, style in ("loss", "training", {"alpha": 0.7, "lw": 1}), ("val_loss", "validation", {"marker": "o", "ms": 3}):
         ax.plot([x["step"] for x in lines if key in x], [x[key] for x in lines if key in x], label=label, **style)
     ax.set(xlabel="step", ylabel="loss, nats a token", yscale="log", title=out_dir)
@@ -73,5 +72,4 @@ def plot(out_dir):
     ax.legend()
     path = os.path.join(out_dir, "loss.png")
     checkpoint.write_atomic(path, lambda f: fig.savefig(f, format="png", dpi=120))
-    plt.close(fig)
     return f"loss plot: {path}"

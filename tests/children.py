@@ -5,7 +5,7 @@ import signal
 import socket
 import sys
 
-import matplotlib.pyplot  # noqa: F401  these two are otherwise imported by every child, for seconds
+import matplotlib.figure  # noqa: F401  these two are otherwise imported by every child, for seconds
 import torch
 import torch._dynamo  # noqa: F401
 
