@@ -20,7 +20,7 @@ def make_optimizers(model, cfg, device):
     groups = [{"params": outer if use_muon else hidden + outer, "weight_decay": cfg.weight_decay, "lr_scale": scale},
               {"params": vectors, "weight_decay": 0.0, "lr_scale": scale}]
     adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2),
-                              fused=device.type == "cuda")
+                              fused=device.type in ("cuda", "cpu"))
     if not use_muon:
         return [adamw]
     return [adamw, Muon([{"params": hidden, "lr_scale": 1.0}], dtype=torch.bfloat16 if fast_bfloat16(device) else torch.float32, lr=cfg.learning_rate,
