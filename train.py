@@ -250,28 +250,31 @@ def fit(model, cfg, compute, get_batches, validate, save, preview=None, resumed=
     """Trains to cfg.max_iters; returns the last validate().
 
     get_batches(step) is a list of micro-batches, validate() a dict of figures with "val_loss",
-    save(name, step=, val_loss=, best_val_loss=, optimizers=, scaler=) writes a checkpoint, preview() is text to show.
+    save(name, step=, val_loss=, best_val_loss=, losses=, optimizers=, scaler=) writes a checkpoint, preview() is text to show.
     resumed: a loaded checkpoint to go on from. flops: per token, for MFU. Raises Refusal (status 1) when the loss is not finite.
     """
     optimizers = make_optimizers(checkpoint.unwrap(model), cfg, compute.device)
     scaler = torch.amp.GradScaler(compute.device.type) if compute.dtype == torch.float16 else None
-    step, best, figures = 0, math.inf, {}
+    step, best, figures, losses = 0, math.inf, {}, []  # losses: since the last line of the log
     if resumed:
         step, best, figures = resumed["step"], resumed["best_val_loss"], {"val_loss": resumed["val_loss"]}
         if len(optimizers) != len(resumed["optimizers"]):
             raise Refusal(f"the checkpoint was trained with another optimizer than {cfg.optimizer}")
         try:
+            losses = [float(loss) for loss in resumed["losses"]]
             for o, state in zip(optimizers, resumed["optimizers"]):
                 chosen = [{key: g[key] for key in ("weight_decay", "betas", "momentum", "lr_scale") if key in g} for g in o.param_groups]
                 o.load_state_dict(state)
                 for group, settings in zip(o.param_groups, chosen):
                     group.update(settings)  # the config's: they may be given anew
+                if any(x.dim() and x.shape != p.shape for p, state in o.state.items() for x in state.values()):
+                    raise ValueError("a moment is not of its parameter's shape")
             if scaler and resumed["scaler"]:
                 scaler.load_state_dict(resumed["scaler"])
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise Refusal(f"the checkpoint's optimizer state is damaged: {e!r}")
     log, peak, clock, tokens, speed = Log(cfg, step, compute), peak_flops(compute), time.perf_counter(), 0, {}
-    first, saved, losses = step, step if resumed else -1, resumed["losses"] if resumed else []  # losses: since the last line of the log
+    first, saved = step, step if resumed else -1
 
     def keep(name, **state):
         if compute.first:

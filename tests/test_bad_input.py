@@ -63,7 +63,9 @@ def shop(tmp_path_factory):
         good = checkpoint.load("out/ckpt.pt")
         changes = {"version": {"format": 99}, "shape": {"model_config": good["model_config"] | {"n_layer": 3}}, "step": {"step": "1"},
                    "huge": {"model_config": good["model_config"] | {"n_layer": 10 ** 6}}, "other_tokenizer": {"tokenizer": Tokenizer.char(["abc"]).to_str()},
-                   "hash": {"tokenizer_sha256": "0" * 64}, "optimizers": {"optimizers": [{}, {}]}, "config": {"config": good["config"] | {"batch_size": 2.5}}, "start": {"config": {"start": 5, "given": 1}}, "model": {"model": {"a": 1}}}
+                   "hash": {"tokenizer_sha256": "0" * 64}, "optimizers": {"optimizers": [{}, {}]}, "config": {"config": good["config"] | {"batch_size": 2.5}}, "losses": {"losses": ["a"]},
+                   "moments": {"optimizers": [{**o, "state": {i: {k: x[..., :1] if x.dim() else x for k, x in s.items()} for i, s in o["state"].items()}}
+                                              for o in good["optimizers"]]}, "start": {"config": {"start": 5, "given": 1}}, "model": {"model": {"a": 1}}}
         for name, change in changes.items():
             Path(name).mkdir()
             torch.save(good | change, f"{name}/ckpt.pt")
@@ -156,6 +158,7 @@ CASES = [
     ("train", "--init_from=resume --seed=7", "seed=1337"), ("train", "--init_from=resume --dataset=chars", "dataset='toy'"),
     ("train", "--init_from=resume --optimizer=adamw", "another optimizer"), ("train", "--out_dir=optimizers --init_from=resume --max_iters=3", "damaged"),
     ("train", "--out_dir=config --init_from=resume", "batch_size must be an integer"), ("train", "--out_dir=start --init_from=resume", "start must be a string"),
+    ("train", "--out_dir=losses --init_from=resume --max_iters=3", "damaged"), ("train", "--out_dir=moments --init_from=resume --max_iters=3", "parameter's shape"),
     ("train", "--init_from=resume --pos=alibi", "pos='rope'"), ("train", "--out_dir=huge --init_from=resume", "GiB"),
 
     ("sample", "--temprature=1", "did you mean temperature?"), ("sample", "--temperature=-1", "temperature"), ("sample", "--temperature=hot", "finite number"),
