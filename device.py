@@ -3,6 +3,7 @@ import contextlib
 import ctypes
 import os
 import shutil
+import signal
 import sys
 from dataclasses import dataclass
 
@@ -114,6 +115,40 @@ def resolve(device="auto", dtype="auto", compile="auto", join=False):
     return Compute(dev, DTYPES[kind], compiled, ", ".join(reasons), rank, world)
 
 
+class StopAfterStep:
+    """Turns SIGTERM and SIGINT (Ctrl-C) into a wish that agreed() tells, on every process at the same step.
+
+    The same one again acts as usual, but not among several processes: there each comes from the terminal and again from torchrun.
+    """
+
+    def __init__(self, compute):
+        self.compute, self.asked = compute, 0
+
+    def __enter__(self):
+        self.before = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def note(self, number, frame):
+        self.asked = number
+        if self.compute.world == 1:
+            signal.signal(number, self.before[number])
+
+    def agreed(self):
+        return self.compute.sum(torch.tensor(self.asked)).item() > 0
+
+    @property
+    def name(self):
+        return signal.Signals(self.asked).name if self.asked else "a signal to another process"
+
+    @property
+    def status(self):
+        return 128 + (self.asked or signal.SIGTERM)  # as a shell says it
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
 def keep_freed_memory():
     """Makes glibc reuse large blocks. By default it gives each back to the kernel, which then has to clear its pages again:
     a sixth of a training step at tiny.toml's shape."""
@@ -124,14 +159,17 @@ def keep_freed_memory():
             libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD: keep what is free at the end of the heap
 
 
-def memory(device):
-    """Bytes that the device has in all, None where that cannot be told."""
+def check_memory(device, needs, advice):
+    """Raises Refusal when `needs` bytes are more than the device has in all."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[1]
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # Windows
-        return None
+        there = torch.cuda.mem_get_info(device)[1]
+    else:
+        try:
+            there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        except (AttributeError, ValueError, OSError):  # Windows: it cannot be told
+            return
+    if needs > there:
+        raise Refusal(f"this needs more than {needs / 2 ** 30:,.0f} GiB and {device} has {there / 2 ** 30:,.0f}: {advice}")
 
 
 def fast_bfloat16(device):
@@ -141,3 +179,13 @@ def fast_bfloat16(device):
     if device.type == "cpu":
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return False
+
+
+def peak_flops(compute):
+    """Dense half-precision FLOP/s of the GPU by its data sheet; None where we do not know, and then no MFU is said."""
+    if compute.device.type != "cuda" or compute.dtype == torch.float32:
+        return None
+    name = torch.cuda.get_device_name(compute.device)
+    known = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "T4": 65e12,
+             "RTX 4090": 165e12, "RTX 3090": 71e12}
+    return next((flops for key, flops in known.items() if key in name), None)

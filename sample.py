@@ -13,7 +13,7 @@ import torch
 
 import checkpoint
 from config import Refusal, run
-from device import memory, resolve
+from device import check_memory, resolve
 from model import KVCache, kv_cache_bytes
 
 
@@ -165,8 +165,7 @@ def main(cfg):
     model = model.to(compute.dtype)
     starts = read_start(cfg.start or str(ckpt["config"].get("start", "")))
     needs = kv_cache_bytes(model.config, cfg.num_samples * len(starts), min(cfg.max_new_tokens, model.config.block_size), compute.dtype.itemsize)
-    if (there := memory(compute.device)) and needs > there:
-        raise Refusal(f"num_samples={cfg.num_samples} needs {needs / 2 ** 30:,.0f} GiB for keys and values, and {compute.device} has {there / 2 ** 30:,.0f}")
+    check_memory(compute.device, needs, "try a smaller num_samples")
     texts = [t for t in starts for _ in range(cfg.num_samples)]
     try:
         prompts = [prompt_ids(tokenizer, t) for t in texts]

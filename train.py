@@ -1,6 +1,6 @@
 """Trains a model and writes it, its log and a loss plot to out_dir.
 
-    python train.py                                                        the toy stories, about two minutes on two cores
+    python train.py                                                        the toy stories, two to three minutes on two cores
     python train.py configs/tiny.toml --dataset=ts --out_dir=out/ts        what prepare.py wrote to data/ts
     python train.py --out_dir=out/ts --init_from=resume                    goes on with a stopped run, to the bit
     torchrun --nproc_per_node=2 train.py                                   the same run, its rows shared by two processes
@@ -12,7 +12,6 @@ import functools
 import importlib.util
 import math
 import os
-import signal
 import sys
 import time
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ import checkpoint
 import prepare
 import toy_stories
 from config import Refusal, convert, run
-from device import memory, resolve
+from device import StopAfterStep, check_memory, peak_flops, resolve
 from log import Log, plot
 from model import ModelConfig, Transformer, flops_per_token, num_params, num_weights
 from optim import get_lr, make_optimizers
@@ -332,53 +331,9 @@ def fit(model, cfg, compute, get_batches, validate, save, preview=None, resumed=
     return figures
 
 
-class StopAfterStep:
-    """Turns SIGTERM and SIGINT (Ctrl-C) into a wish that agreed() tells, on every process at the same step.
-
-    The same one again acts as usual, but not among several processes: there each comes from the terminal and again from torchrun.
-    """
-
-    def __init__(self, compute):
-        self.compute, self.asked = compute, 0
-
-    def __enter__(self):
-        self.before = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def note(self, number, frame):
-        self.asked = number
-        if self.compute.world == 1:
-            signal.signal(number, self.before[number])
-
-    def agreed(self):
-        return self.compute.sum(torch.tensor(self.asked)).item() > 0
-
-    @property
-    def name(self):
-        return signal.Signals(self.asked).name if self.asked else "a signal to another process"
-
-    @property
-    def status(self):
-        return 128 + (self.asked or signal.SIGTERM)  # as a shell says it
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-
 def advice(cfg):
     kept = "the last checkpoint in {} is as it was" if os.path.exists(os.path.join(cfg.out_dir, "ckpt.pt")) else "{} has no checkpoint yet"
     return f"try a lower --learning_rate or a longer --warmup_iters; {kept.format(cfg.out_dir)}"
-
-
-def peak_flops(compute):
-    """Dense half-precision FLOP/s of the GPU by its data sheet; None where we do not know, and then no MFU is said."""
-    if compute.device.type != "cuda" or compute.dtype == torch.float32:
-        return None
-    name = torch.cuda.get_device_name(compute.device)
-    known = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "T4": 65e12,
-             "RTX 4090": 165e12, "RTX 3090": 71e12}
-    return next((flops for key, flops in known.items() if key in name), None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -440,7 +395,7 @@ def main(cfg):
     if "vocab_size" in cfg.given and cfg.vocab_size != tokenizer.vocab_size:
         raise Refusal(f"vocab_size is the tokenizer's, {tokenizer.vocab_size}; leave it out (prepare.py --vocab_size chooses it)")
     cfg.vocab_size = tokenizer.vocab_size
-    check_memory(cfg, compute.device)
+    check_memory(compute.device, training_bytes(cfg), "try a smaller model or batch_size")
     torch.manual_seed(cfg.seed)
     if ckpt:
         if ckpt["tokenizer_sha256"] != tokenizer.sha256:
@@ -490,12 +445,10 @@ def main(cfg):
     compute.leave()
 
 
-def check_memory(cfg, device):
-    """Refuses what cannot fit: weights, gradients and one or two moments; a micro-batch's logits and their gradient; a step's tokens."""
+def training_bytes(cfg):
+    """Less than training takes: weights, gradients and one moment; a micro-batch's logits and their gradient; a step's tokens."""
     tokens = cfg.batch_size * cfg.block_size
-    needs = 12 * num_weights(cfg) + (8 * tokens * cfg.vocab_size if cfg.loss == "plain" else 0) + 16 * tokens * cfg.gradient_accumulation_steps
-    if (there := memory(device)) and needs > there:
-        raise Refusal(f"this needs more than {needs / 2 ** 30:,.0f} GiB and {device} has {there / 2 ** 30:,.0f}: try a smaller model or batch_size")
+    return 12 * num_weights(cfg) + (8 * tokens * cfg.vocab_size if cfg.loss == "plain" else 0) + 16 * tokens * cfg.gradient_accumulation_steps
 
 
 def floor_line(model, tokenizer, val, compute, n=500):

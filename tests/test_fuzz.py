@@ -40,6 +40,9 @@ def good(tmp_path_factory):
         prepare.prepare(configure(prepare.Config, ["--dataset=c.txt", "--name=d", "--vocab_size=300"]))
         tokenizer = Tokenizer.load("data/d/tokenizer.json")
         checkpoint.save("ckpt.pt", Transformer(ModelConfig(vocab_size=300, n_layer=1, n_embd=8, n_head=1)), tokenizer, {"seed": 1}, 7, 2.5, 2.25)
+        model = json.loads(tokenizer.to_str())["model"]
+        Path("encoder.json").write_text(json.dumps(model["vocab"]))
+        Path("vocab.bpe").write_text("\n".join(["#version: 0.2", *model["merges"]]), encoding="utf-8")
         Path("c.toml").write_text('n_layer = 3\nlearning_rate = 1e-3\nout_dir = "out/x"\nbias = true\n')
         Path("log.jsonl").write_text("".join(json.dumps({"step": i, "loss": 1.5}) + "\n" for i in range(5)))
     return folder
@@ -59,9 +62,9 @@ def read_documents(suffix):
     return lambda folder: list(prepare.documents([folder / f"c{suffix}"], configure(prepare.Config, ["--dataset=toy"])))
 
 
-def read_tokenizer(folder):
+def read_tokenizer(folder, make=lambda folder: Tokenizer.load(folder / "data/d/tokenizer.json")):
     try:
-        tokenizer = Tokenizer.load(folder / "data/d/tokenizer.json")
+        tokenizer = make(folder)
     except ValueError as e:
         raise Refusal(e)
     assert tokenizer.decode(tokenizer.encode("a cat sat")) == "a cat sat"
@@ -72,6 +75,7 @@ def read_config(folder):
 
 
 READERS = {"data/d/meta.json": read_data, "data/d/train.bin": read_data, "data/d/tokenizer.json": read_tokenizer, "ckpt.pt": read_checkpoint,
+           "encoder.json": lambda folder: read_tokenizer(folder, Tokenizer.gpt2), "vocab.bpe": lambda folder: read_tokenizer(folder, Tokenizer.gpt2),
            "c.txt": read_documents(".txt"), "c.jsonl": read_documents(".jsonl"), "c.parquet": read_documents(".parquet"), "c.toml": read_config,
            "log.jsonl": lambda folder: read_log(folder / "log.jsonl")}
 

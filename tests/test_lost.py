@@ -1,6 +1,5 @@
 """Nothing is lost: runs that are killed, told to stop, or out of disk go on as if nothing had been."""
 import contextlib
-import json
 import os
 import random
 import resource
@@ -16,7 +15,7 @@ import prepare
 import train
 from children import fork, finish, said, start
 from config import Refusal, configure
-from test_train import lab, load, same  # noqa: F401  (lab is a fixture)
+from test_train import lab, load, log, same  # noqa: F401  (lab is a fixture)
 
 ARGV = ["--n_layer=2", "--n_embd=32", "--n_head=2", "--block_size=16", "--batch_size=4", "--eval_interval=1", "--log_interval=3", "--eval_tokens=64",
         "--dropout=0.1", "--learning_rate=1e-4", "--device=cpu", "--dtype=float32"]
@@ -25,13 +24,6 @@ ARGV = ["--n_layer=2", "--n_embd=32", "--n_head=2", "--block_size=16", "--batch_
 def go_on(lab, out_dir, *argv):
     with contextlib.chdir(lab):
         train.main(configure(train.Config, [f"--out_dir={out_dir}", "--init_from=resume", *argv]))
-
-
-def log(lab, out_dir):
-    lines = [json.loads(line) for line in open(lab / out_dir / "log.jsonl", encoding="utf-8")]
-    for line in lines:
-        line.pop("tokens_per_s", None)
-    return lines
 
 
 def assert_same_run(lab, a, b):

@@ -13,9 +13,9 @@ import train
 from children import finish, fork, free_port, ranks, said, start
 from config import configure
 from device import resolve
-from test_lost import ARGV, log, wait_for
+from test_lost import ARGV, wait_for
 from test_model import build, tokens
-from test_train import lab, load, same  # noqa: F401  (lab is a fixture)
+from test_train import lab, load, log, same  # noqa: F401  (lab is a fixture)
 
 ROOT = Path(__file__).parents[1]
 TWO = [*ARGV, "--log_interval=1", "--eval_interval=4", "--eval_tokens=1024", "--gradient_accumulation_steps=2"]

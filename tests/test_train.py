@@ -44,6 +44,14 @@ def load(lab, out_dir, name="ckpt.pt"):
     return checkpoint.load(str(lab / out_dir / name))
 
 
+def log(lab, out_dir):
+    """The lines of a run's log, without what differs from run to run."""
+    lines = [json.loads(line) for line in open(lab / out_dir / "log.jsonl", encoding="utf-8")]
+    for line in lines:
+        line.pop("tokens_per_s", None)
+    return lines
+
+
 def same(a, b):
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)
@@ -185,11 +193,7 @@ def test_stop_and_resume_is_an_uninterrupted_run_to_the_bit(lab, optimizer):
     assert whole["step"] == parts["step"] == 12
     for key in "model", "optimizers", "val_loss", "best_val_loss":
         assert same(whole[key], parts[key]), key
-    logs = [[json.loads(line) for line in open(lab / f"{kind}-{optimizer}/log.jsonl", encoding="utf-8")] for kind in ("whole", "parts")]
-    for log in logs:
-        for line in log:
-            line.pop("tokens_per_s", None)
-    assert logs[0] == logs[1]
+    assert log(lab, f"whole-{optimizer}") == log(lab, f"parts-{optimizer}")
 
 
 def test_resume_keeps_what_was_saved_and_refuses_another_model_or_data(lab):
