@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo install test
+.PHONY: demo install test test-all
 
 demo: install
 	$(BIN)/python train.py --out_dir=out/demo --overwrite
@@ -11,7 +11,11 @@ demo: install
 install: .venv/installed
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest -q -n auto --dist=loadfile tests
+	$(BIN)/python -m pytest -q -n auto --dist=loadfile -m "not slow" tests
+
+# and what takes a C++ compiler, nvcc or minutes
+test-all: test
+	$(BIN)/python -m pytest -q -m slow tests
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv

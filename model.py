@@ -15,6 +15,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+import rmsnorm
+
 
 @dataclass
 class ModelConfig:
@@ -66,10 +68,9 @@ class ModelConfig:
 # Norms (Ba et al. 2016; Zhang & Sennrich 2019)
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; computed in float32 at least, returned in x's dtype.
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; computed in float32 at least, returned in x's dtype."""
 
-    Written out, because on a CPU F.rms_norm is a chain of ops whose backward takes twice as long as this one's.
-    """
+    ops = rmsnorm.TORCH  # or rmsnorm.CUDA: see use_rmsnorm
 
     def __init__(self, dim, eps, bias=False):  # bias: for LayerNorm's signature; this norm never has one
         super().__init__()
@@ -77,13 +78,27 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        y = x.to(torch.promote_types(x.dtype, torch.float32))
-        return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps) * self.weight).type_as(x)
+        return self.ops.norm(x, self.weight, self.eps)
+
+    def add(self, x, a):
+        """(x + a, its norm)."""
+        return self.ops.add_norm(x, a, self.weight, self.eps)
 
 
 class LayerNorm(nn.LayerNorm):
     def __init__(self, dim, eps, bias):
         super().__init__(dim, eps=eps, bias=bias)
+
+    def add(self, x, a):
+        x = x + a
+        return x, self(x)
+
+
+def use_rmsnorm(model, ops):
+    """Has each RMSNorm of a model computed by rmsnorm.TORCH or rmsnorm.CUDA. A run-time switch: the weights are the same."""
+    for module in model.modules():
+        if isinstance(module, RMSNorm):
+            module.ops = ops
 
 
 NORMS = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
@@ -318,14 +333,14 @@ class PreNorm(nn.Module):
         self.drop = nn.Dropout(c.dropout)
 
     def forward(self, x, *where):
-        x = x + self.drop(self.attn(self.norm1(x), *where))
-        return x + self.drop(self.mlp(self.norm2(x)))
+        h, x = self.norm2.add(x, self.drop(self.attn(self.norm1(x), *where)))
+        return h + self.drop(self.mlp(x))
 
 
 class PostNorm(PreNorm):
     def forward(self, x, *where):
-        x = self.norm1(x + self.drop(self.attn(x, *where)))
-        return self.norm2(x + self.drop(self.mlp(x)))
+        x = self.norm1.add(x, self.drop(self.attn(x, *where)))[1]
+        return self.norm2.add(x, self.drop(self.mlp(x)))[1]
 
 
 BLOCKS = {"pre": PreNorm, "post": PostNorm}

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 
 import checkpoint
+import rmsnorm
 from config import Refusal, run
 from device import check_memory, resolve
-from model import KVCache, kv_cache_bytes
+from model import KVCache, kv_cache_bytes, use_rmsnorm
 
 
 @dataclass
@@ -31,6 +32,7 @@ class Config:
     seed: int = 1337                 # the same seed, the same story
     device: str = "auto"             # auto | cpu | cuda | cuda:N | mps
     dtype: str = "auto"              # auto | float32 | bfloat16 | float16
+    rmsnorm: str = "auto"            # auto | torch | cuda (our kernel)
 
     def __post_init__(self):
         if self.num_samples < 1 or self.max_new_tokens < 1:
@@ -45,6 +47,8 @@ class Config:
             raise ValueError("seed must have at most 63 bits")
         if self.past_end not in ("stop", "recompute"):
             raise ValueError(f"past_end must be stop or recompute, not {self.past_end!r}")
+        if self.rmsnorm not in rmsnorm.SETTINGS:
+            raise ValueError(f"rmsnorm must be one of {' | '.join(rmsnorm.SETTINGS)}, not {self.rmsnorm!r}")
 
 
 def next_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
@@ -163,13 +167,15 @@ def main(cfg):
     compute = resolve(cfg.device, cfg.dtype, "false")
     model, tokenizer = checkpoint.restore(ckpt, path, compute.device)
     model = model.to(compute.dtype)
+    ops, said = rmsnorm.choose(cfg.rmsnorm, compute.device)
+    use_rmsnorm(model, ops)
     starts = read_start(cfg.start or str(ckpt["config"].get("start", "")))
     needs = kv_cache_bytes(model.config, cfg.num_samples * len(starts), min(cfg.max_new_tokens, model.config.block_size), compute.dtype.itemsize)
     check_memory(compute.device, needs, "try a smaller num_samples")
     texts = [t for t in starts for _ in range(cfg.num_samples)]
     try:
         prompts = [prompt_ids(tokenizer, t) for t in texts]
-        print(f"{path}: {compute.said}")
+        print(f"{path}: " + ", ".join(filter(None, (compute.said, said))))
         write(generate(model, prompts, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, cfg.repetition_penalty,
                        tokenizer.eot, cfg.seed, cfg.past_end), texts, prompts, tokenizer, model.config)
     except ValueError as e:

@@ -23,11 +23,12 @@ from tqdm import tqdm
 
 import checkpoint
 import prepare
+import rmsnorm
 import toy_stories
 from config import Refusal, convert, run
 from device import StopAfterStep, check_memory, peak_flops, resolve
 from log import Log, plot
-from model import ModelConfig, Transformer, flops_per_token, num_params, num_weights
+from model import ModelConfig, Transformer, flops_per_token, num_params, num_weights, use_rmsnorm
 from optim import get_lr, make_optimizers
 from sample import generate, prompt_ids
 
@@ -63,6 +64,7 @@ class TrainConfig:
     device: str = "auto"                    # auto | cpu | cuda | cuda:N | mps
     dtype: str = "auto"                     # of matrix products: auto | float32 | bfloat16 | float16 (with loss scaling)
     compile: str = "auto"                   # torch.compile: auto | true | false
+    rmsnorm: str = "auto"                   # RMSNorm by: auto | torch | cuda (our kernel); a checkpoint does not remember
     seed: int = 1337                        # of weights, batches and dropout
     start: str = ""                         # what the sample at each evaluation starts from
     wandb_log: bool = False                 # log to Weights & Biases too
@@ -88,7 +90,7 @@ class TrainConfig:
             raise ValueError("learning_rate must be above 0 and at least min_lr")
         if not 0 < self.decay_frac <= 1:
             raise ValueError(f"decay_frac must be above 0 and at most 1, not {self.decay_frac}")
-        for key, choices in ("optimizer", ("muon", "adamw")), ("schedule", ("cosine", "linear")), ("loss", ("plain", "chunked")):
+        for key, choices in ("optimizer", ("muon", "adamw")), ("schedule", ("cosine", "linear")), ("loss", ("plain", "chunked")), ("rmsnorm", rmsnorm.SETTINGS):
             if getattr(self, key) not in choices:
                 raise ValueError(f"{key} must be one of {' | '.join(choices)}, not {getattr(self, key)!r}")
         if self.wandb_log and not importlib.util.find_spec("wandb"):
@@ -405,7 +407,12 @@ def main(cfg):
         model = Transformer(ModelConfig(**{key: getattr(cfg, key) for key in MODEL_KEYS})).to(compute.device)
     model.gradient_checkpointing, model.chunked_loss = cfg.gradient_checkpointing, cfg.loss == "chunked"
     if compute.first:
-        print(compute.said)
+        rmsnorm.choose(cfg.rmsnorm, compute.device)  # builds the kernel; the others find it built
+    compute.wait()
+    ops, said = rmsnorm.choose(cfg.rmsnorm, compute.device)
+    use_rmsnorm(model, ops)
+    if compute.first:
+        print(", ".join(filter(None, (compute.said, said))))
         print(f"{num_params(model):,} parameters, {len(data['train']):,} training tokens, {accumulate * B * cfg.block_size:,} tokens a step")
     trained = torch.compile(model) if compute.compile else model
 

@@ -11,3 +11,17 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(offline), str(tests), str(tests.
 exec((offline / "sitecustomize.py").read_text(encoding="utf-8"))
 
 os.environ["OMP_NUM_THREADS"] = "1"  # the tensors are small, tests run side by side, and threads that wait for each other spin
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: minutes, or more than Python; in `make test-all` alone")
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Says in which ways rmsnorm_kernel.cu was checked: as ops of torch, its kernels on the processor, by nvcc, on a GPU."""
+    ran = []
+    for way in "ops", "host", "nvcc", "device":
+        outcomes = [f"{len(found)} {outcome}" for outcome in ("passed", "failed", "skipped", "error")
+                    if (found := [r for r in terminalreporter.stats.get(outcome, ()) if f"test_rmsnorm.py::test_{way}" in r.nodeid])]
+        ran.append(f"{way} {', '.join(outcomes) or 'not run'}")
+    terminalreporter.write_line(f"rmsnorm_kernel.cu: {'; '.join(ran)}")

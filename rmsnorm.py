@@ -1,0 +1,148 @@
+"""RMSNorm twice: written out in torch, and the CUDA kernel of rmsnorm_kernel.cu, built when it is first used.
+
+    python train.py --rmsnorm=cuda                      auto | torch | cuda; a checkpoint does not remember which
+    python bench.py rmsnorm                             both, and torch's own, against the speed of a copy
+    python -m pytest tests/test_rmsnorm.py              against float64: on a GPU, and without one the kernels on the processor
+
+TORCH and CUDA are the two, each with norm(x, weight, eps) -> y and add_norm(x, a, weight, eps) -> (x + a, its norm). x may have any shape, its last
+dimension is normed; the weight is (dim,), float32 or of x's dtype; the result has x's dtype.
+"""
+import os
+import shutil
+import time
+from collections import namedtuple
+
+import torch
+
+Ops = namedtuple("Ops", "norm add_norm")
+SETTINGS = "auto", "torch", "cuda"
+SOURCE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "rmsnorm_kernel.cu")
+BUILD_SECONDS = 300  # no build takes so long: who locked the folder longer ago is dead
+
+# (compute capability) of the GPUs where `bench.py rmsnorm train` found the kernel to be faster, end to end. Not measured on any yet.
+FASTER_ON = ()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Written out, because on a CPU F.rms_norm is a chain of ops whose backward takes twice as long as this one's
+
+def norm(x, weight, eps):
+    y = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * weight).type_as(x)
+
+
+def add_norm(x, a, weight, eps):
+    x = x + a
+    return x, norm(x, weight, eps)
+
+
+TORCH = Ops(norm, add_norm)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The kernel
+
+def cuda_norm(x, weight, eps):
+    return torch.ops.tinylm.rms_norm(x.contiguous(), weight.contiguous(), eps)[0]
+
+
+def cuda_add_norm(x, a, weight, eps):
+    dtype = torch.promote_types(x.dtype, a.dtype)  # the sum's, as x + a has it
+    total, y, _ = torch.ops.tinylm.add_rms_norm(x.to(dtype).contiguous(), a.contiguous(), weight.contiguous(), eps)
+    return total, y
+
+
+CUDA = Ops(cuda_norm, cuda_add_norm)
+
+
+def register():
+    """Says to torch what the ops of the loaded library return (for torch.compile) and how they are differentiated."""
+    @torch.library.register_fake("tinylm::rms_norm")
+    def _(x, weight, eps):
+        return torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+    @torch.library.register_fake("tinylm::add_rms_norm")
+    def _(x, a, weight, eps):
+        return torch.empty_like(x), torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+    @torch.library.register_fake("tinylm::rms_norm_backward")
+    def _(dy, ds, x, weight, inv_rms, weight_grad):
+        return torch.empty_like(x), weight.new_empty(weight.shape if weight_grad else (0,))
+
+    def keep(ctx, inputs, output):
+        *x, weight, _ = inputs
+        *total, _, inv_rms = output
+        ctx.set_materialize_grads(False)  # an output that nothing used has None for its gradient
+        ctx.save_for_backward(total[0] if total else x[0], weight, inv_rms)
+        ctx.dtypes = [t.dtype for t in x]
+
+    def backward(ctx, *grads):
+        x, weight, inv_rms = ctx.saved_tensors
+        *ds, dy, _ = grads
+        ds = ds[0].contiguous() if ds and ds[0] is not None else None
+        weight_grad = ctx.needs_input_grad[-2]
+        if dy is None:
+            dx, dweight = ds, None
+        else:
+            dx, dweight = torch.ops.tinylm.rms_norm_backward(dy.contiguous(), ds, x, weight, inv_rms, weight_grad)
+        return *(dx if dx is None else dx.to(dtype) for dtype in ctx.dtypes), dweight if weight_grad else None, None
+
+    for op in "rms_norm", "add_rms_norm":
+        torch.library.register_autograd(f"tinylm::{op}", backward, setup_context=keep)
+
+
+def load():
+    """Builds and loads the kernel for the GPU present; half a minute the first time on a machine. Returns "" or, in one line, why not."""
+    if hasattr(torch.ops.tinylm, "rms_norm"):
+        return ""
+    from torch.utils import cpp_extension  # 0.2 s
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
+    folder = os.path.join(root, f"tinylm_rmsnorm-{torch.__version__}")
+    if missing := whats_missing(cpp_extension) or locked(os.path.join(folder, "lock")):
+        return missing
+    try:
+        os.makedirs(folder, exist_ok=True)
+        cpp_extension.load("tinylm_rmsnorm", [SOURCE], extra_cuda_cflags=["-O3"], build_directory=folder, is_python_module=False)
+    except (RuntimeError, OSError) as e:
+        lines = [line.strip() for line in str(e).splitlines()] or [repr(e)]
+        return f"the build failed: {next((line for line in lines if 'error' in line), lines[0])[:300]}"
+    register()
+    return ""
+
+
+def whats_missing(cpp_extension):
+    """What a build lacks here, in one line, or ""."""
+    if not torch.cuda.is_available():
+        return "there is no CUDA GPU"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return "the GPU is older than compute capability 8.0 (Ampere)"
+    if not cpp_extension.CUDA_HOME or not shutil.which(os.path.join(cpp_extension.CUDA_HOME, "bin", "nvcc")):
+        return "there is no nvcc: install the CUDA toolkit, and set CUDA_HOME if it is somewhere unusual"
+    if not cpp_extension.is_ninja_available():
+        return "there is no ninja: pip install ninja"
+    if not shutil.which(cpp_extension.get_cxx_compiler()):
+        return f"there is no C++ compiler {cpp_extension.get_cxx_compiler()}"
+    return ""
+
+
+def locked(lock):
+    """Waits while another process builds; "", or a line when that one must be dead."""
+    while os.path.exists(lock):
+        try:
+            age = time.time() - os.path.getmtime(lock)
+        except OSError:  # gone this moment
+            return ""
+        if age > BUILD_SECONDS:
+            return f"a build that was killed left {lock}: remove it"
+        time.sleep(0.2)
+    return ""
+
+
+def choose(setting, device):
+    """(TORCH or CUDA, and in words what was chosen and why, "" for nothing worth saying) for a setting auto | torch | cuda on a device."""
+    if setting == "torch" or setting == "auto" and device.type != "cuda":
+        return TORCH, ""
+    if setting == "auto" and torch.cuda.get_device_capability(device) not in FASTER_ON:
+        return TORCH, "rmsnorm=torch (the kernel was not measured to be faster on this GPU)"
+    missing = load() if device.type == "cuda" else f"device={device.type}"
+    return (TORCH, f"rmsnorm=torch (no kernel: {missing})") if missing else (CUDA, "rmsnorm=cuda")
