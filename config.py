@@ -27,21 +27,20 @@ class Refusal(Exception):
         self.status = status
 
 
-def configure(Config, argv):
+def configure(Config, argv, words=()):
     """The dataclass Config with argv applied. Pure, but for -h, which prints the keys and exits.
 
     Bare *.toml arguments are applied first, left to right, wherever they stand; then --key=value or --key value.
-    Only booleans take --flag and --no-flag as well. The result's `given` maps each key that was set to who set it.
-    Raises Refusal for an unknown key (naming the nearest), a wrong type, or what Config's own __post_init__ rejects.
+    Only booleans take --flag and --no-flag as well. `words` may stand bare, as in `bench.py train decode`.
+    The result's `given` maps each key that was set to who set it, its `words` are those that stood there.
+    Raises Refusal for an unknown key or word (naming the nearest), a wrong type, or what Config's own __post_init__ rejects.
     """
     fields = {f.name: f for f in dataclasses.fields(Config)}
-    values, given = {}, {}
+    values, given, stood = {}, {}, []
 
     def put(key, value, where):
         if key not in fields:
-            near = difflib.get_close_matches(key.replace("-", "_"), fields, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else "-h lists them all"
-            raise Refusal(f"{where}: there is no key {key!r}; {hint}")
+            raise Refusal(f"{where}: there is no key {key!r}; {nearest(key.replace('-', '_'), fields)}")
         values[key] = convert(value, fields[key].type, f"{where}: {key}", parse=where == "command line")
         given[key] = where
 
@@ -54,10 +53,14 @@ def configure(Config, argv):
         arg, i = argv[i], i + 1
         key, equals, value = arg.removeprefix("--").partition("=")
         if arg in ("-h", "--help"):
-            print(describe(Config))
+            print(describe(Config, words))
             raise SystemExit(0)
         elif arg in files:
             continue
+        elif arg in words:
+            stood.append(arg)
+        elif not arg.startswith("--") and words:
+            raise Refusal(f"cannot read {arg!r}: expected {', '.join(words)}, FILE.toml or --key=value; {nearest(arg, words)}")
         elif not arg.startswith("--"):
             raise Refusal(f"cannot read {arg!r}: expected FILE.toml or --key=value; -h lists the keys")
         elif equals:
@@ -77,8 +80,13 @@ def configure(Config, argv):
         cfg = Config(**values)
     except ValueError as e:
         raise Refusal(e)
-    cfg.given = given
+    cfg.given, cfg.words = given, stood
     return cfg
+
+
+def nearest(name, names):
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"did you mean {near[0]}?" if near else "-h lists them all"
 
 
 def is_bool(fields, key):
@@ -118,8 +126,8 @@ def convert(value, kind, where, parse):
     raise Refusal(f"{where} must be {article} {names[kind]}, not {value!r}")
 
 
-def describe(Config):
-    """The text of -h: the module's docstring, then a line a key."""
+def describe(Config, words=()):
+    """The text of -h: the module's docstring, the words, then a line a key."""
     comments = {}
     for cls in reversed(Config.__mro__[:-1]):  # a dataclass does not keep its comments; the source does
         for line in inspect.getsource(cls).splitlines():
@@ -128,13 +136,13 @@ def describe(Config):
     doc = inspect.getdoc(sys.modules[Config.__module__]) or ""
     rows = [(f"--{f.name}={f.default!r}", comments.get(f.name, "")) for f in dataclasses.fields(Config)]
     width = max(len(left) for left, _ in rows)
-    return "\n".join([doc, "", "keys:"] + [f"  {left:<{width}}  {comment}" for left, comment in rows])
+    return "\n".join([doc, "", *([f"words: {' '.join(words)}", ""] if words else []), "keys:"] + [f"  {left:<{width}}  {comment}" for left, comment in rows])
 
 
-def run(main, Config):
-    """A script's last line: main(configure(Config)), with a Refusal as one line on stderr and its exit status."""
+def run(main, Config, words=()):
+    """A script's last line: main(configure(Config, words=words)), with a Refusal as one line on stderr and its exit status."""
     try:
-        main(configure(Config, sys.argv[1:]))
+        main(configure(Config, sys.argv[1:], words))
         sys.stdout.flush()
     except Refusal as e:
         print(f"{os.path.basename(sys.argv[0])}: {e}", file=sys.stderr)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import bench
 import checkpoint
 import prepare
 import sample
@@ -23,7 +24,8 @@ from test_train import SMALL
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = {"prepare": prepare, "train": train, "sample": sample}
+SCRIPTS = {"prepare": prepare, "train": train, "sample": sample, "bench": bench}
+WORDS = {"bench": bench.BENCHES}
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +176,14 @@ CASES = [
     ("sample", "--dtype=float16 --device=cpu", "float16"), ("sample", "--start=FILE:nowhere.txt", "cannot read nowhere.txt"),
     ("sample", "--start=FILE:latin.txt", "not UTF-8"), ("sample", "--start=FILE:folder", "cannot read folder"),
     ("sample", f"--start='{'once upon a time ' * 20}'", "the context 32"), ("sample", "--start=FILE:good.txt", "tokens and the context 32"),
+
+    ("bench", "trian", "did you mean train?"), ("bench", "everything", "expected train, decode"), ("bench", "--train", "there is no key 'train'"),
+    ("bench", "unknown.toml", "did you mean n_layer?"), ("bench", "--seconds=-1", "seconds must be between"), ("bench", "--block_size=8", "at least 16"),
+    ("bench", "--vocab_size=0", "vocab_size at least 1"), ("bench", "--n_layer=-1", "n_layer must be at least 1"), ("bench", "--n_embd=1000000 --n_head=1000", "GiB"),
+    ("bench", "--text=nowhere.txt", "text must be a file"), ("bench", "--text=folder", "text must be a file"), ("bench", "--text=x.csv", ".jsonl .parquet"),
+    ("bench", "tokenizer --text=latin.txt", "not UTF-8"), ("bench", "tokenizer --text=empty.txt", "no text"), ("bench", "tokenizer --text=good.txt --vocab_size=100", "257"),
+    ("bench", "--device=cuda:99", "cuda:99"), ("bench", "--dtype=float16 --device=cpu", "float16"), ("bench", "kvcache --compile=maybe", "compile must be"),
+    ("bench", "decode trian", "did you mean train?"),
 ]
 
 
@@ -187,7 +197,7 @@ def test_bad_input_is_one_line(script, args, says, shop, monkeypatch, capfd):
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *shlex.split(args)])
     before = contents(shop)
     with pytest.raises(SystemExit) as e:
-        run(SCRIPTS[script].main, SCRIPTS[script].Config)
+        run(SCRIPTS[script].main, SCRIPTS[script].Config, WORDS.get(script, ()))
     out, err = capfd.readouterr()
     assert e.value.code == 2 and err.startswith(f"{script}.py: ") and err.count("\n") == 1 and says in err, err
     assert len(err) < 400
@@ -201,7 +211,8 @@ def test_from_a_shell(script, args, says, shop):
 
 
 @pytest.mark.parametrize("script, args, library, says", [
-    ("train", "--out_dir=n --wandb_log", "wandb", "pip install wandb"), ("prepare", "--dataset=hf:a/b --name=n", "datasets", "pip install datasets"),
+    ("train", "--out_dir=n --wandb_log", "wandb", "pip install wandb"), ("bench", "--plot", "matplotlib", "pip install matplotlib"),
+    ("prepare", "--dataset=hf:a/b --name=n", "datasets", "pip install datasets"),
     ("prepare", "--dataset=good.parquet --name=n", "pyarrow", "pip install pyarrow")])
 def test_a_missing_library_is_one_line(script, args, library, says, shop, monkeypatch, capfd):
     monkeypatch.setitem(sys.modules, library, None)

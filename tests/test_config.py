@@ -127,6 +127,21 @@ def test_help_lists_every_key_with_default_and_comment(argv, capsys):
                                                                 "in every Linear", "auto | float32"]
 
 
+def test_words_stand_anywhere_and_an_unknown_one_names_the_nearest(tmp_path, capsys):
+    a = toml(tmp_path, "n_layer = 2")
+    cfg = configure(Config, ["fry", "--compile", "bake", a, "--out_dir", "bake", "--n_layer=3", "fry"], words=("bake", "fry"))
+    assert cfg.words == ["fry", "bake", "fry"] and (cfg.compile, cfg.out_dir, cfg.n_layer) == (True, "bake", 3)
+    assert configure(Config, [], words=("bake",)).words == configure(Config, []).words == []
+    for argv, says in (["bke"], "did you mean bake?"), (["xyzzy"], "expected bake, fry, FILE.toml or --key=value; -h lists them all"), (["--bake"], "no key 'bake'"):
+        with pytest.raises(Refusal) as e:
+            configure(Config, argv, words=("bake", "fry"))
+        assert says in str(e.value)
+    assert "expected FILE.toml or --key=value" in refusal(["bake"])
+    with pytest.raises(SystemExit):
+        configure(Config, ["-h"], words=("bake", "fry"))
+    assert "\nwords: bake fry\n" in capsys.readouterr().out
+
+
 words = st.one_of(st.text(), st.sampled_from(["--", "-h", "x.toml", "--no-", "--no-bias", "3", "true", "-1", "--no_no_bias"]), st.builds(
     "{}{}{}{}".format, st.sampled_from(["--", "", "-", "--no-"]), st.sampled_from([f.name for f in fields(Config)] + ["", "n-layer"]),
     st.sampled_from(["", "=", " "]), st.sampled_from(["", "3", "true", "0", "1e5", "nan", "x.toml", "13"])))

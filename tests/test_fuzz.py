@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
+import bench
 import checkpoint
 import prepare
 import sample
@@ -112,7 +113,7 @@ VALUES = st.one_of(st.text(max_size=8), st.integers().map(str), st.floats().map(
     ["", "true", "0", "-1", "1e400", "nan", "99999999999999999999", "layernorm", "rope", "linear:nan", "llama3:1,2,3", "FILE:", "hf:", "..", "\x00"]))
 
 
-@pytest.mark.parametrize("script", [prepare, train, sample])
+@pytest.mark.parametrize("script", [prepare, train, sample, bench])
 def test_any_values_of_real_keys_give_a_config_or_one_line(script):
     names = [f.name for f in fields(script.Config)]
 

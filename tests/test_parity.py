@@ -8,10 +8,12 @@ import torch.nn.functional as F
 import model as ours
 import train
 from config import configure
+from hf import to_transformers
 from model import ModelConfig, Transformer
+from sample import generate
 from test_model import redraw
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
 V, T = 97, 640  # positions past 512
 SCALE = 1.3     # of the weights, for logits of standard deviation 1 or more
@@ -21,43 +23,6 @@ def preset(name, **more):
     cfg = configure(train.Config, [f"configs/{name}.toml"])
     keys = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(ModelConfig)}
     return ModelConfig(**{**keys, "vocab_size": V, "n_layer": 3, "n_head": 4, "n_kv_head": 4, "n_embd": 64, "n_inner": 0, "block_size": 1024, **more})
-
-
-def llama_peer(model, rope_parameters=None):
-    """LlamaForCausalLM, or Qwen3ForCausalLM where there is a qk_norm, with the same weights."""
-    c = model.config
-    kind = "Qwen3" if c.qk_norm else "Llama"
-    config = getattr(transformers, f"{kind}Config")(
-        vocab_size=V, hidden_size=c.n_embd, intermediate_size=c.n_inner, num_hidden_layers=c.n_layer, num_attention_heads=c.n_head,
-        num_key_value_heads=c.n_kv_head, head_dim=c.n_embd // c.n_head, max_position_embeddings=c.block_size, rms_norm_eps=c.norm_eps,
-        tie_word_embeddings=c.tie_embeddings, rope_parameters={"rope_theta": c.rope_theta, "rope_type": "default", **(rope_parameters or {})})
-    peer = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
-    names = {"wte": "embed_tokens", "blocks": "layers", "attn": "self_attn", "norm1": "input_layernorm", "norm2": "post_attention_layernorm"}
-    state = {"model." + ".".join(names.get(part, part) for part in key.split(".")): p for key, p in model.state_dict().items()}
-    state["lm_head.weight"] = state.pop("model.head.weight")
-    peer.load_state_dict(state)
-    return peer
-
-
-def gpt2_peer(model):
-    """GPT2LMHeadModel with the same weights: its linears are stored transposed, q, k and v as one."""
-    c, s = model.config, model.state_dict()
-    config = transformers.GPT2Config(vocab_size=V, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
-                                     layer_norm_epsilon=c.norm_eps, tie_word_embeddings=c.tie_embeddings)
-    peer = transformers.GPT2LMHeadModel(config).eval()
-    state = {"transformer.wte.weight": s["wte.weight"], "transformer.wpe.weight": s["add_pos.weight"], "lm_head.weight": s["head.weight"],
-             "transformer.ln_f.weight": s["norm.weight"], "transformer.ln_f.bias": s["norm.bias"]}
-    for i in range(c.n_layer):
-        for part in "weight", "bias":
-            def get(name):
-                x = s[f"blocks.{i}.{name}.{part}"]
-                return x.T if x.dim() == 2 else x
-            state.update({f"transformer.h.{i}.{theirs}.{part}": x for theirs, x in {
-                "ln_1": get("norm1"), "ln_2": get("norm2"), "attn.c_proj": get("attn.o_proj"),
-                "attn.c_attn": torch.cat([get(f"attn.{n}_proj") for n in "qkv"], dim=-1),
-                "mlp.c_fc": get("mlp.up_proj"), "mlp.c_proj": get("mlp.down_proj")}.items()})
-    peer.load_state_dict(state)
-    return peer
 
 
 @torch.no_grad()
@@ -74,23 +39,52 @@ def difference(model, peer):
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_llama_is_llama_and_with_qk_norm_qwen3(tie, n_kv_head, qk_norm):
     model = redraw(Transformer(preset("llama", tie_embeddings=tie, n_kv_head=n_kv_head, qk_norm=qk_norm)), SCALE)
-    assert difference(model, llama_peer(model)) < 1e-4
+    assert difference(model, to_transformers(model)) < 1e-4
 
 
 @pytest.mark.parametrize("tie", [True, False])
 def test_gpt2_is_gpt2(tie):
     model = redraw(Transformer(preset("gpt2", tie_embeddings=tie)), SCALE)
-    assert difference(model, gpt2_peer(model)) < 1e-4
+    assert difference(model, to_transformers(model)) < 1e-4
 
 
-@pytest.mark.parametrize("ours, theirs", [
-    ("linear:4", {"rope_type": "linear", "factor": 4.0}),
-    ("llama3:8,1,4,256", {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                          "original_max_position_embeddings": 256})])
-def test_rope_scaling_is_theirs(ours, theirs):
-    model = redraw(Transformer(preset("llama", rope_scaling=ours)), SCALE)
-    assert difference(model, llama_peer(model, theirs)) < 1e-4
-    assert difference(redraw(Transformer(preset("llama")), SCALE), llama_peer(model, theirs)) > 1e-2
+@pytest.mark.parametrize("scaling", ["linear:4", "llama3:8,1,4,256"])
+def test_rope_scaling_is_theirs(scaling):
+    model = redraw(Transformer(preset("llama", rope_scaling=scaling)), SCALE)
+    peer = to_transformers(model)
+    assert difference(model, peer) < 1e-4
+    assert difference(redraw(Transformer(preset("llama")), SCALE), peer) > 1e-2
+
+
+def test_biases_and_an_inner_width_of_ones_own():
+    for name in "llama", "gpt2":
+        model = redraw(Transformer(preset(name, bias=True, n_inner=40)), SCALE)
+        assert difference(model, to_transformers(model)) < 1e-4
+
+
+@pytest.mark.parametrize("name, more", [("llama", {"n_kv_head": 2}), ("llama", {"qk_norm": True, "tie_embeddings": False}), ("gpt2", {})])
+def test_greedy_text_is_theirs(name, more):
+    model = redraw(Transformer(preset(name, **more)), SCALE).eval()
+    prompt = torch.randint(V, (2, 5), generator=torch.Generator().manual_seed(1))
+    theirs = to_transformers(model).generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=60, pad_token_id=0)[:, 5:]
+    ours = torch.tensor(list(generate(model, prompt.tolist(), 60, temperature=0))).T
+    assert ours.unique().numel() > 10 and torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("name, wrong", [
+    ("llama", {"norm_position": "post"}), ("llama", {"pos": "alibi"}), ("llama", {"pos": "none"}), ("llama", {"norm": "layernorm"}), ("llama", {"mlp": "gelu"}),
+    ("gpt2", {"bias": False}), ("gpt2", {"n_kv_head": 2}), ("gpt2", {"qk_norm": True}), ("gpt2", {"mlp": "swiglu"}), ("llama", {"qk_norm": True, "bias": True})])
+def test_what_has_no_counterpart_is_named(name, wrong):
+    (key, value), *_ = reversed(wrong.items())
+    with pytest.raises(ValueError, match=f"{key}={value}"):
+        to_transformers(Transformer(preset(name, **wrong)))
+
+
+def test_rope_tables_are_float32_in_a_bfloat16_peer():
+    """Rounded to bfloat16, a frequency would be off by up to 0.2%, and an angle by that times its position."""
+    peer = to_transformers(Transformer(preset("llama")).bfloat16())
+    assert peer.lm_head.weight.dtype == torch.bfloat16 and peer.model.rotary_emb.inv_freq.dtype == torch.float32
+    torch.testing.assert_close(peer.model.rotary_emb.inv_freq, ours.rope_frequencies(preset("llama")))
 
 
 def interleaved(x, cos, sin):
@@ -101,7 +95,7 @@ def interleaved(x, cos, sin):
 @pytest.mark.parametrize("mistake", ["exact gelu", "eps", "bias", "interleaved"])
 def test_a_mistake_would_be_seen(mistake, monkeypatch):
     model = redraw(Transformer(preset("llama" if mistake == "interleaved" else "gpt2")), SCALE)
-    peer = (llama_peer if mistake == "interleaved" else gpt2_peer)(model)
+    peer = to_transformers(model)
     assert difference(model, peer) < 1e-4
     if mistake == "exact gelu":
         exact = F.gelu
@@ -120,7 +114,7 @@ def test_a_mistake_would_be_seen(mistake, monkeypatch):
 
 def test_rms_norm_eps_would_be_seen():
     model = redraw(Transformer(preset("llama")), SCALE)
-    peer = llama_peer(model)
+    peer = to_transformers(model)
     for norm in model.modules():
         if isinstance(norm, ours.RMSNorm):
             norm.eps *= 10
