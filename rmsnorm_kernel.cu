@@ -124,9 +124,13 @@ forward_kernel(const T* __restrict__ x, const A* __restrict__ a, const W* __rest
       }
     }
     UNROLL for (int k = 0; k < FORWARD_KEEP; ++k) squares += dot(kept[k], kept[k]);
+    auto summed = [&](int c) {
+      const Chunk<T, N> values = load<N>(x, at, c, chunks);
+      return a ? plus(values, load<N>(a, at, c, chunks)) : values;
+    };
     ONE_BY_ONE for (int c = rest; c < chunks; c += blockDim.x) {
-      Chunk<T, N> values = load<N>(x, at, c, chunks);
-      if (a) store<N>(sum, at, c, chunks, values = plus(values, load<N>(a, at, c, chunks)));
+      const Chunk<T, N> values = summed(c);
+      if (a) store<N>(sum, at, c, chunks, values);
       squares += dot(values, values);
     }
 
@@ -140,7 +144,7 @@ forward_kernel(const T* __restrict__ x, const A* __restrict__ a, const W* __rest
       store<N>(y, at, c, chunks, out);
     };
     UNROLL for (int k = 0; k < FORWARD_KEEP; ++k) normed(kept[k], threadIdx.x + k * blockDim.x);
-    ONE_BY_ONE for (int c = rest; c < chunks; c += blockDim.x) normed(load<N>(a ? sum : x, at, c, chunks), c);
+    ONE_BY_ONE for (int c = rest; c < chunks; c += blockDim.x) normed(summed(c), c);
   }
 }
 
