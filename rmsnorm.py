@@ -7,8 +7,11 @@
 TORCH and CUDA are the two, each with norm(x, weight, eps) -> y and add_norm(x, a, weight, eps) -> (x + a, its norm). x may have any shape, its last
 dimension is normed; the weight is (dim,), float32 or of x's dtype; the result has x's dtype.
 """
+import functools
+import hashlib
 import os
 import shutil
+import subprocess
 import time
 from collections import namedtuple
 
@@ -42,13 +45,18 @@ TORCH = Ops(norm, add_norm)
 # ---------------------------------------------------------------------------------------------------------------------
 # The kernel
 
+def gain(weight, dtype):
+    """The weight in a dtype that the kernel takes beside x's."""
+    return (weight if weight.dtype == dtype else weight.float()).contiguous()
+
+
 def cuda_norm(x, weight, eps):
-    return torch.ops.tinylm.rms_norm(x.contiguous(), weight.contiguous(), eps)[0]
+    return torch.ops.tinylm.rms_norm(x.contiguous(), gain(weight, x.dtype), eps)[0]
 
 
 def cuda_add_norm(x, a, weight, eps):
     dtype = torch.promote_types(x.dtype, a.dtype)  # the sum's, as x + a has it
-    total, y, _ = torch.ops.tinylm.add_rms_norm(x.to(dtype).contiguous(), a.contiguous(), weight.contiguous(), eps)
+    total, y, _ = torch.ops.tinylm.add_rms_norm(x.to(dtype).contiguous(), a.contiguous(), gain(weight, dtype), eps)
     return total, y
 
 
@@ -72,11 +80,14 @@ def register():
     def keep(ctx, inputs, output):
         *x, weight, _ = inputs
         *total, _, inv_rms = output
+        ctx.mark_non_differentiable(inv_rms)
         ctx.set_materialize_grads(False)  # an output that nothing used has None for its gradient
         ctx.save_for_backward(total[0] if total else x[0], weight, inv_rms)
         ctx.dtypes = [t.dtype for t in x]
 
     def backward(ctx, *grads):
+        if torch.is_grad_enabled():
+            raise NotImplementedError("the RMSNorm kernel has no second derivative: --rmsnorm=torch has")
         x, weight, inv_rms = ctx.saved_tensors
         *ds, dy, _ = grads
         ds = ds[0].contiguous() if ds and ds[0] is not None else None
@@ -91,22 +102,25 @@ def register():
         torch.library.register_autograd(f"tinylm::{op}", backward, setup_context=keep)
 
 
+@functools.cache
 def load():
-    """Builds and loads the kernel for the GPU present; half a minute the first time on a machine. Returns "" or, in one line, why not."""
-    if hasattr(torch.ops.tinylm, "rms_norm"):
-        return ""
+    """Builds the kernel for the GPU present, loads and tries it; half a minute the first time on a machine. Returns "" or, in one line, why not."""
     from torch.utils import cpp_extension  # 0.2 s
-    root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
-    folder = os.path.join(root, f"tinylm_rmsnorm-{torch.__version__}")
-    if missing := whats_missing(cpp_extension) or locked(os.path.join(folder, "lock")):
+    if missing := whats_missing(cpp_extension):
         return missing
+    with open(SOURCE, "rb") as f:
+        what = hashlib.sha256(f.read()).hexdigest()[:12], torch.__version__, "sm_{}{}".format(*torch.cuda.get_device_capability())
+    folder = os.path.join(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root(), "-".join(("tinylm_rmsnorm", *what)))
+    if dead := locked(os.path.join(folder, "lock")):
+        return dead
     try:
         os.makedirs(folder, exist_ok=True)
         cpp_extension.load("tinylm_rmsnorm", [SOURCE], extra_cuda_cflags=["-O3"], build_directory=folder, is_python_module=False)
-    except (RuntimeError, OSError) as e:
+        register()
+        cuda_norm(torch.ones(1, 8, device="cuda"), torch.ones(8, device="cuda"), 1e-5).sum().item()
+    except (RuntimeError, OSError, ValueError, subprocess.CalledProcessError) as e:
         lines = [line.strip() for line in str(e).splitlines()] or [repr(e)]
         return f"the build failed: {next((line for line in lines if 'error' in line), lines[0])[:300]}"
-    register()
     return ""
 
 

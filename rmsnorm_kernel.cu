@@ -160,7 +160,7 @@ backward_kernel(const T* __restrict__ dy, const T* __restrict__ ds, const T* __r
                 const float* __restrict__ inv_rms, T* __restrict__ dx, float* __restrict__ partial, int64_t rows, int dim) {
   const int rest = threadIdx.x + BACKWARD_KEEP * blockDim.x;
   float dw[BACKWARD_KEEP][N] = {};
-  float* part = partial + int64_t(blockIdx.x) * dim;
+  float* part = partial ? partial + int64_t(blockIdx.x) * dim : nullptr;
   if (partial)
     for (int c = rest; c < dim / N; c += blockDim.x)
       for (int j = 0; j < N; ++j) part[c * N + j] = 0.0f;
@@ -175,20 +175,20 @@ backward_kernel(const T* __restrict__ dy, const T* __restrict__ ds, const T* __r
       const Chunk<W, N> w = load<N>(weight, 0, c, chunks);
       UNROLL for (int j = 0; j < N; ++j) products += grads.get(j) * w.get(j) * (values.get(j) * r);
     };
-    Chunk<T, N> kept[BACKWARD_KEEP], kept_grads[BACKWARD_KEEP];
+    Chunk<T, N> kept[BACKWARD_KEEP], kept_dy[BACKWARD_KEEP], kept_ds[BACKWARD_KEEP] = {};
     UNROLL for (int k = 0; k < BACKWARD_KEEP; ++k) {
       kept[k] = load<N>(x, at, threadIdx.x + k * blockDim.x, chunks);
-      kept_grads[k] = load<N>(dy, at, threadIdx.x + k * blockDim.x, chunks);
+      kept_dy[k] = load<N>(dy, at, threadIdx.x + k * blockDim.x, chunks);
+      if (ds) kept_ds[k] = load<N>(ds, at, threadIdx.x + k * blockDim.x, chunks);
     }
-    UNROLL for (int k = 0; k < BACKWARD_KEEP; ++k) product(kept[k], kept_grads[k], threadIdx.x + k * blockDim.x);
+    UNROLL for (int k = 0; k < BACKWARD_KEEP; ++k) product(kept[k], kept_dy[k], threadIdx.x + k * blockDim.x);
     ONE_BY_ONE for (int c = rest; c < chunks; c += blockDim.x) product(load<N>(x, at, c, chunks), load<N>(dy, at, c, chunks), c);
 
     const float mean = row_sum(products) * (1.0f / dim);
 
-    auto gradient = [&](const Chunk<T, N>& values, const Chunk<T, N>& grads, float* columns, int c) {
+    auto gradient = [&](const Chunk<T, N>& values, const Chunk<T, N>& grads, const Chunk<T, N>& more, float* columns, int c) {
       const Chunk<W, N> w = load<N>(weight, 0, c, chunks);
-      Chunk<T, N> more = {}, out;
-      if (ds) more = load<N>(ds, at, c, chunks);
+      Chunk<T, N> out;
       UNROLL for (int j = 0; j < N; ++j) {
         const float g = grads.get(j), n = values.get(j) * r;
         columns[j] += g * n;
@@ -196,10 +196,10 @@ backward_kernel(const T* __restrict__ dy, const T* __restrict__ ds, const T* __r
       }
       store<N>(dx, at, c, chunks, out);
     };
-    UNROLL for (int k = 0; k < BACKWARD_KEEP; ++k) gradient(kept[k], kept_grads[k], dw[k], threadIdx.x + k * blockDim.x);
+    UNROLL for (int k = 0; k < BACKWARD_KEEP; ++k) gradient(kept[k], kept_dy[k], kept_ds[k], dw[k], threadIdx.x + k * blockDim.x);
     ONE_BY_ONE for (int c = rest; c < chunks; c += blockDim.x) {
       float columns[N] = {};
-      gradient(load<N>(x, at, c, chunks), load<N>(dy, at, c, chunks), columns, c);
+      gradient(load<N>(x, at, c, chunks), load<N>(dy, at, c, chunks), ds ? load<N>(ds, at, c, chunks) : Chunk<T, N>{}, columns, c);
       if (partial)
         for (int j = 0; j < N; ++j) part[c * N + j] += columns[j];
     }
@@ -256,11 +256,12 @@ int attribute(cudaDeviceAttr which) {  // of the current device
   return value;
 }
 
-// (threads a row, rows a block): a chunk a thread up to a warp, then up to `keep` chunks a thread, then more warps; at least 128 threads a block.
+// (threads a row, rows a block): a chunk a thread up to a warp, then up to `keep` chunks a thread, then more warps; at least 96 threads a block.
 dim3 block_for(int chunks, int keep, int most) {
   int threads = 1;
   while (threads < 32 && threads < chunks) threads *= 2;
-  while (threads < most && threads * keep < chunks) threads *= 2;
+  if (threads * keep < chunks) threads = (chunks + 32 * keep - 1) / (32 * keep) * 32;
+  if (threads > most) threads = most;
   return dim3(threads, threads < 128 ? 128 / threads : 1);
 }
 
@@ -285,14 +286,15 @@ const char* launch_forward(const void* x, const void* a, const void* weight, voi
   return launch_error();
 }
 
-// Blocks of 128 threads that the SMs hold at once: no more parts than that, and no second wave.
+// Blocks of 128 threads that the SMs hold at once. There are never more parts, and no second wave of blocks.
 int64_t most_parts() { return BACKWARD_THREADS / 128 * int64_t(attribute(cudaDevAttrMultiProcessorCount)); }
 
 template <typename T, typename W, int N>
 const char* launch_backward(const void* dy, const void* ds, const void* x, const void* weight, const float* inv_rms, void* dx, float* partial,
                             void* dweight, int64_t rows, int dim, void* stream) {
   const dim3 block = block_for(dim / N, BACKWARD_KEEP, BACKWARD_THREADS);
-  const unsigned grid = blocks_for(rows, block, most_parts() * 128 / (block.x * block.y));
+  const int64_t parts = most_parts(), threads = block.x * block.y;
+  const unsigned grid = blocks_for(rows, block, threads < 128 ? parts : parts * 128 / threads);
   const int shared = partial && block.y > 1 ? block.y * dim * sizeof(float) : 0;
   auto first = backward_kernel<T, W, N>;
   if (grid > 0)
@@ -368,7 +370,7 @@ using torch::stable::Tensor;
 
 #ifdef __CUDACC__
 #define DEVICE CUDA
-extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);  // its header wants all of CUDA's
+extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);  // declared there only where USE_CUDA is defined
 
 struct Current {  // makes the tensor's device the current one, and knows its stream
   explicit Current(const Tensor& x) : guard(x.get_device_index()) {

@@ -1,8 +1,9 @@
 // As much of CUDA as rmsnorm_kernel.cu uses, on the processor: g++ -x c++ -include cuda_on_host.h rmsnorm_kernel.cu. For tests alone.
 //
-// The threads of a block are fibers of one thread, which run in turn from barrier to barrier, so that runs are deterministic and quick to switch. That finds
-// what a GPU may hide: a barrier that not all threads reach ends the program; shared memory is new for each block, full of nan, and as large as was asked for,
-// so that -fsanitize=address sees its end; a missing barrier gives wrong values, in ascending or in descending order of the threads (cuda_on_host_reverse).
+// The threads of a block are fibers of one thread, which run in turn from barrier to barrier: runs are deterministic, and switching is quick. Each warp goes as
+// far as it can before the next one starts, in ascending or in descending order (cuda_on_host_reverse), so that a missing barrier gives wrong values; a barrier
+// that not all threads reach ends the program. Dynamic shared memory is new for each block, full of nan, and as large as was asked for, so that
+// -fsanitize=address sees its end. What it cannot show: lanes of one warp in different shuffles, wrong masks, and what depends on the memory model.
 #pragma once
 #include <cmath>
 #include <csetjmp>
