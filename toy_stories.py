@@ -285,6 +285,11 @@ def walk(choose, fits, todo=STORY, settled={}, text="", logp=0.0):
     yield text, logp, settled
 
 
+def tell(random):
+    """One story as (text, log-probability in nats, settled slots); random() is called for each choice, in reading order."""
+    return next(walk(lambda choice: (choice.options[bisect(choice.edges, random())],), fits=bool))
+
+
 def stories(n, seed=0):
     """Yield n independent stories as (text, log-probability in nats). They are never filtered: repeats may occur.
 
@@ -292,13 +297,8 @@ def stories(n, seed=0):
     a larger n continues the same list.
     """
     random = Random(seed).random
-
-    def draw(choice):
-        return choice.options[bisect(choice.edges, random())],
-
     for _ in range(n):
-        text, logp, _ = next(walk(draw, fits=bool))
-        yield text, logp
+        yield tell(random)[:2]
 
 
 def derivations(text):
@@ -317,6 +317,11 @@ def moral(text):
     for _, found in derivations(text):
         return found
     raise ValueError("not a story of this grammar")
+
+
+def possible(beginning):
+    """Whether some story begins so."""
+    return any(walk(lambda choice: choice.options, lambda text: text.startswith(beginning) or beginning.startswith(text)))
 
 
 @cache

@@ -170,15 +170,33 @@ def evaluate(model, data, cfg, compute, tokens=0):
     sums = torch.zeros(len(batches), 2, dtype=torch.float64)  # nats and targets of each batch
     with evaluating(model):
         for i in range(compute.rank, len(batches), compute.world):
-            rows = np.full((len(batches[i]), T + 1), -100, dtype=np.int64)
-            for row, start in zip(rows, batches[i]):
-                piece = data[start:start + T + 1]
-                row[:len(piece)] = piece
-            batch = to(shifted(torch.from_numpy(rows)), compute.device)
+            batch = to(blocks(data, batches[i], T), compute.device)
             with compute.autocast():
                 sums[i] = torch.tensor([float(next_token_loss(model, batch)), count_targets(batch)])
     nats, targets = compute.sum(sums).sum(0).tolist()
     return nats / targets
+
+
+def blocks(data, starts, T):
+    """A batch of data[start:start + T] for each start; beyond the end of data there is no target."""
+    rows = np.full((len(starts), T + 1), -100, dtype=np.int64)
+    for row, start in zip(rows, starts):
+        piece = data[start:start + T + 1]
+        row[:len(piece)] = piece
+    return shifted(torch.from_numpy(rows))
+
+
+def token_nats(model, data, T, compute, batch_size=32):
+    """-log p of each token of data (1-D array of ids) but the first, in the blocks of T that evaluate takes: float32 (len(data) - 1,).
+    Target i has i % T + 1 tokens of context."""
+    nats = np.empty(len(data) - 1, np.float32)
+    with evaluating(model):
+        for i in tqdm(range(0, len(nats), T * batch_size), "likelihood", unit="batch", disable=None, leave=False):
+            batch = to(blocks(data, range(i, min(i + T * batch_size, len(nats)), T), T), compute.device)
+            with compute.autocast():
+                some = model(**batch, reduction="none")[1].flatten().cpu().numpy()
+            nats[i:i + len(some)] = some[:len(nats) - i]
+    return nats
 
 
 def document_nats(model, documents, eot, compute, batch_size=32):
@@ -458,15 +476,25 @@ def training_bytes(cfg):
     return 12 * num_weights(cfg) + (8 * tokens * cfg.vocab_size if cfg.loss == "plain" else 0) + 16 * tokens * cfg.gradient_accumulation_steps
 
 
+def first_documents(ids, eot, n):
+    """The first n documents of a split that end in it, as lists of ids."""
+    ends = np.flatnonzero(ids == eot)[:n]
+    return [ids[start:end].tolist() for start, end in zip([0, *ends + 1], ends)]
+
+
+def above_floor(model, tokenizer, documents, compute):
+    """(exact -log p of toy stories, how far the model's is above it), both float64 (n,) in nats a story."""
+    floor = -np.array([toy_stories.log_prob(tokenizer.decode(d)) for d in documents])
+    return floor, document_nats(model, documents, tokenizer.eot, compute) - floor
+
+
 def floor_line(model, tokenizer, val, compute, n=500):
     """How far the model is above the exact entropy of the toy stories: the same stories scored by both, in nats a story."""
-    ends = np.flatnonzero(val[:200 * n] == tokenizer.eot)[:n]
-    documents = [val[start:end].tolist() for start, end in zip([0, *ends + 1], ends)]
+    documents = first_documents(val[:200 * n], tokenizer.eot, n)
     T = checkpoint.unwrap(model).config.block_size
     if max(map(len, documents)) >= T:
         return f"the stories, which have up to {max(map(len, documents))} tokens, are not scored whole: block_size is {T}"
-    floor = -np.array([toy_stories.log_prob(tokenizer.decode(d)) for d in documents])
-    gap = document_nats(model, documents, tokenizer.eot, compute) - floor
+    floor, gap = above_floor(model, tokenizer, documents, compute)
     return (f"{len(documents)} unseen stories: {(floor + gap).mean():.2f} nats a story, {100 * gap.mean() / floor.mean():.1f}% above "
             f"their exact entropy of {floor.mean():.2f} (standard error of the difference {gap.std() / len(gap) ** 0.5:.2f})")
 

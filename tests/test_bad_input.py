@@ -15,6 +15,7 @@ import torch
 
 import bench
 import checkpoint
+import eval as evaluation
 import prepare
 import sample
 import train
@@ -24,7 +25,7 @@ from test_train import SMALL
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = {"prepare": prepare, "train": train, "sample": sample, "bench": bench}
+SCRIPTS = {"prepare": prepare, "train": train, "sample": sample, "bench": bench, "eval": evaluation}
 WORDS = {"bench": bench.BENCHES}
 
 
@@ -67,10 +68,13 @@ def shop(tmp_path_factory):
                    "huge": {"model_config": good["model_config"] | {"n_layer": 10 ** 6}}, "other_tokenizer": {"tokenizer": Tokenizer.char(["abc"]).to_str()},
                    "hash": {"tokenizer_sha256": "0" * 64}, "optimizers": {"optimizers": [{}, {}]}, "config": {"config": good["config"] | {"batch_size": 2.5}}, "losses": {"losses": ["a"]},
                    "moments": {"optimizers": [{**o, "state": {i: {k: x[..., :1] if x.dim() else x for k, x in s.items()} for i, s in o["state"].items()}}
-                                              for o in good["optimizers"]]}, "start": {"config": {"start": 5, "given": 1}}, "model": {"model": {"a": 1}}}
+                                              for o in good["optimizers"]]}, "start": {"config": {"start": 5, "given": 1}}, "model": {"model": {"a": 1}},
+                   "gone": {"config": good["config"] | {"dataset": "nowhere"}}, "broken_data": {"config": good["config"] | {"dataset": "changed_bin"}},
+                   "other_data": {"config": good["config"] | {"dataset": "chars"}}, "nan": {"model": {k: w * torch.nan for k, w in good["model"].items()}}}
         for name, change in changes.items():
             Path(name).mkdir()
             torch.save(good | change, f"{name}/ckpt.pt")
+        write("foreign/report.html", "<p>somebody's page")
         Path("code").mkdir()
         torch.save(good | {"config": Evil()}, "code/ckpt.pt")
         for name in ("no_meta", "meta_text", "version_meta", "short_bin", "changed_bin", "odd_bin", "no_tokenizer", "foreign_tokenizer", "big_ids"):
@@ -184,6 +188,19 @@ CASES = [
     ("bench", "tokenizer --text=latin.txt", "not UTF-8"), ("bench", "tokenizer --text=empty.txt", "no text"), ("bench", "tokenizer --text=good.txt --vocab_size=100", "257"),
     ("bench", "--device=cuda:99", "cuda:99"), ("bench", "--dtype=float16 --device=cpu", "float16"), ("bench", "kvcache --compile=maybe", "compile must be"),
     ("bench", "decode trian", "did you mean train?"),
+
+    ("eval", "--outdir=out", "did you mean out_dir?"), ("eval", "--out_dir=", "out_dir must name"), ("eval", "--out_dir=out,", "out_dir must name"),
+    ("eval", "--out_dir=nowhere", "no checkpoint in nowhere"), ("eval", "--out_dir=out,nowhere", "no checkpoint in nowhere"), ("eval", "--out_dir=folder", "no checkpoint in folder"),
+    ("eval", "--out_dir=text.pt", "not a checkpoint that is safe to read"), ("eval", "--out_dir=out,code", "holds code"), ("eval", "--out_dir=shape", "damaged"),
+    ("eval", "--out_dir=gone", "--text=FILE"), ("eval", "--out_dir=broken_data", "sha256"), ("eval", "--out_dir=other_data", "another tokenizer"), ("eval", "--out_dir=start", "--text=FILE"),
+    ("eval", "--text=nowhere.txt", "no file nowhere.txt"), ("eval", "--text=folder", "no file folder"), ("eval", "--text=x.csv", ".jsonl .parquet"), ("eval", "--text=empty.txt", "no text"),
+    ("eval", "--text=blank.txt", "no text"), ("eval", "--text=latin.txt", "not UTF-8"), ("eval", "--text=bad.jsonl", "is not JSON"), ("eval", "--text=bad.parquet", "as parquet"),
+    ("eval", "--report_dir=foreign", "not written by eval.py"), ("eval", "--report_dir=a_file", "cannot write a_file"), ("eval", "--num_samples=0", "num_samples must be at least 1"),
+    ("eval", "--max_new_tokens=0", "max_new_tokens"), ("eval", "--resamples=999", "resamples must be at least 1000"), ("eval", "--num_cases=5", "num_cases"), ("eval", "--top_k=-1", "top_k"),
+    ("eval", "--temperature=-1", "temperature"), ("eval", "--temperature=warm", "finite number"), ("eval", "--seed=-1", "seed"), ("eval", "--seed=100000000000000000000", "seed"),
+    ("eval", "--judge_url=127.0.0.1:8000", "judge_url must be like"), ("eval", "--judge_url=ftp://127.0.0.1/v1", "judge_url must be like"), ("eval", "--judge_url=http://", "judge_url must be like"),
+    ("eval", "--judge_url=http://host:port/v1", "judge_url must be like"), ("eval", "--judge_url='http://a b/v1'", "judge_url must be like"), ("eval", "--judge_timeout=0", "judge_timeout"),
+    ("eval", "--judge_timeout=nan", "finite number"), ("eval", "--device=cuda:99", "cuda:99"), ("eval", "--dtype=float16 --device=cpu", "float16"),
 ]
 
 

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 import bench
 import checkpoint
+import eval as evaluation
 import prepare
 import sample
 import train
@@ -113,7 +114,7 @@ VALUES = st.one_of(st.text(max_size=8), st.integers().map(str), st.floats().map(
     ["", "true", "0", "-1", "1e400", "nan", "99999999999999999999", "layernorm", "rope", "linear:nan", "llama3:1,2,3", "FILE:", "hf:", "..", "\x00"]))
 
 
-@pytest.mark.parametrize("script", [prepare, train, sample, bench])
+@pytest.mark.parametrize("script", [prepare, train, sample, bench, evaluation])
 def test_any_values_of_real_keys_give_a_config_or_one_line(script):
     names = [f.name for f in fields(script.Config)]
 
