@@ -1,12 +1,17 @@
 # make demo: install, train the default model on the toy stories, and print some
+# make finetune: teach that model the morals of its stories, and show what it knew before and after
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo install test test-all
+.PHONY: demo finetune install test test-all
 
 demo: install
 	$(BIN)/python train.py --out_dir=out/demo --overwrite
 	$(BIN)/python sample.py --out_dir=out/demo --num_samples=4 --temperature=0.7
+
+finetune: install
+	test -e out/demo/ckpt.pt || $(MAKE) demo
+	$(BIN)/python finetune_lora.py --init_from=out/demo --dataset=moral --out_dir=out/demo-moral --overwrite
 
 install: .venv/installed
 

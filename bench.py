@@ -30,7 +30,7 @@ from config import Refusal, read_toml, run
 from device import DTYPES, check_memory, fast_bfloat16, peak_flops, resolve
 from hf import to_transformers
 from measure import commit, device_name, draw, ms, name_of, nbytes, peak_memory, race, show, synchronize
-from model import KVCache, ModelConfig, Transformer, flops_per_token, kv_cache_bytes, num_params, use_rmsnorm
+from model import KVCache, ModelConfig, Transformer, flops_per_token, kv_cache_bytes, num_params, num_weights, use_rmsnorm
 from optim import make_optimizers
 from sample import generate
 from tokenizer import EOT, Tokenizer
@@ -430,7 +430,7 @@ BENCHES = {"train": bench_train, "decode": bench_decode, "kvcache": bench_kvcach
 
 def main(cfg):
     compute = resolve(cfg.device, cfg.dtype, cfg.compile)
-    check_memory(compute.device, train.training_bytes(cfg), "try a smaller model or batch_size")
+    check_memory(compute.device, train.training_bytes(cfg, cfg, num_weights(cfg)), "try a smaller model or batch_size")
     print(f"{device_name(compute.device)}; {compute.said}; torch {torch.__version__}\n{cfg.n_layer} layers, {cfg.n_head} heads, width {cfg.n_embd}, "
           f"context {cfg.block_size}, {cfg.batch_size} rows, vocabulary {cfg.vocab_size}")
     figures = {}

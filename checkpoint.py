@@ -2,34 +2,47 @@
 
     out/NAME/ckpt.pt        the last step, what --init_from=resume goes on from
     out/NAME/ckpt_best.pt   the best validation loss, what sample.py reads
+    out/NAME/adapter.pt, adapter_best.pt   LoRA adapters in their place, useless without the base that they name
 
 The file holds tensors and plain types alone and is read with weights_only=True: an untrusted one runs no code.
 """
 import contextlib
 import dataclasses
+import hashlib
 import os
 import warnings
 
 import torch
 
+import lora
 from config import Refusal
 from model import ModelConfig, Transformer, num_weights
 from tokenizer import Tokenizer
 
 FORMAT = 1
-KEYS = {"format": int, "config": dict, "model_config": dict, "tokenizer": str, "tokenizer_sha256": str, "step": int,
-        "best_val_loss": float, "val_loss": float, "losses": list, "model": dict, "optimizers": list}
+RUN_KEYS = {"format": int, "config": dict, "step": int, "best_val_loss": float, "val_loss": float, "losses": list, "optimizers": list}
+KEYS = RUN_KEYS | {"model": dict, "model_config": dict, "tokenizer": str, "tokenizer_sha256": str}
+ADAPTER_KEYS = RUN_KEYS | {"adapters": dict, "base": str, "base_sha256": str}
 
 
-def save(path, model, tokenizer, config, step, val_loss, best_val_loss, losses=(), optimizers=(), scaler=None):
+def save(path, model, tokenizer, config, *run, **more):
     """Writes the checkpoint under a temporary name, then renames it: path is the old file or the new one, always whole.
 
-    model may be wrapped by torch.compile; config is a dict of plain types. Raises Refusal where the disk does not take it.
+    model may be wrapped by torch.compile; config is a dict of plain types; what comes after it is write_run's. Raises Refusal where the
+    disk does not take it.
     """
-    ckpt = {"format": FORMAT, "config": config, "model_config": dataclasses.asdict(unwrap(model).config),
-            "tokenizer": tokenizer.to_str(), "tokenizer_sha256": tokenizer.sha256, "step": step, "val_loss": float(val_loss),
-            "best_val_loss": float(best_val_loss), "losses": list(losses), "model": unwrap(model).state_dict(),
-            "optimizers": [o.state_dict() for o in optimizers], "scaler": scaler.state_dict() if scaler else {}}
+    write_run(path, {"model": unwrap(model).state_dict(), "model_config": dataclasses.asdict(unwrap(model).config),
+                     "tokenizer": tokenizer.to_str(), "tokenizer_sha256": tokenizer.sha256}, config, *run, **more)
+
+
+def save_adapters(path, model, base, base_sha256, config, *run, **more):
+    """Writes the model's adapters alone, with where their base was and its fingerprint."""
+    write_run(path, {"adapters": lora.state_dict(unwrap(model)), "base": base, "base_sha256": base_sha256}, config, *run, **more)
+
+
+def write_run(path, what, config, step, val_loss, best_val_loss, losses=(), optimizers=(), scaler=None):
+    ckpt = what | {"format": FORMAT, "config": config, "step": step, "val_loss": float(val_loss), "best_val_loss": float(best_val_loss),
+                   "losses": list(losses), "optimizers": [o.state_dict() for o in optimizers], "scaler": scaler.state_dict() if scaler else {}}
     write_atomic(path, lambda f: torch.save(ckpt, f))
 
 
@@ -63,18 +76,25 @@ def unwrap(model):
 
 
 def find(out_dir, prefer="ckpt_best.pt"):
-    """The checkpoint file meant by out_dir: itself when it is a file, else the preferred one in it, else ckpt.pt."""
+    """The file meant by out_dir: itself when it is one, else the preferred one in it, else the last: ckpt.pt or adapter.pt."""
+    last = prefer.replace("_best", "")
     if os.path.isfile(out_dir):
         return out_dir
-    for name in prefer, "ckpt.pt":
+    for name in prefer, last:
         if os.path.isfile(os.path.join(out_dir, name)):
             return os.path.join(out_dir, name)
+    if last == "adapter.pt":
+        raise Refusal(f"there is no adapter in {out_dir}; python finetune_lora.py --out_dir={out_dir} makes one")
+    if os.path.isfile(os.path.join(out_dir, "adapter.pt")):
+        raise Refusal(f"{out_dir} holds an adapter: sample.py --adapter={out_dir} reads it, finetune_lora.py --merge --out_dir={out_dir} "
+                      "makes a checkpoint of it and its base")
     overwrite = " --overwrite" if os.path.exists(out_dir) else ""
     raise Refusal(f"there is no checkpoint in {out_dir}; python train.py --out_dir={out_dir}{overwrite} makes one")
 
 
-def load(path):
-    """The checkpoint as a dict, on the CPU. Raises Refusal, one line, for a file that is none of ours or not whole."""
+def load(path, keys=KEYS):
+    """The checkpoint, or with ADAPTER_KEYS the adapters' file, as a dict, on the CPU. Raises Refusal, one line, for a file that is
+    none of ours or not whole."""
     try:
         f = open(path, "rb")
     except OSError as e:
@@ -89,7 +109,11 @@ def load(path):
         raise Refusal(f"{path} is not a TinyLM checkpoint")
     if ckpt["format"] != FORMAT:
         raise Refusal(f"{path} has checkpoint format {ckpt['format']!r}; this version reads format {FORMAT}")
-    for key, kind in KEYS.items():
+    if "adapters" in ckpt and keys is KEYS:
+        raise Refusal(f"{path} is an adapter, not a checkpoint: sample.py --adapter={path} reads it")
+    if "model" in ckpt and keys is ADAPTER_KEYS:
+        raise Refusal(f"{path} is a whole checkpoint, not an adapter: sample.py --out_dir={path} reads it")
+    for key, kind in keys.items():
         if not isinstance(ckpt.get(key), kind):
             raise Refusal(f"{path} is damaged: {key} is missing or not a {kind.__name__}")
     return ckpt
@@ -109,3 +133,30 @@ def restore(ckpt, path, device="cpu"):
     except (ValueError, TypeError, AttributeError, RuntimeError) as e:
         raise Refusal(f"{path} is damaged: {str(e).splitlines()[0]}")
     return model.to(device).eval(), tokenizer
+
+
+def fingerprint(ckpt):
+    """sha256 of what a checkpoint computes: architecture, tokenizer and weights, however it was trained. Of one that restore takes."""
+    digest = hashlib.sha256(repr((sorted(ckpt["model_config"].items()), ckpt["tokenizer_sha256"])).encode())
+    for name, w in sorted(ckpt["model"].items()):
+        digest.update(f"{name} {w.dtype} {tuple(w.shape)}".encode())
+        digest.update(w.detach().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def base_of(adapter, path):
+    """The file that adapters were trained over. Raises Refusal where there is none any more."""
+    if not os.path.isfile(adapter["base"]):
+        raise Refusal(f"{path} belongs over {adapter['base']}, which is not there: name it with --out_dir (sample.py) or --init_from (--merge)")
+    return adapter["base"]
+
+
+def restore_adapters(adapter, path, ckpt, base, model):
+    """Puts loaded adapters over the model of the checkpoint they belong to. Raises Refusal over any other."""
+    if adapter["base_sha256"] != fingerprint(ckpt):
+        raise Refusal(f"{path} was trained over another base than {base}: over {adapter['base']} as it was then (sha256 {adapter['base_sha256'][:12]})")
+    try:
+        lora.inject(model, lora.LoRAConfig(**{f.name: adapter["config"][f.name] for f in dataclasses.fields(lora.LoRAConfig)}))
+        lora.load_state_dict(model, adapter["adapters"])
+    except (ValueError, TypeError, AttributeError, RuntimeError, KeyError, ArithmeticError) as e:
+        raise Refusal(f"{path} is damaged: {e!r}")

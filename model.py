@@ -101,6 +101,16 @@ def use_rmsnorm(model, ops):
             module.ops = ops
 
 
+def choose_rmsnorm(model, setting, compute):
+    """use_rmsnorm, by a setting auto | torch | cuda; returns what to say of it. The first process builds the kernel, the others find it built."""
+    if compute.first:
+        rmsnorm.choose(setting, compute.device)
+    compute.wait()
+    ops, said = rmsnorm.choose(setting, compute.device)
+    use_rmsnorm(model, ops)
+    return said and f", {said}"
+
+
 NORMS = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
 
 

@@ -112,7 +112,8 @@ def read_text(path, cfg):
         yield from split_text(iter(lambda: f.read(CHUNK), ""), cfg.separator)
 
 
-def read_jsonl(path, cfg):
+def jsonl_rows(path):
+    """(where, value) of each line that is not blank."""
     with opened(path, newline="\n") as f:
         for n, line in enumerate(f, 1):
             if line.strip():
@@ -120,10 +121,15 @@ def read_jsonl(path, cfg):
                     row = json.loads(line)
                 except (ValueError, RecursionError) as e:
                     raise Refusal(f"{path} line {n} is not JSON ({e}); .jsonl has one object a line")
-                yield field(row, cfg.column, f"{path} line {n}")
+                yield f"{path} line {n}", row
 
 
-def read_parquet(path, cfg):
+def read_jsonl(path, cfg):
+    return (field(row, cfg.column, where) for where, row in jsonl_rows(path))
+
+
+def parquet_rows(path, column=None):
+    """(where, row) of each row, as a dict of its columns, or of that one alone."""
     try:
         import pyarrow
         from pyarrow.parquet import ParquetFile
@@ -131,22 +137,27 @@ def read_parquet(path, cfg):
         raise Refusal(f"reading {path} needs pyarrow: pip install pyarrow")
     try:
         with ParquetFile(path) as f:
-            field(dict.fromkeys(f.schema_arrow.names), cfg.column, path)
-            for batch in f.iter_batches(100, columns=[cfg.column]):
-                for text in batch.column(0).to_pylist():
-                    yield field({cfg.column: text}, cfg.column, path)
-    except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as e:
+            if column:
+                field(dict.fromkeys(f.schema_arrow.names), column, path)
+            for batch in f.iter_batches(100, columns=column and [column]):
+                for row in batch.to_pylist():
+                    yield path, row
+    except (OSError, ValueError, pyarrow.ArrowException) as e:
         raise Refusal(f"cannot read {path} as parquet: {e}")
+
+
+def read_parquet(path, cfg):
+    return (field(row, cfg.column, where) for where, row in parquet_rows(path, cfg.column))
 
 
 READERS = {".txt": read_text, ".md": read_text, ".jsonl": read_jsonl, ".parquet": read_parquet}
 
 
-def field(row, column, where):
+def field(row, column, where, advice="choose with --column= from"):
     """row[column], "" for None. Raises Refusal where there is no such column (naming those there are) or no text in it."""
     if not isinstance(row, dict) or column not in row:
         there = ", ".join(map(str, row)) if isinstance(row, dict) else f"none, as it is a {type(row).__name__}"
-        raise Refusal(f"{where} has no column {column!r}; choose with --column= from: {there}")
+        raise Refusal(f"{where} has no column {column!r}; {advice}: {there}")
     text = "" if row[column] is None else row[column]
     try:
         text.encode()
@@ -190,6 +201,15 @@ def spool(texts, path, cfg):
 
 def from_hub(name, cfg, tmp):
     """Streams a hub dataset to disk, once. Its split "validation" is used where it has one."""
+    with hub_splits(name) as splits:
+        return [[spool((field(row, cfg.column, name) for row in splits[s]), tmp / f"{s}.jsonl", cfg)] if s in splits else []
+                for s in ("train", "validation")]
+
+
+@contextmanager
+def hub_splits(name):
+    """The splits of a dataset on the Hugging Face hub, NAME or NAME:CONFIG, each an iterable of rows. Raises Refusal for what goes
+    wrong inside the with, where they are read, too."""
     name, _, config = name.partition(":")
     try:
         import datasets
@@ -199,12 +219,11 @@ def from_hub(name, cfg, tmp):
         splits = datasets.load_dataset(name, config or None, streaming=True)
         if "train" not in splits:
             raise Refusal(f"{name} on the Hugging Face hub has no split train, only: {', '.join(splits)}")
-        return [[spool((field(row, cfg.column, name) for row in splits[s]), tmp / f"{s}.jsonl", cfg)] if s in splits else []
-                for s in ("train", "validation")]
+        yield splits
     except Refusal:
         raise
     except ImportError as e:
-        raise Refusal(f"--dataset={cfg.dataset} needs the Hugging Face libraries ({e}): pip install datasets")
+        raise Refusal(f"reading {name} from the Hugging Face hub needs its libraries ({e}): pip install datasets")
     except RepositoryNotFoundError:
         raise Refusal(f"the Hugging Face hub has no dataset {name}, or a private one: see https://huggingface.co/datasets")
     except Exception as e:  # the libraries below raise their own, other ones in each version

@@ -3,6 +3,7 @@
     python sample.py                                                       the model in out
     python sample.py --out_dir=out/ts --start="Once upon a time" --temperature=0.7 --top_p=0.95
     python sample.py --start=FILE:prompts.txt --max_new_tokens=100         a prompt, or several with <|endoftext|> between
+    python sample.py --adapter=out/lora --start="What is it?"              with what finetune_lora.py has learned, in its template
 
 generate() is a Python generator that other scripts import.
 """
@@ -12,15 +13,18 @@ from dataclasses import dataclass
 import torch
 
 import checkpoint
+import lora
 import rmsnorm
 from config import Refusal, run
 from device import check_memory, resolve
-from model import KVCache, kv_cache_bytes, use_rmsnorm
+from model import KVCache, choose_rmsnorm, kv_cache_bytes
 
 
 @dataclass
 class Config:
-    out_dir: str = "out"             # the folder of a trained model, or a checkpoint file
+    out_dir: str = "out"             # the folder of a trained model, or a checkpoint file; with an adapter: its base
+    adapter: str = ""                # the folder of a LoRA adapter, or its file
+    raw: bool = False                # give --start as it is, without the template that the model was fine-tuned with
     start: str = ""                  # the prompt, or FILE:path; "" starts a new document
     num_samples: int = 1             # continuations of each prompt, written in one batch
     max_new_tokens: int = 500        # tokens at most, each
@@ -142,6 +146,11 @@ def generate(model, prompts, max_new_tokens, temperature=0.8, top_k=200, top_p=1
     return [end or "length" for end in ended]
 
 
+def render(template, prompt):
+    """The text that a fine-tuned model expects: its template is a text with {prompt} in it."""
+    return template.replace("{prompt}", prompt.strip())
+
+
 def prompt_ids(tokenizer, text):
     """The ids to start from: documents start after end-of-text. A character model may never have seen that token."""
     ids = tokenizer.encode(text)
@@ -162,20 +171,29 @@ def read_start(start):
 
 
 def main(cfg):
-    path = checkpoint.find(cfg.out_dir)
+    adapter_path = cfg.adapter and checkpoint.find(cfg.adapter, "adapter_best.pt")
+    adapter = checkpoint.load(adapter_path, checkpoint.ADAPTER_KEYS) if cfg.adapter else None
+    path = checkpoint.base_of(adapter, adapter_path) if adapter and "out_dir" not in cfg.given else checkpoint.find(cfg.out_dir)
     ckpt = checkpoint.load(path)
     compute = resolve(cfg.device, cfg.dtype, "false")
-    model, tokenizer = checkpoint.restore(ckpt, path, compute.device)
-    model = model.to(compute.dtype)
-    ops, said = rmsnorm.choose(cfg.rmsnorm, compute.device)
-    use_rmsnorm(model, ops)
-    starts = read_start(cfg.start or str(ckpt["config"].get("start", "")))
+    model, tokenizer = checkpoint.restore(ckpt, path)
+    if adapter:
+        checkpoint.restore_adapters(adapter, adapter_path, ckpt, path, model)
+        lora.merge(model)  # in float32; then it is as fast as its base
+    model = model.to(compute.device, compute.dtype)
+    said = choose_rmsnorm(model, cfg.rmsnorm, compute)
+    config = (adapter or ckpt)["config"]
+    starts, template = read_start(cfg.start or str(config.get("start", ""))), "" if cfg.raw else str(config.get("template", ""))
+    if template:
+        starts = [start and render(template, start) for start in starts]  # an empty one starts a document, as ever
     needs = kv_cache_bytes(model.config, cfg.num_samples * len(starts), min(cfg.max_new_tokens, model.config.block_size), compute.dtype.itemsize)
     check_memory(compute.device, needs, "try a smaller num_samples")
     texts = [t for t in starts for _ in range(cfg.num_samples)]
     try:
         prompts = [prompt_ids(tokenizer, t) for t in texts]
-        print(f"{path}: " + ", ".join(filter(None, (compute.said, said))))
+        print(f"{path}{f' and {adapter_path}' if adapter else ''}: {compute.said}{said}")
+        if template and any(starts):
+            print(f"each prompt is put into {template!r}; --raw leaves it as it is")
         write(generate(model, prompts, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, cfg.repetition_penalty,
                        tokenizer.eot, cfg.seed, cfg.past_end), texts, prompts, tokenizer, model.config)
     except ValueError as e:

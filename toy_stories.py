@@ -324,6 +324,20 @@ def possible(beginning):
     return any(walk(lambda choice: choice.options, lambda text: text.startswith(beginning) or beginning.startswith(text)))
 
 
+# The morals as answers. They begin as sentences of the stories do: "Good", "Even" and "Slow" stand in none, so a model that was trained
+# on stories alone cannot say them unless its embedding is trained too.
+ANSWERS = [f"So {m[0].lower()}{m[1:]}" for m in MORALS]
+
+
+def moral_rows(n, seed=0):
+    """n questions with their answers, {"prompt": a story and a question, "response": one of ANSWERS}, no two about one story."""
+    rows, endless = {}, stories(2 ** 62, seed)
+    while len(rows) < n:
+        text, _ = next(endless)
+        rows[text] = {"prompt": f"{text}\nWhat is the moral of this story?", "response": ANSWERS[MORALS.index(moral(text))]}
+    return list(rows.values())
+
+
 @cache
 def totals(todo=STORY, settled=frozenset()):
     """(the number of distinct stories, their entropy in nats a story), both exact."""

@@ -28,7 +28,7 @@ import toy_stories
 from config import Refusal, convert, run
 from device import StopAfterStep, check_memory, peak_flops, resolve
 from log import Log, plot
-from model import ModelConfig, Transformer, flops_per_token, num_params, num_weights, use_rmsnorm
+from model import ModelConfig, Transformer, choose_rmsnorm, flops_per_token, num_params, num_weights
 from optim import get_lr, make_optimizers
 from sample import generate, prompt_ids
 
@@ -165,12 +165,22 @@ def evaluate(model, data, cfg, compute, tokens=0):
     T = cfg.block_size
     starts = np.arange(0, len(data) - 1, T)
     if 0 < tokens < len(data):
-        starts = starts[np.linspace(0, len(starts) - 1, max(1, tokens // T)).astype(int)]
-    batches = np.array_split(starts, math.ceil(len(starts) / cfg.batch_size))
+        starts = evenly(starts, tokens // T)
+    return mean_nats(model, starts, lambda some: blocks(data, some, T), cfg.batch_size, compute)
+
+
+def evenly(rows, n):
+    """n of the rows, at least one, evenly spaced."""
+    return rows[np.linspace(0, len(rows) - 1, max(1, n)).astype(int)]
+
+
+def mean_nats(model, rows, batch_of, batch_size, compute):
+    """Nats a target over rows (1-D array), of which batch_of(some) makes a batch. Processes share the batches."""
+    batches = np.array_split(rows, math.ceil(len(rows) / batch_size))
     sums = torch.zeros(len(batches), 2, dtype=torch.float64)  # nats and targets of each batch
     with evaluating(model):
         for i in range(compute.rank, len(batches), compute.world):
-            batch = to(blocks(data, batches[i], T), compute.device)
+            batch = to(batch_of(batches[i]), compute.device)
             with compute.autocast():
                 sums[i] = torch.tensor([float(next_token_loss(model, batch)), count_targets(batch)])
     nats, targets = compute.sum(sums).sum(0).tolist()
@@ -324,8 +334,8 @@ def fit(model, cfg, compute, get_batches, validate, save, preview=None, resumed=
                 if step > saved:
                     keep("ckpt.pt", optimizers=optimizers, scaler=scaler)
                 compute.wait()  # torchrun ends all processes soon after the first has ended
-                raise Refusal(f"stopped at step {step} by {stop.name}; python train.py --out_dir={cfg.out_dir} --init_from=resume goes on",
-                              status=stop.status)
+                raise Refusal(f"stopped at step {step} by {stop.name}; python {os.path.basename(sys.argv[0])} --out_dir={cfg.out_dir} "
+                              "--init_from=resume goes on", status=stop.status)
             if step >= cfg.max_iters:
                 break
             lr = get_lr(step, cfg)
@@ -352,8 +362,9 @@ def fit(model, cfg, compute, get_batches, validate, save, preview=None, resumed=
 
 
 def advice(cfg):
-    kept = "the last checkpoint in {} is as it was" if os.path.exists(os.path.join(cfg.out_dir, "ckpt.pt")) else "{} has no checkpoint yet"
-    return f"try a lower --learning_rate or a longer --warmup_iters; {kept.format(cfg.out_dir)}"
+    saved = any(os.path.exists(os.path.join(cfg.out_dir, name)) for name in ("ckpt.pt", "adapter.pt"))
+    kept = f"the last checkpoint in {cfg.out_dir} is as it was" if saved else f"{cfg.out_dir} has no checkpoint yet"
+    return f"try a lower --learning_rate or a longer --warmup_iters; {kept}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -363,14 +374,15 @@ MODEL_KEYS = {f.name for f in fields(ModelConfig)}
 DATA_KEYS = {"dataset", "seed"}
 
 
-def inherit(cfg, ckpt, path, resume):
-    """cfg with what the checkpoint decides: the architecture, and when resuming everything that was not given anew."""
-    types = {f.name: f.type for f in fields(Config)}
-    for key, saved in (ckpt["config"] | ckpt["model_config"] if resume else ckpt["model_config"]).items():
+def inherit(cfg, ckpt, path, resume, fixed=DATA_KEYS):
+    """cfg with what the checkpoint decides: the architecture, and when resuming everything that was not given anew, which the
+    keys in `fixed` may not be."""
+    types, model_config = {f.name: f.type for f in fields(cfg)}, ckpt.get("model_config", {})  # an adapter has none
+    for key, saved in (ckpt["config"] | model_config if resume else model_config).items():
         if key not in types:
             continue
         saved = convert(saved, types[key], f"{path}: {key}", parse=False)
-        if key in cfg.given and getattr(cfg, key) != saved and (key in MODEL_KEYS or resume and key in DATA_KEYS):
+        if key in cfg.given and getattr(cfg, key) != saved and (key in MODEL_KEYS or resume and key in fixed):
             raise Refusal(f"{path} has {key}={saved!r}, which cannot become {getattr(cfg, key)!r}; leave it out")
         if key not in cfg.given and key not in ("out_dir", "init_from", "overwrite", "eval_only"):
             setattr(cfg, key, saved)
@@ -381,8 +393,29 @@ def inherit(cfg, ckpt, path, resume):
     return cfg
 
 
-def is_empty_folder(path):
-    return os.path.isdir(path) and not os.listdir(path)
+def in_the_way(cfg):
+    """Whether out_dir holds something that --overwrite is to move aside. Raises Refusal where it was not given."""
+    if cfg.init_from == "resume" or cfg.eval_only or not os.path.exists(cfg.out_dir) or os.path.isdir(cfg.out_dir) and not os.listdir(cfg.out_dir):
+        return False
+    if not cfg.overwrite:
+        raise Refusal(f"{cfg.out_dir} is there already: --init_from=resume goes on with it, --overwrite moves it aside, "
+                      f"--out_dir=OTHER writes elsewhere")
+    return True
+
+
+def rows_each(cfg, compute):
+    """Rows of a step that each process takes. Raises Refusal where they cannot be shared."""
+    rows = cfg.gradient_accumulation_steps * cfg.batch_size
+    if rows % compute.world:
+        raise Refusal(f"{compute.world} processes cannot share the {rows} rows of a step evenly: choose another batch_size")
+    return rows // compute.world
+
+
+def micro_batches(step, cfg, compute):
+    """(first row, number of rows) of each micro-batch of a step that is this process's."""
+    share = rows_each(cfg, compute)
+    start = (step * compute.world + compute.rank) * share
+    return [(start + row, min(cfg.batch_size, share - row)) for row in range(0, share, cfg.batch_size)]
 
 
 def main(cfg):
@@ -391,14 +424,9 @@ def main(cfg):
         path = checkpoint.find(cfg.out_dir if resume else cfg.init_from, "ckpt.pt" if resume else "ckpt_best.pt")
         ckpt = checkpoint.load(path)
         cfg = inherit(cfg, ckpt, path, resume)
-    in_the_way = not resume and not cfg.eval_only and os.path.exists(cfg.out_dir) and not is_empty_folder(cfg.out_dir)
-    if in_the_way and not cfg.overwrite:
-        raise Refusal(f"{cfg.out_dir} is there already: --init_from=resume goes on with it, --overwrite moves it aside, "
-                      f"--out_dir=OTHER writes elsewhere")
+    moving = in_the_way(cfg)
     compute = resolve(cfg.device, cfg.dtype, cfg.compile, join=True)
-    accumulate, B = cfg.gradient_accumulation_steps, cfg.batch_size
-    if accumulate * B % compute.world:
-        raise Refusal(f"{compute.world} processes cannot share the {accumulate * B} rows of a step evenly: choose another batch_size")
+    rows = compute.world * rows_each(cfg, compute)
 
     folder = os.path.join("data", cfg.dataset)
     if cfg.dataset == "toy" and compute.first and not os.path.exists(folder):
@@ -415,7 +443,7 @@ def main(cfg):
     if "vocab_size" in cfg.given and cfg.vocab_size != tokenizer.vocab_size:
         raise Refusal(f"vocab_size is the tokenizer's, {tokenizer.vocab_size}; leave it out (prepare.py --vocab_size chooses it)")
     cfg.vocab_size = tokenizer.vocab_size
-    check_memory(compute.device, training_bytes(cfg), "try a smaller model or batch_size")
+    check_memory(compute.device, training_bytes(cfg, cfg, num_weights(cfg)), "try a smaller model or batch_size")
     torch.manual_seed(cfg.seed)
     if ckpt:
         if ckpt["tokenizer_sha256"] != tokenizer.sha256:
@@ -424,14 +452,10 @@ def main(cfg):
     else:
         model = Transformer(ModelConfig(**{key: getattr(cfg, key) for key in MODEL_KEYS})).to(compute.device)
     model.gradient_checkpointing, model.chunked_loss = cfg.gradient_checkpointing, cfg.loss == "chunked"
+    said = choose_rmsnorm(model, cfg.rmsnorm, compute)
     if compute.first:
-        rmsnorm.choose(cfg.rmsnorm, compute.device)  # builds the kernel; the others find it built
-    compute.wait()
-    ops, said = rmsnorm.choose(cfg.rmsnorm, compute.device)
-    use_rmsnorm(model, ops)
-    if compute.first:
-        print(", ".join(filter(None, (compute.said, said))))
-        print(f"{num_params(model):,} parameters, {len(data['train']):,} training tokens, {accumulate * B * cfg.block_size:,} tokens a step")
+        print(compute.said + said)
+        print(f"{num_params(model):,} parameters, {len(data['train']):,} training tokens, {rows * cfg.block_size:,} tokens a step")
     trained = torch.compile(model) if compute.compile else model
 
     split = meta["splits"]["val"]
@@ -442,10 +466,8 @@ def main(cfg):
         return {"val_loss": loss, "val_bits_per_byte": loss * bits_a_byte}
 
     def get_batches(step):
-        share = accumulate * B // compute.world
-        start = step * accumulate * B + compute.rank * share
-        return [to(training_rows(data["train"], cfg.block_size, cfg.seed, start + row, min(B, share - row)), compute.device)
-                for row in range(0, share, B)]
+        return [to(training_rows(data["train"], cfg.block_size, cfg.seed, first, n), compute.device)
+                for first, n in micro_batches(step, cfg, compute)]
 
     def save(name, **state):
         checkpoint.save(os.path.join(cfg.out_dir, name), model, tokenizer, asdict(cfg), **state)
@@ -454,7 +476,7 @@ def main(cfg):
         prompt = prompt_ids(tokenizer, cfg.start)
         return cfg.start + tokenizer.decode([ids[0] for ids in generate(model, [prompt], min(cfg.block_size, 200), stop=tokenizer.eot, seed=cfg.seed)])
 
-    if in_the_way and compute.first:
+    if moving and compute.first:
         prepare.move_aside(cfg.out_dir)
     if not cfg.eval_only:
         fit(trained, cfg, compute, get_batches, validate, save, preview, ckpt if resume else None,
@@ -470,10 +492,12 @@ def main(cfg):
     compute.leave()
 
 
-def training_bytes(cfg):
-    """Less than training takes: weights, gradients and one moment; a micro-batch's logits and their gradient; a step's tokens."""
-    tokens = cfg.batch_size * cfg.block_size
-    return 12 * num_weights(cfg) + (8 * tokens * cfg.vocab_size if cfg.loss == "plain" else 0) + 16 * tokens * cfg.gradient_accumulation_steps
+def training_bytes(cfg, c, learned):
+    """Less than training a model of config c takes: its weights, gradients and a moment of those that are learned; a micro-batch's
+    logits and their gradient; a step's tokens."""
+    tokens = cfg.batch_size * c.block_size
+    return (4 * num_weights(c) + 8 * learned + (8 * tokens * c.vocab_size if cfg.loss == "plain" else 0)
+            + 16 * tokens * cfg.gradient_accumulation_steps)
 
 
 def first_documents(ids, eot, n):

@@ -10,6 +10,7 @@ import torch
 import torch._dynamo  # noqa: F401
 
 import checkpoint
+import finetune_lora
 import prepare
 import train
 from config import run
@@ -33,7 +34,7 @@ def work(folder, script, argv, fault, env):
     sys.argv = [f"{script}.py", *argv]
     if fault:
         inject(*fault)
-    main = {"train": train, "prepare": prepare}[script]
+    main = {"train": train, "prepare": prepare, "finetune_lora": finetune_lora}[script]
     run(main.main, main.Config)
 
 

@@ -16,6 +16,7 @@ import torch
 import bench
 import checkpoint
 import eval as evaluation
+import finetune_lora
 import prepare
 import sample
 import train
@@ -25,7 +26,7 @@ from test_train import SMALL
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = {"prepare": prepare, "train": train, "sample": sample, "bench": bench, "eval": evaluation}
+SCRIPTS = {"prepare": prepare, "train": train, "sample": sample, "bench": bench, "eval": evaluation, "finetune_lora": finetune_lora}
 WORDS = {"bench": bench.BENCHES}
 
 
@@ -94,6 +95,23 @@ def shop(tmp_path_factory):
         meta["splits"]["train"]["sha256"] = hashlib.sha256(big).hexdigest()
         write("data/big_ids/meta.json", json.dumps(meta))
         prepare.prepare(configure(prepare.Config, ["--dataset=good.txt", "--tokenizer=char", "--name=chars"]))
+        pair, chat = {"prompt": "a", "response": "b"}, {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+        for name, rows in {"pairs": [pair] * 20, "other_rows": [{"question": "a"}], "half_pair": [pair, {"prompt": "a"}], "number": [{"prompt": "a", "response": 5}],
+                           "role": [chat, {"messages": [{"role": "tool", "content": "a"}]}], "no_role": [{"messages": ["a"]}], "no_list": [{"messages": 5}], "scalar": [pair, 5],
+                           "one": [pair], "mute": [{"prompt": "a", "response": ""}] * 20, "none": [], "object": pair, "long_rows": [{"prompt": "a" * 999, "response": "b"}] * 20}.items():
+            write(f"{name}.json", json.dumps(rows))
+        write("broken.json", '[{"prompt": "a"')
+        Path("latin.json").write_bytes(b'["caf\xe9"]')
+        finetune_lora.main(configure(finetune_lora.Config, ["--dataset=pairs.json", "--max_iters=1", "--rank=2", "--out_dir=lora", "--device=cpu"]))
+        good = checkpoint.load("lora/adapter.pt", checkpoint.ADAPTER_KEYS)
+        name = next(iter(good["adapters"]))
+        for change, what in {"a_version": {"format": 9}, "a_shape": {"adapters": good["adapters"] | {name: torch.zeros(3, 3)}}, "a_layers": {"adapters": {"x.A": torch.zeros(2)}},
+                             "a_rank": {"config": good["config"] | {"rank": 10 ** 9}}, "a_config": {"config": {}}, "a_base": {"base_sha256": "0" * 64},
+                             "a_gone": {"base": "moved/ckpt.pt"}, "a_key": {"adapters": 5}, "a_code": {"config": Evil()}}.items():
+            Path(change).mkdir()
+            torch.save(good | what, f"{change}/adapter.pt")
+        Path("a_cut").mkdir()
+        Path("a_cut/adapter.pt").write_bytes(Path("lora/adapter.pt").read_bytes()[:3000])
     return folder
 
 
@@ -201,6 +219,35 @@ CASES = [
     ("eval", "--judge_url=127.0.0.1:8000", "judge_url must be like"), ("eval", "--judge_url=ftp://127.0.0.1/v1", "judge_url must be like"), ("eval", "--judge_url=http://", "judge_url must be like"),
     ("eval", "--judge_url=http://host:port/v1", "judge_url must be like"), ("eval", "--judge_url='http://a b/v1'", "judge_url must be like"), ("eval", "--judge_timeout=0", "judge_timeout"),
     ("eval", "--judge_timeout=nan", "finite number"), ("eval", "--device=cuda:99", "cuda:99"), ("eval", "--dtype=float16 --device=cpu", "float16"),
+
+    ("sample", "--adapter=nowhere", "no adapter in nowhere"), ("sample", "--adapter=out", "no adapter in out"), ("sample", "--adapter=out/ckpt.pt", "whole checkpoint"),
+    ("sample", "--out_dir=lora", "holds an adapter"), ("sample", "--adapter=text.pt", "not a checkpoint that is safe to read"), ("sample", "--adapter=a_code", "holds code"),
+    ("sample", "--adapter=a_cut", "not a checkpoint that is safe to read"), ("sample", "--adapter=a_version", "format 9"), ("sample", "--adapter=a_shape", "damaged"),
+    ("sample", "--adapter=a_layers", "damaged"), ("sample", "--adapter=a_rank", "damaged"), ("sample", "--adapter=a_config", "damaged"), ("sample", "--adapter=a_key", "damaged"),
+    ("sample", "--adapter=a_base", "another base"), ("sample", "--adapter=a_gone", "moved/ckpt.pt"), ("sample", "--adapter=lora --out_dir=nowhere", "no checkpoint in nowhere"),
+
+    ("finetune_lora", "--ranks=3", "did you mean rank?"), ("finetune_lora", "--rank=-1", "rank"), ("finetune_lora", "--rank=33 --out_dir=n --dataset=pairs.json", "rank 33 is more than"),
+    ("finetune_lora", "--alpha=0", "alpha"), ("finetune_lora", "--lora_dropout=1", "lora_dropout"), ("finetune_lora", "--target=head", "takes no adapter"),
+    ("finetune_lora", "--target=wte", "takes no adapter"), ("finetune_lora", "--target=q_proj,", "takes no adapter"), ("finetune_lora", "--optimizer=muon", "--rank=0"),
+    ("finetune_lora", "--template=Answer:", "{prompt}"), ("finetune_lora", "--val_fraction=1", "between 0 and 1"), ("finetune_lora", "--val_dataset=pairs.json", "leave val_dataset out"),
+    ("finetune_lora", "--n_layer=3", "no key"), ("finetune_lora", "--dataset=pairs.json --out_dir=out --overwrite", "the base out/ckpt_best.pt is in out"), ("finetune_lora", "--dataset=pairs.json --out_dir=lora", "--overwrite"), ("finetune_lora", "--init_from=scratch --out_dir=n", "no checkpoint in scratch"),
+    ("finetune_lora", "--init_from=resume --out_dir=n", "no adapter in n"), ("finetune_lora", "--init_from=lora --out_dir=n", "holds an adapter"),
+    ("finetune_lora", "--init_from=code --out_dir=n", "holds code"), ("finetune_lora", "--out_dir=n --dataset=toy", "moral, a .json .jsonl .parquet file or hf:NAME"),
+    ("finetune_lora", "--out_dir=n --dataset=nowhere.jsonl", "cannot read nowhere.jsonl"), ("finetune_lora", "--out_dir=n --dataset=nowhere.json", "cannot read nowhere.json"),
+    ("finetune_lora", "--out_dir=n --dataset=nowhere.parquet", "nowhere.parquet"), ("finetune_lora", "--out_dir=n --dataset=bad.parquet", "cannot read bad.parquet as parquet"),
+    ("finetune_lora", "--out_dir=n --dataset=bad.jsonl", "bad.jsonl line 2 is not JSON"), ("finetune_lora", "--out_dir=n --dataset=good.parquet", "rows have prompt and response"),
+    ("finetune_lora", "--out_dir=n --dataset=broken.json", "broken.json is not JSON"), ("finetune_lora", "--out_dir=n --dataset=latin.json", "latin.json is not UTF-8"),
+    ("finetune_lora", "--out_dir=n --dataset=other_rows.json", "other_rows.json row 1 has no column 'prompt'; rows have prompt and response, instruction and output, or messages; here is: question"),
+    ("finetune_lora", "--out_dir=n --dataset=half_pair.json", "half_pair.json row 2 has no column 'response'"), ("finetune_lora", "--out_dir=n --dataset=number.json", "not text but 5"),
+    ("finetune_lora", "--out_dir=n --dataset=role.json", "a role is 'tool'"), ("finetune_lora", "--out_dir=n --dataset=no_role.json", "no column 'role'"),
+    ("finetune_lora", "--out_dir=n --dataset=no_list.json", "no column 'role'"), ("finetune_lora", "--out_dir=n --dataset=scalar.json", "it is a int"),
+    ("finetune_lora", "--out_dir=n --dataset=object.json", "not an array of rows but a dict"), ("finetune_lora", "--out_dir=n --dataset=none.json", "none of its 0 rows"),
+    ("finetune_lora", "--out_dir=n --dataset=one.json", "none of its 0 rows"), ("finetune_lora", "--out_dir=n --dataset=mute.json", "none of its 18 rows has a response"),
+    ("finetune_lora", "--out_dir=n --dataset=long_rows.json", "fits in block_size=32"), ("finetune_lora", "--out_dir=n --dataset=pairs.json --val_dataset=none.json", "none of its 0 rows"),
+    ("finetune_lora", "--out_dir=n --dataset=pairs.json --batch_size=1000000000", "GiB"), ("finetune_lora", "--out_dir=lora --init_from=resume --rank=3", "rank=2, which cannot become 3"),
+    ("finetune_lora", "--out_dir=a_base --init_from=resume", "another base"), ("finetune_lora", "--out_dir=a_shape --init_from=resume", "damaged"),
+    ("finetune_lora", "--out_dir=a_gone --init_from=resume", "moved/ckpt.pt"), ("finetune_lora", "--merge --out_dir=out", "no adapter in out"),
+    ("finetune_lora", "--merge --out_dir=a_base", "another base"), ("finetune_lora", "--merge --out_dir=a_cut", "not a checkpoint that is safe to read"),
 ]
 
 

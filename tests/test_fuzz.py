@@ -3,15 +3,19 @@ import contextlib
 import json
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
+from pyarrow import Table
+from pyarrow.parquet import write_table
 
 import bench
 import checkpoint
 import eval as evaluation
+import finetune_lora
+import lora
 import prepare
 import sample
 import train
@@ -42,6 +46,13 @@ def good(tmp_path_factory):
         prepare.prepare(configure(prepare.Config, ["--dataset=c.txt", "--name=d", "--vocab_size=300"]))
         tokenizer = Tokenizer.load("data/d/tokenizer.json")
         checkpoint.save("ckpt.pt", Transformer(ModelConfig(vocab_size=300, n_layer=1, n_embd=8, n_head=1)), tokenizer, {"seed": 1}, 7, 2.5, 2.25)
+        model = Transformer(ModelConfig(vocab_size=300, n_layer=1, n_embd=8, n_head=1))
+        lora.inject(model, lora.LoRAConfig(rank=1))
+        checkpoint.save_adapters("adapter.pt", model, "ckpt.pt", checkpoint.fingerprint(checkpoint.load("ckpt.pt")), asdict(finetune_lora.Config(rank=1)), 7, 2.5, 2.25)
+        rows = [{"prompt": "a", "response": "b"}, {"instruction": "a", "input": "", "output": "b"}, {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
+        Path("r.json").write_text(json.dumps(rows))
+        Path("r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_table(Table.from_pylist([rows[2]] * 3), "r.parquet")
         model = json.loads(tokenizer.to_str())["model"]
         Path("encoder.json").write_text(json.dumps(model["vocab"]))
         Path("vocab.bpe").write_text("\n".join(["#version: 0.2", *model["merges"]]), encoding="utf-8")
@@ -58,6 +69,16 @@ def read_data(folder):
 def read_checkpoint(folder):
     path = str(folder / "ckpt.pt")
     checkpoint.restore(checkpoint.load(path), path)
+
+
+def read_adapter(folder):
+    path, base = str(folder / "adapter.pt"), str(folder / "ckpt.pt")
+    adapter, ckpt = checkpoint.load(path, checkpoint.ADAPTER_KEYS), checkpoint.load(base)
+    checkpoint.restore_adapters(adapter, path, ckpt, base, checkpoint.restore(ckpt, base)[0])
+
+
+def read_rows(suffix):
+    return lambda folder: finetune_lora.conversations(finetune_lora.read_rows(str(folder / f"r{suffix}")))
 
 
 def read_documents(suffix):
@@ -77,6 +98,7 @@ def read_config(folder):
 
 
 READERS = {"data/d/meta.json": read_data, "data/d/train.bin": read_data, "data/d/tokenizer.json": read_tokenizer, "ckpt.pt": read_checkpoint,
+           "adapter.pt": read_adapter, "r.json": read_rows(".json"), "r.jsonl": read_rows(".jsonl"), "r.parquet": read_rows(".parquet"),
            "encoder.json": lambda folder: read_tokenizer(folder, Tokenizer.gpt2), "vocab.bpe": lambda folder: read_tokenizer(folder, Tokenizer.gpt2),
            "c.txt": read_documents(".txt"), "c.jsonl": read_documents(".jsonl"), "c.parquet": read_documents(".parquet"), "c.toml": read_config,
            "log.jsonl": lambda folder: read_log(folder / "log.jsonl")}
@@ -114,7 +136,7 @@ VALUES = st.one_of(st.text(max_size=8), st.integers().map(str), st.floats().map(
     ["", "true", "0", "-1", "1e400", "nan", "99999999999999999999", "layernorm", "rope", "linear:nan", "llama3:1,2,3", "FILE:", "hf:", "..", "\x00"]))
 
 
-@pytest.mark.parametrize("script", [prepare, train, sample, bench, evaluation])
+@pytest.mark.parametrize("script", [prepare, train, sample, bench, evaluation, finetune_lora])
 def test_any_values_of_real_keys_give_a_config_or_one_line(script):
     names = [f.name for f in fields(script.Config)]
 

@@ -1,0 +1,115 @@
+"""LoRA (Hu et al. 2021, arXiv:2106.09685): beside a frozen matrix W learn two thin ones, y = W x + (alpha / rank) B A dropout(x).
+
+    from lora import LoRAConfig, inject, merge
+    inject(model, LoRAConfig(rank=8))     # all but the adapters is frozen; B starts at zero, so the model computes what it did
+    merge(model)                          # W becomes W + (alpha / rank) B A, and the model is an ordinary one again
+
+A model is any nn.Module whose Linears have the names in LINEARS. Of its other parts nothing is known here.
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+LINEARS = "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
+
+
+@dataclass
+class LoRAConfig:
+    rank: int = 8              # of B A; 0 = no adapters, all weights are learned
+    alpha: float = 16.0        # B A counts alpha / rank times
+    lora_dropout: float = 0.0  # on what goes into A
+    target: str = "all"        # Linears with an adapter: all | some of q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj
+
+    def __post_init__(self):
+        if self.rank < 0:
+            raise ValueError(f"rank cannot be negative; 0 trains all weights, not {self.rank}")
+        if not 0 < self.alpha < math.inf:
+            raise ValueError(f"alpha must be above 0, not {self.alpha}")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout must be at least 0 and below 1, not {self.lora_dropout}")
+        for name in self.names:
+            if name not in LINEARS:
+                raise ValueError(f"target {name!r} takes no adapter, only {','.join(LINEARS)} do: the embedding is a table, and the head "
+                                 "may be the same matrix, so that merging one would change the other")
+
+    @property
+    def names(self):
+        return LINEARS if self.target == "all" else tuple(self.target.split(","))
+
+
+class LoRALinear(nn.Module):
+    """A Linear and its adapter: A (rank, in), drawn as nn.Linear draws its weight, and B (out, rank), zero; both float32."""
+
+    def __init__(self, base, rank, alpha, dropout):
+        super().__init__()
+        self.base, self.scale, self.dropout = base, alpha / rank, nn.Dropout(dropout)
+        like = {"dtype": torch.float32, "device": base.weight.device}
+        self.A = nn.Parameter(torch.empty(rank, base.in_features, **like))
+        self.B = nn.Parameter(torch.zeros(base.out_features, rank, **like))
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))  # as peft, Hugging Face's, does
+
+    def forward(self, x):
+        return self.base(x) + self.scale * F.linear(F.linear(self.dropout(x), self.A), self.B)
+
+    @torch.no_grad()
+    def merged(self):
+        """The Linear with the adapter in its weight, added in float32."""
+        self.base.weight.copy_(self.base.weight.float() + self.scale * (self.B @ self.A))
+        return self.base
+
+
+def inject(model, c):
+    """Freezes the model and puts an adapter beside each Linear that c names. Raises ValueError, and has changed nothing then."""
+    found = {name: m for name, m in model.named_modules() if name.rpartition(".")[2] in c.names}
+    there = {name.rpartition(".")[2] for name in found}
+    if not there or c.target != "all" and there != set(c.names):
+        raise ValueError(f"target {c.target}: this model has no {', '.join(sorted(set(c.names) - there))}")
+    for name, m in found.items():
+        if not isinstance(m, nn.Linear):
+            raise ValueError(f"{name} is a {type(m).__name__}, not a Linear: it takes no adapter")
+        if any(p is m.weight for other, p in model.named_parameters(remove_duplicate=False) if other != f"{name}.weight"):
+            raise ValueError(f"{name} shares its weight with another layer, which merging an adapter would change too")
+        if c.rank > min(m.in_features, m.out_features):
+            raise ValueError(f"rank {c.rank} is more than {name}, {m.out_features} x {m.in_features}, can have: "
+                             "take a smaller one, or 0, which trains all weights")
+    model.requires_grad_(False)
+    for name, m in found.items():
+        replace(model, name, LoRALinear(m, c.rank, c.alpha, c.lora_dropout))
+
+
+def replace(model, name, module):
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def merge(model):
+    """Puts every adapter into its Linear and thaws the model."""
+    for name, m in list(model.named_modules()):
+        if isinstance(m, LoRALinear):
+            replace(model, name, m.merged())
+    model.requires_grad_(True)
+
+
+def state_dict(model):
+    """The adapters alone, {"blocks.0.attn.q_proj.A": (rank, in), ...}: the model's own tensors."""
+    return {f"{name}.{part}": getattr(m, part).detach() for name, m in model.named_modules() if isinstance(m, LoRALinear) for part in "AB"}
+
+
+def load_state_dict(model, adapters):
+    """Raises ValueError where they are not this model's, by name or shape."""
+    own = state_dict(model)
+    if own.keys() != adapters.keys():
+        raise ValueError(f"the adapters are for other layers: {min(own.keys() ^ adapters.keys(), key=str)}")
+    for name, x in own.items():
+        if x.shape != adapters[name].shape:
+            raise ValueError(f"{name} is {tuple(adapters[name].shape)} and not {tuple(x.shape)}")
+        x.copy_(adapters[name])
+
+
+def trainable(model):
+    """(parameters that are learned, all of them, adapters too), each counted once."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, learned in sizes if learned), sum(n for n, _ in sizes)
