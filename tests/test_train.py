@@ -292,6 +292,7 @@ def bigram_nats(data, V):
     return -logp[data["val"][:-1], data["val"][1:]].mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["llama", "gpt", "gpt2"])
 def test_each_architecture_trained_briefly_beats_a_bigram_model(lab, preset):
     with contextlib.chdir(lab):
