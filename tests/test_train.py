@@ -17,7 +17,7 @@ import toy_stories
 import train
 from config import Refusal, configure
 from device import resolve
-from model import ModelConfig, Transformer
+from model import ModelConfig
 from test_model import build, tokens
 
 ROOT = Path(__file__).parents[1]
