@@ -147,7 +147,7 @@ def fingerprint(ckpt):
 def base_of(adapter, path):
     """The file that adapters were trained over. Raises Refusal where there is none any more."""
     if not os.path.isfile(adapter["base"]):
-        raise Refusal(f"{path} belongs over {adapter['base']}, which is not there: name it with --out_dir (sample.py) or --init_from (--merge)")
+        raise Refusal(f"{path} belongs over {adapter['base']}, which is not there: name it with --out_dir (sample.py) or --init_from (--merge); to go on with its training, put it back")
     return adapter["base"]
 
 

@@ -28,8 +28,8 @@ import reading
 import report
 import toy_stories
 from config import Refusal, run
-from device import resolve
-from model import Transformer, num_params
+from device import check_memory, resolve
+from model import Transformer, kv_cache_bytes, num_params
 from sample import generate, prompt_ids
 from stats import bits, bootstrap, mean_interval
 from tokenizer import Tokenizer
@@ -107,7 +107,7 @@ def subjects(cfg, compute):
         path = checkpoint.find(name)
         ckpt = checkpoint.load(path)
         model, tokenizer = checkpoint.restore(ckpt, path, compute.device)
-        folder = os.path.join("data", str(ckpt["config"].get("dataset", "?")))
+        folder = os.path.join("data", str(ckpt["config"].get("base_dataset", ckpt["config"].get("dataset", "?"))))
         try:
             if folder not in loaded:
                 loaded[folder] = prepare.load(folder)
@@ -173,7 +173,7 @@ def units(ids, tokenizer, few):
     Also each token's bytes. Both (n,) int64; another tokenizer has the same units on the same text."""
     lengths = np.array([0 if i == tokenizer.eot else len(token) for i, token in enumerate(tokenizer.tokens)])[ids]
     if few:
-        return (np.cumsum(lengths) - lengths) // SLICE, lengths
+        return (np.cumsum(lengths) - 1).clip(0) // SLICE, lengths  # by the last byte, which another tokenizer's tokens have too
     ended = ids == tokenizer.eot
     return np.cumsum(ended) - ended, lengths
 
@@ -266,7 +266,8 @@ def write(subject, prompts, compute, cfg):
     """[(prompt, text with the prompt, whether it came to an end)]"""
     asked = [prompt for prompt in prompts for _ in range(cfg.num_samples)]
     ids = [prompt_ids(subject.tokenizer, prompt) for prompt in asked]
-    new = [[] for _ in asked]
+    new, c = [[] for _ in asked], subject.model.config
+    check_memory(compute.device, kv_cache_bytes(c, len(asked), c.block_size, 4), "try a smaller num_samples")
     with compute.autocast(), tqdm(total=cfg.max_new_tokens, desc="samples", disable=None, leave=False) as bar:
         steps = generate(subject.model, ids, cfg.max_new_tokens, cfg.temperature, cfg.top_k, stop=subject.tokenizer.eot, seed=cfg.seed,
                          past_end="recompute")

@@ -10,6 +10,7 @@ A row is an object with prompt and response; with instruction, output and perhap
 Only responses and the end of text after each are learned. Examples share a row of block_size tokens, but none sees another.
 """
 import functools
+import hashlib
 import json
 import os
 from bisect import bisect_left, insort
@@ -70,12 +71,12 @@ class Config(TrainConfig, lora.LoRAConfig):
 MORAL_SEED = 0  # other stories than data/toy's: a test looks
 
 
-def read_rows(dataset):
-    """(where, row) of all rows. Raises Refusal."""
+def read_rows(dataset, split="train"):
+    """(where, row) of all rows, of a dataset on the hub those of a split; None where it has no such split. Raises Refusal."""
     suffix = os.path.splitext(dataset)[1].lower()
     if dataset.startswith("hf:"):
         with prepare.hub_splits(dataset[3:]) as splits:
-            return [(dataset, row) for row in splits["train"]]
+            return [(dataset, row) for row in splits[split]] if split in splits else None
     if suffix not in (".json", ".jsonl", ".parquet"):
         raise Refusal(f"dataset must be moral, a .json .jsonl .parquet file or hf:NAME, not {dataset!r}")
     try:
@@ -105,8 +106,9 @@ def split(cfg):
         rows = [(f"moral {n}", row) for n, row in enumerate(toy_stories.moral_rows(400, MORAL_SEED))]
         return rows[:200], rows[200:]
     rows = read_rows(cfg.dataset)
-    if cfg.val_dataset:
-        return rows, read_rows(cfg.val_dataset)
+    held_out = read_rows(cfg.val_dataset) if cfg.val_dataset else read_rows(cfg.dataset, "validation") if cfg.dataset.startswith("hf:") else None
+    if held_out is not None:
+        return rows, held_out
     mixed, n = np.random.default_rng(cfg.seed).permutation(len(rows)), max(1, round(cfg.val_fraction * len(rows)))
     return [rows[i] for i in mixed[n:]], [rows[i] for i in mixed[:n]]
 
@@ -288,12 +290,14 @@ def main(cfg):
         lasts = "adapter.pt", "ckpt.pt"  # the latter by --rank=0; beside the former, by --merge
         path = checkpoint.find(cfg.out_dir, next((last for last in lasts if os.path.exists(os.path.join(cfg.out_dir, last))), lasts[0]))
         run_so_far = checkpoint.load(path, checkpoint.KEYS if path.endswith("ckpt.pt") else checkpoint.ADAPTER_KEYS)
+        if "rows_sha256" not in run_so_far["config"] or not run_so_far["optimizers"]:
+            raise Refusal(f"{path} is no run of finetune_lora.py that could go on; --init_from={cfg.out_dir} --out_dir=OTHER starts from it")
         cfg = inherit(cfg, run_so_far, path, True, FIXED)
         adapter = run_so_far if "adapters" in run_so_far else None
     base = checkpoint.find(cfg.init_from) if not resume else checkpoint.base_of(adapter, path) if adapter else path
     ckpt = run_so_far if base == path else checkpoint.load(base)
     moving = in_the_way(cfg)
-    if moving and os.path.realpath(base).startswith(os.path.realpath(cfg.out_dir) + os.sep):
+    if moving and (os.path.realpath(base) + os.sep).startswith(os.path.realpath(cfg.out_dir) + os.sep):
         raise Refusal(f"the base {base} is in {cfg.out_dir}, which cannot be moved aside then: give another --out_dir")
     compute = resolve(cfg.device, cfg.dtype, cfg.compile, join=True)
     rows_each(cfg, compute)
@@ -306,6 +310,11 @@ def main(cfg):
     data, said = examples(train_rows, tokenizer, cfg.template, T, f"{cfg.dataset}, to learn from")
     val_data, val_said = examples(val_rows, tokenizer, cfg.template, T, f"{cfg.val_dataset or cfg.dataset}, held out")
     packs, val_packs = (pack([len(idx) for idx, _ in some], T) for some in (data, val_data))
+
+    more = {"rows_sha256": hashlib.sha256(b"".join(ids.tobytes() for example in data for ids in example)).hexdigest(),
+            "base_dataset": ckpt["config"].get("base_dataset", ckpt["config"].get("dataset", ""))}  # whose text eval.py reads
+    if resume and run_so_far["config"]["rows_sha256"] != more["rows_sha256"]:
+        raise Refusal(f"{cfg.dataset} holds other rows than when {path} was begun: give another --out_dir")
 
     torch.manual_seed(cfg.seed)
     try:
@@ -324,6 +333,8 @@ def main(cfg):
     model.gradient_checkpointing, model.chunked_loss = cfg.gradient_checkpointing, cfg.loss == "chunked"
     if compute.first:
         print(f"{base}: {compute.said}{said_rmsnorm}")
+        if adapter and os.path.exists(merged := os.path.join(cfg.out_dir, "ckpt.pt")):
+            print(f"{merged} is from an earlier --merge, and stays as it is")
         print(f"{said}; in {len(packs):,} rows of {T} tokens\n{val_said}\ntemplate: {cfg.template!r}")
         print(f"{learned:,} of {every:,} parameters are trained, {learned / every:.2%}")
     trained = torch.compile(model) if compute.compile else model
@@ -338,9 +349,9 @@ def main(cfg):
     def save(name, **state):
         path = os.path.join(cfg.out_dir, name if not cfg.rank else name.replace("ckpt", "adapter"))
         if cfg.rank:
-            checkpoint.save_adapters(path, model, base, base_sha256, asdict(cfg), **state)
+            checkpoint.save_adapters(path, model, base, base_sha256, asdict(cfg) | more, **state)
         else:
-            checkpoint.save(path, model, tokenizer, asdict(cfg), **state)
+            checkpoint.save(path, model, tokenizer, asdict(cfg) | more, **state)
 
     def preview():
         steps = generate(model, [shown_ids], min(T, 200), temperature=0, stop=tokenizer.eot, past_end="recompute")

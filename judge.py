@@ -4,12 +4,14 @@
     JUDGE_API_KEY=... python eval.py --out_dir=out/ts --judge_url=https://api.example.com/v1 --judge_model=NAME
     python -c "import judge; print(judge.mark('Tom ran.', 'http://127.0.0.1:8000/v1', 'NAME', timeout=60))"
 
-The key is sent to that server alone: a redirect is an error.
+The key is sent to that server alone, by way of the proxy that the environment names if it names one: a redirect is an error.
 """
 import http.client
 import json
 import os
-import time
+import queue
+import re
+import threading
 import urllib.request
 
 from tqdm import tqdm
@@ -38,17 +40,28 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
 def post(url, body, timeout):
     """The bytes that the server answers. timeout: seconds for the whole answer."""
     headers = {"Content-Type": "application/json"}
-    if key := os.environ.get("JUDGE_API_KEY"):
+    if key := os.environ.get("JUDGE_API_KEY", "").strip():
+        if not re.fullmatch("[!-~]+", key):
+            raise JudgeError("JUDGE_API_KEY holds characters that no key has")
         headers["Authorization"] = f"Bearer {key}"
     request = urllib.request.Request(f"{url.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers)
-    answer, deadline = b"", time.monotonic() + timeout
-    with urllib.request.build_opener(NoRedirect).open(request, timeout=timeout) as response:
-        while some := response.read1(1 << 16):
-            answer += some
-            if len(answer) > MOST_BYTES:
-                raise JudgeError(f"the answer is longer than {MOST_BYTES:,} bytes")
-            if time.monotonic() > deadline:
-                raise TimeoutError
+    answers = queue.SimpleQueue()
+
+    def work():
+        try:
+            with urllib.request.build_opener(NoRedirect).open(request, timeout=timeout) as response:
+                answers.put(response.read(MOST_BYTES + 1))
+        except Exception as e:  # whatever it is, it is raised where it was asked for
+            answers.put(e)
+    threading.Thread(target=work, daemon=True).start()  # the socket's own timeout starts anew with each byte
+    try:
+        answer = answers.get(timeout=timeout)
+    except queue.Empty:
+        raise TimeoutError
+    if isinstance(answer, Exception):
+        raise answer
+    if len(answer) > MOST_BYTES:
+        raise JudgeError(f"the answer is longer than {MOST_BYTES:,} bytes")
     return answer
 
 

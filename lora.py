@@ -77,7 +77,7 @@ def inject(model, c):
                              "take a smaller one, or 0, which trains all weights")
     model.requires_grad_(False)
     for name, m in found.items():
-        replace(model, name, LoRALinear(m, c.rank, c.alpha, c.lora_dropout))
+        replace(model, name, LoRALinear(m, c.rank, c.alpha, c.lora_dropout).train(m.training))
 
 
 def replace(model, name, module):

@@ -2,6 +2,7 @@
 import html
 import json
 import math
+import os
 import re
 
 import checkpoint
@@ -280,7 +281,13 @@ def check(path):
             if MARK not in f.read(200):
                 raise Refusal(f"{path} is there already and was not written by eval.py; --report_dir=OTHER writes elsewhere")
     except FileNotFoundError:
-        pass
+        folder = os.path.dirname(path) or "."
+        try:
+            os.makedirs(folder, exist_ok=True)
+        except OSError as problem:
+            raise Refusal(f"cannot write {path}: {problem.strerror}")
+        if not os.access(folder, os.W_OK):
+            raise Refusal(f"cannot write {path}: permission denied")
     except (OSError, ValueError) as problem:
         raise Refusal(f"cannot write {path}: {getattr(problem, 'strerror', problem)}")
 

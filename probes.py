@@ -9,7 +9,7 @@ asked about their own: the grammar says that each wrong answer has probability 0
 import re
 from collections import defaultdict
 from dataclasses import dataclass
-from itertools import cycle
+from itertools import product
 from random import Random
 
 import numpy as np
@@ -176,44 +176,50 @@ def frames(text):
     return [line.split("|") for line in text.strip("\n").split("\n")]
 
 
-def name_cases(n):
-    cases = []
+def in_random_order(seed, *choices):
+    """All combinations of one from each."""
+    every = list(product(*choices))
+    Random(seed).shuffle(every)
+    return every
+
+
+def name_cases(n, seed):
     pairs = [(a, b, his, him) for shift in (1, 3) for names, his, him in ((GIRLS, "her", "her"), (BOYS, "his", "him"))
              for a, b in zip(names, names[shift:])]
-    for (a, b, his, him), thing, (context, answer, who) in zip(cycle(pairs), cycle(THINGS[:7]), cycle(frames(NAMES))):
-        if len(cases) >= n:
-            return cases
+    cases = {}  # by story: two of the frames have no thing in them
+    for (a, b, his, him), thing, (context, answer, who) in in_random_order(seed, pairs, THINGS[:7], frames(NAMES)):
         for a, b in (a, b), (b, a):  # the same story with the names swapped
             right, other = (a, b) if who == "a" else (b, a)
             told = context.format(a=a, b=b, thing=thing, his=his, him=him)
-            cases.append(Case(told, [" " + answer.format(x=x) for x in (right, other)]))
+            cases[told] = Case(told, [" " + answer.format(x=x) for x in (right, other)])
+        if len(cases) >= n - 1:
+            break
+    return list(cases.values())
 
 
-def pronoun_cases(n):
+def pronoun_cases(n, seed):
     cases = []
-    for girl, boy, thing, (between, *completions) in zip(cycle(GIRLS), cycle(BOYS), cycle(THINGS[:9]), cycle(frames(PRONOUNS))):
-        if len(cases) >= n:
-            return cases
-        for i, who in enumerate((f"boy named {boy}", f"girl named {girl}", thing)):
-            told = f"Once upon a time, there was a little {who}. {between}".rstrip()
+    for people, (between, *completions) in in_random_order(seed, list(zip(BOYS, GIRLS, THINGS)), frames(PRONOUNS))[:n // 3]:
+        for i, who in enumerate(("boy named {}", "girl named {}", "{}")):
+            told = f"Once upon a time, there was a little {who.format(people[i])}. {between}".rstrip()
             cases.append(Case(told, [" " + completions[i], *(" " + c for c in completions[:i] + completions[i + 1:])]))
+    return cases
 
 
-def number_cases(n):
+def number_cases(n, seed):
     cases = []
-    for noun, other, (context, one, many) in zip(cycle(NOUNS), cycle(NOUNS[5:]), cycle(frames(NUMBERS))):
-        if len(cases) >= n:
-            return cases
+    for (noun, other), (context, one, many) in in_random_order(seed, list(zip(NOUNS, NOUNS[5:] + NOUNS[:5])), frames(NUMBERS))[:n // 2]:
         cases += [Case(context.format(n=noun, other=plural(other)), [" " + one, " " + many]),
                   Case(context.format(n=plural(noun), other=other), [" " + many, " " + one])]
+    return cases
 
 
 def story_probes(passages, n, seed):
-    """About n cases a probe, for a model of stories; cloze from the passages (texts), the others always the same."""
+    """At most n cases a probe, none twice, for a model of stories; cloze from the passages (texts), the others from frames."""
     found = [cloze(passages, n, seed),
-             Probe("names", "who of two is meant; each story also with the names swapped", name_cases(n)),
-             Probe("pronouns", "he, she or it: the same sentence after a boy, a girl, a thing", pronoun_cases(n)),
-             Probe("number", "was or were, is or are, has or have, after one or several", number_cases(n))]
+             Probe("names", "who of two is meant; each story also with the names swapped", name_cases(n, seed)),
+             Probe("pronouns", "he, she or it: the same sentence after a boy, a girl, a thing", pronoun_cases(n, seed)),
+             Probe("number", "was or were, is or are, has or have, after one or several", number_cases(n, seed))]
     return [probe for probe in found if probe.cases]
 
 
@@ -235,8 +241,9 @@ def places(stories, sets, n, rng):
             there = list(re.finditer(rf" ({'|'.join(words)})\b", text))
             for m in rng.sample(there, len(there)):
                 context, others = text[:m.start()], [f" {word}" for word in words if word != m[1]]
-                if len(found[m[1]]) < most and not any(toy_stories.possible(context + other) for other in others):
-                    found[m[1]].append(Case(context, [m[0], *others]))
+                case = Case(context, [m[0], *others])
+                if len(found[m[1]]) < most and case not in found[m[1]] and not any(toy_stories.possible(context + other) for other in others):
+                    found[m[1]].append(case)
                     break
         fewest = min(map(len, found.values()))
         cases += [case for some in found.values() for case in some[:fewest]]

@@ -58,7 +58,7 @@ def sections(whole):
 
     columns = [r["reading"] for r in results] + list(reference.values())
     header = ["", *names, *({"unseen": "real, unseen", "training": "real, training"}[key] for key in reference)]
-    about = (f"{columns[0]['n']} texts, and as many real ones, marked by the same rules: 100% is the best mark, and real text says what can be "
+    about = (f"{columns[0]['n']} texts, and {' and '.join(str(c['n']) for c in reference.values())} real ones, marked by the same rules: 100% is the best mark, and real text says what can be "
              f"expected. Copied: words that stand {reading.COPY} or more in a row in the training text.")
     rows = row(f"mark: mean of the {len(columns[0]['marks'])} rules below", figure("score", ".1%", "score"), columns)
     for key, title in reading.MARKS.items():

@@ -321,7 +321,8 @@ def moral(text):
 
 def possible(beginning):
     """Whether some story begins so."""
-    return any(walk(lambda choice: choice.options, lambda text: text.startswith(beginning) or beginning.startswith(text)))
+    every = walk(lambda choice: choice.options, lambda text: text.startswith(beginning) or beginning.startswith(text))
+    return any(text.startswith(beginning) for text, _, _ in every)
 
 
 # The morals as answers. They begin as sentences of the stories do: "Good", "Even" and "Slow" stand in none, so a model that was trained

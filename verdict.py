@@ -16,6 +16,8 @@ SKILL = 0.25, 0.60        # of the room above chance, mean of the probes: 0.25 i
 READING = 0.90, 0.96      # of the mark that real text has: one text in four without an end costs 0.04 of six rules'
 COPIED = 0.15             # of the words more than unseen real text shares with the training text: then the reading lens says nothing
 
+FEW_TEXTS = 10            # real ones: with fewer there is nothing to read samples beside
+
 LEVELS = "poor", "fair", "good"
 LOOK = {("likelihood", -1): "it writes and answers better than it predicts: is this text like the one it was trained on?",
         ("likelihood", 1): "it predicts better than it writes and answers: look at the samples and the wrong answers, which a low loss does not show",
@@ -42,6 +44,8 @@ def grade(result, unseen):
     if result["probes"]["probes"]:
         skill = result["probes"]["skill"]
         found["probes"] = level(skill, SKILL), f"takes {skill:.0%} of the room above chance"
+    if unseen["n"] < FEW_TEXTS:
+        return found
     share = r["score"] / unseen["score"] if unseen["score"] else 0.0
     found["reading"] = level(share, READING), f"{share:.0%} of the mark of real text"
     if copies(r, unseen):
@@ -58,6 +62,8 @@ def verdict(grades):
     heights = {lens: LEVELS.index(found) for lens, (found, _) in grades.items()}
     if len(set(heights.values())) == 1:
         found = next(iter(grades.values()))[0]
+        if len(grades) == 1:
+            return False, f"Only likelihood could be graded, {found}: there is too little text for the other lenses."
         means = {"good": "trust it.", "fair": "trust them: it has learned a good part, not all.",
                  "poor": "trust them: it needs more training, data or weights."}
         return True, f"The {'three' if len(grades) == 3 else 'two'} lenses agree on {found}: {means[found]}"
@@ -93,6 +99,8 @@ def compare(results, columns, unseen, resamples, seed):
             said.append(f"{lens}: " + "".join(f"{names[i]} {link} " for i, link in zip(order, [*links, ""])).strip())
     against = [(a, b) for a, b in signs["likelihood"] if {1, -1} <= {pairs.get((a, b)) for pairs in signs.values()}]
     if not against:
+        if not any(any(pairs.values()) for pairs in signs.values()):
+            return True, "No lens finds a difference that is more than chance.", said
         return True, "No two lenses contradict each other: trust the ranking.", said
     a, b = against[0]
     split = {lens: names[a] if pairs.get((a, b)) == 1 else names[b] for lens, pairs in signs.items() if pairs.get((a, b))}

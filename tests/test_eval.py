@@ -4,6 +4,8 @@ import html.parser
 import http.server
 import json
 import math
+import re
+import socket
 import threading
 import time
 from collections import Counter
@@ -144,6 +146,15 @@ def test_another_tokenizer_has_the_same_units_and_bytes(few):
         assert all(np.array_equal(s, [len(d.encode()) for d in documents]) for s in sums)
 
 
+def test_a_token_across_the_end_of_a_slice_makes_no_slice_more():
+    """1,004 bytes that end in a word: one token of it begins before byte 1,000, seven characters of it lie on both sides."""
+    document, counts = "a " * 498 + " zebras", []
+    for tokenizer in Tokenizer.train([document, "zebras zebras zebras zebras"], 300), Tokenizer.char([document]):
+        ids = evaluation.encode([document], False, tokenizer)
+        counts.append(evaluation.units(ids, tokenizer, True)[0][-1])
+    assert counts == [1, 1]
+
+
 def test_bits_a_byte_of_sums():
     """100 nats over 50 targets, 60 tokens of 120 bytes: 2 nats a token, half a token a byte."""
     assert bits(np.array([[100, 50, 60, 120.]]))[0] == pytest.approx(1 / math.log(2))
@@ -153,6 +164,13 @@ def test_bits_a_byte_of_sums():
 
 TOY = probes.toy_probes(TOLD, 60, 0)
 STORY = probes.story_probes(TOLD, 150, 0)
+
+
+def test_no_question_is_asked_twice():
+    for some in TOY, STORY, probes.story_probes(TOLD, 1000, 1):
+        for probe in some:
+            assert len({(case.context, *case.candidates) for case in probe.cases}) == len(probe.cases)
+            assert not any(re.search(r"The (\w+?)(e?s)? near the \1", case.context) for case in probe.cases)
 
 
 @pytest.mark.parametrize("probe", TOY + STORY, ids=lambda p: p.name)
@@ -169,6 +187,10 @@ def test_no_scorer_that_ignores_the_context_is_above_chance(probe):
 
 def grammar(pairs):
     return [0.0 if toy_stories.possible(context + completion) else math.inf for context, completion in pairs]
+
+
+def test_what_goes_on_after_the_end_of_a_story_is_not_possible():
+    assert toy_stories.possible(TOLD[0]) and toy_stories.possible(TOLD[0][:40]) and not toy_stories.possible(TOLD[0] + " x")
 
 
 @pytest.mark.parametrize("probe", TOY, ids=lambda p: p.name)
@@ -352,6 +374,31 @@ def test_a_server_that_fails_is_one_line_at_once(server, answer, says):
     assert len(server.asked) == 2 and all(path.startswith("/v1") for path, *_ in server.asked)  # not redirected either
 
 
+def test_a_server_that_drips_is_not_waited_for():
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        def drip():
+            with listening.accept()[0] as client, contextlib.suppress(OSError):
+                client.sendall(b"HTTP/1.1 200 OK\r\nX: ")
+                for _ in range(100):
+                    client.sendall(b"x")
+                    time.sleep(0.05)
+        threading.Thread(target=drip, daemon=True).start()
+        with pytest.raises(TimeoutError):
+            judge.post(f"http://127.0.0.1:{listening.getsockname()[1]}/v1", {}, 0.3)
+
+
+@pytest.mark.parametrize("key", ["sk-SECRET\r", "sk-SEC\nRET", "sk-SECRÉT"])
+def test_a_key_is_never_shown(server, monkeypatch, key):
+    monkeypatch.setenv("JUDGE_API_KEY", key)
+    server.answers = [MARKS]
+    marks, said = judge.mark_all(["a"], server.url, "m", 5)
+    assert "SEC" not in said
+    if key.strip().isascii() and "\n" not in key:
+        assert server.asked[0][1] == "Bearer sk-SECRET" and marks[0]
+    else:
+        assert not server.asked and "JUDGE_API_KEY" in said
+
+
 def test_no_server_at_all():
     marks, said = judge.mark_all(["a"], "http://127.0.0.1:9/v1", "m", 1)
     assert marks == [None] and "cannot be asked" in said
@@ -374,11 +421,11 @@ def test_the_verdict_names_the_lens_that_differs():
 
 def test_levels_and_what_is_copied():
     result = {"likelihood": {"explained": 0.6}, "probes": {"skill": 0.3, "probes": [1]}, "reading": {"score": 0.9, "copied": 0.3}}
-    assert [found for found, _ in grade(result, {"score": 0.91, "copied": 0.2}).values()] == ["good", "fair", "good"]
-    assert grade(result, {"score": 0.91, "copied": 0.1})["reading"][0] == "poor"
+    assert [found for found, _ in grade(result, {"score": 0.91, "copied": 0.2, "n": 48}).values()] == ["good", "fair", "good"]
+    assert grade(result, {"score": 0.91, "copied": 0.1, "n": 48})["reading"][0] == "poor"
     result["likelihood"] = {"explained": 0.9, "floor": 25.0, "above_floor": 10.0}
     result["probes"] = {"probes": []}
-    assert [(lens, found) for lens, (found, _) in grade(result, {"score": 0.95, "copied": 0.3}).items()] == [("likelihood", "poor"), ("reading", "fair")]
+    assert [(lens, found) for lens, (found, _) in grade(result, {"score": 0.95, "copied": 0.3, "n": 48}).items()] == [("likelihood", "poor"), ("reading", "fair")]
 
 
 def test_rankings_agree_or_contradict():

@@ -2,6 +2,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 import checkpoint
+import eval as evaluation
 import finetune_lora as ft
 import prepare
 import probes
@@ -261,6 +263,7 @@ def test_from_the_command_line_to_a_merged_checkpoint_that_every_script_takes(sh
     assert "--raw leaves it as it is" in told[0][0] and "Q {prompt}" in told[0][0]
     assert script(sample, "--adapter=cli", "--start=Why", "--raw", "--max_new_tokens=1").split("-" * 80)[1].startswith("\nWhy")
     assert "nats a token" in script(train, "--init_from=cli", "--out_dir=n", "--eval_only")
+    assert '"loss"' in script(evaluation, "--out_dir=cli", "--num_samples=1", "--max_new_tokens=20").splitlines()[-1]  # on the base's text
     script(ft, *TINY, "--max_iters=1", "--init_from=cli", "--dataset=rows.jsonl", "--out_dir=cli2")
     assert adapter(shop, "cli2")["config"]["template"] == "Q {prompt}\n"  # the base's
     with pytest.raises(Refusal, match="--overwrite moves it aside"):
@@ -323,3 +326,19 @@ def test_the_morals_are_counted_right(shop, monkeypatch):
     line = ft.moral_lines(model, tokenizer, rows, "{prompt}\n", CPU).splitlines()[0]
     assert line == (f"moral of 60 held-out stories: answered word for word {share:.1%} ({sum(unsaid)} of the {len(unsaid)} that leave it unsaid), "
                     f"the likeliest of the 11 {share:.1%} (chance 9.1%)")
+
+
+def test_a_run_goes_on_with_its_own_rows_and_its_own_kind(shop):
+    with contextlib.chdir(shop):
+        shutil.copy("rows.jsonl", "changing.jsonl")
+        finetune(shop, "--dataset=changing.jsonl", "--out_dir=changing", "--max_iters=1")
+        with open("changing.jsonl", "a", encoding="utf-8") as f:
+            f.write('{"prompt": "New?", "response": "Yes."}\n')
+        with pytest.raises(Refusal, match="other rows than when"):
+            resume(shop, "changing", "--max_iters=2")
+        with pytest.raises(Refusal, match="no run of finetune_lora.py"):
+            resume(shop, "base")
+        shutil.copy("base/ckpt_best.pt", "alone.pt")
+        with pytest.raises(Refusal, match="the base alone.pt is in alone.pt"):
+            finetune(shop, "--init_from=alone.pt", "--out_dir=alone.pt", "--overwrite")
+        assert os.path.isfile("alone.pt")
