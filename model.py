@@ -424,6 +424,18 @@ class Transformer(nn.Module):
             cache.length += T
         return self.norm(x)
 
+    # What sample.generate calls; onnx_model.OnnxModel has the same
+    @property
+    def device(self):
+        return self.wte.weight.device
+
+    def new_cache(self, batch_size, max_len):
+        return KVCache(self, batch_size, max_len)
+
+    def next_logits(self, idx, cache, doc=None):
+        """Logits (B, V) of what comes after the last of tokens idx (B, T); cache and doc as in hidden."""
+        return self.head(self.hidden(idx, cache, doc)[:, -1])
+
     def forward(self, idx, targets=None, cache=None, doc=None, reduction="mean"):
         """(logits, loss): logits (B, T, V); loss None without targets, else cross-entropy in nats over targets (B, T).
 

@@ -4,6 +4,7 @@
     python sample.py --out_dir=out/ts --start="Once upon a time" --temperature=0.7 --top_p=0.95
     python sample.py --start=FILE:prompts.txt --max_new_tokens=100         a prompt, or several with <|endoftext|> between
     python sample.py --adapter=out/lora --start="What is it?"              with what finetune_lora.py has learned, in its template
+    python sample.py --onnx=out/ts/onnx                                    what export_onnx.py wrote, run by onnxruntime
 
 generate() is a Python generator that other scripts import.
 """
@@ -14,16 +15,18 @@ import torch
 
 import checkpoint
 import lora
+import onnx_model
 import rmsnorm
 from config import Refusal, run
 from device import check_memory, resolve
-from model import KVCache, choose_rmsnorm, kv_cache_bytes
+from model import choose_rmsnorm, kv_cache_bytes
 
 
 @dataclass
 class Config:
     out_dir: str = "out"             # the folder of a trained model, or a checkpoint file; with an adapter: its base
     adapter: str = ""                # the folder of a LoRA adapter, or its file
+    onnx: str = ""                   # a folder that export_onnx.py wrote, or an .onnx file in it; no out_dir then
     raw: bool = False                # give --start as it is, without the template that the model was fine-tuned with
     start: str = ""                  # the prompt, or FILE:path; "" starts a new document
     num_samples: int = 1             # continuations of each prompt, written in one batch
@@ -53,6 +56,8 @@ class Config:
             raise ValueError(f"past_end must be stop or recompute, not {self.past_end!r}")
         if self.rmsnorm not in rmsnorm.SETTINGS:
             raise ValueError(f"rmsnorm must be one of {' | '.join(rmsnorm.SETTINGS)}, not {self.rmsnorm!r}")
+        if self.onnx and (self.adapter or self.device not in ("auto", "cpu") or self.dtype not in ("auto", "float32") or self.rmsnorm == "cuda"):
+            raise ValueError("an ONNX file is whole and computed on the CPU, as it was written: leave out adapter, device, dtype and rmsnorm")
 
 
 def next_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
@@ -78,14 +83,14 @@ def penalized(logits, seen, penalty):
 
 def prefill(model, windows, more):
     """Reads one window of ids a row, padded on the left: (the last tokens' logits (B, V), a cache with room for `more`)."""
-    lengths, device = [len(w) for w in windows], model.wte.weight.device
+    lengths, device = [len(w) for w in windows], model.device
     longest = max(lengths)
     idx = torch.tensor([[0] * (longest - n) + w for n, w in zip(lengths, windows)], device=device)
     doc = None
     if min(lengths) < longest:
         doc = torch.tensor([[-1] * (longest - n) + [0] * n for n in lengths], device=device)
-    cache = KVCache(model, len(windows), min(longest + more, model.config.block_size + longest - min(lengths)))
-    return model.head(model.hidden(idx, cache, doc)[:, -1]), cache
+    cache = model.new_cache(len(windows), min(longest + more, model.config.block_size + longest - min(lengths)))
+    return model.next_logits(idx, cache, doc), cache
 
 
 @torch.inference_mode()
@@ -97,7 +102,7 @@ def generate(model, prompts, max_new_tokens, temperature=0.8, top_k=200, top_p=1
     past_end="recompute" then reads the last half of the window again and goes on. The return value (StopIteration.value) says
     for each row which: "stop", "length" or "block_size". Raises ValueError for a prompt that is empty or too long.
     """
-    c, device = model.config, model.wte.weight.device
+    c, device = model.config, model.device
     for prompt in prompts:
         if not prompt:
             raise ValueError("a prompt must have at least one token")
@@ -118,7 +123,7 @@ def generate(model, prompts, max_new_tokens, temperature=0.8, top_k=200, top_p=1
                 logits, cache = prefill(model, windows, max_new_tokens - step)
             else:  # a row that has ended goes on as padding
                 doc = torch.tensor([[-1 if e else 0] for e in ended], device=device) if any(ended) else None
-                logits = model.head(model.hidden(ids[:, None], cache, doc)[:, -1])
+                logits = model.next_logits(ids[:, None], cache, doc)
             if repetition_penalty != 1:
                 logits = penalized(logits, seen, repetition_penalty)
             ids = next_token(logits, temperature, top_k, top_p, rng)
@@ -170,7 +175,13 @@ def read_start(start):
         raise Refusal(f"{start[5:]} is not UTF-8 text: byte {e.start}")
 
 
-def main(cfg):
+def load(cfg):
+    """(model, tokenizer, its settings, Compute, what to say of them) for --out_dir, --adapter or --onnx."""
+    if cfg.onnx:
+        if "out_dir" in cfg.given:
+            raise Refusal("onnx takes the place of out_dir: give one of them")
+        model, tokenizer, config = onnx_model.load(cfg.onnx)
+        return model, tokenizer, config, resolve("cpu", "float32", "false"), f"{model.path}: onnxruntime, {torch.get_num_threads()} threads"
     adapter_path = cfg.adapter and checkpoint.find(cfg.adapter, "adapter_best.pt")
     adapter = checkpoint.load(adapter_path, checkpoint.ADAPTER_KEYS) if cfg.adapter else None
     path = checkpoint.base_of(adapter, adapter_path) if adapter and "out_dir" not in cfg.given else checkpoint.find(cfg.out_dir)
@@ -182,7 +193,11 @@ def main(cfg):
         lora.merge(model)  # in float32; then it is as fast as its base
     model = model.to(compute.device, compute.dtype)
     said = choose_rmsnorm(model, cfg.rmsnorm, compute)
-    config = (adapter or ckpt)["config"]
+    return model, tokenizer, (adapter or ckpt)["config"], compute, f"{path}{f' and {adapter_path}' if adapter else ''}: {compute.said}{said}"
+
+
+def main(cfg):
+    model, tokenizer, config, compute, said = load(cfg)
     starts, template = read_start(cfg.start or str(config.get("start", ""))), "" if cfg.raw else str(config.get("template", ""))
     if template:
         starts = [start and render(template, start) for start in starts]  # an empty one starts a document, as ever
@@ -191,7 +206,7 @@ def main(cfg):
     texts = [t for t in starts for _ in range(cfg.num_samples)]
     try:
         prompts = [prompt_ids(tokenizer, t) for t in texts]
-        print(f"{path}{f' and {adapter_path}' if adapter else ''}: {compute.said}{said}")
+        print(said)
         if template and any(starts):
             print(f"each prompt is put into {template!r}; --raw leaves it as it is")
         write(generate(model, prompts, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, cfg.repetition_penalty,

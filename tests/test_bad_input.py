@@ -16,7 +16,9 @@ import torch
 import bench
 import checkpoint
 import eval as evaluation
+import export_onnx
 import finetune_lora
+import onnx_model
 import prepare
 import sample
 import train
@@ -26,7 +28,7 @@ from test_train import SMALL
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = {"prepare": prepare, "train": train, "sample": sample, "bench": bench, "eval": evaluation, "finetune_lora": finetune_lora}
+SCRIPTS = {"prepare": prepare, "train": train, "sample": sample, "bench": bench, "eval": evaluation, "finetune_lora": finetune_lora, "export_onnx": export_onnx}
 WORDS = {"bench": bench.BENCHES}
 
 
@@ -112,7 +114,42 @@ def shop(tmp_path_factory):
             torch.save(good | what, f"{change}/adapter.pt")
         Path("a_cut").mkdir()
         Path("a_cut/adapter.pt").write_bytes(Path("lora/adapter.pt").read_bytes()[:3000])
+        model, tokenizer = checkpoint.restore(checkpoint.load("out/ckpt.pt"), "out")
+        good = onnx_model.describe(model.config, tokenizer, "", "")
+        graph = onnx_folder("o_good", good, tokenizer)
+        for name, change in {"o_format": {"format": 9}, "o_layers": {"model": good["model"] | {"n_layer": 3}, "n_layer": 3}, "o_unlike": {"n_layer": 3}, "o_model": {"model": {"a": 1}},
+                             "o_shape": {"model": good["model"] | {"n_layer": "2"}}, "o_deep": {"model": good["model"] | {"n_layer": 10 ** 7}, "n_layer": 10 ** 7},
+                             "o_heads": {"model": good["model"] | {"n_kv_head": 1}, "n_kv_head": 1}, "o_start": {"start": 5}}.items():
+            onnx_folder(name, good, tokenizer)
+            write(f"{name}/config.json", json.dumps(good | change))
+        onnx_folder("o_tokenizer", good, Tokenizer.train(DOCS, 300))
+        for name, file, content in (("o_cut", "model.onnx", graph[:len(graph) // 2]), ("o_text", "model.onnx", b"hello"), ("o_empty", "model.onnx", b""),
+                                    ("o_json", "config.json", b"{"), ("o_list", "config.json", b"[]"), ("o_latin", "config.json", b'{"a": "caf\xe9"}'), ("o_tok", "tokenizer.json", b"{}")):
+            onnx_folder(name, good, tokenizer)
+            Path(name, file).write_bytes(content)
+        for name, file in ("o_no_model", "model.onnx"), ("o_no_config", "config.json"), ("o_no_tokenizer", "tokenizer.json"):
+            onnx_folder(name, good, tokenizer)
+            Path(name, file).unlink()
+        torch.save(checkpoint.load("out/ckpt.pt") | {"model_config": good["model"] | {"block_size": 4}}, "tiny.pt")
     return folder
+
+
+def onnx_folder(name, about, tokenizer):
+    """A folder as export_onnx.py writes it, but for a graph that only has the right inputs and outputs; returns the graph's bytes."""
+    import onnx
+    from onnx.helper import make_graph, make_model, make_node, make_opsetid, make_tensor_value_info as info
+    shape, V = ["B", about["n_kv_head"], "P", about["head_dim"]], about["vocab_size"]
+    past = [f"{kv}.{layer}" for layer in range(about["n_layer"]) for kv in "kv"]
+    nodes = [make_node("Cast", ["ids"], ["x"], to=1), make_node("Unsqueeze", ["x", "last"], ["y"]), make_node("Expand", ["y", "wide"], ["logits"]), *(make_node("Identity", [f"past_{x}"], [f"present_{x}"]) for x in past)]
+    graph = make_graph(nodes, "g", [info("ids", 7, ["B", "T"]), *(info(f"past_{x}", 1, shape) for x in past)],
+                       [info("logits", 1, ["B", "T", V]), *(info(f"present_{x}", 1, shape) for x in past)],
+                       [onnx.numpy_helper.from_array(np.array(x), name) for name, x in {"last": [-1], "wide": [1, 1, V]}.items()])
+    data = make_model(graph, opset_imports=[make_opsetid("", 18)], ir_version=8).SerializeToString()
+    Path(name).mkdir()
+    Path(name, "model.onnx").write_bytes(data)
+    Path(name, "config.json").write_text(json.dumps(about))
+    tokenizer.save(f"{name}/tokenizer.json")
+    return data
 
 
 class Evil:
@@ -247,6 +284,21 @@ CASES = [
     ("finetune_lora", "--out_dir=n --dataset=pairs.json --batch_size=1000000000", "GiB"), ("finetune_lora", "--out_dir=lora --init_from=resume --rank=3", "rank=2, which cannot become 3"),
     ("finetune_lora", "--out_dir=a_base --init_from=resume", "another base"), ("finetune_lora", "--out_dir=a_shape --init_from=resume", "damaged"),
     ("finetune_lora", "--out_dir=a_gone --init_from=resume", "moved/ckpt.pt"), ("finetune_lora", "--merge --out_dir=out", "no adapter in out"),
+    ("sample", "--onnx=nowhere", "no nowhere/config.json"), ("sample", "--onnx=folder", "no folder/config.json"), ("sample", "--onnx=a_file", "a_file"), ("sample", "--onnx=o_no_model", "no o_no_model/model.onnx"),
+    ("sample", "--onnx=o_no_config", "no o_no_config/config.json"), ("sample", "--onnx=o_no_tokenizer", "no o_no_tokenizer/tokenizer.json"), ("sample", "--onnx=o_good/other.onnx", "no o_good/other.onnx"),
+    ("sample", "--onnx=o_format", "format 9"), ("sample", "--onnx=o_layers", "inputs, outputs or their shapes"), ("sample", "--onnx=o_unlike", "n_layer is 3"), ("sample", "--onnx=o_model", "not written by export_onnx.py"),
+    ("sample", "--onnx=o_shape", "not written by export_onnx.py"), ("sample", "--onnx=o_deep", "inputs, outputs or their shapes"), ("sample", "--onnx=o_heads", "inputs, outputs or their shapes"),
+    ("sample", "--onnx=o_start", "start is 5"), ("sample", "--onnx=o_tokenizer", "by its model and tokenizer.json"), ("sample", "--onnx=o_cut", "damaged or not a model"),
+    ("sample", "--onnx=o_text", "damaged or not a model"), ("sample", "--onnx=o_empty", "damaged or not a model"), ("sample", "--onnx=o_json", "o_json/config.json"), ("sample", "--onnx=o_list", "not written by export_onnx.py"),
+    ("sample", "--onnx=o_latin", "o_latin/config.json"), ("sample", "--onnx=o_tok", "o_tok/tokenizer.json"), ("sample", "--onnx=o_good --adapter=lora", "leave out adapter"),
+    ("sample", "--onnx=o_good --device=cuda", "leave out adapter"), ("sample", "--onnx=o_good --dtype=bfloat16", "leave out adapter"), ("sample", "--onnx=o_good --out_dir=out", "takes the place of out_dir"),
+    ("sample", f"--onnx=o_good --start='{'once upon a time ' * 20}'", "the context 32"), ("sample", "--onnx=o_good --num_samples=1000000000000", "num_samples"),
+
+    ("export_onnx", "--quantise=int8", "did you mean quantize?"), ("export_onnx", "--quantize=int4", "none or int8"), ("export_onnx", "--eval_tokens=-1", "eval_tokens"), ("export_onnx", "--seconds=-1", "seconds"),
+    ("export_onnx", "--out_dir=nowhere", "no checkpoint in nowhere"), ("export_onnx", "--out_dir=lora", "holds an adapter"), ("export_onnx", "--out_dir=text.pt", "not a checkpoint that is safe to read"),
+    ("export_onnx", "--out_dir=code", "holds code"), ("export_onnx", "--out_dir=shape", "damaged"), ("export_onnx", "--to=foreign", "--overwrite moves it aside"), ("export_onnx", "--to=a_file", "--overwrite moves it aside"),
+    ("export_onnx", "--out_dir=gone --quantize=int8", "int8 is judged by a validation split"), ("export_onnx", "--dataset=chars --quantize=int8", "another tokenizer"),
+    ("export_onnx", "--out_dir=tiny.pt", "block_size is 4"),
     ("finetune_lora", "--merge --out_dir=a_base", "another base"), ("finetune_lora", "--merge --out_dir=a_cut", "not a checkpoint that is safe to read"),
 ]
 
@@ -276,6 +328,7 @@ def test_from_a_shell(script, args, says, shop):
 
 @pytest.mark.parametrize("script, args, library, says", [
     ("train", "--out_dir=n --wandb_log", "wandb", "pip install wandb"), ("bench", "--plot", "matplotlib", "pip install matplotlib"),
+    ("export_onnx", "--to=n", "onnxruntime", "pip install onnxruntime"), ("export_onnx", "--to=n", "onnxscript", "pip install onnxscript"), ("sample", "--onnx=o_good", "onnxruntime", "pip install onnxruntime"),
     ("prepare", "--dataset=hf:a/b --name=n", "datasets", "pip install datasets"),
     ("prepare", "--dataset=good.parquet --name=n", "pyarrow", "pip install pyarrow")])
 def test_a_missing_library_is_one_line(script, args, library, says, shop, monkeypatch, capfd):

@@ -14,14 +14,17 @@ from pyarrow.parquet import write_table
 import bench
 import checkpoint
 import eval as evaluation
+import export_onnx
 import finetune_lora
 import lora
+import onnx_model
 import prepare
 import sample
 import train
 from config import Refusal, configure
 from log import read_log
 from model import ModelConfig, Transformer
+from test_bad_input import onnx_folder
 from test_prepare import DOCS, write_jsonl, write_parquet, write_txt
 from tokenizer import Tokenizer
 
@@ -49,6 +52,7 @@ def good(tmp_path_factory):
         model = Transformer(ModelConfig(vocab_size=300, n_layer=1, n_embd=8, n_head=1))
         lora.inject(model, lora.LoRAConfig(rank=1))
         checkpoint.save_adapters("adapter.pt", model, "ckpt.pt", checkpoint.fingerprint(checkpoint.load("ckpt.pt")), asdict(finetune_lora.Config(rank=1)), 7, 2.5, 2.25)
+        onnx_folder("o", onnx_model.describe(ModelConfig(vocab_size=300, n_layer=1, n_embd=8, n_head=1), tokenizer, "", ""), tokenizer)
         rows = [{"prompt": "a", "response": "b"}, {"instruction": "a", "input": "", "output": "b"}, {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
         Path("r.json").write_text(json.dumps(rows))
         Path("r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -77,6 +81,11 @@ def read_adapter(folder):
     checkpoint.restore_adapters(adapter, path, ckpt, base, checkpoint.restore(ckpt, base)[0])
 
 
+def read_onnx(folder):
+    model, tokenizer, _ = onnx_model.load(str(folder / "o"))
+    assert model.config.vocab_size == tokenizer.vocab_size
+
+
 def read_rows(suffix):
     return lambda folder: finetune_lora.conversations(finetune_lora.read_rows(str(folder / f"r{suffix}")))
 
@@ -98,7 +107,7 @@ def read_config(folder):
 
 
 READERS = {"data/d/meta.json": read_data, "data/d/train.bin": read_data, "data/d/tokenizer.json": read_tokenizer, "ckpt.pt": read_checkpoint,
-           "adapter.pt": read_adapter, "r.json": read_rows(".json"), "r.jsonl": read_rows(".jsonl"), "r.parquet": read_rows(".parquet"),
+           "adapter.pt": read_adapter, "o/config.json": read_onnx, "o/model.onnx": read_onnx, "r.json": read_rows(".json"), "r.jsonl": read_rows(".jsonl"), "r.parquet": read_rows(".parquet"),
            "encoder.json": lambda folder: read_tokenizer(folder, Tokenizer.gpt2), "vocab.bpe": lambda folder: read_tokenizer(folder, Tokenizer.gpt2),
            "c.txt": read_documents(".txt"), "c.jsonl": read_documents(".jsonl"), "c.parquet": read_documents(".parquet"), "c.toml": read_config,
            "log.jsonl": lambda folder: read_log(folder / "log.jsonl")}
@@ -136,7 +145,7 @@ VALUES = st.one_of(st.text(max_size=8), st.integers().map(str), st.floats().map(
     ["", "true", "0", "-1", "1e400", "nan", "99999999999999999999", "layernorm", "rope", "linear:nan", "llama3:1,2,3", "FILE:", "hf:", "..", "\x00"]))
 
 
-@pytest.mark.parametrize("script", [prepare, train, sample, bench, evaluation, finetune_lora])
+@pytest.mark.parametrize("script", [prepare, train, sample, bench, evaluation, finetune_lora, export_onnx])
 def test_any_values_of_real_keys_give_a_config_or_one_line(script):
     names = [f.name for f in fields(script.Config)]
 

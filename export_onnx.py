@@ -1,0 +1,356 @@
+"""Writes a trained model as ONNX: a folder with model.onnx, tokenizer.json and config.json, checked against PyTorch and timed.
+
+    python export_onnx.py --out_dir=out/ts                                 out/ts/onnx/model.onnx, float32, in one file
+    python export_onnx.py --out_dir=out/ts --to=story --quantize=int8      also story/model_int8.onnx, about a quarter of the size
+    python sample.py --onnx=out/ts/onnx                                    stories from it; --onnx=story/model_int8.onnx
+
+The graph takes ids (B, T) and the keys and values of the tokens before, past_k.0 past_v.0 past_k.1 ... (B, n_kv_head, P, head_dim), and gives
+logits (B, T, V) and present_k.0 ..., which are the next call's past. B, T and P may be anything, P also 0. It is traced through the model's own
+attention, with a cache that concatenates.
+"""
+import importlib.util
+import json
+import logging
+import os
+import shutil
+import types
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+
+import checkpoint
+import onnx_model
+import prepare
+import train
+from config import Refusal, run
+from device import resolve
+from measure import race
+from model import num_params
+from sample import generate
+
+OPSET = 18  # the lowest that torch.onnx writes without converting
+MOST_WORSE = 0.01  # of the validation loss, by int8
+
+
+@dataclass
+class Config:
+    out_dir: str = "out"      # the folder of a trained model, or a checkpoint file
+    to: str = ""              # the folder to write; "" = OUT_DIR/onnx
+    overwrite: bool = False   # move a folder that is in the way aside
+    quantize: str = "none"    # none | int8 (model_int8.onnx beside model.onnx: matrices in 8 bits)
+    dataset: str = ""         # int8 is judged by the validation split of data/NAME; "" = the one of the training
+    eval_tokens: int = 16384  # tokens of it, evenly spaced; 0 = all
+    seconds: float = 5.0      # of PyTorch and onnxruntime taking turns; three rounds at least
+
+    def __post_init__(self):
+        if self.quantize not in ("none", "int8"):
+            raise ValueError(f"quantize must be none or int8, not {self.quantize!r}")
+        if self.eval_tokens < 0 or not 0 <= self.seconds <= 3600:
+            raise ValueError("eval_tokens cannot be negative, and seconds must be between 0 and 3600")
+        for library in "onnx", "onnxscript", "onnxruntime":
+            if not importlib.util.find_spec(library):
+                raise ValueError(f"exporting needs {library}: pip install {library}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The graph
+
+class Past:
+    """What Attention and Transformer.hidden need of a cache, from the inputs of a graph: update concatenates."""
+
+    def __init__(self, past):
+        self.past, self.length, self.present = past, past[0].size(2), []
+
+    def update(self, layer, k, v):
+        k, v = (torch.cat((old, new), 2) for old, new in zip(self.past[2 * layer:], (k, v)))
+        self.present += k, v
+        return k, v
+
+    def update_doc(self, doc, B, T):
+        return None  # no padding, one document
+
+
+class Graph(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids, past):
+        cache = Past(past)
+        return self.model(ids, cache=cache)[0], *cache.present
+
+
+def export(model):
+    """The float32 ONNX model (a protobuf) of a Transformer that is on the CPU, in eval mode."""
+    c = model.config
+    if c.block_size < 7:
+        raise Refusal(f"tracing takes 4 + 3 tokens, and block_size is {c.block_size}")
+    # B, T, P = 2, 3, 4 as the example: torch.export takes a size of 1 for a constant, and says nothing
+    ids, past = torch.zeros(2, 3, dtype=torch.long), tuple(torch.zeros(2, c.n_kv_head, 4, c.n_embd // c.n_head) for _ in range(2 * c.n_layer))
+    B, T, P = torch.export.Dim("B"), *(torch.export.Dim(name, max=c.block_size) for name in "TP")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of names that axes share, and torch's own deprecations
+        logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)  # torchvision is not installed
+        program = torch.onnx.export(
+            Graph(model).eval(), (ids, past), dynamo=True, opset_version=OPSET, external_data=False, verbose=False,
+            dynamic_shapes={"ids": {0: B, 1: T}, "past": tuple({0: B, 2: P} for _ in past)},
+            input_names=["ids", *onnx_model.names(c, "past")], output_names=["logits", *onnx_model.names(c, "present")])
+    proto = program.model_proto
+    strip(proto)
+    tidy(proto)
+    if c.tie_embeddings:
+        share(proto)
+    if [(o.domain, o.version) for o in proto.opset_import] != [("", OPSET)] or proto.functions:
+        raise Refusal(f"torch {torch.__version__} wrote other operators than opset {OPSET}'s: {proto.opset_import}", status=1)
+    return proto
+
+
+def strip(proto):
+    """Removes what tracing left: file names and lines of this machine, and shapes that a runtime infers itself."""
+    graph = proto.graph
+    del proto.metadata_props[:], graph.metadata_props[:], graph.value_info[:]
+    for x in (*graph.node, *graph.initializer, *graph.input, *graph.output):
+        del x.metadata_props[:]
+        x.doc_string = ""
+
+
+def arrays(proto):
+    """{name: array} of the initializers."""
+    import onnx
+    return {x.name: onnx.numpy_helper.to_array(x) for x in proto.graph.initializer}
+
+
+def replace(proto, remove=(), nodes=None, **add):
+    """Takes initializers out, puts others (name=array) in, and exchanges the nodes."""
+    import onnx
+    kept = [x for x in proto.graph.initializer if x.name not in remove]
+    del proto.graph.initializer[:]
+    proto.graph.initializer.extend([*kept, *(onnx.numpy_helper.from_array(np.ascontiguousarray(x), name) for name, x in add.items())])
+    if nodes is not None:
+        del proto.graph.node[:]
+        proto.graph.node.extend(nodes)
+
+
+def tidy(proto):
+    """Says in fewer nodes what torch's exporter says in many; the results are the same but for rounding."""
+    import onnx
+    made, same = {n.output[0]: n for n in proto.graph.node}, {}
+
+    def of(name, op):
+        return made[name] if name in made and made[name].op_type == op else None
+
+    for n in proto.graph.node:
+        if n.op_type == "Mul" and (r := of(n.input[1], "Reciprocal")):  # x / sqrt(): as onnxruntime knows, and fuses, a norm
+            n.CopyFrom(onnx.helper.make_node("Div", [n.input[0], r.input[0]], n.output))
+        elif n.op_type == "Where" and of(n.input[0], "IsNaN"):  # of a softmax over nothing; here a token sees itself
+            same[n.output[0]] = n.input[2]
+        elif (n.op_type == "Reshape" and (t := of(n.input[0], "Transpose")) and list(t.attribute[0].ints) == [0, 2, 1]
+              and (r := of(t.input[0], "Reshape"))):
+            n.CopyFrom(onnx.helper.make_node("Transpose", r.input[:1], n.output, perm=[0, 1, 3, 2]))  # keys, by way of three dimensions
+    nodes, used = [], {x.name for x in proto.graph.output}
+    for n in reversed(proto.graph.node):
+        for i, name in enumerate(n.input):
+            n.input[i] = same.get(name, name)
+        if used & set(n.output):
+            used |= set(n.input)
+            nodes.append(n)
+    replace(proto, {x.name for x in proto.graph.initializer} - used, nodes[::-1])
+
+
+def share(proto):
+    """A small tied head has been folded into a transposed copy of the embedding: makes it a Transpose again."""
+    import onnx
+    weights, head = arrays(proto), next(n for n in proto.graph.node if n.output[0] == "logits")
+    table = next(n.input[0] for n in proto.graph.node if n.op_type == "Gather" and n.input[1] == "ids")
+    if (copy := head.input[1]) in weights:
+        head.input[1] = f"{table}.T"
+        replace(proto, [copy], [onnx.helper.make_node("Transpose", [table], [f"{table}.T"], perm=[1, 0]), *proto.graph.node])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# int8
+
+def quantize(proto):
+    """Rewrites the graph: matrices become int8 with a scale for each output, for each token where that is also the embedding; what they are
+    multiplied with becomes uint8 as it comes, with a scale a tensor. onnxruntime's quantize_dynamic leaves a tied head in float32.
+
+    A CPU without VNNI adds two products in 16 bits and saturates. So weights stay within 64: 2 * 255 * 64 < 2^15.
+    """
+    import onnx
+    node, weights, nodes, new, quantized = onnx.helper.make_node, arrays(proto), [], {}, {}
+    transposed = {n.output[0]: n.input[0] for n in proto.graph.node if n.op_type == "Transpose" and n.input[0] in weights}
+
+    def integers(name, axis):
+        """The names of a weight's integers and scales, the largest along `axis` being 64; made once."""
+        if f"{name}.q" not in new:
+            w = weights[name]
+            scale = np.maximum(np.abs(w).max(axis, keepdims=True), 1e-30) / 64
+            new[f"{name}.q"], new[f"{name}.scale"] = np.rint(w / scale).astype(np.int8), scale.squeeze(axis)
+        return f"{name}.q", f"{name}.scale"
+
+    for n in proto.graph.node:
+        y = n.output[0]
+        if n.op_type == "Gather" and n.input[1] == "ids":
+            q, scale = integers(n.input[0], axis=1)
+            new["last"] = np.array([-1])
+            nodes += [node("Gather", [q, "ids"], [f"{y}.row"]), node("Cast", [f"{y}.row"], [f"{y}.float"], to=onnx.TensorProto.FLOAT),
+                      node("Gather", [scale, "ids"], [f"{y}.flat"]), node("Unsqueeze", [f"{y}.flat", "last"], [f"{y}.of_row"]),
+                      node("Mul", [f"{y}.float", f"{y}.of_row"], [y])]
+        elif n.op_type == "MatMul" and (n.input[1] in weights or n.input[1] in transposed):
+            x, w = n.input
+            q, scale = integers(transposed.get(w, w), axis=1 if w in transposed else 0)
+            if w in transposed:
+                nodes.append(node("Transpose", [q], [f"{w}.q"], perm=[1, 0]))
+                q = f"{w}.q"
+            if x not in quantized:
+                quantized[x] = [f"{x}.q", f"{x}.scale", f"{x}.zero"]
+                nodes.append(node("DynamicQuantizeLinear", [x], quantized[x]))
+            xq, x_scale, x_zero = quantized[x]
+            nodes += [node("MatMulInteger", [xq, q, x_zero], [f"{y}.sum"]), node("Cast", [f"{y}.sum"], [f"{y}.float"], to=onnx.TensorProto.FLOAT),
+                      node("Mul", [x_scale, scale], [f"{y}.both"]), node("Mul", [f"{y}.float", f"{y}.both"], [y])]
+        elif y not in transposed:
+            nodes.append(n)
+    replace(proto, {name.removesuffix(".q") for name in new}, nodes, **new)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checks
+
+@torch.inference_mode()
+def parity(model, there):
+    """(largest difference of logits, keys and values, largest logit) of a Transformer and an OnnxModel, over past lengths and batches."""
+    c, worst, largest = model.config, 0.0, 0.0
+    g = torch.Generator().manual_seed(0)
+    for B in 1, 3:
+        for P in sorted({min(P, c.block_size - 1) for P in (0, 1, 7, c.block_size // 2, c.block_size - 1)}):
+            for T in sorted({1, min(5, c.block_size - P)}):
+                idx = torch.randint(c.vocab_size, (B, P + T), generator=g)
+                cache, past = model.new_cache(B, P + T), there.no_past(B)
+                if P:
+                    model.hidden(idx[:, :P], cache)
+                    _, past = there.run(idx[:, :P], past)
+                want, (got, present) = model(idx[:, P:], cache=cache)[0], there.run(idx[:, P:], past)
+                ours = [x for kv in zip(cache.k, cache.v) for x in kv]
+                for a, b in (want, got), *zip(ours, map(torch.from_numpy, present.values())):
+                    worst = max(worst, (a - b).abs().max().item()) if a.shape == b.shape and b.isfinite().all() else np.inf
+                largest = max(largest, want.abs().max().item())
+    return worst, largest
+
+
+def greedy(model, prompt, n):
+    """n ids at most, from sample.generate."""
+    return [ids[0] for ids in generate(model, [prompt], n, temperature=0)]
+
+
+def check(model, there, prompt, n):
+    """Says how near the file is to PyTorch. Raises Refusal (status 1) where that is not near enough."""
+    worst, largest = parity(model, there)
+    print(f"PyTorch and onnxruntime differ by {worst:.2g} at most, with logits up to {largest:.3g} (past 0, 1, 7, half the context and all but a "
+          f"token of it; batch 1 and 3)")
+    if not worst <= 1e-4 * max(1, largest):
+        raise Refusal(f"the ONNX file does not compute what PyTorch does: {worst:.2g} is more than rounding", status=1)
+    ours, theirs = greedy(model, prompt, n), greedy(there, prompt, n)
+    same = next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), len(ours))
+    if same < len(ours):
+        raise Refusal(f"greedy text differs from token {same} of {len(ours)} on: {ours[same]}, from onnxruntime {theirs[same]}", status=1)
+    print(f"greedy text: {len(ours)} tokens, all equal")
+
+
+def validation(cfg, ckpt, tokenizer):
+    """The ids of the validation split that int8 is judged by. Raises Refusal where there is none."""
+    folder = os.path.join("data", cfg.dataset or str(ckpt["config"].get("base_dataset", ckpt["config"].get("dataset", "toy"))))
+    try:
+        _, data, there = prepare.load(folder)
+    except Refusal as e:
+        raise Refusal(f"int8 is judged by a validation split, and --dataset=NAME would name another: {e}")
+    if there.sha256 != tokenizer.sha256:
+        raise Refusal(f"{folder} has another tokenizer than the model; --dataset=NAME names data that int8 can be judged by")
+    return data["val"]
+
+
+def worse(model, int8, data, tokens):
+    """The share by which int8's validation loss is above float32's, both from onnxruntime; says both."""
+    blocks, compute = types.SimpleNamespace(block_size=model.config.block_size, batch_size=4), resolve("cpu", "float32", "false")
+    losses = [train.evaluate(m, data, blocks, compute, tokens) for m in (model, int8)]
+    share = losses[1] / losses[0] - 1
+    print(f"validation loss: float32 {losses[0]:.4f}, int8 {losses[1]:.4f} nats a token, {100 * share:+.2f}%")
+    return share
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+def in_the_way(folder, overwrite):
+    """Whether `folder` holds something that --overwrite is to move aside. Raises Refusal where it was not given."""
+    if not os.path.exists(folder) or os.path.isdir(folder) and not os.listdir(folder):
+        return False
+    if not overwrite:
+        raise Refusal(f"{folder} is there already: --overwrite moves it aside, --to=OTHER writes elsewhere")
+    return True
+
+
+def save(proto, path):
+    checkpoint.write_atomic(str(path), lambda f: f.write(proto.SerializeToString()))
+    return f"{path.name}: {path.stat().st_size / 1e6:.2f} MB"
+
+
+def build(cfg, model, tokenizer, ckpt, data, folder):
+    """Fills the folder. Raises Refusal where a file is not what it should be; an int8 file that is not is removed, and the rest stays."""
+    c, config = model.config, ckpt["config"]
+    about = onnx_model.describe(c, tokenizer, str(config.get("start", "")), str(config.get("template", "")))
+    checkpoint.write_atomic(str(folder / "tokenizer.json"), lambda f: f.write(tokenizer.to_str().encode()))
+    checkpoint.write_atomic(str(folder / "config.json"), lambda f: f.write(json.dumps(about, indent=1).encode()))
+    proto = export(model)
+    print(f"{save(proto, folder / 'model.onnx')} for {num_params(model):,} parameters, {4 * num_params(model) / 1e6:.2f} MB; opset {OPSET}: "
+          f"{' '.join(sorted({n.op_type for n in proto.graph.node}))}")
+    there, _, _ = onnx_model.load(str(folder))
+    prompt, n = [tokenizer.eot], min(200, c.block_size)
+    check(model, there, prompt, n)
+    rivals = {"PyTorch": model, "onnxruntime": there}
+    share = 0.0
+    if cfg.quantize == "int8":
+        quantize(proto)
+        said = save(proto, folder / "model_int8.onnx")
+        int8, _, _ = onnx_model.load(str(folder / "model_int8.onnx"))
+        print(f"{said}, {(folder / 'model_int8.onnx').stat().st_size / (folder / 'model.onnx').stat().st_size:.2f} of that")
+        share = worse(there, int8, data, cfg.eval_tokens)
+        rivals["int8"] = int8
+    times = race({name: lambda m=m: greedy(m, prompt, n) for name, m in rivals.items()}, cfg.seconds, model.device)
+    print(f"tokens/s, one text of {n} tokens, {torch.get_num_threads()} threads, in turns: " +
+          ", ".join(f"{name} {n / t['median']:,.0f}" for name, t in times.items()))
+    return share
+
+
+def main(cfg):
+    path = checkpoint.find(cfg.out_dir)
+    ckpt = checkpoint.load(path)
+    to = Path(cfg.to or os.path.join(os.path.dirname(path), "onnx"))
+    moving = in_the_way(to, cfg.overwrite)
+    model, tokenizer = checkpoint.restore(ckpt, path)
+    data = validation(cfg, ckpt, tokenizer) if cfg.quantize == "int8" else None
+    tmp = to.with_name(f".{to.name}.tmp-{os.getpid()}")
+    try:
+        tmp.mkdir(parents=True)
+        share = build(cfg, model, tokenizer, ckpt, data, tmp)
+        if not share <= MOST_WORSE:  # nan too
+            (tmp / "model_int8.onnx").unlink()
+        if moving:
+            prepare.move_aside(to)
+        elif to.exists():
+            to.rmdir()
+        tmp.rename(to)
+    except OSError as e:
+        raise Refusal(f"cannot write {to}: {e.strerror}", status=1)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+    if not share <= MOST_WORSE:
+        raise Refusal(f"int8 makes the validation loss {100 * share:.1f}% worse, more than {100 * MOST_WORSE:.0f}%: {to} is written without it",
+                      status=1)
+    print(f"next: python sample.py --onnx={to}")
+
+
+if __name__ == "__main__":
+    run(main, Config)

@@ -1,0 +1,138 @@
+"""A model that export_onnx.py has written, computed by onnxruntime in the place of model.Transformer.
+
+    import onnx_model
+    model, tokenizer, config = onnx_model.load("out/onnx")     # or out/onnx/model_int8.onnx
+    sample.generate(model, ...)                                # and train.evaluate(model, ...)
+
+A folder holds model.onnx, maybe model_int8.onnx, tokenizer.json and config.json. Of the graph's inputs and outputs see names().
+"""
+import dataclasses
+import json
+import os
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from config import Refusal
+from model import ModelConfig
+from tokenizer import Tokenizer
+
+FORMAT = 1
+
+
+def describe(c, tokenizer, start, template):
+    """config.json: what a reader needs beside the weights and the tokenizer."""
+    return {"format": FORMAT, "model": dataclasses.asdict(c), "n_layer": c.n_layer, "n_kv_head": c.n_kv_head, "head_dim": c.n_embd // c.n_head,
+            "block_size": c.block_size, "vocab_size": c.vocab_size, "eot": tokenizer.eot, "tokenizer": tokenizer.kind,
+            "tokenizer_sha256": tokenizer.sha256, "start": start, "template": template}
+
+
+def names(c, which):
+    """past_k.0, past_v.0, past_k.1 ...: after ids (B, T) the graph's inputs, (B, n_kv_head, P, head_dim) each; with "present", after
+    logits (B, T, V), its outputs, with P + T instead of P."""
+    return [f"{which}_{kv}.{layer}" for layer in range(c.n_layer) for kv in "kv"]
+
+
+@dataclasses.dataclass
+class Part:
+    """Rows of a batch that have as many tokens as each other, and so one past."""
+    rows: torch.Tensor
+    padding: int  # tokens to leave out on the left
+    past: dict
+
+
+class OnnxModel(nn.Module):
+    """What sample.generate and train.evaluate need of a Transformer, from an onnxruntime session."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, session, config, path):
+        super().__init__()
+        self.session, self.config, self.path = session, config, path
+
+    def no_past(self, batch_size):
+        c = self.config
+        return {name: np.zeros((batch_size, c.n_kv_head, 0, c.n_embd // c.n_head), np.float32) for name in names(c, "past")}
+
+    def run(self, idx, past):
+        """(logits (B, T, V), past with the new tokens) of ids idx (B, T) after a past {name: array}."""
+        try:
+            logits, *present = self.session.run(None, {"ids": idx.numpy(), **past})
+        except Exception as e:  # whatever onnxruntime stumbles over
+            raise Refusal(f"{self.path} cannot be computed: {e}")
+        return torch.from_numpy(logits), dict(zip(past, present))
+
+    def new_cache(self, batch_size, max_len):
+        return []  # of Parts
+
+    def next_logits(self, idx, cache, doc=None):
+        """As Transformer.next_logits. The graph knows no padding, so rows with prompts of other lengths are other parts."""
+        if not cache:
+            padding = (doc == -1).sum(1) if doc is not None else torch.zeros(len(idx), dtype=torch.long)
+            for n in padding.unique().tolist():
+                rows = (padding == n).nonzero()[:, 0]
+                cache.append(Part(rows, n, self.no_past(len(rows))))
+        logits = torch.zeros(len(idx), self.config.vocab_size)
+        for part in cache:
+            if doc is not None and (doc[part.rows] == -1).all():  # these rows have ended, maybe at block_size
+                continue
+            new, part.past = self.run(idx[part.rows, part.padding:], part.past)
+            logits[part.rows], part.padding = new[:, -1], 0
+        return logits
+
+    def forward(self, idx, targets, reduction="mean"):
+        """(logits, loss) as Transformer's."""
+        logits, _ = self.run(idx, self.no_past(len(idx)))
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction)
+
+
+def open_session(path, c):
+    """The OnnxModel in a file, on as many threads as torch has. Raises Refusal for a file that does not fit the ModelConfig c."""
+    try:
+        import onnxruntime
+    except ImportError:
+        raise Refusal("running ONNX needs onnxruntime: pip install onnxruntime")
+    if not os.path.isfile(path):
+        raise Refusal(f"there is no {path}; python export_onnx.py makes one")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 4  # 4: what goes wrong is said here
+    try:
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"], enable_fallback=0)  # it would print
+    except Exception as e:  # onnxruntime has many kinds, protobuf its own
+        raise Refusal(f"{path} is damaged or not a model that onnxruntime reads: {e}")
+    got, want = session.get_inputs(), ["B", c.n_kv_head, "P", c.n_embd // c.n_head]
+    if (len(got) != 1 + 2 * c.n_layer or [(x.name, x.shape) for x in got] != [("ids", ["B", "T"]), *((name, want) for name in names(c, "past"))]
+            or [x.name for x in session.get_outputs()] != ["logits", *names(c, "present")] or session.get_outputs()[0].shape != ["B", "T", c.vocab_size]):
+        raise Refusal(f"{path} is not the model that its config.json describes: inputs, outputs or their shapes are others")
+    return OnnxModel(session, c, path)
+
+
+def load(path):
+    """(OnnxModel, tokenizer, config.json) of a folder, or of one .onnx file in it. Raises Refusal."""
+    folder, file = os.path.split(path) if path.endswith(".onnx") else (path, "model.onnx")
+    name = "config.json"
+    try:
+        with open(os.path.join(folder, name), encoding="utf-8") as f:
+            config = json.load(f)
+        if config["format"] != FORMAT:
+            raise ValueError(f"format {config['format']!r}; this version reads format {FORMAT}")
+        c = ModelConfig(**config["model"])
+        name = "tokenizer.json"
+        tokenizer = Tokenizer.load(os.path.join(folder, name))
+        name = "config.json"
+        for key, value in describe(c, tokenizer, str(config["start"]), str(config["template"])).items():
+            if config[key] != value:
+                raise ValueError(f"{key} is {config[key]!r:.60}, and by its model and tokenizer.json {value!r:.60}")
+        if tokenizer.vocab_size != c.vocab_size:
+            raise ValueError(f"vocab_size is {c.vocab_size}, and tokenizer.json has {tokenizer.vocab_size} tokens")
+    except FileNotFoundError:
+        raise Refusal(f"there is no {os.path.join(folder, name)}; python export_onnx.py --out_dir=OUT --to={folder or '.'} makes it")
+    except OSError as e:
+        raise Refusal(f"cannot read {os.path.join(folder, name)}: {e.strerror}")
+    except (ValueError, RecursionError) as e:
+        raise Refusal(f"{os.path.join(folder, name)}: {e}")
+    except (KeyError, TypeError, AttributeError, ArithmeticError) as e:
+        raise Refusal(f"{os.path.join(folder, name)} was not written by export_onnx.py ({e!r})")
+    return open_session(os.path.join(folder, file), c), tokenizer, config

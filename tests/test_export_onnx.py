@@ -1,0 +1,227 @@
+"""ONNX files against the model they come from: the same numbers at any batch, length and past, and nothing in them that should not be."""
+import contextlib
+import itertools
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+import checkpoint
+import export_onnx
+import onnx_model
+import prepare
+import sample
+import train
+from config import Refusal, configure
+from model import num_params
+from sample import generate
+from test_model import build
+from test_sample import finish
+from test_train import SMALL
+
+# Opset 18's, with nothing of onnxruntime's own; what a browser's runtime has too
+PLAIN = set("""Add And Cast Concat Cos Div Equal Expand Gather GatherElements GatherND Identity LayerNormalization Less LessOrEqual MatMul Mul Neg Not Pow Range
+    ReduceMean Reshape Shape Sigmoid Sin Slice Softmax Split Sqrt Squeeze Sub Tanh Tile Transpose Unsqueeze Where""".split())
+
+
+def put(model, path):
+    """The OnnxModel of a model, exported to path."""
+    path.write_bytes(export_onnx.export(model).SerializeToString())
+    return onnx_model.open_session(str(path), model.config)
+
+
+def ids(c, B, T, seed=0):
+    return torch.randint(c.vocab_size, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def same_numbers(model, there):
+    """Against the model without a cache, which has one past, all of the text."""
+    for B, T, P in itertools.product((1, 2, 5), (1, 2, 9), (0, 1, 7, 15)):
+        idx = ids(model.config, B, P + T, seed=P)
+        got, past = there.run(idx[:, P:], there.run(idx[:, :P], there.no_past(B))[1] if P else there.no_past(B))
+        assert got.shape == (B, T, model.config.vocab_size)
+        torch.testing.assert_close(got, model(idx)[0][:, P:], rtol=0, atol=1e-4)
+        assert {x.shape for x in past.values()} == {(B, model.config.n_kv_head, P + T, model.config.n_embd // model.config.n_head)}
+
+
+def plain(path, model):
+    """Opset 18 and plain operators, in one file, without a trace of where it was made; of the parameters' size."""
+    proto, data = onnx.load(path, load_external_data=False), path.read_bytes()
+    onnx.checker.check_model(proto, full_check=True)
+    assert [(o.domain, o.version) for o in proto.opset_import] == [("", 18)] and not proto.functions
+    assert {n.op_type for n in proto.graph.node} <= PLAIN, {n.op_type for n in proto.graph.node} - PLAIN
+    assert all(x.data_location == onnx.TensorProto.DEFAULT and not x.external_data for x in proto.graph.initializer)
+    for trace in b".py", b"site-packages", os.path.expanduser("~").encode() + b"/", str(Path(export_onnx.__file__).parent).encode(), b"stack_trace":
+        assert trace not in data, trace
+    assert 0 <= len(data) - 4 * num_params(model) <= max(100_000, 0.04 * num_params(model))
+    tables = [x for x in proto.graph.initializer if model.config.vocab_size in x.dims]
+    assert len(tables) == (1 if model.config.tie_embeddings else 2)
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """A folder with data, a checkpoint, and what export_onnx.py makes of it in out/onnx; and the model, its tokenizer, what was said."""
+    folder = tmp_path_factory.mktemp("lab")
+    with contextlib.chdir(folder), contextlib.redirect_stdout(open("said", "w")) as f:
+        prepare.prepare(configure(prepare.Config, ["--num_stories=300", "--vocab_size=300", "--num_proc=1"]))
+        _, _, tokenizer = prepare.load("data/toy")
+        model = build(vocab_size=tokenizer.vocab_size, n_kv_head=2, block_size=64)
+        checkpoint.save("out/ckpt.pt", model, tokenizer, {"dataset": "toy", "start": "Once", "template": "Q: {prompt}"}, 1, 2.0, 2.0)
+        export_onnx.main(configure(export_onnx.Config, ["--quantize=int8", "--eval_tokens=512", "--seconds=0"]))
+        f.flush()
+    return folder, model, tokenizer, (folder / "said").read_text()
+
+
+@pytest.fixture(scope="module")
+def there(lab):
+    return onnx_model.load(str(lab[0] / "out/onnx"))[0]
+
+
+def test_any_batch_length_and_past(lab, there):
+    same_numbers(lab[1], there)
+
+
+def test_the_folder_is_whole_and_says_what_it_is(lab):
+    folder, model, tokenizer, said = lab
+    to = folder / "out/onnx"
+    assert sorted(p.name for p in to.iterdir()) == ["config.json", "model.onnx", "model_int8.onnx", "tokenizer.json"]
+    assert [p.name for p in (folder / "out").iterdir() if p.name.startswith(".")] == []
+    plain(to / "model.onnx", model)
+    config = json.loads((to / "config.json").read_text())
+    wanted = {"format": 1, "n_layer": 2, "n_kv_head": 2, "head_dim": 8, "block_size": 64, "vocab_size": 300, "eot": 0, "tokenizer": "bpe",
+              "start": "Once", "template": "Q: {prompt}"}
+    assert {key: config[key] for key in wanted} == wanted and config["model"]["n_embd"] == 32
+    assert (to / "tokenizer.json").read_text(encoding="utf-8") == tokenizer.to_str()
+    assert "greedy text: 64 tokens, all equal" in said and "int8" in said.splitlines()[-2] and f"sample.py --onnx={Path('out/onnx')}" in said
+
+
+def test_generate_does_not_notice_the_difference(lab, there):
+    model = lab[1]
+    prompts = [ids(model.config, 1, n, seed=n)[0].tolist() for n in (3, 9, 3, 1)]
+    greedy = finish(generate(model, prompts, 40, temperature=0))
+    stop = greedy[0][1][7]  # ends a row, or several, before the others
+    for some in prompts, prompts[:1], [prompts[0]] * 3:
+        for settings in ({"temperature": 0}, {"temperature": 0, "stop": stop}, {"temperature": 1.0, "top_k": 50, "top_p": 0.9, "seed": 5},
+                         {"temperature": 0, "repetition_penalty": 1.5}, {"temperature": 0, "past_end": "recompute"}):
+            n = 90 if "past_end" in settings else 70
+            assert finish(generate(there, some, n, **settings)) == finish(generate(model, some, n, **settings)), settings
+    assert greedy == finish(generate(there, prompts, 40, temperature=0))
+
+
+@pytest.mark.parametrize("keys", ["--start=Once --num_samples=2 --max_new_tokens=30", "--raw --temperature=0", "--start=FILE:prompts --seed=3 --top_k=5"])
+def test_sample_writes_the_same_text(lab, keys, capsys, monkeypatch):
+    monkeypatch.chdir(lab[0])
+    Path("prompts").write_text("A dog<|endoftext|>The old owl and the cat")
+    texts = []
+    for model in "--onnx=out/onnx", "--onnx=out/onnx/model.onnx", "--device=cpu --dtype=float32":
+        sample.main(configure(sample.Config, [*model.split(), *keys.split()]))
+        texts.append(capsys.readouterr().out.splitlines()[1:-1])  # without the paths and the speed
+    assert texts[0] == texts[1] == texts[2] and len("".join(texts[0])) > 250
+
+
+def test_another_models_file_is_told_from_ours(lab, there, capsys):
+    _, model, _, _ = lab
+    worst, largest = export_onnx.parity(model, there)
+    assert worst < 2e-5 and largest > 1
+    other = build(vocab_size=300, n_kv_head=2, block_size=64)
+    other.blocks[1].attn.k_norm.weight.data[3] *= 1.01
+    with pytest.raises(Refusal, match="more than rounding") as e:
+        export_onnx.check(other, there, [0], 9)
+    assert e.value.status == 1
+
+
+def test_int8_is_a_quarter_and_near(lab, there):
+    folder, model, _, said = lab
+    files = [onnx.load(folder / f"out/onnx/{name}.onnx") for name in ("model", "model_int8")]
+    onnx.checker.check_model(files[1], full_check=True)
+    assert {n.op_type for n in files[1].graph.node} <= PLAIN | {"DynamicQuantizeLinear", "MatMulInteger"}
+    full, small = ({x.name: onnx.numpy_helper.to_array(x) for x in f.graph.initializer} for f in files)
+    assert sum(x.nbytes for x in small.values()) < 0.31 * sum(x.nbytes for x in full.values())  # the scales are an eighth of the integers at width 32
+    matrices = [name for name, x in full.items() if x.ndim == 2 and f"{name}.q" in small]
+    assert len(matrices) == 1 + 2 * 7 and not set(matrices) & small.keys()
+    for name in matrices:  # each number is one of 129 steps, the nearest
+        axis = 1 if len(full[name]) == 300 else 0
+        q, scale = small[f"{name}.q"], np.expand_dims(small[f"{name}.scale"], axis)
+        assert q.dtype == np.int8 and np.abs(q.astype(int)).max() == 64 and (np.abs(q.astype(int)).max(axis) == 64).all()
+        assert (np.abs(q * scale - full[name]) <= 0.501 * scale).all()
+    table = [name for name in small if 300 in small[name].shape and small[name].dtype == np.int8]
+    users = {n.op_type for n in files[1].graph.node if set(table) & set(n.input)}
+    assert len(table) == 1 and users == {"Gather", "Transpose"}  # one for the embedding and the head
+    int8 = onnx_model.load(str(folder / "out/onnx/model_int8.onnx"))[0]
+    idx = ids(model.config, 2, 20)
+    want, got = there.run(idx, there.no_past(2))[0], int8.run(idx, int8.no_past(2))[0]
+    assert 1e-4 < (got - want).norm() / want.norm() < 0.1
+    assert "validation loss: float32" in said
+
+
+def test_the_loss_is_the_models(lab, there):
+    idx = ids(lab[1].config, 3, 20)
+    targets = idx.roll(-1, 1).masked_fill(idx % 3 == 0, -100)
+    for reduction in "mean", "sum":
+        torch.testing.assert_close(there(idx, targets, reduction=reduction)[1], lab[1](idx, targets, reduction=reduction)[1].detach(), rtol=1e-5, atol=0)
+
+
+def test_what_is_there_is_kept(lab, monkeypatch):
+    monkeypatch.chdir(lab[0])
+    before = {p: p.read_bytes() for p in Path("out").rglob("*") if p.is_file()}
+    with pytest.raises(Refusal, match="--overwrite moves it aside"):
+        export_onnx.main(configure(export_onnx.Config, []))
+    with pytest.raises(Refusal, match="data/none"):
+        export_onnx.main(configure(export_onnx.Config, ["--quantize=int8", "--dataset=none", "--overwrite"]))
+    assert {p: p.read_bytes() for p in Path("out").rglob("*") if p.is_file()} == before
+
+
+def test_positions_past_the_table_are_refused(lab, there):
+    with pytest.raises(Refusal, match="cannot be computed"):
+        there.run(ids(lab[1].config, 1, 65), there.no_past(1))
+
+
+# One after another until each toggle has met another's other side
+GRID = [dict(pos=pos, norm=norm, norm_position=position, mlp=mlp, n_kv_head=heads, tie=tie, qk_norm=qk) for pos, norm, position, mlp, heads, tie, qk in [
+    ("learned", "layernorm", "post", "gelu", 4, False, False), ("learned", "layernorm", "pre", "gelu", 4, True, False), ("learned", "rmsnorm", "pre", "swiglu", 1, True, True),
+    ("sinusoidal", "layernorm", "pre", "swiglu", 2, True, True), ("sinusoidal", "rmsnorm", "post", "gelu", 1, False, False),
+    ("rope", "rmsnorm", "pre", "swiglu", 4, True, False), ("rope", "rmsnorm", "post", "swiglu", 1, False, True), ("rope", "layernorm", "pre", "gelu", 2, True, True),
+    ("alibi", "rmsnorm", "pre", "gelu", 2, True, True), ("alibi", "layernorm", "post", "swiglu", 4, False, False),
+    ("none", "rmsnorm", "post", "swiglu", 2, True, False), ("none", "layernorm", "pre", "gelu", 1, False, True)]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("toggles", GRID + [dict(pos="rope", rope_scaling="llama3:8,1,4,16"), dict(bias=True), dict(bias=False, norm="layernorm"), dict(n_layer=1, n_head=2, n_kv_head=2)])
+def test_every_toggle(toggles, tmp_path):
+    model = build(**toggles)
+    there = put(model, tmp_path / "model.onnx")
+    same_numbers(model, there)
+    plain(tmp_path / "model.onnx", model)
+    prompts = [[1, 2, 3], [4], [5, 6]]
+    assert finish(generate(there, prompts, 20, temperature=0)) == finish(generate(model, prompts, 20, temperature=0))
+    proto = onnx.load(tmp_path / "model.onnx")
+    export_onnx.quantize(proto)
+    assert sum(n.op_type == "MatMulInteger" for n in proto.graph.node) == sum(isinstance(m, torch.nn.Linear) for m in model.modules())
+    (tmp_path / "model_int8.onnx").write_bytes(proto.SerializeToString())
+    idx, int8 = ids(model.config, 2, 16), onnx_model.open_session(str(tmp_path / "model_int8.onnx"), model.config)
+    want, got = (m.run(idx, m.no_past(2))[0] for m in (there, int8))
+    assert (got - want).norm() / want.norm() < 0.15
+
+
+@pytest.mark.slow
+def test_int8_that_is_worse_is_not_kept(lab, monkeypatch, capsys):
+    """A channel that is never on, with weights that are enormous: in float32 nothing, for int8 the end of all others."""
+    monkeypatch.chdir(lab[0])
+    train.main(configure(train.Config, [*SMALL, "--max_iters=60", "--no-tie_embeddings", "--out_dir=bad", "--block_size=64"]))
+    ckpt = checkpoint.load("bad/ckpt.pt")
+    ckpt["model"]["norm.weight"][0], ckpt["model"]["head.weight"][:, 0] = 0, 1e4
+    Path("bad/ckpt_best.pt").unlink()
+    torch.save(ckpt, "bad/ckpt.pt")
+    with pytest.raises(Refusal, match="% worse, more than 1%") as e:
+        export_onnx.main(configure(export_onnx.Config, ["--out_dir=bad", "--quantize=int8", "--eval_tokens=512", "--seconds=0"]))
+    assert e.value.status == 1 and sorted(p.name for p in Path("bad/onnx").iterdir()) == ["config.json", "model.onnx", "tokenizer.json"]
+    export_onnx.main(configure(export_onnx.Config, ["--out_dir=bad", "--seconds=0", "--overwrite"]))
+    assert len(list(Path("bad").glob("onnx.old-*/model.onnx"))) == 1 and Path("bad/onnx/model.onnx").exists()
