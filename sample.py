@@ -64,16 +64,18 @@ def next_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     """A token a row (B,) from logits (B, V). top_p keeps the token that crosses it (Holtzman et al. 2019)."""
     if temperature < 1e-5:  # divided by less, logits overflow
         return logits.argmax(-1)
-    logits = logits.float() / temperature
-    if 0 < top_k < logits.size(-1):
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
+    logits, kept = logits.float() / temperature, None
+    if 0 < top_k < logits.size(-1):  # the draw is over these alone, by id: rounding may not change whose is which
+        kept = logits.topk(top_k).indices.sort(-1).values
+        logits = logits.gather(-1, kept)
     if top_p < 1:
         p, order = logits.softmax(-1).sort(descending=True, stable=True)
         drop = p.cumsum(-1) - p >= top_p  # what is likelier already makes up top_p
         logits = logits.masked_fill(drop.scatter(-1, order, drop), -torch.inf)
     p = logits.softmax(-1)
     # p / Exponential(1) is largest at i with probability p[i]: a draw without waiting for the device
-    return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)
+    drawn = (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1, keepdim=True)
+    return (drawn if kept is None else kept.gather(-1, drawn))[:, 0]
 
 
 def penalized(logits, seen, penalty):
