@@ -3,6 +3,7 @@
     out/NAME/ckpt.pt        the last step, what --init_from=resume goes on from
     out/NAME/ckpt_best.pt   the best validation loss, what sample.py reads
     out/NAME/adapter.pt, adapter_best.pt   LoRA adapters in their place, useless without the base that they name
+    hf:FOLDER_OR_NAME       what transformers wrote, read as a checkpoint (hf_folder.py)
 
 The file holds tensors and plain types alone and is read with weights_only=True: an untrusted one runs no code.
 """
@@ -14,10 +15,11 @@ import warnings
 
 import torch
 
+import foreign_tokenizer
+import hf_folder
 import lora
 from config import Refusal
 from model import ModelConfig, Transformer, num_weights
-from tokenizer import Tokenizer
 
 FORMAT = 1
 RUN_KEYS = {"format": int, "config": dict, "step": int, "best_val_loss": float, "val_loss": float, "losses": list, "optimizers": list}
@@ -76,9 +78,11 @@ def unwrap(model):
 
 
 def find(out_dir, prefer="ckpt_best.pt"):
-    """The file meant by out_dir: itself when it is one, else the preferred one in it, else the last: ckpt.pt or adapter.pt."""
+    """The file meant by out_dir: itself when it is one, else the preferred one in it, else the last: ckpt.pt or adapter.pt. hf:NAME stays."""
     last = prefer.replace("_best", "")
-    if os.path.isfile(out_dir):
+    if out_dir.startswith("hf:") and last == "adapter.pt":
+        raise Refusal(f"{out_dir} is not read as it is: python hf.py --out_dir=BASE --adapter={out_dir} --to=FOLDER makes an adapter of ours of it")
+    if os.path.isfile(out_dir) or out_dir.startswith("hf:"):
         return out_dir
     for name in prefer, last:
         if os.path.isfile(os.path.join(out_dir, name)):
@@ -95,6 +99,8 @@ def find(out_dir, prefer="ckpt_best.pt"):
 def load(path, keys=KEYS):
     """The checkpoint, or with ADAPTER_KEYS the adapters' file, as a dict, on the CPU. Raises Refusal, one line, for a file that is
     none of ours or not whole."""
+    if path.startswith("hf:"):
+        return hf_folder.load(path[3:])
     try:
         f = open(path, "rb")
     except OSError as e:
@@ -122,7 +128,7 @@ def load(path, keys=KEYS):
 def restore(ckpt, path, device="cpu"):
     """(model, tokenizer) from a loaded checkpoint: the model in eval mode, float32, on device."""
     try:
-        tokenizer = Tokenizer.from_str(ckpt["tokenizer"])
+        tokenizer = foreign_tokenizer.from_str(ckpt["tokenizer"])
         config = ModelConfig(**ckpt["model_config"])
         if tokenizer.sha256 != ckpt["tokenizer_sha256"] or tokenizer.vocab_size != config.vocab_size:
             raise ValueError("its tokenizer is not the one it was trained with")
@@ -144,11 +150,20 @@ def fingerprint(ckpt):
     return digest.hexdigest()
 
 
+def dataset_of(ckpt):
+    """The name of the data that a model learned to write from: a fine-tuned one's is its base's. "" where none is known."""
+    return str(ckpt["config"].get("base_dataset", ckpt["config"].get("dataset", "")))
+
+
 def base_of(adapter, path):
     """The file that adapters were trained over. Raises Refusal where there is none any more."""
-    if not os.path.isfile(adapter["base"]):
+    if not os.path.isfile(adapter["base"]) and not adapter["base"].startswith("hf:"):
         raise Refusal(f"{path} belongs over {adapter['base']}, which is not there: name it with --out_dir (sample.py) or --init_from (--merge); to go on with its training, put it back")
     return adapter["base"]
+
+
+def lora_config(adapter):
+    return lora.LoRAConfig(**{f.name: adapter["config"][f.name] for f in dataclasses.fields(lora.LoRAConfig)})
 
 
 def restore_adapters(adapter, path, ckpt, base, model):
@@ -156,7 +171,7 @@ def restore_adapters(adapter, path, ckpt, base, model):
     if adapter["base_sha256"] != fingerprint(ckpt):
         raise Refusal(f"{path} was trained over another base than {base}: over {adapter['base']} as it was then (sha256 {adapter['base_sha256'][:12]})")
     try:
-        lora.inject(model, lora.LoRAConfig(**{f.name: adapter["config"][f.name] for f in dataclasses.fields(lora.LoRAConfig)}))
+        lora.inject(model, lora_config(adapter))
         lora.load_state_dict(model, adapter["adapters"])
     except (ValueError, TypeError, AttributeError, RuntimeError, KeyError, ArithmeticError) as e:
         raise Refusal(f"{path} is damaged: {e!r}")

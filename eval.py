@@ -45,9 +45,9 @@ JUDGED = 12         # texts of each column that the judge reads
 
 @dataclass
 class Config:
-    out_dir: str = "out"          # the folder of a trained model, or a checkpoint file; A,B,C compares several
+    out_dir: str = "out"          # the folder of a trained model, a checkpoint file, or hf:FOLDER_OR_NAME; A,B,C compares several
     text: str = ""                # a .txt .md .jsonl .parquet file to evaluate on; "" = the validation split of the first model's data
-    report_dir: str = ""          # where report.html goes; "" = out_dir, or out/compare for several
+    report_dir: str = ""          # where report.html goes; "" = out_dir, or out/compare for several and for hf:
     num_samples: int = 6          # texts for each of the 8 prompts
     max_new_tokens: int = 300     # tokens at most, each
     temperature: float = 0.8      # of the samples; 0 = always the likeliest token
@@ -107,8 +107,11 @@ def subjects(cfg, compute):
         path = checkpoint.find(name)
         ckpt = checkpoint.load(path)
         model, tokenizer = checkpoint.restore(ckpt, path, compute.device)
-        folder = os.path.join("data", str(ckpt["config"].get("base_dataset", ckpt["config"].get("dataset", "?"))))
+        elsewhere = path.startswith("hf:")
+        folder = "data elsewhere" if elsewhere else os.path.join("data", checkpoint.dataset_of(ckpt) or "?")
         try:
+            if elsewhere:
+                raise Refusal("it was trained elsewhere, on what is not here")
             if folder not in loaded:
                 loaded[folder] = prepare.load(folder)
             _, data, its = loaded[folder]
@@ -172,6 +175,7 @@ def units(ids, tokenizer, few):
     """The unit that each token belongs to: its document with the end-of-text after it, or where they are few its slice of SLICE bytes.
     Also each token's bytes. Both (n,) int64; another tokenizer has the same units on the same text."""
     lengths = np.array([0 if i == tokenizer.eot else len(token) for i, token in enumerate(tokenizer.tokens)])[ids]
+    lengths[np.r_[True, ids[:-1] == tokenizer.eot] & (lengths > 0)] -= tokenizer.prefix  # which is not in the text
     if few:
         return (np.cumsum(lengths) - 1).clip(0) // SLICE, lengths  # by the last byte, which another tokenizer's tokens have too
     ended = ids == tokenizer.eot
@@ -279,7 +283,7 @@ def write(subject, prompts, compute, cfg):
             except StopIteration as e:
                 ended = e.value
                 break
-    return [(prompt, prompt + subject.tokenizer.decode(row), end == "stop") for prompt, row, end in zip(asked, new, ended)]
+    return [(prompt, prompt + subject.tokenizer.decode_more(row), end == "stop") for prompt, row, end in zip(asked, new, ended)]
 
 
 def real(found, tokenizer, n, cfg):
@@ -353,7 +357,7 @@ def main(cfg):
     compute = resolve(cfg.device, cfg.dtype, "false")
     found, validation = subjects(cfg, compute)
     own = cfg.out_dir if os.path.isdir(cfg.out_dir) else os.path.dirname(cfg.out_dir) or "."
-    path = os.path.join(cfg.report_dir or ("out/compare" if len(found) > 1 else own), "report.html")
+    path = os.path.join(cfg.report_dir or ("out/compare" if len(found) > 1 or cfg.out_dir.startswith("hf:") else own), "report.html")
     page.check(path)
     documents, closed = read_file(cfg.text) if cfg.text else split_documents(*validation)
     toy, some = is_toy(documents), shuffled(passages(documents), cfg.seed, 3000)

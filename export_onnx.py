@@ -31,6 +31,7 @@ from device import resolve
 from measure import race
 from model import num_params
 from sample import generate
+from tokenizer import Tokenizer
 
 OPSET = 18  # the lowest that torch.onnx writes without converting
 MOST_WORSE = 0.01  # of the validation loss, by int8
@@ -262,7 +263,7 @@ def check(model, there, prompt, n):
 
 def validation(cfg, ckpt, tokenizer):
     """The ids of the validation split that int8 is judged by. Raises Refusal where there is none."""
-    folder = os.path.join("data", cfg.dataset or str(ckpt["config"].get("base_dataset", ckpt["config"].get("dataset", "toy"))))
+    folder = os.path.join("data", cfg.dataset or checkpoint.dataset_of(ckpt) or "toy")
     try:
         _, data, there = prepare.load(folder)
     except Refusal as e:
@@ -327,9 +328,13 @@ def build(cfg, model, tokenizer, ckpt, data, folder):
 def main(cfg):
     path = checkpoint.find(cfg.out_dir)
     ckpt = checkpoint.load(path)
+    if path.startswith("hf:") and not cfg.to:
+        raise Refusal("name the folder to write with --to")
     to = Path(cfg.to or os.path.join(os.path.dirname(path), "onnx"))
     moving = in_the_way(to, cfg.overwrite)
     model, tokenizer = checkpoint.restore(ckpt, path)
+    if not isinstance(tokenizer, Tokenizer):
+        raise Refusal(f"{path} has a tokenizer of another kind than GPT-2's, which the exported folder cannot hold yet")
     data = validation(cfg, ckpt, tokenizer) if cfg.quantize == "int8" else None
     tmp = to.with_name(f".{to.name}.tmp-{os.getpid()}")
     try:

@@ -7,14 +7,15 @@
 
 A row is an object with prompt and response; with instruction, output and perhaps input (Alpaca); or with messages, each with a role
 (system, user, assistant) and content. The loop is train.py's fit: --init_from=resume, signals, torchrun and log are as they are there.
-Only responses and the end of text after each are learned. Examples share a row of block_size tokens, but none sees another.
+Only responses and the end of text after each are learned. Examples share a row of the context, but none sees another.
 """
 import functools
 import hashlib
 import json
+import math
 import os
 from bisect import bisect_left, insort
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
@@ -35,7 +36,7 @@ from train import (DATA_KEYS, TrainConfig, evenly, fit, floor_line, in_the_way, 
 
 @dataclass
 class Config(TrainConfig, lora.LoRAConfig):
-    init_from: str = "out"                  # the checkpoint to start from | resume (from out_dir)
+    init_from: str = "out"                  # the checkpoint to start from, hf:FOLDER_OR_NAME too | resume (from out_dir)
     out_dir: str = "out/lora"               # where adapter.pt, log.jsonl and loss.png go; with --rank=0 ckpt.pt
     dataset: str = "moral"                  # moral (made here) | a .json .jsonl .parquet file | hf:NAME of the Hugging Face hub
     val_dataset: str = ""                   # held-out rows, where they are a file of their own, or a dataset of the hub
@@ -45,7 +46,8 @@ class Config(TrainConfig, lora.LoRAConfig):
     start: str = ""                         # the prompt of the sample at each evaluation; empty: the first held-out one
     eval_interval: int = 50                 # steps between evaluations, samples and checkpoints
     eval_tokens: int = 0                    # of held-out rows looked at meanwhile, always the same ones; 0 = all
-    batch_size: int = 8                     # rows of block_size tokens in a micro-batch, each with as many examples as fit
+    max_length: int = 0                     # tokens a row, of which no example has more; 0 = the base's context
+    batch_size: int = 8                     # rows in a micro-batch, each with as many examples as fit
     max_iters: int = 200                    # steps
     optimizer: str = "adamw"                # adamw | muon (with --rank=0 only)
     learning_rate: float = 5e-4             # the highest one; --rank=0 wants a lower one
@@ -56,6 +58,8 @@ class Config(TrainConfig, lora.LoRAConfig):
         self.template = self.template.replace("\\n", "\n")
         if self.template and "{prompt}" not in self.template:
             raise ValueError(f"template must have {{prompt}} in it, where the prompt goes, not {self.template!r}")
+        if self.max_length < 0:
+            raise ValueError(f"max_length cannot be negative, not {self.max_length}")
         if not 0 < self.val_fraction < 1:
             raise ValueError(f"val_fraction must be between 0 and 1, not {self.val_fraction}")
         if self.dataset == "moral" and self.val_dataset:
@@ -167,8 +171,8 @@ def encode(turns, tokenizer, template):
     ids, learned = [], []
     for prompt, response in turns:
         text = render(template, prompt)
-        prompt = tokenizer.encode(text) if ids else prompt_ids(tokenizer, text)
-        response = tokenizer.encode(response) + [tokenizer.eot] if response else []
+        prompt = tokenizer.encode_more(text) if ids else prompt_ids(tokenizer, text)
+        response = tokenizer.encode_more(response) + [tokenizer.eot] if response else []
         ids += prompt + response
         learned += [False] * len(prompt) + [True] * len(response)
     ids = np.array(ids, np.int64)
@@ -184,10 +188,10 @@ def examples(rows, tokenizer, template, T, name):
     some = [example for example in every if example]
     kept = [example for example in some if len(example[0]) <= T]
     if not kept:
-        raise Refusal(f"{name}: none of its {len(every)} rows has a response and fits in block_size={T}")
+        raise Refusal(f"{name}: none of its {len(every)} rows has a response and fits in {T} tokens")
     said = f"{name}: {len(kept):,} rows"
     if len(every) > len(kept):
-        said += f"; left out: {len(some) - len(kept):,} that are longer than block_size={T}, {len(every) - len(some):,} without a response"
+        said += f"; left out: {len(some) - len(kept):,} that are longer than {T} tokens, {len(every) - len(some):,} without a response"
     return kept, said
 
 
@@ -231,7 +235,7 @@ def training_packs(packs, seed, first, n):
 
 def moral_lines(model, tokenizer, rows, template, compute):
     """What a model knows of the held-out morals, by two accuracies, and how well it still tells stories: two lines."""
-    longest, asked, cases, unsaid = 1 + max(len(tokenizer.encode(a)) for a in toy_stories.ANSWERS), [], [], []
+    longest, asked, cases, unsaid = 1 + max(len(tokenizer.encode_more(a)) for a in toy_stories.ANSWERS), [], [], []
     for _, row in rows:
         context, right = render(template, row["prompt"]), row["response"]
         prompt = prompt_ids(tokenizer, context)
@@ -247,7 +251,7 @@ def moral_lines(model, tokenizer, rows, template, compute):
     for ids in generate(model, asked, longest, temperature=0, stop=tokenizer.eot):
         for answer, id in zip(told, ids):
             answer += [] if id is None else [id]
-    exact = np.array([tokenizer.decode(answer) == case.candidates[0] for answer, case in zip(told, cases)])
+    exact = np.array([tokenizer.decode_more(answer) == case.candidates[0] for answer, case in zip(told, cases)])
     stories = np.array([id for text, _ in toy_stories.stories(500, seed=1) for id in (*tokenizer.encode(text), tokenizer.eot)])
     return (f"moral of {len(asked)} held-out stories: answered word for word {exact.mean():.1%} ({exact[unsaid].sum()} of the {unsaid.sum()} that "
             f"leave it unsaid), the likeliest of the {len(toy_stories.ANSWERS)} {ranked['accuracy']:.1%} (chance {ranked['chance']:.1%})\n"
@@ -257,7 +261,7 @@ def moral_lines(model, tokenizer, rows, template, compute):
 # ---------------------------------------------------------------------------------------------------------------------
 # From the command line
 
-FIXED = DATA_KEYS | {"val_dataset", "val_fraction", "template", "rank", "alpha", "target"}  # what a resumed run cannot change
+FIXED = DATA_KEYS | {"val_dataset", "val_fraction", "template", "rank", "alpha", "target", "max_length"}  # what a resumed run cannot change
 
 
 def merge(cfg):
@@ -297,12 +301,12 @@ def main(cfg):
     base = checkpoint.find(cfg.init_from) if not resume else checkpoint.base_of(adapter, path) if adapter else path
     ckpt = run_so_far if base == path else checkpoint.load(base)
     moving = in_the_way(cfg)
-    if moving and (os.path.realpath(base) + os.sep).startswith(os.path.realpath(cfg.out_dir) + os.sep):
+    if moving and (os.path.realpath(base.removeprefix("hf:")) + os.sep).startswith(os.path.realpath(cfg.out_dir) + os.sep):
         raise Refusal(f"the base {base} is in {cfg.out_dir}, which cannot be moved aside then: give another --out_dir")
     compute = resolve(cfg.device, cfg.dtype, cfg.compile, join=True)
     rows_each(cfg, compute)
     model, tokenizer = checkpoint.restore(ckpt, base)
-    T, base_sha256 = model.config.block_size, checkpoint.fingerprint(ckpt)
+    T, base_sha256 = min(cfg.max_length or math.inf, model.config.block_size), checkpoint.fingerprint(ckpt)
 
     rows, held_out = split(cfg)
     (train_rows, default), (val_rows, _) = conversations(rows), conversations(held_out)
@@ -312,7 +316,7 @@ def main(cfg):
     packs, val_packs = (pack([len(idx) for idx, _ in some], T) for some in (data, val_data))
 
     more = {"rows_sha256": hashlib.sha256(b"".join(ids.tobytes() for example in data for ids in example)).hexdigest(),
-            "base_dataset": ckpt["config"].get("base_dataset", ckpt["config"].get("dataset", ""))}  # whose text eval.py reads
+            "base_dataset": checkpoint.dataset_of(ckpt)}  # whose text eval.py reads
     if resume and run_so_far["config"]["rows_sha256"] != more["rows_sha256"]:
         raise Refusal(f"{cfg.dataset} holds other rows than when {path} was begun: give another --out_dir")
 
@@ -327,7 +331,7 @@ def main(cfg):
     except ValueError as e:
         raise Refusal(e)
     learned, every = lora.trainable(model)
-    check_memory(compute.device, training_bytes(cfg, model.config, learned), "try a smaller batch_size")
+    check_memory(compute.device, training_bytes(cfg, replace(model.config, block_size=T), learned), "try a smaller batch_size")
     model = model.to(compute.device)
     said_rmsnorm = choose_rmsnorm(model, cfg.rmsnorm, compute)
     model.gradient_checkpointing, model.chunked_loss = cfg.gradient_checkpointing, cfg.loss == "chunked"
@@ -355,7 +359,7 @@ def main(cfg):
 
     def preview():
         steps = generate(model, [shown_ids], min(T, 200), temperature=0, stop=tokenizer.eot, past_end="recompute")
-        return shown + tokenizer.decode([ids[0] for ids in steps])
+        return shown + tokenizer.decode_more([ids[0] for ids in steps])
 
     def report(when):
         loss = validate(tokens=0)["val_loss"]

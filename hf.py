@@ -1,15 +1,37 @@
-"""Our models as Hugging Face's classes, with the same weights.
+"""Our models as Hugging Face folders, for transformers, vLLM, llama.cpp and TRL; our LoRA adapters as PEFT's, and back.
 
-    from hf import to_transformers
-    peer = to_transformers(model)     # LlamaForCausalLM, with a qk_norm Qwen3ForCausalLM, or GPT2LMHeadModel
+    python hf.py --out_dir=out/demo --to=out/demo-hf                                      AutoModelForCausalLM and AutoTokenizer open that
+    python hf.py --out_dir=out/demo --adapter=out/lora --to=out/lora-peft                 a LoRA adapter, to use with peft over the former
+    python hf.py --out_dir=out/demo --adapter=hf:out/lora-peft --to=out/lora-again        an adapter of PEFT's, to use with sample.py
 
-Dropout, which is for training, is left behind, and so are special tokens: they are the tokenizer's business.
+The other way, "hf:FOLDER_OR_NAME" stands wherever a checkpoint does: train.py --init_from=hf:gpt2, sample.py --out_dir=hf:out/demo-hf.
+A model becomes a LlamaForCausalLM, with qk_norm a Qwen3ForCausalLM, or a GPT2LMHeadModel; what has no counterpart is refused.
 """
-import torch
+import json
+import os
+import shutil
+import time
+from dataclasses import dataclass, fields
+from pathlib import Path
 
-# What a class cannot express otherwise: settings that must be so
-LLAMA = {"norm": "rmsnorm", "norm_position": "pre", "pos": "rope", "mlp": "swiglu"}
-GPT2 = {"norm": "layernorm", "norm_position": "pre", "pos": "learned", "mlp": "gelu", "bias": True, "qk_norm": False}
+import checkpoint
+import hf_folder
+import hf_layout
+import lora
+import prepare
+from config import Refusal, run
+
+
+@dataclass
+class Config:
+    out_dir: str = "out"     # the folder of a trained model, or a checkpoint file; with an adapter: its base
+    adapter: str = ""        # the folder of a LoRA adapter, which is written instead of the model; hf:FOLDER_OR_NAME is PEFT's and becomes ours
+    to: str = ""             # the folder to write
+    overwrite: bool = False  # move a folder that is in the way aside
+
+    def __post_init__(self):
+        if not Path(self.to).name:
+            raise ValueError(f"--to=FOLDER says where to write, not {self.to!r}")
 
 
 def to_transformers(model):
@@ -17,65 +39,91 @@ def to_transformers(model):
 
     Raises ValueError for settings that have no counterpart, ImportError without transformers.
     """
-    c = model.config
-    if c.pos == "learned":
-        kind, needs = "GPT-2", GPT2 | {"n_kv_head": c.n_head}
-    elif c.qk_norm:
-        kind, needs = "Qwen3", LLAMA | {"bias": False}
-    else:
-        kind, needs = "Llama", LLAMA
-    wrong = [f"{key}={getattr(c, key)} (it has {value})" for key, value in needs.items() if getattr(c, key) != value]
-    if wrong:
-        raise ValueError(f"transformers has no counterpart: {kind} comes nearest, but for {', '.join(wrong)}")
-    config, state = gpt2(model) if kind == "GPT-2" else llama(model)
-    from transformers import AutoModelForCausalLM
+    config, state = hf_layout.to_hf(model.config, model.state_dict())
+    from transformers import AutoConfig, AutoModelForCausalLM
+    del config["torch_dtype"], config["dtype"]
     weight = model.wte.weight
-    peer = AutoModelForCausalLM.from_config(config, dtype=weight.dtype)  # .to(dtype) would round RoPE's frequencies too
+    peer = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=weight.dtype)  # .to(dtype) would round RoPE's frequencies too
     peer.load_state_dict(state)
     return peer.to(weight.device).eval()
 
 
-def llama(model):
-    """(config, state dict) of Llama or Qwen3: the same parts under other names."""
-    import transformers
+def write_json(path, data):
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_tensors(path, tensors):
+    try:
+        from safetensors.torch import save_file
+    except ImportError:
+        raise Refusal("writing tensors needs a library: pip install safetensors")
+    save_file({name: x.detach().contiguous().clone() for name, x in tensors.items()}, path, {"format": "pt"})
+
+
+def write_model(folder, model, tokenizer):
+    """Fills the folder with what AutoModelForCausalLM and AutoTokenizer read. Raises ValueError."""
     c = model.config
-    bias = {"attention_bias": c.bias} | ({} if c.qk_norm else {"mlp_bias": c.bias})
-    config = (transformers.Qwen3Config if c.qk_norm else transformers.LlamaConfig)(
-        vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.n_inner, num_hidden_layers=c.n_layer, num_attention_heads=c.n_head,
-        num_key_value_heads=c.n_kv_head, head_dim=c.n_embd // c.n_head, max_position_embeddings=c.block_size, rms_norm_eps=c.norm_eps,
-        tie_word_embeddings=c.tie_embeddings, rope_parameters=rope_parameters(c), bos_token_id=None, eos_token_id=None, pad_token_id=None, **bias)
-    names = {"wte": "embed_tokens", "blocks": "layers", "attn": "self_attn", "norm1": "input_layernorm", "norm2": "post_attention_layernorm"}
-    state = {"model." + ".".join(names.get(part, part) for part in key.split(".")): p for key, p in model.state_dict().items()}
-    state["lm_head.weight"] = state.pop("model.head.weight")
-    return config, state
+    config, tensors = hf_layout.to_hf(c, model.state_dict())
+    if c.tie_embeddings:
+        del tensors["lm_head.weight"]
+    ends = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eot}
+    write_tensors(folder / "model.safetensors", tensors)
+    write_json(folder / "config.json", config | ends)
+    write_json(folder / "generation_config.json", ends | {"pad_token_id": tokenizer.eot})
+    (folder / "tokenizer.json").write_text(tokenizer.tokenizer_json(), encoding="utf-8")
+    bos, eot = (tokenizer.tokens[i].decode() for i in (tokenizer.bos, tokenizer.eot))
+    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eot,
+                                                  "model_max_length": c.block_size, "clean_up_tokenization_spaces": False})
 
 
-def rope_parameters(c):
-    """Theirs from our rope_theta and rope_scaling, whose form model.rope_frequencies has checked."""
-    kind, _, numbers = c.rope_scaling.partition(":")
-    names = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
-    scaling = dict(zip(names, (float(n) for n in numbers.split(",") if n)))
-    if kind == "llama3":  # the one that is a number of tokens
-        scaling[names[3]] = int(scaling[names[3]])
-    return {"rope_theta": c.rope_theta, "rope_type": kind if scaling else "default", **scaling}
+def write_adapter(folder, path, base, model, adapter):
+    config, tensors = hf_layout.to_peft(model.config, lora_config(adapter), adapter["adapters"])
+    write_tensors(folder / "adapter_model.safetensors", tensors)
+    write_json(folder / "adapter_config.json", config | {"base_model_name_or_path": base})
 
 
-def gpt2(model):
-    """(config, state dict) of GPT-2: its linears are stored transposed, q, k and v as one."""
-    import transformers
-    c, s = model.config, model.state_dict()
-    config = transformers.GPT2Config(vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
-                                     n_inner=c.n_inner, layer_norm_epsilon=c.norm_eps, tie_word_embeddings=c.tie_embeddings,
-                                     bos_token_id=None, eos_token_id=None, pad_token_id=None)
-    state = {"transformer.wte.weight": s["wte.weight"], "transformer.wpe.weight": s["add_pos.weight"], "lm_head.weight": s["head.weight"],
-             "transformer.ln_f.weight": s["norm.weight"], "transformer.ln_f.bias": s["norm.bias"]}
-    for i in range(c.n_layer):
-        for part in "weight", "bias":
-            def get(name):
-                x = s[f"blocks.{i}.{name}.{part}"]
-                return x.T if x.dim() == 2 else x
-            state.update({f"transformer.h.{i}.{theirs}.{part}": x for theirs, x in {
-                "ln_1": get("norm1"), "ln_2": get("norm2"), "attn.c_proj": get("attn.o_proj"),
-                "attn.c_attn": torch.cat([get(f"attn.{n}_proj") for n in "qkv"], dim=-1),
-                "mlp.c_fc": get("mlp.up_proj"), "mlp.c_proj": get("mlp.down_proj")}.items()})
-    return config, state
+def lora_config(adapter):
+    return lora.LoRAConfig(**{f.name: adapter["config"][f.name] for f in fields(lora.LoRAConfig)})
+
+
+def main(cfg):
+    """Writes the folder under a temporary name, then renames it."""
+    to = Path(os.path.abspath(cfg.to))
+    if to.exists() and not cfg.overwrite:
+        raise Refusal(f"{cfg.to} is there already: --overwrite moves it aside")
+    incoming = cfg.adapter.startswith("hf:")
+    path = cfg.adapter and not incoming and checkpoint.find(cfg.adapter, "adapter_best.pt")
+    adapter = checkpoint.load(path, checkpoint.ADAPTER_KEYS) if path else None
+    base = checkpoint.base_of(adapter, path) if adapter and "out_dir" not in cfg.given else checkpoint.find(cfg.out_dir)
+    ckpt = checkpoint.load(base)
+    model, tokenizer = checkpoint.restore(ckpt, base)
+    tmp = to.with_name(f".{to.name}.tmp-{os.getpid()}-{time.time_ns()}")
+    try:
+        tmp.mkdir(parents=True)
+        if incoming:
+            settings, tensors = hf_folder.load_adapter(cfg.adapter[3:], model.config)
+            adapter = {"config": settings, "adapters": tensors, "base_sha256": checkpoint.fingerprint(ckpt)}
+            checkpoint.restore_adapters(adapter, cfg.adapter, ckpt, base, model)
+            checkpoint.save_adapters(str(tmp / "adapter.pt"), model, base, adapter["base_sha256"], settings, 0, float("inf"), float("inf"))
+        elif adapter:
+            checkpoint.restore_adapters(adapter, path, ckpt, base, model)
+            write_adapter(tmp, path, base, model, adapter)
+        else:
+            write_model(tmp, model, tokenizer)
+        if to.exists():
+            prepare.move_aside(to)
+        tmp.rename(to)
+    except ValueError as e:
+        raise Refusal(f"{base}: {e}")
+    except OSError as e:
+        raise Refusal(f"cannot write {cfg.to}: {e.strerror or e}", status=1)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+    for file in sorted(to.iterdir()):
+        print(f"{cfg.to}/{file.name}: {file.stat().st_size:,} bytes")
+    print(f"next: python sample.py --adapter={cfg.to}" if incoming else f"next: PeftModel.from_pretrained(base, {cfg.to!r})" if adapter
+          else f"next: AutoModelForCausalLM.from_pretrained({cfg.to!r}), or python sample.py --out_dir=hf:{cfg.to}")
+
+
+if __name__ == "__main__":
+    run(main, Config)

@@ -5,6 +5,7 @@
     python prepare.py --dataset=tinystories               # roneneldan/TinyStories from the Hugging Face hub
     python prepare.py --dataset=hf:NAME --column=text     # any other hub dataset; hf:NAME:CONFIG where it has several
     python prepare.py --dataset=tinyshakespeare.txt --tokenizer=char --name=shakespeare_char     # nanoGPT's data
+    python prepare.py --dataset=stories.txt --tokenizer=hf:gpt2                                  # for train.py --init_from=hf:gpt2
 
 A .txt or .md file is cut into documents at the separator; a line of .jsonl and a row of .parquet hold one each. White space around
 a document is dropped, and so is an empty document. Text is UTF-8; in .txt and .md files "\\r\\n" and "\\r" become "\\n", as Python's
@@ -30,6 +31,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+import foreign_tokenizer
 import toy_stories
 from config import Refusal, run
 from tokenizer import Tokenizer
@@ -45,7 +47,7 @@ BREAK = re.compile(r"(?<=\S)[ \n]")
 class Config:
     dataset: str = "toy"              # toy | tinystories | hf:NAME | a .txt .md .jsonl .parquet file or a folder of them
     name: str = ""                    # the result is data/NAME; empty: the dataset's own name
-    tokenizer: str = "bpe"            # bpe | char | gpt2 | gpt2:FOLDER with encoder.json, vocab.bpe | a tokenizer.json to reuse
+    tokenizer: str = "bpe"            # bpe | char | gpt2 | gpt2:FOLDER with encoder.json, vocab.bpe | hf:FOLDER_OR_NAME | a tokenizer.json to reuse
     vocab_size: int = 4096            # bpe: at most so many tokens, end-of-text and the 256 bytes among them
     separator: str = "<|endoftext|>"  # between the documents of a .txt or .md file; empty: each file is one document
     column: str = "text"              # where .jsonl, .parquet and hub rows have their text
@@ -64,9 +66,9 @@ class Config:
             self.name = local if hub == self.dataset else hub.partition(":")[0].rpartition("/")[2]
         if not self.name.isprintable() or self.name[:1] in ("", ".") or set(self.name) & set('/\\:*?"<>|'):
             raise ValueError(f"name {self.name!r} cannot be a folder in data/: give another with --name=")
-        if not (self.tokenizer in ("bpe", "char", "gpt2") or self.tokenizer.startswith("gpt2:")
+        if not (self.tokenizer in ("bpe", "char", "gpt2") or self.tokenizer.startswith(("gpt2:", "hf:"))
                 or self.tokenizer.endswith(".json")):
-            raise ValueError(f"tokenizer must be bpe, char, gpt2, gpt2:FOLDER or a tokenizer.json, not {self.tokenizer!r}")
+            raise ValueError(f"tokenizer must be bpe, char, gpt2, gpt2:FOLDER, hf:FOLDER_OR_NAME or a tokenizer.json, not {self.tokenizer!r}")
         if not 0 < self.val_fraction < 1:
             raise ValueError(f"val_fraction must be between 0 and 1, not {self.val_fraction}")
         if self.dataset == "hf:":
@@ -339,6 +341,9 @@ def encode(rows, tokenizer, tmp, num_proc):
 def ready_made(cfg):
     """The tokenizer that cfg names; None for one that is made from the text."""
     try:
+        if cfg.tokenizer.startswith("hf:"):
+            import hf_folder  # and torch with it, which nothing else here needs
+            return hf_folder.read_tokenizer(hf_folder.located(cfg.tokenizer[3:], weights=""))
         if cfg.tokenizer.endswith(".json"):
             return Tokenizer.load(cfg.tokenizer)
         if cfg.tokenizer.startswith("gpt2"):
@@ -434,7 +439,7 @@ def load(folder):
         if (meta["format"], meta["dtype"]) != (FORMAT, dtype.name):
             raise ValueError(f"format {meta['format']!r} with {meta['dtype']!r} is not {FORMAT} with {dtype.name}")
         name = "tokenizer.json"
-        tokenizer = Tokenizer.load(folder / name)
+        tokenizer = foreign_tokenizer.from_str((folder / name).read_bytes().decode("utf-8"))
         if (tokenizer.vocab_size, tokenizer.sha256) != expected:
             raise ValueError("not the tokenizer that the data was made with")
         data = {}

@@ -49,7 +49,7 @@ def completion_nats(model, tokenizer, pairs, compute):
     """-log p of each completion after its context, in nats: float64 (n,). A context too long for the model loses its beginning."""
     rows = []
     for context, completion in pairs:
-        new = tokenizer.encode(completion)
+        new = tokenizer.encode_more(completion)
         rows.append(((prompt_ids(tokenizer, context) + new)[-model.config.block_size - 1:], len(new)))
     nats, order = np.zeros(len(rows)), sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
     with evaluating(model), tqdm(total=len(rows), desc="probes", disable=None, leave=False) as bar:

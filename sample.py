@@ -24,7 +24,7 @@ from model import choose_rmsnorm, kv_cache_bytes
 
 @dataclass
 class Config:
-    out_dir: str = "out"             # the folder of a trained model, or a checkpoint file; with an adapter: its base
+    out_dir: str = "out"             # the folder of a trained model, a checkpoint file, or hf:FOLDER_OR_NAME; with an adapter: its base
     adapter: str = ""                # the folder of a LoRA adapter, or its file
     onnx: str = ""                   # a folder that export_onnx.py wrote, or an .onnx file in it; no out_dir then
     raw: bool = False                # give --start as it is, without the template that the model was fine-tuned with
@@ -161,7 +161,7 @@ def render(template, prompt):
 def prompt_ids(tokenizer, text):
     """The ids to start from: documents start after end-of-text. A character model may never have seen that token."""
     ids = tokenizer.encode(text)
-    return ids if tokenizer.kind == "char" and ids else [tokenizer.eot, *ids]
+    return ids if tokenizer.kind == "char" and ids else [tokenizer.bos, *ids]
 
 
 def read_start(start):

@@ -133,6 +133,7 @@ class Tokenizer:
         self.eot = eot
         self.merges = merges or {}  # (left id, right id) -> id, in the order learned, which is the order of ids
         self.vocab_size = len(tokens)
+        self.bos = eot              # what a prompt starts with
         self.ids = {token: i for i, token in enumerate(tokens) if i != eot}
 
     @classmethod
@@ -210,6 +211,8 @@ class Tokenizer:
         """The text of tokenizer.json: the same for the same tokenizer, and from_str gives that tokenizer again."""
         return tokenizer_json.dumps(self.kind, self.tokens, self.eot, self.merges)
 
+    tokenizer_json = to_str  # as Hugging Face's libraries read it
+
     def save(self, path):
         """Write tokenizer.json under a temporary name, then rename: never half a file. OSError: cannot be written."""
         partial = Path(f"{path}.partial")
@@ -229,6 +232,10 @@ class Tokenizer:
         if self.kind == "char" or len(text) > GAP and LONG_GAP.search(text):
             return self.encode_plain(text)
         return self._fast.encode_ordinary(text)
+
+    def encode_more(self, text):
+        """encode for a text that goes on where another ended; to a ForeignTokenizer that makes a difference."""
+        return self.encode(text)
 
     def encode_batch(self, texts, num_threads=os.cpu_count()):
         """encode for each of texts, on num_threads threads (tiktoken lets go of the interpreter lock)."""
@@ -260,6 +267,9 @@ class Tokenizer:
     def decode(self, ids):
         """The text of any ids, with U+FFFD for bytes that are no UTF-8. ValueError: an id outside the vocabulary."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    decode_more = decode  # of ids that go on where others ended
+    prefix = 0            # bytes that encode puts before a text
 
     def stream(self):
         """A function from the next id to the text it completes, which may be none yet; None at the end gives the rest.

@@ -37,7 +37,7 @@ from sample import generate, prompt_ids
 class TrainConfig:
     out_dir: str = "out"                    # where ckpt.pt, ckpt_best.pt, log.jsonl and loss.png go
     dataset: str = "toy"                    # data/NAME as prepare.py made it; toy makes itself
-    init_from: str = "scratch"              # scratch | resume (from out_dir) | a checkpoint whose weights to start from
+    init_from: str = "scratch"              # scratch | resume (from out_dir) | a checkpoint to start from | hf:FOLDER_OR_NAME, one of transformers'
     overwrite: bool = False                 # move an out_dir that is in the way aside
     eval_only: bool = False                 # print the loss on the whole validation split and stop
     eval_interval: int = 100                # steps between evaluations, samples and checkpoints
@@ -382,6 +382,8 @@ def inherit(cfg, ckpt, path, resume, fixed=DATA_KEYS):
         if key not in types:
             continue
         saved = convert(saved, types[key], f"{path}: {key}", parse=False)
+        if key in cfg.given and not resume and (key == "dropout" or key == "block_size" and getattr(cfg, key) < saved):
+            continue  # see crop
         if key in cfg.given and getattr(cfg, key) != saved and (key in MODEL_KEYS or resume and key in fixed):
             raise Refusal(f"{path} has {key}={saved!r}, which cannot become {getattr(cfg, key)!r}; leave it out")
         if key not in cfg.given and key not in ("out_dir", "init_from", "overwrite", "eval_only"):
@@ -391,6 +393,13 @@ def inherit(cfg, ckpt, path, resume, fixed=DATA_KEYS):
     except (ValueError, TypeError) as e:
         raise Refusal(f"{path} is damaged: {e}")
     return cfg
+
+
+def crop(ckpt, cfg):
+    """Gives a checkpoint that a run starts from its shorter context and its dropout: no other weights than a position table's change."""
+    ckpt["model_config"] |= {"block_size": cfg.block_size, "dropout": cfg.dropout}
+    if cfg.pos == "learned":
+        ckpt["model"]["add_pos.weight"] = ckpt["model"]["add_pos.weight"][:cfg.block_size]
 
 
 def in_the_way(cfg):
@@ -447,7 +456,10 @@ def main(cfg):
     torch.manual_seed(cfg.seed)
     if ckpt:
         if ckpt["tokenizer_sha256"] != tokenizer.sha256:
-            raise Refusal(f"{path} was trained with another tokenizer than {folder}'s; prepare the data with its own")
+            raise Refusal(f"{path} was trained with another tokenizer than {folder}'s; prepare the data with its own" +
+                          f": prepare.py --tokenizer={path}" * path.startswith("hf:"))
+        if not resume:
+            crop(ckpt, cfg)
         model, _ = checkpoint.restore(ckpt, path, compute.device)
     else:
         model = Transformer(ModelConfig(**{key: getattr(cfg, key) for key in MODEL_KEYS})).to(compute.device)
@@ -474,7 +486,7 @@ def main(cfg):
 
     def preview():
         prompt = prompt_ids(tokenizer, cfg.start)
-        return cfg.start + tokenizer.decode([ids[0] for ids in generate(model, [prompt], min(cfg.block_size, 200), stop=tokenizer.eot, seed=cfg.seed)])
+        return cfg.start + tokenizer.decode_more([ids[0] for ids in generate(model, [prompt], min(cfg.block_size, 200), stop=tokenizer.eot, seed=cfg.seed)])
 
     if moving and compute.first:
         prepare.move_aside(cfg.out_dir)

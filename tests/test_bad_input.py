@@ -18,17 +18,20 @@ import checkpoint
 import eval as evaluation
 import export_onnx
 import finetune_lora
+import hf
+import hf_layout
 import onnx_model
 import prepare
 import sample
 import train
 from config import configure, run
+from model import ModelConfig, Transformer
 from test_prepare import DOCS, write, write_jsonl, write_parquet, write_txt
 from test_train import SMALL
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = {"prepare": prepare, "train": train, "sample": sample, "bench": bench, "eval": evaluation, "finetune_lora": finetune_lora, "export_onnx": export_onnx}
+SCRIPTS = {"prepare": prepare, "train": train, "sample": sample, "bench": bench, "eval": evaluation, "finetune_lora": finetune_lora, "export_onnx": export_onnx, "hf": hf}
 WORDS = {"bench": bench.BENCHES}
 
 
@@ -67,6 +70,7 @@ def shop(tmp_path_factory):
         Path("pickle.pt").write_bytes(pickle.dumps({"format": 1}))
         Path("truncated.pt").write_bytes(Path("out/ckpt.pt").read_bytes()[:5000])
         good = checkpoint.load("out/ckpt.pt")
+        good_model = good["model_config"]
         changes = {"version": {"format": 99}, "shape": {"model_config": good["model_config"] | {"n_layer": 3}}, "step": {"step": "1"},
                    "huge": {"model_config": good["model_config"] | {"n_layer": 10 ** 6}}, "other_tokenizer": {"tokenizer": Tokenizer.char(["abc"]).to_str()},
                    "hash": {"tokenizer_sha256": "0" * 64}, "optimizers": {"optimizers": [{}, {}]}, "config": {"config": good["config"] | {"batch_size": 2.5}}, "losses": {"losses": ["a"]},
@@ -131,6 +135,27 @@ def shop(tmp_path_factory):
             onnx_folder(name, good, tokenizer)
             Path(name, file).unlink()
         torch.save(checkpoint.load("out/ckpt.pt") | {"model_config": good["model"] | {"block_size": 4}}, "tiny.pt")
+
+        for name, config in {"empty_hf": None, "mistral": {"model_type": "mistral"}, "no_sizes": {"model_type": "llama"}, "list_hf": [1],
+                             "moe": {"model_type": "llama", "num_local_experts": 8}, "no_tensors": hf_layout.write_config("llama", ModelConfig(vocab_size=99, qk_norm=False))}.items():
+            Path(name).mkdir()
+            if config is not None:
+                write(f"{name}/config.json", json.dumps(config))
+        shutil.copy("data/toy/tokenizer.json", "no_tensors/tokenizer.json")
+        write("no_tensors/tokenizer_config.json", '{"eos_token": "<|endoftext|>"}')
+        Path("half_hf").mkdir()
+        write("half_hf/config.json", '{"model_type": ')
+        hf.main(configure(hf.Config, ["--out_dir=out", "--to=good_hf"]))
+        for name in "cut_hf", "no_tokenizer_hf":
+            shutil.copytree("good_hf", name)
+        Path("cut_hf/model.safetensors").write_bytes(Path("good_hf/model.safetensors").read_bytes()[:999])
+        Path("no_tokenizer_hf/tokenizer.json").unlink()
+        hf.main(configure(hf.Config, ["--adapter=lora", "--to=good_peft"]))
+        for name, change in {"ia3": {"peft_type": "IA3"}, "dora": {"use_dora": True}, "rank_9": {"r": 9}}.items():
+            shutil.copytree("good_peft", name)
+            write(f"{name}/adapter_config.json", json.dumps(json.loads(Path("good_peft/adapter_config.json").read_text()) | change))
+        post = Transformer(ModelConfig(**good_model | {"norm_position": "post"}))
+        checkpoint.save("post.pt", post, Tokenizer.load("data/toy/tokenizer.json"), {}, 1, 1.0, 1.0)
     return folder
 
 
@@ -280,7 +305,7 @@ CASES = [
     ("finetune_lora", "--out_dir=n --dataset=no_list.json", "no column 'role'"), ("finetune_lora", "--out_dir=n --dataset=scalar.json", "it is a int"),
     ("finetune_lora", "--out_dir=n --dataset=object.json", "not an array of rows but a dict"), ("finetune_lora", "--out_dir=n --dataset=none.json", "none of its 0 rows"),
     ("finetune_lora", "--out_dir=n --dataset=one.json", "none of its 0 rows"), ("finetune_lora", "--out_dir=n --dataset=mute.json", "none of its 18 rows has a response"),
-    ("finetune_lora", "--out_dir=n --dataset=long_rows.json", "fits in block_size=32"), ("finetune_lora", "--out_dir=n --dataset=pairs.json --val_dataset=none.json", "none of its 0 rows"),
+    ("finetune_lora", "--out_dir=n --dataset=long_rows.json", "fits in 32 tokens"), ("finetune_lora", "--out_dir=n --dataset=pairs.json --val_dataset=none.json", "none of its 0 rows"),
     ("finetune_lora", "--out_dir=n --dataset=pairs.json --batch_size=1000000000", "GiB"), ("finetune_lora", "--out_dir=lora --init_from=resume --rank=3", "rank=2, which cannot become 3"),
     ("finetune_lora", "--out_dir=a_base --init_from=resume", "another base"), ("finetune_lora", "--out_dir=a_shape --init_from=resume", "damaged"),
     ("finetune_lora", "--out_dir=a_gone --init_from=resume", "moved/ckpt.pt"), ("finetune_lora", "--merge --out_dir=out", "no adapter in out"),
@@ -300,6 +325,21 @@ CASES = [
     ("export_onnx", "--out_dir=gone --quantize=int8", "int8 is judged by a validation split"), ("export_onnx", "--dataset=chars --quantize=int8", "another tokenizer"),
     ("export_onnx", "--out_dir=tiny.pt", "block_size is 4"),
     ("finetune_lora", "--merge --out_dir=a_base", "another base"), ("finetune_lora", "--merge --out_dir=a_cut", "not a checkpoint that is safe to read"),
+
+    ("hf", "--outdir=out --to=n", "did you mean out_dir?"), ("hf", "", "--to=FOLDER"), ("hf", "--to=.", "--to=FOLDER"), ("hf", "--to=folder", "--overwrite"), ("hf", "--to=a_file", "--overwrite"),
+    ("hf", "--to=n --out_dir=nowhere", "no checkpoint in nowhere"), ("hf", "--to=n --out_dir=text.pt", "not a checkpoint that is safe to read"), ("hf", "--to=n --out_dir=code", "holds code"),
+    ("hf", "--to=n --out_dir=post.pt", "norm_position=post"), ("hf", "--to=n --out_dir=lora", "holds an adapter"), ("hf", "--to=n --adapter=nowhere", "no adapter in nowhere"),
+    ("hf", "--to=n --adapter=a_base", "another base"), ("hf", "--to=n --adapter=a_shape", "damaged"), ("hf", "--to=n --adapter=a_gone", "moved/ckpt.pt"), ("hf", "--to=n --out_dir=hf:nowhere/at/all", "no folder"),
+    ("hf", "--to=n --out_dir=hf:mistral", "model_type is 'mistral'"), ("hf", "--to=n --adapter=hf:ia3", "peft_type is 'IA3'"), ("hf", "--to=n --adapter=hf:dora", "use_dora is True"),
+    ("hf", "--to=n --adapter=hf:rank_9", "lora_A.weight is (2, 32)"), ("hf", "--to=n --adapter=hf:folder", "adapter_config.json"), ("hf", "--to=n --adapter=hf:good_hf", "adapter_config.json"),
+    ("sample", "--out_dir=hf:", "no folder"), ("sample", "--out_dir=hf:empty_hf", "config.json"), ("sample", "--out_dir=hf:a_file", "no folder"), ("sample", "--out_dir=hf:no_sizes", "is missing"),
+    ("sample", "--out_dir=hf:list_hf", "not a JSON object"), ("sample", "--out_dir=hf:half_hf", "half_hf/config.json"), ("sample", "--out_dir=hf:moe", "num_local_experts is 8"),
+    ("sample", "--out_dir=hf:no_tensors", "no model.safetensors in no_tensors"), ("sample", "--out_dir=hf:cut_hf", "cut_hf/model.safetensors"), ("sample", "--out_dir=hf:no_tokenizer_hf", "no tokenizer.json"),
+    ("sample", "--adapter=hf:good_peft", "python hf.py"), ("eval", "--out_dir=hf:good_hf", "--text=FILE"), ("eval", "--out_dir=out,hf:mistral", "model_type is 'mistral'"),
+    ("train", "--out_dir=n --init_from=hf:mistral", "model_type is 'mistral'"), ("train", "--out_dir=n --init_from=hf:good_hf --n_layer=3", "n_layer=2, which cannot become 3"),
+    ("train", "--out_dir=n --init_from=hf:good_hf --block_size=64", "block_size=32, which cannot become 64"), ("train", "--out_dir=n --init_from=hf:good_hf --dataset=chars", "--tokenizer=hf:good_hf"),
+    ("finetune_lora", "--out_dir=n --init_from=hf:mistral", "model_type is 'mistral'"), ("finetune_lora", "--out_dir=n --max_length=-1", "max_length"),
+    ("finetune_lora", "--out_dir=n --init_from=hf:good_hf --dataset=pairs.json --max_length=2", "fits in 2 tokens"), ("prepare", "--dataset=good.txt --tokenizer=hf:folder", "no tokenizer.json"),
 ]
 
 
@@ -330,6 +370,9 @@ def test_from_a_shell(script, args, says, shop):
     ("train", "--out_dir=n --wandb_log", "wandb", "pip install wandb"), ("bench", "--plot", "matplotlib", "pip install matplotlib"),
     ("export_onnx", "--to=n", "onnxruntime", "pip install onnxruntime"), ("export_onnx", "--to=n", "onnxscript", "pip install onnxscript"), ("sample", "--onnx=o_good", "onnxruntime", "pip install onnxruntime"),
     ("prepare", "--dataset=hf:a/b --name=n", "datasets", "pip install datasets"),
+
+    ("prepare", "--dataset=hf:a/b --name=n", "datasets", "pip install datasets"), ("hf", "--to=n", "safetensors.torch", "pip install safetensors"),
+    ("sample", "--out_dir=hf:good_hf", "safetensors.torch", "pip install safetensors"), ("sample", "--out_dir=hf:a/b", "huggingface_hub", "pip install huggingface_hub"),
     ("prepare", "--dataset=good.parquet --name=n", "pyarrow", "pip install pyarrow")])
 def test_a_missing_library_is_one_line(script, args, library, says, shop, monkeypatch, capfd):
     monkeypatch.setitem(sys.modules, library, None)

@@ -154,10 +154,10 @@ def test_rows_that_do_not_fit_are_left_out_whole_and_counted(shop, capsys):
     (shop / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*PAIRS, long, {"prompt": "why?", "response": " "}, long]))
     finetune(shop, "--dataset=long.jsonl", "--val_dataset=rows.jsonl", "--out_dir=long", "--max_iters=1")
     out = capsys.readouterr().out
-    assert f"long.jsonl, to learn from: {len(PAIRS)} rows; left out: 2 that are longer than block_size=48, 1 without a response; in " in out
+    assert f"long.jsonl, to learn from: {len(PAIRS)} rows; left out: 2 that are longer than 48 tokens, 1 without a response; in " in out
     assert f"rows.jsonl, held out: {len(PAIRS)} rows\n" in out
     (shop / "only.jsonl").write_text(json.dumps(long) + "\n")
-    with pytest.raises(Refusal, match="none of its 1 rows has a response and fits in block_size=48"):
+    with pytest.raises(Refusal, match="none of its 1 rows has a response and fits in 48 tokens"):
         finetune(shop, "--dataset=only.jsonl", "--val_dataset=rows.jsonl", "--out_dir=n")
 
 

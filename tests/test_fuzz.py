@@ -16,6 +16,8 @@ import checkpoint
 import eval as evaluation
 import export_onnx
 import finetune_lora
+import hf
+import hf_folder
 import lora
 import onnx_model
 import prepare
@@ -57,6 +59,13 @@ def good(tmp_path_factory):
         Path("r.json").write_text(json.dumps(rows))
         Path("r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         write_table(Table.from_pylist([rows[2]] * 3), "r.parquet")
+        hf.main(configure(hf.Config, ["--out_dir=ckpt.pt", "--to=h"]))
+        hf.main(configure(hf.Config, ["--adapter=adapter.pt", "--to=p"]))
+        Path("f").mkdir()  # a tokenizer that is not ours
+        foreign = json.loads(tokenizer.to_str())
+        foreign["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, foreign["pre_tokenizer"]]}
+        Path("f/tokenizer.json").write_text(json.dumps(foreign))
+        Path("f/tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>", "add_bos_token": false}')
         model = json.loads(tokenizer.to_str())["model"]
         Path("encoder.json").write_text(json.dumps(model["vocab"]))
         Path("vocab.bpe").write_text("\n".join(["#version: 0.2", *model["merges"]]), encoding="utf-8")
@@ -106,7 +115,22 @@ def read_config(folder):
     configure(train.Config, [str(folder / "c.toml")])
 
 
-READERS = {"data/d/meta.json": read_data, "data/d/train.bin": read_data, "data/d/tokenizer.json": read_tokenizer, "ckpt.pt": read_checkpoint,
+def read_folder(folder):
+    path = f"hf:{folder}/h"
+    checkpoint.restore(checkpoint.load(path), path)
+
+
+def read_peft(folder):
+    hf_folder.load_adapter(str(folder / "p"), ModelConfig(vocab_size=300, n_layer=1, n_embd=8, n_head=1))
+
+
+def read_foreign(folder):
+    hf_folder.read_tokenizer(str(folder / "f"))
+
+
+READERS = {"h/config.json": read_folder, "h/model.safetensors": read_folder, "p/adapter_config.json": read_peft, "p/adapter_model.safetensors": read_peft,
+           "f/tokenizer.json": read_foreign, "f/tokenizer_config.json": read_foreign,
+           "data/d/meta.json": read_data, "data/d/train.bin": read_data, "data/d/tokenizer.json": read_tokenizer, "ckpt.pt": read_checkpoint,
            "adapter.pt": read_adapter, "o/config.json": read_onnx, "o/model.onnx": read_onnx, "r.json": read_rows(".json"), "r.jsonl": read_rows(".jsonl"), "r.parquet": read_rows(".parquet"),
            "encoder.json": lambda folder: read_tokenizer(folder, Tokenizer.gpt2), "vocab.bpe": lambda folder: read_tokenizer(folder, Tokenizer.gpt2),
            "c.txt": read_documents(".txt"), "c.jsonl": read_documents(".jsonl"), "c.parquet": read_documents(".parquet"), "c.toml": read_config,
@@ -132,6 +156,29 @@ def test_a_damaged_file_is_read_or_refused_in_one_line(name, good):
         (good / name).write_bytes(whole)
 
 
+JSON = st.recursive(st.one_of(st.none(), st.booleans(), st.integers(-9, 99), st.integers(), st.floats(), st.text(max_size=3)),
+                    lambda some: st.one_of(st.lists(some, max_size=3), st.dictionaries(st.sampled_from(["rope_type", "type", "factor", "rope_theta", "x"]), some, max_size=3)), max_leaves=4)
+
+
+@pytest.mark.parametrize("name, read, more", [("h/config.json", read_folder, ["head_dim", "rope_parameters", "rope_scaling", "layer_types", "sliding_window", "x"]),
+                                              ("p/adapter_config.json", read_peft, ["rank_pattern", "alpha_pattern", "use_rslora", "x"])])
+def test_any_value_of_any_key_is_read_or_refused(name, read, more, good):
+    whole = json.loads((good / name).read_text())
+
+    @FUZZ
+    @given(keys=st.dictionaries(st.sampled_from([*whole, *more]), JSON, min_size=1, max_size=3))
+    def check(keys):
+        (good / name).write_text(json.dumps(whole | keys))
+        try:
+            read(good)
+        except Refusal as e:
+            assert str(e) and "\n" not in str(e) and "Error(" not in str(e)
+    try:
+        check()
+    finally:
+        (good / name).write_text(json.dumps(whole))
+
+
 @FUZZ
 @given(content=st.binary(max_size=200))
 def test_any_prompt_file(content, tmp_path_factory):
@@ -145,7 +192,7 @@ VALUES = st.one_of(st.text(max_size=8), st.integers().map(str), st.floats().map(
     ["", "true", "0", "-1", "1e400", "nan", "99999999999999999999", "layernorm", "rope", "linear:nan", "llama3:1,2,3", "FILE:", "hf:", "..", "\x00"]))
 
 
-@pytest.mark.parametrize("script", [prepare, train, sample, bench, evaluation, finetune_lora, export_onnx])
+@pytest.mark.parametrize("script", [prepare, train, sample, bench, evaluation, finetune_lora, export_onnx, hf])
 def test_any_values_of_real_keys_give_a_config_or_one_line(script):
     names = [f.name for f in fields(script.Config)]
 

@@ -1,0 +1,552 @@
+"""Out to Hugging Face's folders and in from what transformers and PEFT write there, with their own classes as the second implementation."""
+import contextlib
+import json
+import os
+import random
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+import eval as evaluation
+import finetune_lora
+import foreign_tokenizer
+import hf
+import hf_folder
+import lora
+import prepare
+import sample
+import train
+from config import Refusal, configure
+from model import Transformer
+from test_model import redraw
+from test_parity import SCALE, preset
+from test_prepare import DOCS
+from test_train import SMALL
+from tokenizer import Tokenizer
+from tokenizer_json import EOT
+
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+tokenizers = pytest.importorskip("tokenizers")
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers  # noqa: E402
+
+OURS = Tokenizer.train(DOCS, 300)
+WORDS = ["the ", " cat", "é", "\n", "   ", "12", "'s", "你", "🙂", ".", "don't", "\t", " a", "Z", EOT, "</s>", "<0x41>", "\ufeff", "́"]
+
+
+def texts(n, seed=0):
+    rng = random.Random(seed)
+    return ["".join(rng.choices(WORDS, k=rng.randrange(12))) for _ in range(n)]
+
+
+def smol():
+    """As SmolLM's: byte-level, each digit on its own."""
+    made = tokenizers.Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    made.decoder = decoders.ByteLevel()
+    made.train_from_iterator(DOCS, trainers.BpeTrainer(vocab_size=300, special_tokens=[EOT, "<|im_start|>"], show_progress=False,
+                                                       initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    return made, {"eos_token": EOT, "bos_token": EOT}
+
+
+def tiny():
+    """As TinyLlama's: a space before each text, <s> before that, bytes for what has no token."""
+    vocab = {text: i for i, text in enumerate(["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), "▁", "t", "h", "e", "c", "a", "▁t", "▁th", "▁the", "▁c", "▁ca", "at"])}
+    merges = [("▁", "t"), ("▁t", "h"), ("▁th", "e"), ("▁", "c"), ("▁c", "a"), ("a", "t")]
+    made = tokenizers.Tokenizer(models.BPE(vocab, merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    made.add_special_tokens(["<unk>", "<s>", "</s>"])
+    made.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)])
+    return made, {"eos_token": "</s>", "bos_token": "<s>"}
+
+
+def ours():
+    return tokenizers.Tokenizer.from_str(OURS.to_str()), {"eos_token": EOT, "bos_token": EOT}
+
+
+def write(folder, kind, tokenizer=ours, shard="5GB", dtype=torch.float32, **keys):
+    """A folder as transformers writes it, of a model with random weights, small enough for a test; returns the model."""
+    made, ends = tokenizer()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=made, **ends).save_pretrained(folder)
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64} if kind == "gpt2" else {
+        "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "head_dim": 8}
+    eot = made.token_to_id(ends["eos_token"])
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(kind, **{"vocab_size": made.get_vocab_size(), "initializer_range": 0.2, "bos_token_id": eot, "eos_token_id": eot, **sizes, **keys})
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.dim() == 1:  # gains and biases too
+                p.add_(0.3 * torch.randn_like(p))
+    model.to(dtype).save_pretrained(folder, max_shard_size=shard)
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()  # .to() rounds RoPE's frequencies
+
+
+def read(folder):
+    path = f"hf:{folder}"
+    return checkpoint.restore(checkpoint.load(path), path)
+
+
+def close(a, b, tolerance=1e-4):
+    assert b.std() > 0.5 and (a - b).abs().max() / b.std() < tolerance
+
+
+@torch.no_grad()
+def same_logits(model, peer, V):
+    idx = torch.randint(V, (2, 60), generator=torch.Generator().manual_seed(1))
+    close(model(idx)[0], peer(idx).logits[..., :V])
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+FOLDERS = {
+    "llama": ("llama", {}), "tied": ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 1}),
+    "mha": ("llama", {"num_key_value_heads": 4, "rms_norm_eps": 1e-3}), "theta": ("llama", {"rope_theta": 500.0}),
+    "llama3": ("llama", {"rope_parameters": LLAMA3 | {"rope_theta": 1000.0}}), "linear": ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.5, "rope_theta": 10000.0}}),
+    "biases": ("llama", {"attention_bias": True, "mlp_bias": True}), "attention biases": ("llama", {"attention_bias": True}), "mlp biases": ("llama", {"mlp_bias": True}),
+    "sharded": ("llama", {"shard": "10KB"}), "bfloat16": ("llama", {"dtype": torch.bfloat16, "shard": "10KB", "tie_word_embeddings": True}), "padded": ("llama", {"vocab_size": 320}),
+    "smol": ("llama", {"tokenizer": smol}), "tiny": ("llama", {"tokenizer": tiny}), "qwen3": ("qwen3", {}), "qwen3 tied": ("qwen3", {"tie_word_embeddings": True, "shard": "10KB"}),
+    "qwen3 biases": ("qwen3", {"attention_bias": True}), "gpt2": ("gpt2", {}), "gpt2 untied": ("gpt2", {"tie_word_embeddings": False, "n_inner": 40, "layer_norm_epsilon": 1e-3, "shard": "10KB"})}
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_what_transformers_writes_is_read(name, tmp_path):
+    kind, keys = FOLDERS[name]
+    peer = write(tmp_path, kind, **keys)
+    assert (tmp_path / "model.safetensors.index.json").exists() == ("shard" in keys)
+    model, tokenizer = read(tmp_path)
+    same_logits(model, peer, tokenizer.vocab_size)
+    assert model.wte.weight.dtype == torch.float32 and (tokenizer.kind == "foreign") == ("tokenizer" in keys)
+
+
+def test_rope_keys_of_version_4_a_bin_file_and_names_without_prefix(tmp_path):
+    peer = write(tmp_path / "a", "llama", rope_parameters=LLAMA3 | {"rope_theta": 1000.0})
+    config = json.loads((tmp_path / "a/config.json").read_text())
+    del config["rope_parameters"]
+    for key in "type", "rope_type":
+        scaling = {key if k == "rope_type" else k: value for k, value in LLAMA3.items()}
+        (tmp_path / "a/config.json").write_text(json.dumps(config | {"rope_theta": 1000.0, "rope_scaling": scaling}))
+        same_logits(read(tmp_path / "a")[0], peer, 300)
+    (tmp_path / "a/model.safetensors").unlink()
+    torch.save(peer.state_dict() | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, tmp_path / "a/pytorch_model.bin")
+    same_logits(read(tmp_path / "a")[0], peer, 300)
+    peer = write(tmp_path / "b", "gpt2")  # as on the hub: no "transformer.", and the masks
+    (tmp_path / "b/model.safetensors").unlink()
+    names = {name.removeprefix("transformer."): x for name, x in peer.state_dict().items() if name != "lm_head.weight"}
+    torch.save(names | {"h.0.attn.bias": torch.ones(1, 1, 64, 64), "h.0.attn.masked_bias": torch.tensor(-1e4)}, tmp_path / "b/pytorch_model.bin")
+    same_logits(read(tmp_path / "b")[0], peer, 300)
+
+
+# Out
+
+MODELS = {"llama": ("llama", {"n_kv_head": 2}), "biases": ("llama", {"bias": True, "tie_embeddings": False}), "llama3": ("llama", {"rope_scaling": "llama3:8,1,4,256", "rope_theta": 5e5}),
+          "linear": ("llama", {"rope_scaling": "linear:4"}), "qwen3": ("llama", {"qk_norm": True}), "gpt2": ("gpt2", {"dropout": 0.1}), "gpt2 untied": ("gpt2", {"tie_embeddings": False})}
+
+
+def save(path, name="llama", tokenizer=OURS, **more):
+    preset_, keys = MODELS[name]
+    model = redraw(Transformer(preset(preset_, **{"vocab_size": tokenizer.vocab_size, "block_size": 256, "n_layer": 2} | keys | more)), SCALE).eval()
+    checkpoint.save(str(path), model, tokenizer, {}, 1, 2.0, 2.0)
+    return model
+
+
+def export(folder, *argv):
+    with contextlib.chdir(folder):
+        hf.main(configure(hf.Config, list(argv)))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_out_and_in_again(name, tmp_path):
+    """Equal logits, ids and greedy text in transformers, and the same bits again here."""
+    model = save(tmp_path / "ckpt.pt", name)
+    export(tmp_path, "--out_dir=.", "--to=theirs")
+    assert sorted(os.listdir(tmp_path)) == ["ckpt.pt", "theirs"]
+    peer, tokenizer = (auto.from_pretrained(tmp_path / "theirs", local_files_only=True) for auto in (transformers.AutoModelForCausalLM, transformers.AutoTokenizer))
+    assert type(peer).__name__ == {"gpt2": "GPT2LMHeadModel", "qwen3": "Qwen3ForCausalLM"}.get(name.split()[0], "LlamaForCausalLM")
+    same_logits(model, peer.eval(), 300)
+    for text in texts(60):
+        if EOT not in text:
+            assert tokenizer(text).input_ids == OURS.encode(text) and tokenizer.decode(OURS.encode(text)) == text
+    prompt = [OURS.bos, *OURS.encode("the cat")]
+    greedy = [ids[0] for ids in sample.generate(model, [prompt], 60, temperature=0, stop=OURS.eot)]
+    theirs = peer.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=60)[0, len(prompt):]
+    assert len(set(greedy)) > 3 and theirs.tolist()[:len(greedy)] == greedy and (len(greedy) == 60 or theirs[len(greedy)] == OURS.eot)
+    assert peer.config.eos_token_id == peer.generation_config.eos_token_id == tokenizer.eos_token_id == OURS.eot
+    before, after = checkpoint.load(str(tmp_path / "ckpt.pt")), checkpoint.load(f"hf:{tmp_path}/theirs")
+    assert {key: after["model_config"][key] for key in before["model_config"]} == before["model_config"] | ({"dropout": 0.1} if "dropout" in MODELS[name][1] else {})
+    assert checkpoint.fingerprint(before) == checkpoint.fingerprint(after)
+
+
+@pytest.mark.parametrize("tokenizer", [smol, tiny])
+def test_a_foreign_tokenizer_goes_out_as_it_came(tokenizer, tmp_path):
+    write(tmp_path / "a", "llama", tokenizer)
+    export(tmp_path, "--out_dir=hf:a", "--to=b")
+    first, again = (transformers.AutoTokenizer.from_pretrained(tmp_path / f) for f in "ab")
+    assert first.eos_token_id == again.eos_token_id and first.bos_token_id == again.bos_token_id
+    for text in texts(60):
+        assert first(text).input_ids == again(text).input_ids
+    assert checkpoint.fingerprint(checkpoint.load(f"hf:{tmp_path}/a")) == checkpoint.fingerprint(checkpoint.load(f"hf:{tmp_path}/b"))
+
+
+def test_a_character_model_goes_out(tmp_path):
+    tokenizer = Tokenizer.char(DOCS)
+    save(tmp_path / "ckpt.pt", tokenizer=tokenizer)
+    export(tmp_path, "--out_dir=.", "--to=theirs")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "theirs")
+    assert all(theirs(doc).input_ids == tokenizer.encode(doc) and theirs.decode(tokenizer.encode(doc)) == doc for doc in DOCS)
+    assert read(tmp_path / "theirs")[1].sha256 == tokenizer.sha256
+
+
+def test_what_is_in_the_way_stays_and_a_failure_leaves_nothing(tmp_path):
+    save(tmp_path / "ckpt.pt")
+    save(tmp_path / "post.pt", norm_position="post")
+    (tmp_path / "to").mkdir()
+    (tmp_path / "to/mine").write_text("x")
+    for argv, says in (["--out_dir=ckpt.pt", "--to=to"], "--overwrite"), (["--out_dir=post.pt", "--to=n"], "norm_position=post"), (["--out_dir=post.pt", "--to=to", "--overwrite"], "norm_position=post"):
+        with pytest.raises(Refusal, match=says):
+            export(tmp_path, *argv)
+        assert sorted(os.listdir(tmp_path)) == ["ckpt.pt", "post.pt", "to"] and os.listdir(tmp_path / "to") == ["mine"]
+    export(tmp_path, "--out_dir=ckpt.pt", "--to=to", "--overwrite")
+    old = next(tmp_path.glob("to.old-*"))
+    assert os.listdir(old) == ["mine"] and (tmp_path / "to/model.safetensors").exists()
+
+
+# Tokenizers
+
+@pytest.mark.parametrize("make", [smol, tiny, ours])
+def test_a_tokenizer_of_a_folder_does_what_transformers_does(make, tmp_path):
+    made, ends = make()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=made, **ends).save_pretrained(tmp_path)
+    theirs, tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path), hf_folder.read_tokenizer(str(tmp_path))
+    again = foreign_tokenizer.from_str(tokenizer.to_str())
+    assert type(again) is type(tokenizer) and again.sha256 == tokenizer.sha256 and (again.eot, again.bos, again.vocab_size) == (tokenizer.eot, tokenizer.bos, tokenizer.vocab_size)
+    assert (tokenizer.eot, tokenizer.bos) == (made.token_to_id(ends["eos_token"]), made.token_to_id(ends["bos_token"]))
+    special = [t.content for t in theirs.added_tokens_decoder.values() if t.special]
+    for text in texts(200):
+        ids = tokenizer.encode(text)
+        assert tokenizer.eot not in ids and again.encode(text) == ids
+        assert tokenizer.decode(ids) == text
+        if not any(s in text for s in special):
+            assert theirs(text, add_special_tokens=False).input_ids == ids
+            whole = theirs(text).input_ids
+            assert whole == ids or whole == [tokenizer.bos, *ids]
+        # a text in two halves: what goes on after the first one is the second one, whatever its ids
+        for cut in range(0, len(text), 5):
+            rest = tokenizer.encode_more(text[cut:])
+            assert tokenizer.decode(tokenizer.encode(text[:cut]) + rest) == text or not cut and make is tiny
+            assert tokenizer.decode_more(rest) == text[cut:]
+            stream = tokenizer.stream()
+            assert "".join(map(stream, rest)) + stream(None) == text[cut:]
+    assert tokenizer.encode_batch(texts(20)) == [tokenizer.encode(t) for t in texts(20)]
+    with pytest.raises(ValueError, match="outside this vocabulary"):
+        tokenizer.decode([tokenizer.vocab_size])
+
+
+@pytest.mark.parametrize("make", [smol, tiny])
+def test_the_bytes_of_a_foreign_tokenizers_tokens_are_those_of_the_text(make):
+    """What bits a byte are counted with."""
+    made, ends = make()
+    tokenizer = foreign_tokenizer.from_files(json.loads(made.to_str()), made.token_to_id(ends["eos_token"]))
+    documents = [t for t in texts(50) if t]
+    ids = evaluation.encode(documents, True, tokenizer)
+    unit, lengths = evaluation.units(ids, tokenizer, few=False)
+    assert np.bincount(unit, lengths).tolist() == [len(t.encode()) for t in documents]
+    assert evaluation.split_documents(ids, tokenizer) == (documents, True)
+
+
+def change(folder, name, edit):
+    data = json.loads((folder / name).read_text())
+    edit(data)
+    (folder / name).write_text(json.dumps(data))
+
+
+@pytest.mark.parametrize("edit, says", [
+    (lambda t: t.update(decoder={"type": "WordPiece", "prefix": "##", "cleanup": True}), "its decoder is"), (lambda t: t.update(decoder=None), "its decoder is None|its decoder is null"),
+    (lambda t: t["model"].update(type="Magic"), "does not read it"), (lambda t: t["model"].pop("vocab"), "does not read it"), (lambda t: t.pop("model"), "tokenizer.json"),
+    (lambda t: t.update(post_processor={"type": "BertProcessing", "sep": ["<s>", 1], "cls": ["</s>", 2]}), "at most one token")])
+def test_tokenizers_that_are_refused(edit, says, tmp_path):
+    write(tmp_path, "llama", tiny)
+    change(tmp_path, "tokenizer.json", edit)
+    with pytest.raises(Refusal, match=says) as e:
+        read(tmp_path)
+    assert "\n" not in str(e.value)
+
+
+def test_end_of_text_is_the_tokenizers_then_the_configs(tmp_path):
+    write(tmp_path, "llama", smol)
+    assert read(tmp_path)[1].eot == 0
+    change(tmp_path, "tokenizer_config.json", lambda t: t.update(eos_token={"content": "<|im_start|>"}))
+    assert (read(tmp_path)[1].eot, read(tmp_path)[1].bos) == (1, 1)
+    change(tmp_path, "tokenizer_config.json", lambda t: t.update(eos_token=None))
+    change(tmp_path, "config.json", lambda c: c.update(eos_token_id=[1, 0]))
+    assert read(tmp_path)[1].eot == 1
+    change(tmp_path, "tokenizer_config.json", lambda t: t.update(add_bos_token=True, bos_token=EOT))
+    assert (read(tmp_path)[1].eot, read(tmp_path)[1].bos) == (1, 0)
+    change(tmp_path, "config.json", lambda c: c.update(eos_token_id=None))
+    with pytest.raises(Refusal, match="which token ends a text"):
+        read(tmp_path)
+
+
+# What is refused
+
+CONFIGS = [
+    ({"model_type": "mistral"}, "model_type is 'mistral'"), ({"model_type": None}, "model_type is None"), ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+    ({"attention_dropout": 0.1}, "attention_dropout is 0.1"), ({"sliding_window": 32}, "sliding_window is 32"), ({"head_dim": 16}, "head_dim is 16"),
+    ({"head_dim": "8"}, "head_dim is '8'"), ({"quantization_config": {"bits": 4}}, "quantization_config"), ({"num_local_experts": 8}, "num_local_experts is 8"),
+    ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type is 'yarn'"), ({"rope_parameters": {"rope_type": "linear"}}, "factor is missing"),
+    ({"rope_parameters": {"rope_type": "linear", "factor": -1}}, "rope_scaling"), ({"rope_parameters": {"rope_type": "linear", "factor": 2, "beta": 1}}, "beta is 1"),
+    ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"), ({"rope_scaling": 5}, "rope_scaling is 5"), ({"rope_theta": "x"}, "rope_theta is 'x'"),
+    ({"rope_theta": 5.0}, "rope_theta is 5.0 beside"), ({"rope_parameters": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4}}, "original_max_position_embeddings is missing"),
+    ({"pretraining_tp": 2}, "pretraining_tp is 2"), ({"rope_interleaved": True}, "rope_interleaved is True"), ({"logit_scale": 0.5}, "logit_scale is 0.5"),
+    ({"hidden_size": 33}, "head_dim is 8"), ({"hidden_size": 33, "head_dim": None}, "multiple of n_head"), ({"num_attention_heads": 0}, "its sizes cannot be"), ({"hidden_size": "32"}, "hidden_size is '32'"), ({"hidden_size": None}, "hidden_size is None"), ({"num_hidden_layers": 3}, "fewer numbers"),
+    ({"num_hidden_layers": 10 ** 9}, "its sizes cannot be"), ({"num_hidden_layers": True}, "num_hidden_layers is True"), ({"num_key_value_heads": 3}, "multiple of n_kv_head"),
+    ({"intermediate_size": 41}, "fewer numbers"), ({"intermediate_size": 39}, r"mlp.down_proj.weight is \(32, 40\) and not \(32, 39\)"), ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'"),
+    ({"tie_word_embeddings": True}, "lm_head.weight is not the embedding"), ({"attention_bias": True}, "self_attn.k_proj.bias is missing"), ({"vocab_size": 301}, r"lm_head.weight is \(300, 32\) and not \(301, 32\)"),
+    ({"rms_norm_eps": 0}, "norm_eps"), ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"), ({"attention_bias": 1}, "attention_bias is 1")]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama")
+    write(folder, "llama")
+    return folder, (folder / "config.json").read_text()
+
+
+@pytest.mark.parametrize("keys, says", CONFIGS)
+def test_a_config_that_is_refused_by_name(keys, says, llama):
+    folder, whole = llama
+    try:
+        change(folder, "config.json", lambda c: c.update(keys))
+        with pytest.raises(Refusal, match=says) as e:
+            read(folder)
+    finally:
+        (folder / "config.json").write_text(whole)
+    assert "\n" not in str(e.value) and e.value.status == 2
+
+
+@pytest.mark.parametrize("kind, keys, says", [
+    ("gpt2", {"activation_function": "gelu"}, "activation_function is 'gelu'"), ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
+    ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights is False"), ("gpt2", {"attn_pdrop": 0.2}, "there is one dropout"), ("gpt2", {"add_cross_attention": True}, "add_cross_attention is True"),
+    ("qwen3", {"use_sliding_window": True, "sliding_window": 8}, "sliding_window is 8"), ("qwen3", {"layer_types": ["sliding_attention", "full_attention"]}, "layer_types is"),
+    ("qwen3", {"head_dim": 16}, "head_dim is 16"), ("qwen3", {"mlp_bias": True}, "mlp_bias is True")])
+def test_other_kinds_are_refused_by_name(kind, keys, says, tmp_path):
+    write(tmp_path, kind)
+    change(tmp_path, "config.json", lambda c: c.update(keys))
+    with pytest.raises(Refusal, match=says):
+        read(tmp_path)
+
+
+def test_qwen3_without_head_dim_has_128(tmp_path):
+    write(tmp_path, "qwen3")
+    change(tmp_path, "config.json", lambda c: c.pop("head_dim"))
+    with pytest.raises(Refusal, match="head_dim is 128"):
+        read(tmp_path)
+
+
+def put(folder, tensors):
+    from safetensors.torch import save_file
+    save_file({name: x.clone() for name, x in tensors.items()}, folder / "model.safetensors")
+
+
+def test_weights_that_are_refused_by_name(tmp_path):
+    from safetensors.torch import load_file
+    write(tmp_path, "llama")
+    good, name = load_file(tmp_path / "model.safetensors"), "model.layers.1.mlp.up_proj.weight"
+    more = {"spare": torch.zeros(9999)}  # so that it is not by the number of numbers that a missing one is found
+    for tensors, says in (({key: x for key, x in good.items() if key != name} | more, f"{name} is missing"), (good | more, "spare has no place"),
+                          (good | {name: good[name].T.contiguous()}, r"up_proj.weight is \(32, 40\) and not \(40, 32\)"), (good | {name: good[name].to(torch.float8_e4m3fn)}, "is float8_e4m3fn"),
+                          (good | {name: good[name].to(torch.int8)}, "is int8"), ({name: good[name]}, "fewer numbers")):
+        put(tmp_path, tensors)
+        with pytest.raises(Refusal, match=says) as e:
+            read(tmp_path)
+        assert "\n" not in str(e.value)
+
+
+def test_shards_that_are_refused(tmp_path):
+    write(tmp_path, "llama", shard="10KB")
+    first = sorted(tmp_path.glob("model-*.safetensors"))[0]
+    whole = first.read_bytes()
+    first.write_bytes(whole[:100])
+    with pytest.raises(Refusal, match=f"{first.name}"):
+        read(tmp_path)
+    first.unlink()
+    with pytest.raises(Refusal, match=f"{first.name}"):
+        read(tmp_path)
+    outside = tmp_path.parent / "outside.safetensors"
+    outside.write_bytes(whole)
+    change(tmp_path, "model.safetensors.index.json", lambda d: d.update(weight_map={key: f"../{outside.name}" for key in d["weight_map"]}))
+    with pytest.raises(Refusal, match="files of its folder"):
+        read(tmp_path)
+
+
+def test_code_in_a_bin_file_is_refused_and_does_not_run(tmp_path):
+    write(tmp_path, "llama")
+    (tmp_path / "model.safetensors").unlink()
+
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/ran",)
+    torch.save({"a": Evil()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(Refusal, match="pytorch_model.bin") as e:
+        read(tmp_path)
+    assert not (tmp_path / "ran").exists() and "\n" not in str(e.value)
+
+
+def test_folders_that_are_none(tmp_path):
+    for name, says in (str(tmp_path / "nowhere"), "no folder"), (str(tmp_path), "config.json"), ("a/b/c", "no folder"), ("", "no folder"):
+        with pytest.raises(Refusal, match=says):
+            checkpoint.load(f"hf:{name}")
+    write(tmp_path, "llama", vocab_size=500)
+    with pytest.raises(Refusal, match="500 tokens and its tokenizer 300"):
+        read(tmp_path)
+
+
+def test_a_name_of_the_hub_without_a_network_is_one_line_in_seconds(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    began = time.monotonic()
+    with pytest.raises(Refusal, match="hf:HuggingFaceTB/SmolLM2-135M is no folder here and could not be downloaded") as e:
+        checkpoint.load("hf:HuggingFaceTB/SmolLM2-135M")
+    assert "\n" not in str(e.value) and time.monotonic() - began < 20
+
+
+# LoRA
+
+LORAS = [("llama", {}), ("llama", {"target": "q_proj,v_proj"}), ("qwen3", {"target": "o_proj,down_proj"}), ("gpt2", {}), ("gpt2", {"target": "q_proj"}), ("gpt2", {"target": "k_proj,v_proj,up_proj"})]
+
+
+def adapted(model, cfg):
+    """The model with adapters that are not zero."""
+    torch.manual_seed(3)
+    lora.inject(model, cfg)
+    for name, x in lora.state_dict(model).items():
+        x.copy_(0.3 * torch.randn_like(x))
+    return model.eval()
+
+
+@pytest.mark.parametrize("name, keys", LORAS)
+def test_our_adapter_in_peft_and_back(name, keys, tmp_path):
+    model, cfg = save(tmp_path / "ckpt.pt", name), lora.LoRAConfig(rank=3, alpha=5.0, **keys)
+    base = hf.to_transformers(model)
+    plain = base(torch.arange(60)[None]).logits
+    sha256 = checkpoint.fingerprint(checkpoint.load(str(tmp_path / "ckpt.pt")))
+    adapted(model, cfg)
+    checkpoint.save_adapters(str(tmp_path / "adapter.pt"), model, str(tmp_path / "ckpt.pt"), sha256, asdict(cfg), 1, 2.0, 2.0)
+    export(tmp_path, "--adapter=.", "--to=theirs")
+    peer = peft.PeftModel.from_pretrained(base, str(tmp_path / "theirs")).eval()
+    same_logits(model, peer, 300)
+    assert (peer(torch.arange(60)[None]).logits - plain).abs().max() > 0.1
+    export(tmp_path, "--out_dir=ckpt.pt", "--adapter=hf:theirs", "--to=back")
+    path, ckpt = str(tmp_path / "back/adapter.pt"), checkpoint.load(str(tmp_path / "ckpt.pt"))
+    again, found = checkpoint.restore(ckpt, "ckpt.pt")[0], checkpoint.load(path, checkpoint.ADAPTER_KEYS)
+    checkpoint.restore_adapters(found, path, ckpt, "ckpt.pt", again)
+    same_logits(again, peer, 300)
+    if name != "gpt2":
+        assert all(torch.equal(found["adapters"][key], x) for key, x in lora.state_dict(model).items()) and found["config"]["rank"] == 3
+
+
+PEFTS = [("llama", {"target_modules": ["q_proj", "up_proj"], "lora_alpha": 7}), ("llama", {"target_modules": "all-linear", "use_rslora": True}), ("qwen3", {"target_modules": ["k_proj", "v_proj", "down_proj"],
+         "rank_pattern": {"v_proj": 2, r"layers\.1\.mlp\.down_proj": 6}, "alpha_pattern": {"k_proj": 1}}), ("gpt2", {"target_modules": ["c_attn"]}), ("gpt2", {"target_modules": ["c_attn", "c_fc", "c_proj"], "r": 3})]
+
+
+def peft_folder(folder, peer, **keys):
+    torch.manual_seed(4)
+    made = peft.get_peft_model(peer, peft.LoraConfig(**{"r": 4, "task_type": "CAUSAL_LM", **keys})).eval()
+    with torch.no_grad():
+        for name, p in made.named_parameters():
+            if "lora_" in name:
+                p.copy_(0.15 * torch.randn_like(p))
+    made.save_pretrained(folder)
+    return made
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+@pytest.mark.parametrize("kind, keys", PEFTS)
+def test_an_adapter_of_peft_comes_in(kind, keys, tmp_path):
+    made = peft_folder(tmp_path / "peft", write(tmp_path / "base", kind, max_position_embeddings=64) if kind != "gpt2" else write(tmp_path / "base", kind), **keys)
+    export(tmp_path, "--out_dir=hf:base", "--adapter=hf:peft", "--to=ours")
+    ckpt, found = checkpoint.load(f"hf:{tmp_path}/base"), checkpoint.load(str(tmp_path / "ours/adapter.pt"), checkpoint.ADAPTER_KEYS)
+    model = checkpoint.restore(ckpt, "base")[0]
+    checkpoint.restore_adapters(found, "ours", ckpt, "base", model)
+    same_logits(model, made, 300)
+    lora.merge(model)
+    same_logits(model, made, 300)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("keys, says", [
+    ({"use_dora": True}, "use_dora is True"), ({"bias": "all"}, "bias is 'all'"), ({"modules_to_save": ["lm_head"]}, "modules_to_save"), ({"target_modules": ["lm_head"]}, "lm_head.*takes an adapter"),
+    ({"target_modules": ["embed_tokens"]}, "embed_tokens"), ({"target_modules": ["q_proj"], "layers_to_transform": [1]}, "layers_to_transform"), ({"init_lora_weights": "olora"}, "init_lora_weights is 'olora'"),
+    ({"target_modules": r".*layers\.0.*q_proj"}, "blocks.1.attn.q_proj has no adapter where other layers have one"), ({"lora_bias": True}, "lora_bias is True")])
+def test_adapters_that_are_refused_by_name(keys, says, tmp_path):
+    peft_folder(tmp_path / "peft", write(tmp_path / "base", "llama"), **({"target_modules": ["q_proj"]} | keys))
+    with pytest.raises(Refusal, match=says) as e:
+        export(tmp_path, "--out_dir=hf:base", "--adapter=hf:peft", "--to=ours")
+    assert "\n" not in str(e.value) and sorted(os.listdir(tmp_path)) == ["base", "peft"]
+
+
+@pytest.mark.parametrize("data, says", [({"r": 5}, r"lora_A.weight is \(4, 32\)"), ({"peft_type": "IA3"}, "peft_type is 'IA3'"), ({"r": None}, "r is None"), ({"task_type": "SEQ_CLS"}, "task_type")])
+def test_an_adapters_config_is_checked(data, says, tmp_path):
+    peft_folder(tmp_path / "peft", write(tmp_path / "base", "llama"), target_modules=["q_proj"])
+    change(tmp_path / "peft", "adapter_config.json", lambda c: c.update(data))
+    with pytest.raises(Refusal, match=says):
+        export(tmp_path, "--out_dir=hf:base", "--adapter=hf:peft", "--to=ours")
+
+
+# The scripts
+
+@pytest.mark.parametrize("tokenizer, kind", [(tiny, "llama"), (smol, "qwen3"), (ours, "gpt2")])
+def test_prepare_train_and_sample_from_a_folder(tokenizer, kind, tmp_path, capsys):
+    with contextlib.chdir(tmp_path):
+        peer = write("theirs", kind, tokenizer)
+        Path("text.txt").write_text("\n<|endoftext|>\n".join(DOCS), encoding="utf-8")
+        prepare.main(configure(prepare.Config, ["--dataset=text.txt", "--tokenizer=hf:theirs", "--name=d"]))
+        _, data, made = prepare.load("data/d")
+        run = [a for a in SMALL if not a.startswith("--n_")] + ["--dataset=d", "--init_from=hf:theirs", "--max_iters=2", "--block_size=48", "--dropout=0", "--learning_rate=1e-9", "--embd_lr_scale=1"]
+        train.main(configure(train.Config, run))
+        trained, its = checkpoint.restore(checkpoint.load("out/ckpt.pt"), "out")
+        assert trained.config.block_size == 48 and its.sha256 == made.sha256 == read("theirs")[1].sha256
+        idx = torch.from_numpy(data["val"][:48].astype(np.int64))[None]
+        with torch.no_grad():
+            close(trained(idx)[0], peer(idx).logits, 1e-3)  # the rate is next to nothing
+        capsys.readouterr()
+        sample.main(configure(sample.Config, ["--out_dir=hf:theirs", "--start=the cat", "--max_new_tokens=8", "--temperature=0", "--device=cpu", "--dtype=float32"]))
+        shown = capsys.readouterr().out
+        ids = [made.bos, *made.encode("the cat")]
+        wanted = peer.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=8)[0, len(ids):].tolist()
+        wanted = wanted[:wanted.index(made.eot)] if made.eot in wanted else wanted
+        assert f"the cat{made.decode_more(wanted)}".split("\ufffd")[0] in shown
+
+
+def test_eval_and_fine_tuning_start_from_a_folder_too(tmp_path, capsys):
+    with contextlib.chdir(tmp_path):
+        write("theirs", "llama", tiny)
+        tokenizer = read("theirs")[1]
+        Path("text.txt").write_text("\n<|endoftext|>\n".join(DOCS), encoding="utf-8")
+        evaluation.main(configure(evaluation.Config, ["--out_dir=hf:theirs", "--text=text.txt", "--num_samples=1", "--max_new_tokens=8", "--num_cases=22", "--resamples=1000", "--device=cpu", "--dtype=float32"]))
+        bits = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert Path("out/compare/report.html").exists() and bits
+        with pytest.raises(Refusal, match="--text=FILE"):
+            evaluation.main(configure(evaluation.Config, ["--out_dir=hf:theirs"]))
+        Path("rows.jsonl").write_text("".join(json.dumps({"prompt": "the cat", "response": doc[:20]}) + "\n" for doc in DOCS[:20]), encoding="utf-8")
+        finetune_lora.main(configure(finetune_lora.Config, ["--init_from=hf:theirs", "--dataset=rows.jsonl", "--max_iters=1", "--rank=2", "--max_length=40", "--out_dir=lora", "--device=cpu", "--dtype=float32"]))
+        sample.main(configure(sample.Config, ["--adapter=lora", "--start=the cat", "--max_new_tokens=4", "--device=cpu", "--dtype=float32"]))
+        assert "hf:theirs and lora/adapter" in capsys.readouterr().out
+        finetune_lora.main(configure(finetune_lora.Config, ["--merge", "--out_dir=lora"]))
+        export(tmp_path, "--out_dir=lora/ckpt.pt", "--to=merged")
+        assert transformers.AutoModelForCausalLM.from_pretrained("merged").config.vocab_size == tokenizer.vocab_size
+
+
+def test_train_says_how_to_prepare_with_the_tokenizer_of_a_folder(tmp_path):
+    with contextlib.chdir(tmp_path):
+        write("theirs", "llama", smol)
+        Path("text.txt").write_text("\n<|endoftext|>\n".join(DOCS), encoding="utf-8")
+        prepare.prepare(configure(prepare.Config, ["--dataset=text.txt", "--name=d", "--vocab_size=300"]))
+        with pytest.raises(Refusal, match="prepare.py --tokenizer=hf:theirs"):
+            train.main(configure(train.Config, ["--dataset=d", "--init_from=hf:theirs", "--block_size=32"]))
+        with pytest.raises(Refusal, match="block_size=64, which cannot become 128"):
+            train.main(configure(train.Config, ["--dataset=d", "--init_from=hf:theirs", "--block_size=128"]))
