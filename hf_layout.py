@@ -8,7 +8,6 @@ What has no counterpart on the other side is a ValueError that names it: nothing
 """
 import math
 import re
-from dataclasses import dataclass
 
 import torch
 
