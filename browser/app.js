@@ -1,0 +1,527 @@
+// The page. A story is a list of tokens, yours and the model's; what the model writes becomes text nodes, never markup.
+
+import { Tokenizer } from "./tokenizer.js";
+
+const $ = id => document.getElementById(id);
+const edit = $("edit"), story = $("story"), others = $("others");
+const CHUNK = 64;  // tokens read at once: the page can stop between, and their logits stay small
+
+let config, tokenizer;
+let tokens = [];     // {id, text, given, p, others}: given by you; p and others as score() in sample.js has them, missing until it was read
+let decode;          // from the next id to its text
+let from = 0;        // the first token that the model still sees
+let cached = 0;      // how many from there on are in the worker's cache
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The worker answers one message after the other
+
+let worker, waiting, bytes = 0;
+
+function startWorker() {
+  worker = new Worker("model.js", { type: "module" });
+  worker.onmessage = ({ data }) => {
+    if (data.failed) waiting.reject(Error(data.failed));
+    else if (data.done) waiting.resolve();
+    else if (data.bytes) say(`Loading the model: ${mega(bytes = data.bytes)}${data.of ? ` of ${mega(data.of)}` : ""} MB`);
+    else waiting.heard(data);
+  };
+  worker.onerror = e => waiting.reject(Error(e.message || "onnxruntime-web is not there: make browser installs it."));
+}
+
+/** Sends a message and waits until it is done; what the worker tells on the way goes to heard. */
+function ask(message, heard) {
+  return new Promise((resolve, reject) => {
+    waiting = { resolve, reject, heard };
+    worker.postMessage(message);
+  });
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The story
+
+const text = () => tokens.map(t => t.text).join("");
+const isStart = i => i === 0 && tokens[0].id === config.eot;  // a document starts after end-of-text
+const blank = () => !tokens.some((_, i) => !isStart(i));
+const ended = () => tokens.length > 1 && tokens.at(-1).id === config.eot;
+const full = () => tokens.length - from > config.block_size;
+
+function push(id, more) {
+  tokens.push({ id, text: id === config.eot ? "" : decode(id), ...more });
+}
+
+/** Forgets the tokens from n on. The one before is read again, for what comes after it. */
+function cut(n) {
+  tokens.length = n;
+  decode = tokenizer.stream();
+  for (const { id } of tokens) if (id !== config.eot) decode(id);
+  cached = Math.max(0, Math.min(cached, n - 1 - from));
+  if (n <= from) from = cached = 0;
+}
+
+/** Makes this text the story; what begins alike stays, in the cache too. Throws for text that the tokenizer cannot encode. */
+function setText(now) {
+  if (blank() && config.template && now.trim()) now = config.template.split("{prompt}").join(now.trim());
+  if (tokens.length && now === text()) return;
+  let ids = tokenizer.encode(now), n = 0;
+  if (tokenizer.kind !== "char" || !ids.length) ids = [config.eot, ...ids];  // as prompt_ids in sample.py
+  while (n < ids.length && n < tokens.length && tokens[n].id === ids[n]) n++;
+  cut(n);
+  for (const id of ids.slice(n)) push(id, { given: true });
+}
+
+/** Reads what is not in the cache yet; with settings it writes on, until the end, the end of the context, or stop(). */
+async function read(settings) {
+  speed = null;
+  for (let last = false; !last && !stopped;) {
+    const part = tokens.slice(from + cached, from + Math.min(cached + CHUNK, config.block_size));
+    last = from + cached + part.length === tokens.length;
+    if (!part.length && !last) return;  // past the end of the context
+    await ask({ keep: cached, ids: part.map(t => t.id), scored: part.every(t => t.others),
+                settings: last && settings, place: tokens.length, most: config.block_size + 1 - (tokens.length - from) }, ({ scores, next }) => {
+      scores?.forEach((score, j) => Object.assign(part[j], score));
+      cached = next ? tokens.length - from : cached + part.length;
+      if (next) {
+        push(next.id, next);
+        speed = { made: (speed?.made ?? 0) + 1, first: speed?.first ?? performance.now(), now: performance.now() };
+      }
+      draw();
+    });
+  }
+}
+
+const write = async () => read(ended() || full() ? null : readSettings());
+
+// ---------------------------------------------------------------------------------------------------------------------
+// What the buttons do: one thing after the other
+
+let working = null;  // a promise while the model reads or writes
+let stopped = false;
+let editing = true;  // then nothing works
+let speed = null;
+let turns = 0;
+let before = null;   // the story that "New story" put away
+
+/** Stops what is under way and waits for it; false if somebody else asked for something since. */
+async function rest() {
+  stop();
+  const turn = turns;
+  await working;
+  return turn === turns;
+}
+
+async function work(what) {
+  if (!await rest()) return;
+  stopped = false;
+  say("");
+  const mine = working = (async () => {
+    try {
+      await what();
+      say(where());
+    } catch (e) {
+      cached = 0;  // whatever the worker holds
+      say(e.message, true);
+    }
+  })();
+  draw();
+  await mine;
+  if (working === mine) working = null;
+  save();
+  draw();
+}
+
+function where() {
+  if (ended()) return "The model ended its story here.";
+  if (full() && tokens.length - from > config.block_size + 1) return `This text has ${tokens.length} tokens, and the model sees ${config.block_size} at a time.`;
+  if (full()) return `The context of ${config.block_size} tokens is full.`;
+  return stopped ? "Stopped." : "";
+}
+
+function stop() {
+  turns++;
+  stopped = true;
+  worker.postMessage({ stop: true });
+}
+
+/** Takes over what was typed, and has it written on or only read. */
+function finish(what) {
+  try {
+    setText(edit.value);
+  } catch (e) {
+    return say(e.message, true);
+  }
+  if (what === read && blank()) return;
+  editing = false;
+  work(what);
+  $("write").focus({ preventScroll: true });
+}
+
+async function change(caret) {
+  if (!await rest()) return;
+  editing = true;
+  hideOthers();
+  say("");
+  edit.value = text();
+  redraw();
+  edit.focus({ preventScroll: true });
+  edit.setSelectionRange(caret ?? edit.value.length, caret ?? edit.value.length);
+}
+
+function press() {
+  if (working) stop();
+  else if (editing) finish(write);
+  else if (ended()) again();
+  else if (full()) work(() => {
+    from = tokens.length - Math.max(1, Math.floor(config.block_size / 2));
+    cached = 0;
+    return write();
+  });
+  else work(write);
+}
+
+function again() {
+  work(() => {
+    $("seed").value = (Number($("seed").value) + 1) % 2 ** 53;
+    cut(Math.max(1, tokens.findLastIndex(t => t.given) + 1));
+    return write();
+  });
+}
+
+function take(i, id) {
+  hideOthers();
+  $("write").focus({ preventScroll: true });
+  work(() => {
+    cut(i);
+    push(id, { given: true });
+    return id === config.eot ? read() : write();
+  });
+}
+
+async function clear() {
+  if (editing && before && blank()) {
+    [tokens, from, before] = [before.tokens, before.from, null];
+    cached = 0;
+    cut(tokens.length);
+    editing = false;
+    return work(read);
+  }
+  if (!await rest()) return;
+  before = blank() ? before : { tokens, from };
+  tokens = [];
+  cut(0);
+  await change();
+  edit.value = config.start;
+  save();
+  redraw();
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Drawing, at most once a frame
+
+let frame = null;
+const spans = [];  // one a token
+
+function draw() {
+  frame ??= requestAnimationFrame(redraw);
+}
+
+function redraw() {
+  cancelAnimationFrame(frame);
+  frame = null;
+  edit.hidden = !editing;
+  story.hidden = editing;
+  if (editing) fit();
+  else drawTokens();
+  story.classList.toggle("writing", Boolean(working));
+  const done = !working && !editing && ended();
+  $("write").textContent = working ? "Stop" : editing ? "Write" : full() ? "Go on from the last half" : "Continue";
+  $("write").hidden = done;
+  if (done && document.activeElement === document.body) $("again").focus({ preventScroll: true });
+  $("again").classList.toggle("main", done);
+  $("again").hidden = editing || !tokens.some(t => !t.given);
+  $("change").hidden = editing && blank();
+  $("change").textContent = editing ? "Done" : "Edit";
+  const back = editing && before && blank();
+  $("clear").hidden = editing && blank() && !before;
+  $("clear").textContent = back ? "Bring the last one back" : "New story";
+  const rate = speed?.made > 1 && `${Math.round(1000 * (speed.made - 1) / (speed.now - speed.first)).toLocaleString("en")} tokens/s`;
+  const used = !blank() && !editing && `${Math.min(tokens.length - from, config.block_size)} of ${config.block_size} tokens of context`;
+  $("speed").textContent = [rate, used].filter(Boolean).join(" · ");
+}
+
+function drawTokens() {
+  let same = 0;
+  while (same < spans.length && same < tokens.length && spans[same].token === tokens[same]) same++;
+  for (const { span } of spans.splice(same)) span.remove();
+  for (const token of tokens.slice(same)) {
+    const span = document.createElement("span"), end = token.id === config.eot && spans.length > 0;
+    span.textContent = end ? "∎" : token.text;
+    span.className = end ? "end" : /^\n+$/.test(token.text) ? "line" : "";
+    span.classList.toggle("given", Boolean(token.given));
+    span.tabIndex = -1;
+    story.append(span);
+    spans.push({ token, span });
+  }
+  for (const s of spans) {
+    if (s.p === s.token.p) continue;
+    s.p = s.token.p;
+    s.span.style.setProperty("--heat-of", Math.min(1, -Math.log(s.p) / Math.log(100)).toFixed(3));  // one in a hundred is all of it
+  }
+  if (spans.length && !story.querySelector("[tabindex='0']")) spans.at(-1).span.tabIndex = 0;
+  if (chosen >= spans.length) hideOthers();
+}
+
+/** The editor is as high as its text. */
+function fit() {
+  edit.style.height = "auto";
+  edit.style.height = `${edit.scrollHeight}px`;
+}
+
+function say(what, bad = false) {
+  $("said").textContent = what;
+  $("said").className = bad ? "bad" : "";
+}
+
+const mega = n => (n / 1e6).toFixed(1);
+
+function fatal(message) {
+  const p = document.createElement("p");
+  p.className = "error";
+  p.setAttribute("role", "alert");
+  p.textContent = message;
+  $("paper").replaceChildren(p);
+  document.querySelector(".buttons").hidden = true;
+  say("");
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// What else a token might have been
+
+let chosen = -1;     // the token whose others are shown
+let pinned = false;  // by click or key: they stay when the mouse goes
+let timer;
+
+function showOthers(i, pin = false) {
+  const { p, others: list, id } = tokens[i];
+  hideOthers();
+  [chosen, pinned] = [i, pin];
+  spans[i].span.classList.add("on");
+  const head = document.createElement("p");
+  head.textContent = p === undefined ? "There is no probability: nothing before it was read." : `Probability ${percent(p)}. Take another:`;
+  others.replaceChildren(head, ...(list ?? []).map(([other, p]) => {
+    const button = document.createElement("button"), name = document.createElement("span"), share = document.createElement("span");
+    name.append(...(other === config.eot ? ["∎ the end"] : visible(tokenizer.show(other))));
+    share.textContent = percent(p);
+    button.append(name, share);
+    button.style.setProperty("--p", p.toFixed(4));
+    if (other === id) button.setAttribute("aria-current", "true");
+    button.onclick = () => take(i, other);
+    return button;
+  }));
+  others.hidden = false;
+  const paper = $("paper").getBoundingClientRect(), [line] = spans[i].span.getClientRects();
+  const above = line.bottom + others.offsetHeight > innerHeight && line.top > others.offsetHeight;
+  others.style.left = `${Math.max(8, Math.min(line.left - paper.left, paper.width - others.offsetWidth - 8))}px`;
+  others.style.top = `${(above ? line.top - others.offsetHeight : line.bottom) - paper.top}px`;
+  if (getComputedStyle(others).position === "fixed") scrollBy(0, Math.max(0, line.bottom + 8 - (innerHeight - others.offsetHeight)));  // on a phone: at the bottom
+}
+
+function hideOthers() {
+  clearTimeout(timer);
+  spans[chosen]?.span.classList.remove("on");
+  chosen = -1;
+  others.hidden = true;
+}
+
+const percent = p => p >= 0.9995 ? "100%" : p < 0.0005 ? "< 0.1%" : `${(100 * p).toFixed(1)}%`;
+
+/** A token's text with its spaces made visible. */
+function visible(text) {
+  return Array.from(text, c => {
+    const mark = { " ": "·", "\n": "↵", "\t": "⇥" }[c];
+    if (!mark) return c;
+    const i = document.createElement("i");
+    i.textContent = mark;
+    return i;
+  });
+}
+
+const indexOf = target => spans.findIndex(s => s.span === target);
+
+/** The next token to the left or right that has text to stand on. */
+function step(i, by) {
+  do i += by; while (spans[i] && !spans[i].span.textContent);
+  return i;
+}
+
+function focusToken(i) {
+  if (!spans[i]?.span.textContent) return;
+  story.querySelector("[tabindex='0']")?.setAttribute("tabindex", "-1");
+  spans[i].span.tabIndex = 0;
+  spans[i].span.focus();
+  showOthers(i, true);
+}
+
+story.addEventListener("pointerover", e => {
+  if (e.pointerType !== "mouse" || pinned && chosen >= 0) return;
+  const i = indexOf(e.target);
+  clearTimeout(timer);  // the way down to the list may cross other tokens
+  timer = setTimeout(() => i >= 0 ? i !== chosen && showOthers(i) : hideOthers(), 90);
+});
+others.addEventListener("pointerover", () => clearTimeout(timer));
+$("paper").addEventListener("pointerleave", e => {
+  clearTimeout(timer);
+  if (e.pointerType === "mouse" && !pinned) hideOthers();
+});
+document.addEventListener("pointerdown", e => {
+  if (!$("paper").contains(e.target)) hideOthers();
+});
+story.addEventListener("click", e => {
+  const i = indexOf(e.target);
+  if (i >= 0 && !(pinned && chosen === i)) focusToken(i);
+  else if (i >= 0 || chosen >= 0) hideOthers();
+  else if (!getSelection().toString()) change();
+});
+story.addEventListener("dblclick", e => {
+  const i = indexOf(e.target);
+  if (i >= 0) change(tokens.slice(0, i + 1).map(t => t.text).join("").length);
+});
+story.addEventListener("focusin", e => {
+  const i = indexOf(e.target);
+  if (i >= 0 && i !== chosen && e.target.matches(":focus-visible")) showOthers(i, true);
+});
+story.addEventListener("keydown", e => {
+  const i = indexOf(e.target), last = spans.length - 1;
+  if (i < 0 || e.ctrlKey || e.metaKey || e.altKey) return;
+  const to = { ArrowLeft: step(i, -1), ArrowRight: step(i, 1), Home: step(-1, 1), End: spans[last]?.span.textContent ? last : step(last, -1) }[e.key];
+  if (to !== undefined) focusToken(to);
+  else if (["ArrowDown", "Enter", " "].includes(e.key)) {
+    if (chosen !== i) showOthers(i, true);
+    others.querySelector("button")?.focus();
+  } else return;
+  e.preventDefault();
+});
+others.addEventListener("keydown", e => {
+  const by = { ArrowDown: "nextElementSibling", ArrowUp: "previousElementSibling" }[e.key];
+  if (!by) return;
+  e.preventDefault();
+  const to = e.target[by];
+  if (to?.matches("button")) to.focus();
+  else if (e.key === "ArrowUp") spans[chosen].span.focus();
+});
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Keys, settings, and what a reload finds again
+
+document.addEventListener("keydown", e => {
+  if (e.key !== "Escape" || e.isComposing) return;
+  if (chosen >= 0) {
+    const { span } = spans[chosen];
+    if (others.contains(document.activeElement)) span.focus();
+    hideOthers();
+  } else if (working) stop();
+  else if (editing && !$("change").hidden) finish(read);
+});
+edit.addEventListener("keydown", e => {
+  if (e.key !== "Enter" || e.shiftKey || e.isComposing) return;
+  e.preventDefault();
+  press();
+});
+edit.addEventListener("input", () => {
+  draw();
+  save();
+});
+addEventListener("resize", () => {
+  hideOthers();
+  draw();
+});
+$("write").onclick = press;
+$("again").onclick = again;
+$("change").onclick = () => editing ? finish(read) : change();
+$("clear").onclick = clear;
+$("settings").onsubmit = e => e.preventDefault();
+$("settings").oninput = () => {
+  showSettings();
+  save();
+};
+
+function readSettings() {
+  const settings = {};
+  for (const input of document.querySelectorAll("#settings input")) {
+    settings[input.id] = Number(input.value);
+    if (!input.checkValidity()) throw Error(`${input.labels[0].textContent.trim()}: ${input.validationMessage}`);
+  }
+  return settings;
+}
+
+function showSettings() {
+  for (const output of document.querySelectorAll("#settings output")) output.value = Number($(output.htmlFor).value).toFixed(2);
+}
+
+function save() {
+  const kept = { config: JSON.stringify(config), tokens: tokens.map(t => [t.id, t.given ? 1 : 0]), from, draft: editing ? edit.value : null,
+                 settings: Object.fromEntries(Array.from(document.querySelectorAll("#settings input"), i => [i.id, i.value])) };
+  try {
+    localStorage.setItem("tinylm", JSON.stringify(kept));
+  } catch { /* then a reload starts anew */ }
+}
+
+/** What save() kept, if it is of this model. */
+function restore() {
+  let kept;
+  try {
+    kept = JSON.parse(localStorage.getItem("tinylm"));
+    for (const [id, value] of Object.entries(kept.settings)) $(id).value = value;
+    if (kept.config !== JSON.stringify(config)) return;
+    for (const [id, given] of kept.tokens) push(id, { given: Boolean(given) });
+    from = kept.from;
+    editing = blank() || kept.draft !== null;
+    edit.value = kept.draft ?? "";
+  } catch {
+    tokens = [];
+    cut(0);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The start
+
+async function fetchJson(name) {
+  const answer = await fetch(`model/${name}`, { cache: "no-cache" });
+  if (!answer.ok) throw Error(`model/${name} is not there (${answer.status}): make browser writes it, or export_onnx.py.`);
+  try {
+    return await answer.json();
+  } catch {
+    throw Error(`model/${name} is damaged: it is not JSON.`);
+  }
+}
+
+async function start() {
+  config = await fetchJson("config.json");
+  if (config?.format !== 1) throw Error(`model/config.json has format ${JSON.stringify(config?.format)}; this page reads format 1.`);
+  for (const key of ["n_layer", "n_kv_head", "head_dim", "block_size", "vocab_size"])
+    if (!(Number.isInteger(config[key]) && config[key] > 0)) throw Error(`model/config.json is damaged: its ${key} is ${JSON.stringify(config[key])}.`);
+  config.template = String(config.template ?? "");
+  config.start = String(config.start ?? "").startsWith("FILE:") ? "" : String(config.start ?? "");
+  const file = await fetchJson("tokenizer.json");
+  try {
+    tokenizer = new Tokenizer(file);
+  } catch (e) {
+    throw Error(`model/tokenizer.json cannot be used: ${e.message}.`);
+  }
+  if (tokenizer.size !== config.vocab_size || tokenizer.eot !== config.eot)
+    throw Error("model/tokenizer.json and model/config.json are not of one model: export it again.");
+  startWorker();
+  await ask({ load: config });
+  $("about").textContent = `A language model of ${config.n_layer} layers and ${mega(bytes)} MB. It writes in this page, on your own machine.`;
+  cut(0);
+  edit.value = config.start;
+  restore();
+  showSettings();
+  say("");
+  edit.disabled = $("write").disabled = false;
+  if (editing) edit.focus({ preventScroll: true });
+  else await work(read);
+  redraw();
+}
+
+start().catch(e => fatal(e instanceof TypeError ? "The page lost its server: start it again with make browser, then reload." : e.message));

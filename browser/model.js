@@ -1,0 +1,124 @@
+// The worker: model.onnx, its KV cache, and the draw. Beside it the page stays smooth, and is not waited for.
+//
+//   {load: config}    reads model.onnx, telling {bytes, of} while it comes
+//   {keep, ids, scored, settings, place, most}
+//                     keeps the first `keep` tokens in the cache and reads ids, telling {scores}: scores[j] of ids[j], unless they are scored;
+//                     with settings it draws up to `most` tokens then, the first for place `place` of the story, telling {next} of each
+//   {stop: true}      ends that after the token at hand
+//
+// The answer to the first two ends with {done: true} or {failed: why}.
+
+import * as ort from "./node_modules/onnxruntime-web/dist/ort.wasm.min.mjs";
+import { draw, score } from "./sample.js";
+
+ort.env.wasm.wasmPaths = new URL("./node_modules/onnxruntime-web/dist/", import.meta.url).href;
+ort.env.wasm.numThreads = 1;  // two were no faster on two cores
+
+let session, config;
+let cache = {};    // past_k.0, past_v.0, ...: [1, n_kv_head, length, head_dim]
+let length = 0;    // tokens in the cache
+let stopped;
+let held = null;   // the logits after the last of them; null after a rewind
+
+async function fetchModel() {
+  const answer = await fetch("model/model.onnx", { cache: "no-cache" });
+  if (!answer.ok) throw Error(`model/model.onnx is not there (${answer.status}): run make browser, or export_onnx.py, which writes it.`);
+  const of = Number(answer.headers.get("content-length")), parts = [];
+  let bytes = 0;
+  for (const reader = answer.body.getReader(); ;) {
+    const { done, value } = await reader.read();
+    if (done) break;
+    parts.push(value);
+    postMessage({ bytes: bytes += value.length, of });
+  }
+  if (bytes < of) throw Error("model/model.onnx did not come whole: reload the page.");
+  return new Uint8Array(await new Blob(parts).arrayBuffer());
+}
+
+async function load() {
+  const file = await fetchModel();
+  try {
+    session = await ort.InferenceSession.create(file, { logSeverityLevel: 4 });  // the page says it, not the console
+  } catch (e) {
+    throw Error(`model/model.onnx cannot be read, it is damaged or no ONNX file: ${short(e)}`);
+  }
+  const names = ["ids", ...each(i => [`past_k.${i}`, `past_v.${i}`])];
+  if ([...session.inputNames].sort().join() !== names.sort().join())
+    throw Error("model/model.onnx and model/config.json are not of one model: export it again.");
+  cut(0);
+  try {
+    await forward([config.eot]);  // what is slow the first time, too
+    if (held.length !== config.vocab_size) throw Error("its vocabulary is another");
+  } catch (e) {
+    throw Error(`model/model.onnx does not work as model/config.json says it should: ${short(e)}`);
+  }
+  cut(0);
+}
+
+const each = names => Array.from({ length: config.n_layer }, (_, i) => names(i)).flat();
+
+const short = e => String(e?.message ?? e).replace(/\s+/g, " ").slice(0, 200);
+
+/** Forgets all but the first n tokens. A head's keys lie together, so each head's are copied. */
+function cut(n) {
+  const { n_kv_head: H, head_dim: D } = config;
+  for (const name of each(i => [`past_k.${i}`, `past_v.${i}`])) {
+    const data = new Float32Array(H * n * D);
+    for (let h = 0; n && h < H; h++) data.set(cache[name].data.subarray(h * length * D, (h * length + n) * D), h * n * D);
+    cache[name] = new ort.Tensor("float32", data, [1, H, n, D]);
+  }
+  length = n;
+  held = null;
+}
+
+/** The scores of ids, which come after the cache and are in it then. */
+async function forward(ids, scored) {
+  const V = config.vocab_size, input = new ort.Tensor("int64", BigInt64Array.from(ids, BigInt), [1, ids.length]);
+  const { logits, ...present } = await session.run({ ids: input, ...cache });
+  const row = j => j < 0 ? held : logits.data.subarray(j * V, (j + 1) * V);
+  const scores = scored ? [] : ids.map((id, j) => row(j - 1) && score(row(j - 1), id));
+  cache = Object.fromEntries(Object.entries(present).map(([name, t]) => [name.replace("present", "past"), t]));
+  length += ids.length;
+  held = row(ids.length - 1);
+  return scores;
+}
+
+async function read({ keep, ids, scored, settings, place, most }) {
+  stopped = false;
+  if (keep < length) cut(keep);
+  postMessage({ scores: ids.length ? await forward(ids, scored) : [] });
+  for (let n = 0; settings && n < most; n++) {
+    if (stopped) break;
+    const id = draw(held, settings, place + n);
+    postMessage({ next: { id, ...score(held, id) } });
+    if (id === config.eot || n + 1 === most) break;
+    await tick();
+    if (stopped) break;
+    await forward([id], true);
+  }
+}
+
+const ticks = new MessageChannel();
+
+/** Lets messages in: awaiting onnxruntime alone does not, as it computes before it returns. */
+function tick() {
+  return new Promise(resolve => {
+    ticks.port1.onmessage = resolve;
+    ticks.port2.postMessage(0);
+  });
+}
+
+onmessage = async ({ data }) => {
+  if (data.stop) {
+    stopped = true;
+    return;
+  }
+  try {
+    if (data.load) config = data.load;
+    if (data.load) await load();
+    else await read(data);
+    postMessage({ done: true });
+  } catch (e) {
+    postMessage({ failed: short(e) });
+  }
+};

@@ -1,0 +1,83 @@
+"""Serves the page in browser/ and a model exported by export_onnx.py, on this machine alone.
+
+    make browser                                               installs, exports the demo model if need be, and serves
+    python serve.py --model=out/ts/onnx                        another model; or --model=out/ts/onnx/model_int8.onnx
+    python serve.py --port=0                                   at any free port
+
+Nothing but the files named in FILES and MODEL leaves the disk.
+"""
+import errno
+import os
+from dataclasses import dataclass
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+from config import Refusal, run
+
+HERE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "browser")
+ORT = "node_modules/onnxruntime-web/dist/"
+FILES = ["index.html", "style.css", "app.js", "model.js", "sample.js", "tokenizer.js",
+         ORT + "ort.wasm.min.mjs", ORT + "ort-wasm-simd-threaded.mjs", ORT + "ort-wasm-simd-threaded.wasm"]
+MODEL = ["model/config.json", "model/tokenizer.json", "model/model.onnx"]
+TYPES = {".html": "text/html; charset=utf-8", ".css": "text/css", ".js": "text/javascript", ".mjs": "text/javascript", ".wasm": "application/wasm",
+         ".json": "application/json", ".onnx": "application/octet-stream"}  # those of the system may be anything
+HEADERS = {"Content-Security-Policy": "default-src 'self'; script-src 'self' 'wasm-unsafe-eval'; img-src data:; frame-ancestors 'none'",
+           "Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Embedder-Policy": "require-corp",  # together: threads, and exact clocks
+           "X-Content-Type-Options": "nosniff", "Cache-Control": "no-cache"}
+
+
+@dataclass
+class Config:
+    model: str = "out/demo/onnx"  # the folder that export_onnx.py wrote, or one .onnx file in it
+    port: int = 8000              # 0: any free one; so if this one is taken and was not asked for
+
+    def __post_init__(self):
+        if not 0 <= self.port < 65536:
+            raise ValueError(f"port must be from 0 to 65535, not {self.port}")
+
+
+class Handler(SimpleHTTPRequestHandler):
+    extensions_map = TYPES
+    protocol_version = "HTTP/1.1"
+
+    def translate_path(self, path):
+        name = path.partition("?")[0].removeprefix("/") or "index.html"
+        if name in FILES:
+            return os.path.join(HERE, name)
+        if name in MODEL:
+            return os.path.join(self.server.folder, self.server.file if name.endswith(".onnx") else os.path.basename(name))
+        return os.path.join(HERE, "there is no such file")
+
+    def end_headers(self):
+        for name, value in HEADERS.items():
+            self.send_header(name, value)
+        super().end_headers()
+
+    def log_message(self, *args):
+        pass
+
+
+def serve(model, port):
+    """The server, bound to 127.0.0.1 and not started. Raises OSError where the port is taken."""
+    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+    server.folder, server.file = os.path.split(model) if model.endswith(".onnx") else (model, "model.onnx")
+    return server
+
+
+def main(cfg):
+    if not os.path.isfile(os.path.join(HERE, FILES[-1])):
+        raise Refusal("onnxruntime-web is not installed: make browser, or npm ci in browser/")
+    model = cfg.model if cfg.model.endswith(".onnx") else os.path.join(cfg.model, "model.onnx")
+    if not os.path.isfile(model):
+        raise Refusal(f"there is no {model}; python export_onnx.py --out_dir=OUT --to={os.path.dirname(model)} writes one")
+    try:
+        server = serve(cfg.model, cfg.port)
+    except OSError as e:
+        if "port" in cfg.given or e.errno != errno.EADDRINUSE:
+            raise Refusal(f"cannot serve at port {cfg.port}: {e.strerror}; --port=0 takes any free one")
+        server = serve(cfg.model, 0)
+    print(f"http://127.0.0.1:{server.server_port}    Ctrl-C ends it", flush=True)
+    server.serve_forever()
+
+
+if __name__ == "__main__":
+    run(main, Config)
