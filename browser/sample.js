@@ -34,7 +34,7 @@ export function keep(logits, { temperature, top_k, top_p }) {
     ids = [...p.keys()];
   } else {
     for (let k = every ? 64 : top_k; ; k *= 8) {  // to sort all is slow, and few make up top_p
-      ids = largest(logits, Math.min(k, V));
+      ids = largest(logits, Math.min(k, V)).slice(0, every ? V : top_k);
       const mass = ids.reduce((s, i) => s + p[i], 0);
       if (!every) total = mass;
       if (!every || k >= V || mass >= top_p * sum) break;
