@@ -23,6 +23,7 @@ import hf_layout
 import onnx_model
 import prepare
 import sample
+import serve
 import train
 from config import configure, run
 from model import ModelConfig, Transformer
@@ -31,7 +32,7 @@ from test_train import SMALL
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = {"prepare": prepare, "train": train, "sample": sample, "bench": bench, "eval": evaluation, "finetune_lora": finetune_lora, "export_onnx": export_onnx, "hf": hf}
+SCRIPTS = {"prepare": prepare, "train": train, "sample": sample, "bench": bench, "eval": evaluation, "finetune_lora": finetune_lora, "export_onnx": export_onnx, "hf": hf, "serve": serve}
 WORDS = {"bench": bench.BENCHES}
 
 
@@ -340,6 +341,9 @@ CASES = [
     ("train", "--out_dir=n --init_from=hf:good_hf --block_size=64", "block_size=32, which cannot become 64"), ("train", "--out_dir=n --init_from=hf:good_hf --dataset=chars", "--tokenizer=hf:good_hf"),
     ("finetune_lora", "--out_dir=n --init_from=hf:mistral", "model_type is 'mistral'"), ("finetune_lora", "--out_dir=n --max_length=-1", "max_length"),
     ("finetune_lora", "--out_dir=n --init_from=hf:good_hf --dataset=pairs.json --max_length=2", "fits in 2 tokens"), ("prepare", "--dataset=good.txt --tokenizer=hf:folder", "no tokenizer.json"),
+
+    ("serve", "--prot=1", "did you mean port?"), ("serve", "--port=-1", "port must be"), ("serve", "--port=65536", "port must be"), ("serve", "--port=http", "must be an integer"),
+    ("serve", "--model=nowhere", "nowhere"), ("serve", "--model=folder", "folder"), ("serve", "--model=nowhere.onnx", "nowhere.onnx"),
 ]
 
 
@@ -350,6 +354,7 @@ def contents(folder):
 @pytest.mark.parametrize("script, args, says", CASES)
 def test_bad_input_is_one_line(script, args, says, shop, monkeypatch, capfd):
     monkeypatch.chdir(shop)
+    monkeypatch.setattr(serve, "FILES", ["index.html"])  # as if onnxruntime-web were installed
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *shlex.split(args)])
     before = contents(shop)
     with pytest.raises(SystemExit) as e:

@@ -3,11 +3,13 @@ import contextlib
 import http.client
 import itertools
 import json
+import math
 import random
 import shutil
 import socket
 import subprocess
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ pytest.importorskip("onnxruntime")
 import checkpoint
 import chromium
 import export_onnx
+import onnx_model
 import prepare
 import sample
 import serve
@@ -80,15 +83,18 @@ class Page:
         self.wait("Boolean(document.querySelector('.error')) || !document.querySelector('#write').disabled")
         return self
 
-    def settle(self, seconds=60):
-        """Waits until the model rests and all is drawn."""
-        frames = "new Promise(r => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(r, 20))))"
-        self.run(frames)
-        self.wait("document.querySelector('#write').textContent !== 'Stop'", seconds)
-        self.run(frames)
+    def frames(self):
+        self.run("new Promise(r => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(r, 20))))")
+
+    def settle(self):
+        """The text, when the model rests and all is drawn."""
+        self.frames()
+        self.wait("document.querySelector('#write').textContent !== 'Stop'")
+        self.frames()
         return self.text()
 
     def click(self, id):
+        self.frames()  # the editor may grow, and the button go down
         self.browser.mouse(f"document.querySelector('#{id}')", click=True)
 
     def set(self, **settings):
@@ -374,8 +380,8 @@ def test_others_are_the_models_and_one_is_taken_by_mouse_by_key_and_by_finger(pa
         assert [name for name, _ in shown] == [tokenizer.decode([j]).replace(" ", "·").replace("\n", "↵") if j != tokenizer.eot else "∎ the end" for j in order[:8].tolist()]
         assert [abs(float(share.strip("%< ")) / 100 - q) < 0.0006 for (_, share), q in zip(shown, p.tolist())] == [True] * 8
         heat = float(page.run(f"{span(i)}.style.getPropertyValue('--heat-of')"))
-        here = float(model(torch.tensor([ids]))[0][0, -1].softmax(-1)[tokenizer.encode(tokens[i])[0]])
-        assert heat == pytest.approx(min(1, -torch.tensor(here).log().item() / torch.tensor(100.0).log().item()), abs=0.01)
+        here = p[order.tolist().index(tokenizer.encode(tokens[i])[0])].item()
+        assert heat == pytest.approx(min(1, -math.log(here) / math.log(100)), abs=0.01)
         take = next(k for k in range(1, 8) if order[k] != tokenizer.eot and tokenizer.decode([order[k].item()]) != tokens[i])
         button = f"document.querySelectorAll('#others button')[{take}]"
         if way == "mouse":
@@ -476,7 +482,7 @@ def test_what_is_broken_is_said_in_one_sentence(installed, story_teller, tmp_pat
     with serving(folder) as server:
         page = Page(installed, server).open()
         (said,) = page.run("[...document.querySelectorAll('.error')].map(e => e.innerText)")
-        assert says in said and "\n" not in said and len(said) < 400 and said[-1] in ".)…" or "cannot be read" in said, said
+        assert says in said and "\n" not in said and len(said) < 300, said
         assert page.run("document.querySelectorAll('#paper > *').length") == 1
 
 
@@ -503,7 +509,8 @@ def test_onnxruntime_web_is_not_installed(installed, story_teller, monkeypatch):
 def test_tokens_per_second(installed, story_teller, capsys):
     """Printed, not judged: what else the machine does is unknown. The demo model where there is one, else the small one here."""
     demo = ROOT / "out/demo/onnx"
-    with serving(demo if (demo / "model.onnx").is_file() else story_teller[0]) as server:
+    folder = demo if (demo / "model.onnx").is_file() else story_teller[0]
+    with serving(folder) as server:
         page = Page(installed, server).open()
         rates = page.run("""(async () => {
             const config = await (await fetch("model/config.json")).json(), worker = new Worker("model.js", { type: "module" });
@@ -520,9 +527,19 @@ def test_tokens_per_second(installed, story_teller, capsys):
             }
             return [past, rates.sort((a, b) => a - b)];
         })()""")
-        with capsys.disabled():
-            print(f"\nbrowser, {server.folder}: {rates[1][len(rates[1]) // 2]:,.0f} tokens/s at past {rates[0]} (median of {len(rates[1])}; best {rates[1][-1]:,.0f})")
-        assert rates[1]
+    past, there = rates
+    model, native, one = onnx_model.load(str(folder))[0], [], torch.tensor([[300]])  # on one thread, as the worker
+    for _ in range(20):
+        _, cache = model.run(torch.arange(300, 300 + past)[None], model.no_past(1))
+        start = time.perf_counter()
+        for _ in range(31):
+            logits, cache = model.run(one, cache)
+            sample.next_token(logits[:, -1], 1.0, 200)
+        native.append(31 / (time.perf_counter() - start))
+    here, there = sorted(native)[10], there[len(there) // 2]
+    with capsys.disabled():
+        print(f"\n{folder.parent.name} in the browser: {there:,.0f} tokens/s at past {past}; native onnxruntime on {torch.get_num_threads()} thread: {here:,.0f}, {here / there:.1f} times that")
+    assert there > 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
