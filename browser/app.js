@@ -361,14 +361,20 @@ function focusToken(i) {
   showOthers(i, true);
 }
 
-story.addEventListener("pointerover", e => {
-  if (e.pointerType !== "mouse" || pinned && chosen >= 0) return;
-  const i = indexOf(e.target);
+let over;  // what the mouse was moved to; a story that moves under it is no wish to see anything
+story.addEventListener("pointermove", e => {
+  if (e.pointerType !== "mouse" || e.target === over) return;
+  over = e.target;
   clearTimeout(timer);  // the way down to the list may cross other tokens
-  timer = setTimeout(() => i >= 0 ? i !== chosen && showOthers(i) : hideOthers(), 90);
+  const i = indexOf(over);
+  if (!(pinned && chosen >= 0)) timer = setTimeout(() => i < 0 ? hideOthers() : i !== chosen && showOthers(i), 90);
 });
-others.addEventListener("pointerover", () => clearTimeout(timer));
+others.addEventListener("pointermove", () => {
+  over = null;
+  clearTimeout(timer);
+});
 $("paper").addEventListener("pointerleave", e => {
+  over = null;
   clearTimeout(timer);
   if (e.pointerType === "mouse" && !pinned) hideOthers();
 });

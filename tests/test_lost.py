@@ -50,6 +50,7 @@ def undisturbed(lab, steps):
     return f"whole{steps}"
 
 
+@pytest.mark.slow
 def test_killed_at_20_random_moments(lab):
     began, whole, moments, steps = time.time(), undisturbed(lab, 120), random.Random(0), []
     a_step = (time.time() - began) / 120

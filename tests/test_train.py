@@ -302,6 +302,7 @@ def test_each_architecture_trained_briefly_beats_a_bigram_model(lab, preset):
     assert load(lab, f"bigram-{preset}")["val_loss"] < bigram_nats(data, tokenizer.vocab_size)
 
 
+@pytest.mark.slow
 def test_no_model_is_below_the_floor(lab):
     """A model cannot know more about unseen stories than the grammar that wrote them. Below by 3 standard errors is a bug."""
     with contextlib.chdir(lab):
