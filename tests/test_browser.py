@@ -487,7 +487,7 @@ def test_what_is_broken_is_said_in_one_sentence(installed, story_teller, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_model_of_nan_and_a_lost_server_are_said(installed, story_teller, tmp_path):
+def test_a_model_of_nan_is_said(installed, story_teller, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(story_teller[0], folder)
     nan(folder)
