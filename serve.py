@@ -64,11 +64,11 @@ def serve(model, port):
 
 
 def main(cfg):
-    if not os.path.isfile(os.path.join(HERE, FILES[-1])):
-        raise Refusal("onnxruntime-web is not installed: make browser, or npm ci in browser/")
     model = cfg.model if cfg.model.endswith(".onnx") else os.path.join(cfg.model, "model.onnx")
     if not os.path.isfile(model):
         raise Refusal(f"there is no {model}; python export_onnx.py --out_dir=OUT --to={os.path.dirname(model)} writes one")
+    if not os.path.isfile(os.path.join(HERE, FILES[-1])):
+        raise Refusal("onnxruntime-web is not installed: make browser, or npm ci in browser/")
     try:
         server = serve(cfg.model, cfg.port)
     except OSError as e:

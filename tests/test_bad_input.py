@@ -354,7 +354,6 @@ def contents(folder):
 @pytest.mark.parametrize("script, args, says", CASES)
 def test_bad_input_is_one_line(script, args, says, shop, monkeypatch, capfd):
     monkeypatch.chdir(shop)
-    monkeypatch.setattr(serve, "FILES", ["index.html"])  # as if onnxruntime-web were installed
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *shlex.split(args)])
     before = contents(shop)
     with pytest.raises(SystemExit) as e:
