@@ -284,15 +284,6 @@ def worse(model, int8, data, tokens):
 
 # ---------------------------------------------------------------------------------------------------------------------
 
-def in_the_way(folder, overwrite):
-    """Whether `folder` holds something that --overwrite is to move aside. Raises Refusal where it was not given."""
-    if not os.path.exists(folder) or os.path.isdir(folder) and not os.listdir(folder):
-        return False
-    if not overwrite:
-        raise Refusal(f"{folder} is there already: --overwrite moves it aside, --to=OTHER writes elsewhere")
-    return True
-
-
 def save(proto, path):
     checkpoint.write_atomic(str(path), lambda f: f.write(proto.SerializeToString()))
     return f"{path.name}: {path.stat().st_size / 1e6:.2f} MB"
@@ -331,7 +322,7 @@ def main(cfg):
     if path.startswith("hf:") and not cfg.to:
         raise Refusal("name the folder to write with --to")
     to = Path(cfg.to or os.path.join(os.path.dirname(path), "onnx"))
-    moving = in_the_way(to, cfg.overwrite)
+    moving = prepare.in_the_way(to, cfg.overwrite, "--overwrite moves it aside, --to=OTHER writes elsewhere")
     model, tokenizer = checkpoint.restore(ckpt, path)
     if not isinstance(tokenizer, Tokenizer):
         raise Refusal(f"{path} has a tokenizer of another kind than GPT-2's, which the exported folder cannot hold yet")

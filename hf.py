@@ -11,13 +11,12 @@ import json
 import os
 import shutil
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import checkpoint
 import hf_folder
 import hf_layout
-import lora
 import prepare
 from config import Refusal, run
 
@@ -77,13 +76,9 @@ def write_model(folder, model, tokenizer):
 
 
 def write_adapter(folder, path, base, model, adapter):
-    config, tensors = hf_layout.to_peft(model.config, lora_config(adapter), adapter["adapters"])
+    config, tensors = hf_layout.to_peft(model.config, checkpoint.lora_config(adapter), adapter["adapters"])
     write_tensors(folder / "adapter_model.safetensors", tensors)
     write_json(folder / "adapter_config.json", config | {"base_model_name_or_path": base})
-
-
-def lora_config(adapter):
-    return lora.LoRAConfig(**{f.name: adapter["config"][f.name] for f in fields(lora.LoRAConfig)})
 
 
 def main(cfg):

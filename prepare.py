@@ -391,6 +391,15 @@ def build(cfg, tmp):
             os.fsync(f.fileno())
 
 
+def in_the_way(folder, overwrite, ways):
+    """Whether `folder` holds something that move_aside is to move. Raises Refusal, which says the ways out, where overwrite was not given."""
+    if not os.path.exists(folder) or os.path.isdir(folder) and not os.listdir(folder):
+        return False
+    if not overwrite:
+        raise Refusal(f"{folder} is there already: {ways}")
+    return True
+
+
 def move_aside(folder):
     """Renames a folder to NAME.old-TIME and says so. Raises Refusal."""
     folder = Path(folder)

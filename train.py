@@ -404,12 +404,8 @@ def crop(ckpt, cfg):
 
 def in_the_way(cfg):
     """Whether out_dir holds something that --overwrite is to move aside. Raises Refusal where it was not given."""
-    if cfg.init_from == "resume" or cfg.eval_only or not os.path.exists(cfg.out_dir) or os.path.isdir(cfg.out_dir) and not os.listdir(cfg.out_dir):
-        return False
-    if not cfg.overwrite:
-        raise Refusal(f"{cfg.out_dir} is there already: --init_from=resume goes on with it, --overwrite moves it aside, "
-                      f"--out_dir=OTHER writes elsewhere")
-    return True
+    return cfg.init_from != "resume" and not cfg.eval_only and prepare.in_the_way(
+        cfg.out_dir, cfg.overwrite, "--init_from=resume goes on with it, --overwrite moves it aside, --out_dir=OTHER writes elsewhere")
 
 
 def rows_each(cfg, compute):
