@@ -103,6 +103,7 @@ def export(model):
     proto = program.model_proto
     strip(proto)
     tidy(proto)
+    merge(proto)
     if c.tie_embeddings:
         share(proto)
     if [(o.domain, o.version) for o in proto.opset_import] != [("", OPSET)] or proto.functions:
@@ -160,6 +161,27 @@ def tidy(proto):
             used |= set(n.input)
             nodes.append(n)
     replace(proto, {x.name for x in proto.graph.initializer} - used, nodes[::-1])
+
+
+def merge(proto):
+    """Makes one matrix, and a Split, of those that multiply the same states: q, k and v; gate and up. The sums stay the same."""
+    import onnx
+    node, weights, by_states, new = onnx.helper.make_node, arrays(proto), {}, {}
+    for n in proto.graph.node:
+        if n.op_type == "MatMul" and n.input[1] in weights:
+            by_states.setdefault(n.input[0], []).append(n)
+    merged = {n.output[0]: group for group in by_states.values() if len(group) > 1 for n in group}
+    nodes = []
+    for n in proto.graph.node:
+        y, group = n.output[0], merged.get(n.output[0])
+        if group and n is group[0]:
+            parts = [weights[n.input[1]] for n in group]
+            new[f"{y}.all"], new[f"{y}.widths"] = np.concatenate(parts, 1), np.array([w.shape[1] for w in parts])
+            nodes += [node("MatMul", [n.input[0], f"{y}.all"], [f"{y}.each"]),
+                      node("Split", [f"{y}.each", f"{y}.widths"], [n.output[0] for n in group], axis=-1)]
+        elif not group:
+            nodes.append(n)
+    replace(proto, {n.input[1] for group in merged.values() for n in group}, nodes, **new)
 
 
 def share(proto):
@@ -310,8 +332,11 @@ def build(cfg, model, tokenizer, ckpt, data, folder):
         print(f"{said}, {(folder / 'model_int8.onnx').stat().st_size / (folder / 'model.onnx').stat().st_size:.2f} of that")
         share = worse(there, int8, data, cfg.eval_tokens)
         rivals["int8"] = int8
-    times = race({name: lambda m=m: greedy(m, prompt, n) for name, m in rivals.items()}, cfg.seconds, model.device)
-    print(f"tokens/s, one text of {n} tokens, {torch.get_num_threads()} threads, in turns: " +
+    threads = torch.get_num_threads()
+    times = race({name: (lambda m=m: torch.set_num_threads(threads if m is model else 1),  # as sample.py has it
+                         lambda _, m=m: greedy(m, prompt, n)) for name, m in rivals.items()}, cfg.seconds, model.device)
+    torch.set_num_threads(threads)
+    print(f"tokens/s, one text of {n} tokens, {threads} threads, in turns: " +
           ", ".join(f"{name} {n / t['median']:,.0f}" for name, t in times.items()))
     return share
 

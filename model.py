@@ -160,13 +160,13 @@ class RoPE(Float32Tables):
         super().__init__(c, rope_frequencies(c))
 
     def at(self, pos):
-        """cos and sin for positions (T,) or (B, T), with an axis for the heads: ([B, 1,] T, D/2)."""
-        return (self.cos[pos], self.sin[pos]) if pos.dim() == 1 else (self.cos[pos][:, None], self.sin[pos][:, None])
+        """cos and sin for positions (T,) or (B, T), with an axis for the heads: ([B, 1,] T, D). The first half of the sines is negative."""
+        cos, sin = (self.cos[pos], self.sin[pos]) if pos.dim() == 1 else (self.cos[pos][:, None], self.sin[pos][:, None])
+        return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
 def rotate(x, cos, sin):  # x (B, H, T, D)
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
+    return (x * cos + x.roll(x.size(-1) // 2, -1) * sin).type_as(x)
 
 
 def rope_frequencies(c):

@@ -74,6 +74,9 @@ class OnnxModel(nn.Module):
             for n in padding.unique().tolist():
                 rows = (padding == n).nonzero()[:, 0]
                 cache.append(Part(rows, n, self.no_past(len(rows))))
+        if doc is None and len(cache) == 1:  # as it mostly is, and without a copy
+            logits, cache[0].past = self.run(idx, cache[0].past)
+            return logits[:, -1]
         logits = torch.zeros(len(idx), self.config.vocab_size)
         for part in cache:
             if doc is not None and (doc[part.rows] == -1).all():  # these rows have ended, maybe at block_size

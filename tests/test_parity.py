@@ -88,7 +88,7 @@ def test_rope_tables_are_float32_in_a_bfloat16_peer():
 
 
 def interleaved(x, cos, sin):
-    a, b = x[..., ::2], x[..., 1::2]
+    a, b, cos, sin = x[..., ::2], x[..., 1::2], cos.chunk(2, -1)[0], sin.chunk(2, -1)[1]
     return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
 
 
