@@ -12,7 +12,6 @@ import importlib.util
 import json
 import logging
 import os
-import shutil
 import types
 import warnings
 from dataclasses import dataclass
@@ -347,26 +346,14 @@ def main(cfg):
     if path.startswith("hf:") and not cfg.to:
         raise Refusal("name the folder to write with --to")
     to = Path(cfg.to or os.path.join(os.path.dirname(path), "onnx"))
-    moving = prepare.in_the_way(to, cfg.overwrite, "--overwrite moves it aside, --to=OTHER writes elsewhere")
-    model, tokenizer = checkpoint.restore(ckpt, path)
-    if not isinstance(tokenizer, Tokenizer):
-        raise Refusal(f"{path} has a tokenizer of another kind than GPT-2's, which the exported folder cannot hold yet")
-    data = validation(cfg, ckpt, tokenizer) if cfg.quantize == "int8" else None
-    tmp = to.with_name(f".{to.name}.tmp-{os.getpid()}")
-    try:
-        tmp.mkdir(parents=True)
+    with prepare.new_folder(to, cfg.overwrite, "--overwrite moves it aside, --to=OTHER writes elsewhere") as tmp:
+        model, tokenizer = checkpoint.restore(ckpt, path)
+        if not isinstance(tokenizer, Tokenizer):
+            raise Refusal(f"{path} has a tokenizer of another kind than GPT-2's, which the exported folder cannot hold yet")
+        data = validation(cfg, ckpt, tokenizer) if cfg.quantize == "int8" else None
         share = build(cfg, model, tokenizer, ckpt, data, tmp)
         if not share <= MOST_WORSE:  # nan too
             (tmp / "model_int8.onnx").unlink()
-        if moving:
-            prepare.move_aside(to)
-        elif to.exists():
-            to.rmdir()
-        tmp.rename(to)
-    except OSError as e:
-        raise Refusal(f"cannot write {to}: {e.strerror}", status=1)
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)
     if not share <= MOST_WORSE:
         raise Refusal(f"int8 makes the validation loss {100 * share:.1f}% worse, more than {100 * MOST_WORSE:.0f}%: {to} is written without it",
                       status=1)

@@ -9,8 +9,6 @@ A model becomes a LlamaForCausalLM, with qk_norm a Qwen3ForCausalLM, or a GPT2LM
 """
 import json
 import os
-import shutil
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,38 +80,27 @@ def write_adapter(folder, path, base, model, adapter):
 
 
 def main(cfg):
-    """Writes the folder under a temporary name, then renames it."""
     to = Path(os.path.abspath(cfg.to))
-    if to.exists() and not cfg.overwrite:
-        raise Refusal(f"{cfg.to} is there already: --overwrite moves it aside")
     incoming = cfg.adapter.startswith("hf:")
-    path = cfg.adapter and not incoming and checkpoint.find(cfg.adapter, "adapter_best.pt")
-    adapter = checkpoint.load(path, checkpoint.ADAPTER_KEYS) if path else None
-    base = checkpoint.base_of(adapter, path) if adapter and "out_dir" not in cfg.given else checkpoint.find(cfg.out_dir)
-    ckpt = checkpoint.load(base)
-    model, tokenizer = checkpoint.restore(ckpt, base)
-    tmp = to.with_name(f".{to.name}.tmp-{os.getpid()}-{time.time_ns()}")
-    try:
-        tmp.mkdir(parents=True)
-        if incoming:
-            settings, tensors = hf_folder.load_adapter(cfg.adapter[3:], model.config)
-            adapter = {"config": settings, "adapters": tensors, "base_sha256": checkpoint.fingerprint(ckpt)}
-            checkpoint.restore_adapters(adapter, cfg.adapter, ckpt, base, model)
-            checkpoint.save_adapters(str(tmp / "adapter.pt"), model, base, adapter["base_sha256"], settings, 0, float("inf"), float("inf"))
-        elif adapter:
-            checkpoint.restore_adapters(adapter, path, ckpt, base, model)
-            write_adapter(tmp, path, base, model, adapter)
-        else:
-            write_model(tmp, model, tokenizer)
-        if to.exists():
-            prepare.move_aside(to)
-        tmp.rename(to)
-    except ValueError as e:
-        raise Refusal(f"{base}: {e}")
-    except OSError as e:
-        raise Refusal(f"cannot write {cfg.to}: {e.strerror or e}", status=1)
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)
+    with prepare.new_folder(to, cfg.overwrite, "--overwrite moves it aside") as tmp:
+        path = cfg.adapter and not incoming and checkpoint.find(cfg.adapter, "adapter_best.pt")
+        adapter = checkpoint.load(path, checkpoint.ADAPTER_KEYS) if path else None
+        base = checkpoint.base_of(adapter, path) if adapter and "out_dir" not in cfg.given else checkpoint.find(cfg.out_dir)
+        ckpt = checkpoint.load(base)
+        model, tokenizer = checkpoint.restore(ckpt, base)
+        try:
+            if incoming:
+                settings, tensors = hf_folder.load_adapter(cfg.adapter[3:], model.config)
+                adapter = {"config": settings, "adapters": tensors, "base_sha256": checkpoint.fingerprint(ckpt)}
+                checkpoint.restore_adapters(adapter, cfg.adapter, ckpt, base, model)
+                checkpoint.save_adapters(str(tmp / "adapter.pt"), model, base, adapter["base_sha256"], settings, 0, float("inf"), float("inf"))
+            elif adapter:
+                checkpoint.restore_adapters(adapter, path, ckpt, base, model)
+                write_adapter(tmp, path, base, model, adapter)
+            else:
+                write_model(tmp, model, tokenizer)
+        except ValueError as e:
+            raise Refusal(f"{base}: {e}")
     for file in sorted(to.iterdir()):
         print(f"{cfg.to}/{file.name}: {file.stat().st_size:,} bytes")
     print(f"next: python sample.py --adapter={cfg.to}" if incoming else f"next: PeftModel.from_pretrained(base, {cfg.to!r})" if adapter

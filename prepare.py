@@ -411,25 +411,34 @@ def move_aside(folder):
     print(f"what was {folder} is now {old}")
 
 
-def prepare(cfg):
-    """Makes data/NAME and returns its path, or changes nothing: it appears under its name when it is complete.
+@contextmanager
+def new_folder(to, overwrite, ways):
+    """Gives a folder to fill, which is `to` when that is done and gone when it was not. What was there is moved aside, with overwrite.
 
-    Raises Refusal. A run that is killed leaves a data/.NAME.tmp-* behind, which nothing reads.
+    Raises Refusal. A run that is killed leaves a .NAME.tmp-* beside `to`, which nothing reads.
     """
-    folder = Path("data", cfg.name)
-    tmp = folder.with_name(f".{cfg.name}.tmp-{os.getpid()}-{time.time_ns()}")
+    to = Path(to)
+    moving = in_the_way(to, overwrite, ways)
+    tmp = to.with_name(f".{to.name}.tmp-{os.getpid()}-{time.time_ns()}")
     try:
-        if folder.exists() and not cfg.overwrite:
-            raise Refusal(f"{folder} exists: --overwrite prepares it anew (the old one is kept beside it), --name= another")
         tmp.mkdir(parents=True)
-        build(cfg, tmp)
-        if folder.exists() and cfg.overwrite:
-            move_aside(folder)
-        tmp.rename(folder)
+        yield tmp
+        if moving:
+            move_aside(to)
+        elif to.exists():
+            to.rmdir()
+        tmp.rename(to)
     except OSError as e:
-        raise Refusal(f"cannot prepare {folder}: {e}", status=1)
+        raise Refusal(f"cannot write {to}: {e}", status=1)
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
+
+
+def prepare(cfg):
+    """Makes data/NAME and returns its path, or changes nothing. Raises Refusal."""
+    folder = Path("data", cfg.name)
+    with new_folder(folder, cfg.overwrite, "--overwrite prepares it anew (the old one is kept beside it), --name= another") as tmp:
+        build(cfg, tmp)
     return folder.as_posix()
 
 

@@ -327,7 +327,7 @@ CASES = [
     ("export_onnx", "--out_dir=tiny.pt", "block_size is 4"),
     ("finetune_lora", "--merge --out_dir=a_base", "another base"), ("finetune_lora", "--merge --out_dir=a_cut", "not a checkpoint that is safe to read"),
 
-    ("hf", "--outdir=out --to=n", "did you mean out_dir?"), ("hf", "", "--to=FOLDER"), ("hf", "--to=.", "--to=FOLDER"), ("hf", "--to=folder", "--overwrite"), ("hf", "--to=a_file", "--overwrite"),
+    ("hf", "--outdir=out --to=n", "did you mean out_dir?"), ("hf", "", "--to=FOLDER"), ("hf", "--to=.", "--to=FOLDER"), ("hf", "--to=foreign", "--overwrite"), ("hf", "--to=a_file", "--overwrite"),
     ("hf", "--to=n --out_dir=nowhere", "no checkpoint in nowhere"), ("hf", "--to=n --out_dir=text.pt", "not a checkpoint that is safe to read"), ("hf", "--to=n --out_dir=code", "holds code"),
     ("hf", "--to=n --out_dir=post.pt", "norm_position=post"), ("hf", "--to=n --out_dir=lora", "holds an adapter"), ("hf", "--to=n --adapter=nowhere", "no adapter in nowhere"),
     ("hf", "--to=n --adapter=a_base", "another base"), ("hf", "--to=n --adapter=a_shape", "damaged"), ("hf", "--to=n --adapter=a_gone", "moved/ckpt.pt"), ("hf", "--to=n --out_dir=hf:nowhere/at/all", "no folder"),

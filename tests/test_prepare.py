@@ -439,7 +439,7 @@ def test_another_run_that_was_faster_is_not_overwritten(monkeypatch):
         build(cfg, tmp)
         write("data/d/meta.json", "theirs")
     monkeypatch.setattr(prepare, "build", slow)
-    assert "cannot prepare data" in refusal(make)
+    assert "cannot write data" in refusal(make)
     assert [str(p) for p in Path("data").rglob("*")] == [str(Path("data/d")), str(Path("data/d/meta.json"))]
 
 
