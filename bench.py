@@ -32,7 +32,7 @@ from hf import to_transformers
 from measure import commit, device_name, draw, ms, name_of, nbytes, peak_memory, race, show, synchronize
 from model import KVCache, ModelConfig, Transformer, flops_per_token, kv_cache_bytes, num_params, num_weights, use_rmsnorm
 from optim import make_optimizers
-from sample import generate
+from sample import finish, generate
 from tokenizer import EOT, Tokenizer
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -159,7 +159,7 @@ def uncached(model, prompt, n):
 
 def cached(model, prompts, n):
     """n greedy ids a row, from sample.generate."""
-    return [list(row) for row in zip(*generate(model, prompts, n, temperature=0))]
+    return finish(generate(model, prompts, n, temperature=0))[0]
 
 
 def bench_decode(cfg, compute):

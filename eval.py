@@ -30,7 +30,7 @@ import toy_stories
 from config import Refusal, run
 from device import check_memory, resolve
 from model import Transformer, kv_cache_bytes, num_params
-from sample import generate, prompt_ids
+from sample import finish, generate, prompt_ids
 from stats import bits, bootstrap, mean_interval
 from tokenizer import Tokenizer
 from train import above_floor, evaluate, first_documents, token_nats
@@ -270,19 +270,11 @@ def write(subject, prompts, compute, cfg):
     """[(prompt, text with the prompt, whether it came to an end)]"""
     asked = [prompt for prompt in prompts for _ in range(cfg.num_samples)]
     ids = [prompt_ids(subject.tokenizer, prompt) for prompt in asked]
-    new, c = [[] for _ in asked], subject.model.config
+    c = subject.model.config
     check_memory(compute.device, kv_cache_bytes(c, len(asked), c.block_size, 4), "try a smaller num_samples")
     with compute.autocast(), tqdm(total=cfg.max_new_tokens, desc="samples", disable=None, leave=False) as bar:
-        steps = generate(subject.model, ids, cfg.max_new_tokens, cfg.temperature, cfg.top_k, stop=subject.tokenizer.eot, seed=cfg.seed,
-                         past_end="recompute")
-        while True:
-            try:
-                for row, i in zip(new, next(steps)):
-                    row += [i] * (i is not None)
-                bar.update()
-            except StopIteration as e:
-                ended = e.value
-                break
+        new, ended = finish(generate(subject.model, ids, cfg.max_new_tokens, cfg.temperature, cfg.top_k, stop=subject.tokenizer.eot, seed=cfg.seed,
+                                     past_end="recompute"), bar.update)
     return [(prompt, prompt + subject.tokenizer.decode_more(row), end == "stop") for prompt, row, end in zip(asked, new, ended)]
 
 

@@ -29,7 +29,7 @@ from config import Refusal, run
 from device import resolve
 from measure import race
 from model import num_params
-from sample import generate
+from sample import finish, generate
 from tokenizer import Tokenizer
 
 OPSET = 18  # the lowest that torch.onnx writes without converting
@@ -265,7 +265,7 @@ def parity(model, there):
 
 def greedy(model, prompt, n):
     """n ids at most, from sample.generate."""
-    return [ids[0] for ids in generate(model, [prompt], n, temperature=0)]
+    return finish(generate(model, [prompt], n, temperature=0))[0][0]
 
 
 def check(model, there, prompt, n):

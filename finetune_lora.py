@@ -29,7 +29,7 @@ from config import Refusal, run
 from device import check_memory, resolve
 from log import plot
 from model import choose_rmsnorm
-from sample import generate, prompt_ids, render
+from sample import finish, generate, prompt_ids, render
 from train import (DATA_KEYS, TrainConfig, evenly, fit, floor_line, in_the_way, inherit, mean_nats, micro_batches,
                    rows_each, to, training_bytes)
 
@@ -247,10 +247,7 @@ def moral_lines(model, tokenizer, rows, template, compute):
         return f"block_size={model.config.block_size} is too short for a story and its moral"
     ranked = probes.ask(probes.Probe("moral", "", cases), lambda pairs: probes.completion_nats(model, tokenizer, pairs, compute))
     unsaid = np.array(unsaid)
-    told = [[] for _ in asked]
-    for ids in generate(model, asked, longest, temperature=0, stop=tokenizer.eot):
-        for answer, id in zip(told, ids):
-            answer += [] if id is None else [id]
+    told, _ = finish(generate(model, asked, longest, temperature=0, stop=tokenizer.eot))
     exact = np.array([tokenizer.decode_more(answer) == case.candidates[0] for answer, case in zip(told, cases)])
     stories = np.array([id for text, _ in toy_stories.stories(500, seed=1) for id in (*tokenizer.encode(text), tokenizer.eot)])
     return (f"moral of {len(asked)} held-out stories: answered word for word {exact.mean():.1%} ({exact[unsaid].sum()} of the {unsaid.sum()} that "
@@ -358,8 +355,8 @@ def main(cfg):
             checkpoint.save(path, model, tokenizer, asdict(cfg) | more, **state)
 
     def preview():
-        steps = generate(model, [shown_ids], min(T, 200), temperature=0, stop=tokenizer.eot, past_end="recompute")
-        return shown + tokenizer.decode_more([ids[0] for ids in steps])
+        [told], _ = finish(generate(model, [shown_ids], min(T, 200), temperature=0, stop=tokenizer.eot, past_end="recompute"))
+        return shown + tokenizer.decode_more(told)
 
     def report(when):
         loss = validate(tokens=0)["val_loss"]

@@ -153,6 +153,20 @@ def generate(model, prompts, max_new_tokens, temperature=0.8, top_k=200, top_p=1
     return [end or "length" for end in ended]
 
 
+def finish(steps, after_each=lambda: None):
+    """Runs generate() to its end: (a list of ids a row, why each ended)."""
+    rows = []
+    while True:
+        try:
+            ids = next(steps)
+        except StopIteration as e:
+            return rows or [[] for _ in e.value], e.value
+        rows = rows or [[] for _ in ids]
+        for row, id in zip(rows, ids):
+            row += [] if id is None else [id]
+        after_each()
+
+
 def render(template, prompt):
     """The text that a fine-tuned model expects: its template is a text with {prompt} in it."""
     return template.replace("{prompt}", prompt.strip())

@@ -30,7 +30,7 @@ from device import StopAfterStep, check_memory, peak_flops, resolve
 from log import Log, plot
 from model import ModelConfig, Transformer, choose_rmsnorm, flops_per_token, num_params, num_weights
 from optim import get_lr, make_optimizers
-from sample import generate, prompt_ids
+from sample import finish, generate, prompt_ids
 
 
 @dataclass
@@ -482,7 +482,8 @@ def main(cfg):
 
     def preview():
         prompt = prompt_ids(tokenizer, cfg.start)
-        return cfg.start + tokenizer.decode_more([ids[0] for ids in generate(model, [prompt], min(cfg.block_size, 200), stop=tokenizer.eot, seed=cfg.seed)])
+        [told], _ = finish(generate(model, [prompt], min(cfg.block_size, 200), stop=tokenizer.eot, seed=cfg.seed))
+        return cfg.start + tokenizer.decode_more(told)
 
     if moving and compute.first:
         prepare.move_aside(cfg.out_dir)

@@ -26,7 +26,6 @@ import sample
 import serve
 import train
 from config import Refusal, configure
-from test_sample import finish
 from test_tokenizer import ASSIGNED, CHAR_DOCS, PIECES, SPACES, bpe, gpt2_folder  # noqa: F401  (the last two are fixtures)
 from tokenizer import Tokenizer
 
@@ -141,7 +140,7 @@ def page(installed, story_teller):
 def generated(story_teller, prompt, **settings):
     """(sample.py's text after a prompt, how it ended)"""
     _, model, tokenizer = story_teller
-    rows, ends = finish(sample.generate(model, [sample.prompt_ids(tokenizer, prompt)], **{"max_new_tokens": 10 ** 6, "temperature": 0, "stop": tokenizer.eot} | settings))
+    rows, ends = sample.finish(sample.generate(model, [sample.prompt_ids(tokenizer, prompt)], **{"max_new_tokens": 10 ** 6, "temperature": 0, "stop": tokenizer.eot} | settings))
     return tokenizer.decode(rows[0]), ends[0]
 
 

@@ -21,9 +21,8 @@ import sample
 import train
 from config import Refusal, configure
 from model import num_params
-from sample import generate
+from sample import finish, generate
 from test_model import build
-from test_sample import finish
 from test_train import SMALL
 
 # Opset 18's, with nothing of onnxruntime's own; what a browser's runtime has too

@@ -282,10 +282,8 @@ def test_it_learns(shop, argv):
         model, tokenizer = checkpoint.restore(ckpt, path)
         if "--rank=8" in argv:
             checkpoint.restore_adapters(adapter(shop, "learned"), "learned/adapter.pt", ckpt, path, model)
-    told = [[] for _ in PAIRS]
-    for ids in sample.generate(model, [sample.prompt_ids(tokenizer, p["prompt"] + "\n") for p in PAIRS], 20, temperature=0, stop=tokenizer.eot):
-        for row, id in zip(told, ids):
-            row += [] if id is None else [id]
+    prompts = [sample.prompt_ids(tokenizer, p["prompt"] + "\n") for p in PAIRS]
+    told, _ = sample.finish(sample.generate(model, prompts, 20, temperature=0, stop=tokenizer.eot))
     assert np.mean([tokenizer.decode(row) == p["response"] for row, p in zip(told, PAIRS)]) > 0.9
 
 

@@ -5,22 +5,8 @@ import pytest
 import torch
 
 from model import ModelConfig, Transformer
-from sample import generate, next_token, penalized
+from sample import finish, generate, next_token, penalized
 from test_model import build, tokens
-
-
-def finish(steps):
-    """(ids a row, why each ended)."""
-    rows = []
-    while True:
-        try:
-            ids = next(steps)
-        except StopIteration as e:
-            return rows, e.value
-        rows = rows or [[] for _ in ids]
-        for row, id in zip(rows, ids):
-            if id is not None:
-                row.append(id)
 
 
 def greedy(model, prompt, n):
