@@ -8,7 +8,7 @@ Every toggle is decided when the model is built; `forward` has no if about them.
 Letters in shapes: B batch, T new tokens, S all tokens a query may see (cache and new), C width, H heads, D = C/H, V vocabulary.
 """
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn as nn
@@ -40,6 +40,9 @@ class ModelConfig:
     dropout: float = 0.0         # on embeddings, attention weights and both residual branches
 
     def __post_init__(self):
+        for f in fields(self):  # a file that was not written here may hold anything
+            if type(value := getattr(self, f.name)) is not f.type and (f.type, type(value)) != (float, int):
+                raise ValueError(f"{f.name} must be of type {f.type.__name__}, not {value!r:.60}")
         self.n_kv_head = self.n_kv_head or self.n_head
         for key, least in ("n_layer", 1), ("n_head", 1), ("n_kv_head", 1), ("n_embd", 1), ("block_size", 1), ("n_inner", 0), ("vocab_size", 0):
             if not least <= getattr(self, key) <= 10 ** 7:

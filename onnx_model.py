@@ -19,14 +19,14 @@ from config import Refusal
 from model import ModelConfig
 from tokenizer import Tokenizer
 
-FORMAT = 1
+FORMAT = 2  # 1 had no fingerprint
 
 
-def describe(c, tokenizer, start, template):
-    """config.json: what a reader needs beside the weights and the tokenizer."""
+def describe(c, tokenizer, start, template, fingerprint):
+    """config.json: what a reader needs beside the weights and the tokenizer. fingerprint: of the weights, also in the files."""
     return {"format": FORMAT, "model": dataclasses.asdict(c), "n_layer": c.n_layer, "n_kv_head": c.n_kv_head, "head_dim": c.n_embd // c.n_head,
             "block_size": c.block_size, "vocab_size": c.vocab_size, "eot": tokenizer.eot, "tokenizer": tokenizer.kind,
-            "tokenizer_sha256": tokenizer.sha256, "start": start, "template": template}
+            "tokenizer_sha256": tokenizer.sha256, "start": start, "template": template, "fingerprint": fingerprint}
 
 
 def names(c, which):
@@ -60,6 +60,8 @@ class OnnxModel(nn.Module):
         """(logits (B, T, V), past with the new tokens) of ids idx (B, T) after a past {name: array}."""
         try:
             logits, *present = self.session.run(None, {"ids": idx.numpy(), **past})
+            if logits.shape != (*idx.shape, self.config.vocab_size):
+                raise ValueError(f"its logits have the shape {logits.shape}")
         except Exception as e:  # whatever onnxruntime stumbles over
             raise Refusal(f"{self.path} cannot be computed: {e}")
         return torch.from_numpy(logits), dict(zip(past, present))
@@ -86,9 +88,14 @@ class OnnxModel(nn.Module):
         return logits
 
     def forward(self, idx, targets, reduction="mean"):
-        """(logits, loss) as Transformer's."""
-        logits, _ = self.run(idx, self.no_past(len(idx)))
-        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction)
+        """(logits, loss) as Transformer's, in two calls: how well int8 does with a past counts too."""
+        parts, past = [], self.no_past(len(idx))
+        for part in idx.split((idx.size(1) + 1) // 2, dim=1):
+            logits, past = self.run(part, past)
+            parts.append(logits)
+        logits = torch.cat(parts, 1)
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction)
+        return logits, loss.view_as(targets) if reduction == "none" else loss
 
 
 def open_session(path, c):
@@ -105,16 +112,17 @@ def open_session(path, c):
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"], enable_fallback=0)  # it would print
     except Exception as e:  # onnxruntime has many kinds, protobuf its own
         raise Refusal(f"{path} is damaged or not a model that onnxruntime reads: {e}")
-    got, want = session.get_inputs(), ["B", c.n_kv_head, "P", c.n_embd // c.n_head]
-    if (len(got) != 1 + 2 * c.n_layer or [(x.name, x.shape) for x in got] != [("ids", ["B", "T"]), *((name, want) for name in names(c, "past"))]
-            or [x.name for x in session.get_outputs()] != ["logits", *names(c, "present")] or session.get_outputs()[0].shape != ["B", "T", c.vocab_size]):
+    got, given, past = session.get_inputs(), session.get_outputs(), ["B", c.n_kv_head, "P", c.n_embd // c.n_head]
+    if ([(x.name, x.type, x.shape) for x in got] != [("ids", "tensor(int64)", ["B", "T"]), *((name, "tensor(float)", past) for name in names(c, "past"))]
+            or [(x.name, x.type) for x in given] != [(name, "tensor(float)") for name in ("logits", *names(c, "present"))]
+            or given[0].shape != ["B", "T", c.vocab_size]):
         raise Refusal(f"{path} is not the model that its config.json describes: inputs, outputs or their shapes are others")
     return OnnxModel(session, c, path)
 
 
 def load(path):
     """(OnnxModel, tokenizer, config.json) of a folder, or of one .onnx file in it. Raises Refusal."""
-    folder, file = os.path.split(path) if path.endswith(".onnx") else (path, "model.onnx")
+    folder, file = (path, "model.onnx") if os.path.isdir(path) or not path.endswith(".onnx") else os.path.split(path)
     name = "config.json"
     try:
         with open(os.path.join(folder, name), encoding="utf-8") as f:
@@ -125,7 +133,7 @@ def load(path):
         name = "tokenizer.json"
         tokenizer = Tokenizer.load(os.path.join(folder, name))
         name = "config.json"
-        for key, value in describe(c, tokenizer, str(config["start"]), str(config["template"])).items():
+        for key, value in describe(c, tokenizer, str(config["start"]), str(config["template"]), str(config["fingerprint"])).items():
             if config[key] != value:
                 raise ValueError(f"{key} is {config[key]!r:.60}, and by its model and tokenizer.json {value!r:.60}")
         if tokenizer.vocab_size != c.vocab_size:
@@ -138,4 +146,7 @@ def load(path):
         raise Refusal(f"{os.path.join(folder, name)}: {e}")
     except (KeyError, TypeError, AttributeError, ArithmeticError) as e:
         raise Refusal(f"{os.path.join(folder, name)} was not written by export_onnx.py ({e!r})")
-    return open_session(os.path.join(folder, file), c), tokenizer, config
+    model = open_session(os.path.join(folder, file), c)
+    if model.session.get_modelmeta().custom_metadata_map.get("fingerprint") != config["fingerprint"]:
+        raise Refusal(f"{model.path} is another model than the one of config.json and tokenizer.json beside it: export it again")
+    return model, tokenizer, config

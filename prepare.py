@@ -417,7 +417,7 @@ def new_folder(to, overwrite, ways):
 
     Raises Refusal. A run that is killed leaves a .NAME.tmp-* beside `to`, which nothing reads.
     """
-    to = Path(to)
+    to = Path(os.path.realpath(to) if os.path.islink(to) else to)
     moving = in_the_way(to, overwrite, ways)
     tmp = to.with_name(f".{to.name}.tmp-{os.getpid()}-{time.time_ns()}")
     try:

@@ -216,7 +216,8 @@ def load(cfg):
 
 def main(cfg):
     model, tokenizer, config, compute, said = load(cfg)
-    starts, template = read_start(cfg.start or str(config.get("start", ""))), "" if cfg.raw else str(config.get("template", ""))
+    starts = read_start(cfg.start) if cfg.start else [str(config.get("start", ""))]  # a model's own is text: it names no file here
+    template = "" if cfg.raw else str(config.get("template", ""))
     if template:
         starts = [start and render(template, start) for start in starts]  # an empty one starts a document, as ever
     needs = kv_cache_bytes(model.config, cfg.num_samples * len(starts), min(cfg.max_new_tokens, model.config.block_size), compute.dtype.itemsize)

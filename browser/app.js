@@ -503,7 +503,7 @@ async function fetchJson(name) {
 
 async function start() {
   config = await fetchJson("config.json");
-  if (config?.format !== 1) throw Error(`model/config.json has format ${JSON.stringify(config?.format)}; this page reads format 1.`);
+  if (config?.format !== 2) throw Error(`model/config.json has format ${JSON.stringify(config?.format)}; this page reads format 2.`);
   for (const key of ["n_layer", "n_kv_head", "head_dim", "block_size", "vocab_size"])
     if (!(Number.isInteger(config[key]) && config[key] > 0)) throw Error(`model/config.json is damaged: its ${key} is ${JSON.stringify(config[key])}.`);
   config.template = String(config.template ?? "");

@@ -120,11 +120,12 @@ def shop(tmp_path_factory):
         Path("a_cut").mkdir()
         Path("a_cut/adapter.pt").write_bytes(Path("lora/adapter.pt").read_bytes()[:3000])
         model, tokenizer = checkpoint.restore(checkpoint.load("out/ckpt.pt"), "out")
-        good = onnx_model.describe(model.config, tokenizer, "", "")
+        good = onnx_model.describe(model.config, tokenizer, "", "", "whose")
         graph = onnx_folder("o_good", good, tokenizer)
         for name, change in {"o_format": {"format": 9}, "o_layers": {"model": good["model"] | {"n_layer": 3}, "n_layer": 3}, "o_unlike": {"n_layer": 3}, "o_model": {"model": {"a": 1}},
                              "o_shape": {"model": good["model"] | {"n_layer": "2"}}, "o_deep": {"model": good["model"] | {"n_layer": 10 ** 7}, "n_layer": 10 ** 7},
-                             "o_heads": {"model": good["model"] | {"n_kv_head": 1}, "n_kv_head": 1}, "o_start": {"start": 5}}.items():
+                             "o_heads": {"model": good["model"] | {"n_kv_head": 1}, "n_kv_head": 1}, "o_start": {"start": 5},
+                             "o_float": {"model": good["model"] | {"n_layer": 2.0}}, "o_other": {"fingerprint": "another"}}.items():
             onnx_folder(name, good, tokenizer)
             write(f"{name}/config.json", json.dumps(good | change))
         onnx_folder("o_tokenizer", good, Tokenizer.train(DOCS, 300))
@@ -170,7 +171,9 @@ def onnx_folder(name, about, tokenizer):
     graph = make_graph(nodes, "g", [info("ids", 7, ["B", "T"]), *(info(f"past_{x}", 1, shape) for x in past)],
                        [info("logits", 1, ["B", "T", V]), *(info(f"present_{x}", 1, shape) for x in past)],
                        [onnx.numpy_helper.from_array(np.array(x), name) for name, x in {"last": [-1], "wide": [1, 1, V]}.items()])
-    data = make_model(graph, opset_imports=[make_opsetid("", 18)], ir_version=8).SerializeToString()
+    proto = make_model(graph, opset_imports=[make_opsetid("", 18)], ir_version=8)
+    proto.metadata_props.add(key="fingerprint", value="whose")
+    data = proto.SerializeToString()
     Path(name).mkdir()
     Path(name, "model.onnx").write_bytes(data)
     Path(name, "config.json").write_text(json.dumps(about))
@@ -313,7 +316,7 @@ CASES = [
     ("sample", "--onnx=nowhere", "no nowhere/config.json"), ("sample", "--onnx=folder", "no folder/config.json"), ("sample", "--onnx=a_file", "a_file"), ("sample", "--onnx=o_no_model", "no o_no_model/model.onnx"),
     ("sample", "--onnx=o_no_config", "no o_no_config/config.json"), ("sample", "--onnx=o_no_tokenizer", "no o_no_tokenizer/tokenizer.json"), ("sample", "--onnx=o_good/other.onnx", "no o_good/other.onnx"),
     ("sample", "--onnx=o_format", "format 9"), ("sample", "--onnx=o_layers", "inputs, outputs or their shapes"), ("sample", "--onnx=o_unlike", "n_layer is 3"), ("sample", "--onnx=o_model", "not written by export_onnx.py"),
-    ("sample", "--onnx=o_shape", "not written by export_onnx.py"), ("sample", "--onnx=o_deep", "inputs, outputs or their shapes"), ("sample", "--onnx=o_heads", "inputs, outputs or their shapes"),
+    ("sample", "--onnx=o_shape", "n_layer must be of type int"), ("sample", "--onnx=o_float", "n_layer must be of type int"), ("sample", "--onnx=o_other", "is another model than"), ("sample", "--onnx=o_deep", "inputs, outputs or their shapes"), ("sample", "--onnx=o_heads", "inputs, outputs or their shapes"),
     ("sample", "--onnx=o_start", "start is 5"), ("sample", "--onnx=o_tokenizer", "by its model and tokenizer.json"), ("sample", "--onnx=o_cut", "damaged or not a model"),
     ("sample", "--onnx=o_text", "damaged or not a model"), ("sample", "--onnx=o_empty", "damaged or not a model"), ("sample", "--onnx=o_json", "o_json/config.json"), ("sample", "--onnx=o_list", "not written by export_onnx.py"),
     ("sample", "--onnx=o_latin", "o_latin/config.json"), ("sample", "--onnx=o_tok", "o_tok/tokenizer.json"), ("sample", "--onnx=o_good --adapter=lora", "leave out adapter"),
@@ -322,7 +325,7 @@ CASES = [
 
     ("export_onnx", "--quantise=int8", "did you mean quantize?"), ("export_onnx", "--quantize=int4", "none or int8"), ("export_onnx", "--eval_tokens=-1", "eval_tokens"), ("export_onnx", "--seconds=-1", "seconds"),
     ("export_onnx", "--out_dir=nowhere", "no checkpoint in nowhere"), ("export_onnx", "--out_dir=lora", "holds an adapter"), ("export_onnx", "--out_dir=text.pt", "not a checkpoint that is safe to read"),
-    ("export_onnx", "--out_dir=code", "holds code"), ("export_onnx", "--out_dir=shape", "damaged"), ("export_onnx", "--to=foreign", "--overwrite moves it aside"), ("export_onnx", "--to=a_file", "--overwrite moves it aside"),
+    ("export_onnx", "--out_dir=code", "holds code"), ("export_onnx", "--out_dir=shape", "damaged"), ("export_onnx", "--to=.", "to is a folder"), ("export_onnx", "--to=a.onnx", "to is a folder"), ("export_onnx", "--to=foreign", "--overwrite moves it aside"), ("export_onnx", "--to=a_file", "--overwrite moves it aside"),
     ("export_onnx", "--out_dir=gone --quantize=int8", "int8 is judged by a validation split"), ("export_onnx", "--dataset=chars --quantize=int8", "another tokenizer"),
     ("export_onnx", "--out_dir=tiny.pt", "block_size is 4"),
     ("finetune_lora", "--merge --out_dir=a_base", "another base"), ("finetune_lora", "--merge --out_dir=a_cut", "not a checkpoint that is safe to read"),

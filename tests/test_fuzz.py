@@ -54,7 +54,7 @@ def good(tmp_path_factory):
         model = Transformer(ModelConfig(vocab_size=300, n_layer=1, n_embd=8, n_head=1))
         lora.inject(model, lora.LoRAConfig(rank=1))
         checkpoint.save_adapters("adapter.pt", model, "ckpt.pt", checkpoint.fingerprint(checkpoint.load("ckpt.pt")), asdict(finetune_lora.Config(rank=1)), 7, 2.5, 2.25)
-        onnx_folder("o", onnx_model.describe(ModelConfig(vocab_size=300, n_layer=1, n_embd=8, n_head=1), tokenizer, "", ""), tokenizer)
+        onnx_folder("o", onnx_model.describe(ModelConfig(vocab_size=300, n_layer=1, n_embd=8, n_head=1), tokenizer, "", "", "whose"), tokenizer)
         rows = [{"prompt": "a", "response": "b"}, {"instruction": "a", "input": "", "output": "b"}, {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
         Path("r.json").write_text(json.dumps(rows))
         Path("r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
