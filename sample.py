@@ -198,7 +198,7 @@ def load(cfg):
             raise Refusal("onnx takes the place of out_dir: give one of them")
         model, tokenizer, config = onnx_model.load(cfg.onnx)
         said = f"{model.path}: onnxruntime, {torch.get_num_threads()} threads"
-        torch.set_num_threads(1)  # for the draw: two pools of threads that wait for work on the same cores slow each other down by half
+        torch.set_num_threads(1)  # for the draw: two pools of threads that spin on the same cores slow each other down to a third
         return model, tokenizer, config, resolve("cpu", "float32", "false"), said
     adapter_path = cfg.adapter and checkpoint.find(cfg.adapter, "adapter_best.pt")
     adapter = checkpoint.load(adapter_path, checkpoint.ADAPTER_KEYS) if cfg.adapter else None
