@@ -17,6 +17,7 @@ import torch
 
 import foreign_tokenizer
 import hf_folder
+import hf_layout
 import lora
 from config import Refusal
 from model import ModelConfig, Transformer, num_weights
@@ -132,7 +133,7 @@ def restore(ckpt, path, device="cpu"):
         config = ModelConfig(**ckpt["model_config"])
         if tokenizer.sha256 != ckpt["tokenizer_sha256"] or tokenizer.vocab_size != config.vocab_size:
             raise ValueError("its tokenizer is not the one it was trained with")
-        if num_weights(config) > sum(w.numel() for w in ckpt["model"].values()):  # before memory is taken for them
+        if num_weights(config) > hf_layout.held(ckpt["model"].values()):  # before memory is taken for them
             raise ValueError("its weights are fewer than its model_config needs")
         model = Transformer(config)
         model.load_state_dict(ckpt["model"])

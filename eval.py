@@ -38,6 +38,7 @@ from verdict import compare, grade, verdict
 
 FEW = 30            # documents; with fewer, text is resampled in slices, and paragraphs stand for documents
 SLICE = 1000        # bytes
+LOGITS = 1 << 26    # held at once
 PASSAGE_TOKENS = 1 << 22  # of a split, at its beginning, that passages are taken from
 PROMPTS, OPENING = 8, 4   # prompts, of so many words
 JUDGED = 12         # texts of each column that the judge reads
@@ -147,13 +148,13 @@ def read_file(path):
 def split_documents(ids, tokenizer):
     """(the documents of a split as texts, whether the last one has an end)."""
     ends = np.flatnonzero(ids == tokenizer.eot)
-    documents = [tokenizer.decode(ids[a:b].tolist()) for a, b in zip([0, *ends + 1], [*ends, len(ids)]) if b > a]
+    documents = [tokenizer.decode(ids[a + (ids[a] == tokenizer.bos):b].tolist()) for a, b in zip([0, *ends + 1], [*ends, len(ids)]) if b > a]
     return documents, bool(len(ends)) and ends[-1] == len(ids) - 1
 
 
 def encode(documents, closed, tokenizer):
-    """Their ids with end-of-text between them, and after the last if closed."""
-    ids = [i for document in tokenizer.encode_batch(documents) for i in (*document, tokenizer.eot)]
+    """Their ids as prepare.py has them, with end-of-text between documents, and after the last if closed."""
+    ids = [i for document in tokenizer.encode_batch(documents) for i in (*tokenizer.head, *document, tokenizer.eot)]
     return np.array(ids if closed else ids[:-1])
 
 
@@ -174,8 +175,9 @@ def shuffled(items, seed, n):
 def units(ids, tokenizer, few):
     """The unit that each token belongs to: its document with the end-of-text after it, or where they are few its slice of SLICE bytes.
     Also each token's bytes. Both (n,) int64; another tokenizer has the same units on the same text."""
-    lengths = np.array([0 if i == tokenizer.eot else len(token) for i, token in enumerate(tokenizer.tokens)])[ids]
-    lengths[np.r_[True, ids[:-1] == tokenizer.eot] & (lengths > 0)] -= tokenizer.prefix  # which is not in the text
+    marks = tokenizer.eot, tokenizer.bos
+    lengths = np.array([0 if i in marks else len(token) for i, token in enumerate(tokenizer.tokens)])[ids]
+    lengths[np.r_[True, np.isin(ids[:-1], marks)] & (lengths > 0)] -= tokenizer.prefix  # which is not in the text
     if few:
         return (np.cumsum(lengths) - 1).clip(0) // SLICE, lengths  # by the last byte, which another tokenizer's tokens have too
     ended = ids == tokenizer.eot
@@ -185,12 +187,15 @@ def units(ids, tokenizer, few):
 def likelihood(subject, documents, closed, compute, cfg):
     """(the figures, columns (units, 4) of nats, targets, tokens, bytes to resample)."""
     T, B = subject.model.config.block_size, rows_at_once(subject.model.config)
+    subject.model.chunked_loss = not B
     ids = encode(documents, closed, subject.tokenizer)
     if len(ids) < 2:
         raise Refusal(f"the text has {len(ids)} tokens and needs 2")
-    nats = token_nats(subject.model, ids, T, compute, B).astype(np.float64)
+    nats = token_nats(subject.model, ids, T, compute, B or 1).astype(np.float64)
     if not np.isfinite(nats).all():
         raise Refusal(f"{subject.path}: its loss is not finite; it was damaged in training", status=1)
+    if subject.tokenizer.head:
+        nats[ids[1:] == subject.tokenizer.bos] = 0  # what is known to follow end-of-text is not predicted
     few = len(documents) < FEW
     unit, lengths = units(ids, subject.tokenizer, few)
     columns = np.column_stack([np.bincount(unit[1:], nats, unit[-1] + 1), np.bincount(unit[1:], minlength=unit[-1] + 1),
@@ -206,14 +211,14 @@ def likelihood(subject, documents, closed, compute, cfg):
         found[f"perplexity{end}"] = math.exp(min(found[f"loss{end}"], 700))
     found["bits_low"], found["bits_high"] = bootstrap(columns, bits, cfg.resamples, cfg.seed)
     if not isinstance(subject.training, str):
-        data, same = subject.training[0], SimpleNamespace(block_size=T, batch_size=B)
+        data, same = subject.training[0], SimpleNamespace(block_size=T, batch_size=B or 1)
         found["training_loss"] = evaluate(subject.model, data, same, compute, 1 << 16)
     return found | toy_gap(subject, documents, closed, ids, compute), columns
 
 
 def rows_at_once(c):
-    """Rows of a full context whose logits take 256 MB at most."""
-    return max(1, min(32, (1 << 26) // (c.block_size * c.vocab_size)))
+    """Rows of a full context whose logits take 256 MB at most; 0 where even one row's take more."""
+    return min(32, LOGITS // (c.block_size * c.vocab_size))
 
 
 def by_position(nats, T, most=24):
@@ -233,7 +238,7 @@ def toy_gap(subject, documents, closed, ids, compute, n=500):
     """For toy stories the nats a story above their exact entropy. Nothing for other texts, or where a story is longer than the context."""
     if not is_toy(documents):
         return {}
-    some = first_documents(ids if closed else np.r_[ids, subject.tokenizer.eot], subject.tokenizer.eot, n)
+    some = first_documents(ids if closed else np.r_[ids, subject.tokenizer.eot], subject.tokenizer, n)
     if max(map(len, some)) >= subject.model.config.block_size:
         return {}
     floor, gap = above_floor(subject.model, subject.tokenizer, some, compute)

@@ -354,7 +354,7 @@ def main(cfg):
     if path.startswith("hf:") and not cfg.to:
         raise Refusal("name the folder to write with --to")
     to = Path(cfg.to or os.path.join(os.path.dirname(path), "onnx"))
-    with prepare.new_folder(to, cfg.overwrite, "--overwrite moves it aside, --to=OTHER writes elsewhere") as tmp:
+    with prepare.new_folder(to, cfg.overwrite, "--overwrite moves it aside, --to=OTHER writes elsewhere", [path.removeprefix("hf:")]) as tmp:
         model, tokenizer = checkpoint.restore(ckpt, path)
         if not isinstance(tokenizer, Tokenizer):
             raise Refusal(f"{path} has a tokenizer of another kind than GPT-2's, which the exported folder cannot hold yet")

@@ -3,18 +3,19 @@
     tokenizer = from_str(text)                      # a tokenizer of either kind, from what its to_str wrote
     tokenizer = ForeignTokenizer(json, eot, bos)    # json: a parsed tokenizer.json
 
-What is kept in checkpoints is {"eot": id, "bos": id, "tokenizer": the tokenizer.json as it came}. As with ours, special tokens are
-added by id only, and text that spells one is ordinary text.
+What is kept in checkpoints is {"eot": id, "bos": id, "tokenizer": the tokenizer.json, without the post_processor that bos stands for}.
+As with ours, special tokens are added by id only, and text that spells one is ordinary text.
 
 Llama's kind writes a space before a text (text "a" is the token "▁a"), so that "a" at the start of a text and "a" going on after another
 are different ids. encode and decode are for whole texts; encode_more and decode_more for what goes on.
 """
 import json
 import re
+from contextlib import contextmanager
 from functools import cached_property
 
 from tokenizer import Tokenizer, mend
-from tokenizer_json import CHAR_BYTE
+from tokenizer_json import CHAR_BYTE, EOT, starting_with
 
 
 def from_str(text):
@@ -30,20 +31,26 @@ def from_str(text):
 
 def from_files(data, eot, bos=None):
     """The tokenizer of a parsed tokenizer.json: ours where it is of GPT-2's kind, else a foreign one. bos: the id before each text,
-    None for the one that the file's post-processor puts there, which is eot where it puts none. ValueError: as below."""
+    None for the one that the file's post_processor puts there, which is eot where it puts none. ValueError: as below."""
+    bos, data = first_id(data, eot) if bos is None else bos, data | {"post_processor": None}
     try:
         ours = Tokenizer.from_str(json.dumps(data))
-        if ours.eot == eot and bos in (None, eot):
+        if ours.eot == eot == bos:
             return ours
     except ValueError:
         pass
-    if bos is None:
-        made = load(data)
-        plain, whole = made.encode("a", add_special_tokens=False).ids, made.encode("a").ids
-        if whole[-len(plain):] != plain or len(whole) > len(plain) + 1:
-            raise ValueError(f"its post_processor makes {whole} of {plain}; here at most one token is put before a text")
-        bos = whole[0] if len(whole) > len(plain) else eot
     return ForeignTokenizer(data, eot, bos)
+
+
+def first_id(data, eot):
+    post = data.get("post_processor")
+    if post in (None, starting_with(EOT, eot)) or parts(post) and all(p.get("type") == "ByteLevel" for p in parts(post)):
+        return eot  # without the library
+    made = load(data)
+    plain, whole = ids_of(made, "a"), ids_of(made, "a", True)
+    if whole[-len(plain):] != plain or len(whole) > len(plain) + 1:
+        raise ValueError(f"its post_processor makes {whole} of {plain}; here at most one token is put before a text")
+    return whole[0] if len(whole) > len(plain) else eot
 
 
 class ForeignTokenizer(Tokenizer):
@@ -77,12 +84,13 @@ class ForeignTokenizer(Tokenizer):
         return json.dumps(self.data, ensure_ascii=False, indent=1)
 
     def encode(self, text):
-        """The ids of a whole text, as transformers has them without special tokens."""
-        return self._whole.encode(mend(text), add_special_tokens=False).ids
+        """The ids of a whole text without special tokens, as tokenizer.json says (transformers' LlamaTokenizer leaves out the space that
+        it puts before a text where there is one already)."""
+        return ids_of(self._whole, mend(text))
 
     def encode_more(self, text):
         """The ids of a text that goes on where another ended."""
-        return self._more.encode(mend(text), add_special_tokens=False).ids
+        return ids_of(self._more, mend(text))
 
     decode_more = Tokenizer.decode
 
@@ -92,16 +100,30 @@ class ForeignTokenizer(Tokenizer):
         return text[self.prefix:] if text[:self.prefix].isspace() else text
 
 
+@contextmanager
+def calling(what):
+    """What the library raises, a ValueError: it has no exceptions of its own, and where its Rust panics, that is a BaseException."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as e:
+        raise ValueError(f"the tokenizers library does not {what} ({str(e).splitlines()[0] if str(e) else type(e).__name__:.200})") from None
+
+
+def ids_of(made, text, special=False):
+    with calling(f"take the text {text[:20]!r}"):
+        return made.encode(text, add_special_tokens=special).ids
+
+
 def load(data):
     """tokenizers.Tokenizer, which takes special tokens for text, cuts nothing and fills nothing up. Raises ValueError."""
     try:
         import tokenizers
     except ImportError:
         raise ValueError("a tokenizer that is not of GPT-2's kind needs a library: pip install tokenizers") from None
-    try:
+    with calling("read it"):
         made = tokenizers.Tokenizer.from_str(json.dumps(data))
-    except Exception as e:  # that library has no exceptions of its own
-        raise ValueError(f"the tokenizers library does not read it ({e})") from None
     made.no_truncation()
     made.no_padding()
     made.encode_special_tokens = True
@@ -121,6 +143,11 @@ def parts(component):
 def token_bytes(data, vocab, n):
     """The bytes of each id: GPT-2's byte characters, or Llama's, where "▁" is a space and "<0x0A>" a byte. Raises ValueError."""
     kinds = {p.get("type") for p in parts(data.get("decoder"))}
+    for p in parts(data.get("decoder")) + parts(data.get("pre_tokenizer")):
+        if p.get("type") == "Metaspace" and p.get("replacement") != "▁":
+            raise ValueError(f"its replacement for a space is {p.get('replacement')!r:.60}; only '▁' is read here")
+    if data["model"].get("dropout"):
+        raise ValueError(f"its model has dropout {data['model']['dropout']!r:.60}, so that a text has other ids each time")
     if not kinds & {"ByteLevel", "ByteFallback", "Metaspace"}:
         raise ValueError(f"its decoder is {json.dumps(data.get('decoder')):.120}; the bytes of its tokens are not known here")
     added, tokens = {token["content"] for token in data.get("added_tokens") or []}, [b""] * n

@@ -16,6 +16,7 @@ import checkpoint
 import hf_folder
 import hf_layout
 import prepare
+import tokenizer_json
 from config import Refusal, run
 
 
@@ -49,12 +50,15 @@ def write_json(path, data):
     path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def write_tensors(path, tensors):
+def write_tensors(path, tensors, **notes):
     try:
         from safetensors.torch import save_file
     except ImportError:
         raise Refusal("writing tensors needs a library: pip install safetensors")
-    save_file({name: x.detach().contiguous().clone() for name, x in tensors.items()}, path, {"format": "pt"})
+    try:
+        save_file({name: x.detach().contiguous().clone() for name, x in tensors.items()}, path, {"format": "pt"} | notes)
+    except Exception as e:  # SafetensorError where the disk is full
+        raise Refusal(f"cannot write {path.name}: {e}", status=1)
 
 
 def write_model(folder, model, tokenizer):
@@ -67,36 +71,40 @@ def write_model(folder, model, tokenizer):
     write_tensors(folder / "model.safetensors", tensors)
     write_json(folder / "config.json", config | ends)
     write_json(folder / "generation_config.json", ends | {"pad_token_id": tokenizer.eot})
-    (folder / "tokenizer.json").write_text(tokenizer.tokenizer_json(), encoding="utf-8")
     bos, eot = (tokenizer.tokens[i].decode() for i in (tokenizer.bos, tokenizer.eot))
-    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eot,
+    starts = tokenizer.kind != "char"  # as sample.prompt_ids has it
+    data = json.loads(tokenizer.tokenizer_json()) | {"post_processor": tokenizer_json.starting_with(bos, tokenizer.bos) if starts else None}
+    write_json(folder / "tokenizer.json", data)
+    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eot, "add_bos_token": starts,
                                                   "model_max_length": c.block_size, "clean_up_tokenization_spaces": False})
 
 
-def write_adapter(folder, path, base, model, adapter):
+def write_adapter(folder, base, model, adapter):
     config, tensors = hf_layout.to_peft(model.config, checkpoint.lora_config(adapter), adapter["adapters"])
-    write_tensors(folder / "adapter_model.safetensors", tensors)
-    write_json(folder / "adapter_config.json", config | {"base_model_name_or_path": base})
+    write_tensors(folder / "adapter_model.safetensors", tensors, base_sha256=adapter["base_sha256"])
+    write_json(folder / "adapter_config.json", config | {"base_model_name_or_path": base[3:] if base.startswith("hf:") else None})
 
 
 def main(cfg):
     to = Path(os.path.abspath(cfg.to))
     incoming = cfg.adapter.startswith("hf:")
-    with prepare.new_folder(to, cfg.overwrite, "--overwrite moves it aside") as tmp:
-        path = cfg.adapter and not incoming and checkpoint.find(cfg.adapter, "adapter_best.pt")
-        adapter = checkpoint.load(path, checkpoint.ADAPTER_KEYS) if path else None
-        base = checkpoint.base_of(adapter, path) if adapter and "out_dir" not in cfg.given else checkpoint.find(cfg.out_dir)
+    path = cfg.adapter and not incoming and checkpoint.find(cfg.adapter, "adapter_best.pt")
+    adapter = checkpoint.load(path, checkpoint.ADAPTER_KEYS) if path else None
+    base = checkpoint.base_of(adapter, path) if adapter and "out_dir" not in cfg.given else checkpoint.find(cfg.out_dir)
+    with prepare.new_folder(to, cfg.overwrite, "--overwrite moves it aside", [p.removeprefix("hf:") for p in (base, cfg.adapter) if p]) as tmp:
         ckpt = checkpoint.load(base)
         model, tokenizer = checkpoint.restore(ckpt, base)
         try:
             if incoming:
-                settings, tensors = hf_folder.load_adapter(cfg.adapter[3:], model.config)
-                adapter = {"config": settings, "adapters": tensors, "base_sha256": checkpoint.fingerprint(ckpt)}
+                settings, tensors, its, sha256 = hf_folder.load_adapter(cfg.adapter[3:], model.config)
+                adapter = {"config": settings, "adapters": tensors, "base": its, "base_sha256": sha256 or checkpoint.fingerprint(ckpt)}
                 checkpoint.restore_adapters(adapter, cfg.adapter, ckpt, base, model)
                 checkpoint.save_adapters(str(tmp / "adapter.pt"), model, base, adapter["base_sha256"], settings, 0, float("inf"), float("inf"))
+                if not sha256:
+                    print(f"{cfg.adapter} was trained over {its}, as it says; whether that is {base} is not known")
             elif adapter:
                 checkpoint.restore_adapters(adapter, path, ckpt, base, model)
-                write_adapter(tmp, path, base, model, adapter)
+                write_adapter(tmp, base, model, adapter)
             else:
                 write_model(tmp, model, tokenizer)
         except ValueError as e:

@@ -31,12 +31,14 @@ def located(name, weights="model"):
         raise Refusal(f"hf:{name}: there is no folder {name}, and that is no NAME of the Hugging Face hub either")
     try:
         from huggingface_hub import snapshot_download
-        texts = ["config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json"]
+        texts = ["config.json", "generation_config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json"]
         if not weights:
             return snapshot_download(name, allow_patterns=texts)
         folder = snapshot_download(name, allow_patterns=[*texts, f"{weights}*.safetensors", f"{weights}*.safetensors.index.json"])
         if not any(file.endswith(".safetensors") for file in os.listdir(folder)):
             folder = snapshot_download(name, allow_patterns=[*texts, "pytorch_model*.bin", "pytorch_model*.bin.index.json"])
+        if not any(file.endswith((".safetensors", ".bin")) for file in os.listdir(folder)):  # such as after prepare.py, now without a network
+            raise FileNotFoundError(f"only {', '.join(sorted(os.listdir(folder)))} came or were there, no weights")
         return folder
     except ImportError as e:
         raise Refusal(f"hf:{name} is no folder here, and downloading it needs a library ({e}): pip install huggingface_hub")
@@ -128,8 +130,17 @@ def read_tokenizer(folder):
             eot = ids[0] if isinstance(ids, list) and ids else ids
         if eot is None:
             raise ValueError("neither eos_token in tokenizer_config.json nor eos_token_id in config.json says which token ends a text")
-        add_bos = settings.get("add_bos_token")
-        return foreign_tokenizer.from_files(data, eot, None if add_bos is None else token_id(data, bos) if add_bos else eot)
+        add_bos, space = settings.get("add_bos_token"), settings.get("add_prefix_space")
+        tokenizer = foreign_tokenizer.from_files(data, eot, None if add_bos is None else token_id(data, bos) if add_bos else eot)
+        if space is not None and space != bool(tokenizer.prefix):
+            raise ValueError(f"add_prefix_space in tokenizer_config.json is {space!r:.60}, but here {'a' if tokenizer.prefix else 'no'} space is put before a text")
+        return tokenizer
+
+
+def end_ids(folder):
+    """Every id that transformers' generate stops at."""
+    found = [read_json(folder, name, {}).get("eos_token_id") for name in ("config.json", "generation_config.json")]
+    return {i for ids in found for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int}
 
 
 def load(name):
@@ -144,6 +155,9 @@ def load(name):
         keys, without = hf_layout.read_config(data)
         c = ModelConfig(**keys)
     tokenizer, tensors = read_tokenizer(folder), read_tensors(folder, "model")
+    if more := end_ids(folder) & set(range(tokenizer.vocab_size)) - {tokenizer.eot}:
+        names = ", ".join(repr(tokenizer.decode_more([i])) for i in sorted(more))
+        print(f"hf:{name}: a text ends at {tokenizer.decode_more([tokenizer.eot])!r} alone here, in transformers at {names} too")
     with reading(folder):
         state = hf_layout.from_hf(data["model_type"], c, tensors, without)
         rows, V = c.vocab_size, tokenizer.vocab_size
@@ -157,7 +171,17 @@ def load(name):
 
 
 def load_adapter(name, c):
-    """(LoRAConfig's keys, adapters) of a PEFT folder, for a base of config c."""
+    """(LoRAConfig's keys, adapters, the base's name, its fingerprint or None) of a PEFT folder, for a base of config c."""
     folder = located(name, "adapter_model")
     with reading(folder):
-        return hf_layout.from_peft(c, read_json(folder, "adapter_config.json"), read_tensors(folder, "adapter_model"))
+        data = read_json(folder, "adapter_config.json")
+        settings, tensors = hf_layout.from_peft(c, data, read_tensors(folder, "adapter_model"))
+        return settings, tensors, f"{data.get('base_model_name_or_path')!r:.200}", base_sha256(os.path.join(folder, "adapter_model.safetensors"))
+
+
+def base_sha256(path):
+    """What hf.py notes in an adapter that it writes."""
+    if os.path.exists(path):
+        from safetensors import safe_open
+        with safe_open(path, "pt") as f:
+            return (f.metadata() or {}).get("base_sha256")

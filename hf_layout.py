@@ -11,7 +11,7 @@ import re
 
 import torch
 
-from lora import LINEARS
+from lora import LINEARS, LoRAConfig, inject
 from model import Transformer, num_weights
 
 # What a kind cannot express otherwise: settings that must be so
@@ -66,11 +66,17 @@ def tensors_to_hf(kind, state):
     return theirs
 
 
+def held(tensors):
+    """How many numbers are in their memory: a tensor that repeats itself (stride 0), or is on the meta device, has more than its file."""
+    return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() // x.element_size() for x in tensors if x.device.type == "cpu"}.values())
+
+
 def from_hf(kind, c, theirs, without=()):
     """Our state dict from their tensors, float32. Missing, extra and misshapen ones are a ValueError; `without`: patterns of our
     tensors that they need not have, which are zero then (biases that only half of their Linears have)."""
-    if num_weights(c) > sum(x.numel() for x in theirs.values()):  # before anything of that size is made
-        raise ValueError("the tensors have fewer numbers than config.json needs")
+    if num_weights(c) > held(theirs.values()):  # before anything of that size is made
+        hint = "" if c.tie_embeddings or "lm_head.weight" in theirs else ": there is no lm_head.weight, and no tie_word_embeddings in config.json"
+        raise ValueError(f"the tensors have fewer numbers than config.json needs{hint}")
     with torch.device("meta"):
         own = Transformer(c).state_dict()
     expected = {name: tuple(x.shape) for name, x in tensors_to_hf(kind, own).items()}
@@ -109,18 +115,24 @@ SIZES = {"llama": {"n_layer": "num_hidden_layers", "n_head": "num_attention_head
          "gpt2": {"n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd", "n_inner": "n_inner", "block_size": "n_positions", "vocab_size": "vocab_size"}}
 SIZES["qwen3"] = SIZES["llama"]
 # keys that may have one value only; any other would compute something that our model does not
-FIXED = {"llama": {"hidden_act": "silu", "attention_dropout": 0, "pretraining_tp": 1, "rope_interleaved": False},
-         "gpt2": {"activation_function": "gelu_new", "scale_attn_weights": True}}
-FIXED["qwen3"] = {"hidden_act": "silu", "attention_dropout": 0}
+COMMON = {"is_causal": True, "add_cross_attention": False, "is_encoder_decoder": False, "tie_encoder_decoder": False, "use_bfloat16": False}
+FIXED = {"llama": COMMON | {"hidden_act": "silu", "attention_dropout": 0, "pretraining_tp": 1, "rope_interleaved": False, "partial_rotary_factor": 1},
+         "gpt2": COMMON | {"activation_function": "gelu_new", "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}}
+FIXED["qwen3"] = COMMON | {"hidden_act": "silu", "attention_dropout": 0, "partial_rotary_factor": 1}
 READ = {"llama": {"num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings", "attention_bias", "mlp_bias", "rope_theta", "rope_scaling",
                   "rope_parameters"},
         "gpt2": {"layer_norm_epsilon", "tie_word_embeddings", "resid_pdrop", "embd_pdrop", "attn_pdrop"}}
 READ["qwen3"] = READ["llama"] - {"mlp_bias"} | {"layer_types", "use_sliding_window", "sliding_window"}
 # what changes no logit: about training, other heads, generation and the program that wrote the file
 HARMLESS = set("""model_type architectures _name_or_path name_or_path torch_dtype dtype transformers_version use_cache initializer_range bos_token_id
-    eos_token_id pad_token_id id2label label2id problem_type chunk_size_feed_forward return_dict is_llama_config task_specific_params n_ctx
-    max_window_layers summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout transformers.js_config
-    gradient_checkpointing reorder_and_upcast_attn unsloth_fixed unsloth_version max_length""".split())
+    eos_token_id pad_token_id sep_token_id decoder_start_token_id id2label label2id num_labels _num_labels problem_type finetuning_task
+    chunk_size_feed_forward return_dict use_return_dict output_past output_attentions output_hidden_states torchscript is_decoder is_llama_config
+    task_specific_params n_ctx n_special predict_special_tokens tokenizer_class max_sequence_length max_window_layers summary_type summary_use_proj
+    summary_activation summary_proj_to_labels summary_first_dropout transformers.js_config gradient_checkpointing reorder_and_upcast_attn
+    unsloth_fixed unsloth_version tf_legacy_loss _attn_implementation_autoset _flash_attn_2_enabled
+    max_length min_length max_new_tokens do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p typical_p
+    repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size num_return_sequences return_dict_in_generate
+    output_scores remove_invalid_values""".split())
 
 
 def number(data, key, default=None, kind=(int, float)):
@@ -144,8 +156,8 @@ def read_config(data):
         raise ValueError(f"model_type is {kind!r:.60}; only {', '.join(CLASSES)} are read here")
     known = HARMLESS | READ[kind] | FIXED[kind].keys() | set(SIZES[kind].values())
     for key, value in data.items():
-        if key not in known and value not in (None, False, {}, [], "", 0):
-            raise ValueError(f"{key} is {value!r:.60}, which is not known here for {kind}")
+        if key not in known and value not in (None, {}, [], ""):
+            raise ValueError(f"{key!r:.60} is {value!r:.60}, which is not known here for {kind}")
         if key in FIXED[kind] and value is not None and (value != FIXED[kind][key] or isinstance(value, bool) != isinstance(FIXED[kind][key], bool)):
             raise ValueError(f"{key} is {value!r:.60}; here it can only be {FIXED[kind][key]!r}")
     sizes = {ours: number(data, theirs, kind=int) for ours, theirs in SIZES[kind].items() if data.get(theirs) is not None or theirs != "n_inner"}
@@ -178,16 +190,17 @@ SCALINGS = {"default": (), "linear": ("factor",), "llama3": ("factor", "low_freq
 
 def read_rope(data):
     """(rope_theta, rope_scaling) from transformers' keys, those of version 4 (two) or 5 (rope_parameters)."""
-    params = {}
-    for key in "rope_scaling", "rope_parameters":
-        if not isinstance(data.get(key) or {}, dict):
-            raise ValueError(f"{key} is {data[key]!r:.60}, where an object was expected")
-        params |= data.get(key) or {}
+    old, new = found = [data.get(key) or {} for key in ("rope_scaling", "rope_parameters")]
+    if not all(isinstance(params, dict) for params in found):
+        raise ValueError(f"rope_scaling is {old!r:.60} and rope_parameters {new!r:.60}, where objects were expected")
+    if old and new and old != new:
+        raise ValueError(f"rope_scaling is {old!r:.60} and rope_parameters {new!r:.60}, of which only one can be meant")
+    params = dict(new or old)
     theta = number(params | data, "rope_theta", 10000.0)
     if params.pop("rope_theta", theta) != theta:
         raise ValueError(f"rope_theta is {theta} beside another one in rope_parameters")
-    kind, old = params.pop("rope_type", None), params.pop("type", None)
-    kind = kind or old or "default"
+    kind, kind4 = params.pop("rope_type", None), params.pop("type", None)
+    kind = kind or kind4 or "default"
     if not isinstance(kind, str) or kind not in SCALINGS:
         raise ValueError(f"rope_type is {kind!r:.60}; only {', '.join(SCALINGS)} are read here")
     for key, value in params.items():
@@ -264,7 +277,8 @@ def from_peft(c, data, tensors):
         return number(patterns[pattern], found[0]) if found else number(data, key)
 
     with torch.device("meta"):
-        shapes = {name: tuple(m.weight.shape) for name, m in Transformer(c).named_modules() if name.rpartition(".")[2] in LINEARS}
+        model = Transformer(c)
+    shapes = {name: tuple(m.weight.shape) for name, m in model.named_modules() if name.rpartition(".")[2] in LINEARS}
     for ours, (n_out, n_in) in shapes.items():
         name, third, _ = place(kind, f"{ours}.weight")
         module = name.removesuffix(".weight")
@@ -294,4 +308,6 @@ def from_peft(c, data, tensors):
         more = rank - len(A)
         adapters[f"{ours}.A"] = torch.cat([A, A.new_zeros(more, A.size(1))])
         adapters[f"{ours}.B"] = torch.cat([B if own == scale else B * (own / scale), B.new_zeros(len(B), more)], dim=1)
-    return {"rank": rank, "alpha": float(scale * rank), "lora_dropout": float(number(data, "lora_dropout", 0.0)), "target": ",".join(target)}, adapters
+    settings = {"rank": rank, "alpha": float(scale * rank), "lora_dropout": float(number(data, "lora_dropout", 0.0)), "target": ",".join(target)}
+    inject(model, LoRAConfig(**settings))  # a ValueError where that cannot be: nothing of it is kept
+    return settings, adapters

@@ -11,7 +11,8 @@ A .txt or .md file is cut into documents at the separator; a line of .jsonl and 
 a document is dropped, and so is an empty document. Text is UTF-8; in .txt and .md files "\\r\\n" and "\\r" become "\\n", as Python's
 open() has it and so nanoGPT. From 100 documents on, random ones are the validation split, and end-of-text follows every document.
 With fewer, the last part of the text is the validation split (nanoGPT's cut), end-of-text stands between documents only, and a
-document that is alone keeps its white space. bpe is learned from the training split; char takes the characters of both, as nanoGPT.
+document that is alone keeps its white space. Where prompts start with another token than end-of-text (Llama's <s>), so does each
+document. bpe is learned from the training split; char takes the characters of both, as nanoGPT.
 
 The text is read three times and only the document at hand is held. *.bin is little-endian uint16, or uint32 past 65,536 tokens.
 """
@@ -40,7 +41,8 @@ FORMAT = 1
 FEW = 100  # documents; a random tenth of fewer is a poor sample
 SPLITS = "train", "val"
 CHUNK = 1 << 20  # characters that a thread encodes at a time
-BREAK = re.compile(r"(?<=\S)[ \n]")
+BREAK = re.compile(r"(?<=\S)[ \n]")             # where a text may be cut: no token of GPT-2's split runs into that from the left
+BREAK_FOREIGN = re.compile(r"(?<=[^\W_])[ \n]")  # nor of any other after a letter or a digit; but to Qwen's, ".\n" is one word
 
 
 @dataclass
@@ -264,15 +266,15 @@ def split(cfg, files, val_files, n, chars):
                 yield "val", tail, i < n, True
 
 
-def pieces(rows):
-    """The same rows with long texts in pieces, cut before white space: no token of GPT-2's split runs into it from the left."""
+def pieces(rows, cuts=BREAK):
+    """The same rows, and whether a text begins here, with long texts in pieces, cut before white space where `cuts` has it."""
     for which, text, eot, last in rows:
         start = 0
         while start < len(text):
-            cut = BREAK.search(text, start + CHUNK)
+            cut = cuts.search(text, start + CHUNK)
             stop = cut.start() if cut else len(text)
             whole = stop == len(text)
-            yield which, text[start:stop], eot and whole, last and whole
+            yield which, text[start:stop], eot and whole, last and whole, not start
             start = stop
 
 
@@ -310,16 +312,16 @@ def encode(rows, tokenizer, tmp, num_proc):
     hashes = {s: hashlib.sha256() for s in SPLITS}
 
     def counted():
-        for which, text, eot, last in rows:
+        for which, text, eot, last, first in rows:
             made[which]["documents"] += last
             made[which]["characters"] += len(text)
             made[which]["bytes"] += len(text.encode())
-            yield which, text, eot
+            yield which, text, eot, first
 
     def encode_chunk(chunk):
         ids = {s: [] for s in SPLITS}
-        for which, text, eot in chunk:
-            ids[which] += tokenizer.encode(text) + [tokenizer.eot] * eot
+        for which, text, eot, first in chunk:
+            ids[which] += (tokenizer.head + tokenizer.encode(text) if first else tokenizer.encode_more(text)) + [tokenizer.eot] * eot
         return {s: np.array(ids[s], dtype) for s in SPLITS}
 
     with open(tmp / "train.bin", "wb") as train, open(tmp / "val.bin", "wb") as val, ThreadPoolExecutor(threads) as pool:
@@ -345,7 +347,7 @@ def ready_made(cfg):
             import hf_folder  # and torch with it, which nothing else here needs
             return hf_folder.read_tokenizer(hf_folder.located(cfg.tokenizer[3:], weights=""))
         if cfg.tokenizer.endswith(".json"):
-            return Tokenizer.load(cfg.tokenizer)
+            return foreign_tokenizer.from_str(Path(cfg.tokenizer).read_text(encoding="utf-8"))
         if cfg.tokenizer.startswith("gpt2"):
             return Tokenizer.gpt2(cfg.tokenizer[5:] or None)
     except (OSError, ValueError) as e:
@@ -363,7 +365,7 @@ def build(cfg, tmp):
         print(f"fewer than {FEW} documents ({n}): the last {100 * cfg.val_fraction:g}% of the text is the validation split")
 
     def rows(doing):
-        return watched(pieces(split(cfg, files, val_files, n, chars)), doing, chars)
+        return watched(pieces(split(cfg, files, val_files, n, chars), BREAK_FOREIGN if tokenizer and tokenizer.kind == "foreign" else BREAK), doing, chars)
 
     try:
         if cfg.tokenizer == "char":
@@ -412,13 +414,16 @@ def move_aside(folder):
 
 
 @contextmanager
-def new_folder(to, overwrite, ways):
-    """Gives a folder to fill, which is `to` when that is done and gone when it was not. What was there is moved aside, with overwrite.
+def new_folder(to, overwrite, ways, reads=()):
+    """Gives a folder to fill, which is `to` when that is done and gone when it was not. What was there is moved aside, with overwrite,
+    but not what is read, nor the current folder.
 
     Raises Refusal. A run that is killed leaves a .NAME.tmp-* beside `to`, which nothing reads.
     """
     to = Path(os.path.realpath(to) if os.path.islink(to) else to)
     moving = in_the_way(to, overwrite, ways)
+    if inside := [path for path in (".", *reads) if os.path.exists(path) and Path(path).resolve().is_relative_to(to.resolve())]:
+        raise Refusal(f"{to} cannot be written: {'the current folder' if inside[0] == '.' else inside[0]} is in it")
     tmp = to.with_name(f".{to.name}.tmp-{os.getpid()}-{time.time_ns()}")
     try:
         tmp.mkdir(parents=True)

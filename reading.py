@@ -80,14 +80,15 @@ def marks(text, ended, made_up=(), toy=False):
 # ---- against the training text, which is read once, in pieces: what is kept does not grow with it
 
 def pieces(ids, tokenizer, size=1 << 18):
-    """The text of ids, `size` tokens at a time, cut between words; end-of-text is a word of its own."""
+    """The text of ids, `size` tokens at a time, cut between words; what stands between documents is a word of its own."""
     decoder, left = codecs.getincrementaldecoder("utf-8")("replace"), ""
+    between = re.compile("|".join(re.escape(tokenizer.tokens[i].decode()) for i in (tokenizer.eot, tokenizer.bos)))
     for i in tqdm(range(0, len(ids), size), "reading the training text", unit="piece", disable=None, leave=False):
         text = left + decoder.decode(tokenizer.decode_bytes(ids[i:i + size].tolist()))
         cut = max(text.rfind(" "), text.rfind("\n")) + 1
         left = text[cut:]
-        yield text[:cut].replace(EOT, f" {EOT} ")
-    yield left.replace(EOT, f" {EOT} ")
+        yield between.sub(f" {EOT} ", text[:cut])
+    yield between.sub(f" {EOT} ", left)
 
 
 def windows(hashes):

@@ -219,6 +219,11 @@ class Tokenizer:
         partial.write_bytes(self.to_str().encode())
         os.replace(partial, path)
 
+    @property
+    def head(self):
+        """The ids that a document starts with in data: bos, where it is not the end-of-text before it already."""
+        return [self.bos] * (self.bos != self.eot)
+
     @cached_property
     def sha256(self):
         return hashlib.sha256(self.to_str().encode()).hexdigest()

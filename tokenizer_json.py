@@ -32,6 +32,13 @@ def byte_chars(token):
     return "".join(BYTE_CHAR[b] for b in token)
 
 
+def starting_with(token, i):
+    """The post_processor that puts one token, of id i, before each text."""
+    single = [{"SpecialToken": {"id": token, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    return {"type": "TemplateProcessing", "single": single, "pair": [*single, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {token: {"id": token, "ids": [i], "tokens": [token]}}}
+
+
 def dumps(kind, tokens, eot, merges):
     """The text of a vocabulary, with merges as pairs of ids: always the same for the same one, and loads gives it back."""
     texts = [byte_chars(t) if kind == "bpe" else t.decode() for t in tokens]

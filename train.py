@@ -209,16 +209,15 @@ def token_nats(model, data, T, compute, batch_size=32):
     return nats
 
 
-def document_nats(model, documents, eot, compute, batch_size=32):
-    """-log p of each document (a list of ids, shorter than block_size) and its end, in nats, from its own start after
-    end-of-text: float64 (n,)."""
+def document_nats(model, documents, bos, eot, compute, batch_size=32):
+    """-log p of each document (a list of ids, shorter than block_size) and its end, in nats, from its own start after bos: float64 (n,)."""
     longest, nats = max(map(len, documents)) + 1, []
     with evaluating(model):
         for i in range(0, len(documents), batch_size):
             some = documents[i:i + batch_size]
             rows = torch.full((len(some), longest + 1), -100)
             for row, ids in zip(rows, some):
-                row[:len(ids) + 2] = torch.tensor([eot, *ids, eot])
+                row[:len(ids) + 2] = torch.tensor([bos, *ids, eot])
             batch = to(shifted(rows), compute.device)
             with compute.autocast():
                 nats.append(model(**batch, reduction="none")[1].cpu().double().sum(1))
@@ -509,21 +508,21 @@ def training_bytes(cfg, c, learned):
             + 16 * tokens * cfg.gradient_accumulation_steps)
 
 
-def first_documents(ids, eot, n):
-    """The first n documents of a split that end in it, as lists of ids."""
-    ends = np.flatnonzero(ids == eot)[:n]
-    return [ids[start:end].tolist() for start, end in zip([0, *ends + 1], ends)]
+def first_documents(ids, tokenizer, n):
+    """The first n documents of a split that end in it, as lists of ids, without the head of each."""
+    ends = np.flatnonzero(ids == tokenizer.eot)[:n]
+    return [ids[start + (ids[start] == tokenizer.bos):end].tolist() for start, end in zip([0, *ends + 1], ends)]
 
 
 def above_floor(model, tokenizer, documents, compute):
     """(exact -log p of toy stories, how far the model's is above it), both float64 (n,) in nats a story."""
     floor = -np.array([toy_stories.log_prob(tokenizer.decode(d)) for d in documents])
-    return floor, document_nats(model, documents, tokenizer.eot, compute) - floor
+    return floor, document_nats(model, documents, tokenizer.bos, tokenizer.eot, compute) - floor
 
 
 def floor_line(model, tokenizer, val, compute, n=500):
     """How far the model is above the exact entropy of the toy stories: the same stories scored by both, in nats a story."""
-    documents = first_documents(val[:200 * n], tokenizer.eot, n)
+    documents = first_documents(val[:200 * n], tokenizer, n)
     T = checkpoint.unwrap(model).config.block_size
     if max(map(len, documents)) >= T:
         return f"the stories, which have up to {max(map(len, documents))} tokens, are not scored whole: block_size is {T}"

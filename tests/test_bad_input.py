@@ -337,7 +337,7 @@ CASES = [
     ("hf", "--to=n --out_dir=hf:mistral", "model_type is 'mistral'"), ("hf", "--to=n --adapter=hf:ia3", "peft_type is 'IA3'"), ("hf", "--to=n --adapter=hf:dora", "use_dora is True"),
     ("hf", "--to=n --adapter=hf:rank_9", "lora_A.weight is (2, 32)"), ("hf", "--to=n --adapter=hf:folder", "adapter_config.json"), ("hf", "--to=n --adapter=hf:good_hf", "adapter_config.json"),
     ("sample", "--out_dir=hf:", "no folder"), ("sample", "--out_dir=hf:empty_hf", "config.json"), ("sample", "--out_dir=hf:a_file", "no folder"), ("sample", "--out_dir=hf:no_sizes", "is missing"),
-    ("sample", "--out_dir=hf:list_hf", "not a JSON object"), ("sample", "--out_dir=hf:half_hf", "half_hf/config.json"), ("sample", "--out_dir=hf:moe", "num_local_experts is 8"),
+    ("sample", "--out_dir=hf:list_hf", "not a JSON object"), ("sample", "--out_dir=hf:half_hf", "half_hf/config.json"), ("sample", "--out_dir=hf:moe", "'num_local_experts' is 8"),
     ("sample", "--out_dir=hf:no_tensors", "no model.safetensors in no_tensors"), ("sample", "--out_dir=hf:cut_hf", "cut_hf/model.safetensors"), ("sample", "--out_dir=hf:no_tokenizer_hf", "no tokenizer.json"),
     ("sample", "--adapter=hf:good_peft", "python hf.py"), ("eval", "--out_dir=hf:good_hf", "--text=FILE"), ("eval", "--out_dir=out,hf:mistral", "model_type is 'mistral'"),
     ("train", "--out_dir=n --init_from=hf:mistral", "model_type is 'mistral'"), ("train", "--out_dir=n --init_from=hf:good_hf --n_layer=3", "n_layer=2, which cannot become 3"),

@@ -112,7 +112,7 @@ def test_document_nats_are_evaluate_where_the_windows_coincide():
     model, documents = build(), [(tokens(1, 23, seed=i)[0] % 60 + 1).tolist() for i in range(6)]
     stream = np.array([0] + [i for d in documents for i in (*d, 0)])
     whole = train.evaluate(model, stream, SimpleNamespace(block_size=24, batch_size=4), CPU) * (len(stream) - 1)
-    assert train.document_nats(model, documents, 0, CPU).sum() == pytest.approx(whole, rel=1e-6)
+    assert train.document_nats(model, documents, 0, 0, CPU).sum() == pytest.approx(whole, rel=1e-6)
 
 
 def test_the_text_is_what_prepare_wrote_and_the_loss_what_train_says(lab, capsys):

@@ -3,6 +3,7 @@ import contextlib
 import json
 import os
 import random
+import resource
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -26,7 +27,7 @@ from model import Transformer
 from test_model import redraw
 from test_parity import SCALE, preset
 from test_prepare import DOCS
-from test_train import SMALL
+from test_train import CPU, SMALL
 from tokenizer import Tokenizer
 from tokenizer_json import EOT
 
@@ -64,6 +65,16 @@ def tiny():
     made.add_special_tokens(["<unk>", "<s>", "</s>"])
     made.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)])
     return made, {"eos_token": "</s>", "bos_token": "<s>"}
+
+
+def qwen():
+    """As Qwen's, to which a mark and the end of its line are one word."""
+    made = tokenizers.Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(tokenizers.Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"), "isolated")
+    made.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    made.decoder = decoders.ByteLevel()
+    made.train_from_iterator([".\n\n_\n...\n cat.\n"] * 999 + DOCS, trainers.BpeTrainer(vocab_size=300, special_tokens=[EOT], show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    return made, {"eos_token": EOT, "bos_token": EOT}
 
 
 def ours():
@@ -124,6 +135,27 @@ def test_what_transformers_writes_is_read(name, tmp_path):
     assert model.wte.weight.dtype == torch.float32 and (tokenizer.kind == "foreign") == ("tokenizer" in keys)
 
 
+# the keys that config.json has on the hub beside those above, of gpt2, distilgpt2 and gpt2-medium, SmolLM2, TinyLlama and Llama-3.2, and in a dump of all of transformers 4's
+GPT2_KEYS = {"architectures": ["GPT2LMHeadModel"], "initializer_range": 0.02, "n_ctx": 64, "summary_activation": None, "summary_first_dropout": 0.1, "summary_proj_to_labels": True,
+             "summary_type": "cls_index", "summary_use_proj": True, "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}}}
+LLAMA_KEYS = {"architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "mlp_bias": False, "pretraining_tp": 1, "torch_dtype": "bfloat16", "use_cache": True, "transformers_version": "4.45.0.dev0"}
+HUB = {"gpt2": ("gpt2", GPT2_KEYS), "distilgpt2": ("gpt2", GPT2_KEYS | {"_num_labels": 1, "gradient_checkpointing": False, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "tokenizer_class": "GPT2TokenizerFast"}),
+       "gpt2-medium": ("gpt2", GPT2_KEYS | {"n_special": 0, "predict_special_tokens": True, "output_past": True}),
+       "SmolLM2": ("llama", LLAMA_KEYS | {"is_llama_config": True, "rope_interleaved": False, "rope_scaling": None, "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}}}),
+       "TinyLlama": ("llama", LLAMA_KEYS | {"rope_scaling": None, "max_sequence_length": 64}), "Llama-3.2": ("llama", LLAMA_KEYS | {"eos_token_id": [0, 1], "_attn_implementation_autoset": True, "partial_rotary_factor": 1.0}),
+       "all": ("llama", LLAMA_KEYS | {"is_causal": True, "add_cross_attention": False, "is_decoder": False, "is_encoder_decoder": False, "tie_encoder_decoder": False, "cross_attention_hidden_size": None, "pruned_heads": {},
+                                      "do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0, "max_length": 20, "min_length": 0, "num_beams": 1, "no_repeat_ngram_size": 0,
+                                      "num_labels": 2, "output_attentions": False, "output_hidden_states": False, "torchscript": False, "_flash_attn_2_enabled": True})}
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_the_keys_that_configs_have_on_the_hub(name, tmp_path):
+    kind, keys = HUB[name]
+    peer = write(tmp_path, kind)
+    change(tmp_path, "config.json", lambda c: c.update(keys))
+    same_logits(read(tmp_path)[0], peer, 300)
+
+
 def test_rope_keys_of_version_4_a_bin_file_and_names_without_prefix(tmp_path):
     peer = write(tmp_path / "a", "llama", rope_parameters=LLAMA3 | {"rope_theta": 1000.0})
     config = json.loads((tmp_path / "a/config.json").read_text())
@@ -171,10 +203,11 @@ def test_out_and_in_again(name, tmp_path):
     same_logits(model, peer.eval(), 300)
     for text in texts(60):
         if EOT not in text:
-            assert tokenizer(text).input_ids == OURS.encode(text) and tokenizer.decode(OURS.encode(text)) == text
-    prompt = [OURS.bos, *OURS.encode("the cat")]
+            assert tokenizer(text).input_ids == sample.prompt_ids(OURS, text) and tokenizer.decode(OURS.encode(text)) == text
+    prompt = sample.prompt_ids(OURS, "the cat")
     greedy = [ids[0] for ids in sample.generate(model, [prompt], 60, temperature=0, stop=OURS.eot)]
-    theirs = peer.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=60)[0, len(prompt):]
+    theirs = peer.generate(**tokenizer("the cat", return_tensors="pt"), do_sample=False, max_new_tokens=60)[0, len(prompt):]
+    assert peer.generate(**tokenizer("", return_tensors="pt"), max_new_tokens=1).shape == (1, 2) and tokenizer.model_max_length == 256
     assert len(set(greedy)) > 3 and theirs.tolist()[:len(greedy)] == greedy and (len(greedy) == 60 or theirs[len(greedy)] == OURS.eot)
     assert peer.config.eos_token_id == peer.generation_config.eos_token_id == tokenizer.eos_token_id == OURS.eot
     before, after = checkpoint.load(str(tmp_path / "ckpt.pt")), checkpoint.load(f"hf:{tmp_path}/theirs")
@@ -182,14 +215,25 @@ def test_out_and_in_again(name, tmp_path):
     assert checkpoint.fingerprint(before) == checkpoint.fingerprint(after)
 
 
-@pytest.mark.parametrize("tokenizer", [smol, tiny])
-def test_a_foreign_tokenizer_goes_out_as_it_came(tokenizer, tmp_path):
+def no_bos():
+    """What add_bos_token alone puts <s> before, in transformers 4."""
+    made, ends = tiny()
+    made.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
+    return made, ends
+
+
+@pytest.mark.parametrize("tokenizer, keys", [(smol, {}), (tiny, {}), (no_bos, {}), (no_bos, {"add_bos_token": True}), (tiny, {"add_bos_token": False})])
+def test_a_foreign_tokenizer_goes_out_with_what_sample_puts_before_a_text(tokenizer, keys, tmp_path):
     write(tmp_path / "a", "llama", tokenizer)
+    change(tmp_path / "a", "tokenizer_config.json", lambda t: t.update(keys))
     export(tmp_path, "--out_dir=hf:a", "--to=b")
     first, again = (transformers.AutoTokenizer.from_pretrained(tmp_path / f) for f in "ab")
-    assert first.eos_token_id == again.eos_token_id and first.bos_token_id == again.bos_token_id
+    model, its = read(tmp_path / "a")
+    assert first.eos_token_id == again.eos_token_id == its.eot and again.bos_token_id == its.bos == (1 if keys.get("add_bos_token", tokenizer is tiny) else its.eot)
     for text in texts(60):
-        assert first(text).input_ids == again(text).input_ids
+        assert again(text).input_ids == [its.bos, *first(text, add_special_tokens=False).input_ids]
+        if tokenizer is tiny and not keys:
+            assert again(text).input_ids == first(text).input_ids
     assert checkpoint.fingerprint(checkpoint.load(f"hf:{tmp_path}/a")) == checkpoint.fingerprint(checkpoint.load(f"hf:{tmp_path}/b"))
 
 
@@ -202,6 +246,17 @@ def test_a_character_model_goes_out(tmp_path):
     assert read(tmp_path / "theirs")[1].sha256 == tokenizer.sha256
 
 
+@contextlib.contextmanager
+def capped(size):
+    """No file may grow beyond so many bytes, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 def test_what_is_in_the_way_stays_and_a_failure_leaves_nothing(tmp_path):
     save(tmp_path / "ckpt.pt")
     save(tmp_path / "post.pt", norm_position="post")
@@ -211,6 +266,15 @@ def test_what_is_in_the_way_stays_and_a_failure_leaves_nothing(tmp_path):
         with pytest.raises(Refusal, match=says):
             export(tmp_path, *argv)
         assert sorted(os.listdir(tmp_path)) == ["ckpt.pt", "post.pt", "to"] and os.listdir(tmp_path / "to") == ["mine"]
+    (tmp_path / "out/demo").mkdir(parents=True)
+    save(tmp_path / "out/demo/ckpt.pt")
+    for argv in (["--out_dir=out/demo", "--to=out"], ["--out_dir=out/demo", "--to=out/demo"], ["--out_dir=hf:out/demo", "--to=out"], ["--out_dir=ckpt.pt", "--adapter=hf:out/demo", "--to=out"], ["--out_dir=out/demo", f"--to={tmp_path}"], ["--out_dir=ckpt.pt", f"--to={tmp_path.parent}"]):
+        with pytest.raises(Refusal, match="cannot be written: .* is in it"):
+            export(tmp_path, *argv, "--overwrite")
+    assert os.listdir(tmp_path / "out/demo") == ["ckpt.pt"] and not list(tmp_path.parent.glob("*.old-*")) and not list(tmp_path.rglob("*.old-*"))
+    with capped(20_000), pytest.raises(Refusal, match="cannot write model.safetensors: .*File too large") as e:
+        export(tmp_path, "--out_dir=ckpt.pt", "--to=n")
+    assert e.value.status == 1 and "\n" not in str(e.value) and sorted(os.listdir(tmp_path)) == ["ckpt.pt", "out", "post.pt", "to"]
     export(tmp_path, "--out_dir=ckpt.pt", "--to=to", "--overwrite")
     old = next(tmp_path.glob("to.old-*"))
     assert os.listdir(old) == ["mine"] and (tmp_path / "to/model.safetensors").exists()
@@ -218,10 +282,11 @@ def test_what_is_in_the_way_stays_and_a_failure_leaves_nothing(tmp_path):
 
 # Tokenizers
 
-@pytest.mark.parametrize("make", [smol, tiny, ours])
-def test_a_tokenizer_of_a_folder_does_what_transformers_does(make, tmp_path):
+@pytest.mark.parametrize("make, name", [(smol, "PreTrainedTokenizerFast"), (smol, "GPT2Tokenizer"), (tiny, "PreTrainedTokenizerFast"), (tiny, "LlamaTokenizer"), (ours, "GPT2Tokenizer")])
+def test_a_tokenizer_of_a_folder_does_what_transformers_does(make, name, tmp_path):
     made, ends = make()
     transformers.PreTrainedTokenizerFast(tokenizer_object=made, **ends).save_pretrained(tmp_path)
+    change(tmp_path, "tokenizer_config.json", lambda t: t.update(tokenizer_class=name))
     theirs, tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path), hf_folder.read_tokenizer(str(tmp_path))
     again = foreign_tokenizer.from_str(tokenizer.to_str())
     assert type(again) is type(tokenizer) and again.sha256 == tokenizer.sha256 and (again.eot, again.bos, again.vocab_size) == (tokenizer.eot, tokenizer.bos, tokenizer.vocab_size)
@@ -231,10 +296,9 @@ def test_a_tokenizer_of_a_folder_does_what_transformers_does(make, tmp_path):
         ids = tokenizer.encode(text)
         assert tokenizer.eot not in ids and again.encode(text) == ids
         assert tokenizer.decode(ids) == text
-        if not any(s in text for s in special):
+        if not any(s in text for s in special) and not (name == "LlamaTokenizer" and text.startswith(" ")):  # it puts no second space there, whatever tokenizer.json says
             assert theirs(text, add_special_tokens=False).input_ids == ids
-            whole = theirs(text).input_ids
-            assert whole == ids or whole == [tokenizer.bos, *ids]
+            assert theirs(text).input_ids == ([tokenizer.bos, *ids] if make is tiny else ids)
         # a text in two halves: what goes on after the first one is the second one, whatever its ids
         for cut in range(0, len(text), 5):
             rest = tokenizer.encode_more(text[cut:])
@@ -259,6 +323,48 @@ def test_the_bytes_of_a_foreign_tokenizers_tokens_are_those_of_the_text(make):
     assert evaluation.split_documents(ids, tokenizer) == (documents, True)
 
 
+@pytest.mark.parametrize("make", [smol, tiny, qwen])
+def test_data_for_a_foreign_tokenizer_is_each_document_as_sample_and_eval_have_it(make, tmp_path, monkeypatch):
+    """Long documents in pieces too; each begins with bos where that is not the end-of-text before it."""
+    monkeypatch.setattr(prepare, "CHUNK", 50)
+    made, ends = make()
+    tokenizer = foreign_tokenizer.from_files(json.loads(made.to_str()), made.token_to_id(ends["eos_token"]))
+    documents = [("the cat.\n\nate 12 é. The cat_\nsat...\n" * 9 + "cat.\n" * 30) * 2 + "end", "the", *DOCS[:3]]
+    with contextlib.chdir(tmp_path):
+        Path("tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")  # as prepare.py itself keeps it
+        Path("text.txt").write_text("<|endoftext|>".join(documents), encoding="utf-8")
+        prepare.prepare(configure(prepare.Config, ["--dataset=text.txt", "--tokenizer=tokenizer.json", "--name=d", "--val_fraction=0.01"]))
+        _, data, its = prepare.load("data/d")
+    assert its.sha256 == tokenizer.sha256
+    whole, tail = evaluation.split_documents(data["train"], its)[0], evaluation.split_documents(data["val"], its)[0]
+    assert whole[:4] == documents[:4] and whole[4] + tail[0] == documents[4]
+    assert evaluation.encode(whole, False, its).tolist() == data["train"].tolist()
+    starts = np.r_[0, np.flatnonzero(data["train"] == its.eot) + 1]
+    for start, text in zip(starts, documents[:3]):
+        ids = sample.prompt_ids(its, text)[its.bos == its.eot:]
+        assert data["train"][start:start + len(ids)].tolist() == ids
+    assert train.first_documents(data["train"], its, 3) == [its.encode(text) for text in documents[:3]]
+
+
+def test_logits_of_one_row_that_are_too_many_are_made_in_parts(monkeypatch):
+    model = redraw(Transformer(preset("llama", vocab_size=OURS.vocab_size, block_size=64, n_layer=1)), SCALE).eval()
+    subject = evaluation.Subject("a", "a", 1, model, OURS, "d", "none")
+    figures = [evaluation.likelihood(subject, DOCS, True, CPU, evaluation.Config(resamples=1000))[0], monkeypatch.setattr(evaluation, "LOGITS", 999),
+               evaluation.likelihood(subject, DOCS, True, CPU, evaluation.Config(resamples=1000))[0]]
+    assert model.chunked_loss and figures[0]["loss"] == pytest.approx(figures[2]["loss"], rel=1e-5)
+
+
+def test_loss_is_of_the_text_and_its_end_not_of_the_bos_before_it():
+    made, ends = tiny()
+    tokenizer = foreign_tokenizer.from_files(json.loads(made.to_str()), 2)
+    model = redraw(Transformer(preset("llama", vocab_size=tokenizer.vocab_size, block_size=64, n_layer=1)), SCALE).eval()
+    subject, documents = evaluation.Subject("a", "a", 1, model, tokenizer, "d", "none"), ["the cat", "a cat"] * 20
+    found, columns = evaluation.likelihood(subject, documents, True, CPU, evaluation.Config(resamples=1000))
+    ids = evaluation.encode(documents, True, tokenizer)
+    nats = train.token_nats(model, ids, 64, CPU).astype(np.float64)
+    assert columns[:, 0].sum() == pytest.approx(nats[ids[1:] != tokenizer.bos].sum()) and found["bytes"] == sum(map(len, documents))
+
+
 def change(folder, name, edit):
     data = json.loads((folder / name).read_text())
     edit(data)
@@ -268,13 +374,23 @@ def change(folder, name, edit):
 @pytest.mark.parametrize("edit, says", [
     (lambda t: t.update(decoder={"type": "WordPiece", "prefix": "##", "cleanup": True}), "its decoder is"), (lambda t: t.update(decoder=None), "its decoder is None|its decoder is null"),
     (lambda t: t["model"].update(type="Magic"), "does not read it"), (lambda t: t["model"].pop("vocab"), "does not read it"), (lambda t: t.pop("model"), "tokenizer.json"),
-    (lambda t: t.update(post_processor={"type": "BertProcessing", "sep": ["<s>", 1], "cls": ["</s>", 2]}), "at most one token")])
+    (lambda t: t.update(post_processor={"type": "BertProcessing", "sep": ["<s>", 1], "cls": ["</s>", 2]}), "at most one token"), (lambda t: t.update(post_processor=5), "does not read it"),
+    (lambda t: t.update(pre_tokenizer={"type": "FixedLength", "length": 0}), "does not take the text"), (lambda t: t["model"].update(unk_token="zz", byte_fallback=False, vocab={"<unk>": 0, "<s>": 1, "</s>": 2}, merges=[]), "does not take the text"),
+    (lambda t: t["model"].update(dropout=0.5), "dropout 0.5"), (lambda t: t.update(decoder={"type": "Metaspace", "replacement": "_", "prepend_scheme": "always", "split": False}), "replacement for a space is '_'")])
 def test_tokenizers_that_are_refused(edit, says, tmp_path):
     write(tmp_path, "llama", tiny)
     change(tmp_path, "tokenizer.json", edit)
     with pytest.raises(Refusal, match=says) as e:
         read(tmp_path)
     assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("make, space", [(smol, True), (ours, True), (tiny, False), (ours, False), (tiny, True), (ours, None)])
+def test_add_prefix_space_may_not_contradict_the_tokenizer(make, space, tmp_path):
+    write(tmp_path, "llama", make)
+    change(tmp_path, "tokenizer_config.json", lambda t: t.update(add_prefix_space=space))
+    with pytest.raises(Refusal, match=f"add_prefix_space in tokenizer_config.json is {space}") if space is (make is not tiny) else contextlib.nullcontext():
+        read(tmp_path)
 
 
 def test_end_of_text_is_the_tokenizers_then_the_configs(tmp_path):
@@ -296,13 +412,15 @@ def test_end_of_text_is_the_tokenizers_then_the_configs(tmp_path):
 
 CONFIGS = [
     ({"model_type": "mistral"}, "model_type is 'mistral'"), ({"model_type": None}, "model_type is None"), ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-    ({"attention_dropout": 0.1}, "attention_dropout is 0.1"), ({"sliding_window": 32}, "sliding_window is 32"), ({"head_dim": 16}, "head_dim is 16"),
-    ({"head_dim": "8"}, "head_dim is '8'"), ({"quantization_config": {"bits": 4}}, "quantization_config"), ({"num_local_experts": 8}, "num_local_experts is 8"),
+    ({"attention_dropout": 0.1}, "attention_dropout is 0.1"), ({"sliding_window": 32}, "'sliding_window' is 32"), ({"head_dim": 16}, "head_dim is 16"),
+    ({"head_dim": "8"}, "head_dim is '8'"), ({"quantization_config": {"bits": 4}}, "quantization_config"), ({"num_local_experts": 8}, "'num_local_experts' is 8"),
     ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type is 'yarn'"), ({"rope_parameters": {"rope_type": "linear"}}, "factor is missing"),
     ({"rope_parameters": {"rope_type": "linear", "factor": -1}}, "rope_scaling"), ({"rope_parameters": {"rope_type": "linear", "factor": 2, "beta": 1}}, "beta is 1"),
     ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"), ({"rope_scaling": 5}, "rope_scaling is 5"), ({"rope_theta": "x"}, "rope_theta is 'x'"),
     ({"rope_theta": 5.0}, "rope_theta is 5.0 beside"), ({"rope_parameters": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4}}, "original_max_position_embeddings is missing"),
-    ({"pretraining_tp": 2}, "pretraining_tp is 2"), ({"rope_interleaved": True}, "rope_interleaved is True"), ({"logit_scale": 0.5}, "logit_scale is 0.5"),
+    ({"pretraining_tp": 2}, "pretraining_tp is 2"), ({"rope_interleaved": True}, "rope_interleaved is True"), ({"logit_scale": 0.5}, "'logit_scale' is 0.5"),
+    ({"is_causal": False}, "is_causal is False"), ({"is_causal": 1}, "is_causal is 1"), ({"use_bias_anywhere": False}, "'use_bias_anywhere' is False"), ({"logit_scale": 0}, "'logit_scale' is 0"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"), ({"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, "only one can be meant"), ({"\x1b[31m" * 99: 1}, r"^[^\x1b]{1,300}$"),
     ({"hidden_size": 33}, "head_dim is 8"), ({"hidden_size": 33, "head_dim": None}, "multiple of n_head"), ({"num_attention_heads": 0}, "its sizes cannot be"), ({"hidden_size": "32"}, "hidden_size is '32'"), ({"hidden_size": None}, "hidden_size is None"), ({"num_hidden_layers": 3}, "fewer numbers"),
     ({"num_hidden_layers": 10 ** 9}, "its sizes cannot be"), ({"num_hidden_layers": True}, "num_hidden_layers is True"), ({"num_key_value_heads": 3}, "multiple of n_kv_head"),
     ({"intermediate_size": 41}, "fewer numbers"), ({"intermediate_size": 39}, r"mlp.down_proj.weight is \(32, 40\) and not \(32, 39\)"), ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'"),
@@ -333,12 +451,18 @@ def test_a_config_that_is_refused_by_name(keys, says, llama):
     ("gpt2", {"activation_function": "gelu"}, "activation_function is 'gelu'"), ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
     ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights is False"), ("gpt2", {"attn_pdrop": 0.2}, "there is one dropout"), ("gpt2", {"add_cross_attention": True}, "add_cross_attention is True"),
     ("qwen3", {"use_sliding_window": True, "sliding_window": 8}, "sliding_window is 8"), ("qwen3", {"layer_types": ["sliding_attention", "full_attention"]}, "layer_types is"),
-    ("qwen3", {"head_dim": 16}, "head_dim is 16"), ("qwen3", {"mlp_bias": True}, "mlp_bias is True")])
+    ("qwen3", {"head_dim": 16}, "head_dim is 16"), ("qwen3", {"mlp_bias": True}, "'mlp_bias' is True")])
 def test_other_kinds_are_refused_by_name(kind, keys, says, tmp_path):
     write(tmp_path, kind)
     change(tmp_path, "config.json", lambda c: c.update(keys))
     with pytest.raises(Refusal, match=says):
         read(tmp_path)
+
+
+def test_the_default_of_rms_norm_eps_is_transformers(tmp_path):
+    peer = write(tmp_path, "llama", rms_norm_eps=1e-6)
+    change(tmp_path, "config.json", lambda c: c.pop("rms_norm_eps"))
+    assert read(tmp_path)[0].config.norm_eps == peer.config.rms_norm_eps == type(peer.config)().rms_norm_eps
 
 
 def test_qwen3_without_head_dim_has_128(tmp_path):
@@ -360,7 +484,7 @@ def test_weights_that_are_refused_by_name(tmp_path):
     more = {"spare": torch.zeros(9999)}  # so that it is not by the number of numbers that a missing one is found
     for tensors, says in (({key: x for key, x in good.items() if key != name} | more, f"{name} is missing"), (good | more, "spare has no place"),
                           (good | {name: good[name].T.contiguous()}, r"up_proj.weight is \(32, 40\) and not \(40, 32\)"), (good | {name: good[name].to(torch.float8_e4m3fn)}, "is float8_e4m3fn"),
-                          (good | {name: good[name].to(torch.int8)}, "is int8"), ({name: good[name]}, "fewer numbers")):
+                          (good | {name: good[name].to(torch.int8)}, "is int8"), ({name: good[name]}, "fewer numbers than config.json needs: there is no lm_head.weight")):
         put(tmp_path, tensors)
         with pytest.raises(Refusal, match=says) as e:
             read(tmp_path)
@@ -382,6 +506,39 @@ def test_shards_that_are_refused(tmp_path):
     change(tmp_path, "model.safetensors.index.json", lambda d: d.update(weight_map={key: f"../{outside.name}" for key in d["weight_map"]}))
     with pytest.raises(Refusal, match="files of its folder"):
         read(tmp_path)
+
+
+def test_a_tensor_in_two_shards_is_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+    write(tmp_path, "llama", shard="10KB")
+    first, second, *_ = sorted(tmp_path.glob("model-*.safetensors"))
+    name, x = next(iter(load_file(first).items()))
+    save_file(load_file(second) | {name: x}, second, {"format": "pt"})
+    with pytest.raises(Refusal, match=f"{name} is in another file too"):
+        read(tmp_path)
+
+
+def test_a_small_file_takes_little_memory(tmp_path):
+    """Tensors of stride 0, or on the meta device, have any number of elements."""
+    peer = write(tmp_path, "llama")
+    (tmp_path / "model.safetensors").unlink()
+    save(tmp_path / "ckpt.pt")
+    ckpt = checkpoint.load(str(tmp_path / "ckpt.pt"))
+    for big in torch.zeros(1).expand(10 ** 9), torch.empty(10 ** 9, device="meta"), torch.zeros(1).expand(300, 32):
+        torch.save({name: big for name in peer.state_dict()}, tmp_path / "pytorch_model.bin")
+        with pytest.raises(Refusal, match="fewer numbers"):
+            read(tmp_path)
+        with pytest.raises(Refusal, match="weights are fewer"):
+            checkpoint.restore(ckpt | {"model": {name: big for name in ckpt["model"]}}, "ckpt.pt")
+
+
+def test_other_tokens_that_end_a_text_are_said(tmp_path, capsys):
+    write(tmp_path, "llama", smol)
+    read(tmp_path)
+    assert "ends" not in capsys.readouterr().out
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [0, 1]}')
+    read(tmp_path)
+    assert "a text ends at '<|endoftext|>' alone here, in transformers at '<|im_start|>' too" in capsys.readouterr().out
 
 
 def test_code_in_a_bin_file_is_refused_and_does_not_run(tmp_path):
@@ -414,6 +571,18 @@ def test_a_name_of_the_hub_without_a_network_is_one_line_in_seconds(tmp_path, mo
     assert "\n" not in str(e.value) and time.monotonic() - began < 20
 
 
+def test_a_name_of_which_the_tokenizer_alone_was_downloaded_is_said_to_lack_its_weights(tmp_path, monkeypatch):
+    snapshot = tmp_path / "models--a--b/snapshots" / ("0" * 40)
+    write(snapshot, "llama")
+    (snapshot / "model.safetensors").unlink()
+    (tmp_path / "models--a--b/refs").mkdir()
+    (tmp_path / "models--a--b/refs/main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert hf_folder.read_tokenizer(hf_folder.located("a/b", weights="")).sha256 == OURS.sha256
+    with pytest.raises(Refusal, match="hf:a/b is no folder here and could not be downloaded.*tokenizer.json.*no weights"):
+        checkpoint.load("hf:a/b")
+
+
 # LoRA
 
 LORAS = [("llama", {}), ("llama", {"target": "q_proj,v_proj"}), ("qwen3", {"target": "o_proj,down_proj"}), ("gpt2", {}), ("gpt2", {"target": "q_proj"}), ("gpt2", {"target": "k_proj,v_proj,up_proj"})]
@@ -441,6 +610,9 @@ def test_our_adapter_in_peft_and_back(name, keys, tmp_path):
     same_logits(model, peer, 300)
     assert (peer(torch.arange(60)[None]).logits - plain).abs().max() > 0.1
     export(tmp_path, "--out_dir=ckpt.pt", "--adapter=hf:theirs", "--to=back")
+    save(tmp_path / "other.pt", name, **({"norm_eps": 2e-5}))
+    with pytest.raises(Refusal, match="trained over another base than other.pt"):
+        export(tmp_path, "--out_dir=other.pt", "--adapter=hf:theirs", "--to=n")
     path, ckpt = str(tmp_path / "back/adapter.pt"), checkpoint.load(str(tmp_path / "ckpt.pt"))
     again, found = checkpoint.restore(ckpt, "ckpt.pt")[0], checkpoint.load(path, checkpoint.ADAPTER_KEYS)
     checkpoint.restore_adapters(found, path, ckpt, "ckpt.pt", again)
@@ -449,7 +621,7 @@ def test_our_adapter_in_peft_and_back(name, keys, tmp_path):
         assert all(torch.equal(found["adapters"][key], x) for key, x in lora.state_dict(model).items()) and found["config"]["rank"] == 3
 
 
-PEFTS = [("llama", {"target_modules": ["q_proj", "up_proj"], "lora_alpha": 7}), ("llama", {"target_modules": "all-linear", "use_rslora": True}), ("qwen3", {"target_modules": ["k_proj", "v_proj", "down_proj"],
+PEFTS = [("llama", {"target_modules": ["q_proj", "up_proj"], "lora_alpha": 7, "lora_dropout": 0.25}), ("llama", {"target_modules": "all-linear", "use_rslora": True}), ("qwen3", {"target_modules": ["k_proj", "v_proj", "down_proj"],
          "rank_pattern": {"v_proj": 2, r"layers\.1\.mlp\.down_proj": 6}, "alpha_pattern": {"k_proj": 1}}), ("gpt2", {"target_modules": ["c_attn"]}), ("gpt2", {"target_modules": ["c_attn", "c_fc", "c_proj"], "r": 3})]
 
 
@@ -466,10 +638,12 @@ def peft_folder(folder, peer, **keys):
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 @pytest.mark.parametrize("kind, keys", PEFTS)
-def test_an_adapter_of_peft_comes_in(kind, keys, tmp_path):
+def test_an_adapter_of_peft_comes_in(kind, keys, tmp_path, capsys):
     made = peft_folder(tmp_path / "peft", write(tmp_path / "base", kind, max_position_embeddings=64) if kind != "gpt2" else write(tmp_path / "base", kind), **keys)
     export(tmp_path, "--out_dir=hf:base", "--adapter=hf:peft", "--to=ours")
+    assert f"hf:peft was trained over {str(tmp_path / 'base')!r}, as it says; whether that is hf:base is not known" in capsys.readouterr().out
     ckpt, found = checkpoint.load(f"hf:{tmp_path}/base"), checkpoint.load(str(tmp_path / "ours/adapter.pt"), checkpoint.ADAPTER_KEYS)
+    assert found["config"]["lora_dropout"] == keys.get("lora_dropout", 0)
     model = checkpoint.restore(ckpt, "base")[0]
     checkpoint.restore_adapters(found, "ours", ckpt, "base", model)
     same_logits(model, made, 300)
@@ -481,12 +655,13 @@ def test_an_adapter_of_peft_comes_in(kind, keys, tmp_path):
 @pytest.mark.parametrize("keys, says", [
     ({"use_dora": True}, "use_dora is True"), ({"bias": "all"}, "bias is 'all'"), ({"modules_to_save": ["lm_head"]}, "modules_to_save"), ({"target_modules": ["lm_head"]}, "lm_head.*takes an adapter"),
     ({"target_modules": ["embed_tokens"]}, "embed_tokens"), ({"target_modules": ["q_proj"], "layers_to_transform": [1]}, "layers_to_transform"), ({"init_lora_weights": "olora"}, "init_lora_weights is 'olora'"),
-    ({"target_modules": r".*layers\.0.*q_proj"}, "blocks.1.attn.q_proj has no adapter where other layers have one"), ({"lora_bias": True}, "lora_bias is True")])
+    ({"target_modules": r".*layers\.0.*q_proj"}, "blocks.1.attn.q_proj has no adapter where other layers have one"), ({"lora_bias": True}, "lora_bias is True"),
+    ({"target_modules": ["q_proj", "k_proj"], "r": 24}, "rank 24 is more than blocks.0.attn.k_proj, 16 x 32, can have"), ({"target_modules": ["q_proj", "k_proj"], "rank_pattern": {"q_proj": 24}}, "rank 24 is more than blocks.0.attn.k_proj")])
 def test_adapters_that_are_refused_by_name(keys, says, tmp_path):
     peft_folder(tmp_path / "peft", write(tmp_path / "base", "llama"), **({"target_modules": ["q_proj"]} | keys))
     with pytest.raises(Refusal, match=says) as e:
         export(tmp_path, "--out_dir=hf:base", "--adapter=hf:peft", "--to=ours")
-    assert "\n" not in str(e.value) and sorted(os.listdir(tmp_path)) == ["base", "peft"]
+    assert "\n" not in str(e.value) and "damaged" not in str(e.value) and sorted(os.listdir(tmp_path)) == ["base", "peft"]
 
 
 @pytest.mark.parametrize("data, says", [({"r": 5}, r"lora_A.weight is \(4, 32\)"), ({"peft_type": "IA3"}, "peft_type is 'IA3'"), ({"r": None}, "r is None"), ({"task_type": "SEQ_CLS"}, "task_type")])
@@ -536,6 +711,8 @@ def test_eval_and_fine_tuning_start_from_a_folder_too(tmp_path, capsys):
         finetune_lora.main(configure(finetune_lora.Config, ["--init_from=hf:theirs", "--dataset=rows.jsonl", "--max_iters=1", "--rank=2", "--max_length=40", "--out_dir=lora", "--device=cpu", "--dtype=float32"]))
         sample.main(configure(sample.Config, ["--adapter=lora", "--start=the cat", "--max_new_tokens=4", "--device=cpu", "--dtype=float32"]))
         assert "hf:theirs and lora/adapter" in capsys.readouterr().out
+        export(tmp_path, "--adapter=lora", "--to=lora-peft")
+        assert peft.AutoPeftModelForCausalLM.from_pretrained("lora-peft").config.vocab_size == tokenizer.vocab_size  # which finds its base by name
         finetune_lora.main(configure(finetune_lora.Config, ["--merge", "--out_dir=lora"]))
         export(tmp_path, "--out_dir=lora/ckpt.pt", "--to=merged")
         assert transformers.AutoModelForCausalLM.from_pretrained("merged").config.vocab_size == tokenizer.vocab_size

@@ -211,7 +211,7 @@ def test_pieces_encode_as_the_whole(text, size):
     finally:
         prepare.CHUNK = old
     assert [i for _, part, *_ in rows for i in TOKENIZER.encode(part)] == whole
-    assert [row[2:] for row in rows] == [(False, False)] * (len(rows) - 1) + [(True, True)] * bool(text)
+    assert [row[2:] for row in rows] == [(i == len(rows) - 1, i == len(rows) - 1, i == 0) for i in range(len(rows))] and bool(rows) == bool(text)
 
 
 TOKENIZER = Tokenizer.train([" \n\n  a\u3000\u3000 b  'sa's 11,, \r\n\r\n é日  日"] * 2 + DOCS, 600)
@@ -292,14 +292,14 @@ def test_encoding_reads_only_so_far_ahead(monkeypatch, tmp_path):
         for _ in range(2000):
             read += 1
             ahead[0] = max(ahead[0], read - done)
-            yield "train", "x" * 100, True, True
+            yield "train", "x" * 100, True, True, True
 
     def encode(text):
         nonlocal done
         done += 1
         return [1]
 
-    made = prepare.encode(rows(), SimpleNamespace(vocab_size=2, eot=0, encode=encode), tmp_path, num_proc=1)
+    made = prepare.encode(rows(), SimpleNamespace(vocab_size=2, eot=0, head=[], encode=encode), tmp_path, num_proc=1)
     assert made["train"]["tokens"] == 4000 and ahead[0] <= 40
 
 

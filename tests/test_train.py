@@ -172,13 +172,13 @@ def test_evaluate_counts_each_target_once():
 
 def test_document_nats_are_each_documents_own():
     model, documents = build(), [[5, 6, 7], [1], list(range(1, 20))]
-    got = train.document_nats(model, documents, 0, CPU, batch_size=2)
+    got = train.document_nats(model, documents, 0, 0, CPU, batch_size=2)
     with torch.no_grad():
         for d, nats in zip(documents, got):
             logp = model(torch.tensor([[0, *d]]))[0][0].log_softmax(-1)
             assert nats == pytest.approx(-sum(logp[i, t].item() for i, t in enumerate([*d, 0])), rel=1e-5)
     with pytest.raises(ValueError, match="block_size=24"):
-        train.document_nats(model, [[1] * 24], 0, CPU)
+        train.document_nats(model, [[1] * 24], 0, 0, CPU)
 
 
 # Whole runs
@@ -310,7 +310,7 @@ def test_no_model_is_below_the_floor(lab):
         train.main(configure(train.Config, [*SMALL, "--n_embd=64", "--n_head=4", "--batch_size=8", "--max_iters=300", "--eval_interval=300", "--out_dir=floor"]))
         model, _ = checkpoint.restore(load(lab, "floor"), "floor")
         texts, logp = zip(*toy_stories.stories(200, seed=99))
-        gap = train.document_nats(model, tokenizer.encode_batch(texts), tokenizer.eot, CPU) + np.array(logp)
+        gap = train.document_nats(model, tokenizer.encode_batch(texts), tokenizer.bos, tokenizer.eot, CPU) + np.array(logp)
     assert gap.mean() > -3 * gap.std() / len(gap) ** 0.5
     assert gap.mean() < -np.mean(logp)  # and it has learned enough for the comparison to mean something: below twice the floor
 
