@@ -211,11 +211,11 @@ def read_rope(data):
 
 
 def write_config(kind, c):
-    """Their config.json for ours. RoPE's keys are version 4's, which version 5, vLLM and llama.cpp read too."""
+    """Their config.json for ours. RoPE's keys are version 4's, which version 5, vLLM and llama.cpp read too; n_ctx is for llama.cpp."""
     data = {"architectures": [CLASSES[kind]], "model_type": kind, "dtype": "float32", "torch_dtype": "float32", "tie_word_embeddings": c.tie_embeddings,
             "bos_token_id": None, "eos_token_id": None, "pad_token_id": None} | {theirs: getattr(c, ours) for ours, theirs in SIZES[kind].items()}
     if kind == "gpt2":
-        return data | FIXED[kind] | {"layer_norm_epsilon": c.norm_eps, "embd_pdrop": c.dropout, "attn_pdrop": c.dropout, "resid_pdrop": c.dropout}
+        return data | FIXED[kind] | {"n_ctx": c.block_size, "layer_norm_epsilon": c.norm_eps, "embd_pdrop": c.dropout, "attn_pdrop": c.dropout, "resid_pdrop": c.dropout}
     name, _, numbers = c.rope_scaling.partition(":")
     scaling = {key: int(float(n)) if key.startswith("original") else float(n) for key, n in zip(SCALINGS.get(name, ()), numbers.split(","))}
     return data | {"num_key_value_heads": c.n_kv_head, "head_dim": c.n_embd // c.n_head, "rms_norm_eps": c.norm_eps, "hidden_act": "silu",

@@ -8,6 +8,7 @@ Nothing but the files named in FILES and MODEL leaves the disk.
 """
 import errno
 import os
+import sys
 from dataclasses import dataclass
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
@@ -15,14 +16,14 @@ from config import Refusal, run
 
 HERE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "browser")
 ORT = "node_modules/onnxruntime-web/dist/"
-FILES = ["index.html", "style.css", "app.js", "model.js", "sample.js", "tokenizer.js",
+FILES = ["index.html", "style.css", "app.js", "model.js", "sample.js", "tokenizer.js", "get.js",
          ORT + "ort.wasm.min.mjs", ORT + "ort-wasm-simd-threaded.mjs", ORT + "ort-wasm-simd-threaded.wasm"]
 MODEL = ["model/config.json", "model/tokenizer.json", "model/model.onnx"]
 TYPES = {".html": "text/html; charset=utf-8", ".css": "text/css", ".js": "text/javascript", ".mjs": "text/javascript", ".wasm": "application/wasm",
          ".json": "application/json", ".onnx": "application/octet-stream"}  # those of the system may be anything
 HEADERS = {"Content-Security-Policy": "default-src 'self'; script-src 'self' 'wasm-unsafe-eval'; img-src data:; frame-ancestors 'none'",
            "Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Embedder-Policy": "require-corp",  # together: threads, and exact clocks
-           "X-Content-Type-Options": "nosniff", "Cache-Control": "no-cache"}
+           "Cross-Origin-Resource-Policy": "same-origin", "X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
 
 
 @dataclass
@@ -38,6 +39,12 @@ class Config:
 class Handler(SimpleHTTPRequestHandler):
     extensions_map = TYPES
     protocol_version = "HTTP/1.1"
+
+    def send_head(self):
+        if self.headers.get("Host", "").partition(":")[0] not in ("127.0.0.1", "localhost"):  # a stranger's name that was made to mean this machine
+            return self.send_error(403)
+        del self.headers["If-Modified-Since"]  # another folder, served at this port before, may have been newer
+        return super().send_head()
 
     def translate_path(self, path):
         name = path.partition("?")[0].removeprefix("/") or "index.html"
@@ -56,9 +63,15 @@ class Handler(SimpleHTTPRequestHandler):
         pass
 
 
+class Server(ThreadingHTTPServer):
+    def handle_error(self, *args):
+        if not isinstance(sys.exception(), ConnectionError):  # a page that was closed or loaded again
+            super().handle_error(*args)
+
+
 def serve(model, port):
     """The server, bound to 127.0.0.1 and not started. Raises OSError where the port is taken."""
-    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+    server = Server(("127.0.0.1", port), Handler)
     server.folder, server.file = os.path.split(model) if model.endswith(".onnx") else (model, "model.onnx")
     return server
 
@@ -66,7 +79,9 @@ def serve(model, port):
 def main(cfg):
     model = cfg.model if cfg.model.endswith(".onnx") else os.path.join(cfg.model, "model.onnx")
     if not os.path.isfile(model):
-        raise Refusal(f"there is no {model}; python export_onnx.py --out_dir=OUT --to={os.path.dirname(model)} writes one")
+        folder, name = os.path.split(model)
+        int8 = " --quantize=int8" if name == "model_int8.onnx" else ""
+        raise Refusal(f"there is no {model}; python export_onnx.py --out_dir=OUT --to={folder or '.'}{int8} writes one")
     if not os.path.isfile(os.path.join(HERE, FILES[-1])):
         raise Refusal("onnxruntime-web is not installed: make browser, or npm ci in browser/")
     try:

@@ -1,5 +1,6 @@
 // The page. A story is a list of tokens, yours and the model's; what the model writes becomes text nodes, never markup.
 
+import { get } from "./get.js";
 import { Tokenizer } from "./tokenizer.js";
 
 const $ = id => document.getElementById(id);
@@ -22,7 +23,7 @@ function startWorker() {
   worker.onmessage = ({ data }) => {
     if (data.failed) waiting.reject(Error(data.failed));
     else if (data.done) waiting.resolve();
-    else if (data.bytes) say(`Loading the model: ${mega(bytes = data.bytes)}${data.of ? ` of ${mega(data.of)}` : ""} MB`);
+    else if (data.bytes) $("speed").textContent = `Loading the model: ${mega(bytes = data.bytes)}${data.of ? ` of ${mega(data.of)}` : ""} MB`;
     else waiting.heard(data);
   };
   worker.onerror = e => waiting.reject(Error(e.message || "onnxruntime-web is not there: make browser installs it."));
@@ -51,22 +52,30 @@ function push(id, more) {
 
 /** Forgets the tokens from n on. The one before is read again, for what comes after it. */
 function cut(n) {
-  tokens.length = n;
+  tokens.splice(n);
   decode = tokenizer.stream();
   for (const { id } of tokens) if (id !== config.eot) decode(id);
-  cached = Math.max(0, Math.min(cached, n - 1 - from));
-  if (n <= from) from = cached = 0;
+  if (lastHalf() < from) [from, cached] = [lastHalf(), 0];
+  else cached = Math.max(0, Math.min(cached, n - 1 - from));
 }
+
+/** The first token of the last half of a window; sample.py's --past_end=recompute goes on from there. */
+const lastHalf = () => Math.max(0, tokens.length - Math.max(1, Math.floor(config.block_size / 2)));
+
+const EDGES = /^[\p{White_Space}\x1c-\x1f]+|[\p{White_Space}\x1c-\x1f]+$/gu;  // what Python's strip() takes away
 
 /** Makes this text the story; what begins alike stays, in the cache too. Throws for text that the tokenizer cannot encode. */
 function setText(now) {
-  if (blank() && config.template && now.trim()) now = config.template.split("{prompt}").join(now.trim());
   if (tokens.length && now === text()) return;
-  let ids = tokenizer.encode(now), n = 0;
+  let ids = tokenizer.encode(now), n = 0, m = 0;  // tokens alike at the start, and at the end
+  if (config.template && ids[0] !== tokens.find((_, i) => !isStart(i))?.id)  // another story: its text is a prompt
+    ids = tokenizer.encode(config.template.split("{prompt}").join(now.replace(EDGES, "")));
   if (tokenizer.kind !== "char" || !ids.length) ids = [config.eot, ...ids];  // as prompt_ids in sample.py
-  while (n < ids.length && n < tokens.length && tokens[n].id === ids[n]) n++;
+  const old = ended() ? tokens.slice(0, -1) : [...tokens], most = Math.min(ids.length, old.length);
+  while (n < most && old[n].id === ids[n]) n++;
+  while (m < most - n && old.at(-1 - m).id === ids.at(-1 - m)) m++;
   cut(n);
-  for (const id of ids.slice(n)) push(id, { given: true });
+  for (let i = n; i < ids.length; i++) push(ids[i], { given: i < ids.length - m || old[i - ids.length + old.length].given });
 }
 
 /** Reads what is not in the cache yet; with settings it writes on, until the end, the end of the context, or stop(). */
@@ -77,19 +86,24 @@ async function read(settings) {
     last = from + cached + part.length === tokens.length;
     if (!part.length && !last) return;  // past the end of the context
     await ask({ keep: cached, ids: part.map(t => t.id), scored: part.every(t => t.others),
-                settings: last && settings, place: tokens.length, most: config.block_size + 1 - (tokens.length - from) }, ({ scores, next }) => {
-      scores?.forEach((score, j) => Object.assign(part[j], score));
+                settings: last && settings, place: tokens.length, most: config.block_size + 1 - (tokens.length - from) }, ({ scores, next, at }) => {
+      scores?.forEach((score, j) => part[j].others || Object.assign(part[j], score));  // of a window that has moved on: what it was when it was read first
       cached = next ? tokens.length - from : cached + part.length;
       if (next) {
         push(next.id, next);
-        speed = { made: (speed?.made ?? 0) + 1, first: speed?.first ?? performance.now(), now: performance.now() };
+        speed = { made: (speed?.made ?? 0) + 1, first: speed?.first ?? at, now: at };
       }
       draw();
     });
   }
 }
 
-const write = async () => read(ended() || full() ? null : readSettings());
+/** Writes on after a change, which is left undone where the settings are wrong. */
+async function write(change = () => {}) {
+  const settings = readSettings();
+  change();
+  return read(ended() || full() ? null : settings);
+}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // What the buttons do: one thing after the other
@@ -99,7 +113,7 @@ let stopped = false;
 let editing = true;  // then nothing works
 let speed = null;
 let turns = 0;
-let before = null;   // the story that "New story" put away
+let before = null;   // the story that "New story" put away, as onDesk() has it
 
 /** Stops what is under way and waits for it; false if somebody else asked for something since. */
 async function rest() {
@@ -155,63 +169,70 @@ function finish(what) {
   $("write").focus({ preventScroll: true });
 }
 
-async function change(caret) {
+async function change(draft, caret) {
   if (!await rest()) return;
   editing = true;
   hideOthers();
   say("");
-  edit.value = text();
+  edit.value = draft ?? text();
+  save();
   redraw();
   edit.focus({ preventScroll: true });
-  edit.setSelectionRange(caret ?? edit.value.length, caret ?? edit.value.length);
+  caret ??= edit.value.length;
+  edit.setSelectionRange(caret, caret);
 }
 
 function press() {
   if (working) stop();
   else if (editing) finish(write);
   else if (ended()) again();
-  else if (full()) work(() => {
-    from = tokens.length - Math.max(1, Math.floor(config.block_size / 2));
-    cached = 0;
-    return write();
-  });
-  else work(write);
+  else work(() => write(() => {
+    if (full()) [from, cached] = [lastHalf(), 0];
+  }));
 }
 
 function again() {
   work(() => {
     $("seed").value = (Number($("seed").value) + 1) % 2 ** 53;
-    cut(Math.max(1, tokens.findLastIndex(t => t.given) + 1));
-    return write();
+    return write(() => cut(Math.max(1, tokens.findLastIndex(t => t.given) + 1)));
   });
 }
 
-function take(i, id) {
+function take(token, id) {
   hideOthers();
   $("write").focus({ preventScroll: true });
-  work(() => {
-    cut(i);
+  work(() => write(() => {
+    if (!tokens.includes(token)) return;  // something else was faster
+    cut(tokens.indexOf(token));
     push(id, { given: true });
-    return id === config.eot ? read() : write();
-  });
+  }));
+}
+
+const onDesk = () => ({ tokens, from, draft: editing ? edit.value : null });
+
+const nothing = () => ({ tokens: [], from: 0, draft: config.start });
+const unwritten = () => editing && blank() && ["", config.start.trim()].includes(edit.value.trim());
+
+/** Puts a story on the desk. */
+function lay(story) {
+  tokens = [];
+  cut(0);
+  for (const { id, ...more } of story.tokens) push(id, more);
+  from = story.from;
+  editing = blank() || story.draft !== null;
+  edit.value = story.draft ?? "";
 }
 
 async function clear() {
-  if (editing && before && blank()) {
-    [tokens, from, before] = [before.tokens, before.from, null];
-    cached = 0;
-    cut(tokens.length);
-    editing = false;
-    return work(read);
+  if (unwritten() && before) {
+    lay(before);
+    before = null;
+    return editing ? change(edit.value) : work(read);
   }
   if (!await rest()) return;
-  before = blank() ? before : { tokens, from };
-  tokens = [];
-  cut(0);
-  await change();
-  edit.value = config.start;
-  save();
-  redraw();
+  before = blank() ? before : onDesk();
+  lay(nothing());
+  await change(config.start);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -240,10 +261,10 @@ function redraw() {
   $("again").hidden = editing || !tokens.some(t => !t.given);
   $("change").hidden = editing && blank();
   $("change").textContent = editing ? "Done" : "Edit";
-  const back = editing && before && blank();
-  $("clear").hidden = editing && blank() && !before;
+  const back = before && unwritten();
+  $("clear").hidden = editing && blank() && !back;
   $("clear").textContent = back ? "Bring the last one back" : "New story";
-  const rate = speed?.made > 1 && `${Math.round(1000 * (speed.made - 1) / (speed.now - speed.first)).toLocaleString("en")} tokens/s`;
+  const rate = !editing && speed?.made > 1 && `${Math.round(1000 * (speed.made - 1) / (speed.now - speed.first)).toLocaleString("en")} tokens/s`;
   const used = !blank() && !editing && `${Math.min(tokens.length - from, config.block_size)} of ${config.block_size} tokens of context`;
   $("speed").textContent = [rate, used].filter(Boolean).join(" · ");
 }
@@ -251,13 +272,16 @@ function redraw() {
 function drawTokens() {
   let same = 0;
   while (same < spans.length && same < tokens.length && spans[same].token === tokens[same]) same++;
+  if (chosen >= same) hideOthers();
   for (const { span } of spans.splice(same)) span.remove();
   for (const token of tokens.slice(same)) {
     const span = document.createElement("span"), end = token.id === config.eot && spans.length > 0;
     span.textContent = end ? "∎" : token.text;
     span.className = end ? "end" : /^\n+$/.test(token.text) ? "line" : "";
     span.classList.toggle("given", Boolean(token.given));
+    span.classList.toggle("spaced", token.text.startsWith(" "));
     span.tabIndex = -1;
+    if (span.textContent) span.role = "button", span.ariaHasPopup = "true";
     story.append(span);
     spans.push({ token, span });
   }
@@ -266,14 +290,15 @@ function drawTokens() {
     s.p = s.token.p;
     s.span.style.setProperty("--heat-of", Math.min(1, -Math.log(s.p) / Math.log(100)).toFixed(3));  // one in a hundred is all of it
   }
-  if (spans.length && !story.querySelector("[tabindex='0']")) spans.at(-1).span.tabIndex = 0;
-  if (chosen >= spans.length) hideOthers();
+  if (!story.querySelector("[tabindex='0']")) spans.find(s => s.span.textContent)?.span.setAttribute("tabindex", "0");
 }
 
 /** The editor is as high as its text. */
 function fit() {
+  const y = scrollY;
   edit.style.height = "auto";
   edit.style.height = `${edit.scrollHeight}px`;
+  scrollTo(scrollX, y);  // for a moment the page was too short for it
 }
 
 function say(what, bad = false) {
@@ -290,7 +315,7 @@ function fatal(message) {
   p.textContent = message;
   $("paper").replaceChildren(p);
   document.querySelector(".buttons").hidden = true;
-  say("");
+  $("speed").textContent = "";
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -301,12 +326,15 @@ let pinned = false;  // by click or key: they stay when the mouse goes
 let timer;
 
 function showOthers(i, pin = false) {
-  const { p, others: list, id } = tokens[i];
+  const { token, span } = spans[i], { p, others: list, id } = token;
   hideOthers();
   [chosen, pinned] = [i, pin];
-  spans[i].span.classList.add("on");
-  const head = document.createElement("p");
-  head.textContent = p === undefined ? "There is no probability: nothing before it was read." : `Probability ${percent(p)}. Take another:`;
+  span.classList.add("on");
+  const head = document.createElement("p"), close = document.createElement("button");
+  head.textContent = p !== undefined ? `Probability ${percent(p)}. Take another:` : i ? "The model has not read this token." : "The first token: nothing comes before it.";
+  close.textContent = "Close";
+  close.onclick = hideOthers;
+  head.append(close);
   others.replaceChildren(head, ...(list ?? []).map(([other, p]) => {
     const button = document.createElement("button"), name = document.createElement("span"), share = document.createElement("span");
     name.append(...(other === config.eot ? ["∎ the end"] : visible(tokenizer.show(other))));
@@ -314,12 +342,12 @@ function showOthers(i, pin = false) {
     button.append(name, share);
     button.style.setProperty("--p", p.toFixed(4));
     if (other === id) button.setAttribute("aria-current", "true");
-    button.onclick = () => take(i, other);
+    button.onclick = () => take(token, other);
     return button;
   }));
   others.hidden = false;
-  const paper = $("paper").getBoundingClientRect(), [line] = spans[i].span.getClientRects();
-  const above = line.bottom + others.offsetHeight > innerHeight && line.top > others.offsetHeight;
+  const paper = $("paper").getBoundingClientRect(), [line] = span.getClientRects();
+  const above = line.bottom + others.offsetHeight > Math.min(innerHeight, paper.bottom) && line.top > others.offsetHeight;
   others.style.left = `${Math.max(8, Math.min(line.left - paper.left, paper.width - others.offsetWidth - 8))}px`;
   others.style.top = `${(above ? line.top - others.offsetHeight : line.bottom) - paper.top}px`;
   if (getComputedStyle(others).position === "fixed") scrollBy(0, Math.max(0, line.bottom + 8 - (innerHeight - others.offsetHeight)));  // on a phone: at the bottom
@@ -389,7 +417,7 @@ story.addEventListener("click", e => {
 });
 story.addEventListener("dblclick", e => {
   const i = indexOf(e.target);
-  if (i >= 0) change(tokens.slice(0, i + 1).map(t => t.text).join("").length);
+  if (i >= 0) change(undefined, tokens.slice(0, i + 1).map(t => t.text).join("").length);
 });
 story.addEventListener("focusin", e => {
   const i = indexOf(e.target);
@@ -402,7 +430,7 @@ story.addEventListener("keydown", e => {
   if (to !== undefined) focusToken(to);
   else if (["ArrowDown", "Enter", " "].includes(e.key)) {
     if (chosen !== i) showOthers(i, true);
-    others.querySelector("button")?.focus();
+    others.querySelector(":scope > button")?.focus();
   } else return;
   e.preventDefault();
 });
@@ -428,7 +456,7 @@ document.addEventListener("keydown", e => {
   else if (editing && !$("change").hidden) finish(read);
 });
 edit.addEventListener("keydown", e => {
-  if (e.key !== "Enter" || e.shiftKey || e.isComposing) return;
+  if (e.key !== "Enter" || e.shiftKey || e.isComposing || matchMedia("(pointer: coarse)").matches) return;
   e.preventDefault();
   press();
 });
@@ -441,6 +469,7 @@ addEventListener("resize", () => {
   draw();
 });
 $("write").onclick = press;
+$("write").onkeydown = e => !(e.repeat && e.key === "Enter");  // what wrote, and is still down, does not stop
 $("again").onclick = again;
 $("change").onclick = () => editing ? finish(read) : change();
 $("clear").onclick = clear;
@@ -449,6 +478,8 @@ $("settings").oninput = () => {
   showSettings();
   save();
 };
+addEventListener("pagehide", save);
+document.addEventListener("visibilitychange", save);
 
 function readSettings() {
   const settings = {};
@@ -463,52 +494,49 @@ function showSettings() {
   for (const output of document.querySelectorAll("#settings output")) output.value = Number($(output.htmlFor).value).toFixed(2);
 }
 
-function save() {
-  const kept = { config: JSON.stringify(config), tokens: tokens.map(t => [t.id, t.given ? 1 : 0]), from, draft: editing ? edit.value : null,
-                 settings: Object.fromEntries(Array.from(document.querySelectorAll("#settings input"), i => [i.id, i.value])) };
+/** For this tab, and for the next one that opens. */
+function keep(name, value) {
+  const rounded = (key, v) => key === "text" ? undefined : typeof v === "number" && !Number.isInteger(v) ? Number(v.toPrecision(4)) : v;
   try {
-    localStorage.setItem("tinylm", JSON.stringify(kept));
+    for (const store of [sessionStorage, localStorage]) store.setItem(name, JSON.stringify(value, rounded));
   } catch { /* then a reload starts anew */ }
 }
 
-/** What save() kept, if it is of this model. */
-function restore() {
-  let kept;
+function kept(name) {
   try {
-    kept = JSON.parse(localStorage.getItem("tinylm"));
-    for (const [id, value] of Object.entries(kept.settings)) $(id).value = value;
-    if (kept.config !== JSON.stringify(config)) return;
-    for (const [id, given] of kept.tokens) push(id, { given: Boolean(given) });
-    from = kept.from;
-    editing = blank() || kept.draft !== null;
-    edit.value = kept.draft ?? "";
+    return JSON.parse(sessionStorage.getItem(name) ?? localStorage.getItem(name));
   } catch {
-    tokens = [];
-    cut(0);
+    return null;
   }
+}
+
+const storyName = () => `tinylm ${config.tokenizer_sha256} ${config.block_size}`;
+
+function save() {
+  keep("tinylm settings", Object.fromEntries(Array.from(document.querySelectorAll("#settings input"), i => [i.id, i.value])));
+  if (!edit.disabled) keep(storyName(), { ...onDesk(), before });  // else the old one is still to come
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The start
 
-async function fetchJson(name) {
-  const answer = await fetch(`model/${name}`, { cache: "no-cache" });
-  if (!answer.ok) throw Error(`model/${name} is not there (${answer.status}): make browser writes it, or export_onnx.py.`);
+async function getJson(name) {
+  const bytes = await get(name);
   try {
-    return await answer.json();
+    return JSON.parse(new TextDecoder().decode(bytes));
   } catch {
     throw Error(`model/${name} is damaged: it is not JSON.`);
   }
 }
 
 async function start() {
-  config = await fetchJson("config.json");
+  config = await getJson("config.json");
   if (config?.format !== 2) throw Error(`model/config.json has format ${JSON.stringify(config?.format)}; this page reads format 2.`);
   for (const key of ["n_layer", "n_kv_head", "head_dim", "block_size", "vocab_size"])
     if (!(Number.isInteger(config[key]) && config[key] > 0)) throw Error(`model/config.json is damaged: its ${key} is ${JSON.stringify(config[key])}.`);
   config.template = String(config.template ?? "");
-  config.start = String(config.start ?? "").startsWith("FILE:") ? "" : String(config.start ?? "");
-  const file = await fetchJson("tokenizer.json");
+  config.start = String(config.start ?? "");
+  const file = await getJson("tokenizer.json");
   try {
     tokenizer = new Tokenizer(file);
   } catch (e) {
@@ -519,10 +547,13 @@ async function start() {
   startWorker();
   await ask({ load: config });
   $("about").textContent = `A language model of ${config.n_layer} layers and ${mega(bytes)} MB. It writes in this page, on your own machine.`;
-  cut(0);
-  edit.value = config.start;
-  restore();
-  showSettings();
+  const story = kept(storyName()) ?? nothing();
+  try {
+    lay(story);
+    before = story.before ?? null;
+  } catch {
+    lay(nothing());
+  }
   say("");
   edit.disabled = $("write").disabled = false;
   if (editing) edit.focus({ preventScroll: true });
@@ -530,4 +561,7 @@ async function start() {
   redraw();
 }
 
-start().catch(e => fatal(e instanceof TypeError ? "The page lost its server: start it again with make browser, then reload." : e.message));
+const settings = kept("tinylm settings");
+for (const input of document.querySelectorAll("#settings input")) input.value = settings?.[input.id] ?? input.value;
+showSettings();
+start().catch(e => fatal(e.message));

@@ -3,12 +3,14 @@
 //   {load: config}    reads model.onnx, telling {bytes, of} while it comes
 //   {keep, ids, scored, settings, place, most}
 //                     keeps the first `keep` tokens in the cache and reads ids, telling {scores}: scores[j] of ids[j], unless they are scored;
-//                     with settings it draws up to `most` tokens then, the first for place `place` of the story, telling {next} of each
+//                     with settings it draws up to `most` tokens then, the first for place `place` of the story, telling {next, at} of each:
+//                     at is the worker's clock in ms
 //   {stop: true}      ends that after the token at hand
 //
 // The answer to the first two ends with {done: true} or {failed: why}.
 
 import * as ort from "./node_modules/onnxruntime-web/dist/ort.wasm.min.mjs";
+import { get } from "./get.js";
 import { draw, score } from "./sample.js";
 
 ort.env.wasm.wasmPaths = new URL("./node_modules/onnxruntime-web/dist/", import.meta.url).href;
@@ -20,26 +22,12 @@ let length = 0;    // tokens in the cache
 let stopped;
 let held = null;   // the logits after the last of them; null after a rewind
 
-async function fetchModel() {
-  const answer = await fetch("model/model.onnx", { cache: "no-cache" });
-  if (!answer.ok) throw Error(`model/model.onnx is not there (${answer.status}): run make browser, or export_onnx.py, which writes it.`);
-  const of = Number(answer.headers.get("content-length")), parts = [];
-  let bytes = 0;
-  for (const reader = answer.body.getReader(); ;) {
-    const { done, value } = await reader.read();
-    if (done) break;
-    parts.push(value);
-    postMessage({ bytes: bytes += value.length, of });
-  }
-  if (bytes < of) throw Error("model/model.onnx did not come whole: reload the page.");
-  return new Uint8Array(await new Blob(parts).arrayBuffer());
-}
-
 async function load() {
-  const file = await fetchModel();
+  const file = await get("model.onnx", (bytes, of) => postMessage({ bytes, of }));
   try {
     session = await ort.InferenceSession.create(file, { logSeverityLevel: 4 });  // the page says it, not the console
   } catch (e) {
+    if (/no available backend/.test(e)) throw Error(`onnxruntime-web does not start; npm ci in browser/ installs it again: ${short(e)}`);
     throw Error(`model/model.onnx cannot be read, it is damaged or no ONNX file: ${short(e)}`);
   }
   const names = ["ids", ...each(i => [`past_k.${i}`, `past_v.${i}`])];
@@ -90,7 +78,7 @@ async function read({ keep, ids, scored, settings, place, most }) {
   for (let n = 0; settings && n < most; n++) {
     if (stopped) break;
     const id = draw(held, settings, place + n);
-    postMessage({ next: { id, ...score(held, id) } });
+    postMessage({ next: { id, ...score(held, id) }, at: performance.now() });
     if (id === config.eot || n + 1 === most) break;
     await tick();
     if (stopped) break;

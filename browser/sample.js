@@ -2,8 +2,9 @@
 
 /** The ids of the k largest logits and of those that equal the last of them, largest first, among equals the smallest id first. */
 export function largest(logits, k) {
-  const top = logits.slice(0, k).sort();  // the k largest so far, ascending; few of the rest get into it
-  for (let i = k; i < logits.length; i++) {
+  const all = k > 1000;  // then to sort is faster
+  const top = all ? logits.slice().sort().slice(-k) : logits.slice(0, k).sort();  // the k largest so far, ascending; few of the rest get into it
+  for (let i = all ? logits.length : k; i < logits.length; i++) {
     if (!(logits[i] > top[0])) continue;
     let j = 1;
     for (; j < k && top[j] < logits[i]; j++) top[j - 1] = top[j];
@@ -33,7 +34,7 @@ export function keep(logits, { temperature, top_k, top_p }) {
   if (every && top_p >= 1) {
     ids = [...p.keys()];
   } else {
-    for (let k = every ? 64 : top_k; ; k *= 8) {  // to sort all is slow, and few make up top_p
+    for (let k = every ? 64 : top_k; ; k = k < 512 ? 512 : V) {  // to sort all is slow, and few make up top_p
       ids = largest(logits, Math.min(k, V)).slice(0, every ? V : top_k);
       const mass = ids.reduce((s, i) => s + p[i], 0);
       if (!every) total = mass;

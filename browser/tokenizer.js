@@ -64,14 +64,18 @@ export class Tokenizer {
     const parts = Array.from(utf8.encode(word), b => BYTE_CHAR[b]);
     const merged = i => (i + 1 < parts.length ? this.ids.get(parts[i] + parts[i + 1]) : undefined) ?? Infinity;
     const ranks = parts.map((_, i) => merged(i));
-    for (;;) {  // always the pair that was learned first
-      let best = 0;
-      for (let i = 1; i < ranks.length; i++) if (ranks[i] < ranks[best]) best = i;
-      if (!(ranks[best] < Infinity)) break;
-      parts.splice(best, 2, parts[best] + parts[best + 1]);
-      ranks.splice(best, 1);
-      ranks[best] = merged(best);
-      if (best) ranks[best - 1] = merged(best - 1);
+    for (;;) {  // always the pair that was learned first, wherever it stands
+      const best = ranks.reduce((a, b) => Math.min(a, b), Infinity);
+      if (best === Infinity) break;
+      let n = 0, here, before;
+      for (let i = 0; i < parts.length; i++, n++, before = here) {
+        here = ranks[i] === best;
+        parts[n] = here ? this.texts[best] : parts[i];
+        if (here) i++;
+        ranks[n] = ranks[i];
+        if (n && (here || before)) ranks[n - 1] = merged(n - 1);
+      }
+      parts.length = ranks.length = n;
     }
     const ids = parts.map(part => this.ids.get(part));
     if (this.words.size < 1e5) this.words.set(word, ids);

@@ -78,10 +78,14 @@ class Browser:
 
     def wait(self, script, seconds=20):
         """The value of the expression as soon as it is true."""
-        end = time.monotonic() + seconds
+        end, value = time.monotonic() + seconds, None
         while time.monotonic() < end:
-            if value := self.run(script):
-                return value
+            try:
+                if value := self.run(script):
+                    return value
+            except RuntimeError as e:
+                if "-32000" not in str(e):  # that the page is being loaded again
+                    raise
             time.sleep(0.02)
         raise TimeoutError(f"{script} is still {value!r}; the page says: {self.run('document.body?.innerText')!r}")
 
