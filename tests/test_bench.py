@@ -198,7 +198,7 @@ def test_peak_memory_sees_what_was_taken_and_given_back():
     found = measure.peak_memory(CPU, work)
     if found is None:
         pytest.skip("this system does not tell")
-    assert 64 <= found / 2 ** 20 < 80
+    assert 63 < found / 2 ** 20 < 80  # a page of it may have been there before
 
 
 def test_explicit_attention_is_attention():

@@ -717,7 +717,7 @@ def nan(folder):
 
 
 BROKEN = {"config.json is not there": lambda f: (f / "config.json").unlink(), "config.json is damaged": lambda f: (f / "config.json").write_text("{"),
-          "format 2": lambda f: edit_config(f, format=2), "its n_layer is 0": lambda f: edit_config(f, n_layer=0), "its block_size is null": lambda f: edit_config(f, block_size=None),
+          "format 9": lambda f: edit_config(f, format=9), "its n_layer is 0": lambda f: edit_config(f, n_layer=0), "its block_size is null": lambda f: edit_config(f, block_size=None),
           "are not of one model": lambda f: edit_config(f, n_layer=3), "tokenizer.json and model/config.json": other_tokenizer,
           "does not work as": lambda f: edit_config(f, head_dim=16), "tokenizer.json is not there": lambda f: (f / "tokenizer.json").unlink(),
           "tokenizer.json is damaged": lambda f: (f / "tokenizer.json").write_bytes(b"\0\xff"), "tokenizer.json cannot be used": lambda f: (f / "tokenizer.json").write_text("[]"),
