@@ -128,7 +128,7 @@ def load(path):
         with open(os.path.join(folder, name), encoding="utf-8") as f:
             config = json.load(f)
         if config["format"] != FORMAT:
-            raise ValueError(f"format {config['format']!r}; this version reads format {FORMAT}")
+            raise ValueError(f"format {config['format']!r}; this version reads format {FORMAT}: export the model again")
         c = ModelConfig(**config["model"])
         name = "tokenizer.json"
         tokenizer = Tokenizer.load(os.path.join(folder, name))
