@@ -29,11 +29,11 @@ import report
 import toy_stories
 from config import Refusal, run
 from device import check_memory, resolve
-from model import Transformer, kv_cache_bytes, num_params
+from model import HAS_CHUNKED_LOSS, Transformer, kv_cache_bytes, num_params
 from sample import finish, generate, prompt_ids
 from stats import bits, bootstrap, mean_interval
 from tokenizer import Tokenizer
-from train import above_floor, evaluate, first_documents, token_nats
+from train import above_floor, documents_of, evaluate, first_documents, token_nats
 from verdict import compare, grade, verdict
 
 FEW = 30            # documents; with fewer, text is resampled in slices, and paragraphs stand for documents
@@ -147,9 +147,9 @@ def read_file(path):
 
 def split_documents(ids, tokenizer):
     """(the documents of a split as texts, whether the last one has an end)."""
-    ends = np.flatnonzero(ids == tokenizer.eot)
-    documents = [tokenizer.decode(ids[a + (ids[a] == tokenizer.bos):b].tolist()) for a, b in zip([0, *ends + 1], [*ends, len(ids)]) if b > a]
-    return documents, bool(len(ends)) and ends[-1] == len(ids) - 1
+    closed = len(ids) > 0 and bool(ids[-1] == tokenizer.eot)
+    found = documents_of(ids if closed else np.r_[ids, tokenizer.eot], tokenizer)
+    return [tokenizer.decode(document.tolist()) for document in found if len(document)], closed
 
 
 def encode(documents, closed, tokenizer):
@@ -186,12 +186,12 @@ def units(ids, tokenizer, few):
 
 def likelihood(subject, documents, closed, compute, cfg):
     """(the figures, columns (units, 4) of nats, targets, tokens, bytes to resample)."""
-    T, B = subject.model.config.block_size, rows_at_once(subject.model.config)
-    subject.model.chunked_loss = not B
+    T, rows = subject.model.config.block_size, rows_at_once(subject.model.config)
+    B, subject.model.chunked_loss = max(1, rows), not rows and HAS_CHUNKED_LOSS
     ids = encode(documents, closed, subject.tokenizer)
     if len(ids) < 2:
         raise Refusal(f"the text has {len(ids)} tokens and needs 2")
-    nats = token_nats(subject.model, ids, T, compute, B or 1).astype(np.float64)
+    nats = token_nats(subject.model, ids, T, compute, B).astype(np.float64)
     if not np.isfinite(nats).all():
         raise Refusal(f"{subject.path}: its loss is not finite; it was damaged in training", status=1)
     if subject.tokenizer.head:
@@ -211,7 +211,7 @@ def likelihood(subject, documents, closed, compute, cfg):
         found[f"perplexity{end}"] = math.exp(min(found[f"loss{end}"], 700))
     found["bits_low"], found["bits_high"] = bootstrap(columns, bits, cfg.resamples, cfg.seed)
     if not isinstance(subject.training, str):
-        data, same = subject.training[0], SimpleNamespace(block_size=T, batch_size=B or 1)
+        data, same = subject.training[0], SimpleNamespace(block_size=T, batch_size=B)
         found["training_loss"] = evaluate(subject.model, data, same, compute, 1 << 16)
     return found | toy_gap(subject, documents, closed, ids, compute), columns
 
@@ -279,7 +279,7 @@ def write(subject, prompts, compute, cfg):
     check_memory(compute.device, kv_cache_bytes(c, len(asked), c.block_size, 4), "try a smaller num_samples")
     with compute.autocast(), tqdm(total=cfg.max_new_tokens, desc="samples", disable=None, leave=False) as bar:
         new, ended = finish(generate(subject.model, ids, cfg.max_new_tokens, cfg.temperature, cfg.top_k, stop=subject.tokenizer.eot, seed=cfg.seed,
-                                     past_end="recompute"), bar.update)
+                                     past_end="recompute"), lambda _: bar.update())
     return [(prompt, prompt + subject.tokenizer.decode_more(row), end == "stop") for prompt, row, end in zip(asked, new, ended)]
 
 

@@ -321,7 +321,7 @@ def build(cfg, model, tokenizer, ckpt, data, folder):
     """Fills the folder. Raises Refusal where a file is not what it should be; an int8 file that is not is removed, and the rest stays."""
     c, config = model.config, ckpt["config"]
     about = onnx_model.describe(c, tokenizer, str(config.get("start", "")), str(config.get("template", "")), checkpoint.fingerprint(ckpt))
-    checkpoint.write_atomic(str(folder / "tokenizer.json"), lambda f: f.write(tokenizer.to_str().encode()))
+    tokenizer.save(folder / "tokenizer.json")
     checkpoint.write_atomic(str(folder / "config.json"), lambda f: f.write(json.dumps(about, indent=1).encode()))
     proto = export(model)
     proto.metadata_props.add(key="fingerprint", value=about["fingerprint"])

@@ -17,6 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 import rmsnorm
 
+HAS_CHUNKED_LOSS = hasattr(nn, "LinearCrossEntropyOptions")  # from torch 2.13 on
+
 
 @dataclass
 class ModelConfig:

@@ -153,8 +153,8 @@ def generate(model, prompts, max_new_tokens, temperature=0.8, top_k=200, top_p=1
     return [end or "length" for end in ended]
 
 
-def finish(steps, after_each=lambda: None):
-    """Runs generate() to its end: (a list of ids a row, why each ended)."""
+def finish(steps, heard=lambda ids: None):
+    """Runs generate() to its end: (a list of ids a row, why each ended); heard(ids) after each step."""
     rows = []
     while True:
         try:
@@ -164,7 +164,7 @@ def finish(steps, after_each=lambda: None):
         rows = rows or [[] for _ in ids]
         for row, id in zip(rows, ids):
             row += [] if id is None else [id]
-        after_each()
+        heard(ids)
 
 
 def render(template, prompt):
@@ -237,26 +237,23 @@ def main(cfg):
 def write(steps, texts, prompts, tokenizer, c):
     """Prints the first row as it comes, then the others, then the speed."""
     streams, rest = [tokenizer.stream() for _ in texts], list(texts)
-    start, times, made, ended = time.perf_counter(), [], 0, []
+    start, times = time.perf_counter(), []
     print("-" * 80 + "\n" + texts[0], end="", flush=True)
-    while True:
-        try:
-            ids = next(steps)
-        except StopIteration as e:
-            ended = e.value
-            break
+
+    def heard(ids):
         times.append(time.perf_counter())
-        made += sum(id is not None for id in ids)
         for row, id in enumerate(ids):
             piece = "" if id is None else streams[row](id)
             rest[row] += piece
             if row == 0:
                 print(piece, end="", flush=True)
+
+    rows, ended = finish(steps, heard)
     for row, end in enumerate(ended):
         print("\n" + "-" * 80 + "\n" + rest[row] if row else "", end="")
         if end == "block_size":
             print(f"\n[the context of {c.block_size} tokens is full; --past_end=recompute goes on]", end="")
-    read, times = sum(map(len, prompts)), times or [time.perf_counter()]
+    read, made, times = sum(map(len, prompts)), sum(map(len, rows)), times or [time.perf_counter()]
     decoding = times[-1] - times[0]
     print("\n" + "-" * 80)
     print(f"prefill {read} tokens, {read / (times[0] - start):,.0f} tokens/s; decode {made} tokens" +

@@ -10,6 +10,7 @@ Fine-tuning calls fit and train_step with its own batches and loss.
 """
 import functools
 import importlib.util
+import itertools
 import math
 import os
 import sys
@@ -28,7 +29,7 @@ import toy_stories
 from config import Refusal, convert, run
 from device import StopAfterStep, check_memory, peak_flops, resolve
 from log import Log, plot
-from model import ModelConfig, Transformer, choose_rmsnorm, flops_per_token, num_params, num_weights
+from model import HAS_CHUNKED_LOSS, ModelConfig, Transformer, choose_rmsnorm, flops_per_token, num_params, num_weights
 from optim import get_lr, make_optimizers
 from sample import finish, generate, prompt_ids
 
@@ -95,7 +96,7 @@ class TrainConfig:
                 raise ValueError(f"{key} must be one of {' | '.join(choices)}, not {getattr(self, key)!r}")
         if self.wandb_log and not importlib.util.find_spec("wandb"):
             raise ValueError("wandb_log needs wandb: pip install wandb")
-        if self.loss == "chunked" and not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        if self.loss == "chunked" and not HAS_CHUNKED_LOSS:
             raise ValueError(f"loss=chunked needs a torch with linear_cross_entropy (2.13); this is {torch.__version__}")
 
 
@@ -508,10 +509,15 @@ def training_bytes(cfg, c, learned):
             + 16 * tokens * cfg.gradient_accumulation_steps)
 
 
+def documents_of(ids, tokenizer):
+    """The documents of a split that end in it, as slices, without the head of each."""
+    ends = np.flatnonzero(ids == tokenizer.eot)
+    return (ids[start + (ids[start] == tokenizer.bos):end] for start, end in zip([0, *ends + 1], ends))
+
+
 def first_documents(ids, tokenizer, n):
-    """The first n documents of a split that end in it, as lists of ids, without the head of each."""
-    ends = np.flatnonzero(ids == tokenizer.eot)[:n]
-    return [ids[start + (ids[start] == tokenizer.bos):end].tolist() for start, end in zip([0, *ends + 1], ends)]
+    """The first n of them, as lists of ids."""
+    return [document.tolist() for document in itertools.islice(documents_of(ids, tokenizer), n)]
 
 
 def above_floor(model, tokenizer, documents, compute):
