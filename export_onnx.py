@@ -8,6 +8,7 @@ The graph takes ids (B, T) and the keys and values of the tokens before, past_k.
 logits (B, T, V) and present_k.0 ..., which are the next call's past. B, T and P may be anything, P also 0. It is traced through the model's own
 attention, with a cache that concatenates. The file has the parameters' size, and position tables (block_size x head_dim numbers for RoPE).
 """
+import copy
 import importlib.util
 import json
 import logging
@@ -20,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 import checkpoint
 import onnx_model
@@ -28,7 +30,7 @@ import train
 from config import Refusal, run
 from device import resolve
 from measure import race
-from model import num_params
+from model import Attention, SwiGLU, num_params
 from sample import finish, generate
 from tokenizer import Tokenizer
 
@@ -78,10 +80,69 @@ class Past:
         return None  # no padding, one document
 
 
+def join(*linears):
+    """One Linear in the place of several that multiply the same states: it gives what they give, one after the other."""
+    first = linears[0]
+    joined = nn.Linear(first.in_features, sum(linear.out_features for linear in linears), bias=first.bias is not None)
+    joined.load_state_dict({name: torch.cat([linear.state_dict()[name] for linear in linears]) for name in first.state_dict()})
+    return joined
+
+
+class JoinedAttention(Attention):
+    """What an Attention computes, in fewer nodes, since in decoding a node costs much whatever is in it: q, k and v from one product, q and
+    k turned as one, q scaled by its weights. x @ roll is x.roll(D / 2), in one node."""
+
+    def __init__(self, c, attn, roll):
+        super().__init__(c, attn.layer)
+        self.load_state_dict(attn.state_dict())
+        for p in (self.q_norm if c.qk_norm else self.q_proj).parameters():
+            p.data *= self.scale
+        self.qkv_proj = join(self.q_proj, self.k_proj, self.v_proj)
+        del self.q_proj, self.k_proj, self.v_proj
+        self.scale, self.grouped = 1.0, False
+        self.H, self.n_kv_head, self.normed, self.roll = c.n_head, c.n_kv_head, c.qk_norm, roll
+
+    def heads(self, x, cos_sin):
+        B, T, _ = x.shape
+        heads = self.qkv_proj(x).view(B, T, -1, self.D).transpose(1, 2)
+        if self.normed:
+            q, k, v = heads.split((self.H, self.n_kv_head, self.n_kv_head), 1)
+            qk = torch.cat((self.q_norm(q), self.k_norm(k)), 1)
+        else:
+            qk, v = heads.split((self.H + self.n_kv_head, self.n_kv_head), 1)
+        if cos_sin is not None:
+            qk = qk * cos_sin[0] + qk @ self.roll * cos_sin[1]  # model.rotate
+        return *qk.split((self.H, self.n_kv_head), 1), v
+
+    def attend(self, q, k, v, mask, is_causal):
+        """Lays the queries of a group one after the other: SDPA's own way would copy k and v for each."""
+        if self.H == self.n_kv_head:
+            return super().attend(q, k, v, mask, is_causal)
+        mask = mask.repeat(self.H // self.n_kv_head, 1) if mask.dim() == 2 else mask.reshape(self.n_kv_head, -1, mask.size(-1))  # ALiBi's (H, T, S)
+        return super().attend(q.reshape(q.size(0), self.n_kv_head, -1, self.D), k, v, mask, is_causal).reshape(q.shape)
+
+
+class JoinedSwiGLU(SwiGLU):
+    def __init__(self, c, mlp):
+        super().__init__(c)
+        self.load_state_dict(mlp.state_dict())
+        self.both_proj = join(self.gate_proj, self.up_proj)
+        del self.gate_proj, self.up_proj
+
+    def forward(self, x):
+        gate, up = self.both_proj(x).chunk(2, -1)
+        return self.down_proj(F.silu(gate) * up)
+
+
 class Graph(nn.Module):
     def __init__(self, model):
         super().__init__()
-        self.model = model
+        self.model, c = copy.deepcopy(model), model.config
+        self.roll = nn.Buffer(torch.eye(c.n_embd // c.n_head).roll(c.n_embd // c.n_head // 2, 1))
+        for block in self.model.blocks:
+            block.attn = JoinedAttention(c, block.attn, self.roll)
+            if c.mlp == "swiglu":
+                block.mlp = JoinedSwiGLU(c, block.mlp)
 
     def forward(self, ids, past):
         cache = Past(past)
@@ -108,7 +169,6 @@ def export(model):
     proto = program.model_proto
     strip(proto)
     tidy(proto)
-    merge(proto)
     if c.tie_embeddings:
         share(proto)
     if [(o.domain, o.version) for o in proto.opset_import] != [("", OPSET)] or proto.functions:
@@ -131,15 +191,14 @@ def arrays(proto):
     return {x.name: onnx.numpy_helper.to_array(x) for x in proto.graph.initializer}
 
 
-def replace(proto, remove=(), nodes=None, **add):
+def replace(proto, remove, nodes, **add):
     """Takes initializers out, puts others (name=array) in, and exchanges the nodes."""
     import onnx
     kept = [x for x in proto.graph.initializer if x.name not in remove]
     del proto.graph.initializer[:]
     proto.graph.initializer.extend([*kept, *(onnx.numpy_helper.from_array(np.ascontiguousarray(x), name) for name, x in add.items())])
-    if nodes is not None:
-        del proto.graph.node[:]
-        proto.graph.node.extend(nodes)
+    del proto.graph.node[:]
+    proto.graph.node.extend(nodes)
 
 
 def tidy(proto):
@@ -166,27 +225,6 @@ def tidy(proto):
             used |= set(n.input)
             nodes.append(n)
     replace(proto, {x.name for x in proto.graph.initializer} - used, nodes[::-1])
-
-
-def merge(proto):
-    """Makes one matrix, and a Split, of those that multiply the same states: q, k and v; gate and up. The sums stay the same."""
-    import onnx
-    node, weights, by_states, new = onnx.helper.make_node, arrays(proto), {}, {}
-    for n in proto.graph.node:
-        if n.op_type == "MatMul" and n.input[1] in weights:
-            by_states.setdefault(n.input[0], []).append(n)
-    merged = {n.output[0]: group for group in by_states.values() if len(group) > 1 for n in group}
-    nodes = []
-    for n in proto.graph.node:
-        y, group = n.output[0], merged.get(n.output[0])
-        if group and n is group[0]:
-            parts = [weights[n.input[1]] for n in group]
-            new[f"{y}.all"], new[f"{y}.widths"] = np.concatenate(parts, 1), np.array([w.shape[1] for w in parts])
-            nodes += [node("MatMul", [n.input[0], f"{y}.all"], [f"{y}.each"]),
-                      node("Split", [f"{y}.each", f"{y}.widths"], [n.output[0] for n in group], axis=-1)]
-        elif not group:
-            nodes.append(n)
-    replace(proto, {n.input[1] for group in merged.values() for n in group}, nodes, **new)
 
 
 def share(proto):
@@ -229,7 +267,7 @@ def quantize(proto):
             nodes += [node("Gather", [q, "ids"], [f"{y}.row"]), node("Cast", [f"{y}.row"], [f"{y}.float"], to=onnx.TensorProto.FLOAT),
                       node("Gather", [scale, "ids"], [f"{y}.flat"]), node("Unsqueeze", [f"{y}.flat", "last"], [f"{y}.of_row"]),
                       node("Mul", [f"{y}.float", f"{y}.of_row"], [y])]
-        elif n.op_type == "MatMul" and (n.input[1] in weights or n.input[1] in transposed):
+        elif n.op_type == "MatMul" and (n.input[1] in weights or n.input[1] in transposed) and not n.input[1].endswith("roll"):
             x, w = n.input
             q, scale = integers(transposed.get(w, w), axis=1 if w in transposed else 0)
             if w in transposed:
@@ -265,7 +303,7 @@ def parity(model, there):
                     _, past = there.run(idx[:, :P], past)
                 want, (got, present) = model(idx[:, P:], cache=cache)[0], there.run(idx[:, P:], past)
                 ours = [x for kv in zip(cache.k, cache.v) for x in kv]
-                for a, b in (want, got), *zip(ours, map(torch.from_numpy, present.values())):
+                for a, b in zip([want, *ours], map(torch.from_numpy, [got, *present.values()])):
                     apart = (a - b).abs().max().item() if a.shape == b.shape and (a - b).isfinite().all() else np.inf
                     worst, share = max(worst, apart), max(share, apart / max(1, a.abs().max().item()))
     return worst, share

@@ -57,14 +57,14 @@ class OnnxModel(nn.Module):
         return {name: np.zeros((batch_size, c.n_kv_head, 0, c.n_embd // c.n_head), np.float32) for name in names(c, "past")}
 
     def run(self, idx, past):
-        """(logits (B, T, V), past with the new tokens) of ids idx (B, T) after a past {name: array}."""
+        """(logits (B, T, V), an array, and the past with the new tokens) of ids idx (B, T) after a past {name: array}."""
         try:
             logits, *present = self.session.run(None, {"ids": idx.numpy(), **past})
             if logits.shape != (*idx.shape, self.config.vocab_size):
                 raise ValueError(f"its logits have the shape {logits.shape}")
         except Exception as e:  # whatever onnxruntime stumbles over
             raise Refusal(f"{self.path} cannot be computed: {e}")
-        return torch.from_numpy(logits), dict(zip(past, present))
+        return logits, dict(zip(past, present))
 
     def new_cache(self, batch_size, max_len):
         return []  # of Parts
@@ -78,13 +78,13 @@ class OnnxModel(nn.Module):
                 cache.append(Part(rows, n, self.no_past(len(rows))))
         if doc is None and len(cache) == 1:  # as it mostly is, and without a copy
             logits, cache[0].past = self.run(idx, cache[0].past)
-            return logits[:, -1]
+            return torch.from_numpy(logits[:, -1])
         logits = torch.zeros(len(idx), self.config.vocab_size)
         for part in cache:
             if doc is not None and (doc[part.rows] == -1).all():  # these rows have ended, maybe at block_size
                 continue
             new, part.past = self.run(idx[part.rows, part.padding:], part.past)
-            logits[part.rows], part.padding = new[:, -1], 0
+            logits[part.rows], part.padding = torch.from_numpy(new[:, -1]), 0
         return logits
 
     def forward(self, idx, targets, reduction="mean"):
@@ -92,7 +92,7 @@ class OnnxModel(nn.Module):
         parts, past = [], self.no_past(len(idx))
         for part in idx.split((idx.size(1) + 1) // 2, dim=1):
             logits, past = self.run(part, past)
-            parts.append(logits)
+            parts.append(torch.from_numpy(logits))
         logits = torch.cat(parts, 1)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction)
         return logits, loss.view_as(targets) if reduction == "none" else loss

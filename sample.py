@@ -64,10 +64,11 @@ def next_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     """A token a row (B,) from logits (B, V). top_p keeps the token that crosses it (Holtzman et al. 2019)."""
     if temperature < 1e-5:  # divided by less, logits overflow
         return logits.argmax(-1)
-    logits, kept = logits.float() / temperature, None
+    kept = None
     if 0 < top_k < logits.size(-1):  # the draw is over these alone, by id: rounding may not change whose is which
         kept = logits.topk(top_k).indices.sort(-1).values
         logits = logits.gather(-1, kept)
+    logits = logits.float() / temperature
     if top_p < 1:
         p, order = logits.softmax(-1).sort(descending=True, stable=True)
         drop = p.cumsum(-1) - p >= top_p  # what is likelier already makes up top_p

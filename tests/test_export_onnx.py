@@ -48,7 +48,7 @@ def same_numbers(model, there):
         idx = ids(model.config, B, P + T, seed=P)
         got, past = there.run(idx[:, P:], there.run(idx[:, :P], there.no_past(B))[1] if P else there.no_past(B))
         assert got.shape == (B, T, model.config.vocab_size)
-        torch.testing.assert_close(got, model(idx)[0][:, P:], rtol=0, atol=1e-4)
+        torch.testing.assert_close(torch.from_numpy(got), model(idx)[0][:, P:], rtol=0, atol=1e-4)
         assert {x.shape for x in past.values()} == {(B, model.config.n_kv_head, P + T, model.config.n_embd // model.config.n_head)}
 
 
@@ -179,7 +179,7 @@ def apart(model, int8):
     idx, past, got = ids(model.config, 2, 16), int8.no_past(2), []
     for part in idx.split((7, 9), dim=1):
         logits, past = int8.run(part, past)
-        got.append(logits)
+        got.append(torch.from_numpy(logits))
     want = model(idx)[0]
     return (torch.cat(got, 1) - want).norm() / want.norm()
 
