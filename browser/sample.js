@@ -4,47 +4,52 @@
 export function largest(logits, k) {
   const all = k > 1000;  // then to sort is faster
   const top = all ? logits.slice().sort().slice(-k) : logits.slice(0, k).sort();  // the k largest so far, ascending; few of the rest get into it
+  let least = top[0];
   for (let i = all ? logits.length : k; i < logits.length; i++) {
-    if (!(logits[i] > top[0])) continue;
+    const x = logits[i];
+    if (!(x > least)) continue;
     let j = 1;
-    for (; j < k && top[j] < logits[i]; j++) top[j - 1] = top[j];
-    top[j - 1] = logits[i];
+    for (; j < k && top[j] < x; j++) top[j - 1] = top[j];
+    top[j - 1] = x;
+    least = top[0];
   }
   const ids = [];
-  for (let i = 0; i < logits.length; i++) if (logits[i] >= top[0]) ids.push(i);
+  for (let i = 0; i < logits.length; i++) if (logits[i] >= least) ids.push(i);
   return ids.sort((a, b) => logits[b] - logits[a] || a - b);
 }
 
-/** exp(logit - the largest), and their sum: a softmax before the division. */
-function softmax(logits, temperature = 1) {
-  let max = -Infinity, sum = 0;
-  for (const x of logits) if (!(x <= max)) max = x;  // nan gets in, too
-  const p = new Float64Array(logits.length);
-  for (let i = 0; i < p.length; i++) sum += p[i] = Math.exp((logits[i] - max) / temperature);
-  if (!Number.isFinite(sum)) throw Error("the model computes something that is not a number: is model.onnx damaged?");
-  return { p, sum };
+function finite(x) {
+  if (!Number.isFinite(x)) throw Error("the model computes something that is not a number: is model.onnx damaged?");
+  return x;
+}
+
+/** What a softmax divides by: the sum of exp((logit - max) / temperature), max being the largest logit. */
+function total(logits, max, temperature = 1) {
+  let sum = 0;
+  for (let i = 0; i < logits.length; i++) sum += Math.exp((logits[i] - max) / temperature);
+  return finite(sum);
 }
 
 /** What next_token draws from: ids and their weights, which need not sum to 1. */
 export function keep(logits, { temperature, top_k, top_p }) {
-  const V = logits.length, every = !(top_k > 0 && top_k < V);
-  if (temperature < 1e-5) return { ids: largest(logits, 1).slice(0, 1), weights: [1] };
-  const { p, sum } = softmax(logits, temperature);
-  let ids, total = sum;
+  const V = logits.length, every = !(top_k > 0 && top_k < V), first = every || temperature < 1e-5 ? 1 : top_k;
+  let ids = largest(logits, first).slice(0, first);
+  const max = finite(logits[ids[0]]), weight = i => Math.exp((logits[i] - max) / temperature);
+  if (temperature < 1e-5) return { ids, weights: [1] };
   if (every && top_p >= 1) {
-    ids = [...p.keys()];
-  } else {
-    for (let k = every ? 64 : top_k; ; k = k < 512 ? 512 : V) {  // to sort all is slow, and few make up top_p
-      ids = largest(logits, Math.min(k, V)).slice(0, every ? V : top_k);
-      const mass = ids.reduce((s, i) => s + p[i], 0);
-      if (!every) total = mass;
-      if (!every || k >= V || mass >= top_p * sum) break;
-    }
-    let before = 0;
-    const n = ids.findIndex(i => (before += p[i]) >= top_p * total);  // the token that crosses top_p is kept
-    if (top_p < 1 && n >= 0) ids = ids.slice(0, n + 1);
+    const all = { ids: new Uint32Array(V), weights: new Float64Array(V) };
+    for (let i = 0; i < V; i++) all.weights[i] = weight(all.ids[i] = i);
+    return all;
   }
-  return { ids, weights: ids.map(i => p[i]) };
+  let weights = ids.map(weight);
+  const sum = every ? total(logits, max, temperature) : weights.reduce((a, b) => a + b);
+  for (let k = 64; every; k = k < 512 ? 512 : V) {  // to sort all is slow, and few make up top_p
+    weights = (ids = largest(logits, Math.min(k, V))).map(weight);
+    if (k >= V || weights.reduce((a, b) => a + b) >= top_p * sum) break;
+  }
+  let before = 0;
+  const n = weights.findIndex(w => (before += w) >= top_p * sum);  // the token that crosses top_p is kept
+  return top_p < 1 && n >= 0 ? { ids: ids.slice(0, n + 1), weights: weights.slice(0, n + 1) } : { ids, weights };
 }
 
 /** A number in [0, 1) for place n of a story: the same seed writes the same story, however often it was stopped on the way. */
@@ -67,7 +72,7 @@ export function draw(logits, settings, n) {
 
 /** How likely a token was to the model itself, whatever the settings, and what it might have been. */
 export function score(logits, id, n = 8) {
-  const { p, sum } = softmax(logits);
-  const likely = largest(logits, Math.min(n, logits.length)).slice(0, n);
-  return { p: p[id] / sum, others: likely.map(i => [i, p[i] / sum]) };
+  const likely = largest(logits, Math.min(n, logits.length)).slice(0, n), max = logits[likely[0]], sum = total(logits, max);
+  const p = i => Math.exp(logits[i] - max) / sum;
+  return { p: p(id), others: likely.map(i => [i, p(i)]) };
 }

@@ -822,7 +822,7 @@ def test_tokens_per_second(installed, story_teller, capsys):
         start = time.perf_counter()
         for _ in range(31):
             logits, cache = model.run(one, cache)
-            sample.next_token(logits[:, -1], 1.0, 200)
+            sample.next_token(torch.from_numpy(logits[:, -1]), 1.0, 200)
         native.append(31 / (time.perf_counter() - start))
     here, there = sorted(native)[len(native) // 2], sorted(there)[len(there) // 2]
     with capsys.disabled():
