@@ -25,7 +25,7 @@ def synchronize(device):
 def race(rivals, seconds, device):
     """Times {name: function} against each other: {name: {"first", "median", "min", "max"}} in seconds a call.
 
-    Each is called once (first), once to warm up, and then all in turn: three rounds, and more until `seconds` are over.
+    Each is called once (first), once to warm up, and then all in turn, there and back: three rounds, and more until `seconds` are over.
     A rival may be (setup, function): what setup() returns, untimed, is the function's argument.
     """
     rivals = {name: f if isinstance(f, tuple) else (None, f) for name, f in rivals.items()}
@@ -48,7 +48,7 @@ def race(rivals, seconds, device):
     for i in range(100):
         if i >= 3 and time.perf_counter() >= end:
             break
-        for name in rivals:
+        for name in list(rivals)[::-1 if i % 2 else 1]:  # threads spin on after a call: nobody always follows the same one
             times[name].append(timed(name, calls[name]))
     return {name: {"first": first[name], "median": statistics.median(t), "min": min(t), "max": max(t)} for name, t in times.items()}
 
