@@ -329,7 +329,7 @@ def explicit_attention(q, k, v):
 
 def bench_attention(cfg, compute):
     """Causal attention over length, one row: scaled_dot_product_attention, as model.py calls it, against the matrices written out."""
-    device, D, rows = compute.device, cfg.n_embd // cfg.n_head, []
+    device, D, rows = compute.device, cfg.head_dim, []
     lengths = (512, 1024, 2048, 4096, 8192) if device.type == "cuda" else (128, 256, 512, 1024)
     functions = {"sdpa": functools.partial(F.scaled_dot_product_attention, is_causal=True), "explicit": explicit_attention}
     for T in lengths:

@@ -138,7 +138,7 @@ class Graph(nn.Module):
     def __init__(self, model):
         super().__init__()
         self.model, c = copy.deepcopy(model), model.config
-        self.roll = nn.Buffer(torch.eye(c.n_embd // c.n_head).roll(c.n_embd // c.n_head // 2, 1))
+        self.roll = nn.Buffer(torch.eye(c.head_dim).roll(c.head_dim // 2, 1))
         for block in self.model.blocks:
             block.attn = JoinedAttention(c, block.attn, self.roll)
             if c.mlp == "swiglu":
@@ -157,7 +157,7 @@ def export(model):
     if 4 * num_params(model) > LARGEST:
         raise Refusal(f"an ONNX file in one piece holds 2 GB, and this model has {4 * num_params(model) / 1e9:.1f} GB of parameters")
     # B, T, P = 2, 3, 4 as the example: torch.export takes a size of 1 for a constant, and says nothing
-    ids, past = torch.zeros(2, 3, dtype=torch.long), tuple(torch.zeros(2, c.n_kv_head, 4, c.n_embd // c.n_head) for _ in range(2 * c.n_layer))
+    ids, past = torch.zeros(2, 3, dtype=torch.long), tuple(torch.zeros(2, c.n_kv_head, 4, c.head_dim) for _ in range(2 * c.n_layer))
     B, T, P = torch.export.Dim("B"), *(torch.export.Dim(name, max=c.block_size) for name in "TP")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of names that axes share, and torch's own deprecations

@@ -24,7 +24,7 @@ CLASSES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM", "gpt2": "GP
 def kind_of(c):
     """llama, qwen3 or gpt2. Raises ValueError for settings that have no counterpart."""
     kind = "gpt2" if c.pos == "learned" else "qwen3" if c.qk_norm else "llama"
-    needs = NEEDS[kind] | ({"n_kv_head": c.n_head} if kind == "gpt2" else {})
+    needs = NEEDS[kind] | ({"n_kv_head": c.n_head, "head_dim": c.n_embd // c.n_head} if kind == "gpt2" else {})
     wrong = [f"{key}={getattr(c, key)} (it has {value})" for key, value in needs.items() if getattr(c, key) != value]
     if wrong:
         raise ValueError(f"transformers has no counterpart: {CLASSES[kind]} comes nearest, but for {', '.join(wrong)}")
@@ -170,9 +170,9 @@ def read_config(data):
         return sizes | NEEDS[kind] | {"norm_eps": float(number(data, "layer_norm_epsilon", 1e-5)), "tie_embeddings": flag(data, "tie_word_embeddings", True),
                                       "dropout": float(rates[0])}, ()
     if kind == "qwen3" or data.get("head_dim") is not None:
-        head_dim = number(data, "head_dim", 128)  # Qwen3Config's default
-        if head_dim * sizes["n_head"] != sizes["n_embd"]:
-            raise ValueError(f"head_dim is {head_dim!r:.60}; here it is always hidden_size / num_attention_heads = {sizes['n_embd']} / {sizes['n_head']}")
+        sizes["head_dim"] = number(data, "head_dim", 128, kind=int)  # Qwen3Config's default
+        if sizes["head_dim"] < 1:
+            raise ValueError(f"head_dim is {sizes['head_dim']}")
     if kind == "qwen3" and data.get("use_sliding_window", data.get("sliding_window") is not None):
         raise ValueError(f"sliding_window is {data.get('sliding_window')!r:.60}: there are no sliding windows here")
     if data.get("layer_types") not in (None, ["full_attention"] * sizes["n_layer"]):
@@ -218,7 +218,7 @@ def write_config(kind, c):
         return data | FIXED[kind] | {"n_ctx": c.block_size, "layer_norm_epsilon": c.norm_eps, "embd_pdrop": c.dropout, "attn_pdrop": c.dropout, "resid_pdrop": c.dropout}
     name, _, numbers = c.rope_scaling.partition(":")
     scaling = {key: int(float(n)) if key.startswith("original") else float(n) for key, n in zip(SCALINGS.get(name, ()), numbers.split(","))}
-    return data | {"num_key_value_heads": c.n_kv_head, "head_dim": c.n_embd // c.n_head, "rms_norm_eps": c.norm_eps, "hidden_act": "silu",
+    return data | {"num_key_value_heads": c.n_kv_head, "head_dim": c.head_dim, "rms_norm_eps": c.norm_eps, "hidden_act": "silu",
                    "attention_bias": c.bias, "attention_dropout": 0.0, "rope_theta": c.rope_theta,
                    "rope_scaling": {"rope_type": name, **scaling} if scaling else None} | ({"mlp_bias": c.bias} if kind == "llama" else {})
 

@@ -26,6 +26,7 @@ class ModelConfig:
     n_head: int = 4              # query heads
     n_kv_head: int = 0           # key and value heads: 0 = n_head (MHA), 1 = MQA, between = GQA (must divide n_head)
     n_embd: int = 128            # width
+    head_dim: int = 0            # width of a head: 0 = n_embd / n_head
     n_inner: int = 0             # width inside the MLP: 0 = 4 n_embd, for swiglu 8/3 n_embd rounded up to 32
     block_size: int = 128        # context length, tokens
     vocab_size: int = 0          # the tokenizer's; a script fills it in
@@ -46,18 +47,19 @@ class ModelConfig:
             if type(value := getattr(self, f.name)) is not f.type and (f.type, type(value)) != (float, int):
                 raise ValueError(f"{f.name} must be of type {f.type.__name__}, not {value!r:.60}")
         self.n_kv_head = self.n_kv_head or self.n_head
-        for key, least in ("n_layer", 1), ("n_head", 1), ("n_kv_head", 1), ("n_embd", 1), ("block_size", 1), ("n_inner", 0), ("vocab_size", 0):
+        for key, least in ("n_layer", 1), ("n_head", 1), ("n_kv_head", 1), ("n_embd", 1), ("head_dim", 0), ("block_size", 1), ("n_inner", 0), ("vocab_size", 0):
             if not least <= getattr(self, key) <= 10 ** 7:
                 raise ValueError(f"{key} must be at least {least} and at most ten million, not {getattr(self, key)}")
-        if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")
+        if not self.head_dim and self.n_embd % self.n_head:
+            raise ValueError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}, or head_dim be given")
+        self.head_dim = self.head_dim or self.n_embd // self.n_head
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}")
         for key, choices in ("norm", NORMS), ("norm_position", BLOCKS), ("mlp", MLPS), ("pos", POSITIONS):
             if getattr(self, key) not in choices:
                 raise ValueError(f"{key} must be one of {' | '.join(choices)}, not {getattr(self, key)!r}")
-        if self.pos == "rope" and self.n_embd // self.n_head % 2:
-            raise ValueError(f"rope rotates pairs: n_embd / n_head = {self.n_embd // self.n_head} must be even")
+        if self.pos == "rope" and self.head_dim % 2:
+            raise ValueError(f"rope rotates pairs: head_dim={self.head_dim} must be even")
         if self.pos == "sinusoidal" and self.n_embd % 2:
             raise ValueError(f"sinusoidal positions need an even n_embd, not {self.n_embd}")
         if not 0 <= self.dropout < 1:
@@ -176,8 +178,7 @@ def rotate(x, cos, sin):  # x (B, H, T, D)
 
 def rope_frequencies(c):
     """The angle a position adds to each pair, float32 (D/2,), after rope_scaling (Llama 3's is by wavelength)."""
-    D = c.n_embd // c.n_head
-    freq = c.rope_theta ** (-torch.arange(0, D, 2, dtype=torch.float32, device="cpu") / D)
+    freq = c.rope_theta ** (-torch.arange(0, c.head_dim, 2, dtype=torch.float32, device="cpu") / c.head_dim)
     kind, _, numbers = c.rope_scaling.partition(":")
     try:
         numbers = [float(n) for n in numbers.split(",") if n]
@@ -224,7 +225,7 @@ class KVCache:
 
     def __init__(self, model, batch_size, max_len, dtype=None):
         c, p = model.config, model.wte.weight
-        shape = batch_size, c.n_kv_head, max_len, c.n_embd // c.n_head
+        shape = batch_size, c.n_kv_head, max_len, c.head_dim
         self.k = [torch.zeros(shape, dtype=dtype or p.dtype, device=p.device) for _ in range(c.n_layer)]
         self.v = [torch.zeros_like(k) for k in self.k]
         self.length, self.max_len = 0, max_len
@@ -286,7 +287,7 @@ def positions(doc):
 class Attention(nn.Module):
     def __init__(self, c, layer):
         super().__init__()
-        self.layer, self.D, self.dropout = layer, c.n_embd // c.n_head, c.dropout
+        self.layer, self.D, self.dropout = layer, c.head_dim, c.dropout
         self.scale, self.grouped = 1 / math.sqrt(self.D), c.n_kv_head != c.n_head
         self.q_proj = nn.Linear(c.n_embd, c.n_head * self.D, bias=c.bias)
         self.k_proj = nn.Linear(c.n_embd, c.n_kv_head * self.D, bias=c.bias)
@@ -312,7 +313,7 @@ class Attention(nn.Module):
         q, k, v = self.heads(x, cos_sin)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # (B, n_kv_head, S, D)
-        return self.o_proj(self.attend(q, k, v, mask, is_causal).transpose(1, 2).reshape(x.shape))
+        return self.o_proj(self.attend(q, k, v, mask, is_causal).transpose(1, 2).flatten(2))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -476,18 +477,18 @@ def num_params(model, positions=True):
 
 def num_weights(c):
     """Parameters in matrices, from the config alone; without a learned position table."""
-    inside = c.n_embd * (2 * c.n_embd + 2 * c.n_embd * c.n_kv_head // c.n_head + (2 if c.mlp == "gelu" else 3) * c.n_inner)
+    inside = c.n_embd * (2 * c.head_dim * (c.n_head + c.n_kv_head) + (2 if c.mlp == "gelu" else 3) * c.n_inner)
     return c.n_layer * inside + (1 if c.tie_embeddings else 2) * c.vocab_size * c.n_embd
 
 
 def flops_per_token(model, T):
     """Floating-point operations of training on one token at context T, forward and backward (PaLM, appendix B):
-    6 for each weight that is multiplied (the embedding look-up is none), 12 C T a layer for scores, not halved for causality."""
+    6 for each weight that is multiplied (the embedding look-up is none), 12 T a layer and channel for scores, not halved for causality."""
     c = model.config
     look_ups = 0 if c.tie_embeddings else model.wte.weight.numel()
-    return 6 * (num_params(model, positions=False) - look_ups) + 12 * c.n_layer * c.n_embd * T
+    return 6 * (num_params(model, positions=False) - look_ups) + 12 * c.n_layer * c.n_head * c.head_dim * T
 
 
 def kv_cache_bytes(c, batch_size, length, bytes_per_number=2):
     """Bytes of the keys and values of `length` tokens."""
-    return 2 * c.n_layer * batch_size * c.n_kv_head * length * (c.n_embd // c.n_head) * bytes_per_number
+    return 2 * c.n_layer * batch_size * c.n_kv_head * length * c.head_dim * bytes_per_number

@@ -24,7 +24,7 @@ FORMAT = 2  # 1 had no fingerprint
 
 def describe(c, tokenizer, start, template, fingerprint):
     """config.json: what a reader needs beside the weights and the tokenizer. fingerprint: of the weights, also in the files."""
-    return {"format": FORMAT, "model": dataclasses.asdict(c), "n_layer": c.n_layer, "n_kv_head": c.n_kv_head, "head_dim": c.n_embd // c.n_head,
+    return {"format": FORMAT, "model": dataclasses.asdict(c), "n_layer": c.n_layer, "n_kv_head": c.n_kv_head, "head_dim": c.head_dim,
             "block_size": c.block_size, "vocab_size": c.vocab_size, "eot": tokenizer.eot, "tokenizer": tokenizer.kind,
             "tokenizer_sha256": tokenizer.sha256, "start": start, "template": template, "fingerprint": fingerprint}
 
@@ -54,7 +54,7 @@ class OnnxModel(nn.Module):
 
     def no_past(self, batch_size):
         c = self.config
-        return {name: np.zeros((batch_size, c.n_kv_head, 0, c.n_embd // c.n_head), np.float32) for name in names(c, "past")}
+        return {name: np.zeros((batch_size, c.n_kv_head, 0, c.head_dim), np.float32) for name in names(c, "past")}
 
     def run(self, idx, past):
         """(logits (B, T, V), an array, and the past with the new tokens) of ids idx (B, T) after a past {name: array}."""
@@ -112,7 +112,7 @@ def open_session(path, c):
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"], enable_fallback=0)  # it would print
     except Exception as e:  # onnxruntime has many kinds, protobuf its own
         raise Refusal(f"{path} is damaged or not a model that onnxruntime reads: {e}")
-    got, given, past = session.get_inputs(), session.get_outputs(), ["B", c.n_kv_head, "P", c.n_embd // c.n_head]
+    got, given, past = session.get_inputs(), session.get_outputs(), ["B", c.n_kv_head, "P", c.head_dim]
     if ([(x.name, x.type, x.shape) for x in got] != [("ids", "tensor(int64)", ["B", "T"]), *((name, "tensor(float)", past) for name in names(c, "past"))]
             or [(x.name, x.type) for x in given] != [(name, "tensor(float)") for name in ("logits", *names(c, "present"))]
             or given[0].shape != ["B", "T", c.vocab_size]):
@@ -134,7 +134,7 @@ def load(path):
         tokenizer = Tokenizer.load(os.path.join(folder, name))
         name = "config.json"
         for key, value in describe(c, tokenizer, str(config["start"]), str(config["template"]), str(config["fingerprint"])).items():
-            if config[key] != value:
+            if key != "model" and config[key] != value:
                 raise ValueError(f"{key} is {config[key]!r:.60}, and by its model and tokenizer.json {value!r:.60}")
         if tokenizer.vocab_size != c.vocab_size:
             raise ValueError(f"vocab_size is {c.vocab_size}, and tokenizer.json has {tokenizer.vocab_size} tokens")

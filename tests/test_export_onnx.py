@@ -49,7 +49,7 @@ def same_numbers(model, there):
         got, past = there.run(idx[:, P:], there.run(idx[:, :P], there.no_past(B))[1] if P else there.no_past(B))
         assert got.shape == (B, T, model.config.vocab_size)
         torch.testing.assert_close(torch.from_numpy(got), model(idx)[0][:, P:], rtol=0, atol=1e-4)
-        assert {x.shape for x in past.values()} == {(B, model.config.n_kv_head, P + T, model.config.n_embd // model.config.n_head)}
+        assert {x.shape for x in past.values()} == {(B, model.config.n_kv_head, P + T, model.config.head_dim)}
 
 
 def plain(path, model):
@@ -234,6 +234,14 @@ def test_positions_past_the_table_are_refused(lab, there):
         there.run(ids(lab[1].config, 1, 65), there.no_past(1))
 
 
+def test_a_setting_that_came_later_has_its_default(lab, tmp_path):
+    shutil.copytree(lab[0] / "out/onnx", tmp_path / "old")
+    about = json.loads((tmp_path / "old/config.json").read_text())
+    del about["model"]["head_dim"]
+    (tmp_path / "old/config.json").write_text(json.dumps(about))
+    assert onnx_model.load(str(tmp_path / "old"))[0].config == lab[1].config
+
+
 SIDES = {"pos": list(POSITIONS), "norm": list(NORMS), "norm_position": ["pre", "post"], "mlp": list(MLPS), "n_kv_head": [1, 2, 4], "tie": [True, False],
          "qk_norm": [True, False], "bias": [True, False]}
 GRID = [dict(zip(SIDES, row)) for row in [
@@ -253,7 +261,8 @@ def test_the_grid_has_each_pair_of_settings():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("toggles", GRID + [dict(pos="rope", rope_scaling="llama3:8,1,4,16"), dict(n_layer=1, n_head=2, n_kv_head=2), dict(block_size=1024)])
+@pytest.mark.parametrize("toggles", GRID + [dict(pos="rope", rope_scaling="llama3:8,1,4,16"), dict(n_layer=1, n_head=2, n_kv_head=2), dict(block_size=1024), dict(head_dim=12, n_kv_head=2),
+                                  dict(head_dim=6, qk_norm=False)])
 def test_every_toggle(toggles, tmp_path):
     model = build(**toggles)
     there = put(model, tmp_path / "model.onnx")

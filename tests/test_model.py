@@ -164,12 +164,13 @@ def test_n_inner_and_kv_heads_are_chosen():
     assert ModelConfig(n_embd=192).n_inner == 512 and ModelConfig(n_embd=128).n_inner == 352
     assert ModelConfig(n_embd=192, mlp="gelu").n_inner == 768
     assert ModelConfig(n_head=4).n_kv_head == 4
+    assert ModelConfig(n_embd=192, n_head=6).head_dim == 32 and ModelConfig(n_embd=30, n_head=4, head_dim=8).head_dim == 8
 
 
 @pytest.mark.parametrize("bad, words", [
     ({"n_embd": 30}, "multiple of n_head"), ({"n_kv_head": 3}, "multiple of n_kv_head"), ({"norm": "batchnorm"}, "layernorm | rmsnorm"),
     ({"pos": "absolute"}, "learned"), ({"mlp": "relu"}, "gelu"), ({"norm_position": "mid"}, "pre | post"), ({"n_layer": 0}, "n_layer"),
-    ({"dropout": 1.0}, "dropout"), ({"n_embd": 12}, "even"), ({"block_size": -1}, "block_size"), ({"norm_eps": 0.0}, "norm_eps"),
+    ({"dropout": 1.0}, "dropout"), ({"n_embd": 12}, "even"), ({"head_dim": 7}, "even"), ({"head_dim": -2}, "head_dim"), ({"block_size": -1}, "block_size"), ({"norm_eps": 0.0}, "norm_eps"),
     ({"rope_scaling": "yarn:4"}, "rope_scaling"), ({"rope_scaling": "linear"}, "rope_scaling"), ({"vocab_size": -1}, "vocab_size"),
     ({"rope_theta": -1.0}, "rope_theta"), ({"n_embd": 9, "n_head": 1, "pos": "sinusoidal"}, "even"), ({"n_inner": -4}, "n_inner")])
 def test_impossible_shapes_are_refused_in_words(bad, words):

@@ -22,7 +22,7 @@ SCALE = 1.3     # of the weights, for logits of standard deviation 1 or more
 def preset(name, **more):
     cfg = configure(train.Config, [f"configs/{name}.toml"])
     keys = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(ModelConfig)}
-    return ModelConfig(**{**keys, "vocab_size": V, "n_layer": 3, "n_head": 4, "n_kv_head": 4, "n_embd": 64, "n_inner": 0, "block_size": 1024, **more})
+    return ModelConfig(**{**keys, "vocab_size": V, "n_layer": 3, "n_head": 4, "n_kv_head": 4, "n_embd": 64, "head_dim": 0, "n_inner": 0, "block_size": 1024, **more})
 
 
 @torch.no_grad()
@@ -62,7 +62,7 @@ def test_biases_and_an_inner_width_of_ones_own():
         assert difference(model, to_transformers(model)) < 1e-4
 
 
-@pytest.mark.parametrize("name, more", [("llama", {"n_kv_head": 2}), ("llama", {"qk_norm": True, "tie_embeddings": False}), ("gpt2", {})])
+@pytest.mark.parametrize("name, more", [("llama", {"n_kv_head": 2}), ("llama", {"qk_norm": True, "tie_embeddings": False}), ("llama", {"qk_norm": True, "head_dim": 24, "n_kv_head": 1}), ("gpt2", {})])
 def test_greedy_text_is_theirs(name, more):
     model = redraw(Transformer(preset(name, **more)), SCALE).eval()
     prompt = torch.randint(V, (2, 5), generator=torch.Generator().manual_seed(1))
@@ -73,7 +73,7 @@ def test_greedy_text_is_theirs(name, more):
 
 @pytest.mark.parametrize("name, wrong", [
     ("llama", {"norm_position": "post"}), ("llama", {"pos": "alibi"}), ("llama", {"pos": "none"}), ("llama", {"norm": "layernorm"}), ("llama", {"mlp": "gelu"}),
-    ("gpt2", {"bias": False}), ("gpt2", {"n_kv_head": 2}), ("gpt2", {"qk_norm": True}), ("gpt2", {"mlp": "swiglu"}), ("llama", {"qk_norm": True, "bias": True})])
+    ("gpt2", {"bias": False}), ("gpt2", {"n_kv_head": 2}), ("gpt2", {"head_dim": 8}), ("gpt2", {"qk_norm": True}), ("gpt2", {"mlp": "swiglu"}), ("llama", {"qk_norm": True, "bias": True})])
 def test_what_has_no_counterpart_is_named(name, wrong):
     (key, value), *_ = reversed(wrong.items())
     with pytest.raises(ValueError, match=f"{key}={value}"):
