@@ -6,7 +6,7 @@
 
 The graph takes ids (B, T) and the keys and values of the tokens before, past_k.0 past_v.0 past_k.1 ... (B, n_kv_head, P, head_dim), and gives
 logits (B, T, V) and present_k.0 ..., which are the next call's past. B, T and P may be anything, P also 0. It is traced through the model's own
-attention, with a cache that concatenates. The file has the parameters' size, and position tables (block_size x head_dim numbers for RoPE).
+attention, its matrices joined, with a cache that concatenates. The file has the parameters' size, and position tables (block_size x head_dim numbers for RoPE).
 """
 import copy
 import importlib.util

@@ -483,7 +483,7 @@ def num_weights(c):
 
 def flops_per_token(model, T):
     """Floating-point operations of training on one token at context T, forward and backward (PaLM, appendix B):
-    6 for each weight that is multiplied (the embedding look-up is none), 12 T a layer and channel for scores, not halved for causality."""
+    6 for each weight that is multiplied (the embedding look-up is none), 12 H D T a layer for scores, not halved for causality."""
     c = model.config
     look_ups = 0 if c.tie_embeddings else model.wte.weight.numel()
     return 6 * (num_params(model, positions=False) - look_ups) + 12 * c.n_layer * c.n_head * c.head_dim * T
