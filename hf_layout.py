@@ -24,7 +24,7 @@ CLASSES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM", "gpt2": "GP
 def kind_of(c):
     """llama, qwen3 or gpt2. Raises ValueError for settings that have no counterpart."""
     kind = "gpt2" if c.pos == "learned" else "qwen3" if c.qk_norm else "llama"
-    needs = NEEDS[kind] | ({"n_kv_head": c.n_head, "head_dim": c.n_embd // c.n_head} if kind == "gpt2" else {})
+    needs = NEEDS[kind] | ({"n_kv_head": c.n_head, "n_embd": c.n_head * c.head_dim} if kind == "gpt2" else {})
     wrong = [f"{key}={getattr(c, key)} (it has {value})" for key, value in needs.items() if getattr(c, key) != value]
     if wrong:
         raise ValueError(f"transformers has no counterpart: {CLASSES[kind]} comes nearest, but for {', '.join(wrong)}")

@@ -5,7 +5,7 @@
     logits, loss = model(idx, targets)                    # idx, targets (B, T) int64; logits (B, T, vocab_size)
 
 Every toggle is decided when the model is built; `forward` has no if about them. Adding a norm is a class and a line in NORMS.
-Letters in shapes: B batch, T new tokens, S all tokens a query may see (cache and new), C width, H heads, D = C/H, V vocabulary.
+Letters in shapes: B batch, T new tokens, S all tokens a query may see (cache and new), C width, H heads, D head_dim, V vocabulary.
 """
 import math
 from dataclasses import dataclass, fields

@@ -377,7 +377,9 @@ DATA_KEYS = {"dataset", "seed"}
 def inherit(cfg, ckpt, path, resume, fixed=DATA_KEYS):
     """cfg with what the checkpoint decides: the architecture, and when resuming everything that was not given anew, which the
     keys in `fixed` may not be."""
-    types, model_config = {f.name: f.type for f in fields(cfg)}, ckpt.get("model_config", {})  # an adapter has none
+    types, model_config = {f.name: f.type for f in fields(cfg)}, {}
+    if "model_config" in ckpt:  # an adapter has none; a setting that came later has its default
+        model_config = {f.name: f.default for f in fields(ModelConfig)} | ckpt["model_config"]
     for key, saved in (ckpt["config"] | model_config if resume else model_config).items():
         if key not in types:
             continue

@@ -30,7 +30,7 @@ function total(logits, max, temperature = 1) {
   return finite(sum);
 }
 
-/** What next_token draws from: ids and their weights, which need not sum to 1. */
+/** What next_token draws from: ids and their weights, which need not sum to 1. Whether all logits are numbers is for score() to say. */
 export function keep(logits, { temperature, top_k, top_p }) {
   const V = logits.length, every = !(top_k > 0 && top_k < V), first = every || temperature < 1e-5 ? 1 : top_k;
   let ids = largest(logits, first).slice(0, first);

@@ -228,8 +228,10 @@ def test_another_base_is_refused_whatever_differs(tuned):
     with contextlib.chdir(tuned):
         ckpt = checkpoint.load("base/ckpt_best.pt")
         assert checkpoint.fingerprint(ckpt) == adapter(tuned, "tuned")["base_sha256"] == checkpoint.fingerprint(ckpt | {"step": 9, "config": {}})
+        before = {key: value for key, value in ckpt["model_config"].items() if key != "head_dim"}  # a setting that came later
+        assert checkpoint.fingerprint(ckpt | {"model_config": before}) == checkpoint.fingerprint(ckpt)
         name = "blocks.1.mlp.up_proj.weight"
-        for change in {"model": ckpt["model"] | {name: ckpt["model"][name] * 1.0001}}, {"model_config": ckpt["model_config"] | {"rope_theta": 5000.0}}, {"tokenizer_sha256": "0"}:
+        for change in {"model_config": ckpt["model_config"] | {"head_dim": 2}}, {"model": ckpt["model"] | {name: ckpt["model"][name] * 1.0001}}, {"model_config": ckpt["model_config"] | {"rope_theta": 5000.0}}, {"tokenizer_sha256": "0"}:
             assert checkpoint.fingerprint(ckpt | change) != checkpoint.fingerprint(ckpt)
         with pytest.raises(Refusal, match="trained over another base than other/ckpt_best.pt: over base/ckpt_best.pt"):
             sample.main(configure(sample.Config, ["--adapter=tuned", "--out_dir=other", "--device=cpu"]))

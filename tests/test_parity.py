@@ -73,7 +73,7 @@ def test_greedy_text_is_theirs(name, more):
 
 @pytest.mark.parametrize("name, wrong", [
     ("llama", {"norm_position": "post"}), ("llama", {"pos": "alibi"}), ("llama", {"pos": "none"}), ("llama", {"norm": "layernorm"}), ("llama", {"mlp": "gelu"}),
-    ("gpt2", {"bias": False}), ("gpt2", {"n_kv_head": 2}), ("gpt2", {"head_dim": 8}), ("gpt2", {"qk_norm": True}), ("gpt2", {"mlp": "swiglu"}), ("llama", {"qk_norm": True, "bias": True})])
+    ("gpt2", {"bias": False}), ("gpt2", {"n_kv_head": 2}), ("gpt2", {"head_dim": 8, "n_embd": 64}), ("gpt2", {"head_dim": 7, "n_embd": 30}), ("gpt2", {"qk_norm": True}), ("gpt2", {"mlp": "swiglu"}), ("llama", {"qk_norm": True, "bias": True})])
 def test_what_has_no_counterpart_is_named(name, wrong):
     (key, value), *_ = reversed(wrong.items())
     with pytest.raises(ValueError, match=f"{key}={value}"):

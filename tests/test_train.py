@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -194,6 +195,15 @@ def test_stop_and_resume_is_an_uninterrupted_run_to_the_bit(lab, optimizer):
     for key in "model", "optimizers", "val_loss", "best_val_loss":
         assert same(whole[key], parts[key]), key
     assert log(lab, f"whole-{optimizer}") == log(lab, f"parts-{optimizer}")
+
+
+def test_a_setting_that_came_later_has_its_default():
+    saved = {key: value for key, value in asdict(ModelConfig(n_embd=96, n_head=2, vocab_size=300)).items() if key != "head_dim"}
+    for resume in True, False:
+        ckpt = {"config": {}, "model_config": saved}
+        assert train.inherit(configure(train.Config, []), ckpt, "old.pt", resume).head_dim == 48
+        with pytest.raises(Refusal, match="head_dim=0, which cannot become 16"):
+            train.inherit(configure(train.Config, ["--head_dim=16"]), ckpt, "old.pt", resume)
 
 
 def test_resume_keeps_what_was_saved_and_refuses_another_model_or_data(lab):
