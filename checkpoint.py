@@ -144,9 +144,9 @@ def restore(ckpt, path, device="cpu"):
 
 def fingerprint(ckpt):
     """sha256 of what a checkpoint computes: architecture, tokenizer and weights, however it was trained. Of one that restore takes."""
-    c = ModelConfig(**ckpt["model_config"])
-    later = {"head_dim"} if c.head_dim * c.n_head == c.n_embd else set()  # adapters are older than it, and their bases did not change
-    said = {key: value for key, value in ckpt["model_config"].items() if key not in later}
+    said, c = dict(ckpt["model_config"]), ModelConfig(**ckpt["model_config"])
+    if c.head_dim * c.n_head == c.n_embd:
+        said.pop("head_dim", None)  # adapters are older than this setting, and their bases did not change
     digest = hashlib.sha256(repr((sorted(said.items()), ckpt["tokenizer_sha256"])).encode())
     for name, w in sorted(ckpt["model"].items()):
         digest.update(f"{name} {w.dtype} {tuple(w.shape)}".encode())

@@ -138,9 +138,9 @@ class Graph(nn.Module):
     def __init__(self, model):
         super().__init__()
         self.model, c = copy.deepcopy(model), model.config
-        self.roll = nn.Buffer(torch.eye(c.head_dim).roll(c.head_dim // 2, 1))
+        roll = nn.Buffer(torch.eye(c.head_dim).roll(c.head_dim // 2, 1))
         for block in self.model.blocks:
-            block.attn = JoinedAttention(c, block.attn, self.roll)
+            block.attn = JoinedAttention(c, block.attn, roll)
             if c.mlp == "swiglu":
                 block.mlp = JoinedSwiGLU(c, block.mlp)
 
