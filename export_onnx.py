@@ -4,14 +4,15 @@
     python export_onnx.py --out_dir=out/ts --to=story --quantize=int8      also story/model_int8.onnx, about a quarter of the size
     python sample.py --onnx=out/ts/onnx                                    stories from it; --onnx=story/model_int8.onnx
 
-The graph takes ids (B, T) and the keys and values of the tokens before, past_k.0 past_v.0 past_k.1 ... (B, n_kv_head, P, head_dim), and gives
-logits (B, T, V) and present_k.0 ..., which are the next call's past. B, T and P may be anything, P also 0. It is traced through the model's own
-attention, its matrices joined, with a cache that concatenates. The file has the parameters' size, and position tables (block_size x head_dim numbers for RoPE).
+The graph takes ids (B, T) and the keys and values of the tokens before, past_k.0 past_v.0 past_k.1 ... (P, B, n_kv_head, head_dim), and gives
+logits (B, T, V) and present_k.0 ... (P + T, B, n_kv_head, head_dim), which are the next call's past. B, T and P may be anything, P also 0; that
+P + T stays within block_size is the caller's to see to. The file has the parameters' size.
 """
 import copy
 import importlib.util
 import json
 import logging
+import math
 import os
 import types
 import warnings
@@ -30,7 +31,7 @@ import train
 from config import Refusal, run
 from device import resolve
 from measure import race
-from model import Attention, SwiGLU, num_params
+from model import attention_mask, num_params
 from sample import finish, generate
 from tokenizer import Tokenizer
 
@@ -65,19 +66,14 @@ class Config:
 # ---------------------------------------------------------------------------------------------------------------------
 # The graph
 
-class Past:
-    """What Attention and Transformer.hidden need of a cache, from the inputs of a graph: update concatenates."""
+class Computed:
+    """In the place of a table of cos or sin: its rows for the positions (T,) that are asked for, so that no table is in the file."""
 
-    def __init__(self, past):
-        self.past, self.length, self.present = past, past[0].size(2), []
+    def __init__(self, of, frequencies):
+        self.of, self.frequencies = of, frequencies
 
-    def update(self, layer, k, v):
-        k, v = (torch.cat((old, new), 2) for old, new in zip(self.past[2 * layer:], (k, v)))
-        self.present += k, v
-        return k, v
-
-    def update_doc(self, doc, B, T):
-        return None  # no padding, one document
+    def __getitem__(self, pos):
+        return self.of(pos.view(-1, *[1] * self.frequencies.dim()) * self.frequencies)
 
 
 def join(*linears):
@@ -88,46 +84,43 @@ def join(*linears):
     return joined
 
 
-class JoinedAttention(Attention):
-    """What an Attention computes, in fewer nodes, since in decoding a node costs much whatever is in it: q, k and v from one product, q and
-    k turned as one, q scaled by its weights. x @ roll is x.roll(D / 2), in one node."""
+class JoinedAttention(nn.Module):
+    """What an Attention computes, in fewer nodes, since in decoding a node costs much whatever is in it: q, k and v from one product and turned
+    as one (v by nothing), q scaled by its weights. x @ roll is x.roll(D / 2), in one node."""
 
     def __init__(self, c, attn, roll):
-        super().__init__(c, attn.layer)
-        self.load_state_dict(attn.state_dict())
-        for p in (self.q_norm if c.qk_norm else self.q_proj).parameters():
-            p.data *= self.scale
-        self.qkv_proj = join(self.q_proj, self.k_proj, self.v_proj)
-        del self.q_proj, self.k_proj, self.v_proj
-        self.scale, self.grouped = 1.0, False
-        self.H, self.n_kv_head, self.normed, self.roll = c.n_head, c.n_kv_head, c.qk_norm, roll
+        super().__init__()
+        for p in (attn.q_norm if c.qk_norm else attn.q_proj).parameters():
+            p.data /= math.sqrt(c.head_dim)
+        self.qkv_proj, self.o_proj = join(attn.q_proj, attn.k_proj, attn.v_proj), attn.o_proj
+        self.q_norm, self.k_norm = attn.q_norm, attn.k_norm
+        self.H, self.G, self.D, self.normed, self.roll = c.n_head, c.n_kv_head, c.head_dim, c.qk_norm, roll
 
-    def heads(self, x, cos_sin):
-        B, T, _ = x.shape
-        heads = self.qkv_proj(x).view(B, T, -1, self.D).transpose(1, 2)
+    def forward(self, x, cos_sin, mask, past, present):
+        """States (T * B, C) of states x, after a past k and v (P, B, G, D). Appends k and v of all tokens to present."""
+        H, G, D, B = self.H, self.G, self.D, past[0].size(1)
+        heads = self.qkv_proj(x).view(-1, B, H + 2 * G, D)  # (T, B, heads, D)
         if self.normed:
-            q, k, v = heads.split((self.H, self.n_kv_head, self.n_kv_head), 1)
-            qk = torch.cat((self.q_norm(q), self.k_norm(k)), 1)
-        else:
-            qk, v = heads.split((self.H + self.n_kv_head, self.n_kv_head), 1)
+            q, k, v = heads.split((H, G, G), 2)
+            heads = torch.cat((self.q_norm(q), self.k_norm(k), v), 2)
         if cos_sin is not None:
-            qk = qk * cos_sin[0] + qk @ self.roll * cos_sin[1]  # model.rotate
-        return *qk.split((self.H, self.n_kv_head), 1), v
+            heads = heads * cos_sin[0] + heads @ self.roll * cos_sin[1]  # model.rotate
+        q, k, v = heads.split((H, G, G), 2)
+        k, v = (torch.cat(pair) for pair in zip(past, (k, v)))
+        present += k, v
+        q = q.permute(1, 2, 0, 3)  # onnxruntime's products take this and the like upon them
+        if H != G:  # the queries of a group one after the other, so that k and v are not copied for each
+            q = q.reshape(B, G, -1, D)
+        y = (q @ k.permute(1, 2, 3, 0) + mask).softmax(-1) @ v.permute(1, 2, 0, 3)
+        if H != G:
+            y = y.reshape(B, H, -1, D)
+        return self.o_proj(y.permute(2, 0, 1, 3).reshape(-1, H * D))
 
-    def attend(self, q, k, v, mask, is_causal):
-        """Lays the queries of a group one after the other: SDPA's own way would copy k and v for each."""
-        if self.H == self.n_kv_head:
-            return super().attend(q, k, v, mask, is_causal)
-        mask = mask.repeat(self.H // self.n_kv_head, 1) if mask.dim() == 2 else mask.reshape(self.n_kv_head, -1, mask.size(-1))  # ALiBi's (H, T, S)
-        return super().attend(q.reshape(q.size(0), self.n_kv_head, -1, self.D), k, v, mask, is_causal).reshape(q.shape)
 
-
-class JoinedSwiGLU(SwiGLU):
-    def __init__(self, c, mlp):
-        super().__init__(c)
-        self.load_state_dict(mlp.state_dict())
-        self.both_proj = join(self.gate_proj, self.up_proj)
-        del self.gate_proj, self.up_proj
+class JoinedSwiGLU(nn.Module):
+    def __init__(self, mlp):
+        super().__init__()
+        self.both_proj, self.down_proj = join(mlp.gate_proj, mlp.up_proj), mlp.down_proj
 
     def forward(self, x):
         gate, up = self.both_proj(x).chunk(2, -1)
@@ -135,6 +128,9 @@ class JoinedSwiGLU(SwiGLU):
 
 
 class Graph(nn.Module):
+    """A Transformer, told with the tokens of all rows in one axis, (T * B, C): a product and the sum with the residual stream are one Gemm then.
+    In keys and values the tokens are the first axis, so that new ones come after all that is there, whatever B."""
+
     def __init__(self, model):
         super().__init__()
         self.model, c = copy.deepcopy(model), model.config
@@ -142,11 +138,29 @@ class Graph(nn.Module):
         for block in self.model.blocks:
             block.attn = JoinedAttention(c, block.attn, roll)
             if c.mlp == "swiglu":
-                block.mlp = JoinedSwiGLU(c, block.mlp)
+                block.mlp = JoinedSwiGLU(block.mlp)
+        if c.pos in ("rope", "sinusoidal"):
+            tables = self.model.rope or self.model.add_pos
+            freq = tables.frequencies
+            if c.pos == "rope":
+                freq = torch.cat((freq.expand(c.n_head + c.n_kv_head, -1), torch.zeros(c.n_kv_head, len(freq))))
+            del tables.cos, tables.sin
+            tables.cos, tables.sin = Computed(torch.cos, freq), Computed(torch.sin, freq)
 
     def forward(self, ids, past):
-        cache = Past(past)
-        return self.model(ids, cache=cache)[0], *cache.present
+        m, c, (B, T), P, present = self.model, self.model.config, ids.shape, past[0].size(0), []
+        pos = torch.arange(P, P + T)
+        mask, _ = attention_mask(P, T, None, m.alibi, torch.float32, "cpu")
+        if mask.dtype == torch.bool:
+            mask = torch.where(mask, 0.0, -torch.inf)
+        if c.n_head != c.n_kv_head:  # a group's queries one after the other, as in JoinedAttention
+            mask = mask.repeat(c.n_head // c.n_kv_head, 1) if mask.dim() == 2 else mask.reshape(c.n_kv_head, -1, P + T)  # ALiBi's (H, T, S)
+        cos_sin = m.rope and [rows[:, None] for rows in m.rope.at(pos)]  # (T, 1, heads, D)
+        x = m.wte(ids)
+        x = (m.add_pos(x, pos) if m.add_pos is not None else x).transpose(0, 1).flatten(0, 1)
+        for layer, block in enumerate(m.blocks):
+            x = block(x, cos_sin, mask, past[2 * layer:2 * layer + 2], present)
+        return m.head(m.norm(x).view(T, B, -1).transpose(0, 1)), *present
 
 
 def export(model):
@@ -157,14 +171,14 @@ def export(model):
     if 4 * num_params(model) > LARGEST:
         raise Refusal(f"an ONNX file in one piece holds 2 GB, and this model has {4 * num_params(model) / 1e9:.1f} GB of parameters")
     # B, T, P = 2, 3, 4 as the example: torch.export takes a size of 1 for a constant, and says nothing
-    ids, past = torch.zeros(2, 3, dtype=torch.long), tuple(torch.zeros(2, c.n_kv_head, 4, c.head_dim) for _ in range(2 * c.n_layer))
+    ids, past = torch.zeros(2, 3, dtype=torch.long), tuple(torch.zeros(4, 2, c.n_kv_head, c.head_dim) for _ in range(2 * c.n_layer))
     B, T, P = torch.export.Dim("B"), *(torch.export.Dim(name, max=c.block_size) for name in "TP")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of names that axes share, and torch's own deprecations
         logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)  # torchvision is not installed
         program = torch.onnx.export(
             Graph(model).eval(), (ids, past), dynamo=True, opset_version=OPSET, external_data=False, verbose=False,
-            dynamic_shapes={"ids": {0: B, 1: T}, "past": tuple({0: B, 2: P} for _ in past)},
+            dynamic_shapes={"ids": {0: B, 1: T}, "past": tuple({0: P, 1: B} for _ in past)},
             input_names=["ids", *onnx_model.names(c, "past")], output_names=["logits", *onnx_model.names(c, "present")])
     proto = program.model_proto
     strip(proto)
@@ -204,7 +218,7 @@ def replace(proto, remove, nodes, **add):
 def tidy(proto):
     """Says in fewer nodes what torch's exporter says in many; the results are the same but for rounding."""
     import onnx
-    made, same = {n.output[0]: n for n in proto.graph.node}, {}
+    made = {n.output[0]: n for n in proto.graph.node}
 
     def of(name, op):
         return made[name] if name in made and made[name].op_type == op else None
@@ -212,15 +226,10 @@ def tidy(proto):
     for n in proto.graph.node:
         if n.op_type == "Mul" and (r := of(n.input[1], "Reciprocal")):  # x / sqrt(): as onnxruntime knows, and fuses, a norm
             n.CopyFrom(onnx.helper.make_node("Div", [n.input[0], r.input[0]], n.output))
-        elif n.op_type == "Where" and of(n.input[0], "IsNaN"):  # of a softmax over nothing; here a token sees itself
-            same[n.output[0]] = n.input[2]
-        elif (n.op_type == "Reshape" and (t := of(n.input[0], "Transpose")) and list(t.attribute[0].ints) == [0, 2, 1]
-              and (r := of(t.input[0], "Reshape"))):
-            n.CopyFrom(onnx.helper.make_node("Transpose", r.input[:1], n.output, perm=[0, 1, 3, 2]))  # keys, by way of three dimensions
+        elif n.op_type == "Add" and (g := of(n.input[1], "Gemm")) and len(g.input) == 2:  # a residual stream, where there is no bias
+            n.CopyFrom(onnx.helper.make_node("Gemm", [*g.input, n.input[0]], n.output, transB=1))
     nodes, used = [], {x.name for x in proto.graph.output}
     for n in reversed(proto.graph.node):
-        for i, name in enumerate(n.input):
-            n.input[i] = same.get(name, name)
         if used & set(n.output):
             used |= set(n.input)
             nodes.append(n)
@@ -267,18 +276,20 @@ def quantize(proto):
             nodes += [node("Gather", [q, "ids"], [f"{y}.row"]), node("Cast", [f"{y}.row"], [f"{y}.float"], to=onnx.TensorProto.FLOAT),
                       node("Gather", [scale, "ids"], [f"{y}.flat"]), node("Unsqueeze", [f"{y}.flat", "last"], [f"{y}.of_row"]),
                       node("Mul", [f"{y}.float", f"{y}.of_row"], [y])]
-        elif n.op_type == "MatMul" and (n.input[1] in weights or n.input[1] in transposed) and not n.input[1].endswith("roll"):
-            x, w = n.input
-            q, scale = integers(transposed.get(w, w), axis=1 if w in transposed else 0)
-            if w in transposed:
-                nodes.append(node("Transpose", [q], [f"{w}.q"], perm=[1, 0]))
-                q = f"{w}.q"
+        elif n.op_type == "Gemm" or n.op_type == "MatMul" and (n.input[1] in weights or n.input[1] in transposed) and not n.input[1].endswith("roll"):
+            x, w, *added = n.input
+            by_row = n.op_type == "Gemm" or w in transposed  # (out, in), as torch has it
+            q, scale = integers(transposed.get(w, w), axis=1 if by_row else 0)
+            if by_row:
+                nodes.append(node("Transpose", [q], [f"{y}.w"], perm=[1, 0]))
+                q = f"{y}.w"
             if x not in quantized:
                 quantized[x] = [f"{x}.q", f"{x}.scale", f"{x}.zero"]
                 nodes.append(node("DynamicQuantizeLinear", [x], quantized[x]))
             xq, x_scale, x_zero = quantized[x]
             nodes += [node("MatMulInteger", [xq, q, x_zero], [f"{y}.sum"]), node("Cast", [f"{y}.sum"], [f"{y}.float"], to=onnx.TensorProto.FLOAT),
-                      node("Mul", [x_scale, scale], [f"{y}.both"]), node("Mul", [f"{y}.float", f"{y}.both"], [y])]
+                      node("Mul", [x_scale, scale], [f"{y}.both"]), node("Mul", [f"{y}.float", f"{y}.both"], [f"{y}.product" if added else y]),
+                      *(node("Add", [f"{y}.product", c], [y]) for c in added)]
         elif y not in transposed:
             nodes.append(n)
     replace(proto, {name.removesuffix(".q") for name in new}, nodes, **new)
@@ -297,13 +308,13 @@ def parity(model, there):
         for P in sorted({min(P, c.block_size - 1) for P in (0, 1, 7, c.block_size // 2, c.block_size - 1)}):
             for T in sorted({1, min(5, c.block_size - P)}):
                 idx = torch.randint(c.vocab_size, (B, P + T), generator=g)
-                cache, past = model.new_cache(B, P + T), there.no_past(B)
+                cache, past = model.new_cache(B, P + T), there.new_past(B, P + T)
                 if P:
                     model.hidden(idx[:, :P], cache)
-                    _, past = there.run(idx[:, :P], past)
-                want, (got, present) = model(idx[:, P:], cache=cache)[0], there.run(idx[:, P:], past)
-                ours = [x for kv in zip(cache.k, cache.v) for x in kv]
-                for a, b in zip([want, *ours], map(torch.from_numpy, [got, *present.values()])):
+                    there.run(idx[:, :P], past)
+                want, got = model(idx[:, P:], cache=cache)[0], there.run(idx[:, P:], past)
+                ours = [x.permute(2, 0, 1, 3) for kv in zip(cache.k, cache.v) for x in kv]
+                for a, b in zip([want, *ours], map(torch.from_numpy, [got, *past.arrays])):
                     apart = (a - b).abs().max().item() if a.shape == b.shape and (a - b).isfinite().all() else np.inf
                     worst, share = max(worst, apart), max(share, apart / max(1, a.abs().max().item()))
     return worst, share

@@ -139,6 +139,7 @@ class Float32Tables(nn.Module):
 
     def __init__(self, c, frequencies):
         super().__init__()
+        self.frequencies = frequencies
         angles = torch.outer(torch.arange(c.block_size, dtype=torch.float32, device="cpu"), frequencies)
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
@@ -288,7 +289,7 @@ class Attention(nn.Module):
     def __init__(self, c, layer):
         super().__init__()
         self.layer, self.D, self.dropout = layer, c.head_dim, c.dropout
-        self.scale, self.grouped = 1 / math.sqrt(self.D), c.n_kv_head != c.n_head
+        self.grouped = c.n_kv_head != c.n_head
         self.q_proj = nn.Linear(c.n_embd, c.n_head * self.D, bias=c.bias)
         self.k_proj = nn.Linear(c.n_embd, c.n_kv_head * self.D, bias=c.bias)
         self.v_proj = nn.Linear(c.n_embd, c.n_kv_head * self.D, bias=c.bias)
@@ -296,24 +297,18 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(self.D, c.norm_eps) if c.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.D, c.norm_eps) if c.qk_norm else nn.Identity()
 
-    def heads(self, x, cos_sin):
-        """q (B, H, T, D), k and v (B, n_kv_head, T, D) of states x (B, T, C)."""
-        B, T, _ = x.shape
-        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.D)).transpose(1, 2)
-        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.D)).transpose(1, 2)
-        v = self.v_proj(x).view(B, T, -1, self.D).transpose(1, 2)
-        return (q, k, v) if cos_sin is None else (rotate(q, *cos_sin), rotate(k, *cos_sin), v)
-
-    def attend(self, q, k, v, mask, is_causal):
-        """What queries (B, H, T, D) see of v (B, n_kv_head, S, D): (B, H, T, D)."""
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, scale=self.scale, enable_gqa=self.grouped,
-                                              dropout_p=self.dropout if self.training else 0.0)
-
     def forward(self, x, cos_sin, mask, is_causal, cache):
-        q, k, v = self.heads(x, cos_sin)
+        B, T, _ = x.shape
+        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.D)).transpose(1, 2)  # (B, H, T, D)
+        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.D)).transpose(1, 2)  # (B, n_kv_head, T, D)
+        v = self.v_proj(x).view(B, T, -1, self.D).transpose(1, 2)
+        if cos_sin is not None:
+            q, k = rotate(q, *cos_sin), rotate(k, *cos_sin)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # (B, n_kv_head, S, D)
-        return self.o_proj(self.attend(q, k, v, mask, is_causal).transpose(1, 2).flatten(2))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=self.grouped,
+                                           dropout_p=self.dropout if self.training else 0.0)
+        return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

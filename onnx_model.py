@@ -19,7 +19,7 @@ from config import Refusal
 from model import ModelConfig
 from tokenizer import Tokenizer
 
-FORMAT = 2  # 1 had no fingerprint
+FORMAT = 3  # 1 had no fingerprint, 2 the keys and values of a row together
 
 
 def describe(c, tokenizer, start, template, fingerprint):
@@ -30,9 +30,35 @@ def describe(c, tokenizer, start, template, fingerprint):
 
 
 def names(c, which):
-    """past_k.0, past_v.0, past_k.1 ...: after ids (B, T) the graph's inputs, (B, n_kv_head, P, head_dim) each; with "present", after
+    """past_k.0, past_v.0, past_k.1 ...: after ids (B, T) the graph's inputs, (P, B, n_kv_head, head_dim) each; with "present", after
     logits (B, T, V), its outputs, with P + T instead of P."""
     return [f"{which}_{kv}.{layer}" for layer in range(c.n_layer) for kv in "kv"]
+
+
+class Past:
+    """Keys and values of the tokens seen so far: an array (max_len, B, n_kv_head, head_dim) for each of names(), filled from the start.
+
+    What comes out of a call lies where what went in lay. So only the new tokens are moved: onnxruntime's Concat copies each input to its
+    place with memcpy, and the past onto itself.
+    """
+
+    def __init__(self, session, c, batch_size, max_len):
+        from onnxruntime import OrtValue
+        self.io, self.length, self.max_len, self.view = session.io_binding(), 0, max_len, OrtValue.ortvalue_from_numpy
+        self.arrays = [np.empty((max_len, batch_size, c.n_kv_head, c.head_dim), np.float32) for _ in names(c, "past")]
+        self.values = [self.view(a[:0]) for a in self.arrays]
+        self.names = list(zip(names(c, "past"), names(c, "present")))
+
+    def bind(self, idx, logits):
+        """The IOBinding of a call that reads idx (B, T), writes logits (B, T, V) and makes the past T tokens longer."""
+        self.length += idx.shape[1]
+        self.io.bind_cpu_input("ids", idx)
+        self.io.bind_ortvalue_output("logits", self.view(logits))
+        for i, (past, present) in enumerate(self.names):
+            self.io.bind_ortvalue_input(past, self.values[i])
+            self.values[i] = self.view(self.arrays[i][:self.length])
+            self.io.bind_ortvalue_output(present, self.values[i])
+        return self.io
 
 
 @dataclasses.dataclass
@@ -40,7 +66,13 @@ class Part:
     """Rows of a batch that have as many tokens as each other, and so one past."""
     rows: torch.Tensor
     padding: int  # tokens to leave out on the left
-    past: dict
+    past: Past
+
+
+@dataclasses.dataclass
+class Cache:
+    max_len: int
+    parts: list = dataclasses.field(default_factory=list)
 
 
 class OnnxModel(nn.Module):
@@ -52,48 +84,45 @@ class OnnxModel(nn.Module):
         super().__init__()
         self.session, self.config, self.path = session, config, path
 
-    def no_past(self, batch_size):
-        c = self.config
-        return {name: np.zeros((batch_size, c.n_kv_head, 0, c.head_dim), np.float32) for name in names(c, "past")}
+    def new_past(self, batch_size, max_len):
+        return Past(self.session, self.config, batch_size, min(max_len, self.config.block_size))
 
     def run(self, idx, past):
-        """(logits (B, T, V), an array, and the past with the new tokens) of ids idx (B, T) after a past {name: array}."""
+        """Logits (B, T, V), an array, of ids idx (B, T) after a Past, which has them too then. Raises ValueError where they do not fit."""
+        total = past.length + idx.size(1)
+        if total > past.max_len:
+            raise ValueError(f"{total} tokens do not fit in {past.max_len}, the room made for them; block_size is {self.config.block_size}")
+        logits = np.empty((*idx.shape, self.config.vocab_size), np.float32)
         try:
-            logits, *present = self.session.run(None, {"ids": idx.numpy(), **past})
-            if logits.shape != (*idx.shape, self.config.vocab_size):
-                raise ValueError(f"its logits have the shape {logits.shape}")
+            self.session.run_with_iobinding(past.bind(np.ascontiguousarray(idx), logits))
         except Exception as e:  # whatever onnxruntime stumbles over
             raise Refusal(f"{self.path} cannot be computed: {e}")
-        return logits, dict(zip(past, present))
+        return logits
 
     def new_cache(self, batch_size, max_len):
-        return []  # of Parts
+        return Cache(max_len)
 
     def next_logits(self, idx, cache, doc=None):
         """As Transformer.next_logits. The graph knows no padding, so rows with prompts of other lengths are other parts."""
-        if not cache:
+        if not cache.parts:
             padding = (doc == -1).sum(1) if doc is not None else torch.zeros(len(idx), dtype=torch.long)
             for n in padding.unique().tolist():
                 rows = (padding == n).nonzero()[:, 0]
-                cache.append(Part(rows, n, self.no_past(len(rows))))
-        if doc is None and len(cache) == 1:  # as it mostly is, and without a copy
-            logits, cache[0].past = self.run(idx, cache[0].past)
-            return torch.from_numpy(logits[:, -1])
+                cache.parts.append(Part(rows, n, self.new_past(len(rows), cache.max_len)))
+        if doc is None and len(cache.parts) == 1:  # as it mostly is, and without a copy
+            return torch.from_numpy(self.run(idx, cache.parts[0].past)[:, -1])
         logits = torch.zeros(len(idx), self.config.vocab_size)
-        for part in cache:
+        for part in cache.parts:
             if doc is not None and (doc[part.rows] == -1).all():  # these rows have ended, maybe at block_size
                 continue
-            new, part.past = self.run(idx[part.rows, part.padding:], part.past)
-            logits[part.rows], part.padding = torch.from_numpy(new[:, -1]), 0
+            logits[part.rows] = torch.from_numpy(self.run(idx[part.rows, part.padding:], part.past)[:, -1])
+            part.padding = 0
         return logits
 
     def forward(self, idx, targets, reduction="mean"):
         """(logits, loss) as Transformer's, in two calls: how well int8 does with a past counts too."""
-        parts, past = [], self.no_past(len(idx))
-        for part in idx.split((idx.size(1) + 1) // 2, dim=1):
-            logits, past = self.run(part, past)
-            parts.append(torch.from_numpy(logits))
-        logits = torch.cat(parts, 1)
+        past = self.new_past(*idx.shape)
+        logits = torch.cat([torch.from_numpy(self.run(part, past)) for part in idx.split((idx.size(1) + 1) // 2, dim=1)], 1)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction)
         return logits, loss.view_as(targets) if reduction == "none" else loss
 
@@ -112,7 +141,7 @@ def open_session(path, c):
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"], enable_fallback=0)  # it would print
     except Exception as e:  # onnxruntime has many kinds, protobuf its own
         raise Refusal(f"{path} is damaged or not a model that onnxruntime reads: {e}")
-    got, given, past = session.get_inputs(), session.get_outputs(), ["B", c.n_kv_head, "P", c.head_dim]
+    got, given, past = session.get_inputs(), session.get_outputs(), ["P", "B", c.n_kv_head, c.head_dim]
     if ([(x.name, x.type, x.shape) for x in got] != [("ids", "tensor(int64)", ["B", "T"]), *((name, "tensor(float)", past) for name in names(c, "past"))]
             or [(x.name, x.type) for x in given] != [(name, "tensor(float)") for name in ("logits", *names(c, "present"))]
             or given[0].shape != ["B", "T", c.vocab_size]):

@@ -17,7 +17,7 @@ ort.env.wasm.wasmPaths = new URL("./node_modules/onnxruntime-web/dist/", import.
 ort.env.wasm.numThreads = 1;  // two were no faster on two cores
 
 let session, config;
-let cache = {};    // past_k.0, past_v.0, ...: [1, n_kv_head, length, head_dim]
+let cache = {};    // past_k.0, past_v.0, ...: [length, 1, n_kv_head, head_dim]
 let length = 0;    // tokens in the cache
 let stopped;
 let held = null;   // the logits after the last of them; null after a rewind
@@ -47,14 +47,11 @@ const each = names => Array.from({ length: config.n_layer }, (_, i) => names(i))
 
 const short = e => String(e?.message ?? e).replace(/\s+/g, " ").slice(0, 200);
 
-/** Forgets all but the first n tokens. A head's keys lie together, so each head's are copied. */
+/** Forgets all but the first n tokens. */
 function cut(n) {
   const { n_kv_head: H, head_dim: D } = config;
-  for (const name of each(i => [`past_k.${i}`, `past_v.${i}`])) {
-    const data = new Float32Array(H * n * D);
-    for (let h = 0; n && h < H; h++) data.set(cache[name].data.subarray(h * length * D, (h * length + n) * D), h * n * D);
-    cache[name] = new ort.Tensor("float32", data, [1, H, n, D]);
-  }
+  for (const name of each(i => [`past_k.${i}`, `past_v.${i}`]))
+    cache[name] = new ort.Tensor("float32", n ? cache[name].data.slice(0, n * H * D) : new Float32Array(0), [n, 1, H, D]);
   length = n;
   held = null;
 }

@@ -165,7 +165,7 @@ def onnx_folder(name, about, tokenizer):
     """A folder as export_onnx.py writes it, but for a graph that only has the right inputs and outputs; returns the graph's bytes."""
     import onnx
     from onnx.helper import make_graph, make_model, make_node, make_opsetid, make_tensor_value_info as info
-    shape, V = ["B", about["n_kv_head"], "P", about["head_dim"]], about["vocab_size"]
+    shape, V = ["P", "B", about["n_kv_head"], about["head_dim"]], about["vocab_size"]
     past = [f"{kv}.{layer}" for layer in range(about["n_layer"]) for kv in "kv"]
     nodes = [make_node("Cast", ["ids"], ["x"], to=1), make_node("Unsqueeze", ["x", "last"], ["y"]), make_node("Expand", ["y", "wide"], ["logits"]), *(make_node("Identity", [f"past_{x}"], [f"present_{x}"]) for x in past)]
     graph = make_graph(nodes, "g", [info("ids", 7, ["B", "T"]), *(info(f"past_{x}", 1, shape) for x in past)],
