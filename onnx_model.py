@@ -157,7 +157,7 @@ def load(path):
         with open(os.path.join(folder, name), encoding="utf-8") as f:
             config = json.load(f)
         if config["format"] != FORMAT:
-            raise ValueError(f"format {config['format']!r}; this version reads format {FORMAT}: export the model again")
+            raise ValueError(f"format {config['format']!r}; this version reads format {FORMAT}: export the model again, with --overwrite")
         c = ModelConfig(**config["model"])
         name = "tokenizer.json"
         tokenizer = Tokenizer.load(os.path.join(folder, name))
