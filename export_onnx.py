@@ -128,8 +128,8 @@ class JoinedSwiGLU(nn.Module):
 
 
 class Graph(nn.Module):
-    """A Transformer, told with the tokens of all rows in one axis, (T * B, C): a product and the sum with the residual stream are one Gemm then.
-    In keys and values the tokens are the first axis, so that new ones come after all that is there, whatever B."""
+    """A Transformer, told with the tokens of all rows in one axis, (T * B, C): a product and the sum with the residual stream can be one Gemm
+    then (where the product has no bias). In keys and values the tokens are the first axis, so that new ones come after all that is there, whatever B."""
 
     def __init__(self, model):
         super().__init__()
@@ -227,7 +227,10 @@ def tidy(proto):
         if n.op_type == "Mul" and (r := of(n.input[1], "Reciprocal")):  # x / sqrt(): as onnxruntime knows, and fuses, a norm
             n.CopyFrom(onnx.helper.make_node("Div", [n.input[0], r.input[0]], n.output))
         elif n.op_type == "Add" and (g := of(n.input[1], "Gemm")) and len(g.input) == 2:  # a residual stream, where there is no bias
-            n.CopyFrom(onnx.helper.make_node("Gemm", [*g.input, n.input[0]], n.output, transB=1))
+            residual, output = n.input[0], n.output[0]
+            n.CopyFrom(g)
+            n.input.append(residual)
+            n.output[:] = [output]
     nodes, used = [], {x.name for x in proto.graph.output}
     for n in reversed(proto.graph.node):
         if used & set(n.output):
@@ -301,7 +304,7 @@ def quantize(proto):
 @torch.inference_mode()
 def parity(model, there):
     """(largest difference of logits, keys and values, largest as a share of its tensor's largest number, or of 1) of a Transformer and an
-    OnnxModel, over past lengths and batches. inf: other shapes, or what is no number."""
+    OnnxModel, over past lengths and batches. inf: something is no number."""
     c, worst, share = model.config, 0.0, 0.0
     g = torch.Generator().manual_seed(0)
     for B in 1, 3:
@@ -315,7 +318,9 @@ def parity(model, there):
                 want, got = model(idx[:, P:], cache=cache)[0], there.run(idx[:, P:], past)
                 ours = [x.permute(2, 0, 1, 3) for kv in zip(cache.k, cache.v) for x in kv]
                 for a, b in zip([want, *ours], map(torch.from_numpy, [got, *past.arrays])):
-                    apart = (a - b).abs().max().item() if a.shape == b.shape and (a - b).isfinite().all() else np.inf
+                    if not (a - b).isfinite().all():
+                        return np.inf, np.inf
+                    apart = (a - b).abs().max().item()
                     worst, share = max(worst, apart), max(share, apart / max(1, a.abs().max().item()))
     return worst, share
 

@@ -39,7 +39,8 @@ class Past:
     """Keys and values of the tokens seen so far: an array (max_len, B, n_kv_head, head_dim) for each of names(), filled from the start.
 
     What comes out of a call lies where what went in lay. So only the new tokens are moved: onnxruntime's Concat copies each input to its
-    place with memcpy, and the past onto itself.
+    place with memcpy, and the past onto itself. That is how it is built, not what it promises (1.19, 1.22 and 1.31 give the same bits as with
+    fresh arrays); the tests and each export compare.
     """
 
     def __init__(self, session, c, batch_size, max_len):
@@ -49,16 +50,17 @@ class Past:
         self.values = [self.view(a[:0]) for a in self.arrays]
         self.names = list(zip(names(c, "past"), names(c, "present")))
 
-    def bind(self, idx, logits):
-        """The IOBinding of a call that reads idx (B, T), writes logits (B, T, V) and makes the past T tokens longer."""
-        self.length += idx.shape[1]
+    def read(self, session, idx, logits):
+        """Reads idx (B, T), writes its logits (B, T, V), and is T tokens longer then."""
+        total = self.length + idx.shape[1]
+        longer = [self.view(a[:total]) for a in self.arrays]
         self.io.bind_cpu_input("ids", idx)
         self.io.bind_ortvalue_output("logits", self.view(logits))
-        for i, (past, present) in enumerate(self.names):
-            self.io.bind_ortvalue_input(past, self.values[i])
-            self.values[i] = self.view(self.arrays[i][:self.length])
-            self.io.bind_ortvalue_output(present, self.values[i])
-        return self.io
+        for (past, present), old, new in zip(self.names, self.values, longer):
+            self.io.bind_ortvalue_input(past, old)
+            self.io.bind_ortvalue_output(present, new)
+        session.run_with_iobinding(self.io)
+        self.length, self.values = total, longer
 
 
 @dataclasses.dataclass
@@ -94,9 +96,9 @@ class OnnxModel(nn.Module):
             raise ValueError(f"{total} tokens do not fit in {past.max_len}, the room made for them; block_size is {self.config.block_size}")
         logits = np.empty((*idx.shape, self.config.vocab_size), np.float32)
         try:
-            self.session.run_with_iobinding(past.bind(np.ascontiguousarray(idx), logits))
+            past.read(self.session, np.ascontiguousarray(idx), logits)
         except Exception as e:  # whatever onnxruntime stumbles over
-            raise Refusal(f"{self.path} cannot be computed: {e}")
+            raise Refusal(f"{self.path} cannot be computed; export the model again ({str(e):.200})")
         return logits
 
     def new_cache(self, batch_size, max_len):

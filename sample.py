@@ -66,7 +66,7 @@ def next_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
         return logits.argmax(-1)
     kept = None
     if 0 < top_k < logits.size(-1):  # the draw is over these alone, by id: rounding may not change whose is which
-        kept = logits.topk(top_k).indices.sort(-1).values
+        kept = logits.topk(top_k, sorted=False).indices.sort(-1).values
         logits = logits.gather(-1, kept)
     logits = logits.float() / temperature
     if top_p < 1:

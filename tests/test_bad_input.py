@@ -319,7 +319,7 @@ CASES = [
     ("sample", "--onnx=o_shape", "n_layer must be of type int"), ("sample", "--onnx=o_float", "n_layer must be of type int"), ("sample", "--onnx=o_other", "is another model than"), ("sample", "--onnx=o_deep", "inputs, outputs or their shapes"), ("sample", "--onnx=o_heads", "inputs, outputs or their shapes"),
     ("sample", "--onnx=o_start", "start is 5"), ("sample", "--onnx=o_tokenizer", "by its model and tokenizer.json"), ("sample", "--onnx=o_cut", "damaged or not a model"),
     ("sample", "--onnx=o_text", "damaged or not a model"), ("sample", "--onnx=o_empty", "damaged or not a model"), ("sample", "--onnx=o_json", "o_json/config.json"), ("sample", "--onnx=o_list", "not written by export_onnx.py"),
-    ("sample", "--onnx=o_latin", "o_latin/config.json"), ("sample", "--onnx=o_tok", "o_tok/tokenizer.json"), ("sample", "--onnx=o_good --adapter=lora", "leave out adapter"),
+    ("sample", "--onnx=o_latin", "o_latin/config.json"), ("sample", "--onnx=o_tok", "o_tok/tokenizer.json"), ("sample", "--onnx=o_good --adapter=lora", "leave out adapter"), ("sample", "--onnx=o_good --start=once", "cannot be computed"),
     ("sample", "--onnx=o_good --device=cuda", "leave out adapter"), ("sample", "--onnx=o_good --dtype=bfloat16", "leave out adapter"), ("sample", "--onnx=o_good --out_dir=out", "takes the place of out_dir"),
     ("sample", f"--onnx=o_good --start='{'once upon a time ' * 20}'", "the context 32"), ("sample", "--onnx=o_good --num_samples=1000000000000", "num_samples"),
 

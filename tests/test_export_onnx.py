@@ -50,9 +50,7 @@ def same_numbers(model, there):
         if P:
             there.run(idx[:, :P], past)
         got = there.run(idx[:, P:], past)
-        assert got.shape == (B, T, model.config.vocab_size)
         torch.testing.assert_close(torch.from_numpy(got), model(idx)[0][:, P:], rtol=0, atol=1e-4)
-        assert {x.shape for x in past.arrays} == {(P + T, B, model.config.n_kv_head, model.config.head_dim)}
 
 
 def plain(path, model):
@@ -65,6 +63,8 @@ def plain(path, model):
     for trace in b".py", b"site-packages", os.path.expanduser("~").encode() + b"/", str(Path(export_onnx.__file__).parent).encode(), b"stack_trace":
         assert trace not in data, trace
     assert 0 < len(data) - 4 * num_params(model) <= max(100_000, 0.04 * num_params(model))
+    residual = [n for n in proto.graph.node if n.op_type == "Gemm" and len(n.input) == 3]
+    assert model.config.bias or len(residual) == 2 * model.config.n_layer  # each block's two sums are in its products
     tables = [x for x in proto.graph.initializer if model.config.vocab_size in x.dims]
     assert len(tables) == (1 if model.config.tie_embeddings else 2)
 
@@ -229,7 +229,7 @@ def test_what_protobuf_cannot_hold_is_said_at_once():
 
 
 def test_what_does_not_fit_is_refused(lab, there):
-    """onnxruntime would write past the end of the arrays that it is given."""
+    """In words, and before onnxruntime stumbles over its shapes."""
     for room, P, T in (99, 0, 65), (99, 60, 5), (8, 0, 9), (8, 8, 1):
         past = there.new_past(1, room)
         if P:
@@ -243,12 +243,14 @@ def test_a_past_that_grows_in_its_place_is_the_one_of_fresh_arrays(lab, there, B
     """As any other user of the file would call it: what came out goes in, none of it in the memory of another."""
     c = lab[1].config
     idx, fresh, past = ids(c, B, 40), {name: np.zeros((0, B, c.n_kv_head, c.head_dim), np.float32) for name in onnx_model.names(c, "past")}, there.new_past(B, 40)
+    at = [a.ctypes.data for a in past.arrays]
     for part in idx.split((9, 1, 1, 20, 1, 8), dim=1):
         logits, *present = there.session.run(None, {"ids": part.numpy(), **fresh})
         fresh = dict(zip(fresh, present))
         np.testing.assert_array_equal(there.run(part, past), logits)
         for a, b in zip(past.arrays, present):
             np.testing.assert_array_equal(a[:len(b)], b)
+        assert [v.data_ptr() for v in past.values] == at
 
 
 def test_a_setting_that_came_later_has_its_default(lab, tmp_path):
