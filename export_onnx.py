@@ -33,7 +33,6 @@ from device import resolve
 from measure import race
 from model import attention_mask, num_params
 from sample import finish, generate
-from tokenizer import Tokenizer
 
 OPSET = 18  # the lowest that torch.onnx writes without converting
 LARGEST = 2 ** 31 - 2 ** 24  # bytes of parameters: protobuf ends at 2^31
@@ -410,8 +409,6 @@ def main(cfg):
     to = Path(cfg.to or os.path.join(os.path.dirname(path), "onnx"))
     with prepare.new_folder(to, cfg.overwrite, "--overwrite moves it aside, --to=OTHER writes elsewhere", [path.removeprefix("hf:")]) as tmp:
         model, tokenizer = checkpoint.restore(ckpt, path)
-        if not isinstance(tokenizer, Tokenizer):
-            raise Refusal(f"{path} has a tokenizer of another kind than GPT-2's, which the exported folder cannot hold yet")
         data = validation(cfg, ckpt, tokenizer) if cfg.quantize == "int8" else None
         share = build(cfg, model, tokenizer, ckpt, data, tmp)
         if not share <= MOST_WORSE:  # nan too

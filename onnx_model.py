@@ -16,16 +16,17 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from config import Refusal
+from foreign_tokenizer import ForeignTokenizer
 from model import ModelConfig
 from tokenizer import Tokenizer
 
-FORMAT = 3  # 1 had no fingerprint, 2 the keys and values of a row together
+FORMAT = 4  # 1 had no fingerprint, 2 the keys and values of a row together, 3 no bos
 
 
 def describe(c, tokenizer, start, template, fingerprint):
     """config.json: what a reader needs beside the weights and the tokenizer. fingerprint: of the weights, also in the files."""
     return {"format": FORMAT, "model": dataclasses.asdict(c), "n_layer": c.n_layer, "n_kv_head": c.n_kv_head, "head_dim": c.head_dim,
-            "block_size": c.block_size, "vocab_size": c.vocab_size, "eot": tokenizer.eot, "tokenizer": tokenizer.kind,
+            "block_size": c.block_size, "vocab_size": c.vocab_size, "eot": tokenizer.eot, "bos": tokenizer.bos, "tokenizer": tokenizer.kind,
             "tokenizer_sha256": tokenizer.sha256, "start": start, "template": template, "fingerprint": fingerprint}
 
 
@@ -162,7 +163,10 @@ def load(path):
             raise ValueError(f"format {config['format']!r}; this version reads format {FORMAT}: export the model again, with --overwrite")
         c = ModelConfig(**config["model"])
         name = "tokenizer.json"
-        tokenizer = Tokenizer.load(os.path.join(folder, name))
+        with open(os.path.join(folder, name), encoding="utf-8") as f:
+            text = f.read()
+        foreign = config["tokenizer"] == "foreign"
+        tokenizer = ForeignTokenizer(json.loads(text), config["eot"], config["bos"]) if foreign else Tokenizer.from_str(text)
         name = "config.json"
         for key, value in describe(c, tokenizer, str(config["start"]), str(config["template"]), str(config["fingerprint"])).items():
             if key != "model" and config[key] != value:

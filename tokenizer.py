@@ -216,7 +216,7 @@ class Tokenizer:
     def save(self, path):
         """Write tokenizer.json under a temporary name, then rename: never half a file. OSError: cannot be written."""
         partial = Path(f"{path}.partial")
-        partial.write_bytes(self.to_str().encode())
+        partial.write_bytes(self.tokenizer_json().encode())
         os.replace(partial, path)
 
     @property

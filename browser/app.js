@@ -531,7 +531,7 @@ async function getJson(name) {
 
 async function start() {
   config = await getJson("config.json");
-  if (config?.format !== 3) throw Error(`model/config.json has format ${JSON.stringify(config?.format)}; this page reads format 3: export the model again, with --overwrite.`);
+  if (config?.format !== 4) throw Error(`model/config.json has format ${JSON.stringify(config?.format)}; this page reads format 4: export the model again, with --overwrite.`);
   for (const key of ["n_layer", "n_kv_head", "head_dim", "block_size", "vocab_size"])
     if (!(Number.isInteger(config[key]) && config[key] > 0)) throw Error(`model/config.json is damaged: its ${key} is ${JSON.stringify(config[key])}.`);
   config.template = String(config.template ?? "");

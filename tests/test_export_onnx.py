@@ -99,7 +99,7 @@ def test_the_folder_is_whole_and_says_what_it_is(lab):
     assert [p.name for p in (folder / "out").iterdir() if p.name.startswith(".")] == []
     plain(to / "model.onnx", model)
     config = json.loads((to / "config.json").read_text())
-    wanted = {"format": 3, "n_layer": 2, "n_kv_head": 2, "head_dim": 8, "block_size": 64, "vocab_size": 300, "eot": 0, "tokenizer": "bpe",
+    wanted = {"format": 4, "n_layer": 2, "n_kv_head": 2, "head_dim": 8, "block_size": 64, "vocab_size": 300, "eot": 0, "bos": 0, "tokenizer": "bpe",
               "start": "Once", "template": "Q: {prompt}"}
     assert {key: config[key] for key in wanted} == wanted and config["model"]["n_embd"] == 32
     assert (to / "tokenizer.json").read_text(encoding="utf-8") == tokenizer.to_str()

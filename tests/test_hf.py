@@ -237,6 +237,27 @@ def test_a_foreign_tokenizer_goes_out_with_what_sample_puts_before_a_text(tokeni
     assert checkpoint.fingerprint(checkpoint.load(f"hf:{tmp_path}/a")) == checkpoint.fingerprint(checkpoint.load(f"hf:{tmp_path}/b"))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("tokenizer", [smol, tiny])
+def test_a_foreign_tokenizer_goes_out_to_onnx(tokenizer, tmp_path, monkeypatch, capsys):
+    for library in "onnx", "onnxscript", "onnxruntime":
+        pytest.importorskip(library)
+    import export_onnx
+    monkeypatch.chdir(tmp_path)
+    write("a", "llama", tokenizer)
+    export_onnx.main(configure(export_onnx.Config, ["--out_dir=hf:a", "--to=b", "--seconds=0"]))
+    capsys.readouterr()
+    told = []
+    for model in "--onnx=b", "--out_dir=hf:a", "--onnx=b/model.onnx":
+        for start in "the cat at 12", "":
+            sample.main(configure(sample.Config, [model, f"--start={start}", "--max_new_tokens=40"]))
+        told.append([line for line in capsys.readouterr().out.splitlines() if not line.startswith(("prefill", model.split("=")[1]))])
+    assert told[0] == told[1] == told[2] and len("".join(told[0])) > 400
+    its, theirs = read("a")[1], tokenizers.Tokenizer.from_file("b/tokenizer.json")
+    theirs.encode_special_tokens = True
+    assert all(theirs.encode(text).ids == its.encode(text) for text in texts(20))
+
+
 def test_a_character_model_goes_out(tmp_path):
     tokenizer = Tokenizer.char(DOCS)
     save(tmp_path / "ckpt.pt", tokenizer=tokenizer)
