@@ -21,7 +21,10 @@ class Log:
         checkpoint.write_atomic(self.path, lambda f: f.write("".join(kept).encode()))
         if cfg.wandb_log:
             import wandb
-            self.wandb = wandb.init(project="tinylm", name=os.path.basename(cfg.out_dir), config=asdict(cfg), resume="allow")
+            try:
+                self.wandb = wandb.init(project="tinylm", name=os.path.basename(cfg.out_dir), config=asdict(cfg), resume="allow")
+            except wandb.Error as e:  # nobody is logged in, or the network is not there
+                raise Refusal(f"wandb: {str(e).splitlines()[0]} WANDB_MODE=offline keeps its log here")
 
     def write(self, line):
         if not self.first:

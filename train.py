@@ -95,7 +95,7 @@ class TrainConfig:
             if getattr(self, key) not in choices:
                 raise ValueError(f"{key} must be one of {' | '.join(choices)}, not {getattr(self, key)!r}")
         if self.wandb_log and not importlib.util.find_spec("wandb"):
-            raise ValueError("wandb_log needs wandb: pip install wandb")
+            raise ValueError("wandb_log needs wandb: pip install wandb; --no-wandb_log does without")
         if self.loss == "chunked" and not HAS_CHUNKED_LOSS:
             raise ValueError(f"loss=chunked needs a torch with linear_cross_entropy (2.13); this is {torch.__version__}")
 
@@ -393,7 +393,7 @@ def inherit(cfg, ckpt, path, resume, fixed=DATA_KEYS):
     try:
         cfg.__post_init__()
     except (ValueError, TypeError) as e:
-        raise Refusal(f"{path} is damaged: {e}")
+        raise Refusal(f"the settings of {path}: {e}")
     return cfg
 
 

@@ -78,7 +78,7 @@ def shop(tmp_path_factory):
                    "moments": {"optimizers": [{**o, "state": {i: {k: x[..., :1] if x.dim() else x for k, x in s.items()} for i, s in o["state"].items()}}
                                               for o in good["optimizers"]]}, "start": {"config": {"start": 5, "given": 1}}, "model": {"model": {"a": 1}},
                    "gone": {"config": good["config"] | {"dataset": "nowhere"}}, "broken_data": {"config": good["config"] | {"dataset": "changed_bin"}},
-                   "other_data": {"config": good["config"] | {"dataset": "chars"}}, "nan": {"model": {k: w * torch.nan for k, w in good["model"].items()}}}
+                   "other_data": {"config": good["config"] | {"dataset": "chars"}}, "logged": {"config": good["config"] | {"wandb_log": True}}, "nan": {"model": {k: w * torch.nan for k, w in good["model"].items()}}}
         for name, change in changes.items():
             Path(name).mkdir()
             torch.save(good | change, f"{name}/ckpt.pt")
@@ -128,7 +128,9 @@ def shop(tmp_path_factory):
                              "o_float": {"model": good["model"] | {"n_layer": 2.0}}, "o_other": {"fingerprint": "another"}}.items():
             onnx_folder(name, good, tokenizer)
             write(f"{name}/config.json", json.dumps(good | change))
-        onnx_folder("o_tokenizer", good, Tokenizer.train(DOCS, 300))
+        other = Tokenizer.train(DOCS, 300)
+        onnx_folder("o_tokenizer", good, other)
+        onnx_folder("o_vocab", good | {"tokenizer_sha256": other.sha256}, other)
         for name, file, content in (("o_cut", "model.onnx", graph[:len(graph) // 2]), ("o_text", "model.onnx", b"hello"), ("o_empty", "model.onnx", b""),
                                     ("o_json", "config.json", b"{"), ("o_list", "config.json", b"[]"), ("o_latin", "config.json", b'{"a": "caf\xe9"}'), ("o_tok", "tokenizer.json", b"{}")):
             onnx_folder(name, good, tokenizer)
@@ -317,7 +319,7 @@ CASES = [
     ("sample", "--onnx=o_no_config", "no o_no_config/config.json"), ("sample", "--onnx=o_no_tokenizer", "no o_no_tokenizer/tokenizer.json"), ("sample", "--onnx=o_good/other.onnx", "no o_good/other.onnx"),
     ("sample", "--onnx=o_format", "format 9"), ("sample", "--onnx=o_layers", "inputs, outputs or their shapes"), ("sample", "--onnx=o_unlike", "n_layer is 3"), ("sample", "--onnx=o_model", "not written by export_onnx.py"),
     ("sample", "--onnx=o_shape", "n_layer must be of type int"), ("sample", "--onnx=o_float", "n_layer must be of type int"), ("sample", "--onnx=o_other", "is another model than"), ("sample", "--onnx=o_deep", "inputs, outputs or their shapes"), ("sample", "--onnx=o_heads", "inputs, outputs or their shapes"),
-    ("sample", "--onnx=o_start", "start is 5"), ("sample", "--onnx=o_tokenizer", "by its model and tokenizer.json"), ("sample", "--onnx=o_cut", "damaged or not a model"),
+    ("sample", "--onnx=o_start", "start is 5"), ("sample", "--onnx=o_tokenizer", "by its model and tokenizer.json"), ("sample", "--onnx=o_vocab", "tokenizer.json has"), ("sample", "--onnx=o_cut", "damaged or not a model"),
     ("sample", "--onnx=o_text", "damaged or not a model"), ("sample", "--onnx=o_empty", "damaged or not a model"), ("sample", "--onnx=o_json", "o_json/config.json"), ("sample", "--onnx=o_list", "not written by export_onnx.py"),
     ("sample", "--onnx=o_latin", "o_latin/config.json"), ("sample", "--onnx=o_tok", "o_tok/tokenizer.json"), ("sample", "--onnx=o_good --adapter=lora", "leave out adapter"), ("sample", "--onnx=o_good --start=once", "cannot be computed"),
     ("sample", "--onnx=o_good --device=cuda", "leave out adapter"), ("sample", "--onnx=o_good --dtype=bfloat16", "leave out adapter"), ("sample", "--onnx=o_good --out_dir=out", "takes the place of out_dir"),
@@ -376,8 +378,7 @@ def test_from_a_shell(script, args, says, shop):
 @pytest.mark.parametrize("script, args, library, says", [
     ("train", "--out_dir=n --wandb_log", "wandb", "pip install wandb"), ("bench", "--plot", "matplotlib", "pip install matplotlib"),
     ("export_onnx", "--to=n", "onnxruntime", "pip install onnxruntime"), ("export_onnx", "--to=n", "onnxscript", "pip install onnxscript"), ("sample", "--onnx=o_good", "onnxruntime", "pip install onnxruntime"),
-    ("prepare", "--dataset=hf:a/b --name=n", "datasets", "pip install datasets"),
-
+    ("train", "--out_dir=logged --init_from=resume", "wandb", "settings of logged/ckpt.pt: wandb_log needs wandb: pip install wandb; --no-wandb_log"),
     ("prepare", "--dataset=hf:a/b --name=n", "datasets", "pip install datasets"), ("hf", "--to=n", "safetensors.torch", "pip install safetensors"),
     ("sample", "--out_dir=hf:good_hf", "safetensors.torch", "pip install safetensors"), ("sample", "--out_dir=hf:a/b", "huggingface_hub", "pip install huggingface_hub"),
     ("prepare", "--dataset=good.parquet --name=n", "pyarrow", "pip install pyarrow")])

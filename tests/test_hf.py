@@ -67,6 +67,15 @@ def tiny():
     return made, {"eos_token": "</s>", "bos_token": "<s>"}
 
 
+def space(pre):
+    """As tokenizers that put a space before a text where there is none yet: Llama's newer kind, or GPT-2's with add_prefix_space."""
+    def make():
+        made, ends = tiny() if isinstance(pre, pre_tokenizers.Metaspace) else smol()
+        made.pre_tokenizer, made.normalizer = pre, None
+        return made, ends
+    return make
+
+
 def qwen():
     """As Qwen's, to which a mark and the end of its line are one word."""
     made = tokenizers.Tokenizer(models.BPE())
@@ -303,7 +312,9 @@ def test_what_is_in_the_way_stays_and_a_failure_leaves_nothing(tmp_path):
 
 # Tokenizers
 
-@pytest.mark.parametrize("make, name", [(smol, "PreTrainedTokenizerFast"), (smol, "GPT2Tokenizer"), (tiny, "PreTrainedTokenizerFast"), (tiny, "LlamaTokenizer"), (ours, "GPT2Tokenizer")])
+@pytest.mark.parametrize("make, name", [(smol, "PreTrainedTokenizerFast"), (smol, "GPT2Tokenizer"), (tiny, "PreTrainedTokenizerFast"), (tiny, "LlamaTokenizer"), (ours, "GPT2Tokenizer"),
+                                        *[(space(pre), "PreTrainedTokenizerFast") for pre in (pre_tokenizers.Metaspace(prepend_scheme="first", split=False), pre_tokenizers.Metaspace(prepend_scheme="always"),
+                                                                                              pre_tokenizers.ByteLevel(add_prefix_space=True))]])
 def test_a_tokenizer_of_a_folder_does_what_transformers_does(make, name, tmp_path):
     made, ends = make()
     transformers.PreTrainedTokenizerFast(tokenizer_object=made, **ends).save_pretrained(tmp_path)
@@ -316,14 +327,15 @@ def test_a_tokenizer_of_a_folder_does_what_transformers_does(make, name, tmp_pat
     for text in texts(200):
         ids = tokenizer.encode(text)
         assert tokenizer.eot not in ids and again.encode(text) == ids
-        assert tokenizer.decode(ids) == text
+        lossy = text.startswith(" ") and make not in (smol, tiny, ours)  # no second space is put there, and decoding takes one
+        assert tokenizer.decode(ids) == text or lossy
         if not any(s in text for s in special) and not (name == "LlamaTokenizer" and text.startswith(" ")):  # it puts no second space there, whatever tokenizer.json says
             assert theirs(text, add_special_tokens=False).input_ids == ids
-            assert theirs(text).input_ids == ([tokenizer.bos, *ids] if make is tiny else ids)
+            assert theirs(text).input_ids == [*tokenizer.head, *ids]
         # a text in two halves: what goes on after the first one is the second one, whatever its ids
         for cut in range(0, len(text), 5):
             rest = tokenizer.encode_more(text[cut:])
-            assert tokenizer.decode(tokenizer.encode(text[:cut]) + rest) == text or not cut and make is tiny
+            assert tokenizer.decode(tokenizer.encode(text[:cut]) + rest) == text or lossy or not cut and tokenizer.prefix
             assert tokenizer.decode_more(rest) == text[cut:]
             stream = tokenizer.stream()
             assert "".join(map(stream, rest)) + stream(None) == text[cut:]
