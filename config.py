@@ -59,10 +59,8 @@ def configure(Config, argv, words=()):
             continue
         elif arg in words:
             stood.append(arg)
-        elif not arg.startswith("--") and words:
-            raise Refusal(f"cannot read {arg!r}: expected {', '.join(words)}, FILE.toml or --key=value; {nearest(arg, words)}")
         elif not arg.startswith("--"):
-            raise Refusal(f"cannot read {arg!r}: expected FILE.toml or --key=value; -h lists the keys")
+            raise Refusal(f"cannot read {arg!r}: expected {', '.join([*words, 'FILE.toml'])} or --key=value; {nearest(arg, words)}")
         elif equals:
             put(key, value, "command line")
         elif is_bool(fields, key.removeprefix("no-").removeprefix("no_")) and not is_bool(fields, key):
@@ -102,12 +100,11 @@ def is_value(argv, i, fields):
 def read_toml(path):
     try:
         with open(path, "rb") as f:
-            flat = tomllib.load(f)
+            return tomllib.load(f)
     except OSError as e:
         raise Refusal(f"cannot read {path}: {e.strerror}")
     except (ValueError, RecursionError) as e:  # tomllib's own, no UTF-8, an integer of 4,300 digits
         raise Refusal(f"{path} is not a TOML file: {e}")
-    return flat
 
 
 def convert(value, kind, where, parse):

@@ -61,19 +61,14 @@ def resolve(device="auto", dtype="auto", compile="auto", join=False):
     rank, world, local_rank = 0, 1, 0
     if join and {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         rank, world, local_rank = (int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    reasons = []
-    if device == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        reasons.append(f"device={name} (the best one here)")
-    else:
-        name = device
-        reasons.append(f"device={name}")
+    name = device if device != "auto" else "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    reasons = [f"device={name}" + " (the best one here)" * (device == "auto")]
     try:
         dev = torch.device(name, local_rank) if name == "cuda" and world > 1 else torch.device(name)
         torch.empty(1, device=dev)
         if dev.type not in ("cuda", "mps", "cpu"):
             raise RuntimeError("only cuda, mps and cpu are known to work")
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
+    except (RuntimeError, AssertionError) as e:
         raise Refusal(f"device={name} cannot be used here ({str(e).splitlines()[0]}); --device=cpu always can")
     if dev.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -101,7 +96,7 @@ def resolve(device="auto", dtype="auto", compile="auto", join=False):
     else:
         raise Refusal(f"compile must be auto, true or false, not {compile!r}")
     if compiled and dev.type == "cpu" and sys.platform == "win32":
-        raise Refusal("compile=true on a Windows CPU needs a C++ compiler that torch finds; leave it out")
+        raise Refusal("compile=true was never tried on a Windows CPU; leave it out")
     if world > 1:
         if name not in ("cuda", "cpu"):
             raise Refusal(f"several processes need --device=cuda, where each takes its own GPU, or --device=cpu, not {name}")

@@ -13,7 +13,6 @@ import math
 import os
 import re
 from dataclasses import dataclass
-from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -33,12 +32,12 @@ from model import HAS_CHUNKED_LOSS, Transformer, kv_cache_bytes, num_params
 from sample import finish, generate, prompt_ids
 from stats import bits, bootstrap, mean_interval
 from tokenizer import Tokenizer
-from train import above_floor, documents_of, evaluate, first_documents, token_nats
+from train import above_floor, documents_of, evaluate, token_nats
 from verdict import compare, grade, verdict
 
 FEW = 30            # documents; with fewer, text is resampled in slices, and paragraphs stand for documents
 SLICE = 1000        # bytes
-LOGITS = 1 << 26    # held at once
+LOGITS = 1 << 26    # held at once: 256 MB
 PASSAGE_TOKENS = 1 << 22  # of a split, at its beginning, that passages are taken from
 PROMPTS, OPENING = 8, 4   # prompts, of so many words
 JUDGED = 12         # texts of each column that the judge reads
@@ -186,7 +185,8 @@ def units(ids, tokenizer, few):
 
 def likelihood(subject, documents, closed, compute, cfg):
     """(the figures, columns (units, 4) of nats, targets, tokens, bytes to resample)."""
-    T, rows = subject.model.config.block_size, rows_at_once(subject.model.config)
+    c = subject.model.config
+    T, rows = c.block_size, min(32, LOGITS // (c.block_size * c.vocab_size))  # 0: even one row's logits would be too many
     B, subject.model.chunked_loss = max(1, rows), not rows and HAS_CHUNKED_LOSS
     ids = encode(documents, closed, subject.tokenizer)
     if len(ids) < 2:
@@ -211,14 +211,8 @@ def likelihood(subject, documents, closed, compute, cfg):
         found[f"perplexity{end}"] = math.exp(min(found[f"loss{end}"], 700))
     found["bits_low"], found["bits_high"] = bootstrap(columns, bits, cfg.resamples, cfg.seed)
     if not isinstance(subject.training, str):
-        data, same = subject.training[0], SimpleNamespace(block_size=T, batch_size=B)
-        found["training_loss"] = evaluate(subject.model, data, same, compute, 1 << 16)
+        found["training_loss"] = evaluate(subject.model, subject.training[0], T, B, compute, 1 << 16)
     return found | toy_gap(subject, documents, closed, ids, compute), columns
-
-
-def rows_at_once(c):
-    """Rows of a full context whose logits take 256 MB at most; 0 where even one row's take more."""
-    return min(32, LOGITS // (c.block_size * c.vocab_size))
 
 
 def by_position(nats, T, most=24):
@@ -234,16 +228,12 @@ def is_toy(documents):
     return all(toy_stories.log_prob(text) > -math.inf for text in documents[:20])
 
 
-def toy_gap(subject, documents, closed, ids, compute, n=500):
+def toy_gap(subject, documents, closed, ids, compute):
     """For toy stories the nats a story above their exact entropy. Nothing for other texts, or where a story is longer than the context."""
-    if not is_toy(documents):
+    found = is_toy(documents) and above_floor(subject.model, subject.tokenizer, ids if closed else np.r_[ids, subject.tokenizer.eot], compute)
+    if not found or not np.isfinite(found[0]).all():  # stories of another kind among them
         return {}
-    some = first_documents(ids if closed else np.r_[ids, subject.tokenizer.eot], subject.tokenizer, n)
-    if max(map(len, some)) >= subject.model.config.block_size:
-        return {}
-    floor, gap = above_floor(subject.model, subject.tokenizer, some, compute)
-    if not np.isfinite(floor).all():  # stories of another kind among them
-        return {}
+    floor, gap = found
     return {"floor": floor.mean(), "above_floor": gap.mean(), "above_floor_error": gap.std() / len(gap) ** 0.5, "stories": len(gap)}
 
 

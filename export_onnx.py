@@ -14,7 +14,6 @@ import json
 import logging
 import math
 import os
-import types
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ import prepare
 import train
 from config import Refusal, run
 from device import resolve
+from folders import new_folder
 from measure import race
 from model import attention_mask, num_params
 from sample import finish, generate
@@ -42,7 +42,7 @@ MOST_WORSE = 0.01  # of the validation loss, by int8
 
 @dataclass
 class Config:
-    out_dir: str = "out"      # the folder of a trained model, or a checkpoint file
+    out_dir: str = "out"      # the folder of a trained model, a checkpoint file or hf:FOLDER_OR_NAME
     to: str = ""              # the folder to write; "" = OUT_DIR/onnx
     overwrite: bool = False   # move a folder that is in the way aside
     quantize: str = "none"    # none | int8 (model_int8.onnx beside model.onnx: matrices in 8 bits)
@@ -356,8 +356,8 @@ def validation(cfg, ckpt, tokenizer):
 
 def worse(model, int8, data, tokens):
     """The share by which int8's validation loss is above float32's, both from onnxruntime; says both."""
-    blocks, compute = types.SimpleNamespace(block_size=model.config.block_size, batch_size=4), resolve("cpu", "float32", "false")
-    losses = [train.evaluate(m, data, blocks, compute, tokens) for m in (model, int8)]
+    compute = resolve("cpu", "float32", "false")
+    losses = [train.evaluate(m, data, model.config.block_size, 4, compute, tokens) for m in (model, int8)]
     share = losses[1] / losses[0] - 1
     print(f"validation loss: float32 {losses[0]:.4f}, int8 {losses[1]:.4f} nats a token, {100 * share:+.2f}%")
     return share
@@ -407,7 +407,7 @@ def main(cfg):
     if path.startswith("hf:") and not cfg.to:
         raise Refusal("name the folder to write with --to")
     to = Path(cfg.to or os.path.join(os.path.dirname(path), "onnx"))
-    with prepare.new_folder(to, cfg.overwrite, "--overwrite moves it aside, --to=OTHER writes elsewhere", [path.removeprefix("hf:")]) as tmp:
+    with new_folder(to, cfg.overwrite, "--overwrite moves it aside, --to=OTHER writes elsewhere", [path.removeprefix("hf:")]) as tmp:
         model, tokenizer = checkpoint.restore(ckpt, path)
         data = validation(cfg, ckpt, tokenizer) if cfg.quantize == "int8" else None
         share = build(cfg, model, tokenizer, ckpt, data, tmp)

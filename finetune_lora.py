@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 import checkpoint
+import folders
 import lora
 import prepare
 import probes
@@ -93,12 +94,11 @@ def read_rows(dataset, split="train"):
 
 def json_rows(path):
     with prepare.opened(path) as f:
-        try:
-            rows = json.load(f)
-        except (ValueError, RecursionError) as e:
-            if isinstance(e, UnicodeDecodeError):
-                raise
-            raise Refusal(f"{path} is not JSON ({e})")
+        text = f.read()
+    try:
+        rows = json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise Refusal(f"{path} is not JSON ({e})")
     if not isinstance(rows, list):
         raise Refusal(f"{path} is not an array of rows but a {type(rows).__name__}")
     return [(f"{path} row {n}", row) for n, row in enumerate(rows, 1)]
@@ -278,7 +278,7 @@ def merge(cfg):
         lora.merge(model)
         difference = (model(idx)[0] - before).abs().max()
     if os.path.exists(to_path):
-        prepare.move_aside(to_path)
+        folders.move_aside(to_path)
     checkpoint.save(to_path, model, tokenizer, adapter["config"], adapter["step"], adapter["val_loss"], adapter["best_val_loss"])
     print(f"{to_path}: {base} with {path} merged; largest logit {before.abs().max():.3g}, largest difference to unmerged {difference:.1e}")
 
@@ -344,15 +344,14 @@ def main(cfg):
         return [to(batch_of(training_packs(packs, cfg.seed, first, n), data, T), compute.device) for first, n in micro_batches(step, cfg, compute)]
 
     def validate(tokens=cfg.eval_tokens):
-        looked_at = evenly(np.arange(len(val_packs)), tokens // T) if 0 < tokens < len(val_packs) * T else np.arange(len(val_packs))
+        looked_at = evenly(np.arange(len(val_packs)), math.ceil(tokens / T))
         return {"val_loss": mean_nats(trained, looked_at, lambda some: batch_of([val_packs[i] for i in some], val_data, T), cfg.batch_size, compute)}
 
     def save(name, **state):
-        path = os.path.join(cfg.out_dir, name if not cfg.rank else name.replace("ckpt", "adapter"))
         if cfg.rank:
-            checkpoint.save_adapters(path, model, base, base_sha256, asdict(cfg) | more, **state)
+            checkpoint.save_adapters(os.path.join(cfg.out_dir, name.replace("ckpt", "adapter")), model, base, base_sha256, asdict(cfg) | more, **state)
         else:
-            checkpoint.save(path, model, tokenizer, asdict(cfg) | more, **state)
+            checkpoint.save(os.path.join(cfg.out_dir, name), model, tokenizer, asdict(cfg) | more, **state)
 
     def preview():
         [told], _ = finish(generate(model, [shown_ids], min(T, 200), temperature=0, stop=tokenizer.eot, past_end="recompute"))
@@ -369,7 +368,7 @@ def main(cfg):
         report("before")
     compute.wait()  # nothing is written to out_dir before everyone has looked at it
     if moving and compute.first:
-        prepare.move_aside(cfg.out_dir)
+        folders.move_aside(cfg.out_dir)
     if not cfg.eval_only:
         fit(trained, cfg, compute, get_batches, validate, save, preview, run_so_far)
     report("now" if cfg.eval_only else "after")

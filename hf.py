@@ -18,11 +18,12 @@ import hf_layout
 import prepare
 import tokenizer_json
 from config import Refusal, run
+from folders import new_folder
 
 
 @dataclass
 class Config:
-    out_dir: str = "out"     # the folder of a trained model, or a checkpoint file; with an adapter: its base
+    out_dir: str = "out"     # the folder of a trained model, a checkpoint file or hf:FOLDER_OR_NAME; with an adapter: its base
     adapter: str = ""        # the folder of a LoRA adapter, which is written instead of the model; hf:FOLDER_OR_NAME is PEFT's and becomes ours
     to: str = ""             # the folder to write
     overwrite: bool = False  # move a folder that is in the way aside
@@ -91,7 +92,7 @@ def main(cfg):
     path = cfg.adapter and not incoming and checkpoint.find(cfg.adapter, "adapter_best.pt")
     adapter = checkpoint.load(path, checkpoint.ADAPTER_KEYS) if path else None
     base = checkpoint.base_of(adapter, path) if adapter and "out_dir" not in cfg.given else checkpoint.find(cfg.out_dir)
-    with prepare.new_folder(to, cfg.overwrite, "--overwrite moves it aside", [p.removeprefix("hf:") for p in (base, cfg.adapter) if p]) as tmp:
+    with new_folder(to, cfg.overwrite, "--overwrite moves it aside", [p.removeprefix("hf:") for p in (base, cfg.adapter) if p]) as tmp:
         ckpt = checkpoint.load(base)
         model, tokenizer = checkpoint.restore(ckpt, base)
         try:

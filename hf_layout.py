@@ -151,7 +151,7 @@ def flag(data, key, default=False):
 
 def read_config(data):
     """ModelConfig's keys from a config.json, and patterns of the biases that it does without."""
-    kind = data.get("model_type") if isinstance(data, dict) else None
+    kind = data.get("model_type")
     if kind not in tuple(CLASSES):
         raise ValueError(f"model_type is {kind!r:.60}; only {', '.join(CLASSES)} are read here")
     known = HARMLESS | READ[kind] | FIXED[kind].keys() | set(SIZES[kind].values())
@@ -260,8 +260,6 @@ def from_peft(c, data, tensors):
     """(LoRAConfig's keys, our adapters) from an adapter_config.json and its tensors, for a base of config c. Ours have one rank and one
     alpha: a smaller rank is filled up with zeros, another scale goes into B."""
     kind, adapters, scales, used = kind_of(c), {}, {}, set()
-    if not isinstance(data, dict):
-        raise ValueError("adapter_config.json is not an object")
     for key, value in data.items():
         if key in PEFT_FIXED:
             if not any(value is v or isinstance(v, str) and value == v for v in PEFT_FIXED[key]):

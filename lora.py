@@ -68,10 +68,6 @@ def inject(model, c):
     if not there or c.target != "all" and there != set(c.names):
         raise ValueError(f"target {c.target}: this model has no {', '.join(sorted(set(c.names) - there))}")
     for name, m in found.items():
-        if not isinstance(m, nn.Linear):
-            raise ValueError(f"{name} is a {type(m).__name__}, not a Linear: it takes no adapter")
-        if any(p is m.weight for other, p in model.named_parameters(remove_duplicate=False) if other != f"{name}.weight"):
-            raise ValueError(f"{name} shares its weight with another layer, which merging an adapter would change too")
         if c.rank > min(m.in_features, m.out_features):
             raise ValueError(f"rank {c.rank} is more than {name}, {m.out_features} x {m.in_features}, can have: "
                              "take a smaller one, or 0, which trains all weights")

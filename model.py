@@ -93,9 +93,6 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.LayerNorm):
-    def __init__(self, dim, eps, bias):
-        super().__init__(dim, eps=eps, bias=bias)
-
     def add(self, x, a):
         x = x + a
         return x, self(x)
@@ -224,10 +221,10 @@ class KVCache:
     One generation makes one. `length` tokens are in it; model.hidden moves it on when all layers have written.
     """
 
-    def __init__(self, model, batch_size, max_len, dtype=None):
+    def __init__(self, model, batch_size, max_len):
         c, p = model.config, model.wte.weight
         shape = batch_size, c.n_kv_head, max_len, c.head_dim
-        self.k = [torch.zeros(shape, dtype=dtype or p.dtype, device=p.device) for _ in range(c.n_layer)]
+        self.k = [torch.zeros(shape, dtype=p.dtype, device=p.device) for _ in range(c.n_layer)]
         self.v = [torch.zeros_like(k) for k in self.k]
         self.length, self.max_len = 0, max_len
         self.doc = None  # (B, max_len) once a document or padding was named: which one each token belongs to
@@ -345,7 +342,7 @@ MLPS = {"gelu": GELU, "swiglu": SwiGLU}
 class PreNorm(nn.Module):
     def __init__(self, c, layer):
         super().__init__()
-        self.norm1, self.norm2 = (NORMS[c.norm](c.n_embd, c.norm_eps, c.bias) for _ in range(2))
+        self.norm1, self.norm2 = (NORMS[c.norm](c.n_embd, eps=c.norm_eps, bias=c.bias) for _ in range(2))
         self.attn, self.mlp = Attention(c, layer), MLPS[c.mlp](c)
         self.drop = nn.Dropout(c.dropout)
 
@@ -384,7 +381,7 @@ class Transformer(nn.Module):
         self.alibi = ALiBi(c) if c.pos == "alibi" else None
         self.drop = nn.Dropout(c.dropout)
         self.blocks = nn.ModuleList(BLOCKS[c.norm_position](c, layer) for layer in range(c.n_layer))
-        self.norm = NORMS[c.norm](c.n_embd, c.norm_eps, c.bias) if c.norm_position == "pre" else nn.Identity()
+        self.norm = NORMS[c.norm](c.n_embd, eps=c.norm_eps, bias=c.bias) if c.norm_position == "pre" else nn.Identity()
         self.head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
         if c.tie_embeddings:
             self.head.weight = self.wte.weight

@@ -113,7 +113,7 @@ def cell(text):
 def html_table(header, rows, left=1, top=()):
     def line(cells, tag):
         return "".join(f"<{tag}{' class=l' if i < left else ''}>{cell(c)}</{tag}>" for i, c in enumerate(cells))
-    body = "".join(f"<tr{' class=top' if row[0].startswith(tuple(top)) and top else ''}>{line(row, 'td')}</tr>" for row in rows)
+    body = "".join(f"<tr{' class=top' if row[0].startswith(top) else ''}>{line(row, 'td')}</tr>" for row in rows)
     many = " class=many" if len(header) > 4 else ""
     return f"<div class=wide><table{many}><thead><tr>{line(header, 'th')}</tr></thead><tbody>{body}</tbody></table></div>"
 

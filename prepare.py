@@ -14,18 +14,16 @@ With fewer, the last part of the text is the validation split (nanoGPT's cut), e
 document that is alone keeps its white space. Where prompts start with another token than end-of-text (Llama's <s>), so does each
 document. bpe is learned from the training split; char takes the characters of both, as nanoGPT.
 
-The text is read three times and only the document at hand is held. *.bin is little-endian uint16, or uint32 past 65,536 tokens.
+The text is read three times, with a vocabulary that is there already twice, and only the document at hand is held. *.bin is little-endian uint16, or uint32 past 65,536 tokens.
 """
 import hashlib
 import json
 import os
 import re
-import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime
 from itertools import islice
 from pathlib import Path
 
@@ -35,6 +33,7 @@ from tqdm import tqdm
 import foreign_tokenizer
 import toy_stories
 from config import Refusal, run
+from folders import new_folder
 from tokenizer import Tokenizer
 
 FORMAT = 1
@@ -60,8 +59,8 @@ class Config:
     overwrite: bool = False           # replace data/NAME; the old one is kept beside it
 
     def __post_init__(self):
-        if not self.dataset:
-            raise ValueError("dataset is empty: give a file, a folder, toy, tinystories or hf:NAME")
+        if self.dataset in ("", "hf:"):
+            raise ValueError("dataset is empty: give a file, a folder, toy, tinystories or hf:NAME, such as hf:roneneldan/TinyStories")
         if not self.name:
             path, hub = Path(os.path.abspath(self.dataset)), self.dataset.removeprefix("hf:")
             local = path.stem if path.suffix.lower() in READERS else path.name
@@ -73,8 +72,6 @@ class Config:
             raise ValueError(f"tokenizer must be bpe, char, gpt2, gpt2:FOLDER, hf:FOLDER_OR_NAME or a tokenizer.json, not {self.tokenizer!r}")
         if not 0 < self.val_fraction < 1:
             raise ValueError(f"val_fraction must be between 0 and 1, not {self.val_fraction}")
-        if self.dataset == "hf:":
-            raise ValueError("dataset is hf:NAME, with a NAME of the Hugging Face hub such as hf:roneneldan/TinyStories")
         for key, least in ("num_stories", 1), ("num_proc", 0), ("seed", 0):
             if getattr(self, key) < least:
                 raise ValueError(f"{key} must be at least {least}, not {getattr(self, key)}")
@@ -391,52 +388,6 @@ def build(cfg, tmp):
             f.write(text.encode())
             f.flush()
             os.fsync(f.fileno())
-
-
-def in_the_way(folder, overwrite, ways):
-    """Whether `folder` holds something that move_aside is to move. Raises Refusal, which says the ways out, where overwrite was not given."""
-    if not os.path.exists(folder) or os.path.isdir(folder) and not os.listdir(folder):
-        return False
-    if not overwrite:
-        raise Refusal(f"{folder} is there already: {ways}")
-    return True
-
-
-def move_aside(folder):
-    """Renames a folder to NAME.old-TIME and says so. Raises Refusal."""
-    folder = Path(folder)
-    old = folder.with_name(f"{folder.name}.old-{datetime.now():%Y%m%d-%H%M%S-%f}")
-    try:
-        folder.rename(old)
-    except OSError as e:
-        raise Refusal(f"cannot move {folder} aside: {e.strerror}", status=1)
-    print(f"what was {folder} is now {old}")
-
-
-@contextmanager
-def new_folder(to, overwrite, ways, reads=()):
-    """Gives a folder to fill, which is `to` when that is done and gone when it was not. What was there is moved aside, with overwrite,
-    but not what is read, nor the current folder.
-
-    Raises Refusal. A run that is killed leaves a .NAME.tmp-* beside `to`, which nothing reads.
-    """
-    to = Path(os.path.realpath(to) if os.path.islink(to) else to)
-    moving = in_the_way(to, overwrite, ways)
-    if inside := [path for path in (".", *reads) if os.path.exists(path) and Path(path).resolve().is_relative_to(to.resolve())]:
-        raise Refusal(f"{to} cannot be written: {'the current folder' if inside[0] == '.' else inside[0]} is in it")
-    tmp = to.with_name(f".{to.name}.tmp-{os.getpid()}-{time.time_ns()}")
-    try:
-        tmp.mkdir(parents=True)
-        yield tmp
-        if moving:
-            move_aside(to)
-        elif to.exists():
-            to.rmdir()
-        tmp.rename(to)
-    except OSError as e:
-        raise Refusal(f"cannot write {to}: {e}", status=1)
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)
 
 
 def prepare(cfg):

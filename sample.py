@@ -185,7 +185,7 @@ def read_start(start):
         return [start]
     try:
         with open(start[5:], encoding="utf-8") as f:
-            return [text.strip() for text in f.read().removesuffix("\n").split("<|endoftext|>")]
+            return [text.strip() for text in f.read().split("<|endoftext|>")]
     except OSError as e:
         raise Refusal(f"cannot read {start[5:]}: {e.strerror}")
     except UnicodeDecodeError as e:

@@ -6,23 +6,24 @@
     torchrun --nproc_per_node=2 train.py                                   the same run, its rows shared by two processes
 
 Ctrl-C and SIGTERM end a run after the step at hand, with a checkpoint. Read from the bottom: main() prepares, fit() is the loop, train_step() is one update.
-Fine-tuning calls fit and train_step with its own batches and loss.
+Fine-tuning calls fit with its own batches.
 """
 import functools
 import importlib.util
-import itertools
 import math
 import os
 import sys
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from itertools import islice
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 import checkpoint
+import folders
 import prepare
 import rmsnorm
 import toy_stories
@@ -118,16 +119,21 @@ def epoch_starts(n_tokens, T, seed, epoch):
 
 def training_rows(data, T, seed, first, n):
     """Rows first .. first+n of the endless stream of rows: {"idx", "targets"} (n, T) int64, targets one token ahead."""
-    rows, per_epoch = [], len(epoch_starts(len(data), T, seed, 0))
-    for r in range(first, first + n):
-        epoch, i = divmod(r, per_epoch)
-        start = epoch_starts(len(data), T, seed, epoch)[i]
-        rows.append(data[start:start + T + 1])
-    return shifted(torch.from_numpy(np.stack(rows).astype(np.int64)))
+    per_epoch = len(epoch_starts(len(data), T, seed, 0))
+    return blocks(data, [epoch_starts(len(data), T, seed, r // per_epoch)[r % per_epoch] for r in range(first, first + n)], T)
 
 
-def shifted(rows):
-    """Rows of ids (n, T+1), -100 where there is none, as a batch whose targets are one token ahead."""
+def blocks(data, starts, T):
+    """A batch of data[start:start + T] for each start; beyond the end of data there is no target."""
+    return padded([data[start:start + T + 1] for start in starts], T)
+
+
+def padded(pieces, T):
+    """Pieces of up to T + 1 ids as a batch whose targets are one token ahead, -100 where there is none."""
+    rows = np.full((len(pieces), T + 1), -100, dtype=np.int64)
+    for row, piece in zip(rows, pieces):
+        row[:len(piece)] = piece
+    rows = torch.from_numpy(rows)
     return {"idx": rows[:, :-1].clamp(min=0), "targets": rows[:, 1:]}
 
 
@@ -160,19 +166,16 @@ def evaluating(model):
         model.train(was_training)
 
 
-def evaluate(model, data, cfg, compute, tokens=0):
-    """Nats a token on a split (1-D array of ids) in blocks of block_size, each target once; with `tokens` only on about so
+def evaluate(model, data, T, batch_size, compute, tokens=0):
+    """Nats a token on a split (1-D array of ids) in blocks of T, each target once; with `tokens` only on about so
     many, evenly spaced and always the same. Processes share the batches; the figure does not depend on how many they are."""
-    T = cfg.block_size
-    starts = np.arange(0, len(data) - 1, T)
-    if 0 < tokens < len(data):
-        starts = evenly(starts, tokens // T)
-    return mean_nats(model, starts, lambda some: blocks(data, some, T), cfg.batch_size, compute)
+    starts = evenly(np.arange(0, len(data) - 1, T), math.ceil(tokens / T))
+    return mean_nats(model, starts, lambda some: blocks(data, some, T), batch_size, compute)
 
 
 def evenly(rows, n):
-    """n of the rows, at least one, evenly spaced."""
-    return rows[np.linspace(0, len(rows) - 1, max(1, n)).astype(int)]
+    """n of the rows, evenly spaced; all of them for 0, or where they are no more."""
+    return rows[np.linspace(0, len(rows) - 1, min(n or len(rows), len(rows))).astype(int)]
 
 
 def mean_nats(model, rows, batch_of, batch_size, compute):
@@ -186,15 +189,6 @@ def mean_nats(model, rows, batch_of, batch_size, compute):
                 sums[i] = torch.tensor([float(next_token_loss(model, batch)), count_targets(batch)])
     nats, targets = compute.sum(sums).sum(0).tolist()
     return nats / targets
-
-
-def blocks(data, starts, T):
-    """A batch of data[start:start + T] for each start; beyond the end of data there is no target."""
-    rows = np.full((len(starts), T + 1), -100, dtype=np.int64)
-    for row, start in zip(rows, starts):
-        piece = data[start:start + T + 1]
-        row[:len(piece)] = piece
-    return shifted(torch.from_numpy(rows))
 
 
 def token_nats(model, data, T, compute, batch_size=32):
@@ -215,11 +209,7 @@ def document_nats(model, documents, bos, eot, compute, batch_size=32):
     longest, nats = max(map(len, documents)) + 1, []
     with evaluating(model):
         for i in range(0, len(documents), batch_size):
-            some = documents[i:i + batch_size]
-            rows = torch.full((len(some), longest + 1), -100)
-            for row, ids in zip(rows, some):
-                row[:len(ids) + 2] = torch.tensor([bos, *ids, eot])
-            batch = to(shifted(rows), compute.device)
+            batch = to(padded([[bos, *ids, eot] for ids in documents[i:i + batch_size]], longest), compute.device)
             with compute.autocast():
                 nats.append(model(**batch, reduction="none")[1].cpu().double().sum(1))
     return torch.cat(nats).numpy()
@@ -406,7 +396,7 @@ def crop(ckpt, cfg):
 
 def in_the_way(cfg):
     """Whether out_dir holds something that --overwrite is to move aside. Raises Refusal where it was not given."""
-    return cfg.init_from != "resume" and not cfg.eval_only and prepare.in_the_way(
+    return cfg.init_from != "resume" and not cfg.eval_only and folders.in_the_way(
         cfg.out_dir, cfg.overwrite, "--init_from=resume goes on with it, --overwrite moves it aside, --out_dir=OTHER writes elsewhere")
 
 
@@ -472,7 +462,7 @@ def main(cfg):
     bits_a_byte = split["tokens"] / split["bytes"] / math.log(2)
 
     def validate(tokens=cfg.eval_tokens):
-        loss = evaluate(trained, data["val"], cfg, compute, tokens)
+        loss = evaluate(trained, data["val"], cfg.block_size, cfg.batch_size, compute, tokens)
         return {"val_loss": loss, "val_bits_per_byte": loss * bits_a_byte}
 
     def get_batches(step):
@@ -488,7 +478,7 @@ def main(cfg):
         return cfg.start + tokenizer.decode_more(told)
 
     if moving and compute.first:
-        prepare.move_aside(cfg.out_dir)
+        folders.move_aside(cfg.out_dir)
     if not cfg.eval_only:
         fit(trained, cfg, compute, get_batches, validate, save, preview, ckpt if resume else None,
             flops_per_token(model, cfg.block_size))
@@ -517,25 +507,23 @@ def documents_of(ids, tokenizer):
     return (ids[start + (ids[start] == tokenizer.bos):end] for start, end in zip([0, *ends + 1], ends))
 
 
-def first_documents(ids, tokenizer, n):
-    """The first n of them, as lists of ids."""
-    return [document.tolist() for document in itertools.islice(documents_of(ids, tokenizer), n)]
-
-
-def above_floor(model, tokenizer, documents, compute):
-    """(exact -log p of toy stories, how far the model's is above it), both float64 (n,) in nats a story."""
+def above_floor(model, tokenizer, ids, compute, n=500):
+    """(exact -log p of the first n toy stories in ids, how far the model's is above it), both float64 (n,) in nats a story; None
+    where there is none, or one is longer than the context."""
+    documents = [document.tolist() for document in islice(documents_of(ids, tokenizer), n)]
+    if max(map(len, documents), default=math.inf) >= model.config.block_size:
+        return None
     floor = -np.array([toy_stories.log_prob(tokenizer.decode(d)) for d in documents])
     return floor, document_nats(model, documents, tokenizer.bos, tokenizer.eot, compute) - floor
 
 
 def floor_line(model, tokenizer, val, compute, n=500):
     """How far the model is above the exact entropy of the toy stories: the same stories scored by both, in nats a story."""
-    documents = first_documents(val[:200 * n], tokenizer, n)
-    T = checkpoint.unwrap(model).config.block_size
-    if max(map(len, documents)) >= T:
-        return f"the stories, which have up to {max(map(len, documents))} tokens, are not scored whole: block_size is {T}"
-    floor, gap = above_floor(model, tokenizer, documents, compute)
-    return (f"{len(documents)} unseen stories: {(floor + gap).mean():.2f} nats a story, {100 * gap.mean() / floor.mean():.1f}% above "
+    found = above_floor(model, tokenizer, val, compute, n)
+    if not found:
+        return f"no stories to score whole: each must be shorter than block_size={model.config.block_size}"
+    floor, gap = found
+    return (f"{len(gap)} unseen stories: {(floor + gap).mean():.2f} nats a story, {100 * gap.mean() / floor.mean():.1f}% above "
             f"their exact entropy of {floor.mean():.2f} (standard error of the difference {gap.std() / len(gap) ** 0.5:.2f})")
 
 

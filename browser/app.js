@@ -424,9 +424,9 @@ story.addEventListener("focusin", e => {
   if (i >= 0 && i !== chosen && e.target.matches(":focus-visible")) showOthers(i, true);
 });
 story.addEventListener("keydown", e => {
-  const i = indexOf(e.target), last = spans.length - 1;
+  const i = indexOf(e.target);
   if (i < 0 || e.ctrlKey || e.metaKey || e.altKey) return;
-  const to = { ArrowLeft: step(i, -1), ArrowRight: step(i, 1), Home: step(-1, 1), End: spans[last]?.span.textContent ? last : step(last, -1) }[e.key];
+  const to = { ArrowLeft: step(i, -1), ArrowRight: step(i, 1), Home: step(-1, 1), End: step(spans.length, -1) }[e.key];
   if (to !== undefined) focusToken(to);
   else if (["ArrowDown", "Enter", " "].includes(e.key)) {
     if (chosen !== i) showOthers(i, true);

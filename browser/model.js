@@ -22,7 +22,8 @@ let length = 0;    // tokens in the cache
 let stopped;
 let held = null;   // the logits after the last of them; null after a rewind
 
-async function load() {
+async function load(described) {
+  config = described;
   const file = await get("model.onnx", (bytes, of) => postMessage({ bytes, of }));
   try {
     session = await ort.InferenceSession.create(file, { logSeverityLevel: 4 });  // the page says it, not the console
@@ -30,8 +31,7 @@ async function load() {
     if (/no available backend/.test(e)) throw Error(`onnxruntime-web does not start; npm ci in browser/ installs it again: ${short(e)}`);
     throw Error(`model/model.onnx cannot be read, it is damaged or no ONNX file: ${short(e)}`);
   }
-  const names = ["ids", ...each(i => [`past_k.${i}`, `past_v.${i}`])];
-  if ([...session.inputNames].sort().join() !== names.sort().join())
+  if ([...session.inputNames].sort().join() !== ["ids", ...pasts()].sort().join())
     throw Error("model/model.onnx and model/config.json are not of one model: export it again.");
   cut(0);
   try {
@@ -43,14 +43,14 @@ async function load() {
   cut(0);
 }
 
-const each = names => Array.from({ length: config.n_layer }, (_, i) => names(i)).flat();
+const pasts = () => Array.from({ length: config.n_layer }, (_, i) => [`past_k.${i}`, `past_v.${i}`]).flat();
 
 const short = e => String(e?.message ?? e).replace(/\s+/g, " ").slice(0, 200);
 
 /** Forgets all but the first n tokens. */
 function cut(n) {
   const { n_kv_head: H, head_dim: D } = config;
-  for (const name of each(i => [`past_k.${i}`, `past_v.${i}`]))
+  for (const name of pasts())
     cache[name] = new ort.Tensor("float32", n ? cache[name].data.slice(0, n * H * D) : new Float32Array(0), [n, 1, H, D]);
   length = n;
   held = null;
@@ -72,8 +72,7 @@ async function read({ keep, ids, scored, settings, place, most }) {
   stopped = false;
   if (keep < length) cut(keep);
   postMessage({ scores: ids.length ? await forward(ids, scored) : [] });
-  for (let n = 0; settings && n < most; n++) {
-    if (stopped) break;
+  for (let n = 0; settings && n < most && !stopped; n++) {
     const id = draw(held, settings, place + n);
     postMessage({ next: { id, ...score(held, id) }, at: performance.now() });
     if (id === config.eot || n + 1 === most) break;
@@ -99,8 +98,7 @@ onmessage = async ({ data }) => {
     return;
   }
   try {
-    if (data.load) config = data.load;
-    if (data.load) await load();
+    if (data.load) await load(data.load);
     else await read(data);
     postMessage({ done: true });
   } catch (e) {

@@ -9,7 +9,6 @@ import socket
 import threading
 import time
 from collections import Counter
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -96,9 +95,8 @@ def test_equal_seeds_resample_equal_units_so_that_differences_are_paired():
 
 def test_token_nats_average_to_evaluate_and_by_position_to_both():
     data, model = tokens(1, 500)[0].numpy().astype(np.uint16), build()
-    cfg = SimpleNamespace(block_size=24, batch_size=7)
     nats = train.token_nats(model, data, 24, CPU, batch_size=5).astype(np.float64)
-    assert len(nats) == 499 and nats.mean() == pytest.approx(train.evaluate(model, data, cfg, CPU), rel=1e-6)
+    assert len(nats) == 499 and nats.mean() == pytest.approx(train.evaluate(model, data, 24, 7, CPU), rel=1e-6)
     bins = evaluation.by_position(nats, 24)
     assert sum(mean * n for *_, mean, n in bins) / sum(n for *_, n in bins) == pytest.approx(nats.mean(), rel=1e-12)
     assert [a for a, *_ in bins] + [25] == [1] + [b + 1 for _, b, *_ in bins]  # every position, once
@@ -111,7 +109,7 @@ def test_document_nats_are_evaluate_where_the_windows_coincide():
     """Documents of 23 tokens after end-of-text fill blocks of 24 exactly."""
     model, documents = build(), [(tokens(1, 23, seed=i)[0] % 60 + 1).tolist() for i in range(6)]
     stream = np.array([0] + [i for d in documents for i in (*d, 0)])
-    whole = train.evaluate(model, stream, SimpleNamespace(block_size=24, batch_size=4), CPU) * (len(stream) - 1)
+    whole = train.evaluate(model, stream, 24, 4, CPU) * (len(stream) - 1)
     assert train.document_nats(model, documents, 0, 0, CPU).sum() == pytest.approx(whole, rel=1e-6)
 
 
@@ -121,7 +119,7 @@ def test_the_text_is_what_prepare_wrote_and_the_loss_what_train_says(lab, capsys
         documents, closed = evaluation.split_documents(data["val"], tokenizer)
         assert np.array_equal(evaluation.encode(documents, closed, tokenizer), data["val"])
         model, _ = checkpoint.restore(checkpoint.load("out/a/ckpt_best.pt"), "a")
-        loss = train.evaluate(model, data["val"], SimpleNamespace(block_size=192, batch_size=8), CPU)
+        loss = train.evaluate(model, data["val"], 192, 8, CPU)
     evaluate(lab, "--out_dir=out/a")
     found = json.loads(capsys.readouterr().out.splitlines()[-1])["checkpoints"][0]["likelihood"]
     made = meta["splits"]["val"]

@@ -281,7 +281,7 @@ def test_the_grid_has_each_pair_of_settings():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("toggles", GRID + [dict(pos="rope", rope_scaling="llama3:8,1,4,16"), dict(n_layer=1, n_head=2, n_kv_head=2), dict(block_size=1024), dict(head_dim=12, n_kv_head=2),
-                                  dict(head_dim=6, qk_norm=False)])
+                                  dict(head_dim=6, qk_norm=False), dict(n_embd=384)])
 def test_every_toggle(toggles, tmp_path):
     model = build(**toggles)
     there = put(model, tmp_path / "model.onnx")

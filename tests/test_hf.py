@@ -6,6 +6,7 @@ import random
 import resource
 import time
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -376,7 +377,7 @@ def test_data_for_a_foreign_tokenizer_is_each_document_as_sample_and_eval_have_i
     for start, text in zip(starts, documents[:3]):
         ids = sample.prompt_ids(its, text)[its.bos == its.eot:]
         assert data["train"][start:start + len(ids)].tolist() == ids
-    assert train.first_documents(data["train"], its, 3) == [its.encode(text) for text in documents[:3]]
+    assert [ids.tolist() for ids in islice(train.documents_of(data["train"], its), 3)] == [its.encode(text) for text in documents[:3]]
 
 
 def test_logits_of_one_row_that_are_too_many_are_made_in_parts(monkeypatch):

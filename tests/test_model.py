@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from model import (BLOCKS, MLPS, NORMS, POSITIONS, ALiBi, KVCache, ModelConfig, RoPE, Transformer, flops_per_token,
                    kv_cache_bytes, num_params, rope_frequencies, rotate)
@@ -208,14 +209,16 @@ def test_loss_is_cross_entropy_over_what_is_not_masked(chunked_loss):
     torch.testing.assert_close(model(idx, targets, reduction="none")[1].double(), nats, rtol=1e-4, atol=1e-5)
 
 
-def test_gradient_checkpointing_changes_nothing():
-    idx, grads = tokens(), []
+def test_gradient_checkpointing_changes_nothing(monkeypatch):
+    idx, grads, calls = tokens(), [], []
+    monkeypatch.setattr("model.checkpoint", lambda *args, **keys: calls.append(1) or checkpoint(*args, **keys))
     for on in False, True:
         model = build(dropout=0.1).train()
         model.gradient_checkpointing = on
         torch.manual_seed(3)
         model(idx, idx)[1].backward()
         grads.append([p.grad for p in model.parameters()])
+        assert len(calls) == on * model.config.n_layer
     for a, b in zip(*grads):
         assert torch.equal(a, b)
 

@@ -70,10 +70,9 @@ def test_targets_are_inputs_shifted_by_one_and_an_epoch_sees_each_block_once():
     per_epoch = len(train.epoch_starts(len(data), T, 7, 0))
     batch = train.training_rows(data, T, 7, 0, per_epoch)
     assert torch.equal(batch["idx"] + 1, batch["targets"]) and batch["idx"].dtype == torch.int64
-    starts = batch["idx"][:, 0].sort().values
-    assert per_epoch == 99 and (starts.diff() == T).all()
-    again = train.training_rows(data, T, 7, per_epoch, per_epoch)["idx"][:, 0]
-    assert not torch.equal(again.sort().values % T, starts % T) or not torch.equal(again, batch["idx"][:, 0])
+    first, again = batch["idx"][:, 0], train.training_rows(data, T, 7, per_epoch, per_epoch)["idx"][:, 0]
+    assert per_epoch == 99 and (first.sort().values.diff() == T).all() and (again.sort().values.diff() == T).all()
+    assert not torch.equal(again - again.min(), first - first.min()) and not (first.diff() > 0).all()
 
 
 def test_a_row_depends_on_its_number_alone():
@@ -88,7 +87,7 @@ def test_a_row_depends_on_its_number_alone():
 def test_rows_stay_inside_a_short_split(n):
     for seed in range(20):
         batch = train.training_rows(np.arange(n, dtype=np.uint16), 10, seed, 0, 5)
-        assert batch["targets"].shape == (5, 10) and batch["targets"].max() < n
+        assert batch["targets"].shape == (5, 10) and torch.equal(batch["idx"] + 1, batch["targets"])
 
 
 # Learning rate
@@ -162,13 +161,22 @@ def test_a_loss_that_is_not_finite_changes_nothing():
 
 def test_evaluate_counts_each_target_once():
     data, model = tokens(1, 107)[0].numpy().astype(np.uint16), build()
-    cfg = train.Config(block_size=24, batch_size=2)
     with torch.no_grad():
         nats = sum(model(torch.from_numpy(data[i:i + 25][:-1].astype(np.int64))[None], torch.from_numpy(data[i + 1:i + 25].astype(np.int64))[None],
                          reduction="sum")[1].item() for i in range(0, 106, 24))
-    assert train.evaluate(model, data, cfg, CPU) == pytest.approx(nats / 106, rel=1e-5)
-    assert train.evaluate(model, data, cfg, CPU, tokens=48) == train.evaluate(model, data, cfg, CPU, tokens=48)
-    assert train.evaluate(model, data[:25], cfg, CPU, tokens=48) == pytest.approx(train.evaluate(model, data[:25], cfg, CPU), rel=1e-6)
+    assert train.evaluate(model, data, 24, 2, CPU) == pytest.approx(nats / 106, rel=1e-5)
+    each = train.token_nats(model, data, 24, CPU)  # five blocks, the last of 10 targets
+    assert train.evaluate(model, data, 24, 2, CPU, tokens=48) == pytest.approx(np.r_[each[:24], each[96:]].mean(), rel=1e-5)
+    assert train.evaluate(model, data[:25], 24, 2, CPU, tokens=48) == pytest.approx(each[:24].mean(), rel=1e-5)
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.1, 1e9])
+def test_a_gradient_is_clipped_to_its_norm(clip):
+    model = build()
+    before = [p.detach().clone() for p in model.parameters()]
+    _, norm = train.train_step(model, [torch.optim.SGD(model.parameters(), lr=1.0)], [{"idx": tokens(), "targets": tokens()}], CPU, grad_clip=clip)
+    moved = torch.cat([(a - b).flatten() for a, b in zip(model.parameters(), before)]).norm()
+    assert norm > 0.2 and moved.item() == pytest.approx(min(norm, clip or math.inf), rel=1e-3)
 
 
 def test_document_nats_are_each_documents_own():
@@ -284,12 +292,32 @@ def test_from_the_command_line_with_the_default_data_and_then_a_story(lab, tmp_p
     assert told.stdout.count("Once upon a time") == 2 and "decode" in told.stdout.splitlines()[-1]
 
 
-def test_a_chunked_loss_trains_the_same(lab):
+def test_a_chunked_loss_trains_the_same(lab, monkeypatch):
     if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
         pytest.skip("this torch has no linear_cross_entropy")
     for loss in "plain", "chunked":
+        if loss == "chunked":  # which does without
+            monkeypatch.setattr(torch.nn.functional, "cross_entropy", None)
         run_train(lab, f"--out_dir=loss-{loss}", f"--loss={loss}", "--gradient_checkpointing")
     assert load(lab, "loss-plain")["val_loss"] == pytest.approx(load(lab, "loss-chunked")["val_loss"], rel=1e-3)
+
+
+def test_embeddings_learn_so_many_times_as_fast(lab):
+    found = []
+    for scale in 1, 2, 4:
+        run_train(lab, f"--out_dir=scale{scale}", "--max_iters=1", "--warmup_iters=0", f"--embd_lr_scale={scale}")
+        found.append(load(lab, f"scale{scale}")["model"])
+    a, b, c = (model["wte.weight"] for model in found)
+    torch.testing.assert_close(c - a, 3 * (b - a), rtol=1e-2, atol=1e-6)
+    assert (b - a).abs().max() > 1e-4 and torch.equal(found[0]["blocks.0.attn.q_proj.weight"], found[2]["blocks.0.attn.q_proj.weight"])
+
+
+def test_toy_stories_that_are_not_scored_are_said_so(lab, tmp_path, capsys):
+    with contextlib.chdir(tmp_path):
+        prepare.prepare(configure(prepare.Config, ["--num_stories=9"]))
+        for T in 64, 256:
+            train.main(configure(train.Config, [*SMALL, "--max_iters=1", f"--block_size={T}", f"--out_dir=out{T}"]))
+            assert "no stories to score whole" in capsys.readouterr().out
 
 
 # Learning

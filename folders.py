@@ -1,0 +1,55 @@
+"""Folders that a script writes: whole or not at all, and never over what a user had."""
+import os
+import shutil
+import time
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+
+from config import Refusal
+
+
+def in_the_way(folder, overwrite, ways):
+    """Whether `folder` holds something that move_aside is to move. Raises Refusal, which says the ways out, where overwrite was not given."""
+    if not os.path.exists(folder) or os.path.isdir(folder) and not os.listdir(folder):
+        return False
+    if not overwrite:
+        raise Refusal(f"{folder} is there already: {ways}")
+    return True
+
+
+def move_aside(folder):
+    """Renames a folder to NAME.old-TIME and says so. Raises Refusal."""
+    folder = Path(folder)
+    old = folder.with_name(f"{folder.name}.old-{datetime.now():%Y%m%d-%H%M%S-%f}")
+    try:
+        folder.rename(old)
+    except OSError as e:
+        raise Refusal(f"cannot move {folder} aside: {e.strerror}", status=1)
+    print(f"what was {folder} is now {old}")
+
+
+@contextmanager
+def new_folder(to, overwrite, ways, reads=()):
+    """Gives a folder to fill, which is `to` when that is done and gone when it was not. What was there is moved aside, with overwrite,
+    but not what is read, nor the current folder.
+
+    Raises Refusal. A run that is killed leaves a .NAME.tmp-* beside `to`, which nothing reads.
+    """
+    to = Path(os.path.realpath(to) if os.path.islink(to) else to)
+    moving = in_the_way(to, overwrite, ways)
+    if inside := [path for path in (".", *reads) if os.path.exists(path) and Path(path).resolve().is_relative_to(to.resolve())]:
+        raise Refusal(f"{to} cannot be written: {'the current folder' if inside[0] == '.' else inside[0]} is in it")
+    tmp = to.with_name(f".{to.name}.tmp-{os.getpid()}-{time.time_ns()}")
+    try:
+        tmp.mkdir(parents=True)
+        yield tmp
+        if moving:
+            move_aside(to)
+        elif to.exists():
+            to.rmdir()
+        tmp.rename(to)
+    except OSError as e:
+        raise Refusal(f"cannot write {to}: {e}", status=1)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
