@@ -15,7 +15,6 @@ from pathlib import Path
 import checkpoint
 import hf_folder
 import hf_layout
-import prepare
 import tokenizer_json
 from config import Refusal, run
 from folders import new_folder
