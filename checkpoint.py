@@ -81,13 +81,22 @@ def unwrap(model):
 def find(out_dir, prefer="ckpt_best.pt"):
     """The file meant by out_dir: itself when it is one, else the preferred one in it, else the last: ckpt.pt or adapter.pt. hf:NAME stays."""
     last = prefer.replace("_best", "")
-    if out_dir.startswith("hf:") and last == "adapter.pt":
-        raise Refusal(f"{out_dir} is not read as it is: python hf.py --out_dir=BASE --adapter={out_dir} --to=FOLDER makes an adapter of ours of it")
+    name = out_dir.removeprefix("hf:")
+    onnx, theirs, peft = (os.path.isfile(os.path.join(name, file)) for file in ("model.onnx", "config.json", "adapter_config.json"))
+    peft_way = f"hf:{name} is not read as it is: python hf.py --out_dir=BASE --adapter=hf:{name} --to=FOLDER makes an adapter of ours of it"
+    if out_dir.startswith("hf:") and (last == "adapter.pt" or peft and not theirs):
+        raise Refusal(peft_way)
     if os.path.isfile(out_dir) or out_dir.startswith("hf:"):
         return out_dir
     for name in prefer, last:
         if os.path.isfile(os.path.join(out_dir, name)):
             return os.path.join(out_dir, name)
+    if peft and not theirs:
+        raise Refusal(peft_way)
+    if onnx:
+        raise Refusal(f"{out_dir} holds an ONNX model, which sample.py --onnx={out_dir} reads")
+    if theirs:
+        raise Refusal(f"{out_dir} holds no checkpoint of ours; if transformers wrote it, it is read as hf:{out_dir}")
     if last == "adapter.pt":
         raise Refusal(f"there is no adapter in {out_dir}; python finetune_lora.py --out_dir={out_dir} makes one")
     if os.path.isfile(os.path.join(out_dir, "adapter.pt")):

@@ -49,7 +49,7 @@ class Config:
     text: str = ""                # a .txt .md .jsonl .parquet file to evaluate on; "" = the validation split of the first model's data
     report_dir: str = ""          # where report.html goes; "" = out_dir, or out/compare for several and for hf:
     num_samples: int = 6          # texts for each of the 8 prompts
-    max_new_tokens: int = 300     # tokens at most, each
+    max_new_tokens: int = 300     # tokens at most, each; where tokenizers differ as many bytes
     temperature: float = 0.8      # of the samples; 0 = always the likeliest token
     top_k: int = 200              # of the samples: keep the k likeliest tokens; 0 = all
     num_cases: int = 150          # about so many questions a probe
@@ -107,8 +107,9 @@ def subjects(cfg, compute):
         path = checkpoint.find(name)
         ckpt = checkpoint.load(path)
         model, tokenizer = checkpoint.restore(ckpt, path, compute.device)
-        elsewhere = path.startswith("hf:")
-        folder = "data elsewhere" if elsewhere else os.path.join("data", checkpoint.dataset_of(ckpt) or "?")
+        dataset = checkpoint.dataset_of(ckpt)
+        elsewhere = path.startswith("hf:") or not dataset
+        folder = "data elsewhere" if elsewhere else os.path.join("data", dataset)
         try:
             if elsewhere:
                 raise Refusal("it was trained elsewhere, on what is not here")
@@ -261,22 +262,22 @@ def openings(found, documents):
     return prompts[:PROMPTS] or [""]
 
 
-def write(subject, prompts, compute, cfg):
-    """[(prompt, text with the prompt, whether it came to an end)]"""
+def write(subject, prompts, most, compute, cfg):
+    """[(prompt, text with the prompt, whether it came to an end)], of up to `most` new tokens."""
     asked = [prompt for prompt in prompts for _ in range(cfg.num_samples)]
     ids = [prompt_ids(subject.tokenizer, prompt) for prompt in asked]
     c = subject.model.config
     check_memory(compute.device, kv_cache_bytes(c, len(asked), c.block_size, 4), "try a smaller num_samples")
-    with compute.autocast(), tqdm(total=cfg.max_new_tokens, desc="samples", disable=None, leave=False) as bar:
-        new, ended = finish(generate(subject.model, ids, cfg.max_new_tokens, cfg.temperature, cfg.top_k, stop=subject.tokenizer.eot, seed=cfg.seed,
+    with compute.autocast(), tqdm(total=most, desc="samples", disable=None, leave=False) as bar:
+        new, ended = finish(generate(subject.model, ids, most, cfg.temperature, cfg.top_k, stop=subject.tokenizer.eot, seed=cfg.seed,
                                      past_end="recompute"), lambda _: bar.update())
     return [(prompt, prompt + subject.tokenizer.decode_more(row), end == "stop") for prompt, row, end in zip(asked, new, ended)]
 
 
-def real(found, tokenizer, n, cfg):
+def real(found, tokenizer, n, most):
     """n passages as if they had been written: [(prompt, text, whether it came to an end)], cut where a sample would be."""
     ids = [tokenizer.encode(text) for text in found[:n]]
-    return [("", tokenizer.decode(row[:cfg.max_new_tokens]), len(row) <= cfg.max_new_tokens) for row in ids]
+    return [("", tokenizer.decode(row[:most]), len(row) <= most) for row in ids]
 
 
 def read(written, copied, made_up, kind, cfg):
@@ -296,12 +297,14 @@ def read(written, copied, made_up, kind, cfg):
     return found
 
 
-def read_all(found, prompts, passages_, kind, compute, cfg):
+def read_all(found, prompts, passages_, kind, bytes_a_token, compute, cfg):
     """The columns of the reading lens: a dict for each subject, then {"unseen": ..., "training": ...} of real text.
-    kind: whether they are toy stories, whether documents have ends that a model can have learned, whether all training texts are here."""
-    written = [write(s, prompts, compute, cfg) for s in found]
+    kind: whether they are toy stories, whether documents have ends that a model can have learned, whether all training texts are here.
+    bytes_a_token: of each subject; where they differ, one with shorter tokens may write more of them, so that texts are cut alike."""
+    most = [round(cfg.max_new_tokens * max(bytes_a_token) / its) for its in bytes_a_token]
+    written = [write(s, prompts, m, compute, cfg) for s, m in zip(found, most)]
     n = len(written[0])
-    unseen, columns = real(passages_, found[0].tokenizer, n, cfg), {}
+    unseen, columns = real(passages_, found[0].tokenizer, n, most[0]), {}
     for source in dict.fromkeys((s.dataset, type(s.training)) for s in found):
         mine = [i for i, s in enumerate(found) if (s.dataset, type(s.training)) == source]
         training = found[mine[0]].training
@@ -314,7 +317,7 @@ def read_all(found, prompts, passages_, kind, compute, cfg):
         groups = [(i, written[i]) for i in mine]
         if 0 in mine:
             seen = passages(split_documents(ids[:PASSAGE_TOKENS], tokenizer)[0][:-1] or [tokenizer.decode(ids[:PASSAGE_TOKENS].tolist())])
-            groups += [("unseen", unseen), ("training", real(shuffled(seen, cfg.seed, n), tokenizer, n, cfg))]
+            groups += [("unseen", unseen), ("training", real(shuffled(seen, cfg.seed, n), tokenizer, n, most[0]))]
         copied, made_up = reading.against_training([text for _, group in groups for _, text, _ in group], ids, tokenizer)
         for key, group in groups:
             columns[key] = read(group, copied[:len(group)], made_up, kind, cfg)
@@ -361,9 +364,10 @@ def main(cfg):
                             "likelihood": figures, "probes": probe(s, asked, compute, cfg)})
             columns.append(column)
         kind = toy, len(documents) >= FEW, not any(isinstance(s.training, str) for s in found)
-        read_by, reference = read_all(found, prompts, some, kind, compute, cfg)
+        bytes_a_token = [result["likelihood"]["bytes"] / result["likelihood"]["tokens"] for result in results]
+        read_by, reference = read_all(found, prompts, some, kind, bytes_a_token, compute, cfg)
     except ValueError as e:  # a character that a tokenizer lacks
-        raise Refusal(e)
+        raise Refusal(f"{s.path}: {e}")
     problems = ask_judge([*read_by, reference["unseen"]], cfg) if cfg.judge_url else []
     for result, column in zip(results, read_by):
         result["reading"] = column

@@ -344,7 +344,10 @@ def check(model, there, prompt, n):
 
 def validation(cfg, ckpt, tokenizer):
     """The ids of the validation split that int8 is judged by. Raises Refusal where there is none."""
-    folder = os.path.join("data", cfg.dataset or checkpoint.dataset_of(ckpt) or "toy")
+    name = cfg.dataset or checkpoint.dataset_of(ckpt)
+    if not name:
+        raise Refusal(f"what {cfg.out_dir} was trained on is not known: --dataset=NAME names data that int8 can be judged by")
+    folder = os.path.join("data", name)
     try:
         _, data, there = prepare.load(folder)
     except Refusal as e:

@@ -182,6 +182,10 @@ def encode(turns, tokenizer, template):
 def examples(rows, tokenizer, template, T, name):
     """The rows that fit in T tokens and have a response, encoded; and a line about the others. Raises Refusal where none is left."""
     try:
+        tokenizer.encode(template.replace("{prompt}", ""))
+    except ValueError as e:
+        raise Refusal(f"the template {template!r:.120}: {e}; --template=... is another")
+    try:
         every = [encode(turns, tokenizer, template) for turns in rows]
     except ValueError as e:  # a character that a character model lacks
         raise Refusal(f"{name}: {e}")

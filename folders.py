@@ -53,3 +53,14 @@ def new_folder(to, overwrite, ways, reads=()):
         raise Refusal(f"cannot write {to}: {e}", status=1)
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
+
+
+def advice(folder):
+    """What to do where there is no ONNX model in `folder`."""
+    if os.path.isfile(os.path.join(folder, "onnx", "model.onnx")):
+        return f"{folder}/onnx has one"
+    if folder.startswith("hf:"):
+        return f"python export_onnx.py --out_dir={folder} --to=FOLDER writes one"
+    if any(os.path.isfile(os.path.join(folder, name)) for name in ("ckpt.pt", "ckpt_best.pt")):
+        return f"python export_onnx.py --out_dir={folder} writes {folder}/onnx"
+    return f"python export_onnx.py --out_dir=OUT --to={folder or '.'} writes one"

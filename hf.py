@@ -97,6 +97,7 @@ def main(cfg):
         try:
             if incoming:
                 settings, tensors, its, sha256 = hf_folder.load_adapter(cfg.adapter[3:], model.config)
+                settings |= {"base_dataset": checkpoint.dataset_of(ckpt), "template": str(ckpt["config"].get("template", ""))}
                 adapter = {"config": settings, "adapters": tensors, "base": its, "base_sha256": sha256 or checkpoint.fingerprint(ckpt)}
                 checkpoint.restore_adapters(adapter, cfg.adapter, ckpt, base, model)
                 checkpoint.save_adapters(str(tmp / "adapter.pt"), model, base, adapter["base_sha256"], settings, 0, float("inf"), float("inf"))

@@ -16,6 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from config import Refusal
+from folders import advice
 from foreign_tokenizer import ForeignTokenizer
 from model import ModelConfig
 from tokenizer import Tokenizer
@@ -174,7 +175,7 @@ def load(path):
         if tokenizer.vocab_size != c.vocab_size:
             raise ValueError(f"vocab_size is {c.vocab_size}, and tokenizer.json has {tokenizer.vocab_size} tokens")
     except FileNotFoundError:
-        raise Refusal(f"there is no {os.path.join(folder, name)}; python export_onnx.py --out_dir=OUT --to={folder or '.'} makes it")
+        raise Refusal(f"there is no {os.path.join(folder, name)}; {advice(folder)}")
     except OSError as e:
         raise Refusal(f"cannot read {os.path.join(folder, name)}: {e.strerror}")
     except (ValueError, RecursionError) as e:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 from config import Refusal, run
+from folders import advice
 
 HERE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "browser")
 ORT = "node_modules/onnxruntime-web/dist/"
@@ -80,8 +81,7 @@ def main(cfg):
     model = cfg.model if cfg.model.endswith(".onnx") else os.path.join(cfg.model, "model.onnx")
     if not os.path.isfile(model):
         folder, name = os.path.split(model)
-        int8 = " --quantize=int8" if name == "model_int8.onnx" else ""
-        raise Refusal(f"there is no {model}; python export_onnx.py --out_dir=OUT --to={folder or '.'}{int8} writes one")
+        raise Refusal(f"there is no {model}; {advice(folder)}{', with --quantize=int8' * (name == 'model_int8.onnx')}")
     if not os.path.isfile(os.path.join(HERE, FILES[-1])):
         raise Refusal("onnxruntime-web is not installed: make browser, or npm ci in browser/")
     try:

@@ -168,7 +168,7 @@ def evaluating(model):
 
 def evaluate(model, data, T, batch_size, compute, tokens=0):
     """Nats a token on a split (1-D array of ids) in blocks of T, each target once; with `tokens` only on about so
-    many, evenly spaced and always the same. Processes share the batches; the figure does not depend on how many they are."""
+    many, evenly spaced and always the same. A bos after end-of-text counts (Llama's kind), which eval.py leaves out. Processes share the batches; the figure does not depend on how many they are."""
     starts = evenly(np.arange(0, len(data) - 1, T), math.ceil(tokens / T))
     return mean_nats(model, starts, lambda some: blocks(data, some, T), batch_size, compute)
 
@@ -420,6 +420,8 @@ def main(cfg):
     if cfg.init_from != "scratch":
         path = checkpoint.find(cfg.out_dir if resume else cfg.init_from, "ckpt.pt" if resume else "ckpt_best.pt")
         ckpt = checkpoint.load(path)
+        if resume and ("rows_sha256" in ckpt["config"] or not ckpt["optimizers"]):
+            raise Refusal(f"{path} was fine-tuned or merged: no run of train.py goes on there; --init_from={cfg.out_dir} --out_dir=OTHER starts one from it")
         cfg = inherit(cfg, ckpt, path, resume)
     moving = in_the_way(cfg)
     compute = resolve(cfg.device, cfg.dtype, cfg.compile, join=True)
@@ -520,9 +522,10 @@ def above_floor(model, tokenizer, ids, compute, n=500):
 def floor_line(model, tokenizer, val, compute, n=500):
     """How far the model is above the exact entropy of the toy stories: the same stories scored by both, in nats a story."""
     found = above_floor(model, tokenizer, val, compute, n)
-    if not found:
-        return f"no stories to score whole: each must be shorter than block_size={model.config.block_size}"
-    floor, gap = found
+    whole = found and np.isfinite(found[0])  # of few stories the validation split is the end, which may begin within one
+    if not found or not whole.any():
+        return f"no whole stories to score: the validation split has none, or one that does not fit in block_size={model.config.block_size}"
+    floor, gap = (x[whole] for x in found)
     return (f"{len(gap)} unseen stories: {(floor + gap).mean():.2f} nats a story, {100 * gap.mean() / floor.mean():.1f}% above "
             f"their exact entropy of {floor.mean():.2f} (standard error of the difference {gap.std() / len(gap) ** 0.5:.2f})")
 

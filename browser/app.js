@@ -70,7 +70,7 @@ function setText(now) {
   let ids = tokenizer.encode(now), n = 0, m = 0;  // tokens alike at the start, and at the end
   if (config.template && ids[0] !== tokens.find((_, i) => !isStart(i))?.id)  // another story: its text is a prompt
     ids = tokenizer.encode(config.template.split("{prompt}").join(now.replace(EDGES, "")));
-  if (tokenizer.kind !== "char" || !ids.length) ids = [config.eot, ...ids];  // as prompt_ids in sample.py
+  if (tokenizer.kind !== "char" || !ids.length) ids = [config.bos, ...ids];  // as prompt_ids in sample.py
   const old = ended() ? tokens.slice(0, -1) : [...tokens], most = Math.min(ids.length, old.length);
   while (n < most && old[n].id === ids[n]) n++;
   while (m < most - n && old.at(-1 - m).id === ids.at(-1 - m)) m++;

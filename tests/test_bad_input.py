@@ -102,6 +102,10 @@ def shop(tmp_path_factory):
         meta["splits"]["train"]["sha256"] = hashlib.sha256(big).hexdigest()
         write("data/big_ids/meta.json", json.dumps(meta))
         prepare.prepare(configure(prepare.Config, ["--dataset=good.txt", "--tokenizer=char", "--name=chars"]))
+        Path("merged").mkdir()
+        torch.save(good | {"config": {}, "optimizers": []}, "merged/ckpt.pt")
+        chars = Tokenizer.load("data/chars/tokenizer.json")
+        checkpoint.save("chars.pt", Transformer(ModelConfig(**good_model | {"vocab_size": chars.vocab_size})), chars, {}, 1, 1.0, 1.0)
         pair, chat = {"prompt": "a", "response": "b"}, {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
         for name, rows in {"pairs": [pair] * 20, "other_rows": [{"question": "a"}], "half_pair": [pair, {"prompt": "a"}], "number": [{"prompt": "a", "response": 5}],
                            "role": [chat, {"messages": [{"role": "tool", "content": "a"}]}], "no_role": [{"messages": ["a"]}], "no_list": [{"messages": 5}], "scalar": [pair, 5],
@@ -290,7 +294,9 @@ CASES = [
 
     ("sample", "--adapter=nowhere", "no adapter in nowhere"), ("sample", "--adapter=out", "no adapter in out"), ("sample", "--adapter=out/ckpt.pt", "whole checkpoint"),
     ("sample", "--out_dir=lora", "holds an adapter"), ("sample", "--adapter=text.pt", "not a checkpoint that is safe to read"), ("sample", "--adapter=a_code", "holds code"),
-    ("sample", "--adapter=a_cut", "not a checkpoint that is safe to read"), ("sample", "--adapter=a_version", "format 9"), ("sample", "--adapter=a_shape", "damaged"),
+    ("sample", "--adapter=a_cut", "not a checkpoint that is safe to read"), ("sample", "--adapter=good_peft", "--adapter=hf:good_peft"), ("sample", "--out_dir=good_peft", "--adapter=hf:good_peft"), ("sample", "--out_dir=hf:good_peft", "--adapter=hf:good_peft"),
+    ("train", "--out_dir=n --init_from=good_hf", "read as hf:good_hf"), ("train", "--out_dir=merged --init_from=resume", "--init_from=merged --out_dir=OTHER"), ("finetune_lora", "--out_dir=n --init_from=chars.pt --dataset=pairs.json --template='€ {prompt}'", "the template"),
+    ("export_onnx", "--out_dir=merged --to=n --quantize=int8", "--dataset=NAME names data"), ("eval", "--out_dir=merged", "trained elsewhere"), ("prepare", "--dataset=good.txt --name=n --tokenizer=tokenizer.json", "--tokenizer=hf:FOLDER"), ("sample", "--adapter=a_version", "format 9"), ("sample", "--adapter=a_shape", "damaged"),
     ("sample", "--adapter=a_layers", "damaged"), ("sample", "--adapter=a_rank", "damaged"), ("sample", "--adapter=a_config", "damaged"), ("sample", "--adapter=a_key", "damaged"),
     ("sample", "--adapter=a_base", "another base"), ("sample", "--adapter=a_gone", "moved/ckpt.pt"), ("sample", "--adapter=lora --out_dir=nowhere", "no checkpoint in nowhere"),
 
@@ -321,7 +327,7 @@ CASES = [
     ("sample", "--onnx=o_shape", "n_layer must be of type int"), ("sample", "--onnx=o_float", "n_layer must be of type int"), ("sample", "--onnx=o_other", "is another model than"), ("sample", "--onnx=o_deep", "inputs, outputs or their shapes"), ("sample", "--onnx=o_heads", "inputs, outputs or their shapes"),
     ("sample", "--onnx=o_start", "start is 5"), ("sample", "--onnx=o_tokenizer", "by its model and tokenizer.json"), ("sample", "--onnx=o_vocab", "tokenizer.json has"), ("sample", "--onnx=o_cut", "damaged or not a model"),
     ("sample", "--onnx=o_text", "damaged or not a model"), ("sample", "--onnx=o_empty", "damaged or not a model"), ("sample", "--onnx=o_json", "o_json/config.json"), ("sample", "--onnx=o_list", "not written by export_onnx.py"),
-    ("sample", "--onnx=o_latin", "o_latin/config.json"), ("sample", "--onnx=o_tok", "o_tok/tokenizer.json"), ("sample", "--onnx=o_good --adapter=lora", "leave out adapter"), ("sample", "--onnx=o_good --start=once", "cannot be computed"),
+    ("sample", "--onnx=o_latin", "o_latin/config.json"), ("sample", "--onnx=o_tok", "o_tok/tokenizer.json"), ("sample", "--out_dir=o_good", "--onnx=o_good reads"), ("sample", "--onnx=out", "--out_dir=out writes out/onnx"), ("sample", "--onnx=hf:good_hf", "--to=FOLDER writes one"), ("sample", "--onnx=o_good --adapter=lora", "leave out adapter"), ("sample", "--onnx=o_good --start=once", "cannot be computed"),
     ("sample", "--onnx=o_good --device=cuda", "leave out adapter"), ("sample", "--onnx=o_good --dtype=bfloat16", "leave out adapter"), ("sample", "--onnx=o_good --out_dir=out", "takes the place of out_dir"),
     ("sample", f"--onnx=o_good --start='{'once upon a time ' * 20}'", "the context 32"), ("sample", "--onnx=o_good --num_samples=1000000000000", "num_samples"),
 
@@ -348,7 +354,7 @@ CASES = [
     ("finetune_lora", "--out_dir=n --init_from=hf:good_hf --dataset=pairs.json --max_length=2", "fits in 2 tokens"), ("prepare", "--dataset=good.txt --tokenizer=hf:folder", "no tokenizer.json"),
 
     ("serve", "--prot=1", "did you mean port?"), ("serve", "--port=-1", "port must be"), ("serve", "--port=65536", "port must be"), ("serve", "--port=http", "must be an integer"),
-    ("serve", "--model=nowhere", "nowhere"), ("serve", "--model=folder", "folder"), ("serve", "--model=nowhere.onnx", "nowhere.onnx"),
+    ("serve", "--model=nowhere", "nowhere"), ("serve", "--model=folder", "folder"), ("serve", "--model=out", "--out_dir=out writes out/onnx"), ("serve", "--model=nowhere.onnx", "nowhere.onnx"),
 ]
 
 

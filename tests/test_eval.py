@@ -492,6 +492,19 @@ def test_several_checkpoints_with_different_tokenizers(lab, capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == found  # and everything is as before: all is seeded
 
 
+def test_the_order_of_models_with_different_tokenizers_changes_nothing(lab, capsys):
+    """Texts are cut at as many bytes, not at as many tokens of the first."""
+    (lab / "told.txt").write_text("<|endoftext|>".join(TOLD), encoding="utf-8")
+    unseen, sizes = [], []
+    for order in "out/a,out/b", "out/b,out/a":
+        evaluate(lab, f"--out_dir={order}", "--text=told.txt", "--max_new_tokens=150", "--num_samples=12", "--report_dir=order")
+        found = json.loads(capsys.readouterr().out.splitlines()[-1])
+        unseen.append(found["reference"]["unseen"])
+        sizes += [c["likelihood"]["bytes"] / c["likelihood"]["tokens"] for c in found["checkpoints"]]
+    assert 0.2 < unseen[0]["marks"]["ends"] < 0.9 and max(sizes) > 1.2 * min(sizes)
+    assert unseen[0]["marks"]["ends"] == pytest.approx(unseen[1]["marks"]["ends"], abs=0.1)
+
+
 def test_text_from_outside_is_escaped_and_a_file_can_be_evaluated(lab, server, capsys):
     evil = "<script>alert(1)</script> & <b onclick=x>Tom & Lily</b>"
     (lab / "evil.txt").write_text("<|endoftext|>".join(f"Dog{i} {evil} said the dog. He ran to the big red house. She ran to the old {word}."

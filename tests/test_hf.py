@@ -633,6 +633,7 @@ def adapted(model, cfg):
 @pytest.mark.parametrize("name, keys", LORAS)
 def test_our_adapter_in_peft_and_back(name, keys, tmp_path):
     model, cfg = save(tmp_path / "ckpt.pt", name), lora.LoRAConfig(rank=3, alpha=5.0, **keys)
+    torch.save(checkpoint.load(str(tmp_path / "ckpt.pt")) | {"config": {"dataset": "stories", "template": "Q: {prompt}"}}, tmp_path / "ckpt.pt")
     base = hf.to_transformers(model)
     plain = base(torch.arange(60)[None]).logits
     sha256 = checkpoint.fingerprint(checkpoint.load(str(tmp_path / "ckpt.pt")))
@@ -643,6 +644,8 @@ def test_our_adapter_in_peft_and_back(name, keys, tmp_path):
     same_logits(model, peer, 300)
     assert (peer(torch.arange(60)[None]).logits - plain).abs().max() > 0.1
     export(tmp_path, "--out_dir=ckpt.pt", "--adapter=hf:theirs", "--to=back")
+    its = checkpoint.load(str(tmp_path / "back/adapter.pt"), checkpoint.ADAPTER_KEYS)["config"]
+    assert (its["base_dataset"], its["template"]) == ("stories", "Q: {prompt}")  # as finetune_lora.py would have them
     save(tmp_path / "other.pt", name, **({"norm_eps": 2e-5}))
     with pytest.raises(Refusal, match="trained over another base than other.pt"):
         export(tmp_path, "--out_dir=other.pt", "--adapter=hf:theirs", "--to=n")

@@ -3,6 +3,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from dataclasses import asdict
@@ -317,7 +318,10 @@ def test_toy_stories_that_are_not_scored_are_said_so(lab, tmp_path, capsys):
         prepare.prepare(configure(prepare.Config, ["--num_stories=9"]))
         for T in 64, 256:
             train.main(configure(train.Config, [*SMALL, "--max_iters=1", f"--block_size={T}", f"--out_dir=out{T}"]))
-            assert "no stories to score whole" in capsys.readouterr().out
+            assert "no whole stories to score" in capsys.readouterr().out
+        prepare.prepare(configure(prepare.Config, ["--num_stories=40", "--overwrite"]))  # its validation split begins within a story
+        train.main(configure(train.Config, [*SMALL, "--max_iters=1", "--block_size=256", "--out_dir=out40"]))
+        assert re.search(r"\d unseen stories: \d+\.\d+ nats a story, \d+\.\d% above", capsys.readouterr().out)
 
 
 # Learning
