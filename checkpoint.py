@@ -80,23 +80,21 @@ def unwrap(model):
 
 def find(out_dir, prefer="ckpt_best.pt"):
     """The file meant by out_dir: itself when it is one, else the preferred one in it, else the last: ckpt.pt or adapter.pt. hf:NAME stays."""
-    last = prefer.replace("_best", "")
-    name = out_dir.removeprefix("hf:")
-    onnx, theirs, peft = (os.path.isfile(os.path.join(name, file)) for file in ("model.onnx", "config.json", "adapter_config.json"))
-    peft_way = f"hf:{name} is not read as it is: python hf.py --out_dir=BASE --adapter=hf:{name} --to=FOLDER makes an adapter of ours of it"
-    if out_dir.startswith("hf:") and (last == "adapter.pt" or peft and not theirs):
-        raise Refusal(peft_way)
-    if os.path.isfile(out_dir) or out_dir.startswith("hf:"):
+    last, folder, hub = prefer.replace("_best", ""), out_dir.removeprefix("hf:"), out_dir.startswith("hf:")
+    onnx, theirs, peft = (os.path.isfile(os.path.join(folder, file)) for file in ("model.onnx", "config.json", "adapter_config.json"))
+    if os.path.isfile(out_dir) or hub and last != "adapter.pt" and (theirs or not peft):
         return out_dir
     for name in prefer, last:
         if os.path.isfile(os.path.join(out_dir, name)):
             return os.path.join(out_dir, name)
-    if peft and not theirs:
-        raise Refusal(peft_way)
     if onnx:
-        raise Refusal(f"{out_dir} holds an ONNX model, which sample.py --onnx={out_dir} reads")
+        raise Refusal(f"{folder} holds an ONNX model, which sample.py --onnx={folder} reads")
+    if last == "adapter.pt" and theirs and not peft:
+        raise Refusal(f"{folder} holds a whole model, not an adapter: sample.py --out_dir=hf:{folder} reads it")
+    if peft or hub:
+        raise Refusal(f"hf:{folder} is not read as it is: python hf.py --out_dir=BASE --adapter=hf:{folder} --to=FOLDER makes an adapter of ours of it")
     if theirs:
-        raise Refusal(f"{out_dir} holds no checkpoint of ours; if transformers wrote it, it is read as hf:{out_dir}")
+        raise Refusal(f"{out_dir} holds no checkpoint of ours; what transformers wrote there is read as hf:{out_dir}, to sample, evaluate or start from")
     if last == "adapter.pt":
         raise Refusal(f"there is no adapter in {out_dir}; python finetune_lora.py --out_dir={out_dir} makes one")
     if os.path.isfile(os.path.join(out_dir, "adapter.pt")):

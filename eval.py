@@ -231,10 +231,14 @@ def is_toy(documents):
 
 def toy_gap(subject, documents, closed, ids, compute):
     """For toy stories the nats a story above their exact entropy. Nothing for other texts, or where a story is longer than the context."""
-    found = is_toy(documents) and above_floor(subject.model, subject.tokenizer, ids if closed else np.r_[ids, subject.tokenizer.eot], compute)
-    if not found or not np.isfinite(found[0]).all():  # stories of another kind among them
+    if not is_toy(documents):
         return {}
-    floor, gap = found
+    try:
+        floor, gap = above_floor(subject.model, subject.tokenizer, ids if closed else np.r_[ids, subject.tokenizer.eot], compute)
+    except ValueError:
+        return {}
+    if not np.isfinite(floor).all():  # stories of another kind among them
+        return {}
     return {"floor": floor.mean(), "above_floor": gap.mean(), "above_floor_error": gap.std() / len(gap) ** 0.5, "stories": len(gap)}
 
 

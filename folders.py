@@ -55,12 +55,13 @@ def new_folder(to, overwrite, ways, reads=()):
         shutil.rmtree(tmp, ignore_errors=True)
 
 
-def advice(folder):
-    """What to do where there is no ONNX model in `folder`."""
-    if os.path.isfile(os.path.join(folder, "onnx", "model.onnx")):
+def advice(folder, name="model.onnx"):
+    """What to do where there is no ONNX model `name` in `folder`."""
+    folder, int8 = folder or ".", " --quantize=int8" * (name == "model_int8.onnx")
+    if all(os.path.isfile(os.path.join(folder, "onnx", file)) for file in (name, "config.json")):
         return f"{folder}/onnx has one"
     if folder.startswith("hf:"):
-        return f"python export_onnx.py --out_dir={folder} --to=FOLDER writes one"
-    if any(os.path.isfile(os.path.join(folder, name)) for name in ("ckpt.pt", "ckpt_best.pt")):
-        return f"python export_onnx.py --out_dir={folder} writes {folder}/onnx"
-    return f"python export_onnx.py --out_dir=OUT --to={folder or '.'} writes one"
+        return f"python export_onnx.py --out_dir={folder} --to=FOLDER{int8} writes one"
+    if any(os.path.isfile(os.path.join(folder, file)) for file in ("ckpt.pt", "ckpt_best.pt")):
+        return f"python export_onnx.py --out_dir={folder}{int8} writes {folder}/onnx"
+    return f"python export_onnx.py --out_dir=OUT --to={'FOLDER' if os.path.exists(folder) else folder}{int8} writes one"

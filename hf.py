@@ -81,7 +81,7 @@ def write_model(folder, model, tokenizer):
 
 def write_adapter(folder, base, model, adapter):
     config, tensors = hf_layout.to_peft(model.config, checkpoint.lora_config(adapter), adapter["adapters"])
-    write_tensors(folder / "adapter_model.safetensors", tensors, base_sha256=adapter["base_sha256"])
+    write_tensors(folder / "adapter_model.safetensors", tensors, base_sha256=adapter["base_sha256"], template=str(adapter["config"].get("template", "")))
     write_json(folder / "adapter_config.json", config | {"base_model_name_or_path": base[3:] if base.startswith("hf:") else None})
 
 
@@ -96,12 +96,12 @@ def main(cfg):
         model, tokenizer = checkpoint.restore(ckpt, base)
         try:
             if incoming:
-                settings, tensors, its, sha256 = hf_folder.load_adapter(cfg.adapter[3:], model.config)
-                settings |= {"base_dataset": checkpoint.dataset_of(ckpt), "template": str(ckpt["config"].get("template", ""))}
-                adapter = {"config": settings, "adapters": tensors, "base": its, "base_sha256": sha256 or checkpoint.fingerprint(ckpt)}
+                settings, tensors, its, notes = hf_folder.load_adapter(cfg.adapter[3:], model.config)
+                settings |= {"base_dataset": checkpoint.dataset_of(ckpt), "template": notes.get("template", str(ckpt["config"].get("template", "")))}
+                adapter = {"config": settings, "adapters": tensors, "base": its, "base_sha256": notes.get("base_sha256") or checkpoint.fingerprint(ckpt)}
                 checkpoint.restore_adapters(adapter, cfg.adapter, ckpt, base, model)
                 checkpoint.save_adapters(str(tmp / "adapter.pt"), model, base, adapter["base_sha256"], settings, 0, float("inf"), float("inf"))
-                if not sha256:
+                if "base_sha256" not in notes:
                     print(f"{cfg.adapter} was trained over {its}, as it says; whether that is {base} is not known")
             elif adapter:
                 checkpoint.restore_adapters(adapter, path, ckpt, base, model)

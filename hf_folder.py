@@ -171,17 +171,18 @@ def load(name):
 
 
 def load_adapter(name, c):
-    """(LoRAConfig's keys, adapters, the base's name, its fingerprint or None) of a PEFT folder, for a base of config c."""
+    """(LoRAConfig's keys, adapters, the base's name, what hf.py noted) of a PEFT folder, for a base of config c."""
     folder = located(name, "adapter_model")
     with reading(folder):
         data = read_json(folder, "adapter_config.json")
         settings, tensors = hf_layout.from_peft(c, data, read_tensors(folder, "adapter_model"))
-        return settings, tensors, f"{data.get('base_model_name_or_path')!r:.200}", base_sha256(os.path.join(folder, "adapter_model.safetensors"))
+        return settings, tensors, f"{data.get('base_model_name_or_path')!r:.200}", notes(os.path.join(folder, "adapter_model.safetensors"))
 
 
-def base_sha256(path):
-    """What hf.py notes in an adapter that it writes."""
-    if os.path.exists(path):
-        from safetensors import safe_open
-        with safe_open(path, "pt") as f:
-            return (f.metadata() or {}).get("base_sha256")
+def notes(path):
+    """What hf.py notes in an adapter that it writes, base_sha256 and template, or nothing."""
+    if not os.path.exists(path):
+        return {}
+    from safetensors import safe_open
+    with safe_open(path, "pt") as f:
+        return f.metadata() or {}

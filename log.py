@@ -15,16 +15,16 @@ class Log:
         self.path, self.wandb, self.first = os.path.join(cfg.out_dir, "log.jsonl"), None, compute.first
         if not self.first:
             return
+        if cfg.wandb_log:  # first: where it fails, nothing is written yet
+            import wandb
+            try:
+                self.wandb = wandb.init(project="tinylm", name=os.path.basename(cfg.out_dir), config=asdict(cfg), resume="allow")
+            except Exception as e:  # nobody is logged in, no network, settings: it has many kinds
+                raise Refusal(f"wandb does not start ({(str(e) or type(e).__name__).splitlines()[0]:.200}); WANDB_MODE=offline keeps its log here")
         for left in glob.glob(os.path.join(glob.escape(cfg.out_dir), "*.tmp")):  # by a process that was killed while it wrote
             os.remove(left)
         kept = [json.dumps(line) + "\n" for line in read_log(self.path) if line["step"] <= step]
         checkpoint.write_atomic(self.path, lambda f: f.write("".join(kept).encode()))
-        if cfg.wandb_log:
-            import wandb
-            try:
-                self.wandb = wandb.init(project="tinylm", name=os.path.basename(cfg.out_dir), config=asdict(cfg), resume="allow")
-            except wandb.Error as e:  # nobody is logged in, or the network is not there
-                raise Refusal(f"wandb: {str(e).splitlines()[0]} WANDB_MODE=offline keeps its log here")
 
     def write(self, line):
         if not self.first:

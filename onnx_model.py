@@ -162,12 +162,11 @@ def load(path):
             config = json.load(f)
         if config["format"] != FORMAT:
             raise ValueError(f"format {config['format']!r}; this version reads format {FORMAT}: export the model again, with --overwrite")
-        c = ModelConfig(**config["model"])
+        c, kind, eot, bos = ModelConfig(**config["model"]), config["tokenizer"], config["eot"], config["bos"]
         name = "tokenizer.json"
         with open(os.path.join(folder, name), encoding="utf-8") as f:
             text = f.read()
-        foreign = config["tokenizer"] == "foreign"
-        tokenizer = ForeignTokenizer(json.loads(text), config["eot"], config["bos"]) if foreign else Tokenizer.from_str(text)
+        tokenizer = ForeignTokenizer(json.loads(text), eot, bos) if kind == "foreign" else Tokenizer.from_str(text)
         name = "config.json"
         for key, value in describe(c, tokenizer, str(config["start"]), str(config["template"]), str(config["fingerprint"])).items():
             if key != "model" and config[key] != value:
@@ -175,7 +174,7 @@ def load(path):
         if tokenizer.vocab_size != c.vocab_size:
             raise ValueError(f"vocab_size is {c.vocab_size}, and tokenizer.json has {tokenizer.vocab_size} tokens")
     except FileNotFoundError:
-        raise Refusal(f"there is no {os.path.join(folder, name)}; {advice(folder)}")
+        raise Refusal(f"there is no {os.path.join(folder, name)}; {advice(folder, file)}")
     except OSError as e:
         raise Refusal(f"cannot read {os.path.join(folder, name)}: {e.strerror}")
     except (ValueError, RecursionError) as e:

@@ -348,7 +348,7 @@ def ready_made(cfg):
         if cfg.tokenizer.startswith("gpt2"):
             return Tokenizer.gpt2(cfg.tokenizer[5:] or None)
     except (OSError, ValueError) as e:
-        theirs = "; a folder that transformers wrote is --tokenizer=hf:FOLDER" if cfg.tokenizer.endswith(".json") else ""
+        theirs = "; a folder that transformers wrote is --tokenizer=hf:FOLDER" * (cfg.tokenizer.endswith(".json") and isinstance(e, ValueError))
         raise Refusal(f"--tokenizer={cfg.tokenizer}: {e}{theirs}")
 
 

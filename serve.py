@@ -81,7 +81,7 @@ def main(cfg):
     model = cfg.model if cfg.model.endswith(".onnx") else os.path.join(cfg.model, "model.onnx")
     if not os.path.isfile(model):
         folder, name = os.path.split(model)
-        raise Refusal(f"there is no {model}; {advice(folder)}{', with --quantize=int8' * (name == 'model_int8.onnx')}")
+        raise Refusal(f"there is no {model}; {advice(folder, name)}")
     if not os.path.isfile(os.path.join(HERE, FILES[-1])):
         raise Refusal("onnxruntime-web is not installed: make browser, or npm ci in browser/")
     try:

@@ -168,7 +168,7 @@ def evaluating(model):
 
 def evaluate(model, data, T, batch_size, compute, tokens=0):
     """Nats a token on a split (1-D array of ids) in blocks of T, each target once; with `tokens` only on about so
-    many, evenly spaced and always the same. A bos after end-of-text counts (Llama's kind), which eval.py leaves out. Processes share the batches; the figure does not depend on how many they are."""
+    many, evenly spaced and always the same. Processes share the batches; the figure does not depend on how many they are."""
     starts = evenly(np.arange(0, len(data) - 1, T), math.ceil(tokens / T))
     return mean_nats(model, starts, lambda some: blocks(data, some, T), batch_size, compute)
 
@@ -420,8 +420,9 @@ def main(cfg):
     if cfg.init_from != "scratch":
         path = checkpoint.find(cfg.out_dir if resume else cfg.init_from, "ckpt.pt" if resume else "ckpt_best.pt")
         ckpt = checkpoint.load(path)
-        if resume and ("rows_sha256" in ckpt["config"] or not ckpt["optimizers"]):
-            raise Refusal(f"{path} was fine-tuned or merged: no run of train.py goes on there; --init_from={cfg.out_dir} --out_dir=OTHER starts one from it")
+        if resume and not cfg.eval_only and ("rows_sha256" in ckpt["config"] or not ckpt["optimizers"]):
+            why = "was fine-tuned" if "rows_sha256" in ckpt["config"] else "has no optimizer's state, as a best, a merged or another's checkpoint"
+            raise Refusal(f"{path} {why}: train.py cannot go on with it; --init_from={cfg.out_dir} --out_dir=OTHER starts from it")
         cfg = inherit(cfg, ckpt, path, resume)
     moving = in_the_way(cfg)
     compute = resolve(cfg.device, cfg.dtype, cfg.compile, join=True)
@@ -510,21 +511,26 @@ def documents_of(ids, tokenizer):
 
 
 def above_floor(model, tokenizer, ids, compute, n=500):
-    """(exact -log p of the first n toy stories in ids, how far the model's is above it), both float64 (n,) in nats a story; None
-    where there is none, or one is longer than the context."""
+    """(exact -log p of the first n toy stories in ids, how far the model's is above it), both float64 (n,) in nats a story. Raises
+    ValueError where there is none, or one is longer than the context."""
     documents = [document.tolist() for document in islice(documents_of(ids, tokenizer), n)]
-    if max(map(len, documents), default=math.inf) >= model.config.block_size:
-        return None
+    if not documents:
+        raise ValueError("no story is whole")
+    if (longest := max(map(len, documents))) >= model.config.block_size:
+        raise ValueError(f"they have up to {longest} tokens, and block_size is {model.config.block_size}")
     floor = -np.array([toy_stories.log_prob(tokenizer.decode(d)) for d in documents])
     return floor, document_nats(model, documents, tokenizer.bos, tokenizer.eot, compute) - floor
 
 
 def floor_line(model, tokenizer, val, compute, n=500):
     """How far the model is above the exact entropy of the toy stories: the same stories scored by both, in nats a story."""
-    found = above_floor(model, tokenizer, val, compute, n)
-    whole = found and np.isfinite(found[0])  # of few stories the validation split is the end, which may begin within one
-    if not found or not whole.any():
-        return f"no whole stories to score: the validation split has none, or one that does not fit in block_size={model.config.block_size}"
+    try:
+        found = above_floor(model, tokenizer, val, compute, n)
+        whole = np.isfinite(found[0])  # of few stories the validation split is the end, which may begin within one
+        if not whole.any():
+            raise ValueError("no story is whole")
+    except ValueError as e:
+        return f"the stories are not scored: {e}"
     floor, gap = (x[whole] for x in found)
     return (f"{len(gap)} unseen stories: {(floor + gap).mean():.2f} nats a story, {100 * gap.mean() / floor.mean():.1f}% above "
             f"their exact entropy of {floor.mean():.2f} (standard error of the difference {gap.std() / len(gap) ** 0.5:.2f})")

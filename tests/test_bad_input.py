@@ -78,7 +78,7 @@ def shop(tmp_path_factory):
                    "moments": {"optimizers": [{**o, "state": {i: {k: x[..., :1] if x.dim() else x for k, x in s.items()} for i, s in o["state"].items()}}
                                               for o in good["optimizers"]]}, "start": {"config": {"start": 5, "given": 1}}, "model": {"model": {"a": 1}},
                    "gone": {"config": good["config"] | {"dataset": "nowhere"}}, "broken_data": {"config": good["config"] | {"dataset": "changed_bin"}},
-                   "other_data": {"config": good["config"] | {"dataset": "chars"}}, "logged": {"config": good["config"] | {"wandb_log": True}}, "nan": {"model": {k: w * torch.nan for k, w in good["model"].items()}}}
+                   "other_data": {"config": good["config"] | {"dataset": "chars"}}, "tuned": {"config": good["config"] | {"rows_sha256": "0"}}, "logged": {"config": good["config"] | {"wandb_log": True}}, "nan": {"model": {k: w * torch.nan for k, w in good["model"].items()}}}
         for name, change in changes.items():
             Path(name).mkdir()
             torch.save(good | change, f"{name}/ckpt.pt")
@@ -295,7 +295,7 @@ CASES = [
     ("sample", "--adapter=nowhere", "no adapter in nowhere"), ("sample", "--adapter=out", "no adapter in out"), ("sample", "--adapter=out/ckpt.pt", "whole checkpoint"),
     ("sample", "--out_dir=lora", "holds an adapter"), ("sample", "--adapter=text.pt", "not a checkpoint that is safe to read"), ("sample", "--adapter=a_code", "holds code"),
     ("sample", "--adapter=a_cut", "not a checkpoint that is safe to read"), ("sample", "--adapter=good_peft", "--adapter=hf:good_peft"), ("sample", "--out_dir=good_peft", "--adapter=hf:good_peft"), ("sample", "--out_dir=hf:good_peft", "--adapter=hf:good_peft"),
-    ("train", "--out_dir=n --init_from=good_hf", "read as hf:good_hf"), ("train", "--out_dir=merged --init_from=resume", "--init_from=merged --out_dir=OTHER"), ("finetune_lora", "--out_dir=n --init_from=chars.pt --dataset=pairs.json --template='€ {prompt}'", "the template"),
+    ("train", "--out_dir=n --init_from=good_hf", "read as hf:good_hf"), ("train", "--out_dir=merged --init_from=resume", "--init_from=merged --out_dir=OTHER"), ("train", "--out_dir=tuned --init_from=resume", "was fine-tuned"), ("sample", "--adapter=good_hf", "a whole model"), ("sample", "--adapter=hf:good_hf", "a whole model"), ("finetune_lora", "--out_dir=n --init_from=chars.pt --dataset=pairs.json --template='€ {prompt}'", "the template"),
     ("export_onnx", "--out_dir=merged --to=n --quantize=int8", "--dataset=NAME names data"), ("eval", "--out_dir=merged", "trained elsewhere"), ("prepare", "--dataset=good.txt --name=n --tokenizer=tokenizer.json", "--tokenizer=hf:FOLDER"), ("sample", "--adapter=a_version", "format 9"), ("sample", "--adapter=a_shape", "damaged"),
     ("sample", "--adapter=a_layers", "damaged"), ("sample", "--adapter=a_rank", "damaged"), ("sample", "--adapter=a_config", "damaged"), ("sample", "--adapter=a_key", "damaged"),
     ("sample", "--adapter=a_base", "another base"), ("sample", "--adapter=a_gone", "moved/ckpt.pt"), ("sample", "--adapter=lora --out_dir=nowhere", "no checkpoint in nowhere"),
@@ -354,7 +354,7 @@ CASES = [
     ("finetune_lora", "--out_dir=n --init_from=hf:good_hf --dataset=pairs.json --max_length=2", "fits in 2 tokens"), ("prepare", "--dataset=good.txt --tokenizer=hf:folder", "no tokenizer.json"),
 
     ("serve", "--prot=1", "did you mean port?"), ("serve", "--port=-1", "port must be"), ("serve", "--port=65536", "port must be"), ("serve", "--port=http", "must be an integer"),
-    ("serve", "--model=nowhere", "nowhere"), ("serve", "--model=folder", "folder"), ("serve", "--model=out", "--out_dir=out writes out/onnx"), ("serve", "--model=nowhere.onnx", "nowhere.onnx"),
+    ("serve", "--model=nowhere", "nowhere"), ("serve", "--model=folder", "folder"), ("serve", "--model=out", "--out_dir=out writes out/onnx"), ("serve", "--model=out/model_int8.onnx", "--out_dir=out --quantize=int8 writes"), ("serve", "--model=nowhere.onnx", "nowhere.onnx"),
 ]
 
 

@@ -906,7 +906,7 @@ def test_a_taken_port(model_folder, monkeypatch, capsys):
     assert "http://127.0.0.1:" in (out := capsys.readouterr().out) and f":{port} " not in out
 
 
-@pytest.mark.parametrize("args, says", [(["--model=nowhere"], "export_onnx.py --out_dir=OUT --to=nowhere writes"), (["--model=x.onnx"], "--to=. writes"), (["--model=a/model_int8.onnx"], "--to=a --quantize=int8 writes"), (["--port=70000"], "port must be"), (["--prot=1"], "did you mean port?")])
+@pytest.mark.parametrize("args, says", [(["--model=nowhere"], "export_onnx.py --out_dir=OUT --to=nowhere writes"), (["--model=x.onnx"], "--to=FOLDER writes"), (["--model=a/model_int8.onnx"], "--to=a --quantize=int8 writes"), (["--port=70000"], "port must be"), (["--prot=1"], "did you mean port?")])
 def test_what_serve_refuses(args, says, monkeypatch):
     monkeypatch.setattr(serve, "FILES", ["index.html"])
     with pytest.raises(Refusal, match=says):

@@ -238,6 +238,15 @@ def test_what_does_not_fit_is_refused(lab, there):
             there.run(ids(lab[1].config, 1, T), past)
 
 
+def test_a_past_whose_call_failed_is_as_it_was(lab, there):
+    c, idx = lab[1].config, ids(lab[1].config, 1, 12)
+    past, whole = there.new_past(1, 12), there.run(idx, there.new_past(1, 12))
+    there.run(idx[:, :5], past)
+    with pytest.raises(Exception, match="shape"):
+        past.read(there.session, idx[:, 5:7].numpy(), np.empty((1, 9, c.vocab_size), np.float32))
+    np.testing.assert_allclose(there.run(idx[:, 5:], past), whole[:, 5:], rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("B", [1, 3])
 def test_a_past_that_grows_in_its_place_is_the_one_of_fresh_arrays(lab, there, B):
     """As any other user of the file would call it: what came out goes in, none of it in the memory of another."""

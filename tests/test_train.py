@@ -303,6 +303,14 @@ def test_a_chunked_loss_trains_the_same(lab, monkeypatch):
     assert load(lab, "loss-plain")["val_loss"] == pytest.approx(load(lab, "loss-chunked")["val_loss"], rel=1e-3)
 
 
+def test_a_wandb_that_does_not_start_is_one_line_and_leaves_nothing(lab, tmp_path, monkeypatch):
+    (tmp_path / "wandb.py").write_text("def init(**keys):\n    raise RuntimeError('No API key configured.')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(Refusal, match=r"wandb does not start \(No API key configured.\); WANDB_MODE=offline"):
+        run_train(lab, "--out_dir=logged", "--max_iters=1", "--wandb_log")
+    assert not (lab / "logged").exists()
+
+
 def test_embeddings_learn_so_many_times_as_fast(lab):
     found = []
     for scale in 1, 2, 4:
@@ -318,7 +326,7 @@ def test_toy_stories_that_are_not_scored_are_said_so(lab, tmp_path, capsys):
         prepare.prepare(configure(prepare.Config, ["--num_stories=9"]))
         for T in 64, 256:
             train.main(configure(train.Config, [*SMALL, "--max_iters=1", f"--block_size={T}", f"--out_dir=out{T}"]))
-            assert "no whole stories to score" in capsys.readouterr().out
+            assert "the stories are not scored: no story is whole" in capsys.readouterr().out
         prepare.prepare(configure(prepare.Config, ["--num_stories=40", "--overwrite"]))  # its validation split begins within a story
         train.main(configure(train.Config, [*SMALL, "--max_iters=1", "--block_size=256", "--out_dir=out40"]))
         assert re.search(r"\d unseen stories: \d+\.\d+ nats a story, \d+\.\d% above", capsys.readouterr().out)
