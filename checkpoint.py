@@ -100,8 +100,8 @@ def find(out_dir, prefer="ckpt_best.pt"):
     if os.path.isfile(os.path.join(out_dir, "adapter.pt")):
         raise Refusal(f"{out_dir} holds an adapter: sample.py --adapter={out_dir} reads it, finetune_lora.py --merge --out_dir={out_dir} "
                       "makes a checkpoint of it and its base")
-    overwrite = " --overwrite" if os.path.exists(out_dir) else ""
-    raise Refusal(f"there is no checkpoint in {out_dir}; python train.py --out_dir={out_dir}{overwrite} makes one")
+    hint = "" if os.path.exists(out_dir) else f" (a folder or a name of the Hugging Face hub is hf:{out_dir})"
+    raise Refusal(f"there is no checkpoint in {out_dir}; python train.py --out_dir={out_dir} makes one{hint}")
 
 
 def load(path, keys=KEYS):

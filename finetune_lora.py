@@ -113,6 +113,9 @@ def split(cfg):
     held_out = read_rows(cfg.val_dataset) if cfg.val_dataset else read_rows(cfg.dataset, "validation") if cfg.dataset.startswith("hf:") else None
     if held_out is not None:
         return rows, held_out
+    conversations(rows)  # what is wrong is said of the first row that it is wrong with
+    if len(rows) < 2:
+        raise Refusal(f"{cfg.dataset} needs two rows, as one is held out, and has {len(rows)}; --val_dataset names others to hold out")
     mixed, n = np.random.default_rng(cfg.seed).permutation(len(rows)), max(1, round(cfg.val_fraction * len(rows)))
     return [rows[i] for i in mixed[n:]], [rows[i] for i in mixed[:n]]
 
@@ -372,7 +375,7 @@ def main(cfg):
         report("before")
     compute.wait()  # nothing is written to out_dir before everyone has looked at it
     if moving and compute.first:
-        folders.move_aside(cfg.out_dir)
+        folders.move_aside(cfg.out_dir, folders.runs_in(cfg.out_dir))
     if not cfg.eval_only:
         fit(trained, cfg, compute, get_batches, validate, save, preview, run_so_far)
     report("now" if cfg.eval_only else "after")

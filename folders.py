@@ -8,22 +8,40 @@ from pathlib import Path
 
 from config import Refusal
 
+RUN = "ckpt.pt", "ckpt_best.pt", "adapter.pt", "adapter_best.pt"
 
-def in_the_way(folder, overwrite, ways):
-    """Whether `folder` holds something that move_aside is to move. Raises Refusal, which says the ways out, where overwrite was not given."""
-    if not os.path.exists(folder) or os.path.isdir(folder) and not os.listdir(folder):
+
+def holds_run(folder):
+    return any(os.path.isfile(os.path.join(folder, name)) for name in RUN)
+
+
+def runs_in(folder):
+    """The names of subfolders that hold runs of their own, as demo in out."""
+    return [name for name in os.listdir(folder) if holds_run(os.path.join(folder, name))] if os.path.isdir(folder) else []
+
+
+def in_the_way(folder, overwrite, ways, but=()):
+    """Whether `folder` holds something, but these names, that move_aside is to move. Raises Refusal, which says the ways out, where
+    overwrite was not given."""
+    if not os.path.exists(folder) or os.path.isdir(folder) and not set(os.listdir(folder)) - set(but):
         return False
     if not overwrite:
         raise Refusal(f"{folder} is there already: {ways}")
     return True
 
 
-def move_aside(folder):
-    """Renames a folder to NAME.old-TIME and says so. Raises Refusal."""
+def move_aside(folder, but=()):
+    """Renames a folder, or all in it but these names, to NAME.old-TIME and says so. Raises Refusal."""
     folder = Path(folder)
     old = folder.with_name(f"{folder.name}.old-{datetime.now():%Y%m%d-%H%M%S-%f}")
     try:
-        folder.rename(old)
+        if not but:
+            folder.rename(old)
+        else:
+            old.mkdir()
+            for path in sorted(folder.iterdir()):
+                if path.name not in but:
+                    path.rename(old / path.name)
     except OSError as e:
         raise Refusal(f"cannot move {folder} aside: {e.strerror}", status=1)
     print(f"what was {folder} is now {old}")
@@ -62,6 +80,6 @@ def advice(folder, name="model.onnx"):
         return f"{folder}/onnx has one"
     if folder.startswith("hf:"):
         return f"python export_onnx.py --out_dir={folder} --to=FOLDER{int8} writes one"
-    if any(os.path.isfile(os.path.join(folder, file)) for file in ("ckpt.pt", "ckpt_best.pt")):
+    if holds_run(folder):
         return f"python export_onnx.py --out_dir={folder}{int8} writes {folder}/onnx"
     return f"python export_onnx.py --out_dir=OUT --to={'FOLDER' if os.path.exists(folder) else folder}{int8} writes one"

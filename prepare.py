@@ -154,7 +154,7 @@ def read_parquet(path, cfg):
 READERS = {".txt": read_text, ".md": read_text, ".jsonl": read_jsonl, ".parquet": read_parquet}
 
 
-def field(row, column, where, advice="choose with --column= from"):
+def field(row, column, where, advice="prepare.py --column= chooses from"):
     """row[column], "" for None. Raises Refusal where there is no such column (naming those there are) or no text in it."""
     if not isinstance(row, dict) or column not in row:
         there = ", ".join(map(str, row)) if isinstance(row, dict) else f"none, as it is a {type(row).__name__}"
@@ -406,7 +406,7 @@ def load(folder):
     """
     folder, name = Path(folder), "meta.json"
     if not folder.exists():
-        raise Refusal(f"there is no dataset {folder}: python prepare.py --dataset=FILE --name={folder.name} makes it")
+        raise Refusal(f"there is no dataset {folder}: python prepare.py --dataset={'tinystories' if folder.name == 'tinystories' else f'FILE --name={folder.name}'} makes it")
     try:
         meta = json.loads((folder / name).read_text(encoding="utf-8"))
         splits = {s: (meta["splits"][s]["tokens"], meta["splits"][s]["sha256"]) for s in SPLITS}

@@ -184,7 +184,7 @@ def read_start(start):
     if not start.startswith("FILE:"):
         return [start]
     try:
-        with open(start[5:], encoding="utf-8") as f:
+        with open(start[5:], encoding="utf-8-sig") as f:
             return [text.strip() for text in f.read().split("<|endoftext|>")]
     except OSError as e:
         raise Refusal(f"cannot read {start[5:]}: {e.strerror}")

@@ -395,9 +395,15 @@ def crop(ckpt, cfg):
 
 
 def in_the_way(cfg):
-    """Whether out_dir holds something that --overwrite is to move aside. Raises Refusal where it was not given."""
-    return cfg.init_from != "resume" and not cfg.eval_only and folders.in_the_way(
-        cfg.out_dir, cfg.overwrite, "--init_from=resume goes on with it, --overwrite moves it aside, --out_dir=OTHER writes elsewhere")
+    """Whether out_dir holds something that --overwrite is to move aside: other runs in it, and the log of one that made no checkpoint,
+    are none. Raises Refusal where it was not given."""
+    if cfg.init_from == "resume" or cfg.eval_only:
+        return False
+    if os.path.isfile(cfg.out_dir):
+        raise Refusal(f"{cfg.out_dir} is a file, and out_dir a folder to write")
+    run = folders.holds_run(cfg.out_dir)
+    return folders.in_the_way(cfg.out_dir, cfg.overwrite, "--init_from=resume goes on with it, " * run + "--overwrite moves it aside, --out_dir=OTHER "
+                              "writes elsewhere", folders.runs_in(cfg.out_dir) + ["log.jsonl"] * (not run))
 
 
 def rows_each(cfg, compute):
@@ -417,6 +423,8 @@ def micro_batches(step, cfg, compute):
 
 def main(cfg):
     resume, ckpt = cfg.init_from == "resume", None
+    if cfg.eval_only and cfg.init_from == "scratch":
+        raise Refusal("eval_only is of a model that is there: --init_from=resume for out_dir's, or --init_from=FOLDER")
     if cfg.init_from != "scratch":
         path = checkpoint.find(cfg.out_dir if resume else cfg.init_from, "ckpt.pt" if resume else "ckpt_best.pt")
         ckpt = checkpoint.load(path)
@@ -459,6 +467,8 @@ def main(cfg):
     if compute.first:
         print(compute.said + said)
         print(f"{num_params(model):,} parameters, {len(data['train']):,} training tokens, {rows * cfg.block_size:,} tokens a step")
+        if resume and not cfg.eval_only and ckpt["step"] >= cfg.max_iters:
+            print(f"{path} is at step {ckpt['step']} already; a larger --max_iters goes on")
     trained = torch.compile(model) if compute.compile else model
 
     split = meta["splits"]["val"]
@@ -481,7 +491,7 @@ def main(cfg):
         return cfg.start + tokenizer.decode_more(told)
 
     if moving and compute.first:
-        folders.move_aside(cfg.out_dir)
+        folders.move_aside(cfg.out_dir, folders.runs_in(cfg.out_dir))
     if not cfg.eval_only:
         fit(trained, cfg, compute, get_batches, validate, save, preview, ckpt if resume else None,
             flops_per_token(model, cfg.block_size))

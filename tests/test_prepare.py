@@ -541,7 +541,7 @@ def test_hub_mistakes(hub):
     hub.splits = {"test": rows(DOCS)}
     assert "no split train, only: test" in refusal(make, "hf:a/b")
     hub.splits = {"train": rows(DOCS)}
-    assert "--column= from: id, text" in refusal(make, "hf:a/b", column="story")
+    assert "--column= chooses from: id, text" in refusal(make, "hf:a/b", column="story")
     hub.error = ImportError("no such module")
     assert "pip install datasets" in refusal(make, "hf:a/b")
     hub.error = hub.missing("404")

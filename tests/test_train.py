@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import checkpoint
+import folders
 import prepare
 import toy_stories
 import train
@@ -309,6 +310,26 @@ def test_a_wandb_that_does_not_start_is_one_line_and_leaves_nothing(lab, tmp_pat
     with pytest.raises(Refusal, match=r"wandb does not start \(No API key configured.\); WANDB_MODE=offline"):
         run_train(lab, "--out_dir=logged", "--max_iters=1", "--wandb_log")
     assert not (lab / "logged").exists()
+
+
+def test_other_runs_and_a_run_without_a_checkpoint_are_not_in_the_way(tmp_path):
+    def moving(*argv):
+        return train.in_the_way(configure(train.Config, [f"--out_dir={out}", *argv]))
+    out = tmp_path / "out"
+    for path in "demo/ckpt.pt", "lora/adapter_best.pt", "log.jsonl":
+        (out / path).parent.mkdir(parents=True, exist_ok=True)
+        (out / path).write_text(path)
+    assert not moving()
+    (out / "ckpt.pt").write_text("a run")
+    with pytest.raises(Refusal, match="--init_from=resume goes on with it"):
+        moving()
+    assert moving("--overwrite")
+    (out / "onnx").mkdir()
+    folders.move_aside(out, folders.runs_in(out))
+    assert sorted(os.listdir(out)) == ["demo", "lora"] and sorted(os.listdir(next(tmp_path.glob("out.old-*")))) == ["ckpt.pt", "log.jsonl", "onnx"]
+    (out / "thesis.txt").write_text("mine")
+    with pytest.raises(Refusal, match="already: --overwrite moves it aside"):
+        moving()
 
 
 def test_embeddings_learn_so_many_times_as_fast(lab):
