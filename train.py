@@ -399,7 +399,7 @@ def in_the_way(cfg):
     are none. Raises Refusal where it was not given."""
     if cfg.init_from == "resume" or cfg.eval_only:
         return False
-    if os.path.isfile(cfg.out_dir):
+    if os.path.exists(cfg.out_dir) and not os.path.isdir(cfg.out_dir):
         raise Refusal(f"{cfg.out_dir} is a file, and out_dir a folder to write")
     run = folders.holds_run(cfg.out_dir)
     return folders.in_the_way(cfg.out_dir, cfg.overwrite, "--init_from=resume goes on with it, " * run + "--overwrite moves it aside, --out_dir=OTHER "
