@@ -83,7 +83,8 @@ def configure(Config, argv, words=()):
 
 
 def nearest(name, names):
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    near = [n for n in names if name == "".join(word[:1] for word in n.split("_"))]  # lr, bs, wd
+    near += difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f"did you mean {near[0]}?" if near else "-h lists them all"
 
 

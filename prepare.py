@@ -405,6 +405,8 @@ def load(folder):
     Every file is checked against meta.json. Raises Refusal.
     """
     folder, name = Path(folder), "meta.json"
+    if folder.is_file():
+        raise Refusal(f"{folder} is a file: python prepare.py --dataset={folder} --name={folder.stem} makes data/{folder.stem} of it")
     if not folder.exists():
         raise Refusal(f"there is no dataset {folder}: python prepare.py --dataset={'tinystories' if folder.name == 'tinystories' else f'FILE --name={folder.name}'} makes it")
     try:

@@ -436,6 +436,8 @@ def main(cfg):
     compute = resolve(cfg.device, cfg.dtype, cfg.compile, join=True)
     rows = compute.world * rows_each(cfg, compute)
 
+    if not cfg.dataset or cfg.dataset.startswith("data/"):
+        raise Refusal(f"dataset is the NAME of data/NAME, as in --dataset={cfg.dataset[5:] or 'toy'}, not {cfg.dataset!r}")
     folder = os.path.join("data", cfg.dataset)
     if cfg.dataset == "toy" and compute.first and not os.path.exists(folder):
         print(f"writing the toy stories to {folder}")
