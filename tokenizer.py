@@ -244,8 +244,11 @@ class Tokenizer:
 
     def encode_batch(self, texts, num_threads=os.cpu_count()):
         """encode for each of texts, on num_threads threads (tiktoken lets go of the interpreter lock)."""
+        texts = list(texts)
+        size = len(texts) // (8 * num_threads) + 1  # to hand over one short text takes longer than to encode it
+        shares = [texts[i:i + size] for i in range(0, len(texts), size)]
         with ThreadPoolExecutor(num_threads) as pool:
-            return list(pool.map(self.encode, texts))
+            return [ids for share in pool.map(lambda share: [self.encode(text) for text in share], shares) for ids in share]
 
     def encode_plain(self, text):
         """The ids of a str, never eot; to read, and to test encode with. ValueError: a character that char lacks."""
