@@ -45,16 +45,47 @@ TORCH = Ops(norm, add_norm)
 # ---------------------------------------------------------------------------------------------------------------------
 # The kernel
 
+LONGEST = 1 << 26  # the last dimension: what the kernel counts in 32 bits
+
+
+def check(x, weight):
+    """Raises RuntimeError, as torch's own operators do, for what the kernel does not take.
+
+    Here and not in the operator: with torch 2.11 on a GPU an exception that left it ended the process.
+    """
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise RuntimeError(f"rms_norm: x must be float32, float16 or bfloat16, not {x.dtype}")
+    if not weight.is_floating_point():
+        raise RuntimeError(f"rms_norm: the weight must be of floating point, not {weight.dtype}")
+    if x.dim() < 1 or weight.dim() != 1 or weight.size(0) != x.size(-1):
+        raise RuntimeError(f"rms_norm: the weight must be 1-D and as long as x's last dimension; they are {tuple(weight.shape)} and {tuple(x.shape)}")
+    if not 1 <= x.size(-1) <= LONGEST:
+        raise RuntimeError(f"rms_norm: the last dimension must be between 1 and {LONGEST}, not {x.size(-1)}")
+    if weight.device != x.device:
+        raise RuntimeError(f"rms_norm: x is on {x.device} and the weight on {weight.device}")
+
+
+def check_summand(x, a):
+    """Raises RuntimeError where a cannot be added to x by the kernel, which does not broadcast."""
+    if a.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise RuntimeError(f"rms_norm: a must be float32, float16 or bfloat16, not {a.dtype}")
+    if a.shape != x.shape or a.device != x.device:
+        raise RuntimeError(f"rms_norm: a must be of x's shape and on its device; they are {tuple(a.shape)} on {a.device} and {tuple(x.shape)} on {x.device}")
+
+
 def gain(weight, dtype):
     """The weight in a dtype that the kernel takes beside x's."""
     return (weight if weight.dtype == dtype else weight.float()).contiguous()
 
 
 def cuda_norm(x, weight, eps):
+    check(x, weight)
     return torch.ops.tinylm.rms_norm(x.contiguous(), gain(weight, x.dtype), eps)[0]
 
 
 def cuda_add_norm(x, a, weight, eps):
+    check(x, weight)
+    check_summand(x, a)
     dtype = torch.promote_types(x.dtype, a.dtype)  # the sum's, as x + a has it
     total, y, _ = torch.ops.tinylm.add_rms_norm(x.to(dtype).contiguous(), a.contiguous(), gain(weight, dtype), eps)
     return total, y

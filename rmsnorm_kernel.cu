@@ -389,36 +389,15 @@ struct Current {
 
 namespace {
 
+// Tensors come contiguous, of one device, and of shapes and dtypes that belong together: rmsnorm.py sees to it. An exception from here ended the process
+// on a GPU with torch 2.11; what is left of them is for a launch that fails.
 int dtype_of(const Tensor& x) {
   switch (x.scalar_type()) {
     case ScalarType::Float: return FLOAT32;
     case ScalarType::Half: return FLOAT16;
     case ScalarType::BFloat16: return BFLOAT16;
-    default: STD_TORCH_CHECK(false, "rms_norm: expected float32, float16 or bfloat16"); return -1;
+    default: return -1;  // the launch says that it does not go with the others
   }
-}
-
-bool same_shape(const Tensor& x, const Tensor& y) {
-  if (x.dim() != y.dim()) return false;
-  for (int64_t i = 0; i < x.dim(); ++i)
-    if (x.size(i) != y.size(i)) return false;
-  return true;
-}
-
-bool same_place(const Tensor& x, const Tensor& y) { return x.is_cuda() == y.is_cuda() && x.get_device_index() == y.get_device_index(); }
-
-int checked_dim(const Tensor& x, const Tensor& weight) {
-  STD_TORCH_CHECK(x.dim() >= 1 && weight.dim() == 1 && weight.size(0) == x.size(x.dim() - 1), "rms_norm: the weight must be 1-D and as long as x's last dimension");
-  STD_TORCH_CHECK(weight.size(0) >= 1 && weight.size(0) <= (1 << 26), "rms_norm: the last dimension must be between 1 and 2^26");
-  STD_TORCH_CHECK(x.is_contiguous() && weight.is_contiguous(), "rms_norm: expected contiguous tensors");
-  STD_TORCH_CHECK(same_place(x, weight), "rms_norm: x and weight are on different devices");
-  STD_TORCH_CHECK(dtype_of(weight) == FLOAT32 || dtype_of(weight) == dtype_of(x), "rms_norm: the weight must be float32 or of x's dtype");
-  return int(weight.size(0));
-}
-
-void check_like(const Tensor& x, const Tensor& y, bool same_dtype, const char* name) {
-  STD_TORCH_CHECK(same_shape(x, y) && y.is_contiguous() && same_place(x, y), "rms_norm: ", name, " must be contiguous, of x's shape and on its device");
-  STD_TORCH_CHECK(!same_dtype || dtype_of(y) == dtype_of(x), "rms_norm: ", name, " must be of x's dtype");
 }
 
 void check(const char* error) { STD_TORCH_CHECK(error == nullptr, "rms_norm: ", error); }
@@ -428,7 +407,7 @@ Tensor row_numbers(const Tensor& x) {
 }
 
 std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, double eps) {
-  const int dim = checked_dim(x, weight);
+  const int dim = int(weight.size(0));
   Tensor y = torch::stable::empty_like(x), inv_rms = row_numbers(x);
   Current current(x);
   check(rmsnorm_forward(x.data_ptr(), nullptr, weight.data_ptr(), nullptr, y.data_ptr(), static_cast<float*>(inv_rms.data_ptr()), x.numel() / dim, dim,
@@ -437,8 +416,7 @@ std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, doubl
 }
 
 std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& a, const Tensor& weight, double eps) {
-  const int dim = checked_dim(x, weight);
-  check_like(x, a, false, "a");
+  const int dim = int(weight.size(0));
   Tensor sum = torch::stable::empty_like(x), y = torch::stable::empty_like(x), inv_rms = row_numbers(x);
   Current current(x);
   check(rmsnorm_forward(x.data_ptr(), a.data_ptr(), weight.data_ptr(), sum.data_ptr(), y.data_ptr(), static_cast<float*>(inv_rms.data_ptr()),
@@ -448,12 +426,8 @@ std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& a
 
 std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& dy, const std::optional<Tensor>& ds, const Tensor& x, const Tensor& weight,
                                              const Tensor& inv_rms, bool weight_grad) {
-  const int dim = checked_dim(x, weight);
+  const int dim = int(weight.size(0));
   const int64_t rows = x.numel() / dim;
-  check_like(x, dy, true, "dy");
-  if (ds) check_like(x, *ds, true, "ds");
-  STD_TORCH_CHECK(inv_rms.numel() == rows && dtype_of(inv_rms) == FLOAT32 && inv_rms.is_contiguous() && same_place(x, inv_rms),
-                  "rms_norm: inv_rms must be float32, contiguous, a number a row, on x's device");
   Current current(x);  // before rmsnorm_parts, which asks the current device
   Tensor dx = torch::stable::empty_like(x), dweight = torch::stable::new_empty(weight, {weight_grad ? dim : 0});
   Tensor partial = torch::stable::new_empty(x, {weight_grad ? rmsnorm_parts(rows) : 0, dim}, ScalarType::Float);

@@ -163,23 +163,30 @@ def test_torch_accepts_the_ops(device):
 
 
 @pytest.mark.parametrize("wrong, words", [
-    (lambda x, w: (x, w[1:]), "weight must be 1-D and as long"), (lambda x, w: (x.double(), w), "float32, float16 or bfloat16"),
-    (lambda x, w: (x, w.half()), "weight must be float32 or"), (lambda x, w: (x.T, w[:4]), "contiguous"),
-    (lambda x, w: (x[:, :0], w[:0]), "last dimension must be"), (lambda x, w: (x[0, 0], w), "weight must be 1-D")])
+    (lambda x, w: (x, w[1:]), "weight must be 1-D and as long"), (lambda x, w: (x, w[None]), "weight must be 1-D and as long"),
+    (lambda x, w: (x[0, 0], w), "weight must be 1-D"), (lambda x, w: (x[:, :0], w[:0]), "last dimension must be"),
+    (lambda x, w: (x.double(), w), "x must be float32, float16 or bfloat16"), (lambda x, w: (x.double(), w.double()), "x must be float32, float16 or bfloat16"),
+    (lambda x, w: (x.int(), w), "x must be float32, float16 or bfloat16"), (lambda x, w: (x, w.int()), "weight must be of floating point"),
+    (lambda x, w: (x, w.to("meta")), "on meta")])
 def test_wrong_inputs_are_refused_before_a_launch(device, wrong, words):
-    with pytest.raises(RuntimeError, match=words):
-        torch.ops.tinylm.rms_norm(*wrong(torch.ones(4, 24, device=device), torch.ones(24, device=device)), 1e-5)
+    x, weight = wrong(torch.ones(4, 24, device=device), torch.ones(24, device=device))
+    for call in (lambda: rmsnorm.CUDA.norm(x, weight, 1e-5)), (lambda: rmsnorm.CUDA.add_norm(x, x, weight, 1e-5)):
+        with pytest.raises(RuntimeError, match=words):
+            call()
 
 
 @pytest.mark.parametrize("wrong, words", [
-    (lambda x: (x[:2], None), "dy must be"), (lambda x: (x.half(), None), "dy must be of x's dtype"), (lambda x: (x, x[:, :3]), "ds must be"),
-    (lambda x: (x, x.half()), "ds must be of x's dtype")])
-def test_wrong_gradients_are_refused(device, wrong, words):
+    (lambda x: x[:2], "a must be of x's shape"), (lambda x: x[0], "a must be of x's shape"), (lambda x: x.double(), "a must be float32"), (lambda x: x.to("meta"), "on meta")])
+def test_a_wrong_summand_is_refused(device, wrong, words):
     x = torch.ones(4, 24, device=device)
     with pytest.raises(RuntimeError, match=words):
-        torch.ops.tinylm.rms_norm_backward(*wrong(x), x, x[0].contiguous(), torch.ones(4, device=device), True)
-    with pytest.raises(RuntimeError, match="inv_rms"):
-        torch.ops.tinylm.rms_norm_backward(x, None, x, x[0].contiguous(), torch.ones(3, device=device), True)
+        rmsnorm.CUDA.add_norm(x, wrong(x), torch.ones(24, device=device), 1e-5)
+
+
+def test_a_wrong_gradient_is_refused(device):
+    y = rmsnorm.CUDA.norm(torch.ones(4, 24, device=device, requires_grad=True), torch.ones(24, device=device), 1e-5)
+    with pytest.raises(RuntimeError):
+        y.backward(torch.ones(2, 24, device=device))
 
 
 def tiny(**more):
@@ -197,7 +204,7 @@ def test_a_model_trains_alike(device, norm_position, dtype, compiled):
         use_rmsnorm(model, ops)
         compute = resolve(device.type, dtype, "false")
         cfg = configure(train.Config, ["--n_embd=48"])
-        optimizers = make_optimizers(model, cfg, device)
+        optimizers = make_optimizers(model, cfg, compute)
         step = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
         idx = torch.randint(50, (2, 17), generator=torch.Generator().manual_seed(3))
         batch = train.to(train.padded(idx, 16), device)
