@@ -27,9 +27,9 @@ import rmsnorm
 import toy_stories
 import train
 from config import Refusal, read_toml, run
-from device import DTYPES, check_memory, fast_bfloat16, peak_flops, resolve
+from device import DTYPES, check_memory, fast_bfloat16, name_of, peak_flops, resolve
 from hf import to_transformers
-from measure import commit, device_name, draw, ms, name_of, nbytes, peak_memory, race, show, synchronize
+from measure import commit, device_name, draw, ms, nbytes, peak_memory, race, show, synchronize
 from model import KVCache, ModelConfig, Transformer, flops_per_token, kv_cache_bytes, num_params, num_weights, use_rmsnorm
 from optim import make_optimizers
 from sample import finish, generate
@@ -80,7 +80,7 @@ def trainee(cfg, compute, ops=rmsnorm.TORCH):
     model = build(cfg).to(compute.device)
     model.gradient_checkpointing, model.chunked_loss = cfg.gradient_checkpointing, cfg.loss == "chunked"
     use_rmsnorm(model, ops)
-    optimizers = make_optimizers(model, replace(cfg, learning_rate=1e-7, min_lr=0.0), compute.device)
+    optimizers = make_optimizers(model, replace(cfg, learning_rate=1e-7, min_lr=0.0), compute)
     scaler = torch.amp.GradScaler(compute.device.type) if compute.dtype == torch.float16 else None
     rows = torch.randint(cfg.vocab_size, (cfg.batch_size, cfg.block_size + 1))
     batches = [train.to(train.padded(rows, cfg.block_size), compute.device)] * cfg.gradient_accumulation_steps
@@ -117,7 +117,7 @@ def norm_kinds(device):
 
 def bench_train(cfg, compute):
     """train.py's own step: tokens/s first, then its share of the GPU's data sheet (mfu) and of a large matrix product's FLOP/s here."""
-    dtypes = [name_of(compute.dtype)]
+    dtypes = [compute.dtype_name]
     if cfg.dtype == "auto":
         dtypes = ["float32", "bfloat16"]
         if not fast_bfloat16(compute.device):
@@ -353,7 +353,7 @@ def bench_optimizer(cfg, compute):
     slow = replace(cfg, learning_rate=1e-7, min_lr=0.0)
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if all(p is not m for m in matrices)]
-    rivals = {f"ours, {name}": make_optimizers(model, replace(slow, optimizer=name), compute.device) for name in ("muon", "adamw")}
+    rivals = {f"ours, {name}": make_optimizers(model, replace(slow, optimizer=name), compute) for name in ("muon", "adamw")}
     rivals["torch AdamW foreach"] = [torch.optim.AdamW(model.parameters(), lr=1e-7, foreach=True)]
     if fast_bfloat16(compute.device):
         rivals["torch Muon, AdamW foreach"] = [torch.optim.Muon(matrices, lr=1e-7), torch.optim.AdamW(others, lr=1e-7, foreach=True)]
@@ -439,7 +439,7 @@ def main(cfg):
             raise Refusal(f"{name} took more memory than {compute.device} has: try a smaller model or batch_size", status=1)
         show(figures[name])
     if cfg.json:
-        print(json.dumps({"device": device_name(compute.device), "dtype": name_of(compute.dtype), "torch": torch.__version__, "commit": commit(),
+        print(json.dumps({"device": device_name(compute.device), "dtype": compute.dtype_name, "torch": torch.__version__, "commit": commit(),
                           "config": asdict(cfg), "figures": figures}))
 
 

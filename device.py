@@ -2,6 +2,7 @@
 import contextlib
 import ctypes
 import os
+import re
 import shutil
 import signal
 import sys
@@ -11,13 +12,16 @@ import torch
 
 from config import Refusal
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# tf32: float32 numbers, whose products an Ampere or newer GPU rounds to 10 bits of mantissa; float32 is float32 everywhere
+DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+BFLOAT16_WIDTH = 192  # auto trains in bfloat16 on a CPU from this n_embd on
 
 
 @dataclass
 class Compute:
     device: torch.device
-    dtype: torch.dtype  # of matrix products; weights and the optimizer stay float32
+    dtype: torch.dtype  # of matrix products, Muon's too; weights and the optimizer's state stay float32
+    dtype_name: str     # a key of DTYPES: what a checkpoint keeps
     compile: bool
     said: str           # one line: what was chosen, and why
     rank: int = 0       # of this process, among
@@ -53,10 +57,11 @@ class Compute:
         return torch.autocast(self.device.type, dtype=self.dtype)
 
 
-def resolve(device="auto", dtype="auto", compile="auto", join=False):
-    """Compute for three settings as they stand on the command line; join: with the other processes that torchrun started.
+def resolve(device="auto", dtype="auto", compile="auto", join=False, train_width=0):
+    """Compute for three settings as they stand on the command line.
 
-    Raises Refusal for what this machine cannot do.
+    join: with the other processes that torchrun started. train_width: n_embd of the model that is to be trained, 0 where nothing is;
+    auto_dtype looks at it. Raises Refusal for what this machine cannot do.
     """
     rank, world, local_rank = 0, 1, 0
     if join and {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
@@ -70,21 +75,23 @@ def resolve(device="auto", dtype="auto", compile="auto", join=False):
             raise RuntimeError("only cuda, mps and cpu are known to work")
     except (RuntimeError, AssertionError) as e:
         raise Refusal(f"device={name} cannot be used here ({str(e).splitlines()[0]}); --device=cpu always can")
-    if dev.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = True
     if dev.type == "cpu":
         keep_freed_memory()
 
     if dtype == "auto":
-        kind, why = ("bfloat16", "this device is fast in it") if fast_bfloat16(dev) else ("float32", "no fast bfloat16 here")
-        reasons.append(f"dtype={kind} ({why})")
+        dtype, why = auto_dtype(dev, train_width)
+        reasons.append(f"dtype={dtype} ({why})")
     elif dtype in DTYPES:
-        kind = dtype
-        reasons.append(f"dtype={kind}")
+        slow = dtype == "bfloat16" and dev.type == "cpu" and not fast_bfloat16(dev)
+        reasons.append(f"dtype={dtype}" + " (slow: this processor has no instructions for it)" * slow)
     else:
         raise Refusal(f"dtype must be auto or one of {' | '.join(DTYPES)}, not {dtype!r}")
-    if kind == "float16" and dev.type != "cuda":
+    if dtype == "float16" and dev.type != "cuda":
         raise Refusal(f"float16 needs a CUDA GPU, for its loss scaling; on {dev.type} use --dtype=bfloat16 or float32")
+    if dtype == "tf32" and not (dev.type == "cuda" and torch.cuda.get_device_capability(dev) >= (8, 0)):
+        raise Refusal("tf32 is how a CUDA GPU of compute capability 8.0 (Ampere) or newer multiplies float32; here use --dtype=float32")
+    if dev.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
 
     if compile == "auto":
         compiled = dev.type == "cuda" and shutil.which("cc") is not None and torch.cuda.get_device_capability(dev) >= (7, 0)
@@ -107,7 +114,9 @@ def resolve(device="auto", dtype="auto", compile="auto", join=False):
         except (RuntimeError, ValueError) as e:
             raise Refusal(f"{world} processes could not find each other: {str(e).splitlines()[0]}", status=1)
         reasons.append(f"{world} processes")
-    return Compute(dev, DTYPES[kind], compiled, ", ".join(reasons), rank, world)
+    compute = Compute(dev, DTYPES[dtype], dtype, compiled, ", ".join(reasons), rank, world)
+    compute.wait()  # who leaves with a Refusal while another still connects, takes that one down with words of its own
+    return compute
 
 
 class StopAfterStep:
@@ -167,8 +176,20 @@ def check_memory(device, needs, advice):
         raise Refusal(f"this needs more than {needs / 2 ** 30:,.0f} GiB and {device} has {there / 2 ** 30:,.0f}: {advice}")
 
 
+def auto_dtype(device, train_width):
+    """What dtype=auto means, (a key of DTYPES, why): a fixed rule of device, task and width, so that a command computes the same
+    each time. train_width: n_embd of a model to train, 0 to read or write text with one. LOG.md has the measurements, under dtype."""
+    if device.type == "cpu" and not train_width:
+        return "float32", "on a CPU it writes the faster, and the same text with any processor's instructions up to rounding"
+    if not fast_bfloat16(device):
+        return "float32", "no fast bfloat16 here"
+    if device.type == "cpu" and train_width < BFLOAT16_WIDTH:
+        return "float32", f"a CPU is no faster in bfloat16 below n_embd={BFLOAT16_WIDTH}"
+    return "bfloat16", "this device is fast in it"
+
+
 def fast_bfloat16(device):
-    """Whether bfloat16 products are faster than float32 ones there. A CPU without the instructions emulates them, slowly."""
+    """Whether the device has instructions for bfloat16 products. A CPU without them emulates them, slowly."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu":
@@ -176,11 +197,28 @@ def fast_bfloat16(device):
     return False
 
 
+# Dense half-precision FLOP/s of GPUs by their data sheets. Whole names: an L40 is no L4, a laptop's RTX 4090 no RTX 4090, a MIG slice no H100
+PEAK_FLOPS = {
+    r"NVIDIA H200": 989e12,
+    r"NVIDIA H100 80GB HBM3": 989e12,
+    r"NVIDIA H100 PCIe": 756e12,
+    r"NVIDIA A100-(SXM4|PCIE)-[48]0GB|NVIDIA A100 80GB PCIe": 312e12,
+    r"NVIDIA L40S": 362e12,
+    r"NVIDIA L4": 121e12,
+    r"(Tesla|NVIDIA) T4": 65e12,
+    r"NVIDIA GeForce RTX 4090": 165e12,
+    r"NVIDIA GeForce RTX 3090": 71e12,
+}
+
+
+def name_of(dtype):
+    """"float32" for torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
 def peak_flops(compute):
-    """Dense half-precision FLOP/s of the GPU by its data sheet; None where we do not know, and then no MFU is said."""
+    """Dense half-precision FLOP/s of the GPU by its data sheet; None where it is not known or not what is used: then no MFU is printed."""
     if compute.device.type != "cuda" or compute.dtype == torch.float32:
         return None
     name = torch.cuda.get_device_name(compute.device)
-    known = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "T4": 65e12,
-             "RTX 4090": 165e12, "RTX 3090": 71e12}
-    return next((flops for key, flops in known.items() if key in name), None)
+    return next((flops for pattern, flops in PEAK_FLOPS.items() if re.fullmatch(pattern, name)), None)

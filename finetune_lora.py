@@ -307,9 +307,10 @@ def main(cfg):
     moving = in_the_way(cfg)
     if moving and (os.path.realpath(base.removeprefix("hf:")) + os.sep).startswith(os.path.realpath(cfg.out_dir) + os.sep):
         raise Refusal(f"the base {base} is in {cfg.out_dir}, which cannot be moved aside then: give another --out_dir")
-    compute = resolve(cfg.device, cfg.dtype, cfg.compile, join=True)
-    rows_each(cfg, compute)
     model, tokenizer = checkpoint.restore(ckpt, base)
+    compute = resolve(cfg.device, cfg.dtype, cfg.compile, join=True, train_width=model.config.n_embd)
+    cfg.dtype = compute.dtype_name  # a resumed run keeps it, on another processor too
+    rows_each(cfg, compute)
     T, base_sha256 = min(cfg.max_length or math.inf, model.config.block_size), checkpoint.fingerprint(ckpt)
 
     rows, held_out = split(cfg)

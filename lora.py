@@ -56,8 +56,9 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def merged(self):
-        """The Linear with the adapter in its weight, added in float32."""
-        self.base.weight.copy_(self.base.weight.float() + self.scale * (self.B @ self.A))
+        """The Linear with the adapter in its weight, added in float32 at least."""
+        weight = self.base.weight
+        weight.copy_(weight.to(torch.promote_types(weight.dtype, torch.float32)) + self.scale * (self.B @ self.A))
         return self.base
 
 

@@ -87,10 +87,6 @@ def nbytes(tensors):
     return sum(t.nbytes for t in tensors)
 
 
-def name_of(dtype):
-    return str(dtype).removeprefix("torch.")
-
-
 def show(rows):
     """Prints dicts as tables, one for each run of dicts with the same keys."""
     for keys, group in itertools.groupby(rows, tuple):

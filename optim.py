@@ -4,12 +4,11 @@ from collections import defaultdict
 
 import torch
 
-from device import fast_bfloat16
 
-
-def make_optimizers(model, cfg, device):
+def make_optimizers(model, cfg, compute):
     """[AdamW], or [AdamW, Muon] with Muon on the matrices inside blocks. By role: matrices, embeddings and the head decay,
-    vectors do not. Frozen parameters are in no group; every other one is in exactly one, and this is checked."""
+    vectors do not. Frozen parameters are in no group; every other one is in exactly one, and this is checked.
+    compute: where they compute, and in which dtype Muon multiplies (see muon_dtype)."""
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     hidden = [p for name, p in params.items() if p.dim() == 2 and ".blocks." in f".{name}"]
     outer = [p for name, p in params.items() if p.dim() == 2 and ".blocks." not in f".{name}"]
@@ -20,11 +19,16 @@ def make_optimizers(model, cfg, device):
     groups = [{"params": outer if use_muon else hidden + outer, "weight_decay": cfg.weight_decay, "lr_scale": scale},
               {"params": vectors, "weight_decay": 0.0, "lr_scale": scale}]
     adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2),
-                              fused=device.type in ("cuda", "cpu"))
+                              fused=compute.device.type in ("cuda", "cpu"))
     if not use_muon:
         return [adamw]
-    return [adamw, Muon([{"params": hidden, "lr_scale": 1.0}], dtype=torch.bfloat16 if fast_bfloat16(device) else torch.float32, lr=cfg.learning_rate,
+    return [adamw, Muon([{"params": hidden, "lr_scale": 1.0}], dtype=muon_dtype(compute), lr=cfg.learning_rate,
                         momentum=cfg.momentum, weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw")]
+
+
+def muon_dtype(compute):
+    """The dtype of Muon's products: the run's, but float32 for float16, in which a small singular value would vanish."""
+    return torch.float32 if compute.dtype == torch.float16 else compute.dtype
 
 
 def get_lr(step, cfg):
@@ -45,8 +49,7 @@ def get_lr(step, cfg):
 class Muon(torch.optim.Muon):
     """Momentum whose update is orthogonalised, for the matrices between embedding and head (Jordan et al. 2024).
 
-    torch.optim.Muon with another step: matrices of one shape go through Newton-Schulz together, in a dtype that the
-    device is fast in. torch's own always uses bfloat16, one matrix at a time; a CPU without bfloat16 instructions
+    torch.optim.Muon with another step: matrices of one shape go through Newton-Schulz together, in the run's own dtype. torch's own always uses bfloat16, one matrix at a time; a CPU without bfloat16 instructions
     then takes 25 times as long. In bfloat16 the two give the same weights (tests/test_optim.py).
     """
 

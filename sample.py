@@ -36,9 +36,9 @@ class Config:
     top_p: float = 1.0               # keep the likeliest tokens that make up this probability; 1 = all
     repetition_penalty: float = 1.0  # above 1 makes tokens that occurred less likely (Keskar et al. 2019)
     past_end: str = "stop"           # at block_size: stop | recompute (go on from the last half of the window)
-    seed: int = 1337                 # the same seed, the same story
+    seed: int = 1337                 # the same seed, the same story: to the letter in float32 on one kind of processor
     device: str = "auto"             # auto | cpu | cuda | cuda:N | mps
-    dtype: str = "auto"              # auto | float32 | bfloat16 | float16
+    dtype: str = "auto"              # auto (float32 on a CPU) | float32 | tf32 | bfloat16 | float16
     rmsnorm: str = "auto"            # auto | torch | cuda (our kernel)
 
     def __post_init__(self):

@@ -28,10 +28,10 @@ import prepare
 import rmsnorm
 import toy_stories
 from config import Refusal, convert, run
-from device import StopAfterStep, check_memory, peak_flops, resolve
+from device import StopAfterStep, check_memory, name_of, peak_flops, resolve
 from log import Log, plot
 from model import HAS_CHUNKED_LOSS, ModelConfig, Transformer, choose_rmsnorm, flops_per_token, num_params, num_weights
-from optim import get_lr, make_optimizers
+from optim import get_lr, make_optimizers, muon_dtype
 from sample import finish, generate, prompt_ids
 
 
@@ -64,7 +64,7 @@ class TrainConfig:
     loss: str = "plain"                     # plain | chunked (torch's linear_cross_entropy: less memory, never all logits)
     gradient_checkpointing: bool = False    # recompute blocks in the backward pass: less memory, more time
     device: str = "auto"                    # auto | cpu | cuda | cuda:N | mps
-    dtype: str = "auto"                     # of matrix products: auto | float32 | bfloat16 | float16 (with loss scaling)
+    dtype: str = "auto"                     # of matrix products: auto | float32 | tf32 | bfloat16 | float16 (with loss scaling); a resumed run keeps it
     compile: str = "auto"                   # torch.compile: auto | true | false
     rmsnorm: str = "auto"                   # RMSNorm by: auto | torch | cuda (our kernel); a checkpoint does not remember
     seed: int = 1337                        # of weights, batches and dropout
@@ -272,7 +272,7 @@ def fit(model, cfg, compute, get_batches, validate, save, preview=None, resumed=
     save(name, step=, val_loss=, best_val_loss=, losses=, optimizers=, scaler=) writes a checkpoint, preview() is text to show.
     resumed: a loaded checkpoint to go on from. flops: per token, for MFU. Raises Refusal (status 1) when the loss is not finite.
     """
-    optimizers = make_optimizers(checkpoint.unwrap(model), cfg, compute.device)
+    optimizers = make_optimizers(checkpoint.unwrap(model), cfg, compute)
     scaler = torch.amp.GradScaler(compute.device.type) if compute.dtype == torch.float16 else None
     step, best, figures, losses = 0, math.inf, {}, []  # losses: since the last line of the log
     if resumed:
@@ -433,7 +433,8 @@ def main(cfg):
             raise Refusal(f"{path} {why}: train.py cannot go on with it; --init_from={cfg.out_dir} --out_dir=OTHER starts from it")
         cfg = inherit(cfg, ckpt, path, resume)
     moving = in_the_way(cfg)
-    compute = resolve(cfg.device, cfg.dtype, cfg.compile, join=True)
+    compute = resolve(cfg.device, cfg.dtype, cfg.compile, join=True, train_width=cfg.n_embd)
+    cfg.dtype = compute.dtype_name  # a resumed run keeps it, on another processor too
     rows = compute.world * rows_each(cfg, compute)
 
     if not cfg.dataset or cfg.dataset.startswith("data/"):
@@ -467,7 +468,7 @@ def main(cfg):
     model.gradient_checkpointing, model.chunked_loss = cfg.gradient_checkpointing, cfg.loss == "chunked"
     said = choose_rmsnorm(model, cfg.rmsnorm, compute)
     if compute.first:
-        print(compute.said + said)
+        print(compute.said + f", Muon in {name_of(muon_dtype(compute))}" * (cfg.optimizer == "muon") + said)
         print(f"{num_params(model):,} parameters, {len(data['train']):,} training tokens, {rows * cfg.block_size:,} tokens a step")
         if resume and not cfg.eval_only and ckpt["step"] >= cfg.max_iters:
             print(f"{path} is at step {ckpt['step']} already; a larger --max_iters goes on")

@@ -177,9 +177,9 @@ def test_the_held_out_loss_is_that_of_each_response_token_once(shop, capsys):
     assert f"before: {np.mean(nats):.4f} nats a token" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("rank, name", [(2, "adapter.pt"), (0, "ckpt.pt")])
-def test_stop_and_resume_is_an_uninterrupted_run_to_the_bit(shop, rank, name):
-    args = [f"--rank={rank}", "--lora_dropout=0.2", "--gradient_accumulation_steps=2", "--template=Q: {prompt}\\nA: "]
+@pytest.mark.parametrize("rank, name, dtype", [(2, "adapter.pt", "float32"), (0, "ckpt.pt", "float32"), (2, "adapter.pt", "bfloat16")])
+def test_stop_and_resume_is_an_uninterrupted_run_to_the_bit(shop, rank, name, dtype):
+    args = ["--overwrite", f"--dtype={dtype}", f"--rank={rank}", "--lora_dropout=0.2", "--gradient_accumulation_steps=2", "--template=Q: {prompt}\\nA: "]
     finetune(shop, *args, f"--out_dir=whole{rank}")
     finetune(shop, *args, f"--out_dir=parts{rank}", "--max_iters=4", "--lr_decay_iters=8")
     base = (shop / "base/ckpt_best.pt").read_bytes()

@@ -91,6 +91,25 @@ def test_grid(norm, norm_position, pos, mlp, n_kv_head, tie, qk_norm):
         same(torch.cat((first, rest), 1)[1, 4:], model(idx[1:, 4:])[0][0])
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("pos", POSITIONS)
+def test_in_bfloat16_what_may_not_be_seen_changes_no_bit(pos, autocast):
+    """In weights of bfloat16, as sample.py has them on a GPU, and under autocast, as train.py does."""
+    model, idx, doc = build(pos=pos), tokens(), torch.tensor([[-1] * 3 + [0] * 6 + [1] * 7] * 2)
+    if not autocast:
+        model = model.bfloat16()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        def logits(idx, doc=None):
+            return model(idx, doc=doc)[0]
+        future = torch.cat((idx[:, :9], (idx[:, 9:] + 1) % V), 1)
+        assert torch.equal(logits(future)[:, :9], logits(idx)[:, :9]) and not torch.equal(logits(future)[:, 9:], logits(idx)[:, 9:])
+        first, second = idx.clone(), idx.clone()
+        first[:, :9], second[:, 9:] = (idx[:, :9] + 1) % V, (idx[:, 9:] + 1) % V
+        assert torch.equal(logits(first, doc)[:, 9:], logits(idx, doc)[:, 9:])
+        assert torch.equal(logits(second, doc)[:, :9], logits(idx, doc)[:, :9])
+        assert not torch.equal(logits(first, doc)[:, 3:9], logits(idx, doc)[:, 3:9])
+
+
 def test_the_grid_is_whole():
     assert len(GRID) == 480
 

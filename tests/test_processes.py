@@ -34,17 +34,18 @@ def one(lab):
     return load(lab, "one")
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_two_processes_with_a_micro_batch_each_are_one_with_two_to_the_bit(lab, optimizer):
-    argv = [*TWO, f"--optimizer={optimizer}", "--max_iters=8"]
+@pytest.mark.parametrize("optimizer, dtype", [("muon", "float32"), ("adamw", "float32"), ("muon", "bfloat16")])
+def test_two_processes_with_a_micro_batch_each_are_one_with_two_to_the_bit(lab, optimizer, dtype):
+    argv = [*TWO, f"--optimizer={optimizer}", "--max_iters=8", f"--dtype={dtype}"]
+    one, two = f"1-{optimizer}-{dtype}", f"2-{optimizer}-{dtype}"
     with contextlib.chdir(lab):
-        train.main(configure(train.Config, [*argv, f"--out_dir=1-{optimizer}"]))
-    first, second = run_together(lab, 2, *argv, f"--out_dir=2-{optimizer}")
-    a, b = load(lab, f"1-{optimizer}"), load(lab, f"2-{optimizer}")
+        train.main(configure(train.Config, [*argv, f"--out_dir={one}"]))
+    first, second = run_together(lab, 2, *argv, f"--out_dir={two}")
+    a, b = load(lab, one), load(lab, two)
     for key in "step", "model", "optimizers", "val_loss", "best_val_loss":
         assert same(a[key], b[key]), key
-    assert log(lab, f"1-{optimizer}") == log(lab, f"2-{optimizer}")  # and only one of them has written it
-    assert sorted(os.listdir(lab / f"2-{optimizer}")) == ["ckpt.pt", "ckpt_best.pt", "log.jsonl", "loss.png"]
+    assert log(lab, one) == log(lab, two)  # and only one of them has written it
+    assert sorted(os.listdir(lab / two)) == ["ckpt.pt", "ckpt_best.pt", "log.jsonl", "loss.png"]
     assert "bits a byte" in (lab / f"out.{first.pid}").read_text() and not (lab / f"out.{second.pid}").read_text() and not said(lab, second)
 
 
