@@ -274,7 +274,7 @@ def test_from_the_command_line_to_a_merged_checkpoint_that_every_script_takes(sh
     assert len(list((shop / "cli").glob("ckpt.pt.old-*"))) == 1
 
 
-@pytest.mark.parametrize("argv", [["--rank=8", "--alpha=32", "--learning_rate=2e-2"], ["--rank=0", "--optimizer=muon", "--learning_rate=5e-3"]])
+@pytest.mark.parametrize("argv", [["--rank=8", "--alpha=32", "--learning_rate=1e-2"], ["--rank=0", "--optimizer=muon", "--learning_rate=5e-3"]])
 def test_it_learns(shop, argv):
     """Answers that no story has, word for word, from a model that knows next to nothing."""
     finetune(shop, "--out_dir=learned", "--overwrite", "--batch_size=8", "--max_iters=150", "--eval_interval=150", "--val_dataset=rows.jsonl", *argv)
