@@ -71,7 +71,7 @@ def held(tensors):
     return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() // x.element_size() for x in tensors if x.device.type == "cpu"}.values())
 
 
-def from_hf(kind, c, theirs, without=()):
+def from_hf(kind, c, theirs, without):
     """Our state dict from their tensors, float32. Missing, extra and misshapen ones are a ValueError; `without`: patterns of our
     tensors that they need not have, which are zero then (biases that only half of their Linears have)."""
     if num_weights(c) > held(theirs.values()):  # before anything of that size is made

@@ -91,7 +91,7 @@ def gpt2(folder=None):
         except (OSError, ValueError) as e:
             raise ValueError(f"GPT-2's vocabulary could not be downloaded ({type(e).__name__}): "
                              "name a folder that holds its encoder.json and vocab.bpe") from None
-        vocab = {"".join(BYTE_CHAR[b] for b in t): found.encode_single_token(t) for t in found.token_byte_values()}
+        vocab = {byte_chars(t): found.encode_single_token(t) for t in found.token_byte_values()}
         return vocabulary(vocab | {EOT: found.eot_token})
     vocab = json.loads(Path(folder, "encoder.json").read_text(encoding="utf-8"))
     return vocabulary(vocab, Path(folder, "vocab.bpe").read_text(encoding="utf-8").splitlines()[1:])  # after "#version: 0.2"
