@@ -15,11 +15,10 @@ import warnings
 
 import torch
 
-import foreign_tokenizer
-import hf_folder
-import hf_layout
 import lora
 from config import Refusal
+from interop import hf_folder, hf_layout
+from interop.any_tokenizer import load_tokenizer
 from model import ModelConfig, Transformer, num_weights
 
 FORMAT = 1
@@ -136,7 +135,7 @@ def load(path, keys=KEYS):
 def restore(ckpt, path, device="cpu"):
     """(model, tokenizer) from a loaded checkpoint: the model in eval mode, float32, on device."""
     try:
-        tokenizer = foreign_tokenizer.from_str(ckpt["tokenizer"])
+        tokenizer = load_tokenizer(ckpt["tokenizer"])
         config = ModelConfig(**ckpt["model_config"])
         if tokenizer.sha256 != ckpt["tokenizer_sha256"] or tokenizer.vocab_size != config.vocab_size:
             raise ValueError("its tokenizer is not the one it was trained with")

@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import checkpoint
-import hf_folder
-import hf_layout
-import tokenizer_json
 from config import Refusal, run
 from folders import new_folder
+from interop import hf_folder, hf_layout
+from tokenizer import bos_processor
 
 
 @dataclass
@@ -73,7 +72,7 @@ def write_model(folder, model, tokenizer):
     write_json(folder / "generation_config.json", ends | {"pad_token_id": tokenizer.eot})
     bos, eot = (tokenizer.tokens[i].decode() for i in (tokenizer.bos, tokenizer.eot))
     starts = tokenizer.kind != "char"  # as sample.prompt_ids has it
-    data = json.loads(tokenizer.tokenizer_json()) | {"post_processor": tokenizer_json.starting_with(bos, tokenizer.bos) if starts else None}
+    data = json.loads(tokenizer.tokenizer_json()) | {"post_processor": bos_processor(bos, tokenizer.bos) if starts else None}
     write_json(folder / "tokenizer.json", data)
     write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eot, "add_bos_token": starts,
                                                   "model_max_length": c.block_size, "clean_up_tokenization_spaces": False})

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from config import Refusal
 from folders import advice
-from foreign_tokenizer import ForeignTokenizer
+from interop.foreign_tokenizer import ForeignTokenizer
 from model import ModelConfig
 from tokenizer import Tokenizer
 

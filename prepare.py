@@ -30,10 +30,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-import foreign_tokenizer
 import toy_stories
 from config import Refusal, run
 from folders import new_folder
+from interop.any_tokenizer import load_tokenizer
 from tokenizer import Tokenizer
 
 FORMAT = 1
@@ -341,10 +341,10 @@ def ready_made(cfg):
     """The tokenizer that cfg names; None for one that is made from the text."""
     try:
         if cfg.tokenizer.startswith("hf:"):
-            import hf_folder  # and torch with it, which nothing else here needs
+            from interop import hf_folder  # and torch with it, which nothing else here needs
             return hf_folder.read_tokenizer(hf_folder.located(cfg.tokenizer[3:], weights=""))
         if cfg.tokenizer.endswith(".json"):
-            return foreign_tokenizer.from_str(Path(cfg.tokenizer).read_text(encoding="utf-8"))
+            return load_tokenizer(Path(cfg.tokenizer).read_text(encoding="utf-8"))
         if cfg.tokenizer.startswith("gpt2"):
             return Tokenizer.gpt2(cfg.tokenizer[5:] or None)
     except (OSError, ValueError) as e:
@@ -416,7 +416,7 @@ def load(folder):
         if (meta["format"], meta["dtype"]) != (FORMAT, dtype.name):
             raise ValueError(f"format {meta['format']!r} with {meta['dtype']!r} is not {FORMAT} with {dtype.name}")
         name = "tokenizer.json"
-        tokenizer = foreign_tokenizer.from_str((folder / name).read_bytes().decode("utf-8"))
+        tokenizer = load_tokenizer((folder / name).read_bytes().decode("utf-8"))
         if (tokenizer.vocab_size, tokenizer.sha256) != expected:
             raise ValueError("not the tokenizer that the data was made with")
         data = {}

@@ -14,7 +14,7 @@ import regex
 from tqdm import tqdm
 
 import toy_stories
-from tokenizer_json import EOT
+from tokenizer import EOT
 
 COPY = 12            # words in a row, the same as in the training text, that count as copied
 LOOP = 8             # longest phrase, in words, whose immediate repetition is looked for

@@ -1,7 +1,8 @@
 """Byte-level BPE written from scratch: train, save, load, encode, decode.
 
-A text is cut into words by GPT-2's pattern, a word is its UTF-8 bytes, and merges learned from a corpus join them pair
-by pair (Sennrich et al. 2016, arXiv:1508.07909; over bytes: Radford et al. 2019, GPT-2). Any text can be encoded.
+A text is cut into words by GPT-2's pattern, a word is its UTF-8 bytes, and merges learned from a corpus
+join them pair by pair (Sennrich et al. 2016, arXiv:1508.07909; over bytes: Radford et al. 2019, GPT-2).
+Any text can be encoded.
 
     python
     >>> from tokenizer import Tokenizer
@@ -9,14 +10,16 @@ by pair (Sennrich et al. 2016, arXiv:1508.07909; over bytes: Radford et al. 2019
     >>> ids = tokenizer.encode("the rat sat"); print(ids, [tokenizer.decode([i]) for i in ids])
     >>> tokenizer.save("tokenizer.json"); print(Tokenizer.load("tokenizer.json").decode(ids))
 
-tokenizer.json is the layout of Hugging Face's tokenizers, and opens there. One thing differs: here <|endoftext|> is
-added by id only, and text that spells it is ordinary text (there: encode_special_tokens=True). A lone surrogate in a
-str, which UTF-8 cannot hold, counts as U+FFFD.
+tokenizer.json has the layout of Hugging Face's tokenizers, and opens there, in transformers and in
+transformers.js. One thing differs: here <|endoftext|> is added by id only, and text that spells it is
+ordinary text (there: encode_special_tokens=True). A lone surrogate in a str, which UTF-8 cannot hold,
+counts as U+FFFD.
 """
 
 import codecs
 import hashlib
 import heapq
+import json
 import os
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -28,23 +31,57 @@ from pathlib import Path
 import regex
 import tiktoken
 
-import tokenizer_json
-from tokenizer_json import BYTE_CHAR, EOT, byte_chars
+EOT = "<|endoftext|>"
 
-# GPT-2's split: contractions; letters, digits or other marks, each with the space before; whitespace that is left over.
-# (Written shorter than in its encoder.py; it splits the same.)
+# GPT-2's split: contractions; letters, digits or other marks, each with the space before;
+# whitespace that is left over. (Written shorter than in its encoder.py; it splits the same.)
 SPLIT = regex.compile(r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
-GAP = 100_000  # whitespace in a row; from a million on, tiktoken's regular expressions panic (a BaseException)
-LONG_GAP = regex.compile(r"(?<!\s)\s{%d}" % GAP)  # (?<!\s): tried once a run, not at each of its characters
+GAP = 100_000  # whitespace in a row; from a million on, tiktoken panics (a BaseException)
+LONG_GAP = regex.compile(r"(?<!\s)\s{%d}" % GAP)  # (?<!\s): tried once a run, not at each character
+
+# In JSON, GPT-2 writes a byte as one visible character: its own in Latin-1, or one from U+0100 on
+# where that is not visible. This dict runs by code point, as the ids do; ids in byte order would
+# break ties between merges differently.
+BYTE_CHAR = {b: chr(b) for b in range(256) if chr(b).isprintable() and chr(b) != " "}
+BYTE_CHAR |= {b: chr(256 + n) for n, b in enumerate(sorted(set(range(256)) - set(BYTE_CHAR)))}
+CHAR_BYTE = {c: b for b, c in BYTE_CHAR.items()}
+
+# What stands beside the vocabulary in tokenizer.json. WordLevel demands an unk_token; as no
+# vocabulary has this one, an unknown character is an error there as it is here (a BPE model would
+# drop it without a word).
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+BPE = {
+    "type": "BPE",
+    "dropout": None,
+    "unk_token": None,
+    "continuing_subword_prefix": None,
+    "end_of_word_suffix": None,
+    "fuse_unk": False,
+    "byte_fallback": False,
+    "ignore_merges": False,
+}
+WORD_LEVEL = {"type": "WordLevel", "unk_token": "<unk>"}
+EACH_CHAR = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
+LAYOUT = {
+    "bpe": {"pre_tokenizer": BYTE_LEVEL, "decoder": BYTE_LEVEL, "model": BPE},
+    "char": {"pre_tokenizer": EACH_CHAR, "decoder": {"type": "Fuse"}, "model": WORD_LEVEL},
+}
 
 
 def mend(text):
-    """text without surrogates: a pair becomes the character it means, a lone one U+FFFD (as tiktoken does)."""
+    """Returns text without surrogates: pairs become characters, lone ones U+FFFD (as in tiktoken)."""
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
+def byte_chars(token):
+    return "".join(BYTE_CHAR[b] for b in token)
+
+
+# ---- merges
+
+
 def merge_pair(ids, pair, new):
-    """ids with every occurrence of pair, from left to right, replaced by new."""
+    """Returns ids with every occurrence of pair, from left to right, replaced by new."""
     left, right = pair
     out = []
     for i in ids:
@@ -56,7 +93,7 @@ def merge_pair(ids, pair, new):
 
 
 def merge_word(ids, merges):
-    """The ids of one word after all merges: always the pair that was learned first, until no known pair is left."""
+    """Returns the ids of one word after all merges: the pair learned first is always merged first."""
     while len(ids) > 1:
         pair = min(zip(ids, ids[1:]), key=lambda p: merges.get(p, inf))
         if pair not in merges:
@@ -66,13 +103,16 @@ def merge_word(ids, merges):
 
 
 def learn_merges(words, counts, first, stop):
-    """{(left, right): id} for ids first to stop - 1: each the most frequent pair by then, among equals the smallest.
+    """Returns {(left, right): id} for ids first to stop - 1.
 
-    words (lists of ids) are merged in place. A merge touches only the words that hold its pair, so the counts are kept
-    up to date instead of taken again. A pair is never more frequent than when it was born (a merge makes only pairs
-    with the new id), so it has one heap entry, never too low; one found too high goes back with today's count.
+    Each merges the most frequent pair by then, among equals the smallest. words (lists of ids) are
+    merged in place. A merge touches only the words that hold its pair, so the counts are kept up to
+    date instead of taken again. A pair is never more frequent than when it was born (a merge makes
+    only pairs with the new id), so it has one heap entry, never too low; one found too high goes
+    back with today's count.
     """
-    pair_count, pair_words = defaultdict(int), defaultdict(set)
+    pair_count = defaultdict(int)
+    pair_words = defaultdict(set)
     for w, ids in enumerate(words):
         for pair in zip(ids, ids[1:]):
             pair_count[pair] += counts[w]
@@ -86,10 +126,12 @@ def learn_merges(words, counts, first, stop):
             if pair_count[pair]:
                 heapq.heappush(heap, (-pair_count[pair], pair))
             continue
-        new = merges[pair] = first + len(merges)
+        new = first + len(merges)
+        merges[pair] = new
         born = set()
         for w in pair_words.pop(pair):
-            before, words[w] = words[w], merge_pair(words[w], pair, new)
+            before = words[w]
+            words[w] = merge_pair(before, pair, new)
             for p in zip(before, before[1:]):
                 pair_count[p] -= counts[w]
             for p in zip(words[w], words[w][1:]):
@@ -103,22 +145,181 @@ def learn_merges(words, counts, first, stop):
 
 
 def recover_merges(tokens, eot):
-    """The merges that make tokens (bytes, by id): the earlier ones must leave each token in exactly two parts.
+    """Returns the merges that make tokens (bytes, by id); earlier ones leave each in two parts.
 
-    Where that holds, merging by the rank of the joined bytes (tiktoken) and by the rank of the pair (here, Hugging
-    Face) agree. It holds for every vocabulary that came out of training; an edited one may fail, and is refused.
+    Where that holds, merging by the rank of the joined bytes (tiktoken) and by the rank of the pair
+    (here, Hugging Face) agree. It holds for every vocabulary that came out of training; an edited
+    one may fail, and is a ValueError.
     """
     byte_id = {token[0]: i for i, token in enumerate(tokens) if len(token) == 1}
     if missing := [b for b in range(256) if b not in byte_id]:
-        raise ValueError(f"byte {missing[0]} ({BYTE_CHAR[missing[0]]!r}) has no token; byte-level BPE needs all 256")
+        char = BYTE_CHAR[missing[0]]
+        raise ValueError(f"byte {missing[0]} ({char!r}) has no token; byte-level BPE needs all 256")
     merges = {}
     for i, token in enumerate(tokens):
-        if i != eot and len(token) != 1:
-            parts = merge_word([byte_id[b] for b in token], merges)
-            if len(parts) != 2:
-                raise ValueError(f"token {i} ({token!r:.60}) is not made by one merge of two tokens with smaller ids")
-            merges[tuple(parts)] = i
+        if i == eot or len(token) == 1:
+            continue
+        parts = merge_word([byte_id[b] for b in token], merges)
+        if len(parts) != 2:
+            problem = "is not made by one merge of two tokens with smaller ids"
+            raise ValueError(f"token {i} ({token!r:.60}) {problem}")
+        merges[tuple(parts)] = i
     return merges
+
+
+# ---- tokenizer.json
+#
+# A vocabulary is (kind, tokens, eot, pairs): kind "bpe" or "char", tokens the bytes of each id, eot
+# the id of <|endoftext|>, pairs the merges as the source has them, [left, right] in byte characters
+# each, not checked; None where the ids imply them.
+
+
+def bos_processor(token, i):
+    """Returns the post_processor that puts one token, of id i, before each text."""
+    start = {"SpecialToken": {"id": token, "type_id": 0}}
+    first = {"Sequence": {"id": "A", "type_id": 0}}
+    second = {"Sequence": {"id": "B", "type_id": 1}}
+    return {
+        "type": "TemplateProcessing",
+        "single": [start, first],
+        "pair": [start, first, second],
+        "special_tokens": {token: {"id": token, "ids": [i], "tokens": [token]}},
+    }
+
+
+def dump_vocabulary(kind, tokens, eot, merges):
+    """Returns the text of tokenizer.json, one and the same for a vocabulary; merges are pairs of ids."""
+    texts = [byte_chars(token) if kind == "bpe" else token.decode() for token in tokens]
+    model = {**LAYOUT[kind]["model"], "vocab": {text: i for i, text in enumerate(texts)}}
+    if kind == "bpe":
+        model["merges"] = [f"{texts[left]} {texts[right]}" for left, right in merges]
+    end = {
+        "id": eot,
+        "content": EOT,
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": True,
+    }
+    data = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [end],
+        "normalizer": None,
+        "post_processor": None,
+        **LAYOUT[kind],
+        "model": model,
+    }
+    return json.dumps(data, ensure_ascii=False, indent=1)
+
+
+def is_plain_bpe(settings):
+    changes = "dropout", "continuing_subword_prefix", "end_of_word_suffix"
+    return settings.get("type") == "BPE" and not any(settings.get(key) for key in changes)
+
+
+def is_gpt2_split(pre_tokenizer):
+    if not isinstance(pre_tokenizer, dict):
+        return False
+    # older files have no use_regex; trim_offsets changes offsets, not ids
+    return {"use_regex": True, **pre_tokenizer, "trim_offsets": True} == BYTE_LEVEL
+
+
+def adds_no_token(post_processor):
+    if post_processor is None:
+        return True
+    if not isinstance(post_processor, dict) or post_processor.get("special_tokens"):
+        return False
+    return post_processor.get("type") in ("ByteLevel", "TemplateProcessing")
+
+
+def parse_vocabulary(text):
+    """Returns the vocabulary in the text of a tokenizer.json, ours or a foreign one with GPT-2's split.
+
+    ValueError: not JSON, another model, normalizer, split or post-processor, added tokens beside
+    <|endoftext|>, ids with holes or twice, tokens or merges that are not text.
+    """
+    try:
+        data = json.loads(text)
+        model = data["model"]
+        added = {token["content"]: token["id"] for token in data.get("added_tokens") or []}
+        settings = {key: value for key, value in model.items() if key not in ("vocab", "merges")}
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"the text is not JSON ({e})") from None
+    except (KeyError, TypeError, AttributeError):
+        problem = "model or added_tokens is missing or malformed"
+        raise ValueError(f"the JSON is no tokenizer.json: {problem}") from None
+    char = settings.get("type") == "WordLevel"
+    normalizer = data.get("normalizer")
+    pre_tokenizer = data.get("pre_tokenizer")
+    post_processor = data.get("post_processor")
+    splits_alike = pre_tokenizer == EACH_CHAR if char else is_gpt2_split(pre_tokenizer)
+    checks = [
+        ("model", settings, char or is_plain_bpe(settings)),
+        ("normalizer", normalizer, normalizer is None),
+        ("pre_tokenizer", pre_tokenizer, splits_alike),
+        ("post_processor", post_processor, adds_no_token(post_processor)),
+        ("added_tokens", list(added), list(added) == [EOT]),
+    ]
+    for key, value, is_readable in checks:
+        if not is_readable:
+            shown = f"its {key} is {json.dumps(value):.120}"
+            raise ValueError(f"{shown}, which is not read here (Hugging Face's tokenizers may)")
+    vocab = model.get("vocab")
+    merges = model.get("merges")
+    vocab = {**vocab, **added} if isinstance(vocab, dict) else {}
+    return check_vocabulary(vocab, merges if isinstance(merges, list) else [], char)
+
+
+def read_gpt2_vocabulary(folder=None):
+    """Returns GPT-2's vocabulary, from encoder.json and vocab.bpe in folder, else from tiktoken.
+
+    ValueError: no download, or files that do not hold a byte-level BPE. OSError: files that are not
+    there.
+    """
+    if folder is not None:
+        vocab = json.loads(Path(folder, "encoder.json").read_text(encoding="utf-8"))
+        lines = Path(folder, "vocab.bpe").read_text(encoding="utf-8").splitlines()
+        return check_vocabulary(vocab, lines[1:])  # after "#version: 0.2"
+    try:
+        encoding = tiktoken.get_encoding("gpt2")
+    except (OSError, ValueError) as e:
+        problem = f"GPT-2's vocabulary could not be downloaded ({type(e).__name__})"
+        raise ValueError(f"{problem}: name a folder that holds its encoder.json and vocab.bpe") from None
+    tokens = encoding.token_byte_values()
+    vocab = {byte_chars(token): encoding.encode_single_token(token) for token in tokens}
+    return check_vocabulary(vocab | {EOT: encoding.eot_token})
+
+
+def check_vocabulary(vocab, merges=None, char=False):
+    """Returns the vocabulary of {token text: id} and merges, "left right" or [left, right] each.
+
+    ValueError: ids with holes or twice, a token that is not text of its kind.
+    """
+    if not isinstance(vocab, dict) or EOT not in vocab:
+        raise ValueError(f"there is no vocabulary with {EOT}, which separates documents")
+    ids = list(vocab.values())
+    if any(type(i) is not int for i in ids) or sorted(ids) != list(range(len(vocab))):
+        last = len(vocab) - 1
+        raise ValueError(f"the ids of the {len(vocab)} tokens are not 0 to {last}, each used once")
+    eot = vocab[EOT]
+    texts = sorted(vocab, key=vocab.get)
+    for i, text in enumerate(texts):
+        if i == eot:
+            continue
+        if char and (len(text) != 1 or "\ud800" <= text <= "\udfff"):
+            raise ValueError(f"token {i} ({text!r:.60}) is not one character")
+        if not char and set(text) - CHAR_BYTE.keys():
+            raise ValueError(f"token {i} ({text!r:.60}) is not written in GPT-2's byte characters")
+    if char:
+        return "char", [text.encode() for text in texts], eot, None
+    tokens = [bytes(CHAR_BYTE[c] for c in text) for text in texts]
+    if merges is None:
+        return "bpe", tokens, eot, None
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+    return "bpe", tokens, eot, pairs
 
 
 class Tokenizer:
@@ -129,24 +330,27 @@ class Tokenizer:
 
     def __init__(self, kind, tokens, eot, merges=None):
         self.kind = kind
-        self.tokens = tokens        # id -> bytes
+        self.tokens = tokens  # id -> bytes
         self.eot = eot
-        self.merges = merges or {}  # (left id, right id) -> id, in the order learned, which is the order of ids
+        self.merges = merges or {}  # (left id, right id) -> id, in the order learned, that of ids
         self.vocab_size = len(tokens)
-        self.bos = eot              # what a prompt starts with
+        self.bos = eot  # what a prompt starts with
         self.ids = {token: i for i, token in enumerate(tokens) if i != eot}
 
     @classmethod
     def train(cls, docs, vocab_size=4096):
-        """Learn from an iterable of str, read once, keeping only word counts (Sennrich et al. 2016, algorithm 1).
+        """Learns from an iterable of str, read once, keeping only word counts.
 
-        <|endoftext|> is id 0, then the 256 bytes, then the merges: exactly those of Hugging Face's BpeTrainer. Fewer
-        than vocab_size where the text has no more pairs. ValueError: vocab_size below 257, no text, docs one str.
+        This is algorithm 1 of Sennrich et al. 2016. <|endoftext|> is id 0, then the 256 bytes, then
+        the merges: exactly those of Hugging Face's BpeTrainer. Fewer than vocab_size where the text
+        has no more pairs. ValueError: vocab_size below 257, no text, docs one str.
         """
         if vocab_size < 257:
-            raise ValueError(f"vocab_size {vocab_size} is too small: {EOT} and the 256 bytes already make 257")
+            needed = f"{EOT} and the 256 bytes already make 257"
+            raise ValueError(f"vocab_size {vocab_size} is too small: {needed}")
         if isinstance(docs, str):
-            raise ValueError("docs is one str, where an iterable of documents was expected, such as [text]")
+            expected = "an iterable of documents was expected, such as [text]"
+            raise ValueError(f"docs is one str, where {expected}")
         words = Counter()
         for doc in docs:
             words.update(SPLIT.findall(mend(doc)))
@@ -162,7 +366,10 @@ class Tokenizer:
 
     @classmethod
     def char(cls, docs):
-        """One token a character: <|endoftext|> is id 0, then the sorted characters of docs. ValueError: no text."""
+        """Makes one token a character: <|endoftext|> is id 0, then the sorted characters of docs.
+
+        ValueError: no text.
+        """
         chars = set()
         for doc in docs:
             chars.update(mend(doc))
@@ -172,19 +379,22 @@ class Tokenizer:
 
     @classmethod
     def gpt2(cls, folder=None):
-        """GPT-2's vocabulary: encoder.json and vocab.bpe in folder, else tiktoken's cache or download. eot is 50256.
+        """Reads GPT-2's encoder.json and vocab.bpe in folder, else tiktoken's cache or download.
 
-        ValueError: no download, or files that do not hold a byte-level BPE. OSError: files that are not there.
+        eot is 50256. ValueError: no download, or files that do not hold a byte-level BPE. OSError: files
+        that are not there.
         """
         try:
-            return cls._checked(*tokenizer_json.gpt2(folder))
+            return cls._checked(*read_gpt2_vocabulary(folder))
         except (ValueError, RecursionError) as e:
-            where = f"{folder}: encoder.json and vocab.bpe do not hold GPT-2's vocabulary: " if folder else ""
-            raise ValueError(f"{where}{e}") from None
+            if not folder:
+                raise ValueError(f"{e}") from None
+            problem = "encoder.json and vocab.bpe do not hold GPT-2's vocabulary"
+            raise ValueError(f"{folder}: {problem}: {e}") from None
 
     @classmethod
     def load(cls, path):
-        """from_str of a file. ValueError: as there, after the path. OSError: no such file."""
+        """Reads a file as from_str does. ValueError: as there, after the path. OSError: no such file."""
         try:
             return cls.from_str(Path(path).read_bytes().decode("utf-8"))
         except ValueError as e:
@@ -192,37 +402,42 @@ class Tokenizer:
 
     @classmethod
     def from_str(cls, text):
-        """The tokenizer in the text of a tokenizer.json, ours or a foreign one with GPT-2's split.
+        """Reads the text of a tokenizer.json, ours or a foreign one with GPT-2's split.
 
-        ValueError: what tokenizer_json.loads refuses, bytes without a token, merges that do not make the tokens.
+        ValueError: as in parse_vocabulary, bytes without a token, merges that do not make the tokens.
         """
-        return cls._checked(*tokenizer_json.loads(text))
+        return cls._checked(*parse_vocabulary(text))
 
     @classmethod
-    def _checked(cls, kind, tokens, eot, given):
+    def _checked(cls, kind, tokens, eot, pairs):
         merges = recover_merges(tokens, eot) if kind == "bpe" else {}
-        needed = [[byte_chars(tokens[left]), byte_chars(tokens[right])] for left, right in merges]
-        for n, (got, need) in enumerate(zip_longest(needed if given is None else given, needed)):
-            if got != need:
-                raise ValueError(f"merge {n} is {got!r:.60}, but the tokens in order of id need {need!r:.60} there")
+        needed_pairs = [[byte_chars(tokens[left]), byte_chars(tokens[right])] for left, right in merges]
+        if pairs is not None:
+            for n, (pair, needed) in enumerate(zip_longest(pairs, needed_pairs)):
+                if pair != needed:
+                    where = f"the tokens in order of id need {needed!r:.60} there"
+                    raise ValueError(f"merge {n} is {pair!r:.60}, but {where}")
         return cls(kind, tokens, eot, merges)
 
     def to_str(self):
-        """The text of tokenizer.json: the same for the same tokenizer, and from_str gives that tokenizer again."""
-        return tokenizer_json.dumps(self.kind, self.tokens, self.eot, self.merges)
+        """Returns the text of tokenizer.json, of which from_str makes this tokenizer again."""
+        return dump_vocabulary(self.kind, self.tokens, self.eot, self.merges)
 
     tokenizer_json = to_str  # as Hugging Face's libraries read it
 
     def save(self, path):
-        """Write tokenizer.json under a temporary name, then rename: never half a file. OSError: cannot be written."""
+        """Writes tokenizer.json under a temporary name, then renames it: never half a file.
+
+        OSError: it cannot be written.
+        """
         partial = Path(f"{path}.partial")
         partial.write_bytes(self.tokenizer_json().encode())
         os.replace(partial, path)
 
     @property
     def head(self):
-        """The ids that a document starts with in data: bos, where it is not the end-of-text before it already."""
-        return [self.bos] * (self.bos != self.eot)
+        """The ids that a document starts with in data: bos, unless the end-of-text before it is that."""
+        return [] if self.bos == self.eot else [self.bos]
 
     @cached_property
     def sha256(self):
@@ -230,59 +445,80 @@ class Tokenizer:
 
     @cached_property
     def _fast(self):
-        return tiktoken.Encoding("tinylm", pat_str=SPLIT.pattern, mergeable_ranks=self.ids, special_tokens={})
+        pattern = SPLIT.pattern
+        return tiktoken.Encoding("tinylm", pat_str=pattern, mergeable_ranks=self.ids, special_tokens={})
 
     def encode(self, text):
-        """encode_plain, but through tiktoken's Rust core. ValueError: as there."""
+        """Returns what encode_plain does, but through tiktoken's Rust core. ValueError: as there."""
         if self.kind == "char" or len(text) > GAP and LONG_GAP.search(text):
             return self.encode_plain(text)
         return self._fast.encode_ordinary(text)
 
     def encode_more(self, text):
-        """encode for a text that goes on where another ended; to a ForeignTokenizer that makes a difference."""
+        """Encodes a text that goes on where another ended, to which a ForeignTokenizer has other ids."""
         return self.encode(text)
 
     def encode_batch(self, texts, num_threads=os.cpu_count()):
-        """encode for each of texts, on num_threads threads (tiktoken lets go of the interpreter lock)."""
+        """Encodes each of texts, on num_threads threads (tiktoken lets go of the interpreter lock)."""
+
+        def encode_share(share):
+            return [self.encode(text) for text in share]
+
         texts = list(texts)
-        size = len(texts) // (8 * num_threads) + 1  # to hand over one short text takes longer than to encode it
-        shares = [texts[i:i + size] for i in range(0, len(texts), size)]
+        # in shares, as handing over one short text takes longer than encoding it
+        size = len(texts) // (8 * num_threads) + 1
+        shares = [texts[i : i + size] for i in range(0, len(texts), size)]
         with ThreadPoolExecutor(num_threads) as pool:
-            return [ids for share in pool.map(lambda share: [self.encode(text) for text in share], shares) for ids in share]
+            return [ids for share in pool.map(encode_share, shares) for ids in share]
 
     def encode_plain(self, text):
-        """The ids of a str, never eot; to read, and to test encode with. ValueError: a character that char lacks."""
+        """Returns the ids of a str, never eot; this is to read, and to test encode with.
+
+        ValueError: a character that a char tokenizer lacks.
+        """
         text = mend(text)
         if self.kind == "char":
             try:
                 return [self.ids[c.encode()] for c in text]
             except KeyError as e:
                 c = e.args[0].decode()
-                raise ValueError(f"character {c!r} (U+{ord(c):04X}) is not one of the {len(self.ids)} known") from None
+                known = f"one of the {len(self.ids)} known"
+                raise ValueError(f"character {c!r} (U+{ord(c):04X}) is not {known}") from None
         ids = []
         for word in SPLIT.findall(text):
             ids += merge_word([self.ids[bytes([b])] for b in word.encode()], self.merges)
         return ids
 
     def decode_bytes(self, ids):
-        """The bytes of any ids; eot's are its name. ValueError: an id outside the vocabulary."""
+        """Returns the bytes of any ids; eot's are its name. ValueError: an id outside the vocabulary."""
         ids = list(ids)
         for i in ids:
             if not 0 <= i < self.vocab_size:
-                raise ValueError(f"id {i} is outside this vocabulary of {self.vocab_size} tokens, ids from 0 on")
+                size = f"this vocabulary of {self.vocab_size} tokens"
+                raise ValueError(f"id {i} is outside {size}, ids from 0 on")
         return b"".join([self.tokens[i] for i in ids])
 
     def decode(self, ids):
-        """The text of any ids, with U+FFFD for bytes that are no UTF-8. ValueError: an id outside the vocabulary."""
+        """Returns the text of any ids, with U+FFFD for bytes that are no UTF-8.
+
+        ValueError: an id outside the vocabulary.
+        """
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     decode_more = decode  # of ids that go on where others ended
-    prefix = 0            # bytes that encode puts before a text
+    prefix = 0  # bytes that encode puts before a text
 
     def stream(self):
-        """A function from the next id to the text it completes, which may be none yet; None at the end gives the rest.
+        """Returns a function from the next id to the text it completes, which may be none yet.
 
-        Joined, the texts are decode of all ids. A character spread over several tokens comes with its last one.
+        None at the end gives the rest. Joined, the texts are decode of all ids. A character spread over
+        several tokens comes with its last one.
         """
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        return lambda i: decoder.decode(b"" if i is None else self.decode_bytes([i]), final=i is None)
+
+        def next_text(i):
+            if i is None:
+                return decoder.decode(b"", final=True)
+            return decoder.decode(self.decode_bytes([i]))
+
+        return next_text

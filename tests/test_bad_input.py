@@ -19,13 +19,13 @@ import eval as evaluation
 import export_onnx
 import finetune_lora
 import hf
-import hf_layout
 import onnx_model
 import prepare
 import sample
 import serve
 import train
 from config import configure, run
+from interop import hf_layout
 from model import ModelConfig, Transformer
 from test_prepare import DOCS, write, write_jsonl, write_parquet, write_txt
 from test_train import SMALL

@@ -17,13 +17,13 @@ import eval as evaluation
 import export_onnx
 import finetune_lora
 import hf
-import hf_folder
 import lora
 import onnx_model
 import prepare
 import sample
 import train
 from config import Refusal, configure
+from interop import hf_folder
 from log import read_log
 from model import ModelConfig, Transformer
 from test_bad_input import onnx_folder

@@ -16,21 +16,20 @@ import torch
 import checkpoint
 import eval as evaluation
 import finetune_lora
-import foreign_tokenizer
 import hf
-import hf_folder
 import lora
 import prepare
 import sample
 import train
 from config import Refusal, configure
+from interop import hf_folder
+from interop.any_tokenizer import from_tokenizer_json, load_tokenizer
 from model import Transformer
 from test_model import redraw
 from test_parity import SCALE, preset
 from test_prepare import DOCS
 from test_train import CPU, SMALL
-from tokenizer import Tokenizer
-from tokenizer_json import EOT
+from tokenizer import EOT, Tokenizer
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -321,7 +320,7 @@ def test_a_tokenizer_of_a_folder_does_what_transformers_does(make, name, tmp_pat
     transformers.PreTrainedTokenizerFast(tokenizer_object=made, **ends).save_pretrained(tmp_path)
     change(tmp_path, "tokenizer_config.json", lambda t: t.update(tokenizer_class=name))
     theirs, tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path), hf_folder.read_tokenizer(str(tmp_path))
-    again = foreign_tokenizer.from_str(tokenizer.to_str())
+    again = load_tokenizer(tokenizer.to_str())
     assert type(again) is type(tokenizer) and again.sha256 == tokenizer.sha256 and (again.eot, again.bos, again.vocab_size) == (tokenizer.eot, tokenizer.bos, tokenizer.vocab_size)
     assert (tokenizer.eot, tokenizer.bos) == (made.token_to_id(ends["eos_token"]), made.token_to_id(ends["bos_token"]))
     special = [t.content for t in theirs.added_tokens_decoder.values() if t.special]
@@ -349,7 +348,7 @@ def test_a_tokenizer_of_a_folder_does_what_transformers_does(make, name, tmp_pat
 def test_the_bytes_of_a_foreign_tokenizers_tokens_are_those_of_the_text(make):
     """What bits a byte are counted with."""
     made, ends = make()
-    tokenizer = foreign_tokenizer.from_files(json.loads(made.to_str()), made.token_to_id(ends["eos_token"]))
+    tokenizer = from_tokenizer_json(json.loads(made.to_str()), made.token_to_id(ends["eos_token"]))
     documents = [t for t in texts(50) if t]
     ids = evaluation.encode(documents, True, tokenizer)
     unit, lengths = evaluation.units(ids, tokenizer, few=False)
@@ -362,7 +361,7 @@ def test_data_for_a_foreign_tokenizer_is_each_document_as_sample_and_eval_have_i
     """Long documents in pieces too; each begins with bos where that is not the end-of-text before it."""
     monkeypatch.setattr(prepare, "CHUNK", 50)
     made, ends = make()
-    tokenizer = foreign_tokenizer.from_files(json.loads(made.to_str()), made.token_to_id(ends["eos_token"]))
+    tokenizer = from_tokenizer_json(json.loads(made.to_str()), made.token_to_id(ends["eos_token"]))
     documents = [("the cat.\n\nate 12 é. The cat_\nsat...\n" * 9 + "cat.\n" * 30) * 2 + "end", "the", *DOCS[:3]]
     with contextlib.chdir(tmp_path):
         Path("tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")  # as prepare.py itself keeps it
@@ -390,7 +389,7 @@ def test_logits_of_one_row_that_are_too_many_are_made_in_parts(monkeypatch):
 
 def test_loss_is_of_the_text_and_its_end_not_of_the_bos_before_it():
     made, ends = tiny()
-    tokenizer = foreign_tokenizer.from_files(json.loads(made.to_str()), 2)
+    tokenizer = from_tokenizer_json(json.loads(made.to_str()), 2)
     model = redraw(Transformer(preset("llama", vocab_size=tokenizer.vocab_size, block_size=64, n_layer=1)), SCALE).eval()
     subject, documents = evaluation.Subject("a", "a", 1, model, tokenizer, "d", "none"), ["the cat", "a cat"] * 20
     found, columns = evaluation.likelihood(subject, documents, True, CPU, evaluation.Config(resamples=1000))

@@ -14,8 +14,7 @@ from hypothesis import given, settings, strategies as st
 from tiktoken import load as tiktoken_load
 from tokenizers import models, pre_tokenizers, trainers
 
-from tokenizer import EOT, GAP, Tokenizer
-from tokenizer_json import BYTE_CHAR
+from tokenizer import BYTE_CHAR, EOT, GAP, Tokenizer
 
 FUZZ = settings(max_examples=300, deadline=None, derandomize=True, database=None)
 

@@ -15,9 +15,9 @@ from dataclasses import replace
 
 import torch
 
-import foreign_tokenizer
-import hf_layout
 from config import Refusal
+from interop import hf_layout
+from interop.any_tokenizer import from_tokenizer_json
 from model import ModelConfig
 
 PADDING = 128, 0.02  # rows of an embedding beyond its tokenizer's ids: so many, or such a share, are taken for padding
@@ -131,7 +131,7 @@ def read_tokenizer(folder):
         if eot is None:
             raise ValueError("neither eos_token in tokenizer_config.json nor eos_token_id in config.json says which token ends a text")
         add_bos, space = settings.get("add_bos_token"), settings.get("add_prefix_space")
-        tokenizer = foreign_tokenizer.from_files(data, eot, None if add_bos is None else token_id(data, bos) if add_bos else eot)
+        tokenizer = from_tokenizer_json(data, eot, None if add_bos is None else token_id(data, bos) if add_bos else eot)
         if space is not None and space != bool(tokenizer.prefix):
             raise ValueError(f"add_prefix_space in tokenizer_config.json is {space!r:.60}, but here {'a' if tokenizer.prefix else 'no'} space is put before a text")
         return tokenizer

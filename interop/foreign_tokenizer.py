@@ -1,6 +1,5 @@
 """Tokenizers that are not ours (Llama's, SmolLM's, Qwen's ...), run by Hugging Face's `tokenizers`, with the methods of Tokenizer.
 
-    tokenizer = from_str(text)                      # a tokenizer of either kind, from what its to_str wrote
     tokenizer = ForeignTokenizer(json, eot, bos)    # json: a parsed tokenizer.json
 
 What is kept in checkpoints is {"eot": id, "bos": id, "tokenizer": the tokenizer.json, without the post_processor that bos stands for}.
@@ -14,43 +13,7 @@ import re
 from contextlib import contextmanager
 from functools import cached_property
 
-from tokenizer import Tokenizer, mend
-from tokenizer_json import CHAR_BYTE, EOT, starting_with
-
-
-def from_str(text):
-    """Tokenizer or ForeignTokenizer, by what the text holds. ValueError: neither."""
-    try:
-        data = json.loads(text)
-    except (ValueError, RecursionError):
-        data = None
-    if not isinstance(data, dict) or data.keys() != {"eot", "bos", "tokenizer"}:
-        return Tokenizer.from_str(text)
-    return ForeignTokenizer(data["tokenizer"], data["eot"], data["bos"])
-
-
-def from_files(data, eot, bos=None):
-    """The tokenizer of a parsed tokenizer.json: ours where it is of GPT-2's kind, else a foreign one. bos: the id before each text,
-    None for the one that the file's post_processor puts there, which is eot where it puts none. ValueError: as below."""
-    bos, data = first_id(data, eot) if bos is None else bos, data | {"post_processor": None}
-    try:
-        ours = Tokenizer.from_str(json.dumps(data))
-        if ours.eot == eot == bos:
-            return ours
-    except ValueError:
-        pass
-    return ForeignTokenizer(data, eot, bos)
-
-
-def first_id(data, eot):
-    post = data.get("post_processor")
-    if post in (None, starting_with(EOT, eot)) or parts(post) and all(p.get("type") == "ByteLevel" for p in parts(post)):
-        return eot  # without the library
-    made = load(data)
-    plain, whole = ids_of(made, "a"), ids_of(made, "a", True)
-    if whole[-len(plain):] != plain or len(whole) > len(plain) + 1:
-        raise ValueError(f"its post_processor makes {whole} of {plain}; here at most one token is put before a text")
-    return whole[0] if len(whole) > len(plain) else eot
+from tokenizer import CHAR_BYTE, Tokenizer, mend
 
 
 class ForeignTokenizer(Tokenizer):
