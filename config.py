@@ -18,6 +18,16 @@ import tomllib
 BOOLS = {"true": True, "1": True, "false": False, "0": False}
 
 
+def is_hf(value):
+    """Whether a value is hf:FOLDER_OR_NAME: a folder as transformers writes it, or a hub's NAME."""
+    return value.startswith("hf:")
+
+
+def hf_name(value):
+    """Returns the folder or NAME in hf:FOLDER_OR_NAME, or any other value as it is."""
+    return value.removeprefix("hf:")
+
+
 class Refusal(Exception):
     """What the user has to know, in one line. status 2: the command was wrong; 1: the run failed; above 128: a signal ended it."""
 

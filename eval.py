@@ -26,7 +26,7 @@ import probes
 import reading
 import report
 import toy_stories
-from config import Refusal, run
+from config import Refusal, is_hf, run
 from device import check_memory, resolve
 from model import HAS_CHUNKED_LOSS, Transformer, kv_cache_bytes, num_params
 from sample import finish, generate, prompt_ids
@@ -108,7 +108,7 @@ def subjects(cfg, compute):
         ckpt = checkpoint.load(path)
         model, tokenizer = checkpoint.restore(ckpt, path, compute.device)
         dataset = checkpoint.dataset_of(ckpt)
-        elsewhere = path.startswith("hf:") or not dataset
+        elsewhere = is_hf(path) or not dataset
         folder = "data elsewhere" if elsewhere else os.path.join("data", dataset)
         try:
             if elsewhere:
@@ -351,7 +351,7 @@ def main(cfg):
     compute = resolve(cfg.device, cfg.dtype, "false")
     found, validation = subjects(cfg, compute)
     own = cfg.out_dir if os.path.isdir(cfg.out_dir) else os.path.dirname(cfg.out_dir) or "."
-    path = os.path.join(cfg.report_dir or ("out/compare" if len(found) > 1 or cfg.out_dir.startswith("hf:") else own), "report.html")
+    path = os.path.join(cfg.report_dir or ("out/compare" if len(found) > 1 or is_hf(cfg.out_dir) else own), "report.html")
     page.check(path)
     documents, closed = read_file(cfg.text) if cfg.text else split_documents(*validation)
     toy, some = is_toy(documents), shuffled(passages(documents), cfg.seed, 3000)

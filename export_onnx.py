@@ -27,7 +27,7 @@ import checkpoint
 import onnx_model
 import prepare
 import train
-from config import Refusal, run
+from config import Refusal, hf_name, is_hf, run
 from device import resolve
 from folders import new_folder
 from measure import race
@@ -407,10 +407,10 @@ def build(cfg, model, tokenizer, ckpt, data, folder):
 def main(cfg):
     path = checkpoint.find(cfg.out_dir)
     ckpt = checkpoint.load(path)
-    if path.startswith("hf:") and not cfg.to:
+    if is_hf(path) and not cfg.to:
         raise Refusal("name the folder to write with --to")
     to = Path(cfg.to or os.path.join(os.path.dirname(path), "onnx"))
-    with new_folder(to, cfg.overwrite, "--overwrite moves it aside, --to=OTHER writes elsewhere", [path.removeprefix("hf:")]) as tmp:
+    with new_folder(to, cfg.overwrite, "--overwrite moves it aside, --to=OTHER writes elsewhere", [hf_name(path)]) as tmp:
         model, tokenizer = checkpoint.restore(ckpt, path)
         data = validation(cfg, ckpt, tokenizer) if cfg.quantize == "int8" else None
         share = build(cfg, model, tokenizer, ckpt, data, tmp)

@@ -26,7 +26,7 @@ import lora
 import prepare
 import probes
 import toy_stories
-from config import Refusal, run
+from config import Refusal, hf_name, is_hf, run
 from device import check_memory, resolve
 from log import plot
 from model import choose_rmsnorm
@@ -79,8 +79,8 @@ MORAL_SEED = 0  # other stories than data/toy's: a test looks
 def read_rows(dataset, split="train"):
     """(where, row) of all rows, of a dataset on the hub those of a split; None where it has no such split. Raises Refusal."""
     suffix = os.path.splitext(dataset)[1].lower()
-    if dataset.startswith("hf:"):
-        with prepare.hub_splits(dataset[3:]) as splits:
+    if is_hf(dataset):
+        with prepare.hub_splits(hf_name(dataset)) as splits:
             return [(dataset, row) for row in splits[split]] if split in splits else None
     if suffix not in (".json", ".jsonl", ".parquet"):
         raise Refusal(f"dataset must be moral, a .json .jsonl .parquet file or hf:NAME, not {dataset!r}")
@@ -110,7 +110,7 @@ def split(cfg):
         rows = [(f"moral {n}", row) for n, row in enumerate(toy_stories.moral_rows(400, MORAL_SEED))]
         return rows[:200], rows[200:]
     rows = read_rows(cfg.dataset)
-    held_out = read_rows(cfg.val_dataset) if cfg.val_dataset else read_rows(cfg.dataset, "validation") if cfg.dataset.startswith("hf:") else None
+    held_out = read_rows(cfg.val_dataset) if cfg.val_dataset else read_rows(cfg.dataset, "validation") if is_hf(cfg.dataset) else None
     if held_out is not None:
         return rows, held_out
     conversations(rows)  # what is wrong is said of the first row that it is wrong with
@@ -305,7 +305,7 @@ def main(cfg):
     base = checkpoint.find(cfg.init_from) if not resume else checkpoint.base_of(adapter, path) if adapter else path
     ckpt = run_so_far if base == path else checkpoint.load(base)
     moving = in_the_way(cfg)
-    if moving and (os.path.realpath(base.removeprefix("hf:")) + os.sep).startswith(os.path.realpath(cfg.out_dir) + os.sep):
+    if moving and (os.path.realpath(hf_name(base)) + os.sep).startswith(os.path.realpath(cfg.out_dir) + os.sep):
         raise Refusal(f"the base {base} is in {cfg.out_dir}, which cannot be moved aside then: give another --out_dir")
     model, tokenizer = checkpoint.restore(ckpt, base)
     compute = resolve(cfg.device, cfg.dtype, cfg.compile, join=True, train_width=model.config.n_embd)

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
-from config import Refusal
+from config import Refusal, is_hf
 
 RUN = "ckpt.pt", "ckpt_best.pt", "adapter.pt", "adapter_best.pt"
 
@@ -78,7 +78,7 @@ def advice(folder, name="model.onnx"):
     folder, int8 = folder or ".", " --quantize=int8" * (name == "model_int8.onnx")
     if all(os.path.isfile(os.path.join(folder, "onnx", file)) for file in (name, "config.json")):
         return f"{folder}/onnx has one"
-    if folder.startswith("hf:"):
+    if is_hf(folder):
         return f"python export_onnx.py --out_dir={folder} --to=FOLDER{int8} writes one"
     if holds_run(folder):
         return f"python export_onnx.py --out_dir={folder}{int8} writes {folder}/onnx"

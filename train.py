@@ -27,7 +27,7 @@ import folders
 import prepare
 import rmsnorm
 import toy_stories
-from config import Refusal, convert, run
+from config import Refusal, convert, is_hf, run
 from device import StopAfterStep, check_memory, name_of, peak_flops, resolve
 from log import Log, plot
 from model import HAS_CHUNKED_LOSS, ModelConfig, Transformer, choose_rmsnorm, flops_per_token, num_params, num_weights
@@ -459,7 +459,7 @@ def main(cfg):
     if ckpt:
         if ckpt["tokenizer_sha256"] != tokenizer.sha256:
             raise Refusal(f"{path} was trained with another tokenizer than {folder}'s; prepare the data with its own" +
-                          f": prepare.py --tokenizer={path}" * path.startswith("hf:"))
+                          f": prepare.py --tokenizer={path}" * is_hf(path))
         if not resume:
             crop(ckpt, cfg)
         model, _ = checkpoint.restore(ckpt, path, compute.device)
