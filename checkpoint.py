@@ -16,7 +16,7 @@ import warnings
 import torch
 
 import lora
-from config import Refusal
+from config import Refusal, hf_name, is_hf
 from interop import hf_folder, hf_layout
 from interop.any_tokenizer import load_tokenizer
 from model import ModelConfig, Transformer, num_weights
@@ -79,7 +79,7 @@ def unwrap(model):
 
 def find(out_dir, prefer="ckpt_best.pt"):
     """The file meant by out_dir: itself when it is one, else the preferred one in it, else the last: ckpt.pt or adapter.pt. hf:NAME stays."""
-    last, folder, hub = prefer.replace("_best", ""), out_dir.removeprefix("hf:"), out_dir.startswith("hf:")
+    last, folder, hub = prefer.replace("_best", ""), hf_name(out_dir), is_hf(out_dir)
     onnx, theirs, peft = (os.path.isfile(os.path.join(folder, file)) for file in ("model.onnx", "config.json", "adapter_config.json"))
     if os.path.isfile(out_dir) or hub and last != "adapter.pt" and (theirs or not peft):
         return out_dir
@@ -106,8 +106,8 @@ def find(out_dir, prefer="ckpt_best.pt"):
 def load(path, keys=KEYS):
     """The checkpoint, or with ADAPTER_KEYS the adapters' file, as a dict, on the CPU. Raises Refusal, one line, for a file that is
     none of ours or not whole."""
-    if path.startswith("hf:"):
-        return hf_folder.load(path[3:])
+    if is_hf(path):
+        return hf_folder.load(hf_name(path))
     try:
         f = open(path, "rb")
     except OSError as e:
@@ -139,7 +139,7 @@ def restore(ckpt, path, device="cpu"):
         config = ModelConfig(**ckpt["model_config"])
         if tokenizer.sha256 != ckpt["tokenizer_sha256"] or tokenizer.vocab_size != config.vocab_size:
             raise ValueError("its tokenizer is not the one it was trained with")
-        if num_weights(config) > hf_layout.held(ckpt["model"].values()):  # before memory is taken for them
+        if num_weights(config) > hf_layout.count_stored_numbers(ckpt["model"].values()):  # before memory is taken for them
             raise ValueError("its weights are fewer than its model_config needs")
         model = Transformer(config)
         model.load_state_dict(ckpt["model"])
@@ -167,7 +167,7 @@ def dataset_of(ckpt):
 
 def base_of(adapter, path):
     """The file that adapters were trained over. Raises Refusal where there is none any more."""
-    if not os.path.isfile(adapter["base"]) and not adapter["base"].startswith("hf:"):
+    if not os.path.isfile(adapter["base"]) and not is_hf(adapter["base"]):
         raise Refusal(f"{path} belongs over {adapter['base']}, which is not there: name it with --out_dir (sample.py) or --init_from (--merge); to go on with its training, put it back")
     return adapter["base"]
 

@@ -1,19 +1,22 @@
-"""Our models as Hugging Face folders, for transformers, vLLM, llama.cpp and TRL; our LoRA adapters as PEFT's, and back.
+"""Our models as Hugging Face folders, for transformers, vLLM, llama.cpp and TRL; adapters as PEFT has them.
 
-    python hf.py --out_dir=out/demo --to=out/demo-hf                                      AutoModelForCausalLM and AutoTokenizer open that
-    python hf.py --out_dir=out/demo --adapter=out/lora --to=out/lora-peft                 a LoRA adapter, to use with peft over the former
-    python hf.py --out_dir=out/demo --adapter=hf:out/lora-peft --to=out/lora-again        an adapter of PEFT's, to use with sample.py
+    python hf.py --out_dir=out/demo --to=out/demo-hf              # AutoModelForCausalLM opens that
+    python hf.py --out_dir=out/demo --adapter=out/lora --to=out/lora-peft          # for peft, over it
+    python hf.py --out_dir=out/demo --adapter=hf:out/lora-peft --to=out/lora-again # PEFT's becomes ours
 
-The other way, "hf:FOLDER_OR_NAME" stands wherever a checkpoint does: train.py --init_from=hf:gpt2, sample.py --out_dir=hf:out/demo-hf.
-A model becomes a LlamaForCausalLM, with qk_norm a Qwen3ForCausalLM, or a GPT2LMHeadModel; what has no counterpart is refused.
+A whole model comes in without this script: "hf:FOLDER_OR_NAME" stands wherever a checkpoint does, as in
+train.py --init_from=hf:gpt2 or sample.py --out_dir=hf:out/demo-hf. A model becomes a LlamaForCausalLM,
+with qk_norm a Qwen3ForCausalLM, or a GPT2LMHeadModel; what has no counterpart is refused.
 """
+
 import json
 import os
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 
 import checkpoint
-from config import Refusal, run
+from config import Refusal, hf_name, is_hf, run
 from folders import new_folder
 from interop import hf_folder, hf_layout
 from tokenizer import bos_processor
@@ -21,9 +24,9 @@ from tokenizer import bos_processor
 
 @dataclass
 class Config:
-    out_dir: str = "out"     # the folder of a trained model, a checkpoint file or hf:FOLDER_OR_NAME; with an adapter: its base
-    adapter: str = ""        # the folder of a LoRA adapter, which is written instead of the model; hf:FOLDER_OR_NAME is PEFT's and becomes ours
-    to: str = ""             # the folder to write
+    out_dir: str = "out"  # a model's folder, a checkpoint file or hf:FOLDER_OR_NAME; an adapter's base
+    adapter: str = ""  # an adapter's folder, written instead; hf:FOLDER_OR_NAME is PEFT's, made ours
+    to: str = ""  # the folder to write
     overwrite: bool = False  # move a folder that is in the way aside
 
     def __post_init__(self):
@@ -32,17 +35,21 @@ class Config:
 
 
 def to_transformers(model):
-    """The transformers model that computes what `model` does, in eval mode, on its device and in its dtype.
+    """Returns the transformers model that computes what `model` does, on its device and in its dtype.
 
-    Raises ValueError for settings that have no counterpart, ImportError without transformers.
+    It is in eval mode. Raises ValueError for settings that have no counterpart, ImportError without
+    transformers.
     """
     config, state = hf_layout.to_hf(model.config, model.state_dict())
     from transformers import AutoConfig, AutoModelForCausalLM
+
     del config["torch_dtype"], config["dtype"]
+    hf_config = AutoConfig.for_model(**config)
     weight = model.wte.weight
-    peer = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=weight.dtype)  # .to(dtype) would round RoPE's frequencies too
-    peer.load_state_dict(state)
-    return peer.to(weight.device).eval()
+    # .to(dtype) would round RoPE's frequencies too
+    hf_model = AutoModelForCausalLM.from_config(hf_config, dtype=weight.dtype)
+    hf_model.load_state_dict(state)
+    return hf_model.to(weight.device).eval()
 
 
 def write_json(path, data):
@@ -54,65 +61,101 @@ def write_tensors(path, tensors, **notes):
         from safetensors.torch import save_file
     except ImportError:
         raise Refusal("writing tensors needs a library: pip install safetensors")
+    tensors = {name: x.detach().contiguous().clone() for name, x in tensors.items()}
     try:
-        save_file({name: x.detach().contiguous().clone() for name, x in tensors.items()}, path, {"format": "pt"} | notes)
+        save_file(tensors, path, {"format": "pt"} | notes)
     except Exception as e:  # SafetensorError where the disk is full
         raise Refusal(f"cannot write {path.name}: {e}", status=1)
 
 
 def write_model(folder, model, tokenizer):
     """Fills the folder with what AutoModelForCausalLM and AutoTokenizer read. Raises ValueError."""
-    c = model.config
-    config, tensors = hf_layout.to_hf(c, model.state_dict())
-    if c.tie_embeddings:
+    config, tensors = hf_layout.to_hf(model.config, model.state_dict())
+    if model.config.tie_embeddings:
         del tensors["lm_head.weight"]
     ends = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eot}
     write_tensors(folder / "model.safetensors", tensors)
     write_json(folder / "config.json", config | ends)
     write_json(folder / "generation_config.json", ends | {"pad_token_id": tokenizer.eot})
-    bos, eot = (tokenizer.tokens[i].decode() for i in (tokenizer.bos, tokenizer.eot))
-    starts = tokenizer.kind != "char"  # as sample.prompt_ids has it
-    data = json.loads(tokenizer.tokenizer_json()) | {"post_processor": bos_processor(bos, tokenizer.bos) if starts else None}
+    write_tokenizer(folder, tokenizer, model.config.block_size)
+
+
+def write_tokenizer(folder, tokenizer, block_size):
+    bos = tokenizer.tokens[tokenizer.bos].decode()
+    eot = tokenizer.tokens[tokenizer.eot].decode()
+    add_bos = tokenizer.kind != "char"  # as sample.prompt_ids has it
+    data = json.loads(tokenizer.tokenizer_json())
+    data["post_processor"] = bos_processor(bos, tokenizer.bos) if add_bos else None
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": bos,
+        "eos_token": eot,
+        "add_bos_token": add_bos,
+        "model_max_length": block_size,
+        "clean_up_tokenization_spaces": False,
+    }
     write_json(folder / "tokenizer.json", data)
-    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eot, "add_bos_token": starts,
-                                                  "model_max_length": c.block_size, "clean_up_tokenization_spaces": False})
+    write_json(folder / "tokenizer_config.json", settings)
 
 
-def write_adapter(folder, base, model, adapter):
-    config, tensors = hf_layout.to_peft(model.config, checkpoint.lora_config(adapter), adapter["adapters"])
-    write_tensors(folder / "adapter_model.safetensors", tensors, base_sha256=adapter["base_sha256"], template=str(adapter["config"].get("template", "")))
-    write_json(folder / "adapter_config.json", config | {"base_model_name_or_path": base[3:] if base.startswith("hf:") else None})
+def write_peft_adapter(folder, base, model, adapter):
+    """Fills the folder with what PEFT reads, of our loaded adapter. Raises ValueError."""
+    lora_config = checkpoint.lora_config(adapter)
+    config, tensors = hf_layout.to_peft(model.config, lora_config, adapter["adapters"])
+    template = str(adapter["config"].get("template", ""))
+    sha256 = adapter["base_sha256"]
+    write_tensors(folder / "adapter_model.safetensors", tensors, base_sha256=sha256, template=template)
+    config["base_model_name_or_path"] = hf_name(base) if is_hf(base) else None
+    write_json(folder / "adapter_config.json", config)
+
+
+def write_own_adapter(folder, name, ckpt, base, model):
+    """Fills the folder with our adapter made of PEFT's, `name`, for the base. Raises ValueError."""
+    settings, tensors, peft_base, notes = hf_folder.load_adapter(hf_name(name), model.config)
+    settings["base_dataset"] = checkpoint.dataset_of(ckpt)
+    settings["template"] = notes.get("template", str(ckpt["config"].get("template", "")))
+    sha256 = notes.get("base_sha256") or checkpoint.fingerprint(ckpt)
+    adapter = {"config": settings, "adapters": tensors, "base": peft_base, "base_sha256": sha256}
+    checkpoint.restore_adapters(adapter, name, ckpt, base, model)
+    path = str(folder / "adapter.pt")
+    checkpoint.save_adapters(path, model, base, sha256, settings, 0, inf, inf)
+    if "base_sha256" not in notes:
+        print(f"{name} was trained over {peft_base}, as it says; whether that is {base} is not known")
 
 
 def main(cfg):
     to = Path(os.path.abspath(cfg.to))
-    incoming = cfg.adapter.startswith("hf:")
-    path = cfg.adapter and not incoming and checkpoint.find(cfg.adapter, "adapter_best.pt")
-    adapter = checkpoint.load(path, checkpoint.ADAPTER_KEYS) if path else None
-    base = checkpoint.base_of(adapter, path) if adapter and "out_dir" not in cfg.given else checkpoint.find(cfg.out_dir)
-    with new_folder(to, cfg.overwrite, "--overwrite moves it aside", [p.removeprefix("hf:") for p in (base, cfg.adapter) if p]) as tmp:
+    adapter = None
+    if cfg.adapter and not is_hf(cfg.adapter):
+        path = checkpoint.find(cfg.adapter, "adapter_best.pt")
+        adapter = checkpoint.load(path, checkpoint.ADAPTER_KEYS)
+    if adapter and "out_dir" not in cfg.given:
+        base = checkpoint.base_of(adapter, path)
+    else:
+        base = checkpoint.find(cfg.out_dir)
+    sources = [hf_name(source) for source in (base, cfg.adapter) if source]
+    with new_folder(to, cfg.overwrite, "--overwrite moves it aside", sources) as tmp:
         ckpt = checkpoint.load(base)
         model, tokenizer = checkpoint.restore(ckpt, base)
         try:
-            if incoming:
-                settings, tensors, its, notes = hf_folder.load_adapter(cfg.adapter[3:], model.config)
-                settings |= {"base_dataset": checkpoint.dataset_of(ckpt), "template": notes.get("template", str(ckpt["config"].get("template", "")))}
-                adapter = {"config": settings, "adapters": tensors, "base": its, "base_sha256": notes.get("base_sha256") or checkpoint.fingerprint(ckpt)}
-                checkpoint.restore_adapters(adapter, cfg.adapter, ckpt, base, model)
-                checkpoint.save_adapters(str(tmp / "adapter.pt"), model, base, adapter["base_sha256"], settings, 0, float("inf"), float("inf"))
-                if "base_sha256" not in notes:
-                    print(f"{cfg.adapter} was trained over {its}, as it says; whether that is {base} is not known")
+            if is_hf(cfg.adapter):
+                write_own_adapter(tmp, cfg.adapter, ckpt, base, model)
             elif adapter:
                 checkpoint.restore_adapters(adapter, path, ckpt, base, model)
-                write_adapter(tmp, base, model, adapter)
+                write_peft_adapter(tmp, base, model, adapter)
             else:
                 write_model(tmp, model, tokenizer)
         except ValueError as e:
             raise Refusal(f"{base}: {e}")
     for file in sorted(to.iterdir()):
         print(f"{cfg.to}/{file.name}: {file.stat().st_size:,} bytes")
-    print(f"next: python sample.py --adapter={cfg.to}" if incoming else f"next: PeftModel.from_pretrained(base, {cfg.to!r})" if adapter
-          else f"next: AutoModelForCausalLM.from_pretrained({cfg.to!r}), or python sample.py --out_dir=hf:{cfg.to}")
+    if is_hf(cfg.adapter):
+        print(f"next: python sample.py --adapter={cfg.to}")
+    elif adapter:
+        print(f"next: PeftModel.from_pretrained(base, {cfg.to!r})")
+    else:
+        load = f"AutoModelForCausalLM.from_pretrained({cfg.to!r})"
+        print(f"next: {load}, or python sample.py --out_dir=hf:{cfg.to}")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ import numpy as np
 from tqdm import tqdm
 
 import toy_stories
-from config import Refusal, run
+from config import Refusal, hf_name, is_hf, run
 from folders import new_folder
 from interop.any_tokenizer import load_tokenizer
 from tokenizer import Tokenizer
@@ -59,15 +59,15 @@ class Config:
     overwrite: bool = False           # replace data/NAME; the old one is kept beside it
 
     def __post_init__(self):
-        if self.dataset in ("", "hf:"):
+        if not hf_name(self.dataset):
             raise ValueError("dataset is empty: give a file, a folder, toy, tinystories or hf:NAME, such as hf:roneneldan/TinyStories")
         if not self.name:
-            path, hub = Path(os.path.abspath(self.dataset)), self.dataset.removeprefix("hf:")
+            path, hub = Path(os.path.abspath(self.dataset)), hf_name(self.dataset)
             local = path.stem if path.suffix.lower() in READERS else path.name
             self.name = local if hub == self.dataset else hub.partition(":")[0].rpartition("/")[2]
         if not self.name.isprintable() or self.name[:1] in ("", ".") or set(self.name) & set('/\\:*?"<>|'):
             raise ValueError(f"name {self.name!r} cannot be a folder in data/: give another with --name=")
-        if not (self.tokenizer in ("bpe", "char", "gpt2") or self.tokenizer.startswith(("gpt2:", "hf:"))
+        if not (self.tokenizer in ("bpe", "char", "gpt2") or self.tokenizer.startswith("gpt2:") or is_hf(self.tokenizer)
                 or self.tokenizer.endswith(".json")):
             raise ValueError(f"tokenizer must be bpe, char, gpt2, gpt2:FOLDER, hf:FOLDER_OR_NAME or a tokenizer.json, not {self.tokenizer!r}")
         if not 0 < self.val_fraction < 1:
@@ -181,8 +181,8 @@ def corpus(cfg, tmp):
     """(training files, validation files); without the latter `split` decides. What is not a local file becomes one in tmp."""
     if cfg.dataset == "toy":
         return [spool((text for text, _ in toy_stories.stories(cfg.num_stories, cfg.seed)), tmp / "toy.jsonl", cfg)], []
-    if cfg.dataset == "tinystories" or cfg.dataset.startswith("hf:"):
-        return from_hub("roneneldan/TinyStories" if cfg.dataset == "tinystories" else cfg.dataset[3:], cfg, tmp)
+    if cfg.dataset == "tinystories" or is_hf(cfg.dataset):
+        return from_hub("roneneldan/TinyStories" if cfg.dataset == "tinystories" else hf_name(cfg.dataset), cfg, tmp)
     path = Path(cfg.dataset)
     if not path.exists():
         raise Refusal(f"there is no file or folder {path}; a dataset of the Hugging Face hub is --dataset=hf:NAME")
@@ -340,9 +340,9 @@ def encode(rows, tokenizer, tmp, num_proc):
 def ready_made(cfg):
     """The tokenizer that cfg names; None for one that is made from the text."""
     try:
-        if cfg.tokenizer.startswith("hf:"):
+        if is_hf(cfg.tokenizer):
             from interop import hf_folder  # and torch with it, which nothing else here needs
-            return hf_folder.read_tokenizer(hf_folder.located(cfg.tokenizer[3:], weights=""))
+            return hf_folder.read_tokenizer(hf_folder.find_folder(hf_name(cfg.tokenizer), weights=""))
         if cfg.tokenizer.endswith(".json"):
             return load_tokenizer(Path(cfg.tokenizer).read_text(encoding="utf-8"))
         if cfg.tokenizer.startswith("gpt2"):

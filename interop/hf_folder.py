@@ -1,11 +1,13 @@
-"""Reads what transformers and PEFT write, a folder or a NAME of the Hugging Face hub, as if it were a checkpoint of ours.
+"""Reads what transformers and PEFT write, a folder or a NAME of the Hugging Face hub, as a checkpoint.
 
-    ckpt = load("HuggingFaceTB/SmolLM2-135M")       # what checkpoint.load returns: this is how "hf:NAME" gets everywhere
-    tokenizer = read_tokenizer(located("gpt2"))     # how prepare.py --tokenizer=hf:gpt2 does
+    ckpt = load("HuggingFaceTB/SmolLM2-135M")         # what checkpoint.load returns for "hf:NAME"
+    tokenizer = read_tokenizer(find_folder("gpt2"))   # how prepare.py --tokenizer=hf:gpt2 does
 
-Llama, Qwen3 and GPT-2, with weights from safetensors, in one file or several, or from a .bin that is read with weights_only=True: no code
-runs. What our model does not have is refused by name (hf_layout.py). Everything here raises Refusal, in one line.
+Llama, Qwen3 and GPT-2, with weights from safetensors, in one file or several, or from a .bin that is
+read with weights_only=True: no code runs. What our model does not have is refused by name
+(hf_layout.py). Everything here raises Refusal, in one line.
 """
+
 import json
 import math
 import os
@@ -20,35 +22,59 @@ from interop import hf_layout
 from interop.any_tokenizer import from_tokenizer_json
 from model import ModelConfig
 
-PADDING = 128, 0.02  # rows of an embedding beyond its tokenizer's ids: so many, or such a share, are taken for padding
+# rows of an embedding beyond its tokenizer's ids are taken for padding: so many, or such a share of all
+PADDING_ROWS = 128
+PADDING_SHARE = 0.02
+TEXTS = [
+    "config.json",
+    "generation_config.json",
+    "adapter_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+]
 
 
-def located(name, weights="model"):
-    """The folder `name`, or that of the hub's NAME, downloaded into the hub's own cache; weights: what their files' names begin with."""
+def find_folder(name, weights="model"):
+    """Returns the folder `name`, or that of the hub's NAME, downloaded into the hub's own cache.
+
+    weights is what the names of the files with weights begin with, "" where they are not needed.
+    Raises Refusal.
+    """
     if os.path.isdir(name):
         return name
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) or os.path.exists(name):
-        raise Refusal(f"hf:{name}: there is no folder {name}, and that is no NAME of the Hugging Face hub either")
+        problem = f"there is no folder {name}, and that is no NAME of the Hugging Face hub either"
+        raise Refusal(f"hf:{name}: {problem}")
     try:
-        from huggingface_hub import snapshot_download
-        texts = ["config.json", "generation_config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json"]
-        if not weights:
-            return snapshot_download(name, allow_patterns=texts)
-        folder = snapshot_download(name, allow_patterns=[*texts, f"{weights}*.safetensors", f"{weights}*.safetensors.index.json"])
-        if not any(file.endswith(".safetensors") for file in os.listdir(folder)):
-            folder = snapshot_download(name, allow_patterns=[*texts, "pytorch_model*.bin", "pytorch_model*.bin.index.json"])
-        if not any(file.endswith((".safetensors", ".bin")) for file in os.listdir(folder)):  # such as after prepare.py, now without a network
-            raise FileNotFoundError(f"only {', '.join(sorted(os.listdir(folder)))} came or were there, no weights")
-        return folder
+        return download(name, weights)
     except ImportError as e:
-        raise Refusal(f"hf:{name} is no folder here, and downloading it needs a library ({e}): pip install huggingface_hub")
+        problem = f"downloading it needs a library ({e}): pip install huggingface_hub"
+        raise Refusal(f"hf:{name} is no folder here, and {problem}")
     except Exception as e:  # its own, its HTTP library's, the system's: other ones in each version
-        raise Refusal(f"hf:{name} is no folder here and could not be downloaded from the Hugging Face hub ({type(e).__name__}: {e})")
+        problem = f"could not be downloaded from the Hugging Face hub ({type(e).__name__}: {e})"
+        raise Refusal(f"hf:{name} is no folder here and {problem}")
+
+
+def download(name, weights):
+    from huggingface_hub import snapshot_download
+
+    if not weights:
+        return snapshot_download(name, allow_patterns=TEXTS)
+    patterns = [f"{weights}*.safetensors", f"{weights}*.safetensors.index.json"]
+    folder = snapshot_download(name, allow_patterns=[*TEXTS, *patterns])
+    if not any(file.endswith(".safetensors") for file in os.listdir(folder)):
+        patterns = ["pytorch_model*.bin", "pytorch_model*.bin.index.json"]
+        folder = snapshot_download(name, allow_patterns=[*TEXTS, *patterns])
+    files = sorted(os.listdir(folder))
+    # such as after prepare.py, now without a network
+    if not any(file.endswith((".safetensors", ".bin")) for file in files):
+        raise FileNotFoundError(f"only {', '.join(files)} came or were there, no weights")
+    return folder
 
 
 @contextmanager
 def reading(path):
-    """What goes wrong with the file `path` becomes a Refusal of one line."""
+    """Turns what goes wrong with the file `path` into a Refusal of one line."""
     try:
         yield
     except Refusal:
@@ -59,12 +85,12 @@ def reading(path):
         raise Refusal(f"reading {path} needs a library ({e}): pip install safetensors")
     except (KeyError, TypeError, AttributeError) as e:
         raise Refusal(f"{path} is not as transformers or PEFT write it ({e!r})")
-    except Exception as e:  # ValueErrors of ours; and the libraries below raise whatever they stumble over
+    except Exception as e:  # ValueErrors of ours; and the libraries raise whatever they stumble over
         raise Refusal(f"{path}: {e or type(e).__name__}")
 
 
 def read_json(folder, name, default=None):
-    """A JSON object of the folder; default, if there is one, where there is no such file."""
+    """Returns a JSON object of the folder; default, if there is one, where there is no such file."""
     path = os.path.join(folder, name)
     if default is not None and not os.path.exists(path):
         return default
@@ -79,110 +105,192 @@ def read_json(folder, name, default=None):
         return data
 
 
+# ---- tensors
+
+
 def read_tensors(folder, weights):
-    """Every tensor of weights.safetensors, of the files in weights.safetensors.index.json, or of pytorch_model.bin alike."""
+    """Returns every tensor of weights.safetensors, or of pytorch_model.bin, in one file or in shards."""
     for stem, suffix in (weights, ".safetensors"), ("pytorch_model", ".bin"):
-        name, tensors = stem + suffix, {}
-        if os.path.exists(os.path.join(folder, name)):
-            files = [name]
-        elif os.path.exists(os.path.join(folder, f"{name}.index.json")):
-            where = read_json(folder, f"{name}.index.json").get("weight_map")
-            if not isinstance(where, dict) or not all(isinstance(file, str) and file == os.path.basename(file) for file in where.values()):
-                raise Refusal(f"{folder}/{name}.index.json: weight_map does not map tensors to files of its folder")
-            files = sorted(set(where.values()))
-        else:
+        files = list_files(folder, stem + suffix)
+        if files is None:
             continue
+        tensors = {}
         for file in files:
             path = os.path.join(folder, file)
             with reading(path):
-                found = safetensors_of(path) if suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
-                if not isinstance(found, dict) or not all(isinstance(x, torch.Tensor) and isinstance(key, str) for key, x in found.items()):
-                    raise ValueError("it does not hold tensors by name")
-                if twice := tensors.keys() & found.keys():
+                file_tensors = load_tensors(path, suffix)
+                if twice := tensors.keys() & file_tensors.keys():
                     raise ValueError(f"tensor {min(twice)} is in another file too")
-            tensors |= found
+            tensors |= file_tensors
         return tensors
     raise Refusal(f"there is no {weights}.safetensors in {folder}")
 
 
-def safetensors_of(path):
-    from safetensors.torch import load_file
-    return load_file(path)
+def list_files(folder, name):
+    """Returns `name`, or the files that `name`.index.json lists; None where there is neither."""
+    if os.path.exists(os.path.join(folder, name)):
+        return [name]
+    index = f"{name}.index.json"
+    if not os.path.exists(os.path.join(folder, index)):
+        return None
+    weight_map = read_json(folder, index).get("weight_map")
+    files = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
+    if not all(isinstance(file, str) and file == os.path.basename(file) for file in files):
+        raise Refusal(f"{folder}/{index}: weight_map does not map tensors to files of its folder")
+    return sorted(set(files))
 
 
-def token_id(data, token):
-    """The id of a token's text in a parsed tokenizer.json, or None."""
-    added = {t["content"]: t["id"] for t in data.get("added_tokens") or []}
+def load_tensors(path, suffix):
+    if suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        tensors = load_file(path)
+    else:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(tensors, dict):
+        raise ValueError("it does not hold tensors by name")
+    for name, x in tensors.items():
+        if not isinstance(name, str) or not isinstance(x, torch.Tensor):
+            raise ValueError("it does not hold tensors by name")
+    return tensors
+
+
+# ---- tokenizer
+
+
+def token_text(token):
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def token_id(data, text):
+    """Returns the id of a token's text in a parsed tokenizer.json, or None."""
+    added = {token["content"]: token["id"] for token in data.get("added_tokens") or []}
     vocab = data["model"].get("vocab")
-    return added.get(token, vocab.get(token) if isinstance(vocab, dict) else None)
+    return added.get(text, vocab.get(text) if isinstance(vocab, dict) else None)
+
+
+def find_eot(folder, data, settings):
+    eos = token_text(settings.get("eos_token"))
+    eot = token_id(data, eos) if isinstance(eos, str) else None
+    if eot is None:
+        ids = read_json(folder, "config.json", {}).get("eos_token_id")
+        eot = ids[0] if isinstance(ids, list) and ids else ids
+    if eot is None:
+        names = "eos_token in tokenizer_config.json nor eos_token_id in config.json"
+        raise ValueError(f"neither {names} says which token ends a text")
+    return eot
+
+
+def find_bos(data, settings, eot):
+    """Returns the id before each text, None where tokenizer_config.json does not say."""
+    add_bos = settings.get("add_bos_token")
+    if add_bos is None:
+        return None
+    return token_id(data, token_text(settings.get("bos_token"))) if add_bos else eot
 
 
 def read_tokenizer(folder):
-    """Tokenizer, or ForeignTokenizer, of the folder; its end of text is the one that tokenizer_config.json or else config.json names."""
-    if not os.path.exists(os.path.join(folder, "tokenizer.json")):
-        raise Refusal(f"there is no tokenizer.json in {folder}; transformers writes one: AutoTokenizer.from_pretrained(...).save_pretrained(...)")
-    data, settings = read_json(folder, "tokenizer.json"), read_json(folder, "tokenizer_config.json", {})
-    with reading(os.path.join(folder, "tokenizer.json")):
-        eos, bos = (t.get("content") if isinstance(t, dict) else t for t in (settings.get("eos_token"), settings.get("bos_token")))
-        eot = token_id(data, eos) if isinstance(eos, str) else None
-        if eot is None:
-            ids = read_json(folder, "config.json", {}).get("eos_token_id")
-            eot = ids[0] if isinstance(ids, list) and ids else ids
-        if eot is None:
-            raise ValueError("neither eos_token in tokenizer_config.json nor eos_token_id in config.json says which token ends a text")
-        add_bos, space = settings.get("add_bos_token"), settings.get("add_prefix_space")
-        tokenizer = from_tokenizer_json(data, eot, None if add_bos is None else token_id(data, bos) if add_bos else eot)
+    """Returns the Tokenizer or ForeignTokenizer of the folder.
+
+    Its end of text is the one that tokenizer_config.json or else config.json names. Raises Refusal.
+    """
+    path = os.path.join(folder, "tokenizer.json")
+    if not os.path.exists(path):
+        call = "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+        raise Refusal(f"there is no tokenizer.json in {folder}; transformers writes one: {call}")
+    data = read_json(folder, "tokenizer.json")
+    settings = read_json(folder, "tokenizer_config.json", {})
+    with reading(path):
+        eot = find_eot(folder, data, settings)
+        tokenizer = from_tokenizer_json(data, eot, find_bos(data, settings, eot))
+        space = settings.get("add_prefix_space")
         if space is not None and space != bool(tokenizer.prefix):
-            raise ValueError(f"add_prefix_space in tokenizer_config.json is {space!r:.60}, but here {'a' if tokenizer.prefix else 'no'} space is put before a text")
+            number = "a" if tokenizer.prefix else "no"
+            setting = f"add_prefix_space in tokenizer_config.json is {space!r:.60}"
+            raise ValueError(f"{setting}, but here {number} space is put before a text")
         return tokenizer
 
 
 def end_ids(folder):
-    """Every id that transformers' generate stops at."""
-    found = [read_json(folder, name, {}).get("eos_token_id") for name in ("config.json", "generation_config.json")]
-    return {i for ids in found for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int}
+    """Returns each id that transformers' generate stops at, as a set."""
+    ends = set()
+    for name in "config.json", "generation_config.json":
+        ids = read_json(folder, name, {}).get("eos_token_id")
+        ids = ids if isinstance(ids, list) else [ids]
+        ends |= {i for i in ids if type(i) is int}
+    return ends
+
+
+# ---- models and adapters
 
 
 def load(name):
-    """The checkpoint that the folder or the hub's NAME amounts to: no step, no optimizer, config {}.
+    """Returns the checkpoint that the folder or the hub's NAME amounts to: step 0, config {}.
 
-    Rows of the embedding that no token has (padding to a round number) are left out.
+    Rows of the embedding that no token has (padding to a round number) are left out. Raises Refusal.
     """
-    folder = located(name)
-    path = os.path.join(folder, "config.json")
+    folder = find_folder(name)
     data = read_json(folder, "config.json")
-    with reading(path):
+    with reading(os.path.join(folder, "config.json")):
         keys, without = hf_layout.read_config(data)
         c = ModelConfig(**keys)
-    tokenizer, tensors = read_tokenizer(folder), read_tensors(folder, "model")
-    if more := end_ids(folder) & set(range(tokenizer.vocab_size)) - {tokenizer.eot}:
-        names = ", ".join(repr(tokenizer.decode_more([i])) for i in sorted(more))
-        print(f"hf:{name}: a text ends at {tokenizer.decode_more([tokenizer.eot])!r} alone here, in transformers at {names} too")
+    tokenizer = read_tokenizer(folder)
+    tensors = read_tensors(folder, "model")
+    report_ends(name, folder, tokenizer)
     with reading(folder):
         state = hf_layout.from_hf(data["model_type"], c, tensors, without)
-        rows, V = c.vocab_size, tokenizer.vocab_size
-        if not 0 <= rows - V <= max(PADDING[0], PADDING[1] * rows):
-            raise ValueError(f"the model has {rows:,} tokens and its tokenizer {V:,}: they do not belong together")
+        rows = c.vocab_size
+        V = tokenizer.vocab_size
+        if not 0 <= rows - V <= max(PADDING_ROWS, PADDING_SHARE * rows):
+            sizes = f"the model has {rows:,} tokens and its tokenizer {V:,}"
+            raise ValueError(f"{sizes}: they do not belong together")
         c = replace(c, vocab_size=V)
         state["wte.weight"] = state["wte.weight"][:V]
         state["head.weight"] = state["wte.weight"] if c.tie_embeddings else state["head.weight"][:V]
-    return {"format": 1, "config": {}, "step": 0, "val_loss": math.inf, "best_val_loss": math.inf, "losses": [], "optimizers": [], "scaler": {},
-            "model": state, "model_config": vars(c), "tokenizer": tokenizer.to_str(), "tokenizer_sha256": tokenizer.sha256}
+    return {
+        "format": 1,
+        "config": {},
+        "step": 0,
+        "val_loss": math.inf,
+        "best_val_loss": math.inf,
+        "losses": [],
+        "optimizers": [],
+        "scaler": {},
+        "model": state,
+        "model_config": vars(c),
+        "tokenizer": tokenizer.to_str(),
+        "tokenizer_sha256": tokenizer.sha256,
+    }
+
+
+def report_ends(name, folder, tokenizer):
+    ids = end_ids(folder) & set(range(tokenizer.vocab_size))
+    ids.discard(tokenizer.eot)
+    if ids:
+        eot = tokenizer.decode_more([tokenizer.eot])
+        names = ", ".join(repr(tokenizer.decode_more([i])) for i in sorted(ids))
+        print(f"hf:{name}: a text ends at {eot!r} alone here, in transformers at {names} too")
 
 
 def load_adapter(name, c):
-    """(LoRAConfig's keys, adapters, the base's name, what hf.py noted) of a PEFT folder, for a base of config c."""
-    folder = located(name, "adapter_model")
+    """Returns (LoRAConfig's keys, adapters, the base's name, hf.py's notes) of an adapter of PEFT's.
+
+    c is the config of the base. Raises Refusal.
+    """
+    folder = find_folder(name, "adapter_model")
     with reading(folder):
         data = read_json(folder, "adapter_config.json")
-        settings, tensors = hf_layout.from_peft(c, data, read_tensors(folder, "adapter_model"))
-        return settings, tensors, f"{data.get('base_model_name_or_path')!r:.200}", notes(os.path.join(folder, "adapter_model.safetensors"))
+        tensors = read_tensors(folder, "adapter_model")
+        settings, adapters = hf_layout.from_peft(c, data, tensors)
+        base = f"{data.get('base_model_name_or_path')!r:.200}"
+        return settings, adapters, base, read_notes(os.path.join(folder, "adapter_model.safetensors"))
 
 
-def notes(path):
-    """What hf.py notes in an adapter that it writes, base_sha256 and template, or nothing."""
+def read_notes(path):
+    """Returns what hf.py notes in an adapter that it writes, base_sha256 and template, or nothing."""
     if not os.path.exists(path):
         return {}
     from safetensors import safe_open
+
     with safe_open(path, "pt") as f:
         return f.metadata() or {}

@@ -1,11 +1,13 @@
-"""Two layouts of one model: ours, and Hugging Face's Llama, Qwen3 or GPT-2, with LoRA adapters as PEFT has them. Dicts in, dicts out.
+"""Two layouts of one model: ours, and Hugging Face's Llama, Qwen3 or GPT-2; of adapters, PEFT's.
 
-    data, tensors = to_hf(model.config, model.state_dict())      # config.json and its tensors
-    keys, without = read_config(data)                            # ModelConfig's keys, and the biases that are not there
+    data, tensors = to_hf(model.config, model.state_dict())     # config.json and its tensors
+    keys, without = read_config(data)                           # ModelConfig's keys, and absent biases
     state = from_hf(data["model_type"], ModelConfig(**keys), tensors, without)
 
-What has no counterpart on the other side is a ValueError that names it: nothing is ever ignored that would change a logit.
+Dicts in, dicts out. What has no counterpart on the other side is a ValueError that names it: nothing is
+ever ignored that would change a logit.
 """
+
 import math
 import re
 
@@ -15,134 +17,279 @@ from lora import LINEARS, LoRAConfig, inject
 from model import Transformer, num_weights
 
 # What a kind cannot express otherwise: settings that must be so
-LLAMA = {"norm": "rmsnorm", "norm_position": "pre", "pos": "rope", "mlp": "swiglu", "qk_norm": False}
-NEEDS = {"llama": LLAMA, "qwen3": LLAMA | {"qk_norm": True, "bias": False},
-         "gpt2": {"norm": "layernorm", "norm_position": "pre", "pos": "learned", "mlp": "gelu", "bias": True, "qk_norm": False}}
+LLAMA_NEEDS = {
+    "norm": "rmsnorm",
+    "norm_position": "pre",
+    "pos": "rope",
+    "mlp": "swiglu",
+    "qk_norm": False,
+}
+GPT2_NEEDS = {
+    "norm": "layernorm",
+    "norm_position": "pre",
+    "pos": "learned",
+    "mlp": "gelu",
+    "bias": True,
+    "qk_norm": False,
+}
+NEEDS = {
+    "llama": LLAMA_NEEDS,
+    "qwen3": LLAMA_NEEDS | {"qk_norm": True, "bias": False},
+    "gpt2": GPT2_NEEDS,
+}
 CLASSES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM", "gpt2": "GPT2LMHeadModel"}
 
 
-def kind_of(c):
-    """llama, qwen3 or gpt2. Raises ValueError for settings that have no counterpart."""
-    kind = "gpt2" if c.pos == "learned" else "qwen3" if c.qk_norm else "llama"
-    needs = NEEDS[kind] | ({"n_kv_head": c.n_head, "n_embd": c.n_head * c.head_dim} if kind == "gpt2" else {})
-    wrong = [f"{key}={getattr(c, key)} (it has {value})" for key, value in needs.items() if getattr(c, key) != value]
+def choose_kind(c):
+    """Returns llama, qwen3 or gpt2. Raises ValueError for settings that have no counterpart."""
+    if c.pos == "learned":
+        kind = "gpt2"
+        needs = GPT2_NEEDS | {"n_kv_head": c.n_head, "n_embd": c.n_head * c.head_dim}
+    else:
+        kind = "qwen3" if c.qk_norm else "llama"
+        needs = NEEDS[kind]
+    wrong = []
+    for key, value in needs.items():
+        if getattr(c, key) != value:
+            wrong.append(f"{key}={getattr(c, key)} (it has {value})")
     if wrong:
-        raise ValueError(f"transformers has no counterpart: {CLASSES[kind]} comes nearest, but for {', '.join(wrong)}")
+        nearest = f"{CLASSES[kind]} comes nearest, but for {', '.join(wrong)}"
+        raise ValueError(f"transformers has no counterpart: {nearest}")
     return kind
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tensors
+# ---- tensors
 
-LLAMA_NAMES = {"wte": "embed_tokens", "blocks": "layers", "attn": "self_attn", "norm1": "input_layernorm", "norm2": "post_attention_layernorm"}
-GPT2_NAMES = {"add_pos": "wpe", "blocks": "h", "norm1": "ln_1", "norm2": "ln_2", "norm": "ln_f", "q_proj": "c_attn", "k_proj": "c_attn",
-              "v_proj": "c_attn", "o_proj": "c_proj", "up_proj": "c_fc", "down_proj": "c_proj"}
+LLAMA_NAMES = {
+    "wte": "embed_tokens",
+    "blocks": "layers",
+    "attn": "self_attn",
+    "norm1": "input_layernorm",
+    "norm2": "post_attention_layernorm",
+}
+GPT2_NAMES = {
+    "add_pos": "wpe",
+    "blocks": "h",
+    "norm1": "ln_1",
+    "norm2": "ln_2",
+    "norm": "ln_f",
+    "q_proj": "c_attn",
+    "k_proj": "c_attn",
+    "v_proj": "c_attn",
+    "o_proj": "c_proj",
+    "up_proj": "c_fc",
+    "down_proj": "c_proj",
+}
+BUFFERS = r"\.rotary_emb\.inv_freq$|(^|\.)h\.\d+\.attn\.(masked_)?bias$"
+FLOATS = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
 
-def place(kind, key):
-    """(their name of our tensor `key`, which third of its last axis it is or None, whether it is transposed there).
-    GPT-2 stores its linears transposed, q, k and v as one."""
+def locate(kind, key):
+    """Returns where our tensor `key` is in a model of this kind: (name, third, transposed).
+
+    GPT-2 stores its linears transposed, and q, k and v as one: third is 0, 1 or 2 of the last axis of
+    that tensor, None where the tensor is our whole one.
+    """
     if key == "head.weight":
         return "lm_head.weight", None, False
-    names, prefix = (GPT2_NAMES, "transformer") if kind == "gpt2" else (LLAMA_NAMES, "model")
     parts = key.split(".")
-    theirs = ".".join([prefix, *(names.get(part, part) for part in parts)])
-    linear = kind == "gpt2" and parts[-2].endswith("_proj")
-    return theirs, "qkv".index(parts[-2][0]) if linear and parts[-2][0] in "qkv" else None, linear and parts[-1] == "weight"
+    if kind != "gpt2":
+        return ".".join(["model", *(LLAMA_NAMES.get(part, part) for part in parts)]), None, False
+    name = ".".join(["transformer", *(GPT2_NAMES.get(part, part) for part in parts)])
+    module, parameter = parts[-2:]
+    if not module.endswith("_proj"):
+        return name, None, False
+    third = "qkv".index(module[0]) if module[0] in "qkv" else None
+    return name, third, parameter == "weight"
 
 
 def to_hf(c, state):
-    """(config.json as a dict, without token ids; their tensors) of our config and state dict. Raises ValueError."""
-    kind = kind_of(c)
+    """Returns (config.json as a dict, without token ids; the tensors) of our config and state dict.
+
+    Raises ValueError.
+    """
+    kind = choose_kind(c)
     return write_config(kind, c), tensors_to_hf(kind, state)
 
 
 def tensors_to_hf(kind, state):
-    theirs = {}
+    tensors = {}
     for key, x in state.items():
-        name, third, transposed = place(kind, key)
-        x = x.T if transposed else x
-        theirs[name] = x if not third else torch.cat([theirs[name], x], dim=-1)  # q comes first, then k, then v
-    return theirs
+        name, third, transposed = locate(kind, key)
+        if transposed:
+            x = x.T
+        if third:  # q, 0, comes first, then k, then v
+            x = torch.cat([tensors[name], x], dim=-1)
+        tensors[name] = x
+    return tensors
 
 
-def held(tensors):
-    """How many numbers are in their memory: a tensor that repeats itself (stride 0), or is on the meta device, has more than its file."""
-    return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() // x.element_size() for x in tensors if x.device.type == "cpu"}.values())
+def count_stored_numbers(tensors):
+    """Returns how many numbers the memory of tensors holds, which is no more than their file has.
+
+    A tensor that repeats itself (stride 0) or is on the meta device has more elements than that.
+    """
+    counts = {}
+    for x in tensors:
+        if x.device.type == "cpu":
+            storage = x.untyped_storage()
+            counts[storage.data_ptr()] = storage.nbytes() // x.element_size()
+    return sum(counts.values())
 
 
-def from_hf(kind, c, theirs, without):
-    """Our state dict from their tensors, float32. Missing, extra and misshapen ones are a ValueError; `without`: patterns of our
-    tensors that they need not have, which are zero then (biases that only half of their Linears have)."""
-    if num_weights(c) > held(theirs.values()):  # before anything of that size is made
-        hint = "" if c.tie_embeddings or "lm_head.weight" in theirs else ": there is no lm_head.weight, and no tie_word_embeddings in config.json"
+def from_hf(kind, c, tensors, without):
+    """Returns our state dict, float32, from the tensors of a Hugging Face model.
+
+    `without` has patterns of our tensors that may be absent, and are zero then: biases that only half of
+    the Linears have. Raises ValueError for tensors that are missing, misshapen or have no place.
+    """
+    if num_weights(c) > count_stored_numbers(tensors.values()):  # before anything of that size is made
+        hint = ""
+        if not c.tie_embeddings and "lm_head.weight" not in tensors:
+            hint = ": there is no lm_head.weight, and no tie_word_embeddings in config.json"
         raise ValueError(f"the tensors have fewer numbers than config.json needs{hint}")
     with torch.device("meta"):
-        own = Transformer(c).state_dict()
-    expected = {name: tuple(x.shape) for name, x in tensors_to_hf(kind, own).items()}
-    theirs = {name if kind != "gpt2" or name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}": x
-              for name, x in theirs.items() if not re.search(r"\.rotary_emb\.inv_freq$|(^|\.)h\.\d+\.attn\.(masked_)?bias$", name)}  # buffers
-    embedding = theirs.get(place(kind, "wte.weight")[0])
-    if c.tie_embeddings and embedding is not None:
-        if not torch.equal(theirs.setdefault("lm_head.weight", embedding), embedding):
-            raise ValueError("lm_head.weight is not the embedding, where config.json has tie_word_embeddings")
-    for key, x in own.items():
+        meta_state = Transformer(c).state_dict()
+    shapes = {name: tuple(x.shape) for name, x in tensors_to_hf(kind, meta_state).items()}
+    tensors = {full_name(kind, name): x for name, x in tensors.items() if not re.search(BUFFERS, name)}
+    if c.tie_embeddings:
+        tie_head(kind, tensors)
+    for key, x in meta_state.items():
         if any(re.search(pattern, key) for pattern in without):
-            theirs.setdefault(place(kind, key)[0], torch.zeros(x.shape, device="cpu"))
-    for names, what in (expected.keys() - theirs.keys(), "is missing"), (theirs.keys() - expected.keys(), "has no place in this model"):
-        if names:
-            raise ValueError(f"tensor {min(names)} {what}" + (f", and {len(names) - 1} more" if len(names) > 1 else ""))
-    for name, x in theirs.items():
-        if tuple(x.shape) != expected[name]:
-            raise ValueError(f"tensor {name} is {tuple(x.shape)} and not {expected[name]}, as config.json has it")
-        if x.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-            raise ValueError(f"tensor {name} is {str(x.dtype).removeprefix('torch.')}: only float32, bfloat16, float16 and float64 are read")
+            tensors.setdefault(locate(kind, key)[0], torch.zeros(x.shape, device="cpu"))
+    check_tensors(tensors, shapes)
     state = {}
-    for key in own:
-        name, third, transposed = place(kind, key)
-        x = theirs[name] if third is None else theirs[name].chunk(3, dim=-1)[third]
-        state[key] = (x.T if transposed else x).float().contiguous()
+    for key in meta_state:
+        name, third, transposed = locate(kind, key)
+        x = tensors[name]
+        if third is not None:
+            x = x.chunk(3, dim=-1)[third]
+        if transposed:
+            x = x.T
+        state[key] = x.float().contiguous()
     if c.tie_embeddings:
         state["head.weight"] = state["wte.weight"]
     return state
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# config.json
+def full_name(kind, name):
+    """Returns a tensor's name with the "transformer." that GPT-2's files on the hub leave out."""
+    if kind == "gpt2" and not name.startswith(("transformer.", "lm_head.")):
+        return f"transformer.{name}"
+    return name
 
-SIZES = {"llama": {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_embd": "hidden_size", "n_inner": "intermediate_size",
-                   "block_size": "max_position_embeddings", "vocab_size": "vocab_size"},
-         "gpt2": {"n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd", "n_inner": "n_inner", "block_size": "n_positions", "vocab_size": "vocab_size"}}
-SIZES["qwen3"] = SIZES["llama"]
+
+def tie_head(kind, tensors):
+    embedding = tensors.get(locate(kind, "wte.weight")[0])
+    if embedding is None:
+        return
+    head = tensors.setdefault("lm_head.weight", embedding)
+    if not torch.equal(head, embedding):
+        setting = "where config.json has tie_word_embeddings"
+        raise ValueError(f"lm_head.weight is not the embedding, {setting}")
+
+
+def check_tensors(tensors, shapes):
+    missing = shapes.keys() - tensors.keys()
+    extra = tensors.keys() - shapes.keys()
+    for names, problem in (missing, "is missing"), (extra, "has no place in this model"):
+        if names:
+            rest = f", and {len(names) - 1} more" if len(names) > 1 else ""
+            raise ValueError(f"tensor {min(names)} {problem}{rest}")
+    for name, x in tensors.items():
+        shape = tuple(x.shape)
+        if shape != shapes[name]:
+            raise ValueError(f"tensor {name} is {shape} and not {shapes[name]}, as config.json has it")
+        if x.dtype not in FLOATS:
+            dtype = str(x.dtype).removeprefix("torch.")
+            readable = "only float32, bfloat16, float16 and float64 are read"
+            raise ValueError(f"tensor {name} is {dtype}: {readable}")
+
+
+# ---- config.json
+
+LLAMA_SIZES = {
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_embd": "hidden_size",
+    "n_inner": "intermediate_size",
+    "block_size": "max_position_embeddings",
+    "vocab_size": "vocab_size",
+}
+GPT2_SIZES = {
+    "n_layer": "n_layer",
+    "n_head": "n_head",
+    "n_embd": "n_embd",
+    "n_inner": "n_inner",
+    "block_size": "n_positions",
+    "vocab_size": "vocab_size",
+}
+SIZES = {"llama": LLAMA_SIZES, "qwen3": LLAMA_SIZES, "gpt2": GPT2_SIZES}
+
 # keys that may have one value only; any other would compute something that our model does not
-COMMON = {"is_causal": True, "add_cross_attention": False, "is_encoder_decoder": False, "tie_encoder_decoder": False, "use_bfloat16": False}
-FIXED = {"llama": COMMON | {"hidden_act": "silu", "attention_dropout": 0, "pretraining_tp": 1, "rope_interleaved": False, "partial_rotary_factor": 1},
-         "gpt2": COMMON | {"activation_function": "gelu_new", "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}}
-FIXED["qwen3"] = COMMON | {"hidden_act": "silu", "attention_dropout": 0, "partial_rotary_factor": 1}
-READ = {"llama": {"num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings", "attention_bias", "mlp_bias", "rope_theta", "rope_scaling",
-                  "rope_parameters"},
-        "gpt2": {"layer_norm_epsilon", "tie_word_embeddings", "resid_pdrop", "embd_pdrop", "attn_pdrop"}}
-READ["qwen3"] = READ["llama"] - {"mlp_bias"} | {"layer_types", "use_sliding_window", "sliding_window"}
+COMMON_FIXED = {
+    "is_causal": True,
+    "add_cross_attention": False,
+    "is_encoder_decoder": False,
+    "tie_encoder_decoder": False,
+    "use_bfloat16": False,
+}
+FIXED = {
+    "llama": COMMON_FIXED
+    | {
+        "hidden_act": "silu",
+        "attention_dropout": 0,
+        "pretraining_tp": 1,
+        "rope_interleaved": False,
+        "partial_rotary_factor": 1,
+    },
+    "qwen3": COMMON_FIXED | {"hidden_act": "silu", "attention_dropout": 0, "partial_rotary_factor": 1},
+    "gpt2": COMMON_FIXED
+    | {
+        "activation_function": "gelu_new",
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+    },
+}
+
+# keys that are read one by one
+LLAMA_READ = set(
+    """num_key_value_heads head_dim rms_norm_eps tie_word_embeddings attention_bias mlp_bias rope_theta
+    rope_scaling rope_parameters""".split()
+)
+QWEN3_READ = LLAMA_READ - {"mlp_bias"} | {"layer_types", "use_sliding_window", "sliding_window"}
+GPT2_READ = {"layer_norm_epsilon", "tie_word_embeddings", "resid_pdrop", "embd_pdrop", "attn_pdrop"}
+READ = {"llama": LLAMA_READ, "qwen3": QWEN3_READ, "gpt2": GPT2_READ}
+
 # what changes no logit: about training, other heads, generation and the program that wrote the file
-HARMLESS = set("""model_type architectures _name_or_path name_or_path torch_dtype dtype transformers_version use_cache initializer_range bos_token_id
-    eos_token_id pad_token_id sep_token_id decoder_start_token_id id2label label2id num_labels _num_labels problem_type finetuning_task
-    chunk_size_feed_forward return_dict use_return_dict output_past output_attentions output_hidden_states torchscript is_decoder is_llama_config
-    task_specific_params n_ctx n_special predict_special_tokens tokenizer_class max_sequence_length max_window_layers summary_type summary_use_proj
-    summary_activation summary_proj_to_labels summary_first_dropout transformers.js_config gradient_checkpointing reorder_and_upcast_attn
-    unsloth_fixed unsloth_version tf_legacy_loss _attn_implementation_autoset _flash_attn_2_enabled
-    max_length min_length max_new_tokens do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p typical_p
-    repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size num_return_sequences return_dict_in_generate
-    output_scores remove_invalid_values""".split())
+HARMLESS = set(
+    """model_type architectures _name_or_path name_or_path torch_dtype dtype transformers_version
+    use_cache initializer_range bos_token_id eos_token_id pad_token_id sep_token_id
+    decoder_start_token_id id2label label2id num_labels _num_labels problem_type finetuning_task
+    chunk_size_feed_forward return_dict use_return_dict output_past output_attentions
+    output_hidden_states torchscript is_decoder is_llama_config task_specific_params n_ctx n_special
+    predict_special_tokens tokenizer_class max_sequence_length max_window_layers summary_type
+    summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout
+    transformers.js_config gradient_checkpointing reorder_and_upcast_attn unsloth_fixed
+    unsloth_version tf_legacy_loss _attn_implementation_autoset _flash_attn_2_enabled max_length
+    min_length max_new_tokens do_sample early_stopping num_beams num_beam_groups diversity_penalty
+    temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
+    encoder_no_repeat_ngram_size num_return_sequences return_dict_in_generate output_scores
+    remove_invalid_values""".split()
+)
+MOST_LAYERS = 10**7
 
 
-def number(data, key, default=None, kind=(int, float)):
+def read_number(data, key, default=None, kind=(int, float)):
     value = data.get(key, default)
     if isinstance(value, bool) or not isinstance(value, kind) or not math.isfinite(value):
-        raise ValueError(f"{key} is {value!r:.60}, where a number was expected" if key in data else f"{key} is missing")
+        if key not in data:
+            raise ValueError(f"{key} is missing")
+        raise ValueError(f"{key} is {value!r:.60}, where a number was expected")
     return value
 
 
-def flag(data, key, default=False):
+def read_flag(data, key, default=False):
     value = data.get(key, default)
     if not isinstance(value, bool):
         raise ValueError(f"{key} is {value!r:.60}, where true or false was expected")
@@ -150,162 +297,374 @@ def flag(data, key, default=False):
 
 
 def read_config(data):
-    """ModelConfig's keys from a config.json, and patterns of the biases that it does without."""
+    """Returns (ModelConfig's keys, patterns of the biases that are absent) of a parsed config.json.
+
+    Raises ValueError.
+    """
     kind = data.get("model_type")
     if kind not in tuple(CLASSES):
         raise ValueError(f"model_type is {kind!r:.60}; only {', '.join(CLASSES)} are read here")
-    known = HARMLESS | READ[kind] | FIXED[kind].keys() | set(SIZES[kind].values())
+    check_keys(kind, data)
+    sizes = read_sizes(kind, data)
+    if kind == "gpt2":
+        return sizes | GPT2_NEEDS | read_gpt2_settings(data), []
+    return read_llama_config(kind, data, sizes)
+
+
+def check_keys(kind, data):
+    fixed = FIXED[kind]
+    known = HARMLESS | READ[kind] | fixed.keys() | set(SIZES[kind].values())
     for key, value in data.items():
         if key not in known and value not in (None, {}, [], ""):
             raise ValueError(f"{key!r:.60} is {value!r:.60}, which is not known here for {kind}")
-        if key in FIXED[kind] and value is not None and (value != FIXED[kind][key] or isinstance(value, bool) != isinstance(FIXED[kind][key], bool)):
-            raise ValueError(f"{key} is {value!r:.60}; here it can only be {FIXED[kind][key]!r}")
-    sizes = {ours: number(data, theirs, kind=int) for ours, theirs in SIZES[kind].items() if data.get(theirs) is not None or theirs != "n_inner"}
-    if min(sizes["n_layer"], sizes["n_head"], sizes["n_embd"]) < 1 or sizes["n_layer"] > 10 ** 7:
+        if key not in fixed or value is None:
+            continue
+        # to Python, True == 1
+        if value != fixed[key] or isinstance(value, bool) != isinstance(fixed[key], bool):
+            raise ValueError(f"{key} is {value!r:.60}; here it can only be {fixed[key]!r}")
+
+
+def read_sizes(kind, data):
+    sizes = {}
+    for key, hf_key in SIZES[kind].items():
+        if hf_key == "n_inner" and data.get(hf_key) is None:
+            continue  # GPT-2's is 4 n_embd then, as ours
+        sizes[key] = read_number(data, hf_key, kind=int)
+    smallest = min(sizes["n_layer"], sizes["n_head"], sizes["n_embd"])
+    if smallest < 1 or sizes["n_layer"] > MOST_LAYERS:
         raise ValueError(f"its sizes cannot be: {sizes}")
-    if kind == "gpt2":
-        rates = [number(data, key, 0.1) for key in ("embd_pdrop", "attn_pdrop", "resid_pdrop")]
-        if len(set(rates)) > 1:
-            raise ValueError(f"embd_pdrop, attn_pdrop and resid_pdrop are {rates}; here there is one dropout")
-        return sizes | NEEDS[kind] | {"norm_eps": float(number(data, "layer_norm_epsilon", 1e-5)), "tie_embeddings": flag(data, "tie_word_embeddings", True),
-                                      "dropout": float(rates[0])}, ()
+    return sizes
+
+
+def read_gpt2_settings(data):
+    rates = [read_number(data, key, 0.1) for key in ("embd_pdrop", "attn_pdrop", "resid_pdrop")]
+    if len(set(rates)) > 1:
+        names = "embd_pdrop, attn_pdrop and resid_pdrop"
+        raise ValueError(f"{names} are {rates}; here there is one dropout")
+    return {
+        "norm_eps": float(read_number(data, "layer_norm_epsilon", 1e-5)),
+        "tie_embeddings": read_flag(data, "tie_word_embeddings", True),
+        "dropout": float(rates[0]),
+    }
+
+
+def read_llama_config(kind, data, sizes):
+    keys = sizes | NEEDS[kind]
     if kind == "qwen3" or data.get("head_dim") is not None:
-        sizes["head_dim"] = number(data, "head_dim", 128, kind=int)  # Qwen3Config's default
-        if sizes["head_dim"] < 1:
-            raise ValueError(f"head_dim is {sizes['head_dim']}")
-    if kind == "qwen3" and data.get("use_sliding_window", data.get("sliding_window") is not None):
-        raise ValueError(f"sliding_window is {data.get('sliding_window')!r:.60}: there are no sliding windows here")
-    if data.get("layer_types") not in (None, ["full_attention"] * sizes["n_layer"]):
-        raise ValueError(f"layer_types is {data['layer_types']!r:.60}; here it is full_attention in each of the {sizes['n_layer']} layers")
+        keys["head_dim"] = read_number(data, "head_dim", 128, kind=int)  # Qwen3Config's default
+        if keys["head_dim"] < 1:
+            raise ValueError(f"head_dim is {keys['head_dim']}")
+    check_attention(kind, data, keys["n_layer"])
     theta, scaling = read_rope(data)
-    attention, mlp = flag(data, "attention_bias"), flag(data, "mlp_bias")
-    kv_heads = {} if data.get("num_key_value_heads") is None else {"n_kv_head": number(data, "num_key_value_heads", kind=int)}
-    return sizes | NEEDS[kind] | kv_heads | {
-        "norm_eps": float(number(data, "rms_norm_eps", 1e-6)), "tie_embeddings": flag(data, "tie_word_embeddings"), "bias": attention or mlp,
-        "rope_theta": float(theta), "rope_scaling": scaling}, [rf"\.{part}\..*bias$" for part, has in (("attn", attention), ("mlp", mlp)) if not has]
+    attention_bias = read_flag(data, "attention_bias")
+    mlp_bias = read_flag(data, "mlp_bias")
+    if data.get("num_key_value_heads") is not None:
+        keys["n_kv_head"] = read_number(data, "num_key_value_heads", kind=int)
+    keys["norm_eps"] = float(read_number(data, "rms_norm_eps", 1e-6))
+    keys["tie_embeddings"] = read_flag(data, "tie_word_embeddings")
+    keys["bias"] = attention_bias or mlp_bias
+    keys["rope_theta"] = float(theta)
+    keys["rope_scaling"] = scaling
+    without = []
+    if not attention_bias:
+        without.append(r"\.attn\..*bias$")
+    if not mlp_bias:
+        without.append(r"\.mlp\..*bias$")
+    return keys, without
 
 
-SCALINGS = {"default": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
+def check_attention(kind, data, n_layer):
+    window = data.get("sliding_window")
+    if kind == "qwen3" and data.get("use_sliding_window", window is not None):
+        raise ValueError(f"sliding_window is {window!r:.60}: there are no sliding windows here")
+    layer_types = data.get("layer_types")
+    if layer_types not in (None, ["full_attention"] * n_layer):
+        expected = f"here it is full_attention in each of the {n_layer} layers"
+        raise ValueError(f"layer_types is {layer_types!r:.60}; {expected}")
+
+
+SCALINGS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 
 
 def read_rope(data):
-    """(rope_theta, rope_scaling) from transformers' keys, those of version 4 (two) or 5 (rope_parameters)."""
-    old, new = found = [data.get(key) or {} for key in ("rope_scaling", "rope_parameters")]
-    if not all(isinstance(params, dict) for params in found):
-        raise ValueError(f"rope_scaling is {old!r:.60} and rope_parameters {new!r:.60}, where objects were expected")
-    if old and new and old != new:
-        raise ValueError(f"rope_scaling is {old!r:.60} and rope_parameters {new!r:.60}, of which only one can be meant")
-    params = dict(new or old)
-    theta = number(params | data, "rope_theta", 10000.0)
+    """Returns (rope_theta, rope_scaling) from transformers' keys. Raises ValueError.
+
+    Version 4 of transformers has rope_theta and rope_scaling, version 5 rope_parameters.
+    """
+    params = read_rope_params(data)
+    theta = read_number(params | data, "rope_theta", 10000.0)
     if params.pop("rope_theta", theta) != theta:
         raise ValueError(f"rope_theta is {theta} beside another one in rope_parameters")
-    kind, kind4 = params.pop("rope_type", None), params.pop("type", None)
-    kind = kind or kind4 or "default"
+    rope_type = params.pop("rope_type", None)
+    old_type = params.pop("type", None)
+    kind = rope_type or old_type or "default"
     if not isinstance(kind, str) or kind not in SCALINGS:
         raise ValueError(f"rope_type is {kind!r:.60}; only {', '.join(SCALINGS)} are read here")
     for key, value in params.items():
-        if key not in SCALINGS[kind] and value is not None and not (key == "partial_rotary_factor" and value == 1):
-            raise ValueError(f"{key} is {value!r:.60} in the rope settings, which rope_type {kind} does not have here")
-    numbers = [number(params, key) for key in SCALINGS[kind]]
-    return theta, f"{kind}:{','.join(f'{n:g}' if float(f'{n:g}') == n else repr(n) for n in numbers)}" if numbers else "none"
+        if key in SCALINGS[kind] or value is None or key == "partial_rotary_factor" and value == 1:
+            continue
+        setting = f"{key} is {value!r:.60} in the rope settings"
+        raise ValueError(f"{setting}, which rope_type {kind} does not have here")
+    numbers = [read_number(params, key) for key in SCALINGS[kind]]
+    if not numbers:
+        return theta, "none"
+    return theta, f"{kind}:{','.join(format_number(n) for n in numbers)}"
+
+
+def read_rope_params(data):
+    old = data.get("rope_scaling") or {}
+    new = data.get("rope_parameters") or {}
+    shown = f"rope_scaling is {old!r:.60} and rope_parameters {new!r:.60}"
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        raise ValueError(f"{shown}, where objects were expected")
+    if old and new and old != new:
+        raise ValueError(f"{shown}, of which only one can be meant")
+    return dict(new or old)
+
+
+def format_number(n):
+    """Returns the shortest text that is exactly this number."""
+    short = f"{n:g}"
+    return short if float(short) == n else repr(n)
 
 
 def write_config(kind, c):
-    """Their config.json for ours. RoPE's keys are version 4's, which version 5, vLLM and llama.cpp read too; n_ctx is for llama.cpp."""
-    data = {"architectures": [CLASSES[kind]], "model_type": kind, "dtype": "float32", "torch_dtype": "float32", "tie_word_embeddings": c.tie_embeddings,
-            "bos_token_id": None, "eos_token_id": None, "pad_token_id": None} | {theirs: getattr(c, ours) for ours, theirs in SIZES[kind].items()}
+    """Returns config.json as a dict for our config.
+
+    RoPE's keys are version 4's, which version 5, vLLM and llama.cpp read too; n_ctx is for llama.cpp.
+    """
+    data = {
+        "architectures": [CLASSES[kind]],
+        "model_type": kind,
+        "dtype": "float32",
+        "torch_dtype": "float32",
+        "tie_word_embeddings": c.tie_embeddings,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+    data |= {hf_key: getattr(c, key) for key, hf_key in SIZES[kind].items()}
     if kind == "gpt2":
-        return data | FIXED[kind] | {"n_ctx": c.block_size, "layer_norm_epsilon": c.norm_eps, "embd_pdrop": c.dropout, "attn_pdrop": c.dropout, "resid_pdrop": c.dropout}
-    name, _, numbers = c.rope_scaling.partition(":")
-    scaling = {key: int(float(n)) if key.startswith("original") else float(n) for key, n in zip(SCALINGS.get(name, ()), numbers.split(","))}
-    return data | {"num_key_value_heads": c.n_kv_head, "head_dim": c.head_dim, "rms_norm_eps": c.norm_eps, "hidden_act": "silu",
-                   "attention_bias": c.bias, "attention_dropout": 0.0, "rope_theta": c.rope_theta,
-                   "rope_scaling": {"rope_type": name, **scaling} if scaling else None} | ({"mlp_bias": c.bias} if kind == "llama" else {})
+        return data | FIXED[kind] | write_gpt2_settings(c)
+    data |= {
+        "num_key_value_heads": c.n_kv_head,
+        "head_dim": c.head_dim,
+        "rms_norm_eps": c.norm_eps,
+        "hidden_act": "silu",
+        "attention_bias": c.bias,
+        "attention_dropout": 0.0,
+        "rope_theta": c.rope_theta,
+        "rope_scaling": write_rope_scaling(c.rope_scaling),
+    }
+    if kind == "llama":
+        data["mlp_bias"] = c.bias
+    return data
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# LoRA: PEFT's A (rank, in) and B (out, rank) are ours, but over their modules
+def write_gpt2_settings(c):
+    return {
+        "n_ctx": c.block_size,
+        "layer_norm_epsilon": c.norm_eps,
+        "embd_pdrop": c.dropout,
+        "attn_pdrop": c.dropout,
+        "resid_pdrop": c.dropout,
+    }
+
+
+def write_rope_scaling(text):
+    """Returns transformers' rope_scaling for ours, as "linear:4"; None for "none"."""
+    rope_type, _, numbers = text.partition(":")
+    if rope_type not in SCALINGS or not SCALINGS[rope_type]:
+        return None
+    scaling = {"rope_type": rope_type}
+    for key, number in zip(SCALINGS[rope_type], numbers.split(",")):
+        number = float(number)
+        scaling[key] = int(number) if key.startswith("original") else number
+    return scaling
+
+
+# ---- LoRA: PEFT's A (rank, in) and B (out, rank) are ours, but over the modules that Hugging Face has
+
+
+def peft_names(module):
+    """Returns the names of A and B of a module."""
+    prefix = f"base_model.model.{module}"
+    return f"{prefix}.lora_A.weight", f"{prefix}.lora_B.weight"
+
 
 def to_peft(c, lora, adapters):
-    """(adapter_config.json, tensors) of our adapters. GPT-2's q, k and v are one module there, so that theirs get one adapter whose
-    rank is the sum of their ranks: A stacked, B block by block."""
-    kind, modules = kind_of(c), {}
-    for key in adapters:
-        if key.endswith(".A"):
-            name, third, _ = place(kind, key[:-1] + "weight")
-            modules.setdefault(name.removesuffix(".weight"), []).append((third, adapters[key], adapters[key[:-1] + "B"]))
-    tensors, ranks = {}, {}
+    """Returns (adapter_config.json as a dict, tensors) of our adapters. Raises ValueError.
+
+    GPT-2's q, k and v are one module there, which gets one adapter whose rank is the sum of their ranks:
+    A stacked, B block by block.
+    """
+    kind = choose_kind(c)
+    modules = {}  # name -> [(third, A, B)] of our Linears in it
+    for key, A in adapters.items():
+        linear, _, part = key.rpartition(".")
+        if part == "A":
+            name, third, _ = locate(kind, f"{linear}.weight")
+            module = name.removesuffix(".weight")
+            modules.setdefault(module, []).append((third, A, adapters[f"{linear}.B"]))
+    tensors = {}
+    ranks = {}
     for module, parts in modules.items():
-        A, B = torch.cat([A for _, A, _ in parts]), parts[0][2]
-        if parts[0][0] is not None:
+        A = torch.cat([A for _, A, _ in parts])
+        third, _, B = parts[0]
+        if third is not None:
             B = torch.zeros(3, c.n_embd, len(A))
-            for n, (third, _, own) in enumerate(parts):
-                B[third, :, n * lora.rank:(n + 1) * lora.rank] = own
+            for n, (third, _, part_B) in enumerate(parts):
+                B[third, :, n * lora.rank : (n + 1) * lora.rank] = part_B
             B = B.flatten(0, 1)
-        tensors |= {f"base_model.model.{module}.lora_A.weight": A, f"base_model.model.{module}.lora_B.weight": B}
+        name_A, name_B = peft_names(module)
+        tensors[name_A] = A
+        tensors[name_B] = B
         ranks[re.sub(r".*\.\d+\.", "", module)] = len(A)
-    return {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": lora.lora_dropout, "bias": "none",
-            "target_modules": sorted(ranks), "fan_in_fan_out": kind == "gpt2", "inference_mode": True, "use_rslora": False, "use_dora": False,
-            "rank_pattern": {name: rank for name, rank in ranks.items() if rank != lora.rank},
-            "alpha_pattern": {name: lora.alpha * rank / lora.rank for name, rank in ranks.items() if rank != lora.rank}}, tensors
+    return write_peft_config(kind, lora, ranks), tensors
+
+
+def write_peft_config(kind, lora, ranks):
+    """Returns adapter_config.json as a dict, for modules of these ranks."""
+    rank_pattern = {module: rank for module, rank in ranks.items() if rank != lora.rank}
+    alpha_pattern = {module: lora.alpha * rank / lora.rank for module, rank in rank_pattern.items()}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.lora_dropout,
+        "bias": "none",
+        "target_modules": sorted(ranks),
+        "fan_in_fan_out": kind == "gpt2",
+        "inference_mode": True,
+        "use_rslora": False,
+        "use_dora": False,
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
+    }
 
 
 # what says nothing of what an adapter computes once it is trained
-PEFT_HARMLESS = set("""auto_mapping peft_version base_model_name_or_path revision inference_mode target_modules exclude_modules layers_pattern megatron_core
-    fan_in_fan_out runtime_config qalora_group_size lora_dropout r lora_alpha rank_pattern alpha_pattern use_rslora ensure_weight_tying""".split())
-PEFT_FIXED = {"peft_type": ("LORA",), "task_type": ("CAUSAL_LM", None), "bias": ("none",), "init_lora_weights": (True, False, "gaussian")}
+PEFT_HARMLESS = set(
+    """auto_mapping peft_version base_model_name_or_path revision inference_mode target_modules
+    exclude_modules layers_pattern megatron_core fan_in_fan_out runtime_config qalora_group_size
+    lora_dropout r lora_alpha rank_pattern alpha_pattern use_rslora ensure_weight_tying""".split()
+)
+PEFT_FIXED = {
+    "peft_type": ("LORA",),
+    "task_type": ("CAUSAL_LM", None),
+    "bias": ("none",),
+    "init_lora_weights": (True, False, "gaussian"),
+}
+
+
+def check_peft_config(data):
+    for key, value in data.items():
+        if key in PEFT_FIXED:
+            check_peft_value(key, value)
+        elif key not in PEFT_HARMLESS and value not in (None, False, {}, [], "", 0):
+            raise ValueError(f"{key} is {value!r:.60}, which is not known here")
+    patterns = [data.get(key) or {} for key in ("rank_pattern", "alpha_pattern")]
+    if "peft_type" not in data or not all(isinstance(pattern, dict) for pattern in patterns):
+        raise ValueError("adapter_config.json is not PEFT's")
+
+
+def check_peft_value(key, value):
+    allowed = PEFT_FIXED[key]
+    is_text = isinstance(value, str) and value in allowed
+    if not is_text and not any(value is constant for constant in allowed):  # 1 is not True
+        raise ValueError(f"{key} is {value!r:.60}; only {allowed[0]!r} is read here")
+
+
+def read_peft_number(data, key, pattern_key, module):
+    """Returns a module's number: of the first pattern that fits it, else the common one of `key`."""
+    patterns = data.get(pattern_key) or {}
+    fitting = [pattern for pattern in patterns if re.match(rf"(.*\.)?({pattern})$", module)]
+    return read_number(patterns, fitting[0]) if fitting else read_number(data, key)
+
+
+def read_peft_module(data, tensors, module, n_in, n_out):
+    """Returns (A, B, what B A is multiplied by) of a module (n_out, n_in). Raises ValueError."""
+    rank = read_peft_number(data, "r", "rank_pattern", module)
+    alpha = read_peft_number(data, "lora_alpha", "alpha_pattern", module)
+    if rank < 1 or alpha <= 0:
+        raise ValueError(f"r is {rank} and lora_alpha {alpha}; both must be above 0")
+    name_A, name_B = peft_names(module)
+    for name, shape in (name_A, (rank, n_in)), (name_B, (n_out, rank)):
+        x = tensors.get(name)
+        if x is None:
+            raise ValueError(f"tensor {name} is missing")
+        if tuple(x.shape) != shape or not x.is_floating_point():
+            raise ValueError(f"tensor {name} is {tuple(x.shape)} {x.dtype} and not {shape}")
+    scale = alpha / (rank**0.5 if data.get("use_rslora") else rank)
+    return tensors[name_A].float(), tensors[name_B].float(), scale
 
 
 def from_peft(c, data, tensors):
-    """(LoRAConfig's keys, our adapters) from an adapter_config.json and its tensors, for a base of config c. Ours have one rank and one
-    alpha: a smaller rank is filled up with zeros, another scale goes into B."""
-    kind, adapters, scales, used = kind_of(c), {}, {}, set()
-    for key, value in data.items():
-        if key in PEFT_FIXED:
-            if not any(value is v or isinstance(v, str) and value == v for v in PEFT_FIXED[key]):
-                raise ValueError(f"{key} is {value!r:.60}; only {PEFT_FIXED[key][0]!r} is read here")
-        elif key not in PEFT_HARMLESS and value not in (None, False, {}, [], "", 0):
-            raise ValueError(f"{key} is {value!r:.60}, which is not known here")
-    patterns = {key: data.get(key) or {} for key in ("rank_pattern", "alpha_pattern")}
-    if "peft_type" not in data or not all(isinstance(p, dict) for p in patterns.values()):
-        raise ValueError("adapter_config.json is not PEFT's")
+    """Returns (LoRAConfig's keys, our adapters) of an adapter_config.json and its tensors.
 
-    def setting(key, pattern, module):
-        found = [p for p in patterns[pattern] if re.match(rf"(.*\.)?({p})$", module)]
-        return number(patterns[pattern], found[0]) if found else number(data, key)
-
+    c is the config of the base. Ours have one rank and one alpha: a smaller rank is filled up with
+    zeros, another scale goes into B. Raises ValueError.
+    """
+    kind = choose_kind(c)
+    check_peft_config(data)
     with torch.device("meta"):
         model = Transformer(c)
-    shapes = {name: tuple(m.weight.shape) for name, m in model.named_modules() if name.rpartition(".")[2] in LINEARS}
-    for ours, (n_out, n_in) in shapes.items():
-        name, third, _ = place(kind, f"{ours}.weight")
+    modules = model.named_modules()
+    linears = {name: module for name, module in modules if name.rpartition(".")[2] in LINEARS}
+    parts = {}  # our Linear's name -> (A, B, scale)
+    names = set()
+    for key, linear in linears.items():
+        name, third, _ = locate(kind, f"{key}.weight")
         module = name.removesuffix(".weight")
-        names = [f"base_model.model.{module}.lora_{part}.weight" for part in "AB"]
-        if not any(n in tensors for n in names):
+        if tensors.keys().isdisjoint(peft_names(module)):
             continue
-        used.update(names)
-        rank, alpha = setting("r", "rank_pattern", module), setting("lora_alpha", "alpha_pattern", module)
-        if rank < 1 or alpha <= 0:
-            raise ValueError(f"r is {rank} and lora_alpha {alpha}; both must be above 0")
-        for n, want in zip(names, ((rank, n_in), (n_out if third is None else 3 * n_out, rank))):
-            if n not in tensors or tuple(tensors[n].shape) != want or not tensors[n].is_floating_point():
-                raise ValueError(f"tensor {n} is missing" if n not in tensors else f"tensor {n} is {tuple(tensors[n].shape)} {tensors[n].dtype} and not {want}")
-        A, B = (tensors[n].float() for n in names)
-        adapters[f"{ours}.A"], adapters[f"{ours}.B"] = A, B if third is None else B.chunk(3)[third]
-        scales[ours] = alpha / (rank ** 0.5 if data.get("use_rslora") else rank)
-    if extra := sorted(tensors.keys() - used):
-        raise ValueError(f"tensor {extra[0]} belongs to no Linear that takes an adapter here ({','.join(LINEARS)})")
-    if not scales:
-        raise ValueError("there is no adapter in it")
-    target = [name for name in LINEARS if any(ours.endswith(f".{name}") for ours in scales)]
-    if lacking := [ours for ours in shapes if ours.rpartition(".")[2] in target and ours not in scales]:
-        raise ValueError(f"{lacking[0]} has no adapter where other layers have one; here all layers do")
-    rank, scale = max(len(adapters[f"{ours}.A"]) for ours in scales), next(iter(scales.values()))
-    for ours, own in scales.items():
-        A, B = (adapters[f"{ours}.{part}"] for part in "AB")
-        more = rank - len(A)
-        adapters[f"{ours}.A"] = torch.cat([A, A.new_zeros(more, A.size(1))])
-        adapters[f"{ours}.B"] = torch.cat([B if own == scale else B * (own / scale), B.new_zeros(len(B), more)], dim=1)
-    settings = {"rank": rank, "alpha": float(scale * rank), "lora_dropout": float(number(data, "lora_dropout", 0.0)), "target": ",".join(target)}
-    inject(model, LoRAConfig(**settings))  # a ValueError where that cannot be: nothing of it is kept
+        names.update(peft_names(module))
+        n_out, n_in = linear.weight.shape
+        if third is None:
+            parts[key] = read_peft_module(data, tensors, module, n_in, n_out)
+        else:
+            A, B, scale = read_peft_module(data, tensors, module, n_in, 3 * n_out)
+            parts[key] = A, B.chunk(3)[third], scale
+    if extra := sorted(tensors.keys() - names):
+        place = f"no Linear that takes an adapter here ({','.join(LINEARS)})"
+        raise ValueError(f"tensor {extra[0]} belongs to {place}")
+    target = choose_target(linears, parts)
+    settings, adapters = unify(parts)
+    settings["lora_dropout"] = float(read_number(data, "lora_dropout", 0.0))
+    settings["target"] = ",".join(target)
+    inject(model, LoRAConfig(**settings))  # only for its ValueError, where that cannot be
     return settings, adapters
+
+
+def choose_target(linears, parts):
+    """Returns which of LINEARS have adapters. Raises ValueError where not all layers have the same."""
+    if not parts:
+        raise ValueError("there is no adapter in it")
+    target = [name for name in LINEARS if any(key.endswith(f".{name}") for key in parts)]
+    for key in linears:
+        if key.rpartition(".")[2] in target and key not in parts:
+            problem = "has no adapter where other layers have one; here all layers do"
+            raise ValueError(f"{key} {problem}")
+    return target
+
+
+def unify(parts):
+    """Returns (a dict of rank and alpha, our adapters), all of one rank and scale.
+
+    parts is {Linear: (A, B, scale)}.
+    """
+    rank = max(len(A) for A, _, _ in parts.values())
+    _, _, common_scale = next(iter(parts.values()))
+    adapters = {}
+    for key, (A, B, scale) in parts.items():
+        if scale != common_scale:
+            B = B * (scale / common_scale)
+        rest = rank - len(A)
+        adapters[f"{key}.A"] = torch.cat([A, A.new_zeros(rest, A.size(1))])
+        adapters[f"{key}.B"] = torch.cat([B, B.new_zeros(len(B), rest)], dim=1)
+    return {"rank": rank, "alpha": float(common_scale * rank)}, adapters

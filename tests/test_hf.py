@@ -611,7 +611,7 @@ def test_a_name_of_which_the_tokenizer_alone_was_downloaded_is_said_to_lack_its_
     (tmp_path / "models--a--b/refs").mkdir()
     (tmp_path / "models--a--b/refs/main").write_text("0" * 40)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    assert hf_folder.read_tokenizer(hf_folder.located("a/b", weights="")).sha256 == OURS.sha256
+    assert hf_folder.read_tokenizer(hf_folder.find_folder("a/b", weights="")).sha256 == OURS.sha256
     with pytest.raises(Refusal, match="hf:a/b is no folder here and could not be downloaded.*tokenizer.json.*no weights"):
         checkpoint.load("hf:a/b")
 
