@@ -45,7 +45,7 @@ class Past:
     with fresh arrays); the tests and each export compare.
     """
 
-    def __init__(self, session, c, batch_size, max_len):
+    def __init__(self, c, batch_size, max_len):
         import onnxruntime
         state = onnxruntime.capi.onnxruntime_pybind11_state
         self.length, self.max_len, self.Vector, self.options = 0, max_len, state.OrtValueVector, onnxruntime.RunOptions()
@@ -92,7 +92,7 @@ class OnnxModel(nn.Module):
         self.session, self.config, self.path = session, config, path
 
     def new_past(self, batch_size, max_len):
-        return Past(self.session, self.config, batch_size, min(max_len, self.config.block_size))
+        return Past(self.config, batch_size, min(max_len, self.config.block_size))
 
     def run(self, idx, past):
         """Logits (B, T, V), an array, of ids idx (B, T) after a Past, which has them too then. Raises ValueError where they do not fit."""
