@@ -73,12 +73,12 @@ def configure(Config, argv, words=()):
             raise Refusal(f"cannot read {arg!r}: expected {', '.join([*words, 'FILE.toml'])} or --key=value; {nearest(arg, words)}")
         elif equals:
             put(key, value, "command line")
-        elif is_bool(fields, key.removeprefix("no-").removeprefix("no_")) and not is_bool(fields, key):
-            put(key[3:], False, "command line")
         elif is_bool(fields, key):
             literal = i < len(argv) and argv[i].lower() in BOOLS
             put(key, argv[i] if literal else True, "command line")
             i += literal
+        elif key.startswith(("no-", "no_")) and is_bool(fields, key[3:]):
+            put(key[3:], False, "command line")
         elif key in fields and (i == len(argv) or argv[i].startswith("--")):
             raise Refusal(f"--{key} needs a value: --{key}={fields[key].type.__name__.upper()}")
         else:

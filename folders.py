@@ -73,7 +73,7 @@ def new_folder(to, overwrite, ways, reads=()):
         shutil.rmtree(tmp, ignore_errors=True)
 
 
-def advice(folder, name="model.onnx"):
+def advice(folder, name):
     """What to do where there is no ONNX model `name` in `folder`."""
     folder, int8 = folder or ".", " --quantize=int8" * (name == "model_int8.onnx")
     if all(os.path.isfile(os.path.join(folder, "onnx", file)) for file in (name, "config.json")):

@@ -203,8 +203,9 @@ def spool(texts, path, cfg):
 def from_hub(name, cfg, tmp):
     """Streams a hub dataset to disk, once. Its split "validation" is used where it has one."""
     with hub_splits(name) as splits:
-        return [[spool((field(row, cfg.column, name) for row in splits[s]), tmp / f"{s}.jsonl", cfg)] if s in splits else []
-                for s in ("train", "validation")]
+        files = [spool((field(row, cfg.column, name) for row in splits[s]), tmp / f"{s}.jsonl", cfg)
+                 for s in ("train", "validation") if s in splits]
+    return files[:1], files[1:]
 
 
 @contextmanager
@@ -299,6 +300,11 @@ def id_type(vocab_size):
     return np.dtype("<u2" if vocab_size <= 65536 else "<u4")
 
 
+def sync(f):
+    f.flush()
+    os.fsync(f.fileno())
+
+
 def encode(rows, tokenizer, tmp, num_proc):
     """Writes tmp/train.bin and tmp/val.bin; returns what meta.json says of them.
 
@@ -329,9 +335,8 @@ def encode(rows, tokenizer, tmp, num_proc):
                     f.write(ids[s])
                     hashes[s].update(ids[s])
                     made[s]["tokens"] += len(ids[s])
-        for f in train, val:
-            f.flush()
-            os.fsync(f.fileno())
+        sync(train)
+        sync(val)
     return {s: made[s] | {"sha256": hashes[s].hexdigest()} for s in SPLITS}
 
 
@@ -387,8 +392,7 @@ def build(cfg, tmp):
     for name, text in ("tokenizer.json", tokenizer.to_str()), ("meta.json", json.dumps(meta, indent=1) + "\n"):
         with open(tmp / name, "wb") as f:
             f.write(text.encode())
-            f.flush()
-            os.fsync(f.fileno())
+            sync(f)
 
 
 def prepare(cfg):

@@ -25,6 +25,8 @@ from functools import cache
 from itertools import accumulate
 from random import Random
 
+from config import Refusal, run
+
 
 @dataclass
 class Config:
@@ -352,7 +354,6 @@ def totals(todo=STORY, settled=frozenset()):
 
 def main(cfg):
     if cfg.n < 1:
-        from config import Refusal
         raise Refusal(f"n is the number of stories to print: expected 1 or more, got {cfg.n}")
     for text, logp in stories(cfg.n, cfg.seed):
         print(f"{text}\n[log-probability {logp:.3f} nats]\n")
@@ -361,5 +362,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    from config import run
     run(main, Config)
