@@ -4,8 +4,10 @@
     python train.py --n_layer=8 --learning_rate=3e-4              keys
     python train.py configs/gpt.toml configs/small.toml --seed=7  files, left to right, then keys
 
-A script declares its keys as a dataclass, one line and one comment a field, and ends with `run(main, Config)`.
+A script declares its keys as a dataclass, one line and one comment a field, and ends with
+`run(main, Config)`.
 """
+
 import dataclasses
 import difflib
 import inspect
@@ -16,6 +18,8 @@ import sys
 import tomllib
 
 BOOLS = {"true": True, "1": True, "false": False, "0": False}
+KINDS = {bool: "a boolean (true or false)", int: "an integer", float: "a finite number", str: "a string"}
+COMMAND_LINE = "command line"  # the source of a key that no file sets
 
 
 def is_hf(value):
@@ -29,86 +33,113 @@ def hf_name(value):
 
 
 class Refusal(Exception):
-    """What the user has to know, in one line. status 2: the command was wrong; 1: the run failed; above 128: a signal ended it."""
+    """What the user has to know, in one line.
+
+    status is the exit status: 2 where the command was wrong, 1 where the run failed, above 128 where a
+    signal ended it.
+    """
 
     def __init__(self, message, status=2):
         line = " ".join(str(message).split())
-        super().__init__(line if len(line) <= 500 else f"{line[:300]} ... {line[-150:]}")  # what a broken file holds may be long
+        if len(line) > 500:  # it quotes a broken file
+            line = f"{line[:300]} ... {line[-150:]}"
+        super().__init__(line)
         self.status = status
 
 
 def configure(Config, argv, words=()):
-    """The dataclass Config with argv applied. Pure, but for -h, which prints the keys and exits.
+    """Returns the dataclass Config with argv applied. Pure, but for -h, which prints the keys and exits.
 
-    Bare *.toml arguments are applied first, left to right, wherever they stand; then --key=value or --key value.
-    Only booleans take --flag and --no-flag as well. `words` may stand bare, as in `bench.py train decode`.
-    The result's `given` maps each key that was set to who set it, its `words` are those that stood there.
-    Raises Refusal for an unknown key or word (naming the nearest), a wrong type, or what Config's own __post_init__ rejects.
+    Bare *.toml arguments are applied first, left to right, wherever they stand; then --key=value or
+    --key value. Only booleans take --flag and --no-flag as well. `words` may stand bare, as in
+    `bench.py train decode`. The result's `given` maps each key that was set to what set it, a path or
+    "command line"; its `words` are the words of argv.
+
+    Raises Refusal for an unknown key or word (naming the nearest), a wrong type, or what Config's own
+    __post_init__ rejects.
     """
-    fields = {f.name: f for f in dataclasses.fields(Config)}
-    values, given, stood = {}, {}, []
+    fields = {field.name: field for field in dataclasses.fields(Config)}
+    values = {}
+    given = {}
+    bare_words = []
 
-    def put(key, value, where):
-        if key not in fields:
-            raise Refusal(f"{where}: there is no key {key!r}; {nearest(key.replace('-', '_'), fields)}")
-        values[key] = convert(value, fields[key].type, f"{where}: {key}", parse=where == "command line")
-        given[key] = where
+    def put(key, value, source):
+        kind = find_field(fields, key, source).type
+        values[key] = convert(value, kind, f"{source}: {key}", parse=source == COMMAND_LINE)
+        given[key] = source
 
-    files = [a for i, a in enumerate(argv) if a.endswith(".toml") and not a.startswith("-") and not is_value(argv, i, fields)]
-    for path in files:
+    paths = [arg for i, arg in enumerate(argv) if is_file(argv, i, fields)]
+    for path in paths:
         for key, value in read_toml(path).items():
             put(key, value, path)
-    i = 0
-    while i < len(argv):
-        arg, i = argv[i], i + 1
+
+    rest = list(argv)
+    while rest:
+        arg = rest.pop(0)
         key, equals, value = arg.removeprefix("--").partition("=")
         if arg in ("-h", "--help"):
             print(describe(Config, words))
             raise SystemExit(0)
-        elif arg in files:
+        elif arg in paths:
             continue
         elif arg in words:
-            stood.append(arg)
+            bare_words.append(arg)
         elif not arg.startswith("--"):
-            raise Refusal(f"cannot read {arg!r}: expected {', '.join([*words, 'FILE.toml'])} or --key=value; {nearest(arg, words)}")
+            expected = ", ".join([*words, "FILE.toml"])
+            advice = nearest(arg, words)
+            raise Refusal(f"cannot read {arg!r}: expected {expected} or --key=value; {advice}")
         elif equals:
-            put(key, value, "command line")
+            put(key, value, COMMAND_LINE)
         elif is_bool(fields, key):
-            literal = i < len(argv) and argv[i].lower() in BOOLS
-            put(key, argv[i] if literal else True, "command line")
-            i += literal
+            has_value = rest and rest[0].lower() in BOOLS
+            put(key, rest.pop(0) if has_value else True, COMMAND_LINE)
         elif key.startswith(("no-", "no_")) and is_bool(fields, key[3:]):
-            put(key[3:], False, "command line")
-        elif key in fields and (i == len(argv) or argv[i].startswith("--")):
-            raise Refusal(f"--{key} needs a value: --{key}={fields[key].type.__name__.upper()}")
+            put(key[3:], False, COMMAND_LINE)
         else:
-            put(key, argv[i] if i < len(argv) else "", "command line")
-            i += 1
+            kind = find_field(fields, key, COMMAND_LINE).type
+            if not rest or rest[0].startswith("--"):
+                raise Refusal(f"--{key} needs a value: --{key}={kind.__name__.upper()}")
+            put(key, rest.pop(0), COMMAND_LINE)
+
     try:
         cfg = Config(**values)
     except ValueError as e:
         raise Refusal(e)
-    cfg.given, cfg.words = given, stood
+    cfg.given = given
+    cfg.words = bare_words
     return cfg
 
 
+def find_field(fields, key, source):
+    if key not in fields:
+        advice = nearest(key.replace("-", "_"), fields)
+        raise Refusal(f"{source}: there is no key {key!r}; {advice}")
+    return fields[key]
+
+
 def nearest(name, names):
-    near = [n for n in names if name == "".join(word[:1] for word in n.split("_"))]  # lr, bs, wd
-    near += difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"did you mean {near[0]}?" if near else "-h lists them all"
+    """Returns advice that names the likeliest of names: lr is learning_rate, n_layers is n_layer."""
+    likely = [full for full in names if name == "".join(word[:1] for word in full.split("_"))]
+    likely += difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"did you mean {likely[0]}?" if likely else "-h lists them all"
 
 
 def is_bool(fields, key):
     return key in fields and fields[key].type is bool
 
 
-def is_value(argv, i, fields):
-    """Whether argv[i] is the value of a `--key value` before it, as in `--out_dir my.toml`."""
+def is_file(argv, i, fields):
+    """Returns whether argv[i] is a file of keys and not a value, as in `--out_dir my.toml`."""
+    if not argv[i].endswith(".toml") or argv[i].startswith("-"):
+        return False
+    if i == 0 or not argv[i - 1].startswith("--"):
+        return True
     key = argv[i - 1].removeprefix("--")
-    return i > 0 and argv[i - 1].startswith("--") and key in fields and not is_bool(fields, key)
+    return key not in fields or is_bool(fields, key)
 
 
 def read_toml(path):
+    """Returns a TOML file as a dict. Raises Refusal."""
     try:
         with open(path, "rb") as f:
             return tomllib.load(f)
@@ -118,8 +149,12 @@ def read_toml(path):
         raise Refusal(f"{path} is not a TOML file: {e}")
 
 
-def convert(value, kind, where, parse):
-    """value as kind (bool, int, float or str): text is parsed if parse, a toml value must have the type already."""
+def convert(value, kind, name, parse):
+    """Returns value as kind: bool, int, float or str. Raises Refusal, which calls the value `name`.
+
+    Text is parsed if parse; a value of a TOML file must have the type already, though an int may stand
+    for a float.
+    """
     try:
         if parse and isinstance(value, str):
             value = BOOLS[value.lower()] if kind is bool else kind(value)
@@ -129,26 +164,32 @@ def convert(value, kind, where, parse):
             return value
     except (ValueError, KeyError, OverflowError):
         pass
-    article = "an" if kind is int else "a"
-    names = {bool: "boolean (true or false)", int: "integer", float: "finite number", str: "string"}
-    raise Refusal(f"{where} must be {article} {names[kind]}, not {value!r}")
+    raise Refusal(f"{name} must be {KINDS[kind]}, not {value!r}")
 
 
 def describe(Config, words=()):
-    """The text of -h: the module's docstring, the words, then a line a key."""
+    """Returns the text of -h: the module's docstring, the words, then a line a key."""
     comments = {}
     for cls in reversed(Config.__mro__[:-1]):  # a dataclass does not keep its comments; the source does
         for line in inspect.getsource(cls).splitlines():
-            if m := re.match(r"    (\w+): \w+ = .*?  # (.*)", line):
-                comments[m[1]] = m[2]
-    doc = inspect.getdoc(sys.modules[Config.__module__]) or ""
-    rows = [(f"--{f.name}={f.default!r}", comments.get(f.name, "")) for f in dataclasses.fields(Config)]
-    width = max(len(left) for left, _ in rows)
-    return "\n".join([doc, "", *([f"words: {' '.join(words)}", ""] if words else []), "keys:"] + [f"  {left:<{width}}  {comment}" for left, comment in rows])
+            if match := re.match(r"    (\w+): \w+ = .*?  # (.*)", line):
+                comments[match[1]] = match[2]
+    lines = [inspect.getdoc(sys.modules[Config.__module__]) or "", ""]
+    if words:
+        lines += [f"words: {' '.join(words)}", ""]
+    lines.append("keys:")
+    defaults = {field.name: f"--{field.name}={field.default!r}" for field in dataclasses.fields(Config)}
+    width = max(map(len, defaults.values()))
+    for key, default in defaults.items():
+        lines.append(f"  {default:<{width}}  {comments.get(key, '')}")
+    return "\n".join(lines)
 
 
 def run(main, Config, words=()):
-    """A script's last line: main(configure(Config, words=words)), with a Refusal as one line on stderr and its exit status."""
+    """Runs main(cfg) with the arguments of the command line; a script's last line.
+
+    A Refusal becomes one line on stderr and its exit status.
+    """
     try:
         main(configure(Config, sys.argv[1:], words))
         sys.stdout.flush()
@@ -157,6 +198,7 @@ def run(main, Config, words=()):
         raise SystemExit(e.status)
     except KeyboardInterrupt:
         raise SystemExit(130)
-    except BrokenPipeError:  # `python sample.py | head`; the interpreter would complain once more at exit
+    except BrokenPipeError:  # of `python sample.py | head`
+        # stdout is flushed once more at exit, and the interpreter would complain
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1)
