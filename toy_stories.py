@@ -1,20 +1,22 @@
 """An endless offline supply of tiny stories whose exact probability is known.
 
     python toy_stories.py --n=5 --seed=1
-    python -c "import toy_stories as t; print(*(text for text, _ in t.stories(30000)), sep='\n\n')" > stories.txt
-    python -c "import toy_stories as t; [(text, _)] = t.stories(1, seed=7); print(text, t.moral(text), t.log_prob(text))"
+    python -c "import toy_stories as t; print(*(s for s, _ in t.stories(30000)), sep='\n\n')" > toy.txt
+    python -c "import toy_stories as t; [(s, _)] = t.stories(1, 7); print(s, t.moral(s), t.log_prob(s))"
 
-A small probabilistic grammar writes them: eleven plots, each with its own troubles, helpers and moral, and with people and
-things that are carried through the story. Every text can come about in exactly one way. So its probability is a product of
-known numbers, and log_prob finds it again from the text alone.
+A small probabilistic grammar writes them: eleven plots, each with its own troubles, helpers and moral,
+and with people and things that are carried through the story. Every text can come about in exactly one
+way. So its probability is a product of known numbers, and log_prob finds it again from the text alone.
 
-Why this matters: the mean of -log_prob over a set of stories is a floor. No model can expect a lower loss on whole stories
-than the grammar that wrote them. So a loss here, in nats a story, says how much is left to learn, not only which of two
-models is better; and a loss below the floor, by more than chance, says that something is wrong.
+Why this matters: the mean of -log_prob over a set of stories is a floor. No model can expect a lower
+loss on whole stories than the grammar that wrote them. So a loss here, in nats a story, says how much
+is left to learn, not only which of two models is better; and a loss below the floor, by more than
+chance, says that something is wrong.
 
-How to read the book: [a|b|c] says one of its options, all equally likely, or by weight: [a*3|b]. A {slot} says a cell of the
-table with a column of that name. Its first use in a story draws a row of the table, all rows equally likely, and settles all
-columns of that row for the rest of the story. A line break is a space (nothing after a |), an empty line a new paragraph.
+How to read the book: [a|b|c] says one of its options, all equally likely, or by weight: [a*3|b]. A
+{slot} says a cell of the table with a column of that name. Its first use in a story draws a row of the
+table, all rows equally likely, and settles all columns of that row for the rest of the story. A line
+break is a space (nothing after a |), an empty line a new paragraph.
 """
 
 import math
@@ -30,17 +32,18 @@ from config import Refusal, run
 
 @dataclass
 class Config:
-    n: int = 3     # how many stories to print
+    n: int = 3  # how many stories to print
     seed: int = 0  # another seed, other stories
 
 
-# ---------------------------------------------------------------------------------------------------------- the story book
-# The opening, the plots, each under its moral, and the closing; indented, the tables of their words: the columns, then the
-# rows, one a line or with ; between them.
+# ---- the story book
 #
-# To change it, keep it unambiguous and short: the tests prove both, for whatever stands here. To be learnable from 12,000
-# stories, an option or a row wants a chance of 1 in 300. The animals that are heroes play no other part, and what follows
-# "a" begins with a consonant.
+# The opening, the plots, each under its moral, and the closing; indented, the tables of their words:
+# the columns, then the rows, one a line or with ; between them.
+#
+# To change it, keep it unambiguous and short: the tests prove both, for whatever stands here. To be
+# learnable from 12,000 stories, an option or a row wants a chance of 1 in 300. The animals that are
+# heroes play no other part, and what follows "a" begins with a consonant.
 
 BOOK = """
 # The opening
@@ -65,8 +68,8 @@ By the {place} lived a {mood} {kind} named {hero}.
 
     place: forest; river; sea; lake; old mill; green hills
 
-    when: One day; One sunny day; One windy day; One morning; One bright morning; One cold morning; One afternoon
-          One warm afternoon
+    when: One day; One sunny day; One windy day; One morning; One bright morning; One cold morning
+          One afternoon; One warm afternoon
 
     elder: mom; dad; grandma; grandpa; aunt; uncle
 
@@ -75,22 +78,29 @@ By the {place} lived a {mood} {kind} named {hero}.
 # Good friends help each other.
 {He} had a {toy} [and took it everywhere|that {he} loved very much|and never went out without it].
 
-{when}, the {toy} was gone! "[What is wrong|Why are you crying|Why are you so sad|Can I help you]?" asked a {finder}.
-"[I lost my {toy}|I cannot find my {toy}|My {toy} is gone]," [said|cried|sobbed] {hero}. The {finder} {sought} and
-[soon |]found it {spot}! {hero} [gave the {finder} a big hug|danced with joy|laughed and clapped|said thank you three times].
+{when}, the {toy} was gone!
+"[What is wrong|Why are you crying|Why are you so sad|Can I help you]?" asked a {finder}.
+"[I lost my {toy}|I cannot find my {toy}|My {toy} is gone]," [said|cried|sobbed] {hero}.
+The {finder} {sought} and [soon |]found it {spot}!
+{hero} [gave the {finder} a big hug|danced with joy|laughed and clapped|said thank you three times].
 
-    toy        | finder   | sought      | spot
-    kite       | bird     | flew up     | in a tall tree;        toy boat   | duck | swam out       | behind a rock
-    red ball   | squirrel | jumped up   | on the roof;           toy train  | mole | dug down       | under the roses
-    teddy bear | cat      | looked hard | under the stairs;      blue scarf | dog  | sniffed around | behind the barn
+    toy        | finder   | sought         | spot
+    kite       | bird     | flew up        | in a tall tree
+    toy boat   | duck     | swam out       | behind a rock
+    red ball   | squirrel | jumped up      | on the roof
+    toy train  | mole     | dug down       | under the roses
+    teddy bear | cat      | looked hard    | under the stairs
+    blue scarf | dog      | sniffed around | behind the barn
 
 # You should never give up.
 {He} wanted to {dream}.
 
-[At first|The first time], {flop}. "[I cannot do it|It is too hard|I give up|I will never learn]," [said|sighed|cried] {hero}.
-"Try [again|once more|one more time]," said {his} {elder}. So [{he}|{hero}] tried [again and again|every day|all week long|
-over and over]. At last, {triumph}! [Everyone clapped|{His} {elder} clapped|{hero} jumped for joy|
-The {mood} {kind} was very proud].
+[At first|The first time], {flop}.
+"[I cannot do it|It is too hard|I give up|I will never learn]," [said|sighed|cried] {hero}.
+"Try [again|once more|one more time]," said {his} {elder}.
+So [{he}|{hero}] tried [again and again|every day|all week long|over and over].
+At last, {triumph}!
+[Everyone clapped|{His} {elder} clapped|{hero} jumped for joy|The {mood} {kind} was very proud].
 
     dream         | flop                            | triumph
     bake a cake   | the cake was as flat as a plate | the cake was tall and sweet
@@ -102,11 +112,15 @@ The {mood} {kind} was very proud].
 
 # You should be happy with what you have.
 
-One [dark|quiet|cold] night, {hero} met a {giver}. "[You may have one wish,|Make a wish,|What is your wish?]"
-[said|whispered] the {giver}. "I wish for a [hundred|thousand|million] {wishes}!" [said|shouted] {hero}. [Poof|Pop|Whoosh]!
-There were {wishes} in the [bath|soup|bed] and {wishes} [up to the roof|behind every door|in every cup]. "Please take them
-[away|back]!" [begged|cried] {hero}. The {giver} [laughed|smiled|nodded], and {hero} was glad to have {his}
-[old bed|little room|quiet home] back.
+One [dark|quiet|cold] night, {hero} met a {giver}.
+"[You may have one wish,|Make a wish,|What is your wish?]" [said|whispered] the {giver}.
+"I wish for a [hundred|thousand|million] {wishes}!" [said|shouted] {hero}.
+[Poof|Pop|Whoosh]!
+There were {wishes} in the [bath|soup|bed]
+and {wishes} [up to the roof|behind every door|in every cup].
+"Please take them [away|back]!" [begged|cried] {hero}.
+The {giver} [laughed|smiled|nodded],
+and {hero} was glad to have {his} [old bed|little room|quiet home] back.
 
     giver: fairy; wizard; genie; mermaid; dragon; ghost
 
@@ -115,21 +129,28 @@ There were {wishes} in the [bath|soup|bed] and {wishes} [up to the roof|behind e
 # It is good to share.
 {He} had {food}.
 
-"May I have some?" asked a hungry {guest}. "No, [it is all mine|go away|I want it all|I will not share]," said {hero}.
-But eating alone [was no fun|made {him} sad|felt wrong]. So [{he}|{hero}] [ran after|looked for|called] the {guest}.
-"I am sorry," {he} said. "[Let us eat together|Half is for you|Please have some|We can share]." They sat
-[side by side|under a tree|in the sun|on the grass], and the {treats} tasted [twice as good|better than ever|as sweet as honey].
+"May I have some?" asked a hungry {guest}.
+"No, [it is all mine|go away|I want it all|I will not share]," said {hero}.
+But eating alone [was no fun|made {him} sad|felt wrong].
+So [{he}|{hero}] [ran after|looked for|called] the {guest}.
+"I am sorry," {he} said. "[Let us eat together|Half is for you|Please have some|We can share]."
+They sat [side by side|under a tree|in the sun|on the grass],
+and the {treats} tasted [twice as good|better than ever|as sweet as honey].
 
     food                | treats
-    a bag of nuts       | nuts;          a basket of berries | berries;      a bag of plums     | plums
-    a plate of pancakes | pancakes;      a basket of buns    | buns;         a bowl of cherries | cherries
+    a bag of nuts       | nuts;      a basket of berries | berries;  a bag of plums     | plums
+    a plate of pancakes | pancakes;  a basket of buns    | buns;     a bowl of cherries | cherries
 
 # You can be brave even when you are afraid.
 
-One [stormy|wild|dark] night, [thunder shook the house|the wind howled|rain beat on the roof], and {hero} hid under the
-[bed|blanket|table]. Then came a [tiny|sad|small] "{cry}!" It was a {baby}, [wet and cold|lost in the rain|all alone outside].
-[{He}|{hero}] was [afraid|scared|shaking], but {he} [ran out|opened the door|took a lamp] and [led|brought] the {baby}
-inside. They sat by the fire [all night|together|until morning], and [soon|then] the storm did not seem so [big|loud|bad].
+One [stormy|wild|dark] night, [thunder shook the house|the wind howled|rain beat on the roof],
+and {hero} hid under the [bed|blanket|table].
+Then came a [tiny|sad|small] "{cry}!"
+It was a {baby}, [wet and cold|lost in the rain|all alone outside].
+[{He}|{hero}] was [afraid|scared|shaking], but {he} [ran out|opened the door|took a lamp]
+and [led|brought] the {baby} inside.
+They sat by the fire [all night|together|until morning],
+and [soon|then] the storm did not seem so [big|loud|bad].
 
     baby  | cry
     chick | Peep, peep;     duckling | Quack, quack;     foal    | Neigh, neigh
@@ -137,70 +158,103 @@ inside. They sat by the fire [all night|together|until morning], and [soon|then]
 
 # Slow and steady wins the race.
 
-{when}, a {rival} laughed at {hero}. "[You are so slow|I am faster than you|You can never beat me|I always win]," it said.
-"Let us race to the {goal}," said [{hero}|the {mood} {kind}]. The {rival} was [soon|already] far ahead, so it {pause}. {hero}
-[walked on and on|did not stop|just kept going|took step after step]. When the {rival} [looked up|ran on], {hero} was at
-the {goal}! [Everyone cheered|The {rival} could not believe it|The {rival} never laughed again|{hero} did a little dance].
+{when}, a {rival} laughed at {hero}.
+"[You are so slow|I am faster than you|You can never beat me|I always win]," it said.
+"Let us race to the {goal}," said [{hero}|the {mood} {kind}].
+The {rival} was [soon|already] far ahead, so it {pause}.
+{hero} [walked on and on|did not stop|just kept going|took step after step].
+When the {rival} [looked up|ran on], {hero} was at the {goal}!
+[Everyone cheered|The {rival} could not believe it|
+The {rival} never laughed again|{hero} did a little dance].
 
     rival   | pause
-    hare    | took a nap under a tree;      horse | stopped for a cool drink;      dog | stopped to dig for a bone
-    rooster | stopped to sing a song;       goat  | stopped to eat flowers;        cat | stopped to chase a bird
+    hare    | took a nap under a tree
+    horse   | stopped for a cool drink
+    dog     | stopped to dig for a bone
+    rooster | stopped to sing a song
+    goat    | stopped to eat flowers
+    cat     | stopped to chase a bird
 
     goal: bridge; oak tree; red barn; well; white gate; big rock
 
 # It is best to tell the truth.
 
-{when}, {hero} was [dancing|jumping|playing ball|running] in the house. [Crash|Bang|Oh no]! {His} {elder}'s {broken} was in
-pieces. "[Who did this|What happened|Who broke it]?" asked {his} {elder}. {hero} wanted to blame the [cat|wind|dog]. But
-[{he} took a deep breath|{his} heart felt heavy|{he} shook {his} head]. "[It was me|I did it|It was my fault]," [said|whispered]
-{hero}. "Thank you for [telling me|being honest]," said {his} {elder}, and they [fixed it|glued it|swept the floor] together.
+{when}, {hero} was [dancing|jumping|playing ball|running] in the house.
+[Crash|Bang|Oh no]!
+{His} {elder}'s {broken} was in pieces.
+"[Who did this|What happened|Who broke it]?" asked {his} {elder}.
+{hero} wanted to blame the [cat|wind|dog].
+But [{he} took a deep breath|{his} heart felt heavy|{he} shook {his} head].
+"[It was me|I did it|It was my fault]," [said|whispered] {hero}.
+"Thank you for [telling me|being honest]," said {his} {elder},
+and they [fixed it|glued it|swept the floor] together.
 
     broken: vase; teapot; clock; lamp; mirror; plate
 
 # You should be kind to someone new.
 
-{when}, a {stranger} [moved in next door|came to town|joined the class]. [Nobody|No one] played with it because of its {oddity}.
-But {hero} [walked over|waved|smiled at it|said hello]. "[Do you want to play|Will you be my friend|Would you like to play]?"
-{he} asked. The {stranger} [was so happy|nodded and smiled|jumped for joy]. With its {oddity}, it {knack}!
+{when}, a {stranger} [moved in next door|came to town|joined the class].
+[Nobody|No one] played with it because of its {oddity}.
+But {hero} [walked over|waved|smiled at it|said hello].
+"[Do you want to play|Will you be my friend|Would you like to play]?" {he} asked.
+The {stranger} [was so happy|nodded and smiled|jumped for joy].
+With its {oddity}, it {knack}!
 [Soon|Now] everyone wanted to [play with|sit with|meet] [it|the {stranger}].
 
-    stranger | oddity       | knack
-    giraffe  | long neck    | got the ball down from the roof;      crab      | big claws  | cut the cake for everyone
-    hedgehog | sharp spikes | carried ten apples at once;           crocodile | big teeth  | cracked all the nuts
-    camel    | bumpy back   | gave everyone a ride;                 kangaroo  | big pocket | carried all the toys
+    stranger  | oddity       | knack
+    giraffe   | long neck    | got the ball down from the roof
+    crab      | big claws    | cut the cake for everyone
+    hedgehog  | sharp spikes | carried ten apples at once
+    crocodile | big teeth    | cracked all the nuts
+    camel     | bumpy back   | gave everyone a ride
+    kangaroo  | big pocket   | carried all the toys
 
 # Even a small friend can be a big help.
 
-{when}, {hero} [saved|rescued] a little {bug} from [a deep puddle|a hungry hen|the cold wind|a muddy hole].
-"[I will help you one day|One day I will help you too|I will remember this]," said the {bug}. {hero} laughed.
-"[You are too small!|How can you help me?|But you are so tiny!]" That night, [{he}|{hero}] {plight}. The {bug}
-[came at once|heard {him}|did not forget] and {remedy}. "[Thank you|You did it], my [tiny|small|good] friend," said {hero}.
+{when}, {hero} [saved|rescued] a little {bug}
+from [a deep puddle|a hungry hen|the cold wind|a muddy hole].
+"[I will help you one day|One day I will help you too|I will remember this]," said the {bug}.
+{hero} laughed. "[You are too small!|How can you help me?|But you are so tiny!]"
+That night, [{he}|{hero}] {plight}.
+The {bug} [came at once|heard {him}|did not forget] and {remedy}.
+"[Thank you|You did it], my [tiny|small|good] friend," said {hero}.
 
     bug     | plight                     | remedy
-    ant     | dropped a key down a crack | went in to get it;       firefly | was lost in the dark | lit the way home
-    spider  | found a hole in the tent   | mended it with silk;     beetle  | was caught in a net  | bit through the rope
-    bee     | was very hungry            | showed the way to honey; cricket | could not sleep      | sang a sweet song
+    ant     | dropped a key down a crack | went in to get it
+    firefly | was lost in the dark       | lit the way home
+    spider  | found a hole in the tent   | mended it with silk
+    beetle  | was caught in a net        | bit through the rope
+    bee     | was very hungry            | showed the way to honey
+    cricket | could not sleep            | sang a sweet song
 
 # We can do more when we work together.
 
-{when}, {hero} found a giant {veg} in the [garden|field]. {He} pulled and pulled, but it [would not come out|
-did not move|stayed in the ground]. {His} {elder} [came to help|pulled too|held on tight], but it still did not move. Then a
-{guest} [joined in|came along|lent a hand]. "[One, two, three|Ready, steady|All together], pull!" [Pop|Plop]! Out came the
-{veg}, and there was {veg} [soup|pie|stew] for [everyone|the whole town|a week].
+{when}, {hero} found a giant {veg} in the [garden|field].
+{He} pulled and pulled, but it [would not come out|did not move|stayed in the ground].
+{His} {elder} [came to help|pulled too|held on tight], but it still did not move.
+Then a {guest} [joined in|came along|lent a hand].
+"[One, two, three|Ready, steady|All together], pull!"
+[Pop|Plop]! Out came the {veg},
+and there was {veg} [soup|pie|stew] for [everyone|the whole town|a week].
 
     veg: turnip; carrot; pumpkin; potato; cabbage; leek
 
 # Good things take time.
 
-{when}, {hero} planted a {seed} seed. The next [day|morning], {he} ran out to look, but nothing was there.
-"[Grow|Hurry up|Wake up|Come out], little seed!" [shouted|said|begged] {hero}. "It needs [sun and rain|water and time|
-a long sleep]," said {his} {elder}. So [{he}|{hero}] watered it every [day|morning|evening] and
-[sang to it|told it stories|waited]. When [spring|summer] came, there was {wonder}!
+{when}, {hero} planted a {seed} seed.
+The next [day|morning], {he} ran out to look, but nothing was there.
+"[Grow|Hurry up|Wake up|Come out], little seed!" [shouted|said|begged] {hero}.
+"It needs [sun and rain|water and time|a long sleep]," said {his} {elder}.
+So [{he}|{hero}] watered it every [day|morning|evening] and [sang to it|told it stories|waited].
+When [spring|summer] came, there was {wonder}!
 
     seed      | wonder
-    sunflower | a sunflower as tall as the door;      bean   | a bean plant that reached the roof
-    pumpkin   | a pumpkin as big as a cart;           rose   | a rose as red as fire
-    melon     | a melon as sweet as honey;            cherry | a cherry tree full of birds
+    sunflower | a sunflower as tall as the door
+    bean      | a bean plant that reached the roof
+    pumpkin   | a pumpkin as big as a cart
+    rose      | a rose as red as fire
+    melon     | a melon as sweet as honey
+    cherry    | a cherry tree full of birds
 
 # The closing
 So {hero} learned that {lesson}.*2|
@@ -212,143 +266,202 @@ And so the {mood} {kind} learned that {lesson}.*2|
 """
 
 
-# ------------------------------------------------------------------------------------------------------------- the grammar
+# ---- the grammar
+
 
 class Choice:
-    """One of several options, each (log-probability in nats, the slots it settles, the parts it says)."""
+    """One of several options, each (log-probability in nats, the slots it settles, the parts it says).
 
-    def __init__(self, options):  # with weights for log-probabilities
+    It is made from options with weights in place of log-probabilities. A random number below edges[0]
+    draws the first option, one between edges[0] and edges[1] the second, and so on.
+    """
+
+    def __init__(self, options):
         *edges, total = accumulate(weight for weight, _, _ in options)
         self.options = [(math.log(weight / total), slots, parts) for weight, slots, parts in options]
-        self.edges = [edge / total for edge in edges]  # a random number below the first edge draws the first option, ...
+        self.edges = [edge / total for edge in edges]
 
 
 def read(template):
-    """The parts of a template: plain text, a "{slot}" or a Choice."""
+    """Returns the parts of a template, a tuple: each is plain text, a "{slot}" or a Choice."""
     template = re.sub(r"\|\n", "|", template.rstrip())
     template = re.sub(r"\n+", lambda breaks: " " if breaks[0] == "\n" else "\n", template)
     tokens = iter(re.split(r"(\*\d+|[\[|\]]|\{\w+\})", template))
 
-    def options():
-        found = [[1, {}, ()]]
+    def read_options():  # up to the closing bracket, each [weight, slots, parts]
+        options = [[1, {}, ()]]
         for token in tokens:
             if token == "]":
                 break
             elif token == "|":
-                found.append([1, {}, ()])
+                options.append([1, {}, ()])
             elif token.startswith("*"):
-                found[-1][0] = int(token[1:])
+                options[-1][0] = int(token[1:])
+            elif token == "[":
+                options[-1][2] += (Choice(read_options()),)
             elif token:
-                found[-1][2] += (Choice(options()) if token == "[" else token,)
-        return found
+                options[-1][2] += (token,)
+        return options
 
-    [(_, _, parts)] = options()
+    [(_, _, parts)] = read_options()
     return parts
 
 
 SLOTS = {}  # "{slot}" -> the Choice of a row of its table
 
 
-def add_tables(text):
-    """Put the indented blocks of a text into SLOTS; return the rest."""
+def add_table(block):
+    """Puts the columns of a table into SLOTS."""
+    names, *rows = [[cell.strip() for cell in row.split("|")] for row in re.split("[:;\n]", block)]
+    slots = ["{%s}" % name for name in names]
+    rows = [dict(zip(slots, row, strict=True)) for row in rows]
+    for slot in slots:
+        SLOTS[slot] = Choice([(1, row, (row[slot],)) for row in rows])
+
+
+def take_tables(text):
+    """Puts the indented blocks of a text, which are tables, into SLOTS; returns the rest."""
     blocks = text.rstrip().split("\n\n")
-    for table in blocks:
-        if table.startswith("    "):
-            names, *rows = [[cell.strip() for cell in row.split("|")] for row in re.split("[:;\n]", table)]
-            rows = [{"{%s}" % name: cell for name, cell in zip(names, row, strict=True)} for row in rows]
-            SLOTS.update((slot, Choice([(1, row, (row[slot],)) for row in rows])) for slot in rows[0])
+    for block in blocks:
+        if block.startswith("    "):
+            add_table(block)
     return "\n\n".join(block for block in blocks if not block.startswith("    "))
 
 
-PLOTS = {title: add_tables(section) for title, section in re.findall(r"# (.+)(\n[^#]+)", BOOK)}
-STORY = read("[" + PLOTS.pop("The opening").strip() + "]{plot}\n\n[" + PLOTS.pop("The closing").strip() + "]")
+PLOTS = {title: take_tables(section) for title, section in re.findall(r"# (.+)(\n[^#]+)", BOOK)}
+OPENING = PLOTS.pop("The opening").strip()
+CLOSING = PLOTS.pop("The closing").strip()
+STORY = read(f"[{OPENING}]{{plot}}\n\n[{CLOSING}]")
 MORALS = list(PLOTS)
-SLOTS["{plot}"] = Choice([(1, {"{moral}": title, "{lesson}": title[0].lower() + title[1:-1]}, read(plot))
-                          for title, plot in PLOTS.items()])
+
+
+def uncapitalize(sentence):
+    return sentence[0].lower() + sentence[1:]
+
+
+def plot_option(title, plot):
+    settled = {"{moral}": title, "{lesson}": uncapitalize(title[:-1])}
+    return 1, settled, read(plot)
+
+
+SLOTS["{plot}"] = Choice([plot_option(title, plot) for title, plot in PLOTS.items()])
 
 
 def walk(choose, fits, todo=STORY, settled={}, text="", logp=0.0):
-    """Yield (text, log-probability in nats, settled slots) of the stories that the parts `todo` can become.
+    """Yields (text, log-probability in nats, settled slots) of the stories that the parts can become.
 
-    choose(choice) gives the options to follow: one, drawn, to write a story; all of them to read one. fits(text) says
-    whether the story so far is worth going on with. So writing and reading cannot disagree about the grammar.
+    choose(choice) gives the options to follow: one, drawn, to write a story; all of them to read one.
+    fits(text) says whether the story so far is worth going on with. So writing and reading cannot
+    disagree about the grammar.
     """
     for i, part in enumerate(todo):
         part = settled.get(part, part)
         part = SLOTS.get(part, part)
-        if type(part) is str:
-            text += part
-            if not fits(text):
-                return
-        else:
+        if isinstance(part, Choice):
             for p, slots, parts in choose(part):
-                yield from walk(choose, fits, parts + todo[i + 1:], settled | slots, text, logp + p)
+                yield from walk(choose, fits, parts + todo[i + 1 :], settled | slots, text, logp + p)
+            return
+        text += part
+        if not fits(text):
             return
     yield text, logp, settled
 
 
 def tell(random):
-    """One story as (text, log-probability in nats, settled slots); random() is called for each choice, in reading order."""
-    return next(walk(lambda choice: (choice.options[bisect(choice.edges, random())],), fits=bool))
+    """Returns one story as (text, log-probability in nats, settled slots).
+
+    random() is called for each choice, in reading order.
+    """
+
+    def draw(choice):
+        return [choice.options[bisect(choice.edges, random())]]
+
+    return next(walk(draw, fits=bool))
 
 
 def stories(n, seed=0):
-    """Yield n independent stories as (text, log-probability in nats). They are never filtered: repeats may occur.
+    """Yields n independent stories as (text, log-probability in nats).
 
-    All chance comes from random() of one random.Random(seed), in reading order: story i depends on seed and i only, so
-    a larger n continues the same list.
+    They are never filtered: repeats may occur. All chance comes from random() of one
+    random.Random(seed), in reading order: story i depends on seed and i only, so a larger n continues
+    the same list.
     """
     random = Random(seed).random
     for _ in range(n):
-        yield tell(random)[:2]
+        text, logp, _ = tell(random)
+        yield text, logp
+
+
+def all_options(choice):
+    return choice.options
 
 
 def derivations(text):
-    """All ways to write exactly this text, as (log-probability in nats, moral): one for a story, none for other texts."""
-    every = walk(lambda choice: choice.options, text.startswith)
-    return [(logp, settled["{moral}"]) for whole, logp, settled in every if whole == text]
+    """Returns all ways to write exactly this text, as (log-probability in nats, moral).
+
+    There is one for a story and none for another text.
+    """
+    candidates = walk(all_options, text.startswith)
+    return [(logp, settled["{moral}"]) for story, logp, settled in candidates if story == text]
 
 
 def log_prob(text):
-    """The exact log-probability of a text in nats; -inf for a text that the grammar cannot write."""
+    """Returns the exact log-probability of a text in nats; -inf where the grammar cannot write it."""
     return max((logp for logp, _ in derivations(text)), default=-math.inf)
 
 
 def moral(text):
-    """The moral of a story, one of MORALS, also where the story leaves it unsaid. ValueError if the text is no story."""
-    for _, found in derivations(text):
-        return found
-    raise ValueError("not a story of this grammar")
+    """Returns the moral of a story, one of MORALS, also where the story leaves it unsaid.
+
+    Raises ValueError if the text is no story.
+    """
+    ways = derivations(text)
+    if not ways:
+        raise ValueError("not a story of this grammar")
+    _, title = ways[0]
+    return title
 
 
 def possible(beginning):
-    """Whether some story begins so."""
-    every = walk(lambda choice: choice.options, lambda text: text.startswith(beginning) or beginning.startswith(text))
-    return any(text.startswith(beginning) for text, _, _ in every)
+    """Returns whether a story begins so."""
+
+    def fits(text):
+        return text.startswith(beginning) or beginning.startswith(text)
+
+    return any(text.startswith(beginning) for text, _, _ in walk(all_options, fits))
 
 
-# The morals as answers. They begin as sentences of the stories do: "Good", "Even" and "Slow" stand in none, so a model that was trained
-# on stories alone cannot say them unless its embedding is trained too.
-ANSWERS = [f"So {m[0].lower()}{m[1:]}" for m in MORALS]
+# The morals as answers. They begin as sentences of the stories do: "Good", "Even" and "Slow" stand in
+# none, so a model that was trained on stories alone cannot say them unless its embedding is trained
+# too.
+ANSWERS = [f"So {uncapitalize(title)}" for title in MORALS]
 
 
 def moral_rows(n, seed=0):
-    """n questions with their answers, {"prompt": a story and a question, "response": one of ANSWERS}, no two about one story."""
-    rows, endless = {}, stories(2 ** 62, seed)
+    """Returns n questions with their answers, no two about one story.
+
+    Each is {"prompt": a story and a question, "response": one of ANSWERS}.
+    """
+    rows = {}
+    endless = stories(2**62, seed)
     while len(rows) < n:
         text, _ = next(endless)
-        rows[text] = {"prompt": f"{text}\nWhat is the moral of this story?", "response": ANSWERS[MORALS.index(moral(text))]}
+        prompt = f"{text}\nWhat is the moral of this story?"
+        rows[text] = {"prompt": prompt, "response": ANSWERS[MORALS.index(moral(text))]}
     return list(rows.values())
 
 
 @cache
 def totals(todo=STORY, settled=frozenset()):
-    """(the number of distinct stories, their entropy in nats a story), both exact."""
+    """Returns (the number of distinct stories, their entropy in nats a story), both exact."""
     for i, part in enumerate(todo):
         part = "" if part in settled else SLOTS.get(part, part)
         if isinstance(part, Choice):
-            ways = [(p, *totals(parts + todo[i + 1:], settled.union(slots))) for p, slots, parts in part.options]
-            return sum(n for _, n, _ in ways), sum(math.exp(p) * (h - p) for p, _, h in ways)
+            rest = todo[i + 1 :]
+            ways = [(p, *totals(parts + rest, settled.union(slots))) for p, slots, parts in part.options]
+            count = sum(n for _, n, _ in ways)
+            entropy = sum(math.exp(p) * (h - p) for p, _, h in ways)
+            return count, entropy
     return 1, 0.0
 
 
