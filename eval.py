@@ -37,6 +37,7 @@ from verdict import compare, grade, verdict
 
 FEW = 30            # documents; with fewer, text is resampled in slices, and paragraphs stand for documents
 SLICE = 1000        # bytes
+BINS = 24           # of the loss by position
 LOGITS = 1 << 26    # held at once: 256 MB
 PASSAGE_TOKENS = 1 << 22  # of a split, at its beginning, that passages are taken from
 PROMPTS, OPENING = 8, 4   # prompts, of so many words
@@ -216,11 +217,11 @@ def likelihood(subject, documents, closed, compute, cfg):
     return found | toy_gap(subject, documents, closed, ids, compute), columns
 
 
-def by_position(nats, T, most=24):
-    """[first, last, mean nats, targets] over the number of tokens of context, from 1 to T, in at most so many bins, narrow ones first."""
+def by_position(nats, T):
+    """[first, last, mean nats, targets] over the number of tokens of context, from 1 to T, in at most BINS bins, narrow ones first."""
     place = np.arange(len(nats)) % T
     sums, counts = np.bincount(place, nats), np.bincount(place)
-    edges = np.unique(np.r_[np.geomspace(1, len(counts) + 1, most + 1).astype(int), len(counts) + 1])
+    edges = np.unique(np.r_[np.geomspace(1, len(counts) + 1, BINS + 1).astype(int), len(counts) + 1])
     return [[int(a), int(b - 1), float(sums[a - 1:b - 1].sum() / counts[a - 1:b - 1].sum()), int(counts[a - 1:b - 1].sum())]
             for a, b in zip(edges, edges[1:])]
 

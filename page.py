@@ -82,7 +82,6 @@ details { margin: .9rem 0 }
 summary { cursor: pointer; color: var(--soft) }
 li { margin: .5rem 0 }
 ul { padding-left: 1.2rem }
-q { quotes: none }
 .right { color: var(--good) }
 .wrong { color: var(--poor); text-decoration: line-through }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .8rem; background: var(--card); padding: .8rem; border-radius: 6px }
@@ -143,10 +142,10 @@ def probe_list(whole):
     return blocks + block("room above chance taken", "mean of the probes", [answer(r, mean) for r, mean in zip(results, means)])
 
 
-def ticks(low, high, n=5):
-    """Round numbers from low to high, about n."""
-    step = 10 ** math.floor(math.log10(max(high - low, 1e-9) / n))
-    step *= next(k for k in (1, 2, 5, 10) if (high - low) / (step * k) <= n)
+def ticks(low, high):
+    """Round numbers from low to high, about five, and their decimal places."""
+    step = 10 ** math.floor(math.log10(max(high - low, 1e-9) / 5))
+    step *= next(k for k in (1, 2, 5, 10) if (high - low) / (step * k) <= 5)
     return [step * i for i in range(math.ceil(low / step), math.floor(high / step) + 1)], max(0, -math.floor(math.log10(step) + 1e-9))
 
 

@@ -254,10 +254,10 @@ def moral_cases(n, random):
     """The lesson of a new story, among all of them: {moral: case}, each moral equally often."""
     lessons = {moral: f" {moral[0].lower()}{moral[1:]}" for moral in toy_stories.MORALS}
     found = {moral: [] for moral in lessons}
-    while min(map(len, found.values())) < max(1, n // len(lessons)):
+    while min(map(len, found.values())) < n // len(lessons):
         text, _, settled = toy_stories.tell(random)
         moral = settled["{moral}"]
-        if len(found[moral]) < max(1, n // len(lessons)):
+        if len(found[moral]) < n // len(lessons):
             found[moral].append(Case(f"{text.rpartition(chr(10))[0]}\nSo {settled['{hero}']} learned that",
                                      [lessons[moral], *(lesson for m, lesson in lessons.items() if m != moral)]))
     return [case for some in found.values() for case in some]

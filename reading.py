@@ -39,9 +39,9 @@ def balanced(text):
     return all(p.count('"') % 2 == 0 and p.count("“") == p.count("”") for p in text.split("\n"))
 
 
-def repeated(words, n=4):
-    """The share of n-grams that occurred before in the text."""
-    grams = list(zip(*(words[i:] for i in range(n))))
+def repeated(words):
+    """The share of four-word phrases that occurred before in the text."""
+    grams = list(zip(*(words[i:] for i in range(4))))
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 

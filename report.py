@@ -118,7 +118,7 @@ def short(whole):
             return {key: plain(value) for key, value in x.items() if key not in ("texts", "right", "wrong", "made_up")}
         if isinstance(x, (list, tuple)):
             return [plain(value) for value in x]
-        if isinstance(x, (str, bool)) or x is None:
+        if isinstance(x, (str, bool)):
             return x
         return int(x) if isinstance(x, int) or float(x).is_integer() and abs(x) > 1e6 else float(f"{float(x):.6g}")
     return plain(whole)

@@ -8,8 +8,6 @@ Z = 1.959964  # of 95%
 
 def wilson(right, n):
     """The 95% interval (low, high) of a share, right of n (Wilson 1927): it holds for small n, and at 0 and 1."""
-    if not n:
-        return 0.0, 1.0
     p, z2 = right / n, Z * Z
     middle, half = p + z2 / (2 * n), Z * (p * (1 - p) / n + z2 / (4 * n * n)) ** 0.5
     return max(0.0, (middle - half) / (1 + z2 / n)), min(1.0, (middle + half) / (1 + z2 / n))
