@@ -5,8 +5,8 @@
     python eval.py --out_dir=out/ts --text=other.txt --judge_url=http://127.0.0.1:8000/v1 --judge_model=NAME
 
 1 likelihood: loss, perplexity, bits a byte with 95% intervals over documents; loss by position; for toy stories the distance to their entropy.
-2 probes (probes.py): questions with one right answer, chance beside the accuracy. 3 reading (reading.py): samples for fixed prompts at a fixed
-seed, marked by rules beside real text, and by a judge (judge.py) if there is one. The verdict (verdict.py) says whether the three agree.
+2 probes (lenses/probes.py): questions with one right answer, chance beside the accuracy. 3 reading (lenses/reading.py): samples for fixed prompts at a fixed
+seed, marked by rules beside real text, and by a judge (lenses/judge.py) if there is one. The verdict (lenses/verdict.py) says whether the three agree.
 """
 import json
 import math
@@ -19,21 +19,17 @@ import numpy as np
 from tqdm import tqdm
 
 import checkpoint
-import judge
-import page
 import prepare
-import probes
-import reading
-import report
 import toy_stories
 from config import Refusal, is_hf, run
 from device import check_memory, resolve
+from lenses import judge, page, probes, reading, report
+from lenses.stats import bits, bootstrap, mean_interval
+from lenses.verdict import compare, grade, verdict
 from model import HAS_CHUNKED_LOSS, Transformer, kv_cache_bytes, num_params
 from sample import finish, generate, prompt_ids
-from stats import bits, bootstrap, mean_interval
 from tokenizer import Tokenizer
 from train import above_floor, documents_of, evaluate, token_nats
-from verdict import compare, grade, verdict
 
 FEW = 30            # documents; with fewer, text is resampled in slices, and paragraphs stand for documents
 SLICE = 1000        # bytes

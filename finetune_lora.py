@@ -24,10 +24,10 @@ import checkpoint
 import folders
 import lora
 import prepare
-import probes
 import toy_stories
 from config import Refusal, hf_name, is_hf, run
 from device import check_memory, resolve
+from lenses import probes
 from log import plot
 from model import choose_rmsnorm
 from sample import finish, generate, prompt_ids, render

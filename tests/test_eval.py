@@ -16,21 +16,18 @@ import torch
 
 import checkpoint
 import eval as evaluation
-import judge
-import page
 import prepare
-import probes
-import reading
 import toy_stories
 import train
 from config import Refusal, configure
 from device import resolve
+from lenses import judge, page, probes, reading
+from lenses.stats import bits, bootstrap, mean_interval, resampled, wilson
+from lenses.verdict import compare, grade, verdict
 from model import ModelConfig, Transformer
-from stats import bits, bootstrap, mean_interval, resampled, wilson
 from test_model import build, tokens
 from test_train import SMALL
 from tokenizer import Tokenizer
-from verdict import compare, grade, verdict
 
 CPU = resolve("cpu", "float32", "false")
 TOLD = [text for text, _ in toy_stories.stories(400, seed=77)]

@@ -17,12 +17,12 @@ import checkpoint
 import eval as evaluation
 import finetune_lora as ft
 import prepare
-import probes
 import sample
 import toy_stories
 import train
 from children import finish, ranks, said, start
 from config import Refusal, configure
+from lenses import probes
 from test_lost import wait_for
 from test_model import build, tokens
 from test_prepare import hub  # noqa: F401  (a fixture)

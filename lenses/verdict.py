@@ -1,13 +1,13 @@
 """What three lenses say together: trust them where they agree, else which one to look at.
 
-    from verdict import grade, verdict; print(verdict(grade(result, unseen)))   # a checkpoint's figures and real text's, as eval.py has them
+    from lenses.verdict import grade, verdict; print(verdict(grade(result, unseen)))   # a checkpoint's figures and real text's, as eval.py has them
 """
 from itertools import combinations
 
 import numpy as np
 
-import probes
-from stats import bits, bootstrap, mean_interval
+from lenses import probes
+from lenses.stats import bits, bootstrap, mean_interval
 
 # The levels (fair from, good from) of each lens, chosen on this project's models
 EXPLAINED = 0.35, 0.50    # of the nats that the frequencies of tokens leave open; a table of token pairs explains 0.37 of TinyStories, tiny.toml 0.61

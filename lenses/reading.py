@@ -1,6 +1,6 @@
 """Texts read by rules: is it whole, does it go round in circles, are its words real, is it copied?
 
-    import reading; print(reading.marks("Tom ran. Tom ran. Tom ran. Tom", ended=False))
+    from lenses import reading; print(reading.marks("Tom ran. Tom ran. Tom ran. Tom", ended=False))
 
 A mark is a share from 0 to 1, the more the better. Rules are blunt, and verse or dialogue breaks some of them by right: so read a mark
 beside that of real text, which eval.py prints next to it.

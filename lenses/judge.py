@@ -2,7 +2,7 @@
 
     python eval.py --out_dir=out/ts --judge_url=http://127.0.0.1:8000/v1 --judge_model=NAME
     JUDGE_API_KEY=... python eval.py --out_dir=out/ts --judge_url=https://api.example.com/v1 --judge_model=NAME
-    python -c "import judge; print(judge.mark('Tom ran.', 'http://127.0.0.1:8000/v1', 'NAME', timeout=60))"
+    python -c "from lenses import judge; print(judge.mark('Tom ran.', 'http://127.0.0.1:8000/v1', 'NAME', timeout=60))"
 
 The key is sent to that server alone, by way of the proxy that the environment names if it names one: a redirect is an error.
 """

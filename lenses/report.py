@@ -1,5 +1,5 @@
 """The report of eval.py as tables, as text, as a line of JSON; page.py makes them a page. All from one dict of figures."""
-import reading
+from lenses import reading
 
 RULES = {"ends": "no end", "whole": "broken sentence", "quotes": "quotes open", "fresh": "repeats", "loops": "loop", "known": "made-up word",
          "grammar": "not in the grammar"}

@@ -1,6 +1,6 @@
 """Questions with one right answer: which of several completions of a context does a model find the likeliest?
 
-    import probes; [print(p.name, p.chance, p.cases[0]) for p in probes.story_probes([], n=150, seed=0)]
+    from lenses import probes; [print(p.name, p.chance, p.cases[0]) for p in probes.story_probes([], n=150, seed=0)]
 
 Every set of candidates is asked with each of them being the right one, equally often. So who ignores the context, whatever words
 and lengths it prefers, is at chance exactly. Stories in general are asked about words that small children's stories have. Toy stories are
@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import toy_stories
+from lenses.stats import resampled, wilson
 from sample import prompt_ids
-from stats import resampled, wilson
 from train import evaluating
 
 CLOZE = 5  # candidates

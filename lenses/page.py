@@ -6,9 +6,9 @@ import os
 import re
 
 import checkpoint
-import reading
 from config import Refusal
-from report import EQUAL, FACTS, between, facts, flags, sections, short
+from lenses import reading
+from lenses.report import EQUAL, FACTS, between, facts, flags, sections, short
 
 MARK = "<!-- a report of eval.py -->"  # so that one may be replaced, and nothing else
 
