@@ -1,40 +1,72 @@
 """Intervals: Wilson's for a share, the percentile bootstrap for everything else."""
+
 import math
 
 import numpy as np
 
-Z = 1.959964  # of 95%
+Z = 1.959964  # standard errors to each side: 95% of a normal distribution
+MOST_DRAWS = 1 << 22  # in memory at once
 
 
 def wilson(right, n):
-    """The 95% interval (low, high) of a share, right of n (Wilson 1927): it holds for small n, and at 0 and 1."""
-    p, z2 = right / n, Z * Z
-    middle, half = p + z2 / (2 * n), Z * (p * (1 - p) / n + z2 / (4 * n * n)) ** 0.5
-    return max(0.0, (middle - half) / (1 + z2 / n)), min(1.0, (middle + half) / (1 + z2 / n))
+    """Returns the 95% interval (low, high) of the share right / n (Wilson 1927).
+
+    It holds for small n, and for shares of 0 and 1.
+    """
+    share = right / n
+    shrink = 1 + Z * Z / n
+    middle = share + Z * Z / (2 * n)
+    variance = share * (1 - share) / n + Z * Z / (4 * n * n)
+    half = Z * variance**0.5
+    low = (middle - half) / shrink
+    high = (middle + half) / shrink
+    return max(0.0, low), min(1.0, high)
 
 
 def resampled(columns, resamples=2000, seed=0):
-    """Sums over units drawn with replacement: (n, m) -> float64 (resamples, m). The same n and seed draw the same units."""
-    columns, rng = np.asarray(columns, np.float64), np.random.default_rng(seed)
-    n, sums = len(columns), []
-    for start in range(0, resamples, step := max(1, (1 << 22) // n)):  # at most 4 million draws in memory
-        counts = rng.multinomial(n, np.full(n, 1 / n), size=min(step, resamples - start))
+    """Returns the sums of columns (n, m) over n units drawn with replacement, float64 (resamples, m).
+
+    The same n and seed draw the same units.
+    """
+    columns = np.asarray(columns, np.float64)
+    n = len(columns)
+    rng = np.random.default_rng(seed)
+    step = max(1, MOST_DRAWS // n)
+    sums = []
+    for start in range(0, resamples, step):
+        size = min(step, resamples - start)
+        counts = rng.multinomial(n, np.full(n, 1 / n), size=size)  # (size, n)
         sums.append(counts @ columns)
     return np.concatenate(sums)
 
 
 def bootstrap(columns, statistic, resamples=2000, seed=0):
-    """The 95% interval (low, high) of statistic(sums of the columns), a function (R, m) -> (R,), over resampled units (Efron 1979)."""
+    """Returns the 95% interval (low, high) of a statistic over resampled units (Efron 1979).
+
+    columns are (n units, m). statistic maps their sums (resamples, m) to figures (resamples,).
+    """
     with np.errstate(divide="ignore", invalid="ignore"):
         drawn = statistic(resampled(columns, resamples, seed))
-    return tuple(np.percentile(drawn[np.isfinite(drawn)], [2.5, 97.5]).tolist())  # of a few units all drawn may be empty ones
+    finite = drawn[np.isfinite(drawn)]  # with few units a draw may consist of empty ones
+    low, high = np.percentile(finite, [2.5, 97.5]).tolist()
+    return low, high
 
 
 def mean_interval(values, resamples=2000, seed=0):
-    """The 95% interval of the mean of independent values."""
-    return bootstrap(np.column_stack([values, np.ones(len(values))]), lambda s: s[:, 0] / s[:, 1], resamples, seed)
+    """Returns the 95% interval (low, high) of the mean of independent values."""
+    columns = np.column_stack([values, np.ones(len(values))])
+    return bootstrap(columns, ratio, resamples, seed)
+
+
+def ratio(sums):
+    """Returns the first column of sums (resamples, m) divided by the second."""
+    return sums[:, 0] / sums[:, 1]
 
 
 def bits(sums):
-    """Bits a byte from sums (R, 4) of nats, targets, tokens and bytes; the bytes are those of all tokens, the first included."""
-    return sums[:, 0] / sums[:, 1] * sums[:, 2] / sums[:, 3] / math.log(2)
+    """Returns bits a byte from sums (resamples, 4) of nats, targets, tokens and bytes.
+
+    The bytes are those of all tokens, also of the first one, which is no target.
+    """
+    nats, targets, tokens, n_bytes = sums.T
+    return nats / targets * tokens / n_bytes / math.log(2)

@@ -1,7 +1,11 @@
-"""What three lenses say together: trust them where they agree, else which one to look at.
+"""What three lenses say together: trust them where they agree; else the verdict says which to look at.
 
-    from lenses.verdict import grade, verdict; print(verdict(grade(result, unseen)))   # a checkpoint's figures and real text's, as eval.py has them
+    from lenses.verdict import grade, verdict
+    print(verdict(grade(result, unseen)))
+
+result has a checkpoint's figures and unseen those of real text, both as eval.py makes them.
 """
+
 from itertools import combinations
 
 import numpy as np
@@ -9,100 +13,219 @@ import numpy as np
 from lenses import probes
 from lenses.stats import bits, bootstrap, mean_interval
 
-# The levels (fair from, good from) of each lens, chosen on this project's models
-EXPLAINED = 0.35, 0.50    # of the nats that the frequencies of tokens leave open; a table of token pairs explains 0.37 of TinyStories, tiny.toml 0.61
-ABOVE_FLOOR = 0.30, 0.10  # toy stories: nats above their entropy, as a share of it; make demo ends at 0.08
-SKILL = 0.25, 0.60        # of the room above chance, mean of the probes: 0.25 is seven standard errors above guessing; from 0.6 most is known
-READING = 0.90, 0.96      # of the mark that real text has: one text in four without an end costs 0.04 of six rules'
-COPIED = 0.15             # of the words more than unseen real text shares with the training text: then the reading lens says nothing
+# The thresholds (fair from, good from) of each lens, chosen on this project's models.
 
-FEW_TEXTS = 10            # real ones: with fewer there is nothing to read samples beside
+# Of the nats that the frequencies of tokens leave open. A table of token pairs explains 0.37 of
+# TinyStories, tiny.toml 0.61.
+EXPLAINED = 0.35, 0.50
+
+# Toy stories: nats above their entropy, as a share of it. make demo ends at 0.08.
+ABOVE_FLOOR = 0.30, 0.10
+
+# Of the room above chance, mean of the probes. 0.25 is seven standard errors above guessing; from 0.6
+# most is known.
+SKILL = 0.25, 0.60
+
+# Of the mark that real text has. One text in four without an end costs 0.04 of six rules' mark.
+READING = 0.90, 0.96
+
+# Of the words, more than unseen real text shares with the training text: then the reading lens says
+# nothing.
+COPIED = 0.15
+
+FEW_TEXTS = 10  # real ones; with fewer there is nothing to read samples beside
 
 LEVELS = "poor", "fair", "good"
-LOOK = {("likelihood", -1): "it writes and answers better than it predicts: is this text like the one it was trained on?",
-        ("likelihood", 1): "it predicts better than it writes and answers: look at the samples and the wrong answers, which a low loss does not show",
-        ("probes", -1): "the text looks right, but it does not keep track of who and what: look at the wrong answers",
-        ("probes", 1): "it knows the answers, but neither predicts nor writes so well: look at the loss by position and the samples",
-        ("reading", -1): "it predicts and answers better than it writes: look at the samples, their rules and the sampling temperature",
-        ("reading", 1): "it reads well and means little: look at the wrong answers, and at what is copied"}
+
+# What to look at where one lens is below (-1) or above (1) the others.
+LOOK = {
+    ("likelihood", -1): "it writes and answers better than it predicts: "
+    "is this text like the one it was trained on?",
+    ("likelihood", 1): "it predicts better than it writes and answers: "
+    "look at the samples and the wrong answers, which a low loss does not show",
+    ("probes", -1): "the text looks right, but it does not keep track of who and what: "
+    "look at the wrong answers",
+    ("probes", 1): "it knows the answers, but neither predicts nor writes so well: "
+    "look at the loss by position and the samples",
+    ("reading", -1): "it predicts and answers better than it writes: "
+    "look at the samples, their rules and the sampling temperature",
+    ("reading", 1): "it reads well and means little: look at the wrong answers, and at what is copied",
+}
+ADVICE = {
+    "good": "trust it.",
+    "fair": "trust them: it has learned a good part, not all.",
+    "poor": "trust them: it needs more training, data or weights.",
+}
+
+
+# ---- one checkpoint
 
 
 def level(value, thresholds):
+    """Returns "poor", "fair" or "good". Where good is below fair in thresholds, low values are good."""
     fair, good = thresholds
-    up = 1 if good >= fair else -1
-    return LEVELS[int(up * value >= up * fair) + int(up * value >= up * good)]
+    if good < fair:
+        value, fair, good = -value, -fair, -good
+    if value >= good:
+        return "good"
+    return "fair" if value >= fair else "poor"
+
+
+def grade_likelihood(figures):
+    """Returns the level of the likelihood lens and the figure behind it."""
+    if "above_floor" in figures:
+        share = figures["above_floor"] / figures["floor"]
+        return level(share, ABOVE_FLOOR), f"{share:.1%} above the stories' entropy"
+    explained = figures["explained"]
+    reason = f"explains {explained:.0%} of what token frequencies leave open"
+    return level(explained, EXPLAINED), reason
+
+
+def grade_reading(column, unseen):
+    """Returns the level of the reading lens and the figure behind it."""
+    if copies(column, unseen):
+        reason = (
+            f"{column['copied']:.0%} of its words are copied from the training text, "
+            f"{unseen['copied']:.0%} of real text's"
+        )
+        return "poor", reason
+    share = column["score"] / unseen["score"] if unseen["score"] else 0.0
+    return level(share, READING), f"{share:.0%} of the mark of real text"
 
 
 def grade(result, unseen):
-    """{lens: (level, the figure it comes from)}"""
-    l, r = result["likelihood"], result["reading"]
-    if "above_floor" in l:
-        share = l["above_floor"] / l["floor"]
-        found = {"likelihood": (level(share, ABOVE_FLOOR), f"{share:.1%} above the stories' entropy")}
-    else:
-        found = {"likelihood": (level(l["explained"], EXPLAINED), f"explains {l['explained']:.0%} of what token frequencies leave open")}
+    """Returns {lens: (level, the figure behind it)} for a checkpoint, beside unseen real text.
+
+    A lens that has too little text to look at is left out.
+    """
+    grades = {"likelihood": grade_likelihood(result["likelihood"])}
     if result["probes"]["probes"]:
         skill = result["probes"]["skill"]
-        found["probes"] = level(skill, SKILL), f"takes {skill:.0%} of the room above chance"
-    if unseen["n"] < FEW_TEXTS:
-        return found
-    share = r["score"] / unseen["score"] if unseen["score"] else 0.0
-    found["reading"] = level(share, READING), f"{share:.0%} of the mark of real text"
-    if copies(r, unseen):
-        found["reading"] = "poor", f"{r['copied']:.0%} of its words are copied from the training text, {unseen['copied']:.0%} of real text's"
-    return found
+        grades["probes"] = level(skill, SKILL), f"takes {skill:.0%} of the room above chance"
+    if unseen["n"] >= FEW_TEXTS:
+        grades["reading"] = grade_reading(result["reading"], unseen)
+    return grades
 
 
 def copies(column, unseen):
+    """Returns whether far more of a column's text is copied than of unseen real text."""
     return column.get("copied", 0) > unseen.get("copied", 0) + COPIED
 
 
 def verdict(grades):
-    """(whether the lenses agree, one sentence or two)."""
-    heights = {lens: LEVELS.index(found) for lens, (found, _) in grades.items()}
+    """Returns whether the lenses agree, and one or two sentences about it."""
+    heights = {lens: LEVELS.index(name) for lens, (name, _) in grades.items()}
     if len(set(heights.values())) == 1:
-        found = next(iter(grades.values()))[0]
+        name, _ = grades["likelihood"]
         if len(grades) == 1:
-            return False, f"Only likelihood could be graded, {found}: there is too little text for the other lenses."
-        means = {"good": "trust it.", "fair": "trust them: it has learned a good part, not all.",
-                 "poor": "trust them: it needs more training, data or weights."}
-        return True, f"The {'three' if len(grades) == 3 else 'two'} lenses agree on {found}: {means[found]}"
+            reason = "there is too little text for the other lenses."
+            return False, f"Only likelihood could be graded, {name}: {reason}"
+        number = "three" if len(grades) == 3 else "two"
+        return True, f"The {number} lenses agree on {name}: {ADVICE[name]}"
     middle = sorted(heights.values())[len(heights) // 2]
-    odd = max(heights, key=lambda lens: (abs(heights[lens] - middle), -heights[lens]))  # of equals the lowest
-    said = ", ".join(f"{lens} {found}" for lens, (found, _) in grades.items())
-    return False, f"The lenses disagree ({said}). Look at {odd} first: {LOOK[odd, 1 if heights[odd] > middle else -1]}."
+
+    def oddity(lens):  # of equally distant lenses the lowest is the odd one
+        return abs(heights[lens] - middle), -heights[lens]
+
+    odd = max(heights, key=oddity)
+    side = 1 if heights[odd] > middle else -1
+    levels = ", ".join(f"{lens} {name}" for lens, (name, _) in grades.items())
+    return False, f"The lenses disagree ({levels}). Look at {odd} first: {LOOK[odd, side]}."
+
+
+# ---- several checkpoints
+
+
+def bits_gap(sums):
+    """Returns bits a byte of the second checkpoint minus those of the first. sums: (resamples, 8)."""
+    return bits(sums[:, 4:]) - bits(sums[:, :4])
+
+
+def text_scores(result):
+    """Returns the mean mark of each text that a checkpoint wrote."""
+    return [np.mean(list(text["marks"].values())) for text in result["reading"]["texts"]]
+
+
+def gap_intervals(a, b, columns_a, columns_b, resamples, seed):
+    """Returns {lens: 95% interval of how much better checkpoint a is than b}."""
+    both = np.hstack([columns_a, columns_b])  # the same units of text, so resampled together
+    gaps = {"likelihood": bootstrap(both, bits_gap, resamples, seed)}
+    if a["probes"]["probes"]:
+        skills_a = probes.skills(a["probes"]["probes"])
+        skills_b = probes.skills(b["probes"]["probes"])
+        differences = [x - y for x, y in zip(skills_a, skills_b)]
+        gaps["probes"] = probes.skill_interval(differences, resamples, seed)
+    scores = np.subtract(text_scores(a), text_scores(b))
+    gaps["reading"] = mean_interval(scores, resamples, seed)
+    return gaps
+
+
+def preferences(results, columns, unseen, resamples, seed):
+    """Returns {lens: {(i, j): 1, 0 or -1}}, which of two checkpoints a lens prefers, if any.
+
+    A lens prefers one where the 95% interval of the difference leaves out 0; the reading lens does so
+    only where neither copies.
+    """
+    signs = {"likelihood": {}, "probes": {}, "reading": {}}
+    for i, j in combinations(range(len(results)), 2):
+        a, b = results[i], results[j]
+        gaps = gap_intervals(a, b, columns[i], columns[j], resamples, seed)
+        for lens, (low, high) in gaps.items():
+            signs[lens][i, j] = int(low > 0) - int(high < 0)
+        if copies(a["reading"], unseen) or copies(b["reading"], unseen):
+            signs["reading"][i, j] = 0
+    return signs
+
+
+def badness(lens, result):
+    """Returns a figure by which a lens sorts checkpoints, the best first."""
+    if lens == "likelihood":
+        return result["likelihood"]["bits_per_byte"]
+    if lens == "probes":
+        return -result["probes"]["skill"]
+    return -result["reading"]["score"]
+
+
+def ranking(lens, pairs, results):
+    """Returns a line such as "probes: out/a > out/b = out/c"."""
+    order = sorted(range(len(results)), key=lambda i: badness(lens, results[i]))
+    line = f"{lens}: {results[order[0]]['out_dir']}"
+    for before, i in zip(order, order[1:]):
+        pair = min(before, i), max(before, i)
+        link = ">" if pairs[pair] else "="
+        line += f" {link} {results[i]['out_dir']}"
+    return line
+
+
+def contradictions(signs):
+    """Returns the pairs of checkpoints about which two lenses say the opposite."""
+    opposed = []
+    for pair in signs["likelihood"]:
+        opinions = {pairs.get(pair) for pairs in signs.values()}
+        if {1, -1} <= opinions:
+            opposed.append(pair)
+    return opposed
 
 
 def compare(results, columns, unseen, resamples, seed):
-    """(whether the lenses rank alike, a sentence, the ranking by each lens). A pair counts where the 95% interval of its difference leaves
-    out 0, in reading only where neither copies. columns: of likelihood, to resample."""
-    names, signs = [r["out_dir"] for r in results], {"likelihood": {}, "probes": {}, "reading": {}}
-    for a, b in combinations(range(len(results)), 2):
-        both = np.hstack([columns[a], columns[b]])  # the same units of text, so that they are resampled together
-        gaps = {"likelihood": bootstrap(both, lambda s: bits(s[:, 4:]) - bits(s[:, :4]), resamples, seed)}
-        if results[a]["probes"]["probes"]:
-            skills = [probes.skills(results[i]["probes"]["probes"]) for i in (a, b)]
-            gaps["probes"] = probes.skill_interval([x - y for x, y in zip(*skills)], resamples, seed)
-        scores = [[np.mean(list(t["marks"].values())) for t in results[i]["reading"]["texts"]] for i in (a, b)]
-        gaps["reading"] = mean_interval(np.subtract(*scores), resamples, seed)
-        for lens, (low, high) in gaps.items():
-            signs[lens][a, b] = (low > 0) - (high < 0)
-        if any(copies(results[i]["reading"], unseen) for i in (a, b)):
-            signs["reading"][a, b] = 0
-    key = {"likelihood": lambda i: results[i]["likelihood"]["bits_per_byte"], "probes": lambda i: -results[i]["probes"]["skill"],
-           "reading": lambda i: -results[i]["reading"]["score"]}
-    said = []
-    for lens, pairs in signs.items():
-        if pairs:
-            order = sorted(range(len(results)), key=key[lens])
-            links = [">" if pairs[min(p), max(p)] else "=" for p in zip(order, order[1:])]
-            said.append(f"{lens}: " + "".join(f"{names[i]} {link} " for i, link in zip(order, [*links, ""])).strip())
-    against = [(a, b) for a, b in signs["likelihood"] if {1, -1} <= {pairs.get((a, b)) for pairs in signs.values()}]
-    if not against:
+    """Returns whether the lenses rank checkpoints alike, a sentence, and the ranking by each lens.
+
+    columns: each checkpoint's likelihood, (units, 4) of nats, targets, tokens and bytes, to resample.
+    """
+    signs = preferences(results, columns, unseen, resamples, seed)
+    rankings = [ranking(lens, pairs, results) for lens, pairs in signs.items() if pairs]
+    opposed = contradictions(signs)
+    if not opposed:
         if not any(any(pairs.values()) for pairs in signs.values()):
-            return True, "No lens finds a difference that is more than chance.", said
-        return True, "No two lenses contradict each other: trust the ranking.", said
-    a, b = against[0]
-    split = {lens: names[a] if pairs.get((a, b)) == 1 else names[b] for lens, pairs in signs.items() if pairs.get((a, b))}
-    prefer = ", ".join(f"{lens} prefers {who}" for lens, who in split.items())
-    return False, f"The lenses contradict each other ({prefer}): look at the samples side by side.", said
+            return True, "No lens finds a difference that is more than chance.", rankings
+        return True, "No two lenses contradict each other: trust the ranking.", rankings
+    i, j = opposed[0]
+    opinions = []
+    for lens, pairs in signs.items():
+        sign = pairs.get((i, j))
+        if sign:
+            preferred = results[i if sign == 1 else j]["out_dir"]
+            opinions.append(f"{lens} prefers {preferred}")
+    reasons = ", ".join(opinions)
+    sentence = f"The lenses contradict each other ({reasons}): look at the samples side by side."
+    return False, sentence, rankings
