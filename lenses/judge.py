@@ -125,7 +125,7 @@ def ask_once(body, url, timeout):
 
 
 def mark(text, url, model, timeout):
-    """Returns the marks of one text, {"grammar": 1 to 10, ...}. Asks twice at most. Raises JudgeError."""
+    """Returns the marks of one text, {"grammar": 7, ...}. Asks twice at most. Raises JudgeError."""
     messages = [
         {"role": "system", "content": PROMPT},
         {"role": "user", "content": f"{DASHES}\n{text}\n{DASHES}"},

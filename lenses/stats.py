@@ -31,11 +31,12 @@ def resampled(columns, resamples=2000, seed=0):
     columns = np.asarray(columns, np.float64)
     n = len(columns)
     rng = np.random.default_rng(seed)
+    chances = np.full(n, 1 / n)
     step = max(1, MOST_DRAWS // n)
     sums = []
     for start in range(0, resamples, step):
         size = min(step, resamples - start)
-        counts = rng.multinomial(n, np.full(n, 1 / n), size=size)  # (size, n)
+        counts = rng.multinomial(n, chances, size=size)  # (size, n)
         sums.append(counts @ columns)
     return np.concatenate(sums)
 
