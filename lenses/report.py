@@ -1,124 +1,234 @@
-"""The report of eval.py as tables, as text, as a line of JSON; page.py makes them a page. All from one dict of figures."""
-from lenses import reading
+"""The report of eval.py as tables, as text and as a line of JSON; page.py makes a page of it.
 
-RULES = {"ends": "no end", "whole": "broken sentence", "quotes": "quotes open", "fresh": "repeats", "loops": "loop", "known": "made-up word",
-         "grammar": "not in the grammar"}
+All are made from one dict of figures, here `whole`: {"checkpoints": [...], "reference": {...}, ...}.
+"""
+
+from lenses import judge, reading
+
+RULES = {
+    "ends": "no end",
+    "whole": "broken sentence",
+    "quotes": "quotes open",
+    "fresh": "repeats",
+    "loops": "loop",
+    "known": "made-up word",
+    "grammar": "not in the grammar",
+}
+REFERENCES = {"unseen": "real, unseen", "training": "real, training"}
+EQUAL = "= where the difference is within chance, or copied text is in the way"
+FACTS = ["checkpoint", "trained on", "parameters", "step", "vocabulary", "context"]
+FACT_KEYS = ["parameters", "step", "vocab_size", "block_size"]
+NOT_IN_JSON = "texts", "right", "wrong", "made_up"
+FRESH = 0.9  # the mark from which a text counts as one that does not repeat itself
+MUCH_COPIED = 0.5  # of the words, more than real text shares with the training text
 
 
-# ---- the figures as tables of strings: (title, what it says, header, rows)
+# ---- cells of tables: strings, empty where there is no figure
+
 
 def between(value, low, high, form):
+    """Returns a figure with its interval, such as "0.50 (0.40 – 0.60)"."""
     return f"{value:{form}} ({low:{form}} – {high:{form}})"
 
 
-def figure(key, form, low=None):
-    """A cell: d[key], with its interval in d[low + "_low"] and d[low + "_high"] if low is given; empty where d lacks it."""
-    def cell(d):
-        if key not in d:
-            return ""
-        return between(d[key], d[f"{low}_low"], d[f"{low}_high"], form) if low else f"{d[key]:{form}}"
-    return cell
+def figures(dicts, key, form):
+    """Returns a cell for each dict: its figure `key`."""
+    return [f"{d[key]:{form}}" if key in d else "" for d in dicts]
 
 
-def above_floor(x):
-    if "floor" not in x:
+def intervals(dicts, key, form, prefix=""):
+    """Returns a cell for each dict: its figure `key` with the interval prefix_low, prefix_high."""
+    prefix = prefix or key
+    return [between(d[key], d[f"{prefix}_low"], d[f"{prefix}_high"], form) for d in dicts]
+
+
+def above_floor(likelihood):
+    """Returns a cell: how far a model is above the exact entropy of toy stories."""
+    if "floor" not in likelihood:
         return ""
-    return f"{x['above_floor']:.2f} ± {x['above_floor_error']:.2f}, {x['above_floor'] / x['floor']:.1%} of {x['floor']:.2f}"
+    gap = likelihood["above_floor"]
+    floor = likelihood["floor"]
+    return f"{gap:.2f} ± {likelihood['above_floor_error']:.2f}, {gap / floor:.1%} of {floor:.2f}"
+
+
+def judge_marks(column, key):
+    """Returns a cell: a mark of the judge, and of how many texts."""
+    if "judge" not in column:
+        return ""
+    return f"{column['judge'][key]:.1f} (of {column['judge']['n']})"
+
+
+def add_row(rows, title, cells):
+    """Adds a row to a table, unless all its cells are empty."""
+    if any(cells):
+        rows.append([title, *(cell or "–" for cell in cells)])
+
+
+# ---- the tables: (title, introduction, header, rows)
+
+
+def names_of(whole):
+    return [result["out_dir"] for result in whole["checkpoints"]]
+
+
+def likelihood_section(whole):
+    lens = [result["likelihood"] for result in whole["checkpoints"]]
+    first = lens[0]
+    about = (
+        f"On {whole['text']}: {first['bytes']:,} bytes, {first['units']:,} {first['unit']}; "
+        "in brackets 95% of the bootstrap over them. "
+        "Bits a byte is the figure that does not depend on the tokenizer."
+    )
+    highest = max(likelihood["perplexity"] for likelihood in lens)
+    form = ",.2f" if highest < 1e9 else ".3g"
+    explained = "explained of what token frequencies leave open"
+    entropy = "nats a story above the exact entropy"
+    rows = []
+    add_row(rows, "loss, nats a token", intervals(lens, "loss", ".4f"))
+    add_row(rows, "perplexity", intervals(lens, "perplexity", form))
+    add_row(rows, "bits a byte", intervals(lens, "bits_per_byte", ".4f", "bits"))
+    add_row(rows, explained, figures(lens, "explained", ".1%"))
+    add_row(rows, "loss on training text", figures(lens, "training_loss", ".4f"))
+    add_row(rows, "tokens", figures(lens, "tokens", ","))
+    add_row(rows, entropy, [above_floor(likelihood) for likelihood in lens])
+    return "1 Likelihood", about, ["", *names_of(whole)], rows
+
+
+def probes_section(whole):
+    lens = [result["probes"] for result in whole["checkpoints"]]
+    about = (
+        "Which completion is the likeliest? "
+        "Every set of answers is asked with each of them right equally often, "
+        "so that who ignores the context is at chance. "
+        "In brackets Wilson's 95% interval."
+    )
+    rows = []
+    for results in zip(*(probes["probes"] for probes in lens)):  # a probe's, one for each checkpoint
+        first = results[0]
+        cells = [between(probe["accuracy"], probe["low"], probe["high"], ".1%") for probe in results]
+        rows.append([first["name"], first["asks"], str(first["n"]), f"{first['chance']:.1%}", *cells])
+    if rows:
+        cells = intervals(lens, "skill", ".1%")
+        rows.append(["room above chance taken", "mean of the probes", "", "0.0%", *cells])
+    return "2 Probes", about, ["probe", "asks", "n", "chance", *names_of(whole)], rows
+
+
+def reading_section(whole):
+    reference = whole["reference"]
+    columns = [result["reading"] for result in whole["checkpoints"]]
+    columns += reference.values()
+    first = columns[0]
+    numbers = " and ".join(str(column["n"]) for column in reference.values())
+    about = (
+        f"{first['n']} texts, and {numbers} real ones, marked by the same rules: "
+        "100% is the best mark, and real text says what can be expected. "
+        f"Copied: words that stand {reading.COPY} or more in a row in the training text."
+    )
+    mean = f"mark: mean of the {len(first['marks'])} rules below"
+    pairs = f"different pairs of words in {reading.DISTINCT_WORDS:,} words"
+    marks = [column["marks"] for column in columns]
+    rows = []
+    add_row(rows, mean, intervals(columns, "score", ".1%"))
+    for key, title in reading.MARKS.items():
+        add_row(rows, title, figures(marks, key, ".1%"))
+    add_row(rows, pairs, figures(columns, "distinct", ".1%"))
+    add_row(rows, "words copied from the training text", figures(columns, "copied", ".1%"))
+    for key in judge.RUBRIC:
+        cells = [judge_marks(column, key) for column in columns]
+        add_row(rows, f"judge: {key}, 1 to 10", cells)
+    header = ["", *names_of(whole), *(REFERENCES[key] for key in reference)]
+    return "3 Reading", about, header, rows
 
 
 def sections(whole):
-    results, reference = whole["checkpoints"], whole["reference"]
-    names = [r["out_dir"] for r in results]
-
-    def row(title, cell, of):
-        cells = [cell(x) for x in of]
-        return [[title, *(c or "–" for c in cells)]] if any(cells) else []
-
-    l = results[0]["likelihood"]
-    about = (f"On {whole['text']}: {l['bytes']:,} bytes, {l['units']:,} {l['unit']}; in brackets 95% of the bootstrap over them. "
-             "Bits a byte is the figure that does not depend on the tokenizer.")
-    of = [r["likelihood"] for r in results]
-    form = ",.2f" if max(x["perplexity"] for x in of) < 1e9 else ".3g"
-    rows = [*row("loss, nats a token", figure("loss", ".4f", "loss"), of), *row("perplexity", figure("perplexity", form, "perplexity"), of),
-            *row("bits a byte", figure("bits_per_byte", ".4f", "bits"), of), *row("explained of what token frequencies leave open", figure("explained", ".1%"), of),
-            *row("loss on training text", figure("training_loss", ".4f"), of), *row("tokens", figure("tokens", ","), of),
-            *row("nats a story above the exact entropy", above_floor, of)]
-    found = [("1 Likelihood", about, ["", *names], rows)]
-
-    asked = results[0]["probes"]["probes"]
-    about = ("Which completion is the likeliest? Every set of answers is asked with each of them right equally often, so that who ignores the "
-             "context is at chance. In brackets Wilson's 95% interval.")
-    rows = []
-    for i, p in enumerate(asked):
-        answered = [r["probes"]["probes"][i] for r in results]
-        rows.append([p["name"], p["asks"], f"{p['n']}", f"{p['chance']:.1%}", *(between(x["accuracy"], x["low"], x["high"], ".1%") for x in answered)])
-    if asked:
-        rows.append(["room above chance taken", "mean of the probes", "", "0.0%", *(figure("skill", ".1%", "skill")(r["probes"]) for r in results)])
-    found.append(("2 Probes", about, ["probe", "asks", "n", "chance", *names], rows))
-
-    columns = [r["reading"] for r in results] + list(reference.values())
-    header = ["", *names, *({"unseen": "real, unseen", "training": "real, training"}[key] for key in reference)]
-    about = (f"{columns[0]['n']} texts, and {' and '.join(str(c['n']) for c in reference.values())} real ones, marked by the same rules: 100% is the best mark, and real text says what can be "
-             f"expected. Copied: words that stand {reading.COPY} or more in a row in the training text.")
-    rows = row(f"mark: mean of the {len(columns[0]['marks'])} rules below", figure("score", ".1%", "score"), columns)
-    for key, title in reading.MARKS.items():
-        rows += row(title, figure(key, ".1%"), [c["marks"] for c in columns])
-    rows += row(f"different pairs of words in {reading.DISTINCT_WORDS:,} words", figure("distinct", ".1%"), columns)
-    rows += row("words copied from the training text", figure("copied", ".1%"), columns)
-    for key in ("grammar", "coherence", "creativity"):
-        rows += row(f"judge: {key}, 1 to 10", lambda c: f"{c['judge'][key]:.1f} (of {c['judge']['n']})" if "judge" in c else "", columns)
-    found.append(("3 Reading", about, header, rows))
-    return found
+    """Returns the table of each lens: (title, introduction, header, rows), cells as strings."""
+    return likelihood_section(whole), probes_section(whole), reading_section(whole)
 
 
 def facts(whole):
-    return [[r["out_dir"], r["dataset"], *(f"{r[key]:,}" for key in ("parameters", "step", "vocab_size", "block_size"))] for r in whole["checkpoints"]]
+    """Returns the rows of the table of checkpoints, whose header is FACTS."""
+    rows = []
+    for result in whole["checkpoints"]:
+        numbers = [f"{result[key]:,}" for key in FACT_KEYS]
+        rows.append([result["out_dir"], result["dataset"], *numbers])
+    return rows
 
 
-EQUAL = "= where the difference is within chance, or copied text is in the way"
-FACTS = ["checkpoint", "trained on", "parameters", "step", "vocabulary", "context"]
+def flags(text, whole):
+    """Returns the rules that a text breaks, and whether far more of it is copied than of real text."""
+    flagged = []
+    for key, mark in text["marks"].items():
+        enough = FRESH if key == "fresh" else 1
+        if mark < enough:
+            flagged.append(RULES[key])
+    usual = whole["reference"]["unseen"].get("copied", 0)
+    copied = text["copied"] or 0
+    if copied >= usual + MUCH_COPIED:
+        flagged.append(f"{copied:.0%} copied")
+    return flagged
 
 
 # ---- text
 
+
 def table(header, rows):
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in [header, *rows])
+    """Returns a table as text, its columns aligned."""
+    lines = [header, *rows]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    padded = [map(str.ljust, line, widths) for line in lines]
+    return "\n".join("  ".join(cells).rstrip() for cells in padded)
 
 
-def text(whole):
-    parts = [table(FACTS, facts(whole))]
-    for title, about, header, rows in sections(whole):
-        parts.append(f"{title}\n{about}\n\n{table(header, rows) if rows else 'nothing to ask'}")
-    for r in whole["checkpoints"]:
-        shown = [f"[{', '.join(flags(t, whole)) or 'no fault found'}]\n{t['text']}" for t in r["reading"]["texts"][::max(1, r["reading"]["n"] // 3)][:3]]
-        parts.append(f"Samples of {r['out_dir']} (all are in report.html)\n\n" + "\n\n".join(shown))
-    parts += [f"Note: {note}" for note in whole["notes"]]
-    for r in whole["checkpoints"]:
-        levels = "\n".join(f"  {lens}: {found} ({why})" for lens, (found, why) in r["levels"].items())
-        parts.append(f"Verdict on {r['out_dir']}: {r['verdict']}\n{levels}")
-    if len(whole["checkpoints"]) > 1:
-        parts.append("\n".join([f"Verdict: {whole['verdict']}", *(f"  {line}" for line in whole["ranking"]), f"  {EQUAL}"]))
+def samples_text(result, whole):
+    """Returns three of a checkpoint's texts with their faults."""
+    column = result["reading"]
+    step = max(1, column["n"] // 3)
+    parts = [f"Samples of {result['out_dir']} (all are in report.html)"]
+    for text in column["texts"][::step][:3]:
+        faults = ", ".join(flags(text, whole)) or "no fault found"
+        parts.append(f"[{faults}]\n{text['text']}")
     return "\n\n".join(parts)
 
 
-def flags(text, whole):
-    """The rules that a text breaks, in a few words; and whether far more of it is copied than of real text."""
-    usual = whole["reference"]["unseen"].get("copied", 0)
-    found = [RULES[key] for key, mark in text["marks"].items() if mark < (0.9 if key == "fresh" else 1)]
-    return found + ([f"{text['copied']:.0%} copied"] if (text["copied"] or 0) >= usual + 0.5 else [])
+def verdict_text(result):
+    lines = [f"Verdict on {result['out_dir']}: {result['verdict']}"]
+    lines += [f"  {lens}: {level} ({reason})" for lens, (level, reason) in result["levels"].items()]
+    return "\n".join(lines)
+
+
+def ranking_text(whole):
+    lines = [f"Verdict: {whole['verdict']}"]
+    lines += [f"  {line}" for line in [*whole["ranking"], EQUAL]]
+    return "\n".join(lines)
+
+
+def text(whole):
+    """Returns the report as text."""
+    results = whole["checkpoints"]
+    parts = [table(FACTS, facts(whole))]
+    for title, about, header, rows in sections(whole):
+        body = table(header, rows) if rows else "nothing to ask"
+        parts.append(f"{title}\n{about}\n\n{body}")
+    parts += [samples_text(result, whole) for result in results]
+    parts += [f"Note: {note}" for note in whole["notes"]]
+    parts += [verdict_text(result) for result in results]
+    if len(results) > 1:
+        parts.append(ranking_text(whole))
+    return "\n\n".join(parts)
 
 
 # ---- JSON
 
-def short(whole):
-    """The figures without the texts, in plain types, rounded."""
-    def plain(x):
-        if isinstance(x, dict):
-            return {key: plain(value) for key, value in x.items() if key not in ("texts", "right", "wrong", "made_up")}
-        if isinstance(x, (list, tuple)):
-            return [plain(value) for value in x]
-        if isinstance(x, (str, bool)):
-            return x
-        return int(x) if isinstance(x, int) or float(x).is_integer() and abs(x) > 1e6 else float(f"{float(x):.6g}")
-    return plain(whole)
+
+def short(value):
+    """Returns the figures without the texts, in plain types, rounded to six digits."""
+    if isinstance(value, dict):
+        return {key: short(item) for key, item in value.items() if key not in NOT_IN_JSON}
+    if isinstance(value, (list, tuple)):
+        return [short(item) for item in value]
+    if isinstance(value, (str, bool)):
+        return value
+    number = float(value)
+    if isinstance(value, int) or (number.is_integer() and abs(number) > 1e6):
+        return int(value)
+    return float(f"{number:.6g}")
