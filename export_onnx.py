@@ -1,21 +1,27 @@
-"""Writes a trained model as ONNX: a folder with model.onnx, tokenizer.json and config.json, checked against PyTorch and timed.
+"""Writes a trained model as ONNX, compares the file with PyTorch and times both.
 
-    python export_onnx.py --out_dir=out/ts                                 out/ts/onnx/model.onnx, float32, in one file
-    python export_onnx.py --out_dir=out/ts --to=story --quantize=int8      also story/model_int8.onnx, about a quarter of the size
-    python sample.py --onnx=out/ts/onnx                                    stories from it; --onnx=story/model_int8.onnx
+    python export_onnx.py --out_dir=out/ts                              # out/ts/onnx/model.onnx, float32
+    python export_onnx.py --out_dir=out/ts --to=story --quantize=int8   # also story/model_int8.onnx
+    python sample.py --onnx=out/ts/onnx                                 # or --onnx=story/model_int8.onnx
 
-The graph takes ids (B, T) and the keys and values of the tokens before, past_k.0 past_v.0 past_k.1 ... (P, B, n_kv_head, head_dim), and gives
-logits (B, T, V) and present_k.0 ... (P + T, B, n_kv_head, head_dim), which are the next call's past. B, T and P may be anything, P also 0; that
-P + T stays within block_size is the caller's to see to. The file has the parameters' size.
+The folder also has tokenizer.json and config.json. model.onnx is one file, as large as the parameters;
+model_int8.onnx is about a quarter of that.
+
+The graph takes ids (B, T) and the keys and values of the tokens before them, past_k.0 past_v.0
+past_k.1 ..., each (P, B, n_kv_head, head_dim). It returns logits (B, T, V) and present_k.0 present_v.0
+..., each (P + T, B, n_kv_head, head_dim), which are the past of the next call. P may be 0. The graph
+does not check that P + T stays within block_size; its caller does.
 """
+
 import copy
 import importlib.util
+import itertools
 import json
 import logging
 import math
-import os
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,20 +41,23 @@ from model import attention_mask, num_params
 from sample import finish, generate
 
 OPSET = 18  # the lowest that torch.onnx writes without converting
-LARGEST = 2 ** 31 - 2 ** 24  # bytes of parameters: protobuf ends at 2^31
-ROUNDING = 3e-5  # of the largest number of a tensor: some 50 times what the demo model shows; an epsilon of 1e-6 for 1e-5 is above it
-MOST_WORSE = 0.01  # of the validation loss, by int8
+MAX_BYTES = 2**31 - 2**24  # of parameters: a protobuf ends at 2^31
+# Of a tensor's largest number: some 50 times what the demo model shows, and less than an epsilon of 1e-6
+# in place of 1e-5 would make
+MAX_DIFFERENCE = 3e-5
+MAX_LOSS_INCREASE = 0.01  # of the validation loss, by int8
+INT8_LARGEST = 64  # a CPU without VNNI adds two products in 16 bits and saturates: 2 * 255 * 64 < 2^15
 
 
 @dataclass
 class Config:
-    out_dir: str = "out"      # the folder of a trained model, a checkpoint file or hf:FOLDER_OR_NAME
-    to: str = ""              # the folder to write; "" = OUT_DIR/onnx
-    overwrite: bool = False   # move a folder that is in the way aside
-    quantize: str = "none"    # none | int8 (model_int8.onnx beside model.onnx: matrices in 8 bits)
-    dataset: str = ""         # int8 is judged by the validation split of data/NAME; "" = the one of the training
+    out_dir: str = "out"  # the folder of a trained model, a checkpoint file or hf:FOLDER_OR_NAME
+    to: str = ""  # the folder to write; "" = OUT_DIR/onnx
+    overwrite: bool = False  # move a folder that is in the way aside
+    quantize: str = "none"  # none | int8 (model_int8.onnx beside model.onnx: matrices in 8 bits)
+    dataset: str = ""  # int8 is judged by the validation split of data/NAME; "" = the training's
     eval_tokens: int = 16384  # tokens of it, evenly spaced; 0 = all
-    seconds: float = 5.0      # of PyTorch and onnxruntime taking turns; three rounds at least
+    seconds: float = 5.0  # of PyTorch and onnxruntime taking turns; three rounds at least
 
     def __post_init__(self):
         if self.to and (not Path(self.to).name or self.to.endswith(".onnx")):
@@ -62,346 +71,589 @@ class Config:
                 raise ValueError(f"exporting needs {library}: pip install {library}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The graph
+# --------------------------------------------------------------------------------------------------
+# The module that is traced
 
-class Computed:
-    """In the place of a table of cos or sin: its rows for the positions (T,) that are asked for, so that no table is in the file."""
 
-    def __init__(self, of, frequencies):
-        self.of, self.frequencies = of, frequencies
+class ComputedTable:
+    """Computes the rows of a table of cos or sin, at positions (T,), so that the file holds no table."""
+
+    def __init__(self, function, frequencies):
+        self.function = function
+        self.frequencies = frequencies
 
     def __getitem__(self, pos):
-        return self.of(pos.view(-1, *[1] * self.frequencies.dim()) * self.frequencies)
+        ones = [1] * self.frequencies.dim()
+        return self.function(pos.view(-1, *ones) * self.frequencies)
+
+
+def compute_tables(tables, frequencies):
+    """Exchanges the cos and sin of a model.Float32Tables for what computes them."""
+    del tables.cos, tables.sin  # buffers, which an attribute of another type cannot replace
+    tables.cos = ComputedTable(torch.cos, frequencies)
+    tables.sin = ComputedTable(torch.sin, frequencies)
 
 
 def join(*linears):
-    """One Linear in the place of several that multiply the same states: it gives what they give, one after the other."""
-    first = linears[0]
-    joined = nn.Linear(first.in_features, sum(linear.out_features for linear in linears), bias=first.bias is not None)
-    joined.load_state_dict({name: torch.cat([linear.state_dict()[name] for linear in linears]) for name in first.state_dict()})
+    """Returns one Linear whose outputs are those of several with the same input, one after the other."""
+    width = sum(linear.out_features for linear in linears)
+    joined = nn.Linear(linears[0].in_features, width, bias=linears[0].bias is not None)
+    states = [linear.state_dict() for linear in linears]
+    joined.load_state_dict({name: torch.cat([state[name] for state in states]) for name in states[0]})
     return joined
 
 
 class JoinedAttention(nn.Module):
-    """What an Attention computes, in fewer nodes, since in decoding a node costs much whatever is in it: q, k and v from one product and turned
-    as one (v by nothing), q scaled by its weights. x @ roll is x.roll(D / 2), in one node."""
+    """Computes what model.Attention does, in fewer nodes: a node costs time even for a single token.
+
+    One product gives q, k and v. All heads are rotated together, those of v by an angle of 0. The
+    weights of q hold the scale of the scores. x @ roll is x.roll(D / 2) in one node.
+    """
 
     def __init__(self, c, attn, roll):
         super().__init__()
-        for p in (attn.q_norm if c.qk_norm else attn.q_proj).parameters():
-            p.data /= math.sqrt(c.head_dim)
-        self.qkv_proj, self.o_proj = join(attn.q_proj, attn.k_proj, attn.v_proj), attn.o_proj
-        self.q_norm, self.k_norm = attn.q_norm, attn.k_norm
-        self.H, self.G, self.D, self.normed, self.roll = c.n_head, c.n_kv_head, c.head_dim, c.qk_norm, roll
+        scaled = attn.q_norm if c.qk_norm else attn.q_proj  # the last weights on the way to q
+        for parameter in scaled.parameters():
+            parameter.data /= math.sqrt(c.head_dim)
+        self.config = c
+        self.qkv_proj = join(attn.q_proj, attn.k_proj, attn.v_proj)
+        self.o_proj = attn.o_proj
+        self.q_norm = attn.q_norm
+        self.k_norm = attn.k_norm
+        self.roll = roll
 
     def forward(self, x, cos_sin, mask, past, present):
-        """States (T * B, C) of states x, after a past k and v (P, B, G, D). Appends k and v of all tokens to present."""
-        H, G, D, B = self.H, self.G, self.D, past[0].size(1)
+        """Maps states (T * B, C) to states (T * B, C), after a past k and v, each (P, B, G, D).
+
+        Appends the k and v of all tokens, each (P + T, B, G, D), to the list present.
+        """
+        c = self.config
+        H, G, D = c.n_head, c.n_kv_head, c.head_dim
+        B = past[0].size(1)
         heads = self.qkv_proj(x).view(-1, B, H + 2 * G, D)  # (T, B, heads, D)
-        if self.normed:
+        if c.qk_norm:
             q, k, v = heads.split((H, G, G), 2)
             heads = torch.cat((self.q_norm(q), self.k_norm(k), v), 2)
         if cos_sin is not None:
-            heads = heads * cos_sin[0] + heads @ self.roll * cos_sin[1]  # model.rotate
+            cos, sin = cos_sin
+            heads = heads * cos + heads @ self.roll * sin  # model.rotate
         q, k, v = heads.split((H, G, G), 2)
-        k, v = (torch.cat(pair) for pair in zip(past, (k, v)))
-        present += k, v
-        q = q.permute(1, 2, 0, 3)  # onnxruntime's products take this and the like upon them
-        if H != G:  # the queries of a group one after the other, so that k and v are not copied for each
+        k = torch.cat((past[0], k))
+        v = torch.cat((past[1], v))
+        present += [k, v]
+
+        q = q.permute(1, 2, 0, 3)  # onnxruntime's products take permutations upon themselves
+        if H != G:  # a group's queries one after the other, so that k and v are not copied for each
             q = q.reshape(B, G, -1, D)
-        y = (q @ k.permute(1, 2, 3, 0) + mask).softmax(-1) @ v.permute(1, 2, 0, 3)
+        scores = q @ k.permute(1, 2, 3, 0) + mask
+        y = scores.softmax(-1) @ v.permute(1, 2, 0, 3)
         if H != G:
             y = y.reshape(B, H, -1, D)
         return self.o_proj(y.permute(2, 0, 1, 3).reshape(-1, H * D))
 
 
 class JoinedSwiGLU(nn.Module):
+    """Computes what model.SwiGLU does, with one product for gate and up."""
+
     def __init__(self, mlp):
         super().__init__()
-        self.both_proj, self.down_proj = join(mlp.gate_proj, mlp.up_proj), mlp.down_proj
+        self.both_proj = join(mlp.gate_proj, mlp.up_proj)
+        self.down_proj = mlp.down_proj
 
     def forward(self, x):
         gate, up = self.both_proj(x).chunk(2, -1)
         return self.down_proj(F.silu(gate) * up)
 
 
+def additive_mask(model, P, T):
+    """Returns what JoinedAttention adds to the scores of T new tokens after P: biases, and -inf.
+
+    The shape is (T, P + T), with ALiBi (H, T, P + T). Where H / G query heads share keys, their tokens
+    follow each other: (H / G * T, P + T), with ALiBi (G, H / G * T, P + T).
+    """
+    c = model.config
+    mask, _ = attention_mask(P, T, None, model.alibi, torch.float32, "cpu")
+    if mask.dtype == torch.bool:
+        mask = torch.where(mask, 0.0, -torch.inf)
+    if c.n_head == c.n_kv_head:
+        return mask
+    if model.alibi is not None:
+        return mask.reshape(c.n_kv_head, -1, P + T)
+    return mask.repeat(c.n_head // c.n_kv_head, 1)
+
+
 class Graph(nn.Module):
-    """A Transformer, told with the tokens of all rows in one axis, (T * B, C): a product and the sum with the residual stream can be one Gemm
-    then (where the product has no bias). In keys and values the tokens are the first axis, so that new ones come after all that is there, whatever B."""
+    """A copy of a Transformer in the form in which it is traced.
+
+    The tokens of all rows lie in one axis, (T * B, C), so that a product without a bias and the sum with
+    the residual stream can be one Gemm. In keys and values the tokens are the first axis, so that new
+    ones lie behind all old ones, whatever B is.
+    """
 
     def __init__(self, model):
         super().__init__()
-        self.model, c = copy.deepcopy(model), model.config
+        c = model.config
+        self.model = copy.deepcopy(model)
         roll = nn.Buffer(torch.eye(c.head_dim).roll(c.head_dim // 2, 1))
         for block in self.model.blocks:
             block.attn = JoinedAttention(c, block.attn, roll)
             if c.mlp == "swiglu":
                 block.mlp = JoinedSwiGLU(block.mlp)
-        if c.pos in ("rope", "sinusoidal"):
-            tables = self.model.rope or self.model.add_pos
-            freq = tables.frequencies
-            if c.pos == "rope":
-                freq = torch.cat((freq.expand(c.n_head + c.n_kv_head, -1), torch.zeros(c.n_kv_head, len(freq))))
-            del tables.cos, tables.sin
-            tables.cos, tables.sin = Computed(torch.cos, freq), Computed(torch.sin, freq)
+        if c.pos == "rope":
+            frequencies = self.model.rope.frequencies
+            rotated = frequencies.expand(c.n_head + c.n_kv_head, -1)
+            unrotated = torch.zeros(c.n_kv_head, len(frequencies))  # v
+            compute_tables(self.model.rope, torch.cat((rotated, unrotated)))  # (heads, D / 2)
+        elif c.pos == "sinusoidal":
+            compute_tables(self.model.add_pos, self.model.add_pos.frequencies)
 
     def forward(self, ids, past):
-        m, c, (B, T), P, present = self.model, self.model.config, ids.shape, past[0].size(0), []
+        """Returns the logits (B, T, V), and the keys and values of all tokens in the order of past."""
+        model = self.model
+        B, T = ids.shape
+        P = past[0].size(0)
         pos = torch.arange(P, P + T)
-        mask, _ = attention_mask(P, T, None, m.alibi, torch.float32, "cpu")
-        if mask.dtype == torch.bool:
-            mask = torch.where(mask, 0.0, -torch.inf)
-        if c.n_head != c.n_kv_head:  # a group's queries one after the other, as in JoinedAttention
-            mask = mask.repeat(c.n_head // c.n_kv_head, 1) if mask.dim() == 2 else mask.reshape(c.n_kv_head, -1, P + T)  # ALiBi's (H, T, S)
-        cos_sin = m.rope and [rows[:, None] for rows in m.rope.at(pos)]  # (T, 1, heads, D)
-        x = m.wte(ids)
-        x = (m.add_pos(x, pos) if m.add_pos is not None else x).transpose(0, 1).flatten(0, 1)
-        for layer, block in enumerate(m.blocks):
-            x = block(x, cos_sin, mask, past[2 * layer:2 * layer + 2], present)
-        return m.head(m.norm(x).view(T, B, -1).transpose(0, 1)), *present
+        mask = additive_mask(model, P, T)
+        cos_sin = None
+        if model.rope is not None:
+            cos_sin = [rows[:, None] for rows in model.rope.at(pos)]  # (T, 1, heads, D)
+        x = model.wte(ids)
+        if model.add_pos is not None:
+            x = model.add_pos(x, pos)
+        x = x.transpose(0, 1).flatten(0, 1)  # (T * B, C)
+        present = []
+        for layer, block in enumerate(model.blocks):
+            layer_past = past[2 * layer : 2 * layer + 2]
+            x = block(x, cos_sin, mask, layer_past, present)
+        x = model.norm(x).view(T, B, -1).transpose(0, 1)
+        return model.head(x), *present
+
+
+# --------------------------------------------------------------------------------------------------
+# The graph. onnx is imported where it is used, so that Config can say that it is missing
+
+
+def make_node(op, inputs, outputs, **attributes):
+    import onnx
+
+    return onnx.helper.make_node(op, inputs, outputs, **attributes)
+
+
+def make_cast(name, output):
+    """Returns the node that makes numbers float32."""
+    import onnx
+
+    return make_node("Cast", [name], [output], to=onnx.TensorProto.FLOAT)
+
+
+def read_arrays(proto):
+    """Returns the initializers as {name: array}."""
+    import onnx
+
+    return {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in proto.graph.initializer}
+
+
+def replace(proto, nodes, removed, added):
+    """Exchanges all nodes, removes initializers by name and appends the added ones, {name: array}."""
+    import onnx
+
+    graph = proto.graph
+    tensors = [tensor for tensor in graph.initializer if tensor.name not in removed]
+    for name, array in added.items():
+        tensors.append(onnx.numpy_helper.from_array(np.ascontiguousarray(array), name))
+    del graph.initializer[:]
+    graph.initializer.extend(tensors)
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def is_look_up(node):
+    """Tells the embedding's node from all others."""
+    return node.op_type == "Gather" and node.input[1] == "ids"
+
+
+def strip_metadata(proto):
+    """Removes file names and line numbers of this machine, and shapes that a runtime infers itself."""
+    graph = proto.graph
+    del proto.metadata_props[:]
+    del graph.metadata_props[:]
+    del graph.value_info[:]
+    for item in (*graph.node, *graph.initializer, *graph.input, *graph.output):
+        del item.metadata_props[:]
+        item.doc_string = ""
+
+
+def simplify(proto):
+    """Merges pairs of nodes that torch's exporter writes; results stay the same but for rounding."""
+    producers = {node.output[0]: node for node in proto.graph.node}
+    for node in proto.graph.node:
+        if node.op_type not in ("Mul", "Add"):
+            continue
+        producer = producers.get(node.input[1])
+        if producer is None:
+            continue
+        if node.op_type == "Mul" and producer.op_type == "Reciprocal":
+            # x / sqrt(...) is the form of a norm that onnxruntime knows and fuses
+            node.CopyFrom(make_node("Div", [node.input[0], producer.input[0]], node.output))
+        elif node.op_type == "Add" and producer.op_type == "Gemm" and len(producer.input) == 2:
+            add_to_product(node, producer)
+    remove_unused(proto)
+
+
+def add_to_product(node, gemm):
+    """Turns an Add of a residual stream and a Gemm into one Gemm, with the stream in place of a bias."""
+    residual = node.input[0]
+    output = node.output[0]
+    node.CopyFrom(gemm)
+    node.input.append(residual)
+    node.output[:] = [output]
+
+
+def remove_unused(proto):
+    """Removes nodes and initializers that no output depends on."""
+    used = {output.name for output in proto.graph.output}
+    nodes = []
+    for node in reversed(proto.graph.node):
+        if not used.isdisjoint(node.output):
+            used.update(node.input)
+            nodes.append(node)
+    nodes.reverse()
+    unused = {tensor.name for tensor in proto.graph.initializer} - used
+    replace(proto, nodes, removed=unused, added={})
+
+
+def tie_head(proto):
+    """Makes a tied head a Transpose of the embedding where torch has made a transposed copy of it."""
+    head = next(node for node in proto.graph.node if node.output[0] == "logits")
+    look_up = next(node for node in proto.graph.node if is_look_up(node))
+    folded = head.input[1]
+    if all(tensor.name != folded for tensor in proto.graph.initializer):
+        return
+    table = look_up.input[0]
+    head.input[1] = f"{table}.T"
+    transpose = make_node("Transpose", [table], [f"{table}.T"], perm=[1, 0])
+    replace(proto, [transpose, *proto.graph.node], removed={folded}, added={})
+
+
+def trace(model):
+    """Returns the ONNX model that torch.onnx writes for a Transformer, with B, T and P as free sizes."""
+    c = model.config
+    # The example has B, T, P = 2, 3, 4: torch.export silently takes a size of 1 for a constant
+    ids = torch.zeros(2, 3, dtype=torch.long)
+    past = tuple(torch.zeros(4, 2, c.n_kv_head, c.head_dim) for _ in range(2 * c.n_layer))
+    B = torch.export.Dim("B")
+    T = torch.export.Dim("T", max=c.block_size)
+    P = torch.export.Dim("P", max=c.block_size)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of names that axes share, and torch's own deprecations
+        registration = logging.getLogger("torch.onnx._internal.exporter._registration")
+        registration.setLevel(logging.ERROR)  # it warns that torchvision is not installed
+        program = torch.onnx.export(
+            Graph(model).eval(),
+            (ids, past),
+            input_names=["ids", *onnx_model.names(c, "past")],
+            output_names=["logits", *onnx_model.names(c, "present")],
+            dynamic_shapes={"ids": {0: B, 1: T}, "past": tuple({0: P, 1: B} for _ in past)},
+            opset_version=OPSET,
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+    return program.model_proto
 
 
 def export(model):
-    """The float32 ONNX model (a protobuf) of a Transformer that is on the CPU, in eval mode."""
+    """Returns the float32 ONNX model (a protobuf) of a Transformer that is on the CPU, in eval mode.
+
+    Raises Refusal for a model that is too large or whose context is too short to trace.
+    """
     c = model.config
+    num_bytes = 4 * num_params(model)
     if c.block_size < 7:
         raise Refusal(f"tracing takes 4 + 3 tokens, and block_size is {c.block_size}")
-    if 4 * num_params(model) > LARGEST:
-        raise Refusal(f"an ONNX file in one piece holds 2 GB, and this model has {4 * num_params(model) / 1e9:.1f} GB of parameters")
-    # B, T, P = 2, 3, 4 as the example: torch.export takes a size of 1 for a constant, and says nothing
-    ids, past = torch.zeros(2, 3, dtype=torch.long), tuple(torch.zeros(4, 2, c.n_kv_head, c.head_dim) for _ in range(2 * c.n_layer))
-    B, T, P = torch.export.Dim("B"), *(torch.export.Dim(name, max=c.block_size) for name in "TP")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of names that axes share, and torch's own deprecations
-        logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)  # torchvision is not installed
-        program = torch.onnx.export(
-            Graph(model).eval(), (ids, past), dynamo=True, opset_version=OPSET, external_data=False, verbose=False,
-            dynamic_shapes={"ids": {0: B, 1: T}, "past": tuple({0: P, 1: B} for _ in past)},
-            input_names=["ids", *onnx_model.names(c, "past")], output_names=["logits", *onnx_model.names(c, "present")])
-    proto = program.model_proto
-    strip(proto)
-    tidy(proto)
+    if num_bytes > MAX_BYTES:
+        raise Refusal(
+            "an ONNX file in one piece holds 2 GB, and this model has "
+            f"{num_bytes / 1e9:.1f} GB of parameters"
+        )
+    proto = trace(model)
+    strip_metadata(proto)
+    simplify(proto)
     if c.tie_embeddings:
-        share(proto)
-    if [(o.domain, o.version) for o in proto.opset_import] != [("", OPSET)] or proto.functions:
-        raise Refusal(f"torch {torch.__version__} wrote other operators than opset {OPSET}'s: {proto.opset_import}", status=1)
+        tie_head(proto)
+    opsets = [(opset.domain, opset.version) for opset in proto.opset_import]
+    if opsets != [("", OPSET)] or proto.functions:
+        message = f"torch {torch.__version__} wrote other operators than opset {OPSET}'s"
+        raise Refusal(f"{message}: {proto.opset_import}", status=1)
     return proto
 
 
-def strip(proto):
-    """Removes what tracing left: file names and lines of this machine, and shapes that a runtime infers itself."""
-    graph = proto.graph
-    del proto.metadata_props[:], graph.metadata_props[:], graph.value_info[:]
-    for x in (*graph.node, *graph.initializer, *graph.input, *graph.output):
-        del x.metadata_props[:]
-        x.doc_string = ""
-
-
-def arrays(proto):
-    """{name: array} of the initializers."""
-    import onnx
-    return {x.name: onnx.numpy_helper.to_array(x) for x in proto.graph.initializer}
-
-
-def replace(proto, remove, nodes, **add):
-    """Takes initializers out, puts others (name=array) in, and exchanges the nodes."""
-    import onnx
-    kept = [x for x in proto.graph.initializer if x.name not in remove]
-    del proto.graph.initializer[:]
-    proto.graph.initializer.extend([*kept, *(onnx.numpy_helper.from_array(np.ascontiguousarray(x), name) for name, x in add.items())])
-    del proto.graph.node[:]
-    proto.graph.node.extend(nodes)
-
-
-def tidy(proto):
-    """Says in fewer nodes what torch's exporter says in many; the results are the same but for rounding."""
-    import onnx
-    made = {n.output[0]: n for n in proto.graph.node}
-
-    def of(name, op):
-        return made[name] if name in made and made[name].op_type == op else None
-
-    for n in proto.graph.node:
-        if n.op_type == "Mul" and (r := of(n.input[1], "Reciprocal")):  # x / sqrt(): as onnxruntime knows, and fuses, a norm
-            n.CopyFrom(onnx.helper.make_node("Div", [n.input[0], r.input[0]], n.output))
-        elif n.op_type == "Add" and (g := of(n.input[1], "Gemm")) and len(g.input) == 2:  # a residual stream, where there is no bias
-            residual, output = n.input[0], n.output[0]
-            n.CopyFrom(g)
-            n.input.append(residual)
-            n.output[:] = [output]
-    nodes, used = [], {x.name for x in proto.graph.output}
-    for n in reversed(proto.graph.node):
-        if used & set(n.output):
-            used |= set(n.input)
-            nodes.append(n)
-    replace(proto, {x.name for x in proto.graph.initializer} - used, nodes[::-1])
-
-
-def share(proto):
-    """A small tied head has been folded into a transposed copy of the embedding: makes it a Transpose again."""
-    import onnx
-    weights, head = arrays(proto), next(n for n in proto.graph.node if n.output[0] == "logits")
-    table = next(n.input[0] for n in proto.graph.node if n.op_type == "Gather" and n.input[1] == "ids")
-    if (copy := head.input[1]) in weights:
-        head.input[1] = f"{table}.T"
-        replace(proto, [copy], [onnx.helper.make_node("Transpose", [table], [f"{table}.T"], perm=[1, 0]), *proto.graph.node])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # int8
 
+
 def quantize(proto):
-    """Rewrites the graph: matrices become int8 with a scale for each output, for each token where that is also the embedding; what they are
-    multiplied with becomes uint8 as it comes, with a scale a tensor: the tokens of a call, and its rows, move each other's logits a little.
-    onnxruntime's quantize_dynamic leaves a tied head in float32.
+    """Rewrites the graph of export() so that it multiplies 8-bit integers.
 
-    A CPU without VNNI adds two products in 16 bits and saturates. So weights stay within 64: 2 * 255 * 64 < 2^15.
+    A matrix becomes int8 with a scale for each output; the embedding, and a head tied to it, with a
+    scale for each token. The states that a matrix multiplies become uint8 at each call, with one scale
+    for the whole tensor, so the tokens and rows of a call change each other's logits a little.
+    onnxruntime has quantize_dynamic for this, which leaves a tied head in float32.
     """
-    import onnx
-    node, weights, nodes, new, quantized = onnx.helper.make_node, arrays(proto), [], {}, {}
-    transposed = {n.output[0]: n.input[0] for n in proto.graph.node if n.op_type == "Transpose" and n.input[0] in weights}
-
-    def integers(name, axis):
-        """The names of a weight's integers and scales, the largest along `axis` being 64; made once."""
-        if f"{name}.q" not in new:
-            w = weights[name]
-            scale = np.maximum(np.abs(w).max(axis, keepdims=True), 1e-30) / 64
-            new[f"{name}.q"], new[f"{name}.scale"] = np.rint(w / scale).astype(np.int8), scale.squeeze(axis)
-        return f"{name}.q", f"{name}.scale"
-
-    for n in proto.graph.node:
-        y = n.output[0]
-        if n.op_type == "Gather" and n.input[1] == "ids":
-            q, scale = integers(n.input[0], axis=1)
-            new["last"] = np.array([-1])
-            nodes += [node("Gather", [q, "ids"], [f"{y}.row"]), node("Cast", [f"{y}.row"], [f"{y}.float"], to=onnx.TensorProto.FLOAT),
-                      node("Gather", [scale, "ids"], [f"{y}.flat"]), node("Unsqueeze", [f"{y}.flat", "last"], [f"{y}.of_row"]),
-                      node("Mul", [f"{y}.float", f"{y}.of_row"], [y])]
-        elif n.op_type == "Gemm" or n.op_type == "MatMul" and (n.input[1] in weights or n.input[1] in transposed) and not n.input[1].endswith("roll"):
-            x, w, *added = n.input
-            by_row = n.op_type == "Gemm" or w in transposed  # (out, in), as torch has it
-            q, scale = integers(transposed.get(w, w), axis=1 if by_row else 0)
+    weights = read_arrays(proto)
+    transposed = {}  # the name of a transposed weight: the name of the weight
+    for node in proto.graph.node:
+        if node.op_type == "Transpose" and node.input[0] in weights:
+            transposed[node.output[0]] = node.input[0]
+    matrices = {name for name in weights if not name.endswith("roll")} | transposed.keys()
+    added = {}
+    nodes = []
+    quantized = set()  # what already has its DynamicQuantizeLinear
+    for node in proto.graph.node:
+        output = node.output[0]
+        if is_look_up(node):
+            table = node.input[0]
+            add_integers(added, table, weights[table], axis=1)
+            added["last"] = np.array([-1])
+            nodes += look_up_nodes(table, output)
+        elif node.op_type == "Gemm" or (node.op_type == "MatMul" and node.input[1] in matrices):
+            x, matrix, *bias = node.input
+            weight = transposed.get(matrix, matrix)
+            by_row = node.op_type == "Gemm" or matrix in transposed  # (out, in), as torch has it
+            add_integers(added, weight, weights[weight], axis=1 if by_row else 0)
+            integers = f"{weight}.q"
             if by_row:
-                nodes.append(node("Transpose", [q], [f"{y}.w"], perm=[1, 0]))
-                q = f"{y}.w"
+                integers = f"{output}.w"
+                nodes.append(make_node("Transpose", [f"{weight}.q"], [integers], perm=[1, 0]))
             if x not in quantized:
-                quantized[x] = [f"{x}.q", f"{x}.scale", f"{x}.zero"]
-                nodes.append(node("DynamicQuantizeLinear", [x], quantized[x]))
-            xq, x_scale, x_zero = quantized[x]
-            nodes += [node("MatMulInteger", [xq, q, x_zero], [f"{y}.sum"]), node("Cast", [f"{y}.sum"], [f"{y}.float"], to=onnx.TensorProto.FLOAT),
-                      node("Mul", [x_scale, scale], [f"{y}.both"]), node("Mul", [f"{y}.float", f"{y}.both"], [f"{y}.product" if added else y]),
-                      *(node("Add", [f"{y}.product", c], [y]) for c in added)]
-        elif y not in transposed:
-            nodes.append(n)
-    replace(proto, {name.removesuffix(".q") for name in new}, nodes, **new)
+                quantized.add(x)
+                outputs = [f"{x}.q", f"{x}.scale", f"{x}.zero"]
+                nodes.append(make_node("DynamicQuantizeLinear", [x], outputs))
+            nodes += product_nodes(x, integers, f"{weight}.scale", bias, output)
+        elif output not in transposed:
+            nodes.append(node)
+    float_weights = {name.removesuffix(".q") for name in added}
+    replace(proto, nodes, removed=float_weights, added=added)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def add_integers(arrays, name, weight, axis):
+    """Puts a weight as NAME.q (int8) and NAME.scale (float32) into arrays, where it is not there yet.
+
+    The largest number along the axis becomes INT8_LARGEST.
+    """
+    if f"{name}.q" in arrays:
+        return
+    largest = np.abs(weight).max(axis, keepdims=True)
+    scale = np.maximum(largest, 1e-30) / INT8_LARGEST
+    arrays[f"{name}.q"] = np.rint(weight / scale).astype(np.int8)
+    arrays[f"{name}.scale"] = scale.squeeze(axis)
+
+
+def look_up_nodes(table, output):
+    """Returns the nodes that look up rows of integers and scale them."""
+    return [
+        make_node("Gather", [f"{table}.q", "ids"], [f"{output}.row"]),
+        make_cast(f"{output}.row", f"{output}.float"),
+        make_node("Gather", [f"{table}.scale", "ids"], [f"{output}.flat"]),
+        make_node("Unsqueeze", [f"{output}.flat", "last"], [f"{output}.of_row"]),
+        make_node("Mul", [f"{output}.float", f"{output}.of_row"], [output]),
+    ]
+
+
+def product_nodes(x, integers, scale, bias, output):
+    """Returns the nodes of x @ integers, scaled, plus the bias, a list of one name or none."""
+    product = f"{output}.product" if bias else output
+    nodes = [
+        make_node("MatMulInteger", [f"{x}.q", integers, f"{x}.zero"], [f"{output}.sum"]),
+        make_cast(f"{output}.sum", f"{output}.float"),
+        make_node("Mul", [f"{x}.scale", scale], [f"{output}.both"]),
+        make_node("Mul", [f"{output}.float", f"{output}.both"], [product]),
+    ]
+    if bias:
+        nodes.append(make_node("Add", [product, *bias], [output]))
+    return nodes
+
+
+# --------------------------------------------------------------------------------------------------
 # Checks
 
+
 @torch.inference_mode()
-def parity(model, there):
-    """(largest difference of logits, keys and values, largest as a share of its tensor's largest number, or of 1) of a Transformer and an
-    OnnxModel, over past lengths and batches. inf: something is no number."""
-    c, worst, share = model.config, 0.0, 0.0
-    g = torch.Generator().manual_seed(0)
-    for B in 1, 3:
-        for P in sorted({min(P, c.block_size - 1) for P in (0, 1, 7, c.block_size // 2, c.block_size - 1)}):
-            for T in sorted({1, min(5, c.block_size - P)}):
-                idx = torch.randint(c.vocab_size, (B, P + T), generator=g)
-                cache, past = model.new_cache(B, P + T), there.new_past(B, P + T)
-                if P:
-                    model.hidden(idx[:, :P], cache)
-                    there.run(idx[:, :P], past)
-                want, got = model(idx[:, P:], cache=cache)[0], there.run(idx[:, P:], past)
-                ours = [x.permute(2, 0, 1, 3) for kv in zip(cache.k, cache.v) for x in kv]
-                for a, b in zip([want, *ours], map(torch.from_numpy, [got, *past.arrays])):
-                    if not (a - b).isfinite().all():
-                        return np.inf, np.inf
-                    apart = (a - b).abs().max().item()
-                    worst, share = max(worst, apart), max(share, apart / max(1, a.abs().max().item()))
-    return worst, share
+def parity(model, exported):
+    """Compares logits, keys and values of a Transformer and an OnnxModel, over pasts and batch sizes.
+
+    Returns the largest difference, and the largest as a share of its tensor's largest number, or of 1
+    where that is smaller. Both are inf where a number is not finite.
+    """
+    c = model.config
+    generator = torch.Generator().manual_seed(0)
+    largest = 0.0
+    largest_share = 0.0
+    for B, (P, T) in itertools.product((1, 3), call_sizes(c.block_size)):
+        idx = torch.randint(c.vocab_size, (B, P + T), generator=generator)
+        outputs = zip(run_pytorch(model, idx, P), run_onnx(exported, idx, P))
+        for expected, computed in outputs:
+            difference = (expected - computed).abs()
+            if not difference.isfinite().all():
+                return math.inf, math.inf
+            difference = difference.max().item()
+            size = max(1, expected.abs().max().item())
+            largest = max(largest, difference)
+            largest_share = max(largest_share, difference / size)
+    return largest, largest_share
 
 
-def greedy(model, prompt, n):
-    return finish(generate(model, [prompt], n, temperature=0, past_end="recompute"))[0][0]
+def call_sizes(block_size):
+    """Returns pairs (P, T) of a past's length and a number of new tokens, together within block_size."""
+    pasts = {min(P, block_size - 1) for P in (0, 1, 7, block_size // 2, block_size - 1)}
+    return [(P, T) for P in sorted(pasts) for T in sorted({1, min(5, block_size - P)})]
 
 
-def check(model, there, prompt, n):
-    """Says how near the file is to PyTorch. Raises Refusal (status 1) where that is not near enough."""
-    worst, share = parity(model, there)
-    print(f"PyTorch and onnxruntime differ by {worst:.2g} at most, {share:.2g} of the largest number (past 0, 1, 7, half the context and all but "
-          f"a token of it; batch 1 and 3)")
-    if not share <= ROUNDING:
-        raise Refusal(f"the ONNX file does not compute what PyTorch does: {worst:.2g} is more than rounding", status=1)
-    ours, theirs = greedy(model, prompt, n), greedy(there, prompt, n)
-    same = next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), len(ours))
-    if same < len(ours):
-        raise Refusal(f"greedy text differs from token {same} of {len(ours)} on: {ours[same]}, from onnxruntime {theirs[same]}", status=1)
-    print(f"greedy text: {len(ours)} tokens, all equal")
+def run_pytorch(model, idx, P):
+    """Returns the logits of idx after P tokens, and all keys and values in the graph's layout."""
+    cache = model.new_cache(*idx.shape)
+    if P:
+        model.hidden(idx[:, :P], cache)
+    logits, _ = model(idx[:, P:], cache=cache)
+    pairs = zip(cache.k, cache.v)
+    return [logits, *(tensor.permute(2, 0, 1, 3) for pair in pairs for tensor in pair)]
 
 
-def validation(cfg, ckpt, tokenizer):
-    """The ids of the validation split that int8 is judged by. Raises Refusal where there is none."""
+def run_onnx(exported, idx, P):
+    """Returns what run_pytorch does."""
+    past = exported.new_past(*idx.shape)
+    if P:
+        exported.run(idx[:, :P], past)
+    logits = exported.run(idx[:, P:], past)
+    return [torch.from_numpy(array) for array in (logits, *past.arrays)]
+
+
+def write_greedy(model, prompt, n):
+    """Returns the ids of the likeliest n tokens after a prompt."""
+    rows, _ = finish(generate(model, [prompt], n, temperature=0, past_end="recompute"))
+    return rows[0]
+
+
+def check(model, exported, prompt, n):
+    """Prints how near an OnnxModel is to its Transformer. Raises Refusal where it is not near enough."""
+    largest, share = parity(model, exported)
+    print(
+        f"PyTorch and onnxruntime differ by {largest:.2g} at most, {share:.2g} of the largest number "
+        "(past 0, 1, 7, half the context and all but a token of it; batch 1 and 3)"
+    )
+    if share > MAX_DIFFERENCE:
+        message = "the ONNX file does not compute what PyTorch does"
+        raise Refusal(f"{message}: {largest:.2g} is more than rounding", status=1)
+    pytorch_ids = write_greedy(model, prompt, n)
+    onnx_ids = write_greedy(exported, prompt, n)
+    for i, (pytorch_id, onnx_id) in enumerate(zip(pytorch_ids, onnx_ids)):
+        if pytorch_id != onnx_id:
+            message = f"greedy text differs from token {i} of {len(pytorch_ids)} on: {pytorch_id}"
+            raise Refusal(f"{message}, from onnxruntime {onnx_id}", status=1)
+    print(f"greedy text: {len(pytorch_ids)} tokens, all equal")
+
+
+def load_validation(cfg, ckpt, tokenizer):
+    """Returns the ids of the validation split that judges int8. Raises Refusal where there is none."""
     name = cfg.dataset or checkpoint.dataset_of(ckpt)
+    advice = "--dataset=NAME names data that int8 can be judged by"
     if not name:
-        raise Refusal(f"what {cfg.out_dir} was trained on is not known: --dataset=NAME names data that int8 can be judged by")
-    folder = os.path.join("data", name)
+        raise Refusal(f"what {cfg.out_dir} was trained on is not known: {advice}")
+    folder = f"data/{name}"
     try:
-        _, data, there = prepare.load(folder)
+        _, data, data_tokenizer = prepare.load(folder)
     except Refusal as e:
-        raise Refusal(f"int8 is judged by a validation split, and --dataset=NAME would name another: {e}")
-    if there.sha256 != tokenizer.sha256:
-        raise Refusal(f"{folder} has another tokenizer than the model; --dataset=NAME names data that int8 can be judged by")
+        message = "int8 is judged by a validation split, and --dataset=NAME would name another"
+        raise Refusal(f"{message}: {e}")
+    if data_tokenizer.sha256 != tokenizer.sha256:
+        raise Refusal(f"{folder} has another tokenizer than the model; {advice}")
     return data["val"]
 
 
-def worse(model, int8, data, tokens):
-    """The share by which int8's validation loss is above float32's, both from onnxruntime; says both."""
+def compare_losses(exported, int8, ids, tokens):
+    """Prints the losses of a float32 and an int8 OnnxModel on ids. Returns the increase, a share."""
     compute = resolve("cpu", "float32", "false")
-    losses = [train.evaluate(m, data, model.config.block_size, 4, compute, tokens) for m in (model, int8)]
-    share = losses[1] / losses[0] - 1
-    print(f"validation loss: float32 {losses[0]:.4f}, int8 {losses[1]:.4f} nats a token, {100 * share:+.2f}%")
-    return share
+    losses = []
+    for model in exported, int8:
+        losses.append(train.evaluate(model, ids, model.config.block_size, 4, compute, tokens))
+    float_loss, int8_loss = losses
+    increase = int8_loss / float_loss - 1
+    print(
+        f"validation loss: float32 {float_loss:.4f}, int8 {int8_loss:.4f} nats a token, "
+        f"{100 * increase:+.2f}%"
+    )
+    return increase
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def use_threads(model, threads):
+    """Sets torch's threads. Returns the model, which race() hands to what it times."""
+    torch.set_num_threads(threads)
+    return model
 
-def save(proto, path):
+
+def compare_speed(models, prompt, n, seconds):
+    """Prints the tokens/s of {name: model}, each writing n tokens after a prompt, in turns."""
+    threads = torch.get_num_threads()
+    rivals = {}
+    for name, model in models.items():
+        model_threads = threads if name == "PyTorch" else 1  # onnxruntime has its own; see sample.load
+        set_up = partial(use_threads, model, model_threads)
+        rivals[name] = (set_up, partial(write_greedy, prompt=prompt, n=n))
+    times = race(rivals, seconds, torch.device("cpu"))
+    torch.set_num_threads(threads)
+    speeds = ", ".join(f"{name} {n / time['median']:,.0f}" for name, time in times.items())
+    print(f"tokens/s, one text of {n} tokens, {threads} threads, in turns: {speeds}")
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+def write_graph(proto, path):
+    """Writes the file. Returns its bytes."""
     checkpoint.write_atomic(str(path), lambda f: f.write(proto.SerializeToString()))
-    return f"{path.name}: {path.stat().st_size / 1e6:.2f} MB"
+    return path.stat().st_size
 
 
-def build(cfg, model, tokenizer, ckpt, data, folder):
-    """Fills the folder. Raises Refusal where a file is not what it should be; an int8 file that is not is removed, and the rest stays."""
-    c, config = model.config, ckpt["config"]
-    about = onnx_model.describe(c, tokenizer, str(config.get("start", "")), str(config.get("template", "")), checkpoint.fingerprint(ckpt))
+def write_folder(cfg, model, tokenizer, ckpt, ids, folder):
+    """Fills the folder, prints what is in it, and checks and times the models in it.
+
+    ids are those of the validation split, for int8. Returns the share by which int8 raises the loss
+    there, 0 without int8. Raises Refusal where model.onnx does not compute what the model does.
+    """
+    config = ckpt["config"]
+    start = str(config.get("start", ""))
+    template = str(config.get("template", ""))
+    fingerprint = checkpoint.fingerprint(ckpt)
+    description = onnx_model.describe(model.config, tokenizer, start, template, fingerprint)
+    text = json.dumps(description, indent=1)
     tokenizer.save(folder / "tokenizer.json")
-    checkpoint.write_atomic(str(folder / "config.json"), lambda f: f.write(json.dumps(about, indent=1).encode()))
+    checkpoint.write_atomic(str(folder / "config.json"), lambda f: f.write(text.encode()))
+
     proto = export(model)
-    proto.metadata_props.add(key="fingerprint", value=about["fingerprint"])
-    print(f"{save(proto, folder / 'model.onnx')} for {num_params(model):,} parameters, {4 * num_params(model) / 1e6:.2f} MB; opset {OPSET}: "
-          f"{' '.join(sorted({n.op_type for n in proto.graph.node}))}")
-    there, _, _ = onnx_model.load(str(folder))
-    prompt, n = [tokenizer.eot], min(200, c.block_size)
-    check(model, there, prompt, 200)
-    rivals = {"PyTorch": model, "onnxruntime": there}
-    share = 0.0
+    proto.metadata_props.add(key="fingerprint", value=fingerprint)
+    path = folder / "model.onnx"
+    size = write_graph(proto, path)
+    operators = " ".join(sorted({node.op_type for node in proto.graph.node}))
+    print(
+        f"{path.name}: {size / 1e6:.2f} MB for {num_params(model):,} parameters, "
+        f"{4 * num_params(model) / 1e6:.2f} MB; opset {OPSET}: {operators}"
+    )
+    exported, _, _ = onnx_model.load(str(folder))
+    prompt = [tokenizer.eot]
+    check(model, exported, prompt, 200)
+
+    models = {"PyTorch": model, "onnxruntime": exported}
+    increase = 0.0
     if cfg.quantize == "int8":
         quantize(proto)
-        said = save(proto, folder / "model_int8.onnx")
-        int8, _, _ = onnx_model.load(str(folder / "model_int8.onnx"))
-        print(f"{said}, {(folder / 'model_int8.onnx').stat().st_size / (folder / 'model.onnx').stat().st_size:.2f} of that")
-        share = worse(there, int8, data, cfg.eval_tokens)
-        rivals["int8"] = int8
-    threads = torch.get_num_threads()
-    times = race({name: (lambda m=m: torch.set_num_threads(threads if m is model else 1),  # as sample.py has it
-                         lambda _, m=m: greedy(m, prompt, n)) for name, m in rivals.items()}, cfg.seconds, model.device)
-    torch.set_num_threads(threads)
-    print(f"tokens/s, one text of {n} tokens, {threads} threads, in turns: " +
-          ", ".join(f"{name} {n / t['median']:,.0f}" for name, t in times.items()))
-    return share
+        path = folder / "model_int8.onnx"
+        int8_size = write_graph(proto, path)
+        int8, _, _ = onnx_model.load(str(path))
+        print(f"{path.name}: {int8_size / 1e6:.2f} MB, {int8_size / size:.2f} of that")
+        increase = compare_losses(exported, int8, ids, cfg.eval_tokens)
+        models["int8"] = int8
+    compare_speed(models, prompt, min(200, model.config.block_size), cfg.seconds)
+    return increase
 
 
 def main(cfg):
@@ -409,17 +661,20 @@ def main(cfg):
     ckpt = checkpoint.load(path)
     if is_hf(path) and not cfg.to:
         raise Refusal("name the folder to write with --to")
-    to = Path(cfg.to or os.path.join(os.path.dirname(path), "onnx"))
-    with new_folder(to, cfg.overwrite, "--overwrite moves it aside, --to=OTHER writes elsewhere", [hf_name(path)]) as tmp:
+    folder = Path(cfg.to) if cfg.to else Path(path).parent / "onnx"
+    ways = "--overwrite moves it aside, --to=OTHER writes elsewhere"
+    with new_folder(folder, cfg.overwrite, ways, [path.removeprefix("hf:")]) as tmp:
         model, tokenizer = checkpoint.restore(ckpt, path)
-        data = validation(cfg, ckpt, tokenizer) if cfg.quantize == "int8" else None
-        share = build(cfg, model, tokenizer, ckpt, data, tmp)
-        if not share <= MOST_WORSE:  # nan too
+        ids = load_validation(cfg, ckpt, tokenizer) if cfg.quantize == "int8" else None
+        increase = write_folder(cfg, model, tokenizer, ckpt, ids, tmp)
+        int8_is_good = increase <= MAX_LOSS_INCREASE  # nan is not
+        if not int8_is_good:
             (tmp / "model_int8.onnx").unlink()
-    if not share <= MOST_WORSE:
-        raise Refusal(f"int8 makes the validation loss {100 * share:.1f}% worse, more than {100 * MOST_WORSE:.0f}%: {to} is written without it",
-                      status=1)
-    print(f"next: python sample.py --onnx={to}")
+    if not int8_is_good:
+        message = f"int8 makes the validation loss {100 * increase:.1f}% worse"
+        limit = f"more than {100 * MAX_LOSS_INCREASE:.0f}%"
+        raise Refusal(f"{message}, {limit}: {folder} is written without it", status=1)
+    print(f"next: python sample.py --onnx={folder}")
 
 
 if __name__ == "__main__":
