@@ -1,4 +1,5 @@
 """Folders that a script writes: whole or not at all, and never over what a user had."""
+
 import os
 import shutil
 import time
@@ -8,40 +9,50 @@ from pathlib import Path
 
 from config import Refusal, is_hf
 
-RUN = "ckpt.pt", "ckpt_best.pt", "adapter.pt", "adapter_best.pt"
+RUN = ("ckpt.pt", "ckpt_best.pt", "adapter.pt", "adapter_best.pt")
 
 
 def holds_run(folder):
+    """Returns whether train.py or finetune_lora.py saved a run in folder."""
     return any(os.path.isfile(os.path.join(folder, name)) for name in RUN)
 
 
 def runs_in(folder):
-    """The names of subfolders that hold runs of their own, as demo in out."""
-    return [name for name in os.listdir(folder) if holds_run(os.path.join(folder, name))] if os.path.isdir(folder) else []
+    """Returns the names of subfolders that hold runs of their own, as demo in out."""
+    if not os.path.isdir(folder):
+        return []
+    return [name for name in os.listdir(folder) if holds_run(os.path.join(folder, name))]
 
 
-def in_the_way(folder, overwrite, ways, but=()):
-    """Whether `folder` holds something, but these names, that move_aside is to move. Raises Refusal, which says the ways out, where
-    overwrite was not given."""
-    if not os.path.exists(folder) or os.path.isdir(folder) and not set(os.listdir(folder)) - set(but):
+def in_the_way(folder, overwrite, ways, keep=()):
+    """Returns whether folder holds anything that move_aside is to move: all but the names in keep.
+
+    Raises Refusal where it does and overwrite was not given; `ways` tells the ways out.
+    """
+    if not os.path.exists(folder):
+        return False
+    if os.path.isdir(folder) and set(os.listdir(folder)) <= set(keep):
         return False
     if not overwrite:
         raise Refusal(f"{folder} is there already: {ways}")
     return True
 
 
-def move_aside(folder, but=()):
-    """Renames a folder, or all in it but these names, to NAME.old-TIME and says so. Raises Refusal."""
+def move_aside(folder, keep=()):
+    """Renames a folder, or all in it but the names in keep, to NAME.old-TIME and says so.
+
+    Raises Refusal where the system does not let it.
+    """
     folder = Path(folder)
     old = folder.with_name(f"{folder.name}.old-{datetime.now():%Y%m%d-%H%M%S-%f}")
     try:
-        if not but:
-            folder.rename(old)
-        else:
+        if keep:
             old.mkdir()
             for path in sorted(folder.iterdir()):
-                if path.name not in but:
+                if path.name not in keep:
                     path.rename(old / path.name)
+        else:
+            folder.rename(old)
     except OSError as e:
         raise Refusal(f"cannot move {folder} aside: {e.strerror}", status=1)
     print(f"what was {folder} is now {old}")
@@ -49,15 +60,18 @@ def move_aside(folder, but=()):
 
 @contextmanager
 def new_folder(to, overwrite, ways, reads=()):
-    """Gives a folder to fill, which is `to` when that is done and gone when it was not. What was there is moved aside, with overwrite,
-    but not what is read, nor the current folder.
+    """Gives an empty folder to fill, which becomes `to` on success and is removed on failure.
 
-    Raises Refusal. A run that is killed leaves a .NAME.tmp-* beside `to`, which nothing reads.
+    With overwrite, what stood at `to` is moved aside. Raises Refusal, also where `to` holds the current
+    folder or a path in `reads`. A run that is killed leaves a .NAME.tmp-* beside `to`, which nothing
+    reads.
     """
     to = Path(os.path.realpath(to) if os.path.islink(to) else to)
     moving = in_the_way(to, overwrite, ways)
-    if inside := [path for path in (".", *reads) if os.path.exists(path) and Path(path).resolve().is_relative_to(to.resolve())]:
-        raise Refusal(f"{to} cannot be written: {'the current folder' if inside[0] == '.' else inside[0]} is in it")
+    for path in (".", *reads):
+        if os.path.exists(path) and Path(path).resolve().is_relative_to(to.resolve()):
+            name = "the current folder" if path == "." else path
+            raise Refusal(f"{to} cannot be written: {name} is in it")
     tmp = to.with_name(f".{to.name}.tmp-{os.getpid()}-{time.time_ns()}")
     try:
         tmp.mkdir(parents=True)
@@ -74,12 +88,15 @@ def new_folder(to, overwrite, ways, reads=()):
 
 
 def advice(folder, name):
-    """What to do where there is no ONNX model `name` in `folder`."""
-    folder, int8 = folder or ".", " --quantize=int8" * (name == "model_int8.onnx")
-    if all(os.path.isfile(os.path.join(folder, "onnx", file)) for file in (name, "config.json")):
+    """Returns what to do where there is no ONNX model `name` in folder."""
+    folder = folder or "."
+    onnx = os.path.join(folder, "onnx")
+    if all(os.path.isfile(os.path.join(onnx, file)) for file in (name, "config.json")):
         return f"{folder}/onnx has one"
-    if is_hf(folder):
+    int8 = " --quantize=int8" if name == "model_int8.onnx" else ""
+    if folder.startswith("hf:"):
         return f"python export_onnx.py --out_dir={folder} --to=FOLDER{int8} writes one"
     if holds_run(folder):
         return f"python export_onnx.py --out_dir={folder}{int8} writes {folder}/onnx"
-    return f"python export_onnx.py --out_dir=OUT --to={'FOLDER' if os.path.exists(folder) else folder}{int8} writes one"
+    to = "FOLDER" if os.path.exists(folder) else folder
+    return f"python export_onnx.py --out_dir=OUT --to={to}{int8} writes one"

@@ -1,11 +1,12 @@
 """Serves the page in browser/ and a model exported by export_onnx.py, on this machine alone.
 
-    make browser                                               installs, exports the demo model if need be, and serves
-    python serve.py --model=out/ts/onnx                        another model; or --model=out/ts/onnx/model_int8.onnx
-    python serve.py --port=0                                   at any free port
+    make browser                              installs, exports the demo model if need be, and serves
+    python serve.py --model=out/ts/onnx       another model; or --model=out/ts/onnx/model_int8.onnx
+    python serve.py --port=0                  at any free port
 
 Nothing but the files named in FILES and MODEL leaves the disk.
 """
+
 import errno
 import os
 import sys
@@ -17,20 +18,43 @@ from folders import advice
 
 HERE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "browser")
 ORT = "node_modules/onnxruntime-web/dist/"
-FILES = ["index.html", "style.css", "app.js", "model.js", "sample.js", "tokenizer.js", "get.js",
-         ORT + "ort.wasm.min.mjs", ORT + "ort-wasm-simd-threaded.mjs", ORT + "ort-wasm-simd-threaded.wasm"]
+FILES = [
+    "index.html",
+    "style.css",
+    "app.js",
+    "model.js",
+    "sample.js",
+    "tokenizer.js",
+    "get.js",
+    ORT + "ort.wasm.min.mjs",
+    ORT + "ort-wasm-simd-threaded.mjs",
+    ORT + "ort-wasm-simd-threaded.wasm",
+]
 MODEL = ["model/config.json", "model/tokenizer.json", "model/model.onnx"]
-TYPES = {".html": "text/html; charset=utf-8", ".css": "text/css", ".js": "text/javascript", ".mjs": "text/javascript", ".wasm": "application/wasm",
-         ".json": "application/json", ".onnx": "application/octet-stream"}  # those of the system may be anything
-HEADERS = {"Content-Security-Policy": "default-src 'self'; script-src 'self' 'wasm-unsafe-eval'; img-src data:; frame-ancestors 'none'",
-           "Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Embedder-Policy": "require-corp",  # together: threads, and exact clocks
-           "Cross-Origin-Resource-Policy": "same-origin", "X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
+TYPES = {  # the system's own table may hold anything
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css",
+    ".js": "text/javascript",
+    ".mjs": "text/javascript",
+    ".wasm": "application/wasm",
+    ".json": "application/json",
+    ".onnx": "application/octet-stream",
+}
+HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; script-src 'self' 'wasm-unsafe-eval'; "
+    "img-src data:; frame-ancestors 'none'",
+    "Cross-Origin-Opener-Policy": "same-origin",  # with the next: threads, and exact clocks
+    "Cross-Origin-Embedder-Policy": "require-corp",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "X-Content-Type-Options": "nosniff",
+    "Cache-Control": "no-store",
+}
 
 
 @dataclass
 class Config:
     model: str = "out/demo/onnx"  # the folder that export_onnx.py wrote, or one .onnx file in it
-    port: int = 8000              # 0: any free one; so if this one is taken and was not asked for
+    port: int = 8000  # 0: any free one; so if this one is taken and was not asked for
 
     def __post_init__(self):
         if not 0 <= self.port < 65536:
@@ -38,22 +62,28 @@ class Config:
 
 
 class Handler(SimpleHTTPRequestHandler):
+    """Answers with the page's files and the model's, and with 404 for any other path."""
+
     extensions_map = TYPES
     protocol_version = "HTTP/1.1"
 
     def send_head(self):
-        if self.headers.get("Host", "").partition(":")[0] not in ("127.0.0.1", "localhost"):  # a stranger's name that was made to mean this machine
+        # a stranger's page may let its own name mean this machine (DNS rebinding)
+        host = self.headers.get("Host", "").partition(":")[0]
+        if host not in ("127.0.0.1", "localhost"):
             return self.send_error(403)
-        del self.headers["If-Modified-Since"]  # another folder, served at this port before, may have been newer
+        # another folder, served at this port before, may have been newer
+        del self.headers["If-Modified-Since"]
         return super().send_head()
 
     def translate_path(self, path):
         name = path.partition("?")[0].removeprefix("/") or "index.html"
         if name in FILES:
             return os.path.join(HERE, name)
-        if name in MODEL:
-            return os.path.join(self.server.folder, self.server.file if name.endswith(".onnx") else os.path.basename(name))
-        return os.path.join(HERE, "there is no such file")
+        if name not in MODEL:
+            return os.path.join(HERE, "there is no such file")
+        file = self.server.file if name.endswith(".onnx") else os.path.basename(name)
+        return os.path.join(self.server.folder, file)
 
     def end_headers(self):
         for name, value in HEADERS.items():
@@ -65,23 +95,29 @@ class Handler(SimpleHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
+    """Reports the errors of a request, but not a page that was closed or loaded again."""
+
     def handle_error(self, *args):
-        if not isinstance(sys.exception(), ConnectionError):  # a page that was closed or loaded again
+        if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(*args)
 
 
+def model_path(model):
+    return model if model.endswith(".onnx") else os.path.join(model, "model.onnx")
+
+
 def serve(model, port):
-    """The server, bound to 127.0.0.1 and not started. Raises OSError where the port is taken."""
+    """Returns the server, bound to 127.0.0.1 and not started. Raises OSError where the port is taken."""
     server = Server(("127.0.0.1", port), Handler)
-    server.folder, server.file = os.path.split(model) if model.endswith(".onnx") else (model, "model.onnx")
+    server.folder, server.file = os.path.split(model_path(model))
     return server
 
 
 def main(cfg):
-    model = cfg.model if cfg.model.endswith(".onnx") else os.path.join(cfg.model, "model.onnx")
-    if not os.path.isfile(model):
-        folder, name = os.path.split(model)
-        raise Refusal(f"there is no {model}; {advice(folder, name)}")
+    path = model_path(cfg.model)
+    if not os.path.isfile(path):
+        folder, file = os.path.split(path)
+        raise Refusal(f"there is no {path}; {advice(folder, file)}")
     if not os.path.isfile(os.path.join(HERE, FILES[-1])):
         raise Refusal("onnxruntime-web is not installed: make browser, or npm ci in browser/")
     try:
