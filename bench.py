@@ -74,13 +74,18 @@ def build(cfg):
     return Transformer(ModelConfig(**{key: getattr(cfg, key) for key in train.MODEL_KEYS}))
 
 
+def slow_optimizers(model, cfg, compute):
+    """train.py's, whose learning rate keeps the weights where they are: random ones that diverged, or became denormal, would be
+    timed as something else."""
+    return make_optimizers(model, replace(cfg, learning_rate=1e-7, min_lr=0.0), compute)
+
+
 def trainee(cfg, compute, ops=rmsnorm.TORCH):
-    """(step, model, optimizers): step() is one real training step. The learning rate keeps the weights where they are: random
-    ones that diverged, or became denormal, would be timed as something else."""
+    """(step, model, optimizers): step() is one real training step."""
     model = build(cfg).to(compute.device)
     model.gradient_checkpointing, model.chunked_loss = cfg.gradient_checkpointing, cfg.loss == "chunked"
     use_rmsnorm(model, ops)
-    optimizers = make_optimizers(model, replace(cfg, learning_rate=1e-7, min_lr=0.0), compute)
+    optimizers = slow_optimizers(model, cfg, compute)
     scaler = torch.amp.GradScaler(compute.device.type) if compute.dtype == torch.float16 else None
     rows = torch.randint(cfg.vocab_size, (cfg.batch_size, cfg.block_size + 1))
     batches = [train.to(train.padded(rows, cfg.block_size), compute.device)] * cfg.gradient_accumulation_steps
@@ -99,8 +104,8 @@ def architectures(cfg):
         return {"as given": cfg}
     found = {}
     for name in "llama", "gpt2":
-        settings = {key: value for key, value in read_toml(CONFIGS / f"{name}.toml").items() if key not in cfg.given}
-        found[name] = replace(cfg, **{"n_inner": cfg.n_inner if "n_inner" in cfg.given else 0, **settings})
+        settings = {"n_inner": 0} | read_toml(CONFIGS / f"{name}.toml")
+        found[name] = replace(cfg, **{key: value for key, value in settings.items() if key not in cfg.given})
     return found
 
 
@@ -109,10 +114,10 @@ def norm_kinds(device):
     """The implementations of RMSNorm that work here."""
     if device.type != "cuda":
         return {"torch": rmsnorm.TORCH}
-    missing = rmsnorm.load()
-    if missing:
+    if missing := rmsnorm.load():
         print(f"without the CUDA kernel: {missing}")
-    return {"torch": rmsnorm.TORCH} | ({} if missing else {"cuda": rmsnorm.CUDA})
+        return {"torch": rmsnorm.TORCH}
+    return {"torch": rmsnorm.TORCH, "cuda": rmsnorm.CUDA}
 
 
 def bench_train(cfg, compute):
@@ -132,7 +137,7 @@ def bench_train(cfg, compute):
                 entries[name, dtype, compiled, by] = where, *trainee(c, where, ops)
         n = 8192 if compute.device.type == "cuda" else 1024
         squares = {dtype: torch.randn(n, n, device=compute.device).to(DTYPES[dtype]) for dtype in dtypes}
-        products = {dtype: lambda x=x: x @ x for dtype, x in squares.items()}
+        products = {dtype: functools.partial(torch.matmul, x, x) for dtype, x in squares.items()}
         times = race({key: step for key, (_, step, *_) in entries.items()} | products, cfg.seconds, compute.device)
         rows = []
         for key, (where, step, model, optimizers) in entries.items():
@@ -149,12 +154,17 @@ def bench_train(cfg, compute):
 
 
 @torch.inference_mode()
-def uncached(model, prompt, n):
-    """n greedy ids, each from the whole text read anew."""
-    ids = torch.tensor([prompt], device=model.wte.weight.device)
+def uncached(model, prompts, n):
+    """n greedy ids a row, each from the whole text read anew."""
+    ids = torch.tensor(prompts, device=model.device)
     for _ in range(n):
         ids = torch.cat((ids, model.head(model.hidden(ids)[:, -1]).argmax(-1, keepdim=True)), 1)
-    return ids[0, len(prompt):].tolist()
+    return ids[:, len(prompts[0]):].tolist()
+
+
+def store(results, key, function, *arguments):
+    """Calls a function and keeps what it returns."""
+    results[key] = function(*arguments)
 
 
 def cached(model, prompts, n):
@@ -200,8 +210,8 @@ def cache_rows(cfg, compute, model):
     """The time of n greedy tokens with a cache, which grows with n, and without one, which grows with its square and faster."""
     gpu, ids = compute.device.type == "cuda", {}
     lengths = [cfg.block_size >> k for k in ((3, 2, 1, 0) if gpu else (4, 3, 2, 1))]
-    rivals = {("cached", n): lambda n=n: ids.update({("cached", n): cached(model, [[0]], n)[0]}) for n in lengths}
-    rivals |= {("uncached", n): lambda n=n: ids.update({("uncached", n): uncached(model, [0], n)}) for n in lengths}
+    rivals = {(how, n): functools.partial(store, ids, (how, n), decode, model, [[0]], n)
+              for how, decode in (("cached", cached), ("uncached", uncached)) for n in lengths}
     times, rows = race(rivals, cfg.seconds / 2, compute.device), []
     for (how, n), t in times.items():
         rows.append({"what": how, "tokens": n, **ms(t), "against_half": t["median"] / times[how, n // 2]["median"] if n > lengths[0] else None,
@@ -227,20 +237,23 @@ def bench_kvcache(cfg, compute):
     rows, device, B, T = [], compute.device, cfg.batch_size, cfg.block_size
     for heads in 32, 8, 1:
         c = ModelConfig(n_layer=32, n_head=32, n_kv_head=heads, n_embd=4096, block_size=2048)
-        rows.append({"shape": "7B", "attention": kind(c), "n_kv_head": heads, "batch": 1, "tokens": 2048, "dtype": "float16",
-                     "bytes": kv_cache_bytes(c, 1, 2048, 2), "mib": kv_cache_bytes(c, 1, 2048, 2) / 2 ** 20})
+        rows.append(cache_row("7B", c, 1, 2048, torch.float16))
     for heads in [n for n in range(cfg.n_head, 0, -1) if cfg.n_head % n == 0]:
         model = build(replace(cfg, n_kv_head=heads)).to(device, compute.dtype)
         synchronize(device)
         before = torch.cuda.memory_allocated(device) if device.type == "cuda" else None
         cache = KVCache(model, B, T)
         stored = sum(x.untyped_storage().nbytes() for x in cache.k + cache.v)
-        formula = kv_cache_bytes(model.config, B, T, compute.dtype.itemsize)
-        rows.append({"shape": f"{cfg.n_layer} x {cfg.n_embd}", "attention": kind(model.config), "n_kv_head": heads, "batch": B, "tokens": T,
-                     "dtype": name_of(compute.dtype), "bytes": formula, "mib": formula / 2 ** 20, "stored_bytes": stored,
+        rows.append({**cache_row(f"{cfg.n_layer} x {cfg.n_embd}", model.config, B, T, compute.dtype), "stored_bytes": stored,
                      "allocated_bytes": None if before is None else torch.cuda.memory_allocated(device) - before})
         del cache
     return rows
+
+
+def cache_row(shape, c, batch, tokens, dtype):
+    size = kv_cache_bytes(c, batch, tokens, dtype.itemsize)
+    return {"shape": shape, "attention": kind(c), "n_kv_head": c.n_kv_head, "batch": batch, "tokens": tokens, "dtype": name_of(dtype),
+            "bytes": size, "mib": size / 2 ** 20}
 
 
 def kind(c):
@@ -261,14 +274,29 @@ def double(x):
     return (x.cpu() if x.device.type == "mps" else x).double()
 
 
+def forward_backward(f, inputs, gradients):
+    """The outputs of f, then the gradients of its inputs."""
+    y = f(*inputs)
+    return [*(y if isinstance(y, tuple) else (y,)), *torch.autograd.grad(y, inputs, gradients)]
+
+
 def errors(functions, exact, inputs, gradients):
     """{name: the largest ||f - exact|| / ||exact|| among outputs and gradients}, `exact` computed in float64."""
-    def everything(f, inputs, gradients):
-        y = f(*inputs)
-        return [*(y if isinstance(y, tuple) else (y,)), *torch.autograd.grad(y, inputs, gradients)]
-    want = everything(exact, [double(x.detach()).requires_grad_() for x in inputs], [double(g) for g in gradients])
-    return {name: max(((double(a) - b).norm() / b.norm()).item() for a, b in zip(everything(f, inputs, gradients), want))
+    want = forward_backward(exact, [double(x.detach()).requires_grad_() for x in inputs], [double(g) for g in gradients])
+    return {name: max(((double(a) - b).norm() / b.norm()).item() for a, b in zip(forward_backward(f, inputs, gradients), want))
             for name, f in functions.items()}
+
+
+def stock_norm(x, weight, eps):
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def stock_add_norm(x, a, weight, eps):
+    x = x + a
+    return x, stock_norm(x, weight, eps)
+
+
+STOCK = rmsnorm.Ops(stock_norm, stock_add_norm)
 
 
 def bench_rmsnorm(cfg, compute):
@@ -293,20 +321,13 @@ def bench_rmsnorm(cfg, compute):
         print(f"{n} x {hidden} {name_of(dtype)}: at the speed of a copy " + ", ".join(
             f"{what} {way} {b / 1e6:.4g} MB in {1e3 * b / copy:.3g} ms" for (what, way), b in moved.items()))
 
-        def stock(x, w):
-            return F.rms_norm(x, (hidden,), w, eps)
-
-        def stock_add(x, a, w):
-            h = x + a
-            return h, stock(h, w)
-
-        norms, adds = {"F.rms_norm": stock}, {"F.rms_norm": stock_add}
+        rivals = {"F.rms_norm": STOCK}
         if compute.compile:
             torch.compiler.reset()
-            norms["compiled"], adds["compiled"] = torch.compile(stock, dynamic=False), torch.compile(stock_add, dynamic=False)
-        for name, ops in kinds.items():
-            norms[f"ours, {name}"] = functools.partial(lambda ops, x, w: ops.norm(x, w, eps), ops)
-            adds[f"ours, {name}"] = functools.partial(lambda ops, x, a, w: ops.add_norm(x, a, w, eps), ops)
+            rivals["compiled"] = rmsnorm.Ops(*(torch.compile(f, dynamic=False) for f in STOCK))
+        rivals |= {f"ours, {name}": ops for name, ops in kinds.items()}
+        norms = {name: functools.partial(ops.norm, eps=eps) for name, ops in rivals.items()}
+        adds = {name: functools.partial(ops.add_norm, eps=eps) for name, ops in rivals.items()}
         for what, functions, inputs, gradients in ("norm", norms, (x, weight), (dy,)), ("add", adds, (x, a, weight), (dh, dy)):
             times = both_ways(functions, inputs, gradients, cfg.seconds / 2 / len(shapes) / len(dtypes), device)
             wrong = errors(functions, functions["ours, torch"], inputs, gradients)
@@ -337,7 +358,7 @@ def bench_attention(cfg, compute):
         times = both_ways(functions, inputs, [dy], cfg.seconds / len(lengths), device)
         short = [x.detach()[:, :, :1024].clone().requires_grad_() for x in inputs]  # in float64 the matrices of 8,192 are large
         wrong = errors(functions, explicit_attention, short, [dy[:, :, :1024]])
-        peak = {name: peak_memory(device, lambda: torch.autograd.grad(f(*inputs), inputs, [dy])) for name, f in functions.items()}
+        peak = {name: peak_memory(device, functools.partial(forward_backward, f, inputs, [dy])) for name, f in functions.items()}
         for (way, name), t in times.items():
             rows.append({"way": way, "tokens": T, "by": name, **ms(t), "against_sdpa": t["median"] / times[way, "sdpa"]["median"],
                          "peak_mb": None if peak[name] is None else peak[name] / 1e6, "error": wrong[name]})
@@ -345,21 +366,25 @@ def bench_attention(cfg, compute):
     return rows
 
 
+def step_all(optimizers):
+    for o in optimizers:
+        o.step()
+
+
 def bench_optimizer(cfg, compute):
     """One update of all weights, without the backward pass: ours (muon, adamw) and torch's."""
     model = build(cfg).to(compute.device)
     for p in model.parameters():
         p.grad = torch.randn_like(p)
-    slow = replace(cfg, learning_rate=1e-7, min_lr=0.0)
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if all(p is not m for m in matrices)]
-    rivals = {f"ours, {name}": make_optimizers(model, replace(slow, optimizer=name), compute) for name in ("muon", "adamw")}
+    rivals = {f"ours, {name}": slow_optimizers(model, replace(cfg, optimizer=name), compute) for name in ("muon", "adamw")}
     rivals["torch AdamW foreach"] = [torch.optim.AdamW(model.parameters(), lr=1e-7, foreach=True)]
     if fast_bfloat16(compute.device):
         rivals["torch Muon, AdamW foreach"] = [torch.optim.Muon(matrices, lr=1e-7), torch.optim.AdamW(others, lr=1e-7, foreach=True)]
     else:
         print("torch's Muon is left out: it computes in bfloat16, which this device would emulate")
-    steps = {name: lambda optimizers=optimizers: [o.step() for o in optimizers] for name, optimizers in rivals.items()}
+    steps = {name: functools.partial(step_all, optimizers) for name, optimizers in rivals.items()}
     times = race(steps, cfg.seconds, compute.device)
     return [{"optimizer": name, "parameters": num_params(model), **ms(t)} for name, t in times.items()]
 
