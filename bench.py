@@ -1,13 +1,14 @@
 """Measures this project on the machine at hand: every performance figure that it claims comes from here.
 
-    python bench.py                                            everything
-    python bench.py train decode --n_layer=8 --dtype=float32   some of it, with other settings; configs/*.toml work too
-    python bench.py rmsnorm attention --plot --json            drawings bench_NAME.png in out_dir, and a last line of JSON
+    python bench.py                             everything
+    python bench.py train decode --n_layer=8    two of them, another shape; configs/*.toml work too
+    python bench.py rmsnorm --plot --json       bench_rmsnorm.png in out_dir, and a last line of JSON
 
-Rivals take turns within one run, so that a machine whose speed drifts is fair to all. ms is a median, ms_min and ms_max its spread;
-first_ms is the first call, where compiling and allocating happen. Weights are random. Of train.py's keys those about data, files and
-the length of a run change nothing here.
+Rivals take turns within one run, so that a machine whose speed drifts is fair to all. ms is a median,
+ms_min and ms_max its spread; first_ms is the first call, where compiling and allocating happen. Weights
+are random. Of train.py's keys those about data, files and the length of a run change nothing here.
 """
+
 import functools
 import importlib.util
 import itertools
@@ -29,262 +30,588 @@ import train
 from config import Refusal, read_toml, run
 from device import DTYPES, check_memory, fast_bfloat16, name_of, peak_flops, resolve
 from hf import to_transformers
-from measure import commit, device_name, draw, ms, nbytes, peak_memory, race, show, synchronize
-from model import KVCache, ModelConfig, Transformer, flops_per_token, kv_cache_bytes, num_params, num_weights, use_rmsnorm
+from measure import (
+    count_bytes,
+    device_name,
+    draw,
+    git_commit,
+    ms_columns,
+    peak_memory,
+    print_tables,
+    race,
+    synchronize,
+)
+from model import (
+    KVCache,
+    ModelConfig,
+    Transformer,
+    flops_per_token,
+    kv_cache_bytes,
+    num_params,
+    num_weights,
+    use_rmsnorm,
+)
 from optim import make_optimizers
 from sample import finish, generate
 from tokenizer import EOT, Tokenizer
 
 CONFIGS = Path(__file__).parent / "configs"
+SHAPE_KEYS = ("n_layer", "n_head", "n_embd", "block_size", "batch_size")
+ARCHITECTURE_KEYS = {"norm", "norm_position", "pos", "mlp"}
 LARGE = 1 << 26  # float32 numbers: 256 MB, more than caches hold
 
 
 @dataclass
 class Config(train.Config):
-    n_layer: int = 0              # blocks; this and the next four: 0 = as in tiny.toml, on a GPU as in small.toml
-    n_head: int = 0               # query heads
-    n_embd: int = 0               # width
-    block_size: int = 0           # context length, tokens
-    batch_size: int = 0           # rows of block_size tokens in a micro-batch
-    vocab_size: int = 4096        # tokens
-    seconds: float = 10.0         # time for each bench's rounds, of which there are at least three
-    text: str = ""                # tokenizer: a .txt .md .jsonl or .parquet file instead of toy stories
-    out_dir: str = "out/bench"    # where drawings go
-    plot: bool = False            # draw decode, rmsnorm and attention
-    json: bool = False            # end with a line of JSON
+    """The keys of train.py, of which the shape depends on the device, and those of the bench."""
+
+    n_layer: int = 0  # blocks; this and the next four: 0 = as in tiny.toml, on a GPU as in small.toml
+    n_head: int = 0  # query heads
+    n_embd: int = 0  # width
+    block_size: int = 0  # context length, tokens
+    batch_size: int = 0  # rows of block_size tokens in a micro-batch
+    vocab_size: int = 4096  # tokens
+    seconds: float = 10.0  # time for each bench's rounds, of which there are at least three
+    text: str = ""  # tokenizer: a .txt .md .jsonl or .parquet file instead of toy stories
+    out_dir: str = "out/bench"  # where drawings go
+    plot: bool = False  # draw decode, rmsnorm and attention
+    json: bool = False  # end with a line of JSON
 
     def __post_init__(self):
-        gpu = self.device.startswith("cuda") or self.device == "auto" and torch.cuda.is_available()
-        shape = read_toml(CONFIGS / ("small.toml" if gpu else "tiny.toml"))
-        for key in "n_layer", "n_head", "n_embd", "block_size", "batch_size":
-            setattr(self, key, getattr(self, key) or shape[key])
+        on_gpu = self.device.startswith("cuda")
+        if self.device == "auto":
+            on_gpu = torch.cuda.is_available()
+        shape = read_toml(CONFIGS / ("small.toml" if on_gpu else "tiny.toml"))
+        for key in SHAPE_KEYS:
+            if not getattr(self, key):
+                setattr(self, key, shape[key])
         super().__post_init__()
         if self.block_size < 16 or self.vocab_size < 1:
-            raise ValueError("there is little to measure: block_size must be at least 16 and vocab_size at least 1")
+            raise ValueError(
+                "there is little to measure: block_size must be at least 16 and vocab_size at least 1"
+            )
         if not 0 <= self.seconds <= 3600:
             raise ValueError(f"seconds must be between 0 and 3600, not {self.seconds}")
-        if self.text and (not os.path.isfile(self.text) or Path(self.text).suffix.lower() not in prepare.READERS):
-            raise ValueError(f"text must be a file that ends in {' '.join(prepare.READERS)}, not {self.text!r}")
+        if self.text:
+            is_readable = Path(self.text).suffix.lower() in prepare.READERS
+            if not is_readable or not os.path.isfile(self.text):
+                endings = " ".join(prepare.READERS)
+                raise ValueError(f"text must be a file that ends in {endings}, not {self.text!r}")
         if self.plot and not importlib.util.find_spec("matplotlib"):
             raise ValueError("plot needs matplotlib: pip install matplotlib")
 
 
-def build(cfg):
+# --------------------------------------------------------------------------------------------------
+# What several benches need
+
+
+def build_model(cfg):
+    """Returns a model of the config's shape with random weights, on the CPU."""
     torch.manual_seed(cfg.seed)
-    return Transformer(ModelConfig(**{key: getattr(cfg, key) for key in train.MODEL_KEYS}))
+    settings = {key: getattr(cfg, key) for key in train.MODEL_KEYS}
+    return Transformer(ModelConfig(**settings))
 
 
-def slow_optimizers(model, cfg, compute):
-    """train.py's, whose learning rate keeps the weights where they are: random ones that diverged, or became denormal, would be
-    timed as something else."""
+def make_slow_optimizers(model, cfg, compute):
+    """Returns train.py's optimizers with a learning rate that leaves the weights where they are.
+
+    Random weights that diverged, or became denormal, would be timed as something else.
+    """
     return make_optimizers(model, replace(cfg, learning_rate=1e-7, min_lr=0.0), compute)
 
 
-def trainee(cfg, compute, ops=rmsnorm.TORCH):
-    """(step, model, optimizers): step() is one real training step."""
-    model = build(cfg).to(compute.device)
-    model.gradient_checkpointing, model.chunked_loss = cfg.gradient_checkpointing, cfg.loss == "chunked"
+def make_training_step(cfg, compute, ops=rmsnorm.TORCH):
+    """Returns (step, model, optimizers), where step() is one real training step of train.py.
+
+    step raises Refusal where the loss or the gradient is not finite: then no step was taken.
+    """
+    model = build_model(cfg).to(compute.device)
+    model.gradient_checkpointing = cfg.gradient_checkpointing
+    model.chunked_loss = cfg.loss == "chunked"
     use_rmsnorm(model, ops)
-    optimizers = slow_optimizers(model, cfg, compute)
-    scaler = torch.amp.GradScaler(compute.device.type) if compute.dtype == torch.float16 else None
+    optimizers = make_slow_optimizers(model, cfg, compute)
+    scaler = None
+    if compute.dtype == torch.float16:
+        scaler = torch.amp.GradScaler(compute.device.type)
     rows = torch.randint(cfg.vocab_size, (cfg.batch_size, cfg.block_size + 1))
-    batches = [train.to(train.padded(rows, cfg.block_size), compute.device)] * cfg.gradient_accumulation_steps
+    batch = train.to(train.padded(rows, cfg.block_size), compute.device)
+    batches = [batch] * cfg.gradient_accumulation_steps
     trained = torch.compile(model) if compute.compile else model
 
     def step():
-        loss, norm = train.train_step(trained, optimizers, batches, compute, grad_clip=cfg.grad_clip, scaler=scaler)
+        loss, norm = train.train_step(
+            trained, optimizers, batches, compute, grad_clip=cfg.grad_clip, scaler=scaler
+        )
         if not train.usable(loss, norm, scaler):
-            raise Refusal(f"the loss is {loss} and its gradient norm {norm}: the step that was timed was none", status=1)
+            figures = f"the loss is {loss} and its gradient norm {norm}"
+            raise Refusal(f"{figures}: the step that was timed was none", status=1)
+
     return step, model, optimizers
 
 
-def architectures(cfg):
-    """{name: config}: what was given, or LLaMA's and GPT-2's settings under what was given."""
-    if {"norm", "norm_position", "pos", "mlp"} & cfg.given.keys():
-        return {"as given": cfg}
-    found = {}
-    for name in "llama", "gpt2":
-        settings = {"n_inner": 0} | read_toml(CONFIGS / f"{name}.toml")
-        found[name] = replace(cfg, **{key: value for key, value in settings.items() if key not in cfg.given})
-    return found
-
-
 @functools.cache
-def norm_kinds(device):
-    """The implementations of RMSNorm that work here."""
+def rmsnorm_kinds(device):
+    """Returns {name: rmsnorm.Ops}, our implementations of RMSNorm that work on the device.
+
+    Prints, once, why a GPU does without the CUDA kernel.
+    """
     if device.type != "cuda":
         return {"torch": rmsnorm.TORCH}
-    if missing := rmsnorm.load():
+    missing = rmsnorm.load()
+    if missing:
         print(f"without the CUDA kernel: {missing}")
         return {"torch": rmsnorm.TORCH}
     return {"torch": rmsnorm.TORCH, "cuda": rmsnorm.CUDA}
 
 
-def bench_train(cfg, compute):
-    """train.py's own step: tokens/s first, then its share of the GPU's data sheet (mfu) and of a large matrix product's FLOP/s here."""
-    dtypes = [compute.dtype_name]
-    if cfg.dtype == "auto":
-        dtypes = ["float32", "bfloat16"]
-        if not fast_bfloat16(compute.device):
-            print("bfloat16 is left out: this device would emulate it, and a step takes minutes; --dtype=bfloat16 insists")
-            dtypes.pop()
-    import torch._dynamo
-    entries = {}
-    with torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):  # many models share one forward
-        for (name, c), dtype, compiled in itertools.product(architectures(cfg).items(), dtypes, sorted({False, compute.compile})):
-            for by, ops in norm_kinds(compute.device).items() if c.norm == "rmsnorm" or c.qk_norm else [(None, rmsnorm.TORCH)]:
-                where = resolve(cfg.device, dtype, str(compiled))
-                entries[name, dtype, compiled, by] = where, *trainee(c, where, ops)
-        n = 8192 if compute.device.type == "cuda" else 1024
-        squares = {dtype: torch.randn(n, n, device=compute.device).to(DTYPES[dtype]) for dtype in dtypes}
-        products = {dtype: functools.partial(torch.matmul, x, x) for dtype, x in squares.items()}
-        times = race({key: step for key, (_, step, *_) in entries.items()} | products, cfg.seconds, compute.device)
-        rows = []
-        for key, (where, step, model, optimizers) in entries.items():
-            tokens = cfg.batch_size * cfg.block_size * cfg.gradient_accumulation_steps / times[key]["median"]
-            flops = flops_per_token(model, cfg.block_size) * tokens
-            kept = nbytes([*model.parameters(), *model.buffers()]) + nbytes(
-                x for o in optimizers for state in o.state.values() for x in state.values())
-            grown = peak_memory(compute.device, step)
-            rows.append({**dict(zip(("settings", "dtype", "compiled", "rmsnorm"), key)), "tokens_per_s": tokens, **ms(times[key]),
-                         "mfu": flops / peak_flops(where) if peak_flops(where) else None,
-                         "of_matmul": flops * times[key[1]]["median"] / (2 * n ** 3),
-                         "peak_mb": None if grown is None else (kept + grown) / 1e6, "parameters": num_params(model)})
-    return rows
+def race_both_ways(functions, inputs, gradients, seconds, device):
+    """Times functions of the inputs, the forward and the backward pass alone.
+
+    gradients are those of the outputs. Returns {(way, name): times}, the times as race() has them.
+    """
+    import torch._functorch.config
+
+    forward = {}
+    for name, function in functions.items():
+        forward[name] = functools.partial(function, *inputs)
+    # A compiled backward pass that may reuse its buffers refuses to run twice
+    with torch._functorch.config.patch(donated_buffer=False):
+        forward_times = race(forward, seconds / 2, device)
+        backward = {}
+        for name, function in functions.items():
+            outputs = function(*inputs)
+            backward[name] = functools.partial(
+                torch.autograd.grad, outputs, inputs, gradients, retain_graph=True
+            )
+        backward_times = race(backward, seconds / 2, device)
+    times = {("forward", name): forward_times[name] for name in functions}
+    return times | {("backward", name): backward_times[name] for name in functions}
 
 
-@torch.inference_mode()
-def uncached(model, prompts, n):
-    """n greedy ids a row, each from the whole text read anew."""
-    ids = torch.tensor(prompts, device=model.device)
-    for _ in range(n):
-        ids = torch.cat((ids, model.head(model.hidden(ids)[:, -1]).argmax(-1, keepdim=True)), 1)
-    return ids[:, len(prompts[0]):].tolist()
+def forward_and_backward(function, inputs, gradients):
+    """Returns the outputs of a function, then the gradients of its inputs."""
+    outputs = function(*inputs)
+    if not isinstance(outputs, tuple):
+        outputs = (outputs,)
+    return [*outputs, *torch.autograd.grad(outputs, inputs, gradients)]
+
+
+def to_float64(x):
+    if x.device.type == "mps":  # which has no float64
+        x = x.cpu()
+    return x.double()
+
+
+def relative_error(tensor, reference):
+    difference = to_float64(tensor) - reference
+    return (difference.norm() / reference.norm()).item()
+
+
+def relative_errors(functions, exact, inputs, gradients):
+    """Returns {name: error}, the largest ||f - exact|| / ||exact|| among outputs and gradients.
+
+    The function `exact` is computed in float64.
+    """
+    exact_inputs = [to_float64(x.detach()).requires_grad_() for x in inputs]
+    exact_gradients = [to_float64(gradient) for gradient in gradients]
+    references = forward_and_backward(exact, exact_inputs, exact_gradients)
+    errors = {}
+    for name, function in functions.items():
+        tensors = forward_and_backward(function, inputs, gradients)
+        errors[name] = max(map(relative_error, tensors, references))
+    return errors
 
 
 def store(results, key, function, *arguments):
-    """Calls a function and keeps what it returns."""
+    """Calls a function and keeps its result under the key."""
     results[key] = function(*arguments)
 
 
-def cached(model, prompts, n):
-    """n greedy ids a row, from sample.generate."""
-    return finish(generate(model, prompts, n, temperature=0))[0]
+def to_megabytes(size):
+    return None if size is None else size / 1e6
 
 
-def bench_decode(cfg, compute):
-    """sample.generate, greedy: tokens/s, and GB/s of weights read against what the memory gives; then with against without a cache."""
-    device, gpu, T = compute.device, compute.device.type == "cuda", cfg.block_size
-    model = build(cfg).to(device, compute.dtype).eval()
-    peer = hugging_face(model)
-    looked_up = ([] if cfg.tie_embeddings else [model.wte.weight]) + ([model.add_pos.weight] if cfg.pos == "learned" else [])
-    weights = nbytes(model.parameters()) - nbytes(looked_up)  # of look-ups a step reads a row or two, of all else everything
-    large = torch.ones(LARGE, device=device)
-    P, n, batches, rows = T // 2, T // 2 if gpu else min(T // 2, 64), (1, 8, 64) if gpu else (1, 8), []
-    for B in batches:
-        ids = torch.randint(cfg.vocab_size, (B, P))
-        prompts, found = ids.tolist(), {}
-
-        def start():
-            steps = generate(model, prompts, n, temperature=0)
-            next(steps)  # the first new token comes with the prefill
-            return steps
-
-        rivals = {"prefill": start, "decode": (start, list), "generate": lambda: found.update(ours=cached(model, prompts, n))}
-        if peer:
-            ids = ids.to(device)
-            options = {"do_sample": False, "max_new_tokens": n, "use_cache": True, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
-            rivals["transformers generate"] = lambda: found.update(theirs=peer.generate(ids, **options)[:, P:].tolist())
-        times = race(rivals | {"memory": large.sum}, cfg.seconds / 2 / len(batches), device)  # last, where no rival finds caches that it emptied
-        memory = large.nbytes / times.pop("memory")["median"]
-        for what, t in times.items():
-            tokens = B * {"prefill": P, "decode": n - 1}.get(what, n)
-            read = weights * (n - 1) / t["median"] if what == "decode" else None  # bytes a second
-            rows.append({"what": what, "batch": B, "prompt": P, "new": n, "tokens_per_s": tokens / t["median"], **ms(t),
-                         "weights_gb_per_s": read and read / 1e9, "memory_gb_per_s": read and memory / 1e9, "of_memory": read and read / memory,
-                         "same_ids": found["theirs"] == found["ours"] if what.startswith("transformers") else None})
-    return rows + cache_rows(cfg, compute, model)
+# --------------------------------------------------------------------------------------------------
+# train
 
 
-def cache_rows(cfg, compute, model):
-    """The time of n greedy tokens with a cache, which grows with n, and without one, which grows with its square and faster."""
-    gpu, ids = compute.device.type == "cuda", {}
-    lengths = [cfg.block_size >> k for k in ((3, 2, 1, 0) if gpu else (4, 3, 2, 1))]
-    rivals = {(how, n): functools.partial(store, ids, (how, n), decode, model, [[0]], n)
-              for how, decode in (("cached", cached), ("uncached", uncached)) for n in lengths}
-    times, rows = race(rivals, cfg.seconds / 2, compute.device), []
-    for (how, n), t in times.items():
-        rows.append({"what": how, "tokens": n, **ms(t), "against_half": t["median"] / times[how, n // 2]["median"] if n > lengths[0] else None,
-                     "same_ids": ids["cached", n] == ids["uncached", n]})
-    same = all(row["same_ids"] for row in rows)
-    print(f"greedy ids with and without a cache: {'equal' if same else f'NOT equal, which in {name_of(compute.dtype)} may be rounding'}")
-    draw(cfg, compute, "decode", rows, x="tokens", y="ms", by=("what",))
-    return rows
+def train_dtypes(cfg, compute):
+    """Returns the dtypes, by their names, in which training is timed."""
+    if cfg.dtype != "auto":
+        return [compute.dtype_name]
+    if fast_bfloat16(compute.device):
+        return ["float32", "bfloat16"]
+    print(
+        "bfloat16 is left out: this device would emulate it, and a step takes minutes; "
+        "--dtype=bfloat16 insists"
+    )
+    return ["float32"]
 
 
-def hugging_face(model):
-    """The same weights in transformers, or None and a line that says why."""
+def architectures(cfg):
+    """Returns {name: config}: LLaMA's and GPT-2's settings under the given ones.
+
+    Where those choose an architecture themselves, it is the only one.
+    """
+    if ARCHITECTURE_KEYS & cfg.given.keys():
+        return {"as given": cfg}
+    configs = {}
+    for name in "llama", "gpt2":
+        settings = {"n_inner": 0} | read_toml(CONFIGS / f"{name}.toml")
+        settings = {key: value for key, value in settings.items() if key not in cfg.given}
+        configs[name] = replace(cfg, **settings)
+    return configs
+
+
+def train_rivals(cfg, compute, dtypes):
+    """Returns {(settings, dtype, compiled, rmsnorm): (compute, step, model, optimizers)}."""
+    rivals = {}
+    variants = itertools.product(architectures(cfg).items(), dtypes, sorted({False, compute.compile}))
+    for (settings, config), dtype, compiled in variants:
+        variant_compute = resolve(cfg.device, dtype, str(compiled))
+        kinds = {None: rmsnorm.TORCH}
+        if config.norm == "rmsnorm" or config.qk_norm:
+            kinds = rmsnorm_kinds(compute.device)
+        for kind, ops in kinds.items():
+            training = make_training_step(config, variant_compute, ops)
+            rivals[settings, dtype, compiled, kind] = variant_compute, *training
+    return rivals
+
+
+def count_state_bytes(model, optimizers):
+    """Returns the bytes that stay between steps: weights, tables and the optimizers' state."""
+    tensors = [*model.parameters(), *model.buffers()]
+    for optimizer in optimizers:
+        for state in optimizer.state.values():
+            tensors += state.values()
+    return count_bytes(tensors)
+
+
+def train_row(cfg, key, rival, times, matmul_flops):
+    """Returns a row of the table. matmul_flops: {dtype: FLOP/s of a large matrix product}."""
+    settings, dtype, compiled, kind = key
+    compute, step, model, optimizers = rival
+    tokens = cfg.batch_size * cfg.block_size * cfg.gradient_accumulation_steps
+    tokens_per_s = tokens / times["median"]
+    flops = flops_per_token(model, cfg.block_size) * tokens_per_s
+    data_sheet_flops = peak_flops(compute)
+    peak = peak_memory(compute.device, step)
+    if peak is not None:
+        peak += count_state_bytes(model, optimizers)
+    return {
+        "settings": settings,
+        "dtype": dtype,
+        "compiled": compiled,
+        "rmsnorm": kind,
+        "tokens_per_s": tokens_per_s,
+        **ms_columns(times),
+        "mfu": flops / data_sheet_flops if data_sheet_flops else None,
+        "of_matmul": flops / matmul_flops[dtype],
+        "peak_mb": to_megabytes(peak),
+        "parameters": num_params(model),
+    }
+
+
+def train_rows(cfg, compute, dtypes):
+    rivals = train_rivals(cfg, compute, dtypes)
+    steps = {key: step for key, (_, step, _, _) in rivals.items()}
+    n = 8192 if compute.device.type == "cuda" else 1024
+    products = {}
+    for dtype in dtypes:
+        square = torch.randn(n, n, device=compute.device).to(DTYPES[dtype])
+        products[dtype] = functools.partial(torch.matmul, square, square)
+    times = race(steps | products, cfg.seconds, compute.device)
+    matmul_flops = {dtype: 2 * n**3 / times[dtype]["median"] for dtype in dtypes}
+    return [train_row(cfg, key, rivals[key], times[key], matmul_flops) for key in rivals]
+
+
+def bench_train(cfg, compute):
+    """Times train.py's own step, in tokens/s.
+
+    mfu is its share of the GPU's FLOP/s by data sheet, of_matmul that of a large matrix product's here.
+    """
+    import torch._dynamo
+
+    # Many models share one forward, which is compiled anew for each
+    with torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
+        return train_rows(cfg, compute, train_dtypes(cfg, compute))
+
+
+# --------------------------------------------------------------------------------------------------
+# decode
+
+
+def convert_to_transformers(model):
+    """Returns the same weights in transformers, or None, and prints why."""
     try:
         return to_transformers(model)
     except ImportError:
         print("without transformers: pip install transformers")
     except ValueError as e:
         print(e)
+    return None
 
 
-def bench_kvcache(cfg, compute):
-    """Bytes of keys and values: by formula at the 7B shape, and by formula and as allocated at the shape here."""
-    rows, device, B, T = [], compute.device, cfg.batch_size, cfg.block_size
-    for heads in 32, 8, 1:
-        c = ModelConfig(n_layer=32, n_head=32, n_kv_head=heads, n_embd=4096, block_size=2048)
-        rows.append(cache_row("7B", c, 1, 2048, torch.float16))
-    for heads in [n for n in range(cfg.n_head, 0, -1) if cfg.n_head % n == 0]:
-        model = build(replace(cfg, n_kv_head=heads)).to(device, compute.dtype)
-        synchronize(device)
-        before = torch.cuda.memory_allocated(device) if device.type == "cuda" else None
-        cache = KVCache(model, B, T)
-        stored = sum(x.untyped_storage().nbytes() for x in cache.k + cache.v)
-        rows.append({**cache_row(f"{cfg.n_layer} x {cfg.n_embd}", model.config, B, T, compute.dtype), "stored_bytes": stored,
-                     "allocated_bytes": None if before is None else torch.cuda.memory_allocated(device) - before})
-        del cache
+def greedy_steps(model, prompts, n):
+    """Returns an iterator of sample.generate: each step yields the next greedy id of each row."""
+    return generate(model, prompts, n, temperature=0)
+
+
+def prefilled_steps(model, prompts, n):
+    """Returns greedy_steps after the first one, which comes with the prefill."""
+    steps = greedy_steps(model, prompts, n)
+    next(steps)
+    return steps
+
+
+def generate_cached(model, prompts, n):
+    """Returns n greedy ids a row, by sample.generate."""
+    return finish(greedy_steps(model, prompts, n))[0]
+
+
+@torch.inference_mode()
+def generate_uncached(model, prompts, n):
+    """Returns n greedy ids a row, each from the whole text read anew. Prompts are of one length."""
+    ids = torch.tensor(prompts, device=model.device)
+    for _ in range(n):
+        logits = model.head(model.hidden(ids)[:, -1])
+        ids = torch.cat((ids, logits.argmax(-1, keepdim=True)), 1)
+    return ids[:, len(prompts[0]) :].tolist()
+
+
+def generate_hf(hf_model, ids, n):
+    """Returns n greedy ids a row, by transformers, after ids (B, T)."""
+    mask = torch.ones_like(ids)
+    new_ids = hf_model.generate(
+        ids,
+        attention_mask=mask,
+        do_sample=False,
+        max_new_tokens=n,
+        use_cache=True,
+        pad_token_id=0,
+    )
+    return new_ids[:, ids.size(1) :].tolist()
+
+
+def count_bytes_a_step(model):
+    """Returns the bytes of weights that a decoding step reads: all but look-up tables.
+
+    Of those it reads a row or two.
+    """
+    tables = []
+    if not model.config.tie_embeddings:
+        tables.append(model.wte.weight)
+    if model.config.pos == "learned":
+        tables.append(model.add_pos.weight)
+    return count_bytes(model.parameters()) - count_bytes(tables)
+
+
+def decode_rows(model, hf_model, large, batch_size, seconds):
+    """Returns the table's rows for one batch size.
+
+    large: a tensor that no cache holds, whose sum shows the memory's speed.
+    """
+    device = model.device
+    n_prompt = model.config.block_size // 2
+    n_new = n_prompt if device.type == "cuda" else min(n_prompt, 64)
+    ids = torch.randint(model.config.vocab_size, (batch_size, n_prompt))
+    prompts = ids.tolist()
+    ids = ids.to(device)
+    results = {}
+    prefill = functools.partial(prefilled_steps, model, prompts, n_new)
+    rivals = {
+        "prefill": prefill,
+        "decode": (prefill, list),
+        "generate": functools.partial(store, results, "ours", generate_cached, model, prompts, n_new),
+    }
+    if hf_model:
+        rivals["transformers generate"] = functools.partial(
+            store, results, "transformers", generate_hf, hf_model, ids, n_new
+        )
+    rivals["memory"] = large.sum  # last, where no rival finds caches that it emptied
+    times = race(rivals, seconds, device)
+    memory_speed = large.nbytes / times.pop("memory")["median"]
+    tokens_a_row = {"prefill": n_prompt, "decode": n_new - 1}
+    rows = []
+    for name, rival_times in times.items():
+        tokens = batch_size * tokens_a_row.get(name, n_new)
+        row = {
+            "what": name,
+            "batch": batch_size,
+            "prompt": n_prompt,
+            "new": n_new,
+            "tokens_per_s": tokens / rival_times["median"],
+            **ms_columns(rival_times),
+            "weights_gb_per_s": None,
+            "memory_gb_per_s": None,
+            "of_memory": None,
+            "same_ids": None,
+        }
+        if name == "decode":
+            weights_speed = count_bytes_a_step(model) * (n_new - 1) / rival_times["median"]
+            row["weights_gb_per_s"] = weights_speed / 1e9
+            row["memory_gb_per_s"] = memory_speed / 1e9
+            row["of_memory"] = weights_speed / memory_speed
+        if name == "transformers generate":
+            row["same_ids"] = results["transformers"] == results["ours"]
+        rows.append(row)
     return rows
 
 
-def cache_row(shape, c, batch, tokens, dtype):
-    size = kv_cache_bytes(c, batch, tokens, dtype.itemsize)
-    return {"shape": shape, "attention": kind(c), "n_kv_head": c.n_kv_head, "batch": batch, "tokens": tokens, "dtype": name_of(dtype),
-            "bytes": size, "mib": size / 2 ** 20}
+def cached_and_uncached_rows(cfg, compute, model):
+    """Times n greedy tokens with a cache and without one.
+
+    With a cache the time grows with n, without one with its square and faster.
+    """
+    shifts = (3, 2, 1, 0) if compute.device.type == "cuda" else (4, 3, 2, 1)
+    lengths = [cfg.block_size >> shift for shift in shifts]
+    generators = {"cached": generate_cached, "uncached": generate_uncached}
+    ids = {}
+    rivals = {}
+    for name, generator in generators.items():
+        for n in lengths:
+            rivals[name, n] = functools.partial(store, ids, (name, n), generator, model, [[0]], n)
+    times = race(rivals, cfg.seconds / 2, compute.device)
+    rows = []
+    for (name, n), rival_times in times.items():
+        growth = None
+        if n > lengths[0]:
+            growth = rival_times["median"] / times[name, n // 2]["median"]
+        rows.append(
+            {
+                "what": name,
+                "tokens": n,
+                **ms_columns(rival_times),
+                "against_half": growth,
+                "same_ids": ids["cached", n] == ids["uncached", n],
+            }
+        )
+    verdict = "equal"
+    if not all(row["same_ids"] for row in rows):
+        verdict = f"NOT equal, which in {name_of(compute.dtype)} may be rounding"
+    print(f"greedy ids with and without a cache: {verdict}")
+    draw(cfg, compute.device, "decode", rows, x="tokens", y="ms", by=("what",))
+    return rows
 
 
-def kind(c):
-    return "MHA" if c.n_kv_head == c.n_head else "MQA" if c.n_kv_head == 1 else "GQA"
+def bench_decode(cfg, compute):
+    """Times sample.generate, greedy, in tokens/s.
+
+    of_memory is the speed at which weights are read against what the memory gives. The last table has
+    the time with a cache against that without one.
+    """
+    model = build_model(cfg).to(compute.device, compute.dtype).eval()
+    hf_model = convert_to_transformers(model)
+    large = torch.ones(LARGE, device=compute.device)
+    batch_sizes = (1, 8, 64) if compute.device.type == "cuda" else (1, 8)
+    seconds = cfg.seconds / 2 / len(batch_sizes)
+    rows = []
+    for batch_size in batch_sizes:
+        rows += decode_rows(model, hf_model, large, batch_size, seconds)
+    return rows + cached_and_uncached_rows(cfg, compute, model)
 
 
-def both_ways(functions, inputs, gradients, seconds, device):
-    """{(way, name): times} of functions of the inputs, forward and backward alone, for gradients of their outputs."""
-    import torch._functorch.config
-    with torch._functorch.config.patch(donated_buffer=False):  # else a compiled backward refuses to run twice
-        forward = race({name: functools.partial(f, *inputs) for name, f in functions.items()}, seconds / 2, device)
-        backward = race({name: functools.partial(torch.autograd.grad, f(*inputs), inputs, gradients, retain_graph=True)
-                         for name, f in functions.items()}, seconds / 2, device)
-    return {(way, name): t for way, times in (("forward", forward), ("backward", backward)) for name, t in times.items()}
+# --------------------------------------------------------------------------------------------------
+# kvcache
 
 
-def double(x):
-    return (x.cpu() if x.device.type == "mps" else x).double()
+def attention_kind(config):
+    if config.n_kv_head == config.n_head:
+        return "MHA"
+    return "MQA" if config.n_kv_head == 1 else "GQA"
 
 
-def forward_backward(f, inputs, gradients):
-    """The outputs of f, then the gradients of its inputs."""
-    y = f(*inputs)
-    return [*(y if isinstance(y, tuple) else (y,)), *torch.autograd.grad(y, inputs, gradients)]
+def kv_cache_row(shape, config, batch_size, tokens, dtype):
+    size = kv_cache_bytes(config, batch_size, tokens, dtype.itemsize)
+    return {
+        "shape": shape,
+        "attention": attention_kind(config),
+        "n_kv_head": config.n_kv_head,
+        "batch": batch_size,
+        "tokens": tokens,
+        "dtype": name_of(dtype),
+        "bytes": size,
+        "mib": size / 2**20,
+    }
 
 
-def errors(functions, exact, inputs, gradients):
-    """{name: the largest ||f - exact|| / ||exact|| among outputs and gradients}, `exact` computed in float64."""
-    want = forward_backward(exact, [double(x.detach()).requires_grad_() for x in inputs], [double(g) for g in gradients])
-    return {name: max(((double(a) - b).norm() / b.norm()).item() for a, b in zip(forward_backward(f, inputs, gradients), want))
-            for name, f in functions.items()}
+def allocated_cache_row(cfg, compute):
+    """Returns a row of the table with what a cache really stores, and what it takes from a GPU."""
+    device = compute.device
+    model = build_model(cfg).to(device, compute.dtype)
+    synchronize(device)
+    before = torch.cuda.memory_allocated(device) if device.type == "cuda" else None
+    cache = KVCache(model, cfg.batch_size, cfg.block_size)
+    allocated = None
+    if before is not None:
+        allocated = torch.cuda.memory_allocated(device) - before
+    stored = sum(x.untyped_storage().nbytes() for x in cache.k + cache.v)
+    shape = f"{cfg.n_layer} x {cfg.n_embd}"
+    row = kv_cache_row(shape, model.config, cfg.batch_size, cfg.block_size, compute.dtype)
+    return row | {"stored_bytes": stored, "allocated_bytes": allocated}
+
+
+def bench_kvcache(cfg, compute):
+    """Counts the bytes of keys and values.
+
+    At the 7B shape they are those of the formula, at the shape here also those that are allocated.
+    """
+    rows = []
+    for heads in 32, 8, 1:
+        config = ModelConfig(n_layer=32, n_head=32, n_kv_head=heads, n_embd=4096, block_size=2048)
+        rows.append(kv_cache_row("7B", config, 1, 2048, torch.float16))
+    for heads in range(cfg.n_head, 0, -1):
+        if cfg.n_head % heads == 0:
+            rows.append(allocated_cache_row(replace(cfg, n_kv_head=heads), compute))
+    return rows
+
+
+# --------------------------------------------------------------------------------------------------
+# rmsnorm
+
+
+def norm_shapes(cfg, device):
+    """Returns (rows, hidden) of the tensors to norm: the model's own first."""
+    shapes = [(cfg.batch_size * cfg.block_size, cfg.n_embd)]
+    if device.type != "cuda":
+        return [*shapes, (4096, 1024)]
+    memory = torch.cuda.mem_get_info(device)[1]
+    n_rows = 32768 if memory > 40e9 else 4096
+    return shapes + [(n_rows, hidden) for hidden in (1024, 2048, 4096, 8192)]
+
+
+def norm_dtypes(cfg, compute):
+    if cfg.dtype != "auto":
+        return [compute.dtype]
+    if fast_bfloat16(compute.device):
+        return [torch.bfloat16, torch.float32]
+    if compute.device.type == "cuda":
+        return [torch.float16, torch.float32]
+    return [torch.float32]
+
+
+def measure_copy(device):
+    """Returns the bytes a second that a plain copy reads and writes."""
+    source = torch.ones(LARGE, device=device)
+    target = torch.ones(LARGE, device=device)
+    times = race({"copy": functools.partial(target.copy_, source)}, 0.5, device)
+    speed = 2 * source.nbytes / times["copy"]["median"]
+    print(f"a copy of 256 MB: {speed / 1e9:,.1f} GB/s read and written")
+    return speed
+
+
+def least_traffic(x, weight):
+    """Returns {(operation, way): bytes} that must be read and written."""
+    size = x.nbytes
+    inv_rms = 4 * len(x)  # one float32 a row
+    forward = inv_rms + weight.nbytes
+    backward = inv_rms + 2 * weight.nbytes  # the weight and its gradient
+    return {
+        ("norm", "forward"): 2 * size + forward,  # x -> y
+        ("norm", "backward"): 3 * size + backward,  # dy, x -> dx
+        ("add", "forward"): 4 * size + forward,  # x, a -> h, y
+        ("add", "backward"): 4 * size + backward,  # dy, dh, h -> dx
+    }
 
 
 def stock_norm(x, weight, eps):
@@ -299,173 +626,360 @@ def stock_add_norm(x, a, weight, eps):
 STOCK = rmsnorm.Ops(stock_norm, stock_add_norm)
 
 
-def bench_rmsnorm(cfg, compute):
-    """RMSNorm, and the sum with its norm (add), against torch's: GB/s of the bytes that must move, of what a plain copy moves."""
-    device, gpu, eps, rows = compute.device, compute.device.type == "cuda", cfg.norm_eps, []
-    roomy = gpu and torch.cuda.mem_get_info(device)[1] > 40e9
-    shapes = [(32768 if roomy else 4096, n) for n in (1024, 2048, 4096, 8192)] if gpu else [(4096, 1024)]
-    shapes = [(cfg.batch_size * cfg.block_size, cfg.n_embd), *shapes]
-    halves = [torch.bfloat16] if fast_bfloat16(device) else [torch.float16] if gpu else []
-    dtypes = [compute.dtype] if cfg.dtype != "auto" else [*halves, torch.float32]
-    large, target, kinds = torch.ones(LARGE, device=device), torch.ones(LARGE, device=device), norm_kinds(device)
-    copy = 2 * large.nbytes / race({"copy": lambda: target.copy_(large)}, 0.5, device)["copy"]["median"]  # read and written
-    print(f"a copy of 256 MB: {copy / 1e9:,.1f} GB/s read and written")
-    for (n, hidden), dtype in itertools.product(shapes, dtypes):
-        torch.manual_seed(cfg.seed)
-        x, a, dy, dh = (torch.randn(n, hidden, device=device).to(dtype) for _ in range(4))
-        weight = (1 + 0.1 * torch.randn(hidden, device=device)).to(dtype)  # in x's dtype: otherwise F.rms_norm leaves its fused path
-        x, a, weight = (t.requires_grad_() for t in (x, a, weight))
-        size, once = x.nbytes, 4 * n + weight.nbytes  # inv_rms, float32, and the weight or its gradient
-        moved = {("norm", "forward"): 2 * size + once, ("norm", "backward"): 3 * size + once + weight.nbytes,  # x -> y; dy, x -> dx
-                 ("add", "forward"): 4 * size + once, ("add", "backward"): 4 * size + once + weight.nbytes}    # x, a -> h, y; dy, dh, h -> dx
-        print(f"{n} x {hidden} {name_of(dtype)}: at the speed of a copy " + ", ".join(
-            f"{what} {way} {b / 1e6:.4g} MB in {1e3 * b / copy:.3g} ms" for (what, way), b in moved.items()))
+def norm_rivals(compute):
+    """Returns {name: rmsnorm.Ops}: torch's own, compiled too where compute says so, and ours."""
+    rivals = {"F.rms_norm": STOCK}
+    if compute.compile:
+        torch.compiler.reset()
+        compiled = [torch.compile(function, dynamic=False) for function in STOCK]
+        rivals["compiled"] = rmsnorm.Ops(*compiled)
+    for kind, ops in rmsnorm_kinds(compute.device).items():
+        rivals[f"ours, {kind}"] = ops
+    return rivals
 
-        rivals = {"F.rms_norm": STOCK}
-        if compute.compile:
-            torch.compiler.reset()
-            rivals["compiled"] = rmsnorm.Ops(*(torch.compile(f, dynamic=False) for f in STOCK))
-        rivals |= {f"ours, {name}": ops for name, ops in kinds.items()}
-        norms = {name: functools.partial(ops.norm, eps=eps) for name, ops in rivals.items()}
-        adds = {name: functools.partial(ops.add_norm, eps=eps) for name, ops in rivals.items()}
-        for what, functions, inputs, gradients in ("norm", norms, (x, weight), (dy,)), ("add", adds, (x, a, weight), (dh, dy)):
-            times = both_ways(functions, inputs, gradients, cfg.seconds / 2 / len(shapes) / len(dtypes), device)
-            wrong = errors(functions, functions["ours, torch"], inputs, gradients)
-            for (way, name), t in times.items():
-                speed = moved[what, way] / t["median"]
-                rows.append({"what": what, "way": way, "rows": n, "hidden": hidden, "dtype": name_of(dtype), "by": name, **ms(t),
-                             "bytes": moved[what, way], "gb_per_s": speed / 1e9, "of_copy": speed / copy, "error": wrong[name]})
-    draw(cfg, compute, "rmsnorm", [row for row in rows if row["what"] == "norm" and row["dtype"] == name_of(dtypes[0])],
-         x="hidden", y="of_copy", by=("by", "way"))
+
+def norm_rows(cfg, compute, n_rows, hidden, dtype, copy_speed, seconds):
+    """Returns the table's rows for one shape and dtype. copy_speed: bytes a second."""
+    device = compute.device
+    eps = cfg.norm_eps
+    torch.manual_seed(cfg.seed)
+    x, a, dy, dh = (torch.randn(n_rows, hidden, device=device).to(dtype) for _ in range(4))
+    weight = 1 + 0.1 * torch.randn(hidden, device=device)
+    weight = weight.to(dtype)  # in x's dtype: otherwise F.rms_norm leaves its fused path
+    for tensor in x, a, weight:
+        tensor.requires_grad_()
+
+    traffic = least_traffic(x, weight)
+    limits = []
+    for (operation, way), size in traffic.items():
+        milliseconds = 1e3 * size / copy_speed
+        limits.append(f"{operation} {way} {size / 1e6:.4g} MB in {milliseconds:.3g} ms")
+    shape = f"{n_rows} x {hidden} {name_of(dtype)}"
+    print(f"{shape}: at the speed of a copy {', '.join(limits)}")
+
+    rivals = norm_rivals(compute)
+    norms = {name: functools.partial(ops.norm, eps=eps) for name, ops in rivals.items()}
+    adds = {name: functools.partial(ops.add_norm, eps=eps) for name, ops in rivals.items()}
+    operations = (
+        ("norm", norms, (x, weight), (dy,)),
+        ("add", adds, (x, a, weight), (dh, dy)),
+    )
+    rows = []
+    for operation, functions, inputs, gradients in operations:
+        times = race_both_ways(functions, inputs, gradients, seconds / 2, device)
+        errors = relative_errors(functions, functions["ours, torch"], inputs, gradients)
+        for (way, name), rival_times in times.items():
+            size = traffic[operation, way]
+            speed = size / rival_times["median"]
+            rows.append(
+                {
+                    "what": operation,
+                    "way": way,
+                    "rows": n_rows,
+                    "hidden": hidden,
+                    "dtype": name_of(dtype),
+                    "by": name,
+                    **ms_columns(rival_times),
+                    "bytes": size,
+                    "gb_per_s": speed / 1e9,
+                    "of_copy": speed / copy_speed,
+                    "error": errors[name],
+                }
+            )
     return rows
+
+
+def bench_rmsnorm(cfg, compute):
+    """Times RMSNorm, and the sum with its norm (add), against torch's.
+
+    gb_per_s is of the bytes that must move, of_copy their share of what a plain copy moves.
+    """
+    rmsnorm_kinds(compute.device)  # builds the kernel
+    copy_speed = measure_copy(compute.device)
+    shapes = norm_shapes(cfg, compute.device)
+    dtypes = norm_dtypes(cfg, compute)
+    seconds = cfg.seconds / len(shapes) / len(dtypes)
+    rows = []
+    for (n_rows, hidden), dtype in itertools.product(shapes, dtypes):
+        rows += norm_rows(cfg, compute, n_rows, hidden, dtype, copy_speed, seconds)
+    norms = [row for row in rows if row["what"] == "norm"]
+    drawn = [row for row in norms if row["dtype"] == name_of(dtypes[0])]
+    draw(cfg, compute.device, "rmsnorm", drawn, x="hidden", y="of_copy", by=("by", "way"))
+    return rows
+
+
+# --------------------------------------------------------------------------------------------------
+# attention
 
 
 def explicit_attention(q, k, v):
+    """Returns causal attention of q, k, v (..., T, D), by its matrix of scores."""
     T = q.size(-2)
     future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
-    return (q @ k.mT / math.sqrt(q.size(-1))).masked_fill(future, -math.inf).softmax(-1) @ v
+    scores = q @ k.mT / math.sqrt(q.size(-1))
+    return scores.masked_fill(future, -math.inf).softmax(-1) @ v
+
+
+def attention_rows(cfg, compute, length, seconds):
+    device = compute.device
+    functions = {
+        "sdpa": functools.partial(F.scaled_dot_product_attention, is_causal=True),  # as in model.py
+        "explicit": explicit_attention,
+    }
+    torch.manual_seed(cfg.seed)
+    shape = (1, cfg.n_head, length, cfg.head_dim)
+    *inputs, dy = (torch.randn(shape, device=device).to(compute.dtype) for _ in range(4))
+    for tensor in inputs:
+        tensor.requires_grad_()
+    times = race_both_ways(functions, inputs, [dy], seconds, device)
+
+    # In float64 the scores of 8,192 tokens are large
+    short_inputs = [x.detach()[:, :, :1024].clone().requires_grad_() for x in inputs]
+    short_dy = dy[:, :, :1024]
+    errors = relative_errors(functions, explicit_attention, short_inputs, [short_dy])
+    peaks = {}
+    for name, function in functions.items():
+        work = functools.partial(forward_and_backward, function, inputs, [dy])
+        peaks[name] = peak_memory(device, work)
+    return [
+        {
+            "way": way,
+            "tokens": length,
+            "by": name,
+            **ms_columns(rival_times),
+            "against_sdpa": rival_times["median"] / times[way, "sdpa"]["median"],
+            "peak_mb": to_megabytes(peaks[name]),
+            "error": errors[name],
+        }
+        for (way, name), rival_times in times.items()
+    ]
 
 
 def bench_attention(cfg, compute):
-    """Causal attention over length, one row: scaled_dot_product_attention, as model.py calls it, against the matrices written out."""
-    device, D, rows = compute.device, cfg.head_dim, []
-    lengths = (512, 1024, 2048, 4096, 8192) if device.type == "cuda" else (128, 256, 512, 1024)
-    functions = {"sdpa": functools.partial(F.scaled_dot_product_attention, is_causal=True), "explicit": explicit_attention}
-    for T in lengths:
-        torch.manual_seed(cfg.seed)
-        *inputs, dy = (torch.randn(1, cfg.n_head, T, D, device=device).to(compute.dtype) for _ in range(4))
-        inputs = [x.requires_grad_() for x in inputs]
-        times = both_ways(functions, inputs, [dy], cfg.seconds / len(lengths), device)
-        short = [x.detach()[:, :, :1024].clone().requires_grad_() for x in inputs]  # in float64 the matrices of 8,192 are large
-        wrong = errors(functions, explicit_attention, short, [dy[:, :, :1024]])
-        peak = {name: peak_memory(device, functools.partial(forward_backward, f, inputs, [dy])) for name, f in functions.items()}
-        for (way, name), t in times.items():
-            rows.append({"way": way, "tokens": T, "by": name, **ms(t), "against_sdpa": t["median"] / times[way, "sdpa"]["median"],
-                         "peak_mb": None if peak[name] is None else peak[name] / 1e6, "error": wrong[name]})
-    draw(cfg, compute, "attention", rows, x="tokens", y="ms", by=("by", "way"))
+    """Times causal attention over length, one row.
+
+    sdpa is scaled_dot_product_attention, as model.py calls it; explicit has the matrices written out.
+    """
+    lengths = (128, 256, 512, 1024)
+    if compute.device.type == "cuda":
+        lengths = (512, 1024, 2048, 4096, 8192)
+    rows = []
+    for length in lengths:
+        rows += attention_rows(cfg, compute, length, cfg.seconds / len(lengths))
+    draw(cfg, compute.device, "attention", rows, x="tokens", y="ms", by=("by", "way"))
     return rows
 
 
+# --------------------------------------------------------------------------------------------------
+# optimizer
+
+
+def torch_adamw(parameters):
+    return torch.optim.AdamW(parameters, lr=1e-7, foreach=True)
+
+
 def step_all(optimizers):
-    for o in optimizers:
-        o.step()
+    for optimizer in optimizers:
+        optimizer.step()
 
 
 def bench_optimizer(cfg, compute):
-    """One update of all weights, without the backward pass: ours (muon, adamw) and torch's."""
-    model = build(cfg).to(compute.device)
+    """Times one update of all weights, without the backward pass: ours (muon, adamw) and torch's."""
+    model = build_model(cfg).to(compute.device)
     for p in model.parameters():
         p.grad = torch.randn_like(p)
-    matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
-    others = [p for p in model.parameters() if all(p is not m for m in matrices)]
-    rivals = {f"ours, {name}": slow_optimizers(model, replace(cfg, optimizer=name), compute) for name in ("muon", "adamw")}
-    rivals["torch AdamW foreach"] = [torch.optim.AdamW(model.parameters(), lr=1e-7, foreach=True)]
+    rivals = {}
+    for name in "muon", "adamw":
+        named = replace(cfg, optimizer=name)
+        rivals[f"ours, {name}"] = make_slow_optimizers(model, named, compute)
+    rivals["torch AdamW foreach"] = [torch_adamw(model.parameters())]
     if fast_bfloat16(compute.device):
-        rivals["torch Muon, AdamW foreach"] = [torch.optim.Muon(matrices, lr=1e-7), torch.optim.AdamW(others, lr=1e-7, foreach=True)]
+        matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
+        matrix_ids = set(map(id, matrices))
+        remainder = [p for p in model.parameters() if id(p) not in matrix_ids]
+        muon = torch.optim.Muon(matrices, lr=1e-7)
+        rivals["torch Muon, AdamW foreach"] = [muon, torch_adamw(remainder)]
     else:
         print("torch's Muon is left out: it computes in bfloat16, which this device would emulate")
     steps = {name: functools.partial(step_all, optimizers) for name, optimizers in rivals.items()}
     times = race(steps, cfg.seconds, compute.device)
-    return [{"optimizer": name, "parameters": num_params(model), **ms(t)} for name, t in times.items()]
+    parameters = num_params(model)
+    return [
+        {"optimizer": name, "parameters": parameters, **ms_columns(rival_times)}
+        for name, rival_times in times.items()
+    ]
+
+
+# --------------------------------------------------------------------------------------------------
+# tokenizer
+
+
+def convert_to_tokenizers(tokenizer):
+    """Returns our tokenizer in Hugging Face's library, or None, and prints why."""
+    try:
+        import tokenizers
+    except ImportError:
+        print("without tokenizers: pip install tokenizers")
+        return None
+    hf_tokenizer = tokenizers.Tokenizer.from_str(tokenizer.to_str())
+    # Text that spells a special token is text, as with ours
+    hf_tokenizer.encode_special_tokens = True
+    return hf_tokenizer
+
+
+def train_hf_tokenizer(docs, vocab_size):
+    """Returns a byte-level BPE like ours, learned by Hugging Face's library."""
+    import tokenizers
+
+    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    hf_tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    hf_tokenizer.pre_tokenizer = byte_level
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOT],
+        initial_alphabet=byte_level.alphabet(),
+        show_progress=False,
+    )
+    hf_tokenizer.train_from_iterator(docs, trainer)
+    return hf_tokenizer
+
+
+def tokenizer_rows(task, megabytes, times, same):
+    """Returns the table's rows for a task. same: whether Hugging Face's result is ours."""
+    return [
+        {
+            "what": task,
+            "by": name,
+            "mb": megabytes,
+            "mb_per_s": megabytes / rival_times["median"],
+            **ms_columns(rival_times),
+            "same": same if name == "tokenizers" else None,
+        }
+        for name, rival_times in times.items()
+    ]
 
 
 def bench_tokenizer(cfg, compute):
-    """Learning a vocabulary and encoding with it, MB/s of text, beside Hugging Face's tokenizers."""
+    """Times learning a vocabulary and encoding with it, in MB/s of text, beside Hugging Face's."""
     if cfg.text:
         docs = list(prepare.documents([Path(cfg.text)], prepare.Config(dataset=cfg.text)))
     else:
         docs = [text for text, _ in toy_stories.stories(9000, cfg.seed)]
-    size = sum(len(text.encode()) for text in docs)
     try:
         tokenizer = Tokenizer.train(docs, cfg.vocab_size)
     except ValueError as e:
         raise Refusal(e)
-    found, learn = {}, {"ours": lambda: Tokenizer.train(docs, cfg.vocab_size)}
-    encode = {"ours": lambda: found.update(ours=tokenizer.encode_batch(docs))}
-    try:
-        import tokenizers
-        from tokenizers import models, pre_tokenizers, trainers
-    except ImportError:
-        print("without tokenizers: pip install tokenizers")
-    else:
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        theirs = tokenizers.Tokenizer.from_str(tokenizer.to_str())
-        theirs.encode_special_tokens = True  # text that spells a special token is text, as with ours
+    hf_tokenizer = convert_to_tokenizers(tokenizer)
+    learned = {}
+    encoded = {}
+    learners = {"ours": functools.partial(Tokenizer.train, docs, cfg.vocab_size)}
+    encoders = {"ours": functools.partial(store, encoded, "ours", tokenizer.encode_batch, docs)}
+    if hf_tokenizer:
+        learners["tokenizers"] = functools.partial(
+            store, learned, "tokenizers", train_hf_tokenizer, docs, cfg.vocab_size
+        )
+        encoders["tokenizers"] = functools.partial(
+            store, encoded, "tokenizers", hf_tokenizer.encode_batch_fast, docs
+        )
+    cpu = torch.device("cpu")
+    learning_times = race(learners, cfg.seconds / 2, cpu)
+    encoding_times = race(encoders, cfg.seconds / 2, cpu)
+    same_vocabulary = None
+    same_ids = None
+    if hf_tokenizer:
+        same_vocabulary = learned["tokenizers"].get_vocab() == hf_tokenizer.get_vocab()
+        same_ids = [encoding.ids for encoding in encoded["tokenizers"]] == encoded["ours"]
+    megabytes = sum(len(text.encode()) for text in docs) / 1e6
+    rows = tokenizer_rows("learning", megabytes, learning_times, same_vocabulary)
+    return rows + tokenizer_rows("encoding", megabytes, encoding_times, same_ids)
 
-        def learn_theirs():
-            found["learned"] = tokenizers.Tokenizer(models.BPE())
-            found["learned"].pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-            found["learned"].train_from_iterator(docs, trainers.BpeTrainer(
-                vocab_size=cfg.vocab_size, special_tokens=[EOT], initial_alphabet=alphabet, show_progress=False))
-        learn["tokenizers"] = learn_theirs
-        encode["tokenizers"] = lambda: found.update(theirs=theirs.encode_batch_fast(docs))
-    rows = []
-    for what, rivals in ("learning", learn), ("encoding", encode):
-        for name, t in race(rivals, cfg.seconds / 2, torch.device("cpu")).items():
-            rows.append({"what": what, "by": name, "mb": size / 1e6, "mb_per_s": size / 1e6 / t["median"], **ms(t), "same": None})
-            if name == "tokenizers" and what == "learning":
-                rows[-1]["same"] = found["learned"].get_vocab() == theirs.get_vocab()
-            elif name == "tokenizers":
-                rows[-1]["same"] = [e.ids for e in found["theirs"]] == found["ours"]
-    return rows
+
+# --------------------------------------------------------------------------------------------------
+# data
+
+
+def read_batch(cfg, data, first_rows, device):
+    """Returns the batch whose rows start at the next of first_rows, as train.py reads it."""
+    batch = train.training_rows(data, cfg.block_size, cfg.seed, next(first_rows), cfg.batch_size)
+    return train.to(batch, device)
 
 
 def bench_data(cfg, compute):
-    """Batches from a memory-mapped file, moved to the device, against the training step (not compiled) that uses them up."""
-    B, T, step = cfg.batch_size, cfg.block_size, trainee(cfg, replace(compute, compile=False))[0]
-    dtype, numbers = prepare.id_type(cfg.vocab_size), itertools.count()
+    """Times batches from a memory-mapped file, moved to the device.
+
+    against_training compares them with the training step (not compiled) that uses them up.
+    """
+    step, _, _ = make_training_step(cfg, replace(compute, compile=False))
+    dtype = prepare.id_type(cfg.vocab_size)
+    ids = np.random.default_rng(cfg.seed).integers(cfg.vocab_size, size=10**7).astype(dtype)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "train.bin")
-        np.random.default_rng(cfg.seed).integers(cfg.vocab_size, size=10 ** 7).astype(dtype).tofile(path)
+        ids.tofile(path)
         data = np.memmap(path, dtype, mode="r")
-        times = race({"reading": lambda: train.to(train.training_rows(data, T, cfg.seed, B * next(numbers), B), compute.device),
-                      "training": step}, cfg.seconds, compute.device)
-        del data  # Windows removes no file that is open
-    work = {"reading": B * T, "training": B * T * cfg.gradient_accumulation_steps}
-    speed = {what: work[what] / t["median"] for what, t in times.items()}
-    return [{"what": what, "tokens_per_s": speed[what], **ms(t), "against_training": speed[what] / speed["training"]} for what, t in times.items()]
+        first_rows = itertools.count(0, cfg.batch_size)
+        reading = functools.partial(read_batch, cfg, data, first_rows, compute.device)
+        times = race({"reading": reading, "training": step}, cfg.seconds, compute.device)
+        del data, reading  # Windows removes no file that is open
+    tokens = cfg.batch_size * cfg.block_size
+    speeds = {
+        "reading": tokens / times["reading"]["median"],
+        "training": tokens * cfg.gradient_accumulation_steps / times["training"]["median"],
+    }
+    return [
+        {
+            "what": name,
+            "tokens_per_s": speed,
+            **ms_columns(times[name]),
+            "against_training": speed / speeds["training"],
+        }
+        for name, speed in speeds.items()
+    ]
 
 
-BENCHES = {"train": bench_train, "decode": bench_decode, "kvcache": bench_kvcache, "rmsnorm": bench_rmsnorm, "attention": bench_attention,
-           "optimizer": bench_optimizer, "tokenizer": bench_tokenizer, "data": bench_data}
+# --------------------------------------------------------------------------------------------------
+
+BENCHES = {
+    "train": bench_train,
+    "decode": bench_decode,
+    "kvcache": bench_kvcache,
+    "rmsnorm": bench_rmsnorm,
+    "attention": bench_attention,
+    "optimizer": bench_optimizer,
+    "tokenizer": bench_tokenizer,
+    "data": bench_data,
+}
 
 
 def main(cfg):
     compute = resolve(cfg.device, cfg.dtype, cfg.compile)
-    check_memory(compute.device, train.training_bytes(cfg, cfg, num_weights(cfg)), "try a smaller model or batch_size")
-    print(f"{device_name(compute.device)}; {compute.said}; torch {torch.__version__}\n{cfg.n_layer} layers, {cfg.n_head} heads, width {cfg.n_embd}, "
-          f"context {cfg.block_size}, {cfg.batch_size} rows, vocabulary {cfg.vocab_size}")
+    needs = train.training_bytes(cfg, cfg, num_weights(cfg))
+    check_memory(compute.device, needs, "try a smaller model or batch_size")
+    print(f"{device_name(compute.device)}; {compute.said}; torch {torch.__version__}")
+    print(
+        f"{cfg.n_layer} layers, {cfg.n_head} heads, width {cfg.n_embd}, context {cfg.block_size}, "
+        f"{cfg.batch_size} rows, vocabulary {cfg.vocab_size}"
+    )
     figures = {}
     for name in dict.fromkeys(cfg.words or BENCHES):
-        print(f"\n{name}: {BENCHES[name].__doc__}", flush=True)
+        bench = BENCHES[name]
+        title = " ".join(bench.__doc__.split())
+        print(f"\n{name}: {title}", flush=True)
         try:
-            figures[name] = BENCHES[name](cfg, compute)
+            figures[name] = bench(cfg, compute)
         except torch.OutOfMemoryError:  # a GPU's
-            raise Refusal(f"{name} took more memory than {compute.device} has: try a smaller model or batch_size", status=1)
-        show(figures[name])
+            message = f"{name} took more memory than {compute.device} has"
+            raise Refusal(f"{message}: try a smaller model or batch_size", status=1)
+        print_tables(figures[name])
     if cfg.json:
-        print(json.dumps({"device": device_name(compute.device), "dtype": compute.dtype_name, "torch": torch.__version__, "commit": commit(),
-                          "config": asdict(cfg), "figures": figures}))
+        report = {
+            "device": device_name(compute.device),
+            "dtype": compute.dtype_name,
+            "torch": torch.__version__,
+            "commit": git_commit(),
+            "config": asdict(cfg),
+            "figures": figures,
+        }
+        print(json.dumps(report))
 
 
 if __name__ == "__main__":

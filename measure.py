@@ -1,4 +1,5 @@
-"""How bench.py measures and tells: rivals in turn, memory, tables and drawings."""
+"""How bench.py measures and prints: rivals in turn, memory, tables and drawings."""
+
 import ctypes
 import gc
 import itertools
@@ -15,129 +16,222 @@ import torch
 from checkpoint import write_atomic
 
 
+# --------------------------------------------------------------------------------------------------
+# Time
+
+
 def synchronize(device):
+    """Waits until the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
 
 
-def race(rivals, seconds, device):
-    """Times {name: function} against each other: {name: {"first", "median", "min", "max"}} in seconds a call.
+def time_rival(rival, device, calls=1):
+    """Returns the seconds that a call of the rival takes, the mean over so many calls."""
+    setup, function = rival if isinstance(rival, tuple) else (None, rival)
+    arguments = [setup()] if setup else []
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(calls):
+        function(*arguments)
+    synchronize(device)
+    return (time.perf_counter() - start) / calls
 
-    Each is called once (first), once to warm up, and then all in turn, there and back: three rounds, and more until `seconds` are over.
-    A rival may be (setup, function): what setup() returns, untimed, is the function's argument.
+
+def count_calls(rival, seconds, device):
+    """Returns how many calls of `seconds` each are timed as one.
+
+    A kernel of microseconds would be hidden by its launch, so a GPU is timed over 5 ms of calls.
     """
-    rivals = {name: f if isinstance(f, tuple) else (None, f) for name, f in rivals.items()}
+    if isinstance(rival, tuple) or device.type == "cpu":
+        return 1
+    calls = int(5e-3 / seconds)
+    return max(1, min(1000, calls))
 
-    def timed(name, calls=1):
-        setup, f = rivals[name]
-        arguments = [setup()] if setup else []
-        synchronize(device)
-        start = time.perf_counter()
-        for _ in range(calls):
-            f(*arguments)
-        synchronize(device)
-        return (time.perf_counter() - start) / calls
 
-    first = {name: timed(name) for name in rivals}
-    warm = {name: timed(name) for name in rivals}
-    # A kernel of microseconds would be hidden by its launch, so a GPU is timed over 5 ms of calls
-    calls = {name: 1 if setup or device.type == "cpu" else max(1, min(1000, int(5e-3 / warm[name]))) for name, (setup, _) in rivals.items()}
-    times, end = {name: [] for name in rivals}, time.perf_counter() + seconds
+def race(rivals, seconds, device):
+    """Times functions against each other, which take turns.
+
+    Each is called once (first), once to warm up, and then all in turn, there and back: three rounds,
+    and more, up to 100, until the time is over.
+
+    rivals: {name: function}. A function may be a pair (setup, function) instead: what setup() returns,
+    untimed, is the function's argument.
+    Returns {name: {"first", "median", "min", "max"}} in seconds a call.
+    """
+    first = {name: time_rival(rival, device) for name, rival in rivals.items()}
+    warm = {name: time_rival(rival, device) for name, rival in rivals.items()}
+    calls = {name: count_calls(rivals[name], warm[name], device) for name in rivals}
+    times = {name: [] for name in rivals}
+    end = time.perf_counter() + seconds
     for i in range(100):
         if i >= 3 and time.perf_counter() >= end:
             break
-        for name in list(rivals)[::-1 if i % 2 else 1]:  # threads spin on after a call: nobody always follows the same one
-            times[name].append(timed(name, calls[name]))
-    return {name: {"first": first[name], "median": statistics.median(t), "min": min(t), "max": max(t)} for name, t in times.items()}
+        # Threads spin on after a call: nobody always follows the same rival
+        names = reversed(rivals) if i % 2 else rivals
+        for name in names:
+            times[name].append(time_rival(rivals[name], device, calls[name]))
+    return {
+        name: {
+            "first": first[name],
+            "median": statistics.median(times[name]),
+            "min": min(times[name]),
+            "max": max(times[name]),
+        }
+        for name in rivals
+    }
 
 
-def ms(t):
-    """The columns for what race() says of a rival."""
-    return {"ms": 1e3 * t["median"], "ms_min": 1e3 * t["min"], "ms_max": 1e3 * t["max"], "first_ms": 1e3 * t["first"]}
+def ms_columns(times):
+    """Returns the columns of a table for what race() measured of a rival."""
+    return {
+        "ms": 1e3 * times["median"],
+        "ms_min": 1e3 * times["min"],
+        "ms_max": 1e3 * times["max"],
+        "first_ms": 1e3 * times["first"],
+    }
 
 
-def peak_memory(device, work):
-    """The most bytes that were in use during work() beyond those before it; None where the system does not tell."""
-    gc.collect()
-    if device.type == "cuda":
-        synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        work()
-        synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    if device.type != "cpu" or sys.platform != "linux":
-        return None
+# --------------------------------------------------------------------------------------------------
+# Memory
 
-    def peak():
-        return 1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
+
+def count_bytes(tensors):
+    """Returns the bytes of all tensors together."""
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def peak_resident_bytes():
+    status = Path("/proc/self/status").read_text()
+    kilobytes = status.partition("VmHWM:")[2].split()[0]
+    return 1024 * int(kilobytes)
+
+
+def peak_gpu_memory(device, work):
+    synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    work()
+    synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def peak_process_memory(work):
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # else work() takes what was freed and kept, and nothing grows
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew: man 5 proc
-        before = peak()
+        # Otherwise work() takes what was freed but not given back, and nothing grows
+        ctypes.CDLL(None).malloc_trim(0)
+        # The peak starts anew: man 5 proc
+        Path("/proc/self/clear_refs").write_text("5")
+        before = peak_resident_bytes()
     except (OSError, AttributeError):  # not allowed here, or another libc
         return None
     work()
-    return peak() - before
+    return peak_resident_bytes() - before
 
 
-def nbytes(tensors):
-    return sum(t.nbytes for t in tensors)
+def peak_memory(device, work):
+    """Returns the most bytes that were in use during work() beyond those in use before it.
+
+    Returns None where the system does not tell.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        return peak_gpu_memory(device, work)
+    if device.type == "cpu" and sys.platform == "linux":
+        return peak_process_memory(work)
+    return None
 
 
-def show(rows):
-    """Prints dicts as tables, one for each run of dicts with the same keys."""
-    for keys, group in itertools.groupby(rows, tuple):
-        lines = [keys, *([cell(value) for value in row.values()] for row in group)]
-        widths = [max(map(len, column)) for column in zip(*lines)]
-        print("\n".join("  ".join(x.rjust(width) for x, width in zip(line, widths)) for line in lines))
+# --------------------------------------------------------------------------------------------------
+# Tables and drawings
 
 
-def cell(value):
+def format_cell(value):
     if value is None:
         return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-    return f"{value:,}" if isinstance(value, int) else value
+    if isinstance(value, int):
+        return f"{value:,}"
+    return value
 
 
-def draw(cfg, compute, name, rows, x, y, by):
-    """With --plot, out_dir/bench_NAME.png: y over x, both logarithmic, a line for each value of the columns `by`."""
+def print_tables(rows):
+    """Prints dicts as tables, one for each run of dicts with the same keys."""
+    for keys, group in itertools.groupby(rows, tuple):
+        lines = [keys]
+        for row in group:
+            lines.append([format_cell(value) for value in row.values()])
+        widths = [max(map(len, column)) for column in zip(*lines)]
+        for line in lines:
+            print("  ".join(cell.rjust(width) for cell, width in zip(line, widths)))
+
+
+def draw(cfg, device, name, rows, x, y, by):
+    """Draws column y over column x to out_dir/bench_NAME.png, where cfg.plot asks for it.
+
+    Both axes are logarithmic. There is a line for each combination of values in the columns `by`.
+    """
     if not cfg.plot:
         return
     from matplotlib.figure import Figure
-    ax = (fig := Figure(figsize=(7, 4), layout="constrained")).add_subplot()
-    for label in dict.fromkeys(tuple(row[key] for key in by) for row in rows):
-        mine = sorted((row[x], row[y]) for row in rows if tuple(row[key] for key in by) == label)
-        ax.plot(*zip(*mine), marker="o", ms=3, label=", ".join(label))
-    ax.set(xlabel=x, ylabel=y, xscale="log", yscale="log", title=f"{name}: {device_name(compute.device)}")
-    ax.set_xticks(ticks := sorted({row[x] for row in rows}), map(str, ticks), minor=False)
-    ax.set_xticks([], minor=True)
-    ax.grid(alpha=0.3)
-    ax.legend()
+
+    points = {}
+    for row in rows:
+        label = ", ".join(row[key] for key in by)
+        points.setdefault(label, []).append((row[x], row[y]))
+    ticks = sorted({row[x] for row in rows})
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for label, pairs in points.items():
+        axes.plot(*zip(*sorted(pairs)), marker="o", ms=3, label=label)
+    title = f"{name}: {device_name(device)}"
+    axes.set(xlabel=x, ylabel=y, xscale="log", yscale="log", title=title)
+    axes.set_xticks(ticks, map(str, ticks), minor=False)
+    axes.set_xticks([], minor=True)
+    axes.grid(alpha=0.3)
+    axes.legend()
     path = os.path.join(cfg.out_dir, f"bench_{name}.png")
-    write_atomic(path, lambda f: fig.savefig(f, format="png", dpi=120))
+    write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=120))
     print(f"drawn: {path}")
 
 
+# --------------------------------------------------------------------------------------------------
+# Where it was measured
+
+
+def cpu_name():
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        text = ""
+    name = text.partition("model name\t: ")[2].partition("\n")[0]
+    return name or platform.processor() or platform.machine()
+
+
 def device_name(device):
+    """Returns the model of the GPU, or that of the processor and how many threads torch has."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    try:
-        cpu = Path("/proc/cpuinfo").read_text().partition("model name\t: ")[2].partition("\n")[0]
-    except OSError:
-        cpu = ""
-    return f"{cpu or platform.processor() or platform.machine()}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
+    if device.type != "cpu":
+        return device.type
+    return f"{cpu_name()}, {torch.get_num_threads()} threads"
 
 
-def commit():
-    """The commit of this folder, -dirty where files differ from it; None where git does not know it."""
+def git_commit():
+    """Returns the commit of this folder, with -dirty where files differ from it.
+
+    Returns None where git does not know the folder.
+    """
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    folder = Path(__file__).parent
     try:
-        return subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], cwd=Path(__file__).parent,
-                              capture_output=True, text=True, check=True).stdout.strip()
+        process = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
+    return process.stdout.strip()

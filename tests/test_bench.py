@@ -154,7 +154,9 @@ def test_with_and_without_a_cache_the_ids_are_the_plain_loops(settings):
     model = build(**settings)
     want = greedy(model, [3, 1], 15)
     assert len(set(want)) > 3
-    assert bench.uncached(model, [[3, 1]], 15)[0] == bench.cached(model, [[3, 1], [3, 1]], 15)[1] == want
+    uncached = bench.generate_uncached(model, [[3, 1]], 15)
+    cached = bench.generate_cached(model, [[3, 1], [3, 1]], 15)
+    assert uncached[0] == cached[1] == want
 
 
 def test_the_shape_is_tiny_tomls_unless_it_is_given():
@@ -175,7 +177,7 @@ def test_llamas_and_gpt2s_settings_are_their_files_under_what_was_given():
 
 
 def test_the_step_is_a_real_one_and_one_that_is_none_is_refused():
-    step, model, optimizers = bench.trainee(config(), resolve("cpu", "float32", "false"))
+    step, model, optimizers = bench.make_training_step(config(), resolve("cpu", "float32", "false"))
     before = [p.detach().clone() for p in model.parameters()]
     step()
     assert all(not torch.equal(p, q) for p, q in zip(model.parameters(), before)) and len(optimizers) == 2
@@ -187,7 +189,7 @@ def test_the_step_is_a_real_one_and_one_that_is_none_is_refused():
 
 def test_error_is_the_largest_of_outputs_and_gradients():
     x, w, dy = torch.randn(8, 4, requires_grad=True), torch.randn(4, requires_grad=True), torch.ones(8, 4)
-    found = bench.errors({"right": lambda x, w: x * w, "a hundredth too much": lambda x, w: 1.01 * x * w,
+    found = bench.relative_errors({"right": lambda x, w: x * w, "a hundredth too much": lambda x, w: 1.01 * x * w,
                           "the gradient of w": lambda x, w: x * w + 0.5 * (w - w.detach())}, lambda x, w: x * w, (x, w), (dy,))
     assert found["right"] < 1e-6 and found["a hundredth too much"] == pytest.approx(0.01, rel=1e-3) and found["the gradient of w"] > 0.1
 
