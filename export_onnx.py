@@ -663,7 +663,7 @@ def main(cfg):
         raise Refusal("name the folder to write with --to")
     folder = Path(cfg.to) if cfg.to else Path(path).parent / "onnx"
     ways = "--overwrite moves it aside, --to=OTHER writes elsewhere"
-    with new_folder(folder, cfg.overwrite, ways, [path.removeprefix("hf:")]) as tmp:
+    with new_folder(folder, cfg.overwrite, ways, [hf_name(path)]) as tmp:
         model, tokenizer = checkpoint.restore(ckpt, path)
         ids = load_validation(cfg, ckpt, tokenizer) if cfg.quantize == "int8" else None
         increase = write_folder(cfg, model, tokenizer, ckpt, ids, tmp)

@@ -94,7 +94,7 @@ def advice(folder, name):
     if all(os.path.isfile(os.path.join(onnx, file)) for file in (name, "config.json")):
         return f"{folder}/onnx has one"
     int8 = " --quantize=int8" if name == "model_int8.onnx" else ""
-    if folder.startswith("hf:"):
+    if is_hf(folder):
         return f"python export_onnx.py --out_dir={folder} --to=FOLDER{int8} writes one"
     if holds_run(folder):
         return f"python export_onnx.py --out_dir={folder}{int8} writes {folder}/onnx"

@@ -71,7 +71,7 @@ class Config:
     overwrite: bool = False  # replace data/NAME; the old one is kept beside it
 
     def __post_init__(self):
-        if self.dataset in ("", "hf:"):
+        if not hf_name(self.dataset):
             raise ValueError(
                 "dataset is empty: give a file, a folder, toy, tinystories or hf:NAME, "
                 "such as hf:roneneldan/TinyStories"
@@ -99,8 +99,8 @@ class Config:
 
 def dataset_name(dataset):
     """Returns "stories" for a/stories.txt, a/stories, hf:me/stories and hf:me/stories:CONFIG."""
-    if dataset.startswith("hf:"):
-        repo = dataset[3:].partition(":")[0]
+    if is_hf(dataset):
+        repo = hf_name(dataset).partition(":")[0]
         return repo.rpartition("/")[2]
     path = Path(os.path.abspath(dataset))
     return path.stem if path.suffix.lower() in READERS else path.name
@@ -232,8 +232,8 @@ def find_files(cfg, tmp):
         return [spool(texts, tmp / "toy.jsonl", cfg)], []
     if cfg.dataset == "tinystories":
         return fetch_from_hub("roneneldan/TinyStories", cfg, tmp)
-    if cfg.dataset.startswith("hf:"):
-        return fetch_from_hub(cfg.dataset[3:], cfg, tmp)
+    if is_hf(cfg.dataset):
+        return fetch_from_hub(hf_name(cfg.dataset), cfg, tmp)
     path = Path(cfg.dataset)
     if not path.exists():
         raise Refusal(
@@ -449,13 +449,13 @@ def sync(f):
 # ---- the folder
 
 
-def load_tokenizer(cfg):
+def choose_tokenizer(cfg):
     """Returns the tokenizer that cfg names; None for one that is made from the text. Raises Refusal."""
     try:
-        if cfg.tokenizer.startswith("hf:"):
-            import hf_folder  # and torch with it, which nothing else here needs
+        if is_hf(cfg.tokenizer):
+            from interop import hf_folder  # and torch with it, which nothing else here needs
 
-            return hf_folder.read_tokenizer(hf_folder.located(cfg.tokenizer[3:], weights=""))
+            return hf_folder.read_tokenizer(hf_folder.find_folder(hf_name(cfg.tokenizer), weights=""))
         if cfg.tokenizer.endswith(".json"):
             return load_tokenizer(Path(cfg.tokenizer).read_text(encoding="utf-8"))
         if cfg.tokenizer.startswith("gpt2"):
@@ -470,7 +470,7 @@ def load_tokenizer(cfg):
 
 def build(cfg, tmp):
     """Fills the folder tmp, meta.json last. Raises Refusal."""
-    tokenizer = load_tokenizer(cfg)
+    tokenizer = choose_tokenizer(cfg)
     is_foreign = tokenizer is not None and tokenizer.kind == "foreign"
     cuts = BREAK_FOREIGN if is_foreign else BREAK
     files, val_files = find_files(cfg, tmp)
@@ -572,7 +572,7 @@ def load(folder):
 
     path = folder / "tokenizer.json"
     with refusing_damage(path):
-        tokenizer = foreign_tokenizer.from_str(path.read_bytes().decode("utf-8"))
+        tokenizer = load_tokenizer(path.read_bytes().decode("utf-8"))
         if (tokenizer.vocab_size, tokenizer.sha256) != (vocab_size, tokenizer_sha256):
             raise ValueError("not the tokenizer that the data was made with")
 
