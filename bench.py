@@ -41,18 +41,20 @@ from measure import (
     race,
     synchronize,
 )
+from data import padded, to, training_rows
 from model import (
     KVCache,
     ModelConfig,
     Transformer,
     flops_per_token,
     kv_cache_bytes,
+    model_config,
+    model_sizes,
     num_params,
-    num_weights,
-    use_rmsnorm,
 )
 from optim import make_optimizers
-from sample import finish, generate
+from rmsnorm import use_rmsnorm
+from sample import generate
 from tokenizer import EOT, Tokenizer
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -108,8 +110,7 @@ class Config(train.Config):
 def build_model(cfg):
     """Returns a model of the config's shape with random weights, on the CPU."""
     torch.manual_seed(cfg.seed)
-    settings = {key: getattr(cfg, key) for key in train.MODEL_KEYS}
-    return Transformer(ModelConfig(**settings))
+    return Transformer(model_config(cfg))
 
 
 def make_slow_optimizers(model, cfg, compute):
@@ -134,7 +135,7 @@ def make_training_step(cfg, compute, ops=rmsnorm.TORCH):
     if compute.dtype == torch.float16:
         scaler = torch.amp.GradScaler(compute.device.type)
     rows = torch.randint(cfg.vocab_size, (cfg.batch_size, cfg.block_size + 1))
-    batch = train.to(train.padded(rows, cfg.block_size), compute.device)
+    batch = to(padded(rows, cfg.block_size), compute.device)
     batches = [batch] * cfg.gradient_accumulation_steps
     trained = torch.compile(model) if compute.compile else model
 
@@ -142,7 +143,7 @@ def make_training_step(cfg, compute, ops=rmsnorm.TORCH):
         loss, norm = train.train_step(
             trained, optimizers, batches, compute, grad_clip=cfg.grad_clip, scaler=scaler
         )
-        if not train.usable(loss, norm, scaler):
+        if not train.is_usable(loss, norm, scaler):  # waits for the device
             figures = f"the loss is {loss} and its gradient norm {norm}"
             raise Refusal(f"{figures}: the step that was timed was none", status=1)
 
@@ -353,7 +354,7 @@ def convert_to_transformers(model):
 
 
 def greedy_steps(model, prompts, n):
-    """Returns an iterator of sample.generate: each step yields the next greedy id of each row."""
+    """Returns an iterator of sample.generate, greedy: each step yields the rows."""
     return generate(model, prompts, n, temperature=0)
 
 
@@ -366,7 +367,8 @@ def prefilled_steps(model, prompts, n):
 
 def generate_cached(model, prompts, n):
     """Returns n greedy ids a row, by sample.generate."""
-    return finish(greedy_steps(model, prompts, n))[0]
+    *_, rows = greedy_steps(model, prompts, n)
+    return [row.ids for row in rows]
 
 
 @torch.inference_mode()
@@ -900,8 +902,8 @@ def bench_tokenizer(cfg, compute):
 
 def read_batch(cfg, data, first_rows, device):
     """Returns the batch whose rows start at the next of first_rows, as train.py reads it."""
-    batch = train.training_rows(data, cfg.block_size, cfg.seed, next(first_rows), cfg.batch_size)
-    return train.to(batch, device)
+    batch = training_rows(data, cfg.block_size, cfg.seed, next(first_rows), cfg.batch_size)
+    return to(batch, device)
 
 
 def bench_data(cfg, compute):
@@ -952,9 +954,10 @@ BENCHES = {
 
 def main(cfg):
     compute = resolve(cfg.device, cfg.dtype, cfg.compile)
-    needs = train.training_bytes(cfg, cfg, num_weights(cfg))
+    sizes = model_sizes(cfg)
+    needs = train.training_bytes(cfg, cfg, sizes, sizes.parameters)
     check_memory(compute.device, needs, "try a smaller model or batch_size")
-    print(f"{device_name(compute.device)}; {compute.said}; torch {torch.__version__}")
+    print(f"{device_name(compute.device)}; {compute.message}; torch {torch.__version__}")
     print(
         f"{cfg.n_layer} layers, {cfg.n_head} heads, width {cfg.n_embd}, context {cfg.block_size}, "
         f"{cfg.batch_size} rows, vocabulary {cfg.vocab_size}"

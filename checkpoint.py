@@ -3,109 +3,177 @@
     out/NAME/ckpt.pt        the last step, what --init_from=resume goes on from
     out/NAME/ckpt_best.pt   the best validation loss, what sample.py reads
     out/NAME/adapter.pt, adapter_best.pt   LoRA adapters in their place, useless without the base that they name
-    hf:FOLDER_OR_NAME       what transformers wrote, read as a checkpoint (hf_folder.py)
+    hf:FOLDER_OR_NAME       what transformers wrote, read as a checkpoint (interop/hf_folder.py)
+
+    checkpoint = open_checkpoint("out/ts"); model, tokenizer = checkpoint.restore()
 
 The file holds tensors and plain types alone and is read with weights_only=True: an untrusted one runs no code.
 """
+
 import contextlib
 import dataclasses
 import hashlib
+import math
 import os
 import warnings
+from dataclasses import dataclass, field
 
 import torch
 
 import lora
-from config import Refusal, hf_name, is_hf
+from config import Refusal, convert, hf_name, is_hf
+from device import check_memory
 from interop import hf_folder, hf_layout
 from interop.any_tokenizer import load_tokenizer
-from model import ModelConfig, Transformer, num_weights
+from model import MODEL_KEYS, ModelConfig, Transformer, model_sizes
 
 FORMAT = 1
-RUN_KEYS = {"format": int, "config": dict, "step": int, "best_val_loss": float, "val_loss": float, "losses": list, "optimizers": list}
+RUN_KEYS = {
+    "format": int,
+    "config": dict,
+    "step": int,
+    "best_val_loss": float,
+    "val_loss": float,
+    "losses": list,
+    "optimizers": list,
+}
 KEYS = RUN_KEYS | {"model": dict, "model_config": dict, "tokenizer": str, "tokenizer_sha256": str}
 ADAPTER_KEYS = RUN_KEYS | {"adapters": dict, "base": str, "base_sha256": str}
 
 
-def save(path, model, tokenizer, config, *run, **more):
-    """Writes the checkpoint under a temporary name, then renames it: path is the old file or the new one, always whole.
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
 
-    model may be wrapped by torch.compile; config is a dict of plain types; what comes after it is write_run's. Raises Refusal where the
-    disk does not take it.
+
+@dataclass
+class RunState:
+    """How far a training run is: what a checkpoint holds beside the weights."""
+
+    step: int = 0
+    val_loss: float = math.inf
+    best_val_loss: float = math.inf
+    losses: list = field(default_factory=list)      # of the steps since the last line of the log
+    optimizers: list = field(default_factory=list)  # empty where nothing goes on from the checkpoint
+    scaler: object = None                           # the loss scaler of float16, or None
+
+    def to_dict(self):
+        """Returns the plain types and tensors that a file holds."""
+        return {
+            "step": self.step,
+            "val_loss": float(self.val_loss),
+            "best_val_loss": float(self.best_val_loss),
+            "losses": list(self.losses),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "scaler": self.scaler.state_dict() if self.scaler else {},
+        }
+
+
+def save(path, model, tokenizer, config, state):
+    """Writes a checkpoint: path is the old file or the new one, always whole.
+
+    model may be wrapped by torch.compile; config is a dict of plain types, state a RunState. Raises Refusal where the disk
+    does not take it.
     """
-    write_run(path, {"model": unwrap(model).state_dict(), "model_config": dataclasses.asdict(unwrap(model).config),
-                     "tokenizer": tokenizer.to_str(), "tokenizer_sha256": tokenizer.sha256}, config, *run, **more)
+    model = unwrap(model)
+    weights = {
+        "model": model.state_dict(),
+        "model_config": dataclasses.asdict(model.config),
+        "tokenizer": tokenizer.to_str(),
+        "tokenizer_sha256": tokenizer.sha256,
+    }
+    write_checkpoint(path, weights, config, state)
 
 
-def save_adapters(path, model, base, base_sha256, config, *run, **more):
+def save_adapters(path, model, base, base_sha256, config, state):
     """Writes the model's adapters alone, with where their base was and its fingerprint."""
-    write_run(path, {"adapters": lora.state_dict(unwrap(model)), "base": base, "base_sha256": base_sha256}, config, *run, **more)
+    weights = {"adapters": lora.state_dict(unwrap(model)), "base": base, "base_sha256": base_sha256}
+    write_checkpoint(path, weights, config, state)
 
 
-def write_run(path, what, config, step, val_loss, best_val_loss, losses=(), optimizers=(), scaler=None):
-    ckpt = what | {"format": FORMAT, "config": config, "step": step, "val_loss": float(val_loss), "best_val_loss": float(best_val_loss),
-                   "losses": list(losses), "optimizers": [o.state_dict() for o in optimizers], "scaler": scaler.state_dict() if scaler else {}}
-    write_atomic(path, lambda f: torch.save(ckpt, f))
+def write_checkpoint(path, weights, config, state):
+    content = weights | {"format": FORMAT, "config": config} | state.to_dict()
+    write_atomic(path, lambda f: torch.save(content, f))
 
 
 def write_atomic(path, write):
-    """Calls write(file) on a file beside path, then puts it in path's place; on disk when this returns. Raises Refusal."""
-    folder, tmp = os.path.dirname(path) or ".", f"{path}.{os.getpid()}.tmp"
+    """Calls write(file) on a file beside path, then puts it in path's place; it is on disk when this returns. Raises Refusal."""
+    folder = os.path.dirname(path) or "."
+    temporary = f"{path}.{os.getpid()}.tmp"
     try:
         os.makedirs(folder, exist_ok=True)
-        with open(tmp, "wb") as f:
+        with open(temporary, "wb") as f:
             write(f)
             f.flush()
             os.fsync(f.fileno())
-        os.replace(tmp, path)
+        os.replace(temporary, path)
         if os.name == "posix":  # the new name is an entry of the folder, which is written on its own
             handle = os.open(folder, os.O_RDONLY)
             try:
                 os.fsync(handle)
             finally:
                 os.close(handle)
-    except (OSError, RuntimeError) as e:
-        why = e.strerror if isinstance(e, OSError) else f"is the disk full? ({str(e).splitlines()[0]})"  # torch.save says RuntimeError then
-        raise Refusal(f"cannot write {path}: {why}; what was there before is as it was", status=1)
+    except OSError as e:
+        raise Refusal(f"cannot write {path}: {e.strerror}; what was there before is as it was", status=1)
+    except RuntimeError as e:  # torch.save says it of a full disk
+        reason = f"is the disk full? ({str(e).splitlines()[0]})"
+        raise Refusal(f"cannot write {path}: {reason}; what was there before is as it was", status=1)
     finally:
         with contextlib.suppress(OSError):
-            os.remove(tmp)
+            os.remove(temporary)
 
 
 def unwrap(model):
-    """The Transformer inside torch.compile's wrapper."""
+    """Returns the Transformer inside torch.compile's wrapper."""
     return getattr(model, "_orig_mod", model)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
 def find(out_dir, prefer="ckpt_best.pt"):
-    """The file meant by out_dir: itself when it is one, else the preferred one in it, else the last: ckpt.pt or adapter.pt. hf:NAME stays."""
-    last, folder, hub = prefer.replace("_best", ""), hf_name(out_dir), is_hf(out_dir)
-    onnx, theirs, peft = (os.path.isfile(os.path.join(folder, file)) for file in ("model.onnx", "config.json", "adapter_config.json"))
-    if os.path.isfile(out_dir) or hub and last != "adapter.pt" and (theirs or not peft):
+    """Returns the file that out_dir means: itself when it is one, else the preferred one in it, else the last: ckpt.pt or
+    adapter.pt. hf:NAME stays as it is. Raises Refusal, which says what is there and what reads it."""
+    if os.path.isfile(out_dir):
         return out_dir
-    for name in prefer, last:
+    last = prefer.replace("_best", "")
+    folder = hf_name(out_dir)
+    has_model = os.path.isfile(os.path.join(folder, "config.json"))
+    has_peft = os.path.isfile(os.path.join(folder, "adapter_config.json"))
+    if is_hf(out_dir) and last != "adapter.pt" and (has_model or not has_peft):
+        return out_dir
+    for name in (prefer, last):
         if os.path.isfile(os.path.join(out_dir, name)):
             return os.path.join(out_dir, name)
-    if onnx:
+
+    if os.path.isfile(os.path.join(folder, "model.onnx")):
         raise Refusal(f"{folder} holds an ONNX model, which sample.py --onnx={folder} reads")
-    if last == "adapter.pt" and theirs and not peft:
+    if last == "adapter.pt" and has_model and not has_peft:
         raise Refusal(f"{folder} holds a whole model, not an adapter: sample.py --out_dir=hf:{folder} reads it")
-    if peft or hub:
-        raise Refusal(f"hf:{folder} is not read as it is: python hf.py --out_dir=BASE --adapter=hf:{folder} --to=FOLDER makes an adapter of ours of it")
-    if theirs:
-        raise Refusal(f"{out_dir} holds no checkpoint of ours; what transformers wrote there is read as hf:{out_dir}, to sample, evaluate or start from")
+    if has_peft or is_hf(out_dir):
+        command = f"python hf.py --out_dir=BASE --adapter=hf:{folder} --to=FOLDER"
+        raise Refusal(f"hf:{folder} is not read as it is: {command} makes an adapter of ours of it")
+    if has_model:
+        raise Refusal(
+            f"{out_dir} holds no checkpoint of ours; what transformers wrote there is read as hf:{out_dir}, "
+            "to sample, evaluate or start from"
+        )
     if last == "adapter.pt":
         raise Refusal(f"there is no adapter in {out_dir}; python finetune_lora.py --out_dir={out_dir} makes one")
     if os.path.isfile(os.path.join(out_dir, "adapter.pt")):
-        raise Refusal(f"{out_dir} holds an adapter: sample.py --adapter={out_dir} reads it, finetune_lora.py --merge --out_dir={out_dir} "
-                      "makes a checkpoint of it and its base")
-    hint = "" if os.path.exists(out_dir) else f" (a folder or a name of the Hugging Face hub is hf:{out_dir})"
+        raise Refusal(
+            f"{out_dir} holds an adapter: sample.py --adapter={out_dir} reads it, "
+            f"finetune_lora.py --merge --out_dir={out_dir} makes a checkpoint of it and its base"
+        )
+    hint = ""
+    if not os.path.exists(out_dir):
+        hint = f" (a folder or a name of the Hugging Face hub is hf:{out_dir})"
     raise Refusal(f"there is no checkpoint in {out_dir}; python train.py --out_dir={out_dir} makes one{hint}")
 
 
 def load(path, keys=KEYS):
-    """The checkpoint, or with ADAPTER_KEYS the adapters' file, as a dict, on the CPU. Raises Refusal, one line, for a file that is
-    none of ours or not whole."""
+    """Returns the checkpoint, or with ADAPTER_KEYS the adapters' file, as a dict, on the CPU. Raises Refusal, one line, for a
+    file that is none of ours or not whole."""
     if is_hf(path):
         return hf_folder.load(hf_name(path))
     try:
@@ -133,14 +201,17 @@ def load(path, keys=KEYS):
 
 
 def restore(ckpt, path, device="cpu"):
-    """(model, tokenizer) from a loaded checkpoint: the model in eval mode, float32, on device."""
+    """Returns (model, tokenizer) from a loaded checkpoint: the model in eval mode, float32, on device. Raises Refusal where
+    its parts do not belong together, or memory does not hold it."""
     try:
         tokenizer = load_tokenizer(ckpt["tokenizer"])
         config = ModelConfig(**ckpt["model_config"])
         if tokenizer.sha256 != ckpt["tokenizer_sha256"] or tokenizer.vocab_size != config.vocab_size:
             raise ValueError("its tokenizer is not the one it was trained with")
-        if num_weights(config) > hf_layout.count_stored_numbers(ckpt["model"].values()):  # before memory is taken for them
+        sizes = model_sizes(config)
+        if sizes.matrices > hf_layout.count_stored_numbers(ckpt["model"].values()):
             raise ValueError("its weights are fewer than its model_config needs")
+        check_memory(torch.device("cpu"), sizes.bytes, f"{path} is for a larger machine")
         model = Transformer(config)
         model.load_state_dict(ckpt["model"])
     except (ValueError, TypeError, AttributeError, RuntimeError) as e:
@@ -149,39 +220,149 @@ def restore(ckpt, path, device="cpu"):
 
 
 def fingerprint(ckpt):
-    """sha256 of what a checkpoint computes: architecture, tokenizer and weights, however it was trained. Of one that restore takes."""
-    said, c = dict(ckpt["model_config"]), ModelConfig(**ckpt["model_config"])
+    """Returns the sha256 of what a checkpoint computes, however it was trained: of its architecture, tokenizer and weights.
+    It must be one that restore takes."""
+    settings = dict(ckpt["model_config"])
+    c = ModelConfig(**settings)
     if c.head_dim * c.n_head == c.n_embd:
-        said.pop("head_dim", None)  # adapters are older than this setting, and their bases did not change
-    digest = hashlib.sha256(repr((sorted(said.items()), ckpt["tokenizer_sha256"])).encode())
-    for name, w in sorted(ckpt["model"].items()):
-        digest.update(f"{name} {w.dtype} {tuple(w.shape)}".encode())
-        digest.update(w.detach().contiguous().view(-1).view(torch.uint8).numpy())
+        settings.pop("head_dim", None)  # adapters are older than this setting, and their bases did not change
+    digest = hashlib.sha256(repr((sorted(settings.items()), ckpt["tokenizer_sha256"])).encode())
+    for name, weight in sorted(ckpt["model"].items()):
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+        digest.update(weight.detach().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
-def dataset_of(ckpt):
-    """The name of the data that a model learned to write from: a fine-tuned one's is its base's. "" where none is known."""
-    return str(ckpt["config"].get("base_dataset", ckpt["config"].get("dataset", "")))
+# ---------------------------------------------------------------------------------------------------------------------
+# Opening
 
 
-def base_of(adapter, path):
-    """The file that adapters were trained over. Raises Refusal where there is none any more."""
-    if not os.path.isfile(adapter["base"]) and not is_hf(adapter["base"]):
-        raise Refusal(f"{path} belongs over {adapter['base']}, which is not there: name it with --out_dir (sample.py) or --init_from (--merge); to go on with its training, put it back")
-    return adapter["base"]
+@dataclass
+class Checkpoint:
+    """A checkpoint that was found, and the adapters over it, where there are any. Its file is read when it is first needed."""
+
+    path: str
+    loaded: dict = None     # what load returned
+    adapter_path: str = ""
+    adapter: dict = None    # what load returned of the adapters' file
+
+    @property
+    def state(self):
+        """The loaded checkpoint. Raises Refusal where it cannot be read."""
+        if self.loaded is None:
+            self.loaded = load(self.path)
+        return self.loaded
+
+    @property
+    def config(self):
+        """The settings of what was trained last: the adapters' or the checkpoint's."""
+        return (self.adapter or self.state)["config"]
+
+    @property
+    def dataset(self):
+        """The name of the data that the model learned to write from: a fine-tuned one's is its base's; "" where none is known."""
+        config = self.state["config"]
+        return str(config.get("base_dataset", config.get("dataset", "")))
+
+    @property
+    def task(self):
+        """What was trained last: "pre-training", or a kind of tuning. Runs from before it was kept are known by their rows."""
+        older = "fine-tuning" if "rows_sha256" in self.config else "pre-training"
+        return self.config.get("task", older)
+
+    @property
+    def template(self):
+        """The text with {prompt} in it that the checkpoint was fine-tuned with, or ""."""
+        return str(self.state["config"].get("template", ""))
+
+    def crop(self, cfg):
+        """Takes the shorter context and the dropout of a run that starts from it: only a position table's weights change."""
+        self.state["model_config"] |= {"block_size": cfg.block_size, "dropout": cfg.dropout}
+        if cfg.pos == "learned":
+            weights = self.state["model"]
+            weights["add_pos.weight"] = weights["add_pos.weight"][: cfg.block_size]
+
+    def restore(self, device="cpu"):
+        """Returns (model, tokenizer), with the adapters, where there are any, in the model. Raises Refusal."""
+        model, tokenizer = restore(self.state, self.path, device)
+        if self.adapter:
+            self.restore_adapters(model)
+        return model, tokenizer
+
+    def restore_adapters(self, model):
+        """Puts the adapters over the model of the checkpoint they belong to. Raises Refusal over any other."""
+        adapter = self.adapter
+        if adapter["base_sha256"] != fingerprint(self.state):
+            raise Refusal(
+                f"{self.adapter_path} was trained over another base than {self.path}: over {adapter['base']} "
+                f"as it was then (sha256 {adapter['base_sha256'][:12]})"
+            )
+        try:
+            lora.inject(model, lora_config(adapter))
+            lora.load_state_dict(model, adapter["adapters"])
+        except (ValueError, TypeError, AttributeError, RuntimeError, KeyError, ArithmeticError) as e:
+            raise Refusal(f"{self.adapter_path} is damaged: {e!r}")
+
+
+def open_checkpoint(out_dir, prefer="ckpt_best.pt", adapter="", prefer_adapter="adapter_best.pt"):
+    """Returns the Checkpoint that out_dir means: a folder, a file or hf:FOLDER_OR_NAME.
+
+    adapter: the folder or file of adapters over it; then an empty out_dir means the base that they name. Raises Refusal.
+    """
+    if not adapter:
+        return Checkpoint(find(out_dir, prefer))
+    adapter_path = find(adapter, prefer_adapter)
+    adapters = load(adapter_path, ADAPTER_KEYS)
+    path = find(out_dir, prefer) if out_dir else find_base(adapters, adapter_path)
+    return Checkpoint(path, None, adapter_path, adapters)
+
+
+def find_base(adapter, path):
+    """Returns the file that adapters were trained over. Raises Refusal where there is none any more."""
+    base = adapter["base"]
+    if not os.path.isfile(base) and not is_hf(base):
+        raise Refusal(
+            f"{path} belongs over {base}, which is not there: name it with --out_dir (sample.py) or --init_from "
+            "(--merge); to go on with its training, put it back"
+        )
+    return base
 
 
 def lora_config(adapter):
-    return lora.LoRAConfig(**{f.name: adapter["config"][f.name] for f in dataclasses.fields(lora.LoRAConfig)})
+    """Returns the LoRAConfig of loaded adapters."""
+    keys = [f.name for f in dataclasses.fields(lora.LoRAConfig)]
+    return lora.LoRAConfig(**{key: adapter["config"][key] for key in keys})
 
 
-def restore_adapters(adapter, path, ckpt, base, model):
-    """Puts loaded adapters over the model of the checkpoint they belong to. Raises Refusal over any other."""
-    if adapter["base_sha256"] != fingerprint(ckpt):
-        raise Refusal(f"{path} was trained over another base than {base}: over {adapter['base']} as it was then (sha256 {adapter['base_sha256'][:12]})")
+DATA_KEYS = {"dataset", "seed"}
+OWN_KEYS = {"out_dir", "init_from", "overwrite", "eval_only"}  # of each run: never taken from a checkpoint
+
+
+def inherit(cfg, ckpt, path, resume, fixed=DATA_KEYS):
+    """Returns cfg with what a loaded checkpoint decides: the architecture, and when resuming everything that was not given
+    anew, which the keys in `fixed` may not be. Raises Refusal for what cannot change."""
+    types = {f.name: f.type for f in dataclasses.fields(cfg)}
+    saved = {}
+    if "model_config" in ckpt:  # an adapter has none; a setting that came later has its default
+        saved = {f.name: f.default for f in dataclasses.fields(ModelConfig)} | ckpt["model_config"]
+    if resume:
+        saved = ckpt["config"] | saved
+    for key, value in saved.items():
+        if key not in types:
+            continue
+        value = convert(value, types[key], f"{path}: {key}", parse=False)
+        if key not in cfg.given:
+            if key not in OWN_KEYS:
+                setattr(cfg, key, value)
+            continue
+        is_cropped = key == "dropout" or key == "block_size" and cfg.block_size < value  # see Checkpoint.crop
+        if is_cropped and not resume:
+            continue
+        is_fixed = key in MODEL_KEYS or resume and key in fixed
+        if is_fixed and getattr(cfg, key) != value:
+            raise Refusal(f"{path} has {key}={value!r}, which cannot become {getattr(cfg, key)!r}; leave it out")
     try:
-        lora.inject(model, lora_config(adapter))
-        lora.load_state_dict(model, adapter["adapters"])
-    except (ValueError, TypeError, AttributeError, RuntimeError, KeyError, ArithmeticError) as e:
-        raise Refusal(f"{path} is damaged: {e!r}")
+        cfg.__post_init__()
+    except (ValueError, TypeError) as e:
+        raise Refusal(f"the settings of {path}: {e}")
+    return cfg

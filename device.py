@@ -23,133 +23,184 @@ class Compute:
     dtype: torch.dtype  # of matrix products, Muon's too; weights and the optimizer's state stay float32
     dtype_name: str     # a key of DTYPES: what a checkpoint keeps
     compile: bool
-    said: str           # one line: what was chosen, and why
-    rank: int = 0       # of this process, among
-    world: int = 1      # so many that torchrun started
+    message: str         # one line: what was chosen, and why
+    rank: int = 0        # of this process, among
+    world_size: int = 1  # so many that torchrun started
 
     def sum(self, x):
-        """The tensor x summed over all processes, in place where it is on the device. Raises Refusal when one has ended (over
-        gloo; nccl lets the others hang until torchrun ends them)."""
-        if self.world > 1:
-            x = x.to(self.device)
+        """Returns the tensor x summed over all processes, in place: over gloo on a CPU, over nccl on a GPU.
+
+        Raises Refusal when a process has ended (over gloo; nccl lets the others hang until torchrun ends them).
+        """
+        if self.world_size > 1:
             try:
                 torch.distributed.all_reduce(x)
             except RuntimeError as e:
-                raise Refusal(f"process {self.rank} lost another one, whose own message says why ({str(e).splitlines()[0]})", status=1)
+                reason = str(e).splitlines()[0]
+                raise Refusal(f"process {self.rank} lost another one, whose own message says why ({reason})", status=1)
         return x
 
-    def wait(self):
-        """Until every process is here."""
-        self.sum(torch.zeros(1)).item()
+    def barrier(self):
+        """Waits until every process is here."""
+        self.sum(torch.zeros(1))
 
-    def leave(self):
-        if self.world > 1:
+    def close(self):
+        """Leaves the group of processes."""
+        if self.world_size > 1:
             torch.distributed.destroy_process_group()
 
     @property
-    def first(self):
+    def is_main(self):
         """Whether this is the process that writes and prints."""
         return self.rank == 0
 
     def autocast(self):
+        """Returns the context in which matrix products have the run's dtype."""
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
 
 def resolve(device="auto", dtype="auto", compile="auto", join=False, train_width=0):
-    """Compute for three settings as they stand on the command line.
+    """Returns the Compute for three settings as they stand on the command line.
 
-    join: with the other processes that torchrun started. train_width: n_embd of the model that is to be trained, 0 where nothing is;
-    auto_dtype looks at it. Raises Refusal for what this machine cannot do.
+    join: with the other processes that torchrun started. train_width: n_embd of the model that is to be trained, 0 where
+    nothing is; auto_dtype looks at it. Raises Refusal for what this machine cannot do.
     """
-    rank, world, local_rank = 0, 1, 0
-    if join and {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-        rank, world, local_rank = (int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    name = device if device != "auto" else "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    reasons = [f"device={name}" + " (the best one here)" * (device == "auto")]
-    try:
-        dev = torch.device(name, local_rank) if name == "cuda" and world > 1 else torch.device(name)
-        torch.empty(1, device=dev)
-        if dev.type not in ("cuda", "mps", "cpu"):
-            raise RuntimeError("only cuda, mps and cpu are known to work")
-    except (RuntimeError, AssertionError) as e:
-        raise Refusal(f"device={name} cannot be used here ({str(e).splitlines()[0]}); --device=cpu always can")
-    if dev.type == "cpu":
+    rank, world_size, local_rank = torchrun_ranks() if join else (0, 1, 0)
+    device, device_reason = choose_device(device, local_rank if world_size > 1 else None)
+    dtype, dtype_reason = choose_dtype(device, dtype, train_width)
+    compile, compile_reason = choose_compile(device, compile)
+    reasons = [device_reason, dtype_reason, compile_reason]
+    if device.type == "cpu":
         keep_freed_memory()
-
-    if dtype == "auto":
-        dtype, why = auto_dtype(dev, train_width)
-        reasons.append(f"dtype={dtype} ({why})")
-    elif dtype in DTYPES:
-        slow = dtype == "bfloat16" and dev.type == "cpu" and not fast_bfloat16(dev)
-        reasons.append(f"dtype={dtype}" + " (slow: this processor has no instructions for it)" * slow)
-    else:
-        raise Refusal(f"dtype must be auto or one of {' | '.join(DTYPES)}, not {dtype!r}")
-    if dtype == "float16" and dev.type != "cuda":
-        raise Refusal(f"float16 needs a CUDA GPU, for its loss scaling; on {dev.type} use --dtype=bfloat16 or float32")
-    if dtype == "tf32" and not (dev.type == "cuda" and torch.cuda.get_device_capability(dev) >= (8, 0)):
-        raise Refusal("tf32 is how a CUDA GPU of compute capability 8.0 (Ampere) or newer multiplies float32; here use --dtype=float32")
-    if dev.type == "cuda":
+    if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
-
-    if compile == "auto":
-        compiled = dev.type == "cuda" and shutil.which("cc") is not None and torch.cuda.get_device_capability(dev) >= (7, 0)
-        why = "pays on a GPU" if compiled else "on a CPU its start-up is not earned back" if dev.type == "cpu" else "not here"
-        reasons.append(f"compile={compiled} ({why})")
-    elif compile.lower() in ("true", "1", "false", "0"):
-        compiled = compile.lower() in ("true", "1")
-        reasons.append(f"compile={compiled}")
-    else:
-        raise Refusal(f"compile must be auto, true or false, not {compile!r}")
-    if compiled and dev.type == "cpu" and sys.platform == "win32":
-        raise Refusal("compile=true was never tried on a Windows CPU; leave it out")
-    if world > 1:
-        if name not in ("cuda", "cpu"):
-            raise Refusal(f"several processes need --device=cuda, where each takes its own GPU, or --device=cpu, not {name}")
-        if dev.type == "cuda":
-            torch.cuda.set_device(dev)
-        try:
-            torch.distributed.init_process_group("nccl" if dev.type == "cuda" else "gloo")
-        except (RuntimeError, ValueError) as e:
-            raise Refusal(f"{world} processes could not find each other: {str(e).splitlines()[0]}", status=1)
-        reasons.append(f"{world} processes")
-    compute = Compute(dev, DTYPES[dtype], dtype, compiled, ", ".join(reasons), rank, world)
-    compute.wait()  # who leaves with a Refusal while another still connects, takes that one down with words of its own
+    if world_size > 1:
+        join_processes(device, world_size)
+        reasons.append(f"{world_size} processes")
+    compute = Compute(device, DTYPES[dtype], dtype, compile, ", ".join(reasons), rank, world_size)
+    compute.barrier()  # who leaves with a Refusal while another still connects, takes that one down with words of its own
     return compute
 
 
-class StopAfterStep:
-    """Turns SIGTERM and SIGINT (Ctrl-C) into a wish that agreed() tells, on every process at the same step.
+def torchrun_ranks():
+    """Returns (rank, world size, rank on this machine) as torchrun has set them, else those of a single process."""
+    if {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        return tuple(int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    return 0, 1, 0
 
-    The same one again acts as usual, but not among several processes: there each comes from the terminal and again from torchrun.
+
+def join_processes(device, world_size):
+    """Connects this process with the others. Raises Refusal where there is no way."""
+    if device.type not in ("cuda", "cpu"):
+        raise Refusal(
+            f"several processes need --device=cuda, where each takes its own GPU, or --device=cpu, not {device.type}"
+        )
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    try:
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    except (RuntimeError, ValueError) as e:
+        raise Refusal(f"{world_size} processes could not find each other: {str(e).splitlines()[0]}", status=1)
+
+
+def choose_device(name, local_rank):
+    """Returns (torch.device, the reason) for auto | cpu | cuda | cuda:N | mps; local_rank: of several processes, each with a GPU."""
+    reason = ""
+    if name == "auto":
+        name = "cpu"
+        if torch.cuda.is_available():
+            name = "cuda"
+        elif torch.backends.mps.is_available():
+            name = "mps"
+        reason = " (the best one here)"
+    try:
+        device = torch.device(name)
+        if name == "cuda" and local_rank is not None:
+            device = torch.device(name, local_rank)
+        torch.empty(1, device=device)
+        if device.type not in ("cuda", "mps", "cpu"):
+            raise RuntimeError("only cuda, mps and cpu are known to work")
+    except (RuntimeError, AssertionError) as e:
+        raise Refusal(f"device={name} cannot be used here ({str(e).splitlines()[0]}); --device=cpu always can")
+    return device, f"device={name}{reason}"
+
+
+def choose_dtype(device, dtype, train_width):
+    """Returns (a key of DTYPES, the reason) for auto or one of them."""
+    if dtype == "auto":
+        dtype, reason = auto_dtype(device, train_width)
+        return dtype, f"dtype={dtype} ({reason})"
+    if dtype not in DTYPES:
+        raise Refusal(f"dtype must be auto or one of {' | '.join(DTYPES)}, not {dtype!r}")
+    if dtype == "float16" and device.type != "cuda":
+        raise Refusal(
+            f"float16 needs a CUDA GPU, for its loss scaling; on {device.type} use --dtype=bfloat16 or float32"
+        )
+    has_tf32 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    if dtype == "tf32" and not has_tf32:
+        raise Refusal(
+            "tf32 is how a CUDA GPU of compute capability 8.0 (Ampere) or newer multiplies float32; "
+            "here use --dtype=float32"
+        )
+    if dtype == "bfloat16" and device.type == "cpu" and not fast_bfloat16(device):
+        return dtype, "dtype=bfloat16 (slow: this processor has no instructions for it)"
+    return dtype, f"dtype={dtype}"
+
+
+def choose_compile(device, compile):
+    """Returns (whether to use torch.compile, the reason) for auto | true | false."""
+    if compile == "auto":
+        if device.type == "cpu":
+            return False, "compile=False (on a CPU its start-up is not earned back)"
+        has_compiler = shutil.which("cc") is not None
+        if device.type == "cuda" and has_compiler and torch.cuda.get_device_capability(device) >= (7, 0):
+            return True, "compile=True (pays on a GPU)"
+        return False, "compile=False (not here)"
+    if compile.lower() not in ("true", "1", "false", "0"):
+        raise Refusal(f"compile must be auto, true or false, not {compile!r}")
+    compile = compile.lower() in ("true", "1")
+    if compile and device.type == "cpu" and sys.platform == "win32":
+        raise Refusal("compile=true was never tried on a Windows CPU; leave it out")
+    return compile, f"compile={compile}"
+
+
+class StopAfterStep:
+    """Turns SIGTERM and SIGINT (Ctrl-C) into a wish that every process learns of at the same step.
+
+    The same signal again acts as usual, but not among several processes: there each comes from the terminal and again from
+    torchrun.
     """
 
     def __init__(self, compute):
-        self.compute, self.asked = compute, 0
+        self.compute = compute
+        self.signal = 0  # the number of the one that came
 
     def __enter__(self):
-        self.before = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.handlers = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def note(self, number, frame):
-        self.asked = number
-        if self.compute.world == 1:
-            signal.signal(number, self.before[number])
+        self.signal = number
+        if self.compute.world_size == 1:
+            signal.signal(number, self.handlers[number])
 
-    def agreed(self):
-        return self.compute.sum(torch.tensor(self.asked)).item() > 0
+    def is_due(self):
+        """Returns whether any process was told to stop. A message over the CPU: it does not wait for a GPU."""
+        return self.compute.sum(torch.tensor(self.signal)).item() > 0
 
     @property
     def name(self):
-        return signal.Signals(self.asked).name if self.asked else "a signal to another process"
+        return signal.Signals(self.signal).name if self.signal else "a signal to another process"
 
     @property
     def status(self):
-        return 128 + (self.asked or signal.SIGTERM)  # as a shell says it
+        """The exit status, as a shell says it."""
+        return 128 + (self.signal or signal.SIGTERM)
 
     def __exit__(self, *_):
-        for number, handler in self.before.items():
+        for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
 
@@ -166,14 +217,16 @@ def keep_freed_memory():
 def check_memory(device, needs, advice):
     """Raises Refusal when `needs` bytes are more than the device has in all."""
     if device.type == "cuda":
-        there = torch.cuda.mem_get_info(device)[1]
+        memory = torch.cuda.mem_get_info(device)[1]
     else:
         try:
-            there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         except (AttributeError, ValueError, OSError):  # Windows: it cannot be told
             return
-    if needs > there:
-        raise Refusal(f"this needs more than {needs / 2 ** 30:,.0f} GiB and {device} has {there / 2 ** 30:,.0f}: {advice}")
+    if needs > memory:
+        raise Refusal(
+            f"this needs more than {needs / 2**30:,.0f} GiB and {device} has {memory / 2**30:,.0f}: {advice}"
+        )
 
 
 def auto_dtype(device, train_width):

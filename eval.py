@@ -1,140 +1,219 @@
-"""Three lenses on a trained model: how well it predicts, what it answers, what it writes. A report, report.html, and a line of JSON last.
+"""Three lenses on a trained model: how well it predicts, what it answers, what it writes.
 
-    python eval.py --out_dir=out/ts                                        on the validation split of the data it was trained on
-    python eval.py --out_dir=out/ts,out/small --report_dir=out/compare     several on the same text: bits a byte can be compared, losses cannot
-    python eval.py --out_dir=out/ts --text=other.txt --judge_url=http://127.0.0.1:8000/v1 --judge_model=NAME
+The result is a report, report.html, and a line of JSON last.
 
-1 likelihood: loss, perplexity, bits a byte with 95% intervals over documents; loss by position; for toy stories the distance to their entropy.
-2 probes (lenses/probes.py): questions with one right answer, chance beside the accuracy. 3 reading (lenses/reading.py): samples for fixed prompts at a fixed
-seed, marked by rules beside real text, and by a judge (lenses/judge.py) if there is one. The verdict (lenses/verdict.py) says whether the three agree.
+    python eval.py --out_dir=out/ts
+    python eval.py --out_dir=out/ts,out/small --report_dir=out/compare
+    python eval.py --out_dir=out/ts --text=t.txt --judge_url=http://127.0.0.1:8000/v1 --judge_model=NAME
+
+The first evaluates on the validation split of the data that the model was trained on. The second
+compares two models on the same text: their bits a byte can be compared, their losses cannot.
+
+1 likelihood: loss, perplexity and bits a byte with 95% intervals over documents; loss by position; for
+  toy stories the distance to their entropy.
+2 probes (lenses/probes.py): questions with one right answer, chance beside the accuracy.
+3 reading (lenses/reading.py): samples for fixed prompts at a fixed seed, marked by rules beside real
+  text, and by a judge (lenses/judge.py) if there is one.
+
+The verdict (lenses/verdict.py) says whether the three agree.
 """
+
+import functools
 import json
 import math
 import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import numpy as np
 from tqdm import tqdm
 
-import checkpoint
 import prepare
 import toy_stories
+from checkpoint import open_checkpoint
 from config import Refusal, is_hf, run
+from data import document_slices, prompt_ids
 from device import check_memory, resolve
 from lenses import judge, page, probes, reading, report
-from lenses.stats import bits, bootstrap, mean_interval
+from lenses.stats import bits, bootstrap, mean_interval, ratio
 from lenses.verdict import compare, grade, verdict
 from model import HAS_CHUNKED_LOSS, Transformer, kv_cache_bytes, num_params
-from sample import finish, generate, prompt_ids
+from sample import generate
+from score import above_floor, completion_nats, evaluate, token_nats
 from tokenizer import Tokenizer
-from train import above_floor, documents_of, evaluate, token_nats
 
-FEW = 30            # documents; with fewer, text is resampled in slices, and paragraphs stand for documents
-SLICE = 1000        # bytes
-BINS = 24           # of the loss by position
-LOGITS = 1 << 26    # held at once: 256 MB
+FEW = 30  # documents; with fewer, text is resampled in slices, and paragraphs stand for documents
+SLICE = 1000  # bytes
+BINS = 24  # at most, of the loss by position
+LOGITS = 1 << 26  # held at once: 256 MB
+TRAINING_TOKENS = 1 << 16  # of the training text, about so many, for its loss
 PASSAGE_TOKENS = 1 << 22  # of a split, at its beginning, that passages are taken from
-PROMPTS, OPENING = 8, 4   # prompts, of so many words
-JUDGED = 12         # texts of each column that the judge reads
+PASSAGES = 3000  # that prompts, the cloze and real text are taken from
+PROMPTS = 8
+PROMPT_WORDS = 4
+JUDGED = 12  # texts of each column that the judge reads
+MADE_UP = 100  # words of a column that are listed
+
+LIMITS = [
+    ("num_samples", 1, 1000),
+    ("max_new_tokens", 1, 10**6),
+    ("num_cases", 22, 10**5),
+    ("resamples", 1000, 10**6),
+    ("top_k", 0, 10**9),
+]
 
 
 @dataclass
 class Config:
-    out_dir: str = "out"          # the folder of a trained model, a checkpoint file, or hf:FOLDER_OR_NAME; A,B,C compares several
-    text: str = ""                # a .txt .md .jsonl .parquet file to evaluate on; "" = the validation split of the first model's data
-    report_dir: str = ""          # where report.html goes; "" = out_dir, or out/compare for several and for hf:
-    num_samples: int = 6          # texts for each of the 8 prompts
-    max_new_tokens: int = 300     # tokens at most, each; where tokenizers differ as many bytes
-    temperature: float = 0.8      # of the samples; 0 = always the likeliest token
-    top_k: int = 200              # of the samples: keep the k likeliest tokens; 0 = all
-    num_cases: int = 150          # about so many questions a probe
-    resamples: int = 2000         # of the bootstrap
-    seed: int = 1337              # of samples, probes and resampling
-    judge_url: str = ""           # an OpenAI-compatible server, as http://127.0.0.1:8000/v1; the environment's JUDGE_API_KEY is its key
+    out_dir: str = "out"  # a run's folder, a checkpoint file or hf:FOLDER_OR_NAME; A,B,C compares them
+    text: str = ""  # a .txt .md .jsonl .parquet file; "" = the validation split of the first's data
+    report_dir: str = ""  # where report.html goes; "" = out_dir, or out/compare for several and for hf:
+    num_samples: int = 6  # texts for each of the 8 prompts
+    max_new_tokens: int = 300  # tokens at most, each; where tokenizers differ as many bytes
+    temperature: float = 0.8  # of the samples; 0 = always the likeliest token
+    top_k: int = 200  # of the samples: keep the k likeliest tokens; 0 = all
+    num_cases: int = 150  # about so many questions a probe
+    resamples: int = 2000  # of the bootstrap
+    seed: int = 1337  # of samples, probes and resampling
+    judge_url: str = ""  # an OpenAI-compatible server, http://HOST/v1; its key is $JUDGE_API_KEY
     judge_model: str = "default"  # the server's name for the model that judges
-    judge_timeout: float = 60.0   # seconds an answer may take
-    device: str = "auto"          # auto | cpu | cuda | cuda:N | mps
-    dtype: str = "auto"           # of matrix products: auto | float32 | bfloat16 | float16
+    judge_timeout: float = 60.0  # seconds an answer may take
+    device: str = "auto"  # auto | cpu | cuda | cuda:N | mps
+    dtype: str = "auto"  # of matrix products: auto | float32 | bfloat16 | float16
 
     def __post_init__(self):
-        for key, least, most in (("num_samples", 1, 1000), ("max_new_tokens", 1, 10 ** 6), ("num_cases", 22, 10 ** 5),
-                                 ("resamples", 1000, 10 ** 6), ("top_k", 0, 10 ** 9)):
-            if not least <= getattr(self, key) <= most:
-                raise ValueError(f"{key} must be at least {least} and at most {most:,}, not {getattr(self, key)}")
+        for key, least, most in LIMITS:
+            value = getattr(self, key)
+            if not least <= value <= most:
+                raise ValueError(f"{key} must be at least {least} and at most {most:,}, not {value}")
         if self.temperature < 0:
             raise ValueError("temperature cannot be negative; 0 is greedy")
-        if not 0 <= self.seed < 2 ** 63:
+        if not 0 <= self.seed < 2**63:
             raise ValueError("seed must be at least 0 and below 2^63")
-        if self.judge_timeout <= 0 or self.judge_timeout > 3600:
-            raise ValueError(f"judge_timeout must be above 0 and at most 3600 seconds, not {self.judge_timeout}")
-        if self.judge_url:
-            try:
-                url = urlsplit(self.judge_url)
-                good = url.scheme in ("http", "https") and url.hostname and url.port != 0 and re.fullmatch(r"[!-~]+", self.judge_url)
-            except ValueError:
-                good = False
-            if not good:
-                raise ValueError(f"judge_url must be like http://127.0.0.1:8000/v1, not {self.judge_url!r}")
+        if not 0 < self.judge_timeout <= 3600:
+            limits = "above 0 and at most 3600 seconds"
+            raise ValueError(f"judge_timeout must be {limits}, not {self.judge_timeout}")
+        if self.judge_url and not is_url(self.judge_url):
+            raise ValueError(f"judge_url must be like http://127.0.0.1:8000/v1, not {self.judge_url!r}")
         if not all(part.strip() for part in self.out_dir.split(",")):
-            raise ValueError(f"out_dir must name a folder, or several with a comma between, not {self.out_dir!r}")
+            form = "a folder, or several with a comma between"
+            raise ValueError(f"out_dir must name {form}, not {self.out_dir!r}")
+
+
+def is_url(text):
+    """Returns whether a text is the address of a web server."""
+    try:
+        url = urlsplit(text)
+        port = url.port
+    except ValueError:
+        return False
+    if url.scheme not in ("http", "https") or not url.hostname or port == 0:
+        return False
+    return re.fullmatch(r"[!-~]+", text) is not None
 
 
 @dataclass
 class Subject:
-    """A checkpoint under evaluation."""
+    """A checkpoint under evaluation.
+
+    dataset: the folder of its data, or "data elsewhere".
+    training: (ids, tokenizer) of its training text, or the sentence that says why there is none.
+    """
+
     name: str
     path: str
     step: int
     model: Transformer
     tokenizer: Tokenizer
-    dataset: str      # its data's folder
-    training: object  # (ids, tokenizer) of its training text, or the sentence that says why there is none
+    dataset: str
+    training: object
+
+    @property
+    def has_training(self):
+        return not isinstance(self.training, str)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+@dataclass
+class Rules:
+    """Which rules of the reading lens apply.
+
+    toy: the texts are toy stories. ends: documents have ends that a model can have learned.
+    known: the training texts of all subjects are here.
+    """
+
+    toy: bool
+    ends: bool
+    known: bool
+
+
+# -------------------------------------------------------------------------------------------------------
 # What is evaluated, on what
 
-def subjects(cfg, compute):
-    """The checkpoints that out_dir names, and the validation split of the first one's data: (ids, tokenizer) or None."""
-    names = [cfg.out_dir] if os.path.exists(cfg.out_dir) else [name.strip() for name in cfg.out_dir.split(",")]
-    found, validation, loaded = [], None, {}
+
+def data_folder(ckpt):
+    """Returns the folder of a checkpoint's data, or None if it was trained elsewhere."""
+    if is_hf(ckpt.path) or not ckpt.dataset:
+        return None
+    return os.path.join("data", ckpt.dataset)
+
+
+def load_data(folder, ckpt, load):
+    """Returns the splits and the tokenizer that a checkpoint was trained with. Raises Refusal."""
+    if folder is None:
+        raise Refusal("it was trained elsewhere, on what is not here")
+    _, data, tokenizer = load(folder)
+    if tokenizer.sha256 != ckpt.state["tokenizer_sha256"]:
+        change = "was prepared anew, with another tokenizer than"
+        raise Refusal(f"{folder} {change} {ckpt.path} was trained with")
+    return data, tokenizer
+
+
+def load_subjects(cfg, compute):
+    """Loads the checkpoints that out_dir names. Returns them and the first one's validation split.
+
+    The split is (ids, tokenizer), or None where it cannot be read. Raises Refusal if there is then no
+    text to evaluate on.
+    """
+    names = [cfg.out_dir]
+    if not os.path.exists(cfg.out_dir):
+        names = [name.strip() for name in cfg.out_dir.split(",")]
+    load = functools.cache(prepare.load)  # which reads all of the data, to check it
+    subjects = []
+    validation = None
     for name in names:
-        path = checkpoint.find(name)
-        ckpt = checkpoint.load(path)
-        model, tokenizer = checkpoint.restore(ckpt, path, compute.device)
-        dataset = checkpoint.dataset_of(ckpt)
-        elsewhere = is_hf(path) or not dataset
-        folder = "data elsewhere" if elsewhere else os.path.join("data", dataset)
+        ckpt = open_checkpoint(name)
+        model, tokenizer = ckpt.restore(compute.device)
+        folder = data_folder(ckpt)
+        dataset = folder or "data elsewhere"
         try:
-            if elsewhere:
-                raise Refusal("it was trained elsewhere, on what is not here")
-            if folder not in loaded:
-                loaded[folder] = prepare.load(folder)
-            _, data, its = loaded[folder]
-            if its.sha256 != ckpt["tokenizer_sha256"]:
-                raise Refusal(f"{folder} was prepared anew, with another tokenizer than {path} was trained with")
-            training = data["train"], its
-            if not found:
-                validation = data["val"], its
+            data, data_tokenizer = load_data(folder, ckpt, load)
+            training = data["train"], data_tokenizer
+            if not subjects:
+                validation = data["val"], data_tokenizer
         except Refusal as e:
             training = str(e)
-            if not found and not cfg.text:
-                raise Refusal(f"{path} was trained on {folder}, which cannot be read: {e}. Or give a text with --text=FILE")
-        found.append(Subject(name, path, ckpt["step"], model, tokenizer, folder, training))
-    return found, validation
+            if not subjects and not cfg.text:
+                problem = f"{ckpt.path} was trained on {dataset}, which cannot be read: {e}"
+                raise Refusal(f"{problem}. Or give a text with --text=FILE")
+        subjects.append(Subject(name, ckpt.path, ckpt.state["step"], model, tokenizer, dataset, training))
+    return subjects, validation
 
 
 def read_file(path):
-    """(the documents of a file, whether each has an end), as prepare.py cuts them. Raises Refusal."""
+    """Returns the documents of a file, as prepare.py cuts them, and whether the last one has an end.
+
+    Raises Refusal for a file that is no text.
+    """
     cfg = prepare.Config(dataset=path, name="text")
+    endings = tuple(prepare.READERS)
     if not os.path.isfile(path):
         raise Refusal(f"there is no file {path}")
-    if not path.lower().endswith(tuple(prepare.READERS)):
-        raise Refusal(f"{path}: no text file by its name, which should end in {' '.join(prepare.READERS)}")
+    if not path.lower().endswith(endings):
+        raise Refusal(f"{path}: no text file by its name, which should end in {' '.join(endings)}")
     try:
-        documents = list(prepare.documents([prepare.Path(path)], cfg))
+        documents = list(prepare.documents([Path(path)], cfg))
     except OSError as e:
         raise Refusal(f"cannot read {path}: {e.strerror}")
     if not documents:
@@ -143,257 +222,472 @@ def read_file(path):
 
 
 def split_documents(ids, tokenizer):
-    """(the documents of a split as texts, whether the last one has an end)."""
+    """Returns the documents of a split (ids, 1-D) as texts, and whether the last one has an end."""
     closed = len(ids) > 0 and bool(ids[-1] == tokenizer.eot)
-    found = documents_of(ids if closed else np.r_[ids, tokenizer.eot], tokenizer)
-    return [tokenizer.decode(document.tolist()) for document in found if len(document)], closed
+    if not closed:
+        ids = np.r_[ids, tokenizer.eot]
+    documents = [document for document in document_slices(ids, tokenizer) if len(document)]
+    return [tokenizer.decode(document.tolist()) for document in documents], closed
 
 
 def encode(documents, closed, tokenizer):
-    """Their ids as prepare.py has them, with end-of-text between documents, and after the last if closed."""
-    ids = [i for document in tokenizer.encode_batch(documents) for i in (*tokenizer.head, *document, tokenizer.eot)]
-    return np.array(ids if closed else ids[:-1])
+    """Returns the ids of documents as prepare.py has them, with end-of-text between documents.
+
+    There is one after the last document too if closed.
+    """
+    ids = []
+    for document in tokenizer.encode_batch(documents):
+        ids += [*tokenizer.head, *document, tokenizer.eot]
+    if not closed:
+        del ids[-1:]
+    return np.array(ids)
 
 
 def passages(documents):
-    """Documents, or where they are few, the paragraphs in them."""
+    """Returns the documents or, where they are few, the paragraphs in them."""
     if len(documents) >= FEW:
         return documents
-    return [p.strip() for text in documents for p in text.split("\n\n") if p.strip()]
+    paragraphs = [part.strip() for text in documents for part in text.split("\n\n")]
+    return [paragraph for paragraph in paragraphs if paragraph]
 
 
 def shuffled(items, seed, n):
-    return [items[i] for i in np.random.default_rng(seed).permutation(len(items))[:n]]
+    """Returns n of the items in random order."""
+    order = np.random.default_rng(seed).permutation(len(items))
+    return [items[i] for i in order[:n]]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------------
 # Lens 1: likelihood
 
-def units(ids, tokenizer, few):
-    """The unit that each token belongs to: its document with the end-of-text after it, or where they are few its slice of SLICE bytes.
-    Also each token's bytes. Both (n,) int64; another tokenizer has the same units on the same text."""
+
+def token_bytes(ids, tokenizer):
+    """Returns how many bytes of the text each token is, int64 (n,); none for end-of-text and bos."""
     marks = tokenizer.eot, tokenizer.bos
-    lengths = np.array([0 if i in marks else len(token) for i, token in enumerate(tokenizer.tokens)])[ids]
-    lengths[np.r_[True, np.isin(ids[:-1], marks)] & (lengths > 0)] -= tokenizer.prefix  # which is not in the text
-    if few:
-        return (np.cumsum(lengths) - 1).clip(0) // SLICE, lengths  # by the last byte, which another tokenizer's tokens have too
-    ended = ids == tokenizer.eot
-    return np.cumsum(ended) - ended, lengths
+    lengths = np.array([0 if id in marks else len(token) for id, token in enumerate(tokenizer.tokens)])
+    lengths = lengths[ids]
+    is_first = np.r_[True, np.isin(ids[:-1], marks)]
+    lengths[is_first & (lengths > 0)] -= tokenizer.prefix  # which is not in the text
+    return lengths
+
+
+def units(ids, tokenizer, few):
+    """Returns the unit that each token belongs to, and each token's bytes, both int64 (n,).
+
+    A unit is a document with the end-of-text after it or, where documents are few, a slice of SLICE
+    bytes. Another tokenizer has the same units on the same text.
+    """
+    lengths = token_bytes(ids, tokenizer)
+    if few:  # the slice of its last byte, which is the last of a token in other tokenizers too
+        last_byte = (np.cumsum(lengths) - 1).clip(0)
+        return last_byte // SLICE, lengths
+    is_end = ids == tokenizer.eot
+    return np.cumsum(is_end) - is_end, lengths
+
+
+def unigram_nats(targets):
+    """Returns the entropy of the frequencies of target ids, nats a token."""
+    frequencies = np.bincount(targets) / len(targets)
+    frequencies = frequencies[frequencies > 0]
+    return -(frequencies * np.log(frequencies)).sum()
+
+
+def perplexity(loss):
+    return math.exp(min(loss, 700))
 
 
 def likelihood(subject, documents, closed, compute, cfg):
-    """(the figures, columns (units, 4) of nats, targets, tokens, bytes to resample)."""
-    c = subject.model.config
-    T, rows = c.block_size, min(32, LOGITS // (c.block_size * c.vocab_size))  # 0: even one row's logits would be too many
-    B, subject.model.chunked_loss = max(1, rows), not rows and HAS_CHUNKED_LOSS
-    ids = encode(documents, closed, subject.tokenizer)
+    """Returns the figures of the likelihood lens, and what to resample: float64 (units, 4).
+
+    Its columns are nats, targets, tokens and bytes. Raises Refusal.
+    """
+    model, tokenizer = subject.model, subject.tokenizer
+    T = model.config.block_size
+    rows = LOGITS // (T * model.config.vocab_size)  # 0: even one row's logits are too many
+    model.chunked_loss = rows == 0 and HAS_CHUNKED_LOSS
+    batch_size = min(32, max(1, rows))
+    ids = encode(documents, closed, tokenizer)
     if len(ids) < 2:
         raise Refusal(f"the text has {len(ids)} tokens and needs 2")
-    nats = token_nats(subject.model, ids, T, compute, B).astype(np.float64)
+    targets = ids[1:]
+    nats = token_nats(model, ids, T, compute, batch_size).astype(np.float64)
     if not np.isfinite(nats).all():
         raise Refusal(f"{subject.path}: its loss is not finite; it was damaged in training", status=1)
-    if subject.tokenizer.head:
-        nats[ids[1:] == subject.tokenizer.bos] = 0  # what is known to follow end-of-text is not predicted
+    if tokenizer.head:
+        nats[targets == tokenizer.bos] = 0  # what is known to follow end-of-text is not predicted
+
     few = len(documents) < FEW
-    unit, lengths = units(ids, subject.tokenizer, few)
-    columns = np.column_stack([np.bincount(unit[1:], nats, unit[-1] + 1), np.bincount(unit[1:], minlength=unit[-1] + 1),
-                               np.bincount(unit), np.bincount(unit, lengths)])
-    loss, total = nats.mean(), lengths.sum()
-    low, high = bootstrap(columns, lambda s: s[:, 0] / s[:, 1], cfg.resamples, cfg.seed)
-    frequencies = np.bincount(ids[1:]) / len(nats)
-    unigram = -(frequencies[frequencies > 0] * np.log(frequencies[frequencies > 0])).sum()
-    found = {"loss": loss, "loss_low": low, "loss_high": high, "bits_per_byte": loss * len(ids) / total / math.log(2), "tokens": len(ids),
-             "bytes": int(total), "units": len(columns), "unit": f"slices of {SLICE:,} bytes" if few else "documents", "unigram": unigram,
-             "explained": 1 - loss / unigram if unigram else 0.0, "by_position": by_position(nats, T)}
-    for end in "", "_low", "_high":
-        found[f"perplexity{end}"] = math.exp(min(found[f"loss{end}"], 700))
-    found["bits_low"], found["bits_high"] = bootstrap(columns, bits, cfg.resamples, cfg.seed)
-    if not isinstance(subject.training, str):
-        found["training_loss"] = evaluate(subject.model, subject.training[0], T, B, compute, 1 << 16)
-    return found | toy_gap(subject, documents, closed, ids, compute), columns
+    unit, lengths = units(ids, tokenizer, few)
+    n_units = unit[-1] + 1
+    unit_nats = np.bincount(unit[1:], nats, n_units)
+    unit_targets = np.bincount(unit[1:], minlength=n_units)
+    unit_bytes = np.bincount(unit, lengths)
+    columns = np.column_stack([unit_nats, unit_targets, np.bincount(unit), unit_bytes])
+
+    loss = nats.mean()
+    loss_low, loss_high = bootstrap(columns, ratio, cfg.resamples, cfg.seed)
+    bits_low, bits_high = bootstrap(columns, bits, cfg.resamples, cfg.seed)
+    unigram = unigram_nats(targets)
+    figures = {
+        "loss": loss,
+        "loss_low": loss_low,
+        "loss_high": loss_high,
+        "bits_per_byte": loss * len(ids) / lengths.sum() / math.log(2),
+        "tokens": len(ids),
+        "bytes": int(lengths.sum()),
+        "units": len(columns),
+        "unit": f"slices of {SLICE:,} bytes" if few else "documents",
+        "unigram": unigram,
+        "explained": 1 - loss / unigram if unigram else 0.0,
+        "by_position": by_position(nats, T),
+        "perplexity": perplexity(loss),
+        "perplexity_low": perplexity(loss_low),
+        "perplexity_high": perplexity(loss_high),
+        "bits_low": bits_low,
+        "bits_high": bits_high,
+    }
+    if subject.has_training:
+        training_ids, _ = subject.training
+        figures["training_loss"] = evaluate(model, training_ids, T, batch_size, compute, TRAINING_TOKENS)
+    return figures | toy_gap(subject, documents, closed, ids, compute), columns
 
 
 def by_position(nats, T):
-    """[first, last, mean nats, targets] over the number of tokens of context, from 1 to T, in at most BINS bins, narrow ones first."""
-    place = np.arange(len(nats)) % T
-    sums, counts = np.bincount(place, nats), np.bincount(place)
-    edges = np.unique(np.r_[np.geomspace(1, len(counts) + 1, BINS + 1).astype(int), len(counts) + 1])
-    return [[int(a), int(b - 1), float(sums[a - 1:b - 1].sum() / counts[a - 1:b - 1].sum()), int(counts[a - 1:b - 1].sum())]
-            for a, b in zip(edges, edges[1:])]
+    """Returns the loss over the tokens of context, from 1 to T: [[first, last, mean nats, targets]].
+
+    nats: of each target (n,), in blocks of T. There are at most BINS bins, narrow ones first.
+    """
+    position = np.arange(len(nats)) % T
+    sums = np.bincount(position, nats)
+    counts = np.bincount(position)
+    end = len(counts) + 1
+    edges = np.geomspace(1, end, BINS + 1).astype(int)
+    edges = np.unique(np.r_[edges, end])
+    bins = []
+    for first, after in zip(edges, edges[1:]):
+        within = slice(first - 1, after - 1)
+        targets = counts[within].sum()
+        mean = sums[within].sum() / targets
+        bins.append([int(first), int(after - 1), float(mean), int(targets)])
+    return bins
 
 
 def is_toy(documents):
+    """Returns whether the documents are toy stories, by the first 20."""
     return all(toy_stories.log_prob(text) > -math.inf for text in documents[:20])
 
 
 def toy_gap(subject, documents, closed, ids, compute):
-    """For toy stories the nats a story above their exact entropy. Nothing for other texts, or where a story is longer than the context."""
+    """Returns the nats a story above the exact entropy of toy stories, with their standard error.
+
+    Returns nothing for other texts, or where a story is longer than the context.
+    """
     if not is_toy(documents):
         return {}
+    if not closed:
+        ids = np.r_[ids, subject.tokenizer.eot]
     try:
-        floor, gap = above_floor(subject.model, subject.tokenizer, ids if closed else np.r_[ids, subject.tokenizer.eot], compute)
+        floor, gap = above_floor(subject.model, subject.tokenizer, ids, compute)
     except ValueError:
         return {}
     if not np.isfinite(floor).all():  # stories of another kind among them
         return {}
-    return {"floor": floor.mean(), "above_floor": gap.mean(), "above_floor_error": gap.std() / len(gap) ** 0.5, "stories": len(gap)}
+    return {
+        "floor": floor.mean(),
+        "above_floor": gap.mean(),
+        "above_floor_error": gap.std() / len(gap) ** 0.5,
+        "stories": len(gap),
+    }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------------
 # Lens 2: probes
 
-def probe(subject, asked, compute, cfg):
-    def nats(pairs):
-        return probes.completion_nats(subject.model, subject.tokenizer, pairs, compute)
-    results = [probes.ask(p, nats) for p in asked]
+
+def answer(subject, questions, compute, cfg):
+    """Returns the results of probes, and the share of the room above chance that they take."""
+    score = functools.partial(nats_of_pairs, subject, compute)
+    results = [probes.ask(probe, score) for probe in questions]
     if not results:
         return {"probes": []}
     skills = probes.skills(results)
     low, high = probes.skill_interval(skills, cfg.resamples, cfg.seed)
-    return {"skill": float(np.mean([s.mean() for s in skills])), "skill_low": low, "skill_high": high, "probes": results}
+    mean = float(np.mean([skill.mean() for skill in skills]))
+    return {"skill": mean, "skill_low": low, "skill_high": high, "probes": results}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Lens 3: reading
+def nats_of_pairs(subject, compute, pairs):
+    return completion_nats(subject.model, subject.tokenizer, pairs, compute)
 
-def openings(found, documents):
-    """The prompts: the first words of passages, the beginning of a document among them."""
-    texts = [" ".join(p.split(" ")[:OPENING]) for p in found if len(p.split()) > 2 * OPENING]
-    prompts = [""] * (len(documents) >= FEW) + list(dict.fromkeys(t.split("\n")[0] for t in texts))
+
+# -------------------------------------------------------------------------------------------------------
+# Lens 3: reading. A text is a dict: "prompt", "text" with the prompt, "ended" if it came to an end
+
+
+def openings(texts, documents):
+    """Returns the prompts: the first words of texts, and the beginning of a document."""
+    long_texts = [text for text in texts if len(text.split()) > 2 * PROMPT_WORDS]
+    beginnings = [" ".join(text.split(" ")[:PROMPT_WORDS]) for text in long_texts]
+    prompts = [beginning.split("\n")[0] for beginning in beginnings]
+    prompts = list(dict.fromkeys(prompts))
+    if len(documents) >= FEW:
+        prompts = ["", *prompts]
     return prompts[:PROMPTS] or [""]
 
 
 def write(subject, prompts, most, compute, cfg):
-    """[(prompt, text with the prompt, whether it came to an end)], of up to `most` new tokens."""
-    asked = [prompt for prompt in prompts for _ in range(cfg.num_samples)]
-    ids = [prompt_ids(subject.tokenizer, prompt) for prompt in asked]
-    c = subject.model.config
-    check_memory(compute.device, kv_cache_bytes(c, len(asked), c.block_size, 4), "try a smaller num_samples")
+    """Returns num_samples texts for each prompt, of up to `most` new tokens."""
+    model, tokenizer = subject.model, subject.tokenizer
+    prompts = [prompt for prompt in prompts for _ in range(cfg.num_samples)]
+    ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    cache = kv_cache_bytes(model.config, len(prompts), model.config.block_size, 4)
+    check_memory(compute.device, cache, "try a smaller num_samples")
     with compute.autocast(), tqdm(total=most, desc="samples", disable=None, leave=False) as bar:
-        new, ended = finish(generate(subject.model, ids, most, cfg.temperature, cfg.top_k, stop=subject.tokenizer.eot, seed=cfg.seed,
-                                     past_end="recompute"), lambda _: bar.update())
-    return [(prompt, prompt + subject.tokenizer.decode_more(row), end == "stop") for prompt, row, end in zip(asked, new, ended)]
+        for rows in generate(
+            model,
+            ids,
+            most,
+            cfg.temperature,
+            cfg.top_k,
+            stop=tokenizer.eot,
+            seed=cfg.seed,
+            past_end="recompute",
+        ):
+            bar.update()
+    texts = []
+    for prompt, row in zip(prompts, rows):
+        text = prompt + tokenizer.decode_more(row.ids)
+        texts.append({"prompt": prompt, "text": text, "ended": row.end == "stop"})
+    return texts
 
 
-def real(found, tokenizer, n, most):
-    """n passages as if they had been written: [(prompt, text, whether it came to an end)], cut where a sample would be."""
-    ids = [tokenizer.encode(text) for text in found[:n]]
-    return [("", tokenizer.decode(row[:most]), len(row) <= most) for row in ids]
+def real(passages, tokenizer, n, most):
+    """Returns n passages as if they had been written, each cut after `most` tokens."""
+    texts = []
+    for passage in passages[:n]:
+        ids = tokenizer.encode(passage)
+        text = tokenizer.decode(ids[:most])
+        texts.append({"prompt": "", "text": text, "ended": len(ids) <= most})
+    return texts
 
 
-def read(written, copied, made_up, kind, cfg):
-    """The figures of a column: each rule's mean, the score (their mean) with its interval, and what was written with its marks."""
-    toy, ends, known = kind
-    marked = [reading.marks(text, ended if ends else None, made_up if known else None, toy) for _, text, ended in written]
-    scores = [float(np.mean(list(m.values()))) for m in marked]
+def real_training(subject, n, most, seed):
+    """Returns n passages of a subject's training text as if they had been written."""
+    ids, tokenizer = subject.training
+    ids = ids[:PASSAGE_TOKENS]
+    documents, _ = split_documents(ids, tokenizer)
+    documents = documents[:-1]  # the last one may be cut
+    if not documents:
+        documents = [tokenizer.decode(ids.tolist())]
+    return real(shuffled(passages(documents), seed, n), tokenizer, n, most)
+
+
+def mark_text(text, made_up, rules):
+    """Returns the mark of each rule that applies to a text."""
+    ended = text["ended"] if rules.ends else None
+    made_up = made_up if rules.known else None
+    return reading.marks(text["text"], ended, made_up, rules.toy)
+
+
+def read(texts, rules, cfg, copied=None, made_up=None):
+    """Returns a column: the mean of each rule, the score (their mean) with its interval, and the texts.
+
+    copied: the share of each text that the training text has, (texts,), and made_up: the words that it
+    lacks; None where there is no training text.
+    """
+    marked = [mark_text(text, made_up, rules) for text in texts]
+    scores = [float(np.mean(list(marks.values()))) for marks in marked]
     low, high = mean_interval(scores, cfg.resamples, cfg.seed)
-    found = {"score": float(np.mean(scores)), "score_low": low, "score_high": high,
-             "marks": {key: float(np.mean([m[key] for m in marked])) for key in marked[0]}, "n": len(written),
-             "distinct": reading.distinct([text for _, text, _ in written]),
-             "texts": [{"prompt": p, "text": text, "ended": ended, "marks": m, "copied": None if copied is None else float(copied[i])}
-                       for i, ((p, text, ended), m) in enumerate(zip(written, marked))]}
+    shares = [None] * len(texts) if copied is None else copied.tolist()
+    column = {
+        "score": float(np.mean(scores)),
+        "score_low": low,
+        "score_high": high,
+        "marks": {key: float(np.mean([marks[key] for marks in marked])) for key in marked[0]},
+        "n": len(texts),
+        "distinct": reading.distinct([text["text"] for text in texts]),
+        "texts": [],
+    }
+    for text, marks, share in zip(texts, marked, shares):
+        column["texts"].append(text | {"marks": marks, "copied": share})
     if copied is not None:
-        found["copied"] = float(np.mean(copied))
-        found["made_up"] = sorted({word for _, text, _ in written for word in reading.WORD.findall(text.lower())} & made_up)[:100]
-    return found
+        words = {word for text in texts for word in reading.words_in(text["text"])}
+        column["copied"] = float(np.mean(copied))
+        column["made_up"] = sorted(words & made_up)[:MADE_UP]
+    return column
 
 
-def read_all(found, prompts, passages_, kind, bytes_a_token, compute, cfg):
-    """The columns of the reading lens: a dict for each subject, then {"unseen": ..., "training": ...} of real text.
-    kind: whether they are toy stories, whether documents have ends that a model can have learned, whether all training texts are here.
-    bytes_a_token: of each subject; where they differ, one with shorter tokens may write more of them, so that texts are cut alike."""
-    most = [round(cfg.max_new_tokens * max(bytes_a_token) / its) for its in bytes_a_token]
-    written = [write(s, prompts, m, compute, cfg) for s, m in zip(found, most)]
-    n = len(written[0])
-    unseen, columns = real(passages_, found[0].tokenizer, n, most[0]), {}
-    for source in dict.fromkeys((s.dataset, type(s.training)) for s in found):
-        mine = [i for i, s in enumerate(found) if (s.dataset, type(s.training)) == source]
-        training = found[mine[0]].training
-        if isinstance(training, str):
-            columns |= {i: read(written[i], None, None, kind, cfg) for i in mine}
-            if 0 in mine:
-                columns["unseen"] = read(unseen, None, None, kind, cfg)
-            continue
-        ids, tokenizer = training
-        groups = [(i, written[i]) for i in mine]
-        if 0 in mine:
-            seen = passages(split_documents(ids[:PASSAGE_TOKENS], tokenizer)[0][:-1] or [tokenizer.decode(ids[:PASSAGE_TOKENS].tolist())])
-            groups += [("unseen", unseen), ("training", real(shuffled(seen, cfg.seed, n), tokenizer, n, most[0]))]
-        copied, made_up = reading.against_training([text for _, group in groups for _, text, _ in group], ids, tokenizer)
-        for key, group in groups:
-            columns[key] = read(group, copied[:len(group)], made_up, kind, cfg)
-            copied = copied[len(group):]
-    return [columns[i] for i in range(len(found))], {key: columns[key] for key in ("unseen", "training") if key in columns}
+def read_beside(groups, training, rules, cfg):
+    """Returns a column for each group of texts, {key: texts}, beside the same training text.
+
+    training: as in Subject.
+    """
+    if isinstance(training, str):
+        return {key: read(texts, rules, cfg) for key, texts in groups.items()}
+    ids, tokenizer = training
+    flat = [text["text"] for texts in groups.values() for text in texts]
+    copied, made_up = reading.against_training(flat, ids, tokenizer)
+    columns = {}
+    start = 0
+    for key, texts in groups.items():
+        end = start + len(texts)
+        columns[key] = read(texts, rules, cfg, copied[start:end], made_up)
+        start = end
+    return columns
+
+
+def read_all(subjects, prompts, passages, rules, bytes_a_token, compute, cfg):
+    """Returns the columns of the reading lens: a list of the subjects', and a dict of real text's.
+
+    Real text is "unseen" and, if it is here, the "training" text of the first subject. Where the
+    subjects' bytes_a_token differ, one with shorter tokens may write more of them, so that all texts are
+    cut alike.
+    """
+    budget = cfg.max_new_tokens * max(bytes_a_token)  # bytes
+    most = [round(budget / size) for size in bytes_a_token]
+    trainings = {}  # by source: a dataset, and whether it is here
+    groups_of = {}  # the texts to read beside each, so that it is read once
+    for i, subject in enumerate(subjects):
+        source = subject.dataset, subject.has_training
+        trainings.setdefault(source, subject.training)
+        groups = groups_of.setdefault(source, {})
+        groups[i] = write(subject, prompts, most[i], compute, cfg)
+
+    first = subjects[0]
+    n = len(prompts) * cfg.num_samples
+    groups = groups_of[first.dataset, first.has_training]
+    groups["unseen"] = real(passages, first.tokenizer, n, most[0])
+    if first.has_training:
+        groups["training"] = real_training(first, n, most[0], cfg.seed)
+
+    columns = {}
+    for source, groups in groups_of.items():
+        columns |= read_beside(groups, trainings[source], rules, cfg)
+    reference = {key: columns[key] for key in ("unseen", "training") if key in columns}
+    return [columns[i] for i in range(len(subjects))], reference
 
 
 def ask_judge(columns, cfg):
-    """Adds the judge's marks to the columns; returns the lines that say what went wrong."""
-    said = []
+    """Adds the judge's marks to the columns. Returns the lines that say what went wrong."""
+    problems = []
     for column in columns:
-        texts = [t["text"] for t in column["texts"]][::max(1, column["n"] // JUDGED)][:JUDGED]
-        marks, problem = judge.mark_all(texts, cfg.judge_url, cfg.judge_model, cfg.judge_timeout)
-        given = [m for m in marks if m]
-        if given:
-            column["judge"] = {key: float(np.mean([m[key] for m in given])) for key in judge.RUBRIC} | {"n": len(given)}
+        step = max(1, column["n"] // JUDGED)
+        texts = [text["text"] for text in column["texts"][::step][:JUDGED]]
+        answers, problem = judge.mark_all(texts, cfg.judge_url, cfg.judge_model, cfg.judge_timeout)
+        answers = [marks for marks in answers if marks]
+        if answers:
+            means = {key: float(np.mean([marks[key] for marks in answers])) for key in judge.RUBRIC}
+            column["judge"] = means | {"n": len(answers)}
         if problem:
-            said.append(problem)
-            if "given up" in problem:
-                break
-    return said
+            problems.append(problem)
+        if "given up" in problem:
+            break
+    return problems
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------------
+
+
+def report_path(cfg, several):
+    """Returns where the report goes."""
+    folder = cfg.report_dir
+    if not folder:
+        if several or is_hf(cfg.out_dir):
+            folder = "out/compare"
+        elif os.path.isdir(cfg.out_dir):
+            folder = cfg.out_dir
+        else:
+            folder = os.path.dirname(cfg.out_dir) or "."
+    return os.path.join(folder, "report.html")
+
+
+def measure(subject, documents, closed, questions, compute, cfg):
+    """Returns a subject's result by the first two lenses, and the likelihood's columns to resample."""
+    figures, columns = likelihood(subject, documents, closed, compute, cfg)
+    result = {
+        "out_dir": subject.name,
+        "checkpoint": subject.path,
+        "step": subject.step,
+        "parameters": num_params(subject.model),
+        "vocab_size": subject.tokenizer.vocab_size,
+        "block_size": subject.model.config.block_size,
+        "dataset": subject.dataset,
+        "likelihood": figures,
+        "probes": answer(subject, questions, compute, cfg),
+    }
+    return result, columns
+
+
+def cautions(subjects, cfg):
+    """Returns the sentences that the figures must be read with."""
+    notes = [f"{subject.name}: {subject.training}" for subject in subjects if not subject.has_training]
+    first = subjects[0].dataset
+    for subject in subjects:
+        if subject.dataset != first and not cfg.text:
+            trained = f"{subject.name} was trained on {subject.dataset}"
+            notes.append(f"{trained}, not on {first}, whose validation split this is")
+    if len({subject.tokenizer.sha256 for subject in subjects}) > 1:
+        notes.append(
+            "tokenizers differ: bits a byte can be compared; "
+            "loss, perplexity and what is explained, which are by token, cannot"
+        )
+    return notes
+
 
 def main(cfg):
     compute = resolve(cfg.device, cfg.dtype, "false")
-    found, validation = subjects(cfg, compute)
-    own = cfg.out_dir if os.path.isdir(cfg.out_dir) else os.path.dirname(cfg.out_dir) or "."
-    path = os.path.join(cfg.report_dir or ("out/compare" if len(found) > 1 or is_hf(cfg.out_dir) else own), "report.html")
+    subjects, validation = load_subjects(cfg, compute)
+    path = report_path(cfg, len(subjects) > 1)
     page.check(path)
-    documents, closed = read_file(cfg.text) if cfg.text else split_documents(*validation)
-    toy, some = is_toy(documents), shuffled(passages(documents), cfg.seed, 3000)
-    asked = (probes.toy_probes if toy else probes.story_probes)(some, cfg.num_cases, cfg.seed)
-    asked = probes.askable(asked, [s.tokenizer for s in found])
-    prompts = openings(some, documents)
 
-    results, columns = [], []
+    documents, closed = read_file(cfg.text) if cfg.text else split_documents(*validation)
+    texts = shuffled(passages(documents), cfg.seed, PASSAGES)
+    toy = is_toy(documents)
+    make_probes = probes.toy_probes if toy else probes.story_probes
+    questions = make_probes(texts, cfg.num_cases, cfg.seed)
+    questions = probes.askable(questions, [subject.tokenizer for subject in subjects])
+    prompts = openings(texts, documents)
+
+    results = []
+    columns = []  # of each subject's likelihood, to resample
+    bytes_a_token = []
+    known = all(subject.has_training for subject in subjects)
+    rules = Rules(toy, len(documents) >= FEW, known)
     try:
-        for s in found:
-            figures, column = likelihood(s, documents, closed, compute, cfg)
-            results.append({"out_dir": s.name, "checkpoint": s.path, "step": s.step, "parameters": num_params(s.model),
-                            "vocab_size": s.tokenizer.vocab_size, "block_size": s.model.config.block_size, "dataset": s.dataset,
-                            "likelihood": figures, "probes": probe(s, asked, compute, cfg)})
-            columns.append(column)
-        kind = toy, len(documents) >= FEW, not any(isinstance(s.training, str) for s in found)
-        bytes_a_token = [result["likelihood"]["bytes"] / result["likelihood"]["tokens"] for result in results]
-        read_by, reference = read_all(found, prompts, some, kind, bytes_a_token, compute, cfg)
+        for subject in subjects:
+            result, subject_columns = measure(subject, documents, closed, questions, compute, cfg)
+            results.append(result)
+            columns.append(subject_columns)
+            bytes_a_token.append(result["likelihood"]["bytes"] / result["likelihood"]["tokens"])
+        readings, reference = read_all(subjects, prompts, texts, rules, bytes_a_token, compute, cfg)
     except ValueError as e:  # a character that a tokenizer lacks
-        raise Refusal(f"{s.path}: {e}")
-    problems = ask_judge([*read_by, reference["unseen"]], cfg) if cfg.judge_url else []
-    for result, column in zip(results, read_by):
+        raise Refusal(f"{subject.path}: {e}")
+    unseen = reference["unseen"]
+    problems = ask_judge([*readings, unseen], cfg) if cfg.judge_url else []
+
+    for result, column in zip(results, readings):
         result["reading"] = column
-        result["levels"] = grade(result, reference["unseen"])
+        result["levels"] = grade(result, unseen)
         result["agree"], result["verdict"] = verdict(result["levels"])
-    whole = {"text": cfg.text or f"{found[0].dataset}, validation split", "checkpoints": results, "reference": reference, "seed": cfg.seed,
-             "computed": compute.said, "notes": problems + cautions(found, cfg)}
-    whole["agree"], whole["verdict"], whole["ranking"] = results[0]["agree"], results[0]["verdict"], []
-    if len(found) > 1:
-        whole["agree"], whole["verdict"], whole["ranking"] = compare(results, columns, reference["unseen"], cfg.resamples, cfg.seed)
+    if len(subjects) > 1:
+        agree, sentence, ranking = compare(results, columns, unseen, cfg.resamples, cfg.seed)
+    else:
+        agree, sentence, ranking = results[0]["agree"], results[0]["verdict"], []
+    whole = {
+        "text": cfg.text or f"{subjects[0].dataset}, validation split",
+        "checkpoints": results,
+        "reference": reference,
+        "seed": cfg.seed,
+        "computed": compute.message,
+        "notes": problems + cautions(subjects, cfg),
+        "agree": agree,
+        "verdict": sentence,
+        "ranking": ranking,
+    }
     print(report.text(whole))
     page.write(path, whole)
     print(f"\n{path}")
     print(json.dumps(report.short(whole), allow_nan=False))
-
-
-def cautions(found, cfg):
-    """What the figures must be read with."""
-    said = [f"{s.name}: {s.training}" for s in found if isinstance(s.training, str)]
-    if not cfg.text:
-        said += [f"{s.name} was trained on {s.dataset}, not on {found[0].dataset}, whose validation split this is"
-                 for s in found if s.dataset != found[0].dataset]
-    if len({s.tokenizer.sha256 for s in found}) > 1:
-        said.append("tokenizers differ: bits a byte can be compared; loss, perplexity and what is explained, which are by token, cannot")
-    return said
 
 
 if __name__ == "__main__":

@@ -32,13 +32,13 @@ import torch.nn.functional as F
 import checkpoint
 import onnx_model
 import prepare
-import train
 from config import Refusal, hf_name, is_hf, run
 from device import resolve
 from folders import new_folder
 from measure import race
 from model import attention_mask, num_params
-from sample import finish, generate
+from sample import generate
+from score import evaluate
 
 OPSET = 18  # the lowest that torch.onnx writes without converting
 MAX_BYTES = 2**31 - 2**24  # of parameters: a protobuf ends at 2^31
@@ -122,11 +122,13 @@ class JoinedAttention(nn.Module):
         self.k_norm = attn.k_norm
         self.roll = roll
 
-    def forward(self, x, cos_sin, mask, past, present):
+    def forward(self, x, context):
         """Maps states (T * B, C) to states (T * B, C), after a past k and v, each (P, B, G, D).
 
-        Appends the k and v of all tokens, each (P + T, B, G, D), to the list present.
+        context is (cos and sin, mask, past k and v, present): the k and v of all tokens, each
+        (P + T, B, G, D), are appended to the list present.
         """
+        cos_sin, mask, past, present = context
         c = self.config
         H, G, D = c.n_head, c.n_kv_head, c.head_dim
         B = past[0].size(1)
@@ -172,13 +174,16 @@ def additive_mask(model, P, T):
     follow each other: (H / G * T, P + T), with ALiBi (G, H / G * T, P + T).
     """
     c = model.config
-    mask, _ = attention_mask(P, T, None, model.alibi, torch.float32, "cpu")
+    places = torch.arange(P, P + T)
+    mask, _ = attention_mask(places, P + T, bias=model.score_bias)
+    if mask is None:  # a lone query, or no past: the rule says it without a mask
+        mask = torch.arange(P + T) <= places[:, None]
     if mask.dtype == torch.bool:
         mask = torch.where(mask, 0.0, -torch.inf)
     if c.n_head == c.n_kv_head:
         return mask
-    if model.alibi is not None:
-        return mask.reshape(c.n_kv_head, -1, P + T)
+    if model.score_bias is not None:
+        return mask.expand(c.n_head, T, P + T).reshape(c.n_kv_head, -1, P + T)
     return mask.repeat(c.n_head // c.n_kv_head, 1)
 
 
@@ -200,12 +205,20 @@ class Graph(nn.Module):
             if c.mlp == "swiglu":
                 block.mlp = JoinedSwiGLU(block.mlp)
         if c.pos == "rope":
-            frequencies = self.model.rope.frequencies
+            frequencies = self.model.rotary.frequencies
             rotated = frequencies.expand(c.n_head + c.n_kv_head, -1)
             unrotated = torch.zeros(c.n_kv_head, len(frequencies))  # v
-            compute_tables(self.model.rope, torch.cat((rotated, unrotated)))  # (heads, D / 2)
+            compute_tables(self.model.rotary, torch.cat((rotated, unrotated)))  # (heads, D / 2)
         elif c.pos == "sinusoidal":
             compute_tables(self.model.add_pos, self.model.add_pos.frequencies)
+
+    def rotation_by_head(self, table, neutral):
+        """Returns a table (T, D) for the heads of q, k and v: (T, heads, D), neutral for v."""
+        c = self.model.config
+        T, D = table.shape
+        rotated = table[:, None].expand(T, c.n_head + c.n_kv_head, D)
+        unrotated = torch.full((1, c.n_kv_head, D), neutral).expand(T, c.n_kv_head, D)
+        return torch.cat((rotated, unrotated), 1)
 
     def forward(self, ids, past):
         """Returns the logits (B, T, V), and the keys and values of all tokens in the order of past."""
@@ -215,8 +228,12 @@ class Graph(nn.Module):
         pos = torch.arange(P, P + T)
         mask = additive_mask(model, P, T)
         cos_sin = None
-        if model.rope is not None:
-            cos_sin = [rows[:, None] for rows in model.rope.at(pos)]  # (T, 1, heads, D)
+        if model.rotary is not None:
+            cos, sin = model.rotary(pos)
+            if cos.dim() == 2:  # a class of one's own: one rotation for all heads, and none for v
+                cos = self.rotation_by_head(cos, 1.0)
+                sin = self.rotation_by_head(sin, 0.0)
+            cos_sin = (cos[:, None], sin[:, None])  # each (T, 1, heads, D)
         x = model.wte(ids)
         if model.add_pos is not None:
             x = model.add_pos(x, pos)
@@ -224,7 +241,7 @@ class Graph(nn.Module):
         present = []
         for layer, block in enumerate(model.blocks):
             layer_past = past[2 * layer : 2 * layer + 2]
-            x = block(x, cos_sin, mask, layer_past, present)
+            x = block(x, (cos_sin, mask, layer_past, present))
         x = model.norm(x).view(T, B, -1).transpose(0, 1)
         return model.head(x), *present
 
@@ -530,8 +547,8 @@ def run_onnx(exported, idx, P):
 
 def write_greedy(model, prompt, n):
     """Returns the ids of the likeliest n tokens after a prompt."""
-    rows, _ = finish(generate(model, [prompt], n, temperature=0, past_end="recompute"))
-    return rows[0]
+    *_, [row] = generate(model, [prompt], n, temperature=0, past_end="recompute")
+    return row.ids
 
 
 def check(model, exported, prompt, n):
@@ -553,9 +570,9 @@ def check(model, exported, prompt, n):
     print(f"greedy text: {len(pytorch_ids)} tokens, all equal")
 
 
-def load_validation(cfg, ckpt, tokenizer):
+def load_validation(cfg, dataset, tokenizer):
     """Returns the ids of the validation split that judges int8. Raises Refusal where there is none."""
-    name = cfg.dataset or checkpoint.dataset_of(ckpt)
+    name = cfg.dataset or dataset
     advice = "--dataset=NAME names data that int8 can be judged by"
     if not name:
         raise Refusal(f"what {cfg.out_dir} was trained on is not known: {advice}")
@@ -575,7 +592,7 @@ def compare_losses(exported, int8, ids, tokens):
     compute = resolve("cpu", "float32", "false")
     losses = []
     for model in exported, int8:
-        losses.append(train.evaluate(model, ids, model.config.block_size, 4, compute, tokens))
+        losses.append(evaluate(model, ids, model.config.block_size, 4, compute, tokens))
     float_loss, int8_loss = losses
     increase = int8_loss / float_loss - 1
     print(
@@ -620,11 +637,9 @@ def write_folder(cfg, model, tokenizer, ckpt, ids, folder):
     ids are those of the validation split, for int8. Returns the share by which int8 raises the loss
     there, 0 without int8. Raises Refusal where model.onnx does not compute what the model does.
     """
-    config = ckpt["config"]
-    start = str(config.get("start", ""))
-    template = str(config.get("template", ""))
-    fingerprint = checkpoint.fingerprint(ckpt)
-    description = onnx_model.describe(model.config, tokenizer, start, template, fingerprint)
+    start = str(ckpt.config.get("start", ""))
+    fingerprint = checkpoint.fingerprint(ckpt.state)
+    description = onnx_model.describe(model.config, tokenizer, start, ckpt.template, fingerprint)
     text = json.dumps(description, indent=1)
     tokenizer.save(folder / "tokenizer.json")
     checkpoint.write_atomic(str(folder / "config.json"), lambda f: f.write(text.encode()))
@@ -657,15 +672,14 @@ def write_folder(cfg, model, tokenizer, ckpt, ids, folder):
 
 
 def main(cfg):
-    path = checkpoint.find(cfg.out_dir)
-    ckpt = checkpoint.load(path)
-    if is_hf(path) and not cfg.to:
+    ckpt = checkpoint.open_checkpoint(cfg.out_dir)
+    if is_hf(ckpt.path) and not cfg.to:
         raise Refusal("name the folder to write with --to")
-    folder = Path(cfg.to) if cfg.to else Path(path).parent / "onnx"
+    folder = Path(cfg.to) if cfg.to else Path(ckpt.path).parent / "onnx"
     ways = "--overwrite moves it aside, --to=OTHER writes elsewhere"
-    with new_folder(folder, cfg.overwrite, ways, [hf_name(path)]) as tmp:
-        model, tokenizer = checkpoint.restore(ckpt, path)
-        ids = load_validation(cfg, ckpt, tokenizer) if cfg.quantize == "int8" else None
+    with new_folder(folder, cfg.overwrite, ways, [hf_name(ckpt.path)]) as tmp:
+        model, tokenizer = ckpt.restore()
+        ids = load_validation(cfg, ckpt.dataset, tokenizer) if cfg.quantize == "int8" else None
         increase = write_folder(cfg, model, tokenizer, ckpt, ids, tmp)
         int8_is_good = increase <= MAX_LOSS_INCREASE  # nan is not
         if not int8_is_good:

@@ -1,20 +1,18 @@
 """Teaches a trained model to answer: supervised fine-tuning of LoRA adapters (lora.py), or with --rank=0 of all its weights.
 
-    python finetune_lora.py --init_from=out/demo                                       the morals of the toy stories, as a demonstration
+    python finetune_lora.py --init_from=out/demo                                 the morals of the toy stories
     python finetune_lora.py --init_from=out/ts --dataset=rows.jsonl --out_dir=out/ts-lora
-    python finetune_lora.py --out_dir=out/ts-lora --merge                              the adapter and its base as one checkpoint
+    python finetune_lora.py --out_dir=out/ts-lora --merge                        adapter and base as one checkpoint
     python sample.py --adapter=out/ts-lora --start="Why is the sky blue?"
 
-A row is an object with prompt and response; with instruction, output and perhaps input (Alpaca); or with messages, each with a role
-(system, user, assistant) and content. The loop is train.py's fit: --init_from=resume, signals, torchrun and log are as they are there.
-Only responses and the end of text after each are learned. Examples share a row of the context, but none sees another.
+A row is an object with prompt and response; with instruction, output and perhaps input (Alpaca); or with messages, each with
+a role (system, user, assistant) and content: see rows.py. The loop is train.py's fit: --init_from=resume, signals, torchrun
+and log are as they are there. Another kind of tuning takes open_tuning and Tuning, and writes its own rows and loss.
 """
-import functools
+
 import hashlib
-import json
 import math
 import os
-from bisect import bisect_left, insort
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -23,23 +21,26 @@ import torch
 import checkpoint
 import folders
 import lora
-import prepare
 import toy_stories
-from config import Refusal, hf_name, is_hf, run
-from device import check_memory, resolve
+from checkpoint import DATA_KEYS, Checkpoint, RunState, inherit, open_checkpoint
+from config import Refusal, hf_name, run
+from data import count_targets, evenly, micro_batches, prompt_ids, rows_each, to
+from device import Compute, check_memory, resolve
 from lenses import probes
 from log import plot
-from model import choose_rmsnorm
-from sample import finish, generate, prompt_ids, render
-from train import (DATA_KEYS, TrainConfig, evenly, fit, floor_line, in_the_way, inherit, mean_nats, micro_batches,
-                   rows_each, to, training_bytes)
+from model import model_sizes
+from rmsnorm import choose_rmsnorm
+from rows import conversations, encode_rows, pack, packed_batch, render, split_rows, training_packs
+from sample import generate
+from score import completion_nats, floor_line, mean_nats, next_token_loss
+from train import TrainConfig, fit, is_in_the_way, training_bytes
 
 
 @dataclass
 class Config(TrainConfig, lora.LoRAConfig):
     init_from: str = "out"                  # the checkpoint to start from, hf:FOLDER_OR_NAME too | resume (from out_dir)
     out_dir: str = "out/lora"               # where adapter.pt, log.jsonl and loss.png go; with --rank=0 ckpt.pt
-    dataset: str = "moral"                  # moral (made here) | a .json .jsonl .parquet file | hf:NAME of the Hugging Face hub
+    dataset: str = "moral"                  # moral (made here) | a .json .jsonl .parquet file | hf:NAME
     val_dataset: str = ""                   # held-out rows, where they are a file of their own, or a dataset of the hub
     val_fraction: float = 0.1               # of the rows; held out where val_dataset is empty
     template: str = ""                      # text with {prompt} in it, \n a new line; empty: the base's, or one for the kind of rows
@@ -66,324 +67,296 @@ class Config(TrainConfig, lora.LoRAConfig):
         if self.dataset == "moral" and self.val_dataset:
             raise ValueError("moral has held-out rows of its own: leave val_dataset out")
         if self.optimizer == "muon" and self.rank:
-            raise ValueError("muon makes each matrix's update orthogonal, which means something for W and nothing for the halves B and A of "
-                             "its change: use --optimizer=adamw, or --rank=0")
+            raise ValueError(
+                "muon makes each matrix's update orthogonal, which means something for W and nothing for the halves "
+                "B and A of its change: use --optimizer=adamw, or --rank=0"
+            )
+
+
+# what a resumed run cannot change
+FIXED = DATA_KEYS | {"val_dataset", "val_fraction", "template", "rank", "alpha", "target", "max_length"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Rows: from a file or the hub to [(prompt, response), ...], the turns of one conversation
-
-MORAL_SEED = 0  # other stories than data/toy's: a test looks
+# Opening and saving: the same for every kind of tuning
 
 
-def read_rows(dataset, split="train"):
-    """(where, row) of all rows, of a dataset on the hub those of a split; None where it has no such split. Raises Refusal."""
-    suffix = os.path.splitext(dataset)[1].lower()
-    if is_hf(dataset):
-        with prepare.hub_splits(hf_name(dataset)) as splits:
-            return [(dataset, row) for row in splits[split]] if split in splits else None
-    if suffix not in (".json", ".jsonl", ".parquet"):
-        raise Refusal(f"dataset must be moral, a .json .jsonl .parquet file or hf:NAME, not {dataset!r}")
-    try:
-        if suffix == ".json":
-            return json_rows(dataset)
-        return list(prepare.jsonl_rows(dataset) if suffix == ".jsonl" else prepare.parquet_rows(dataset))
-    except OSError as e:
-        raise Refusal(f"cannot read {dataset}: {e.strerror}")
+@dataclass
+class Tuning:
+    """A base that was opened to be tuned: with adapters in it, or as it is with --rank=0."""
 
+    cfg: TrainConfig
+    kind: str            # of tuning, kept in the run's config
+    base: Checkpoint     # and the adapters over it, where a run goes on
+    resumed: dict        # the loaded run that goes on, or None
+    compute: Compute
+    model: torch.nn.Module
+    tokenizer: object
+    T: int               # tokens in a row
+    base_sha256: str
+    moves_aside: bool    # out_dir holds what --overwrite is to move
 
-def json_rows(path):
-    with prepare.opened(path) as f:
-        text = f.read()
-    try:
-        rows = json.loads(text)
-    except (ValueError, RecursionError) as e:
-        raise Refusal(f"{path} is not JSON ({e})")
-    if not isinstance(rows, list):
-        raise Refusal(f"{path} is not an array of rows but a {type(rows).__name__}")
-    return [(f"{path} row {n}", row) for n, row in enumerate(rows, 1)]
+    def prepare(self):
+        """Puts adapters into the model, moves it to the device and returns what to train: the model, perhaps compiled.
 
+        Raises Refusal where the model takes no such adapters, or memory does not hold what training takes."""
+        cfg = self.cfg
+        torch.manual_seed(cfg.seed)
+        if self.base.adapter:
+            self.base.restore_adapters(self.model)
+        elif cfg.rank:
+            try:
+                lora.inject(self.model, cfg)
+            except ValueError as e:
+                raise Refusal(e)
+        learned, _ = lora.trainable(self.model)
+        c = replace(self.model.config, block_size=self.T)
+        check_memory(self.compute.device, training_bytes(cfg, c, model_sizes(c), learned), "try a smaller batch_size")
+        self.model = self.model.to(self.compute.device)
+        rmsnorm_message = choose_rmsnorm(self.model, cfg.rmsnorm, self.compute)
+        self.model.gradient_checkpointing = cfg.gradient_checkpointing
+        self.model.chunked_loss = cfg.loss == "chunked"
+        if self.compute.is_main:
+            print(f"{self.base.path}: {self.compute.message}{rmsnorm_message}")
+            merged = os.path.join(cfg.out_dir, "ckpt.pt")
+            if self.base.adapter and os.path.exists(merged):
+                print(f"{merged} is from an earlier --merge, and stays as it is")
+        return torch.compile(self.model) if self.compute.compile else self.model
 
-def split(cfg):
-    """(rows to learn from, rows held out), each (where, row)."""
-    if cfg.dataset == "moral":
-        rows = [(f"moral {n}", row) for n, row in enumerate(toy_stories.moral_rows(400, MORAL_SEED))]
-        return rows[:200], rows[200:]
-    rows = read_rows(cfg.dataset)
-    held_out = read_rows(cfg.val_dataset) if cfg.val_dataset else read_rows(cfg.dataset, "validation") if is_hf(cfg.dataset) else None
-    if held_out is not None:
-        return rows, held_out
-    conversations(rows)  # what is wrong is said of the first row that it is wrong with
-    if len(rows) < 2:
-        raise Refusal(f"{cfg.dataset} needs two rows, as one is held out, and has {len(rows)}; --val_dataset names others to hold out")
-    mixed, n = np.random.default_rng(cfg.seed).permutation(len(rows)), max(1, round(cfg.val_fraction * len(rows)))
-    return [rows[i] for i in mixed[n:]], [rows[i] for i in mixed[:n]]
-
-
-def turns_of_pair(row, text):
-    return [(text(row, "prompt"), text(row, "response"))]
-
-
-def turns_of_alpaca(row, text):
-    return [("\n".join(filter(None, (text(row, key) for key in ("instruction", "input") if key in row))), text(row, "output"))]
-
-
-def turns_of_chat(row, text):
-    """What stands before an answer is its prompt; what stands after the last one is left out."""
-    messages, before, turns = row["messages"], [], []
-    for m in messages if isinstance(messages, list) else [messages]:
-        role = text(m, "role")
-        if role == "assistant":
-            turns.append(("\n".join(before), text(m, "content")))
-            before = []
-        elif role in ("system", "user"):
-            before.append(text(m, "content"))
+    def save(self, name, state, notes):
+        """Writes the adapters, or with --rank=0 the whole checkpoint, to out_dir; notes are kept beside the config."""
+        config = asdict(self.cfg) | {"task": self.kind, "base_dataset": self.base.dataset} | notes
+        path = os.path.join(self.cfg.out_dir, name)
+        if self.cfg.rank:
+            path = os.path.join(self.cfg.out_dir, name.replace("ckpt", "adapter"))
+            checkpoint.save_adapters(path, self.model, self.base.path, self.base_sha256, config, state)
         else:
-            raise ValueError(f"a role is {role!r:.40}; system, user and assistant are known")
-    return turns
+            checkpoint.save(path, self.model, self.tokenizer, config, state)
 
 
-# the columns that tell, the turns of a row, the template where neither the user nor the base has one
-KINDS = [(("prompt", "response"), turns_of_pair, "{prompt}\n"),
-         (("instruction", "output"), turns_of_alpaca, "### Instruction:\n{prompt}\n\n### Response:\n"),
-         (("messages",), turns_of_chat, "User:\n{prompt}\n\nAssistant:\n")]
+def open_tuning(cfg, kind, fixed=FIXED):
+    """Returns the Tuning that a config means: a base opened, or a run that goes on, with the settings that it decides.
+
+    kind: of tuning, which the run's config keeps and a resumed one must have. Raises Refusal."""
+    resumed = None
+    if cfg.init_from == "resume":
+        base = open_run(cfg, kind)
+        resumed = base.adapter or base.state
+        cfg = inherit(cfg, resumed, base.adapter_path or base.path, True, fixed)
+    else:
+        base = open_checkpoint(cfg.init_from)
+    moves_aside = is_in_the_way(cfg)
+    base_path = os.path.realpath(hf_name(base.path)) + os.sep
+    if moves_aside and base_path.startswith(os.path.realpath(cfg.out_dir) + os.sep):
+        raise Refusal(
+            f"the base {base.path} is in {cfg.out_dir}, which cannot be moved aside then: give another --out_dir"
+        )
+    model, tokenizer = checkpoint.restore(base.state, base.path)
+    compute = resolve(cfg.device, cfg.dtype, cfg.compile, join=True, train_width=model.config.n_embd)
+    cfg.dtype = compute.dtype_name  # a resumed run keeps it, on another processor too
+    rows_each(cfg, compute)
+    T = min(cfg.max_length or math.inf, model.config.block_size)
+    base_sha256 = checkpoint.fingerprint(base.state)
+    return Tuning(cfg, kind, base, resumed, compute, model, tokenizer, T, base_sha256, moves_aside)
 
 
-def conversations(rows):
-    """([turns of each row], the default template of the first row's kind). Raises Refusal."""
-    found, template = [], ""
-    for where, row in rows:
-        def text(some, key):
-            return prepare.field(some, key, where, "rows have prompt and response, instruction and output, or messages; here is").strip()
-        columns = row.keys() if isinstance(row, dict) else ()
-        _, turns_of, default = next((kind for kind in KINDS if all(key in columns for key in kind[0])), KINDS[0])
-        try:
-            found.append(turns_of(row, text))
-        except ValueError as e:
-            raise Refusal(f"{where}: {e}")
-        template = template or default
-    return found, template
+def open_run(cfg, kind):
+    """Returns the checkpoint of the run in out_dir, adapters over their base or a whole one. Raises Refusal where it is no run
+    of this kind that can go on."""
+    names = ("adapter.pt", "ckpt.pt")  # the latter by --rank=0; beside the former, by --merge
+    names = [name for name in names if os.path.exists(os.path.join(cfg.out_dir, name))]
+    if names == ["ckpt.pt"]:
+        start = open_checkpoint(cfg.out_dir, "ckpt.pt")
+    else:
+        start = open_checkpoint("", adapter=cfg.out_dir, prefer_adapter="adapter.pt")
+    run = start.adapter or start.state
+    if start.task != kind or not run["optimizers"]:
+        raise Refusal(
+            f"{start.adapter_path or start.path} is no run of finetune_lora.py that could go on; "
+            f"--init_from={cfg.out_dir} --out_dir=OTHER starts from it"
+        )
+    return start
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Examples: a conversation as (idx, targets), targets one token ahead and -100 where nothing is learned
-
-def encode(turns, tokenizer, template):
-    """(idx, targets), or None where no response has text. Prompt and response are encoded apart: their boundary is one between
-    tokens, and a prompt's ids are those that sample.py makes of it."""
-    ids, learned = [], []
-    for prompt, response in turns:
-        text = render(template, prompt)
-        prompt = tokenizer.encode_more(text) if ids else prompt_ids(tokenizer, text)
-        response = tokenizer.encode_more(response) + [tokenizer.eot] if response else []
-        ids += prompt + response
-        learned += [False] * len(prompt) + [True] * len(response)
-    ids = np.array(ids, np.int64)
-    return (ids[:-1], np.where(learned, ids, -100)[1:]) if any(learned) else None
-
-
-def examples(rows, tokenizer, template, T, name):
-    """The rows that fit in T tokens and have a response, encoded; and a line about the others. Raises Refusal where none is left."""
-    try:
-        tokenizer.encode(template.replace("{prompt}", ""))
-    except ValueError as e:
-        raise Refusal(f"the template {template!r:.120}: {e}; --template=... is another")
-    try:
-        every = [encode(turns, tokenizer, template) for turns in rows]
-    except ValueError as e:  # a character that a character model lacks
-        raise Refusal(f"{name}: {e}")
-    some = [example for example in every if example]
-    kept = [example for example in some if len(example[0]) <= T]
-    if not kept:
-        raise Refusal(f"{name}: none of its {len(every)} rows has a response and fits in {T} tokens")
-    said = f"{name}: {len(kept):,} rows"
-    if len(every) > len(kept):
-        said += f"; left out: {len(some) - len(kept):,} that are longer than {T} tokens, {len(every) - len(some):,} without a response"
-    return kept, said
-
-
-def pack(lengths, T):
-    """Lists of indices whose lengths add up to at most T: the longest first, each where it leaves the least room."""
-    packs, room = [], []  # room: sorted (tokens left, which)
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        at = bisect_left(room, (lengths[i], 0))
-        left, which = room.pop(at) if at < len(room) else (T, len(packs))
-        if which == len(packs):
-            packs.append([])
-        packs[which].append(i)
-        insort(room, (left - lengths[i], which))
-    return packs
-
-
-def batch_of(packs, data, T):
-    """{"idx", "targets", "doc"} (rows, T) int64: a row holds the examples of data that a pack names, each its own document."""
-    batch = {key: torch.full((len(packs), T), fill) for key, fill in (("idx", 0), ("targets", -100), ("doc", -1))}
-    for row, pack in enumerate(packs):
-        end = 0
-        for doc, i in enumerate(pack):
-            start, end = end, end + len(data[i][0])
-            for key, ids in zip(("idx", "targets", "doc"), (*data[i], np.full(end - start, doc))):
-                batch[key][row, start:end] = torch.from_numpy(ids)
-    return batch
-
-
-@functools.lru_cache(maxsize=2)
-def order(n, seed, epoch):
-    return np.random.default_rng((seed, epoch)).permutation(n)
-
-
-def training_packs(packs, seed, first, n):
-    """Packs first .. first+n of the endless stream: all of them in random order, then in another."""
-    return [packs[order(len(packs), seed, r // len(packs))[r % len(packs)]] for r in range(first, first + n)]
+def merge(cfg):
+    """Writes out_dir/ckpt.pt, a checkpoint like any other, and prints what the merging changed."""
+    merged_path = os.path.join(cfg.out_dir, "ckpt.pt")
+    adapter_path = checkpoint.find(cfg.out_dir, "adapter_best.pt")
+    if os.path.exists(merged_path) and not cfg.overwrite:
+        raise Refusal(f"{merged_path} is there already: --overwrite moves it aside")
+    base = cfg.init_from if "init_from" in cfg.given else ""
+    start = open_checkpoint(base, adapter=adapter_path)
+    model, tokenizer = start.restore()
+    model.eval()
+    shape = (4, min(256, model.config.block_size))
+    idx = torch.randint(model.config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        unmerged = model(idx)[0]
+        lora.merge(model)
+        difference = (model(idx)[0] - unmerged).abs().max()
+    if os.path.exists(merged_path):
+        folders.move_aside(merged_path)
+    adapter = start.adapter
+    state = RunState(adapter["step"], adapter["val_loss"], adapter["best_val_loss"])
+    checkpoint.save(merged_path, model, tokenizer, adapter["config"], state)
+    print(
+        f"{merged_path}: {start.path} with {start.adapter_path} merged; largest logit {unmerged.abs().max():.3g}, "
+        f"largest difference to unmerged {difference:.1e}"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The built-in task: 200 stories with the moral as the answer, and 200 others held out
 
+
 def moral_lines(model, tokenizer, rows, template, compute):
-    """What a model knows of the held-out morals, by two accuracies, and how well it still tells stories: two lines."""
-    longest, asked, cases, unsaid = 1 + max(len(tokenizer.encode_more(a)) for a in toy_stories.ANSWERS), [], [], []
+    """Returns two lines: what a model knows of the held-out morals, by two accuracies, and how well it still tells stories."""
+    most = 1 + max(len(tokenizer.encode_more(answer)) for answer in toy_stories.ANSWERS)
+    prompts = []
+    cases = []
+    is_unsaid = []  # the story itself does not give the moral away
     for _, row in rows:
-        context, right = render(template, row["prompt"]), row["response"]
+        context = render(template, row["prompt"])
+        answer = row["response"]
         prompt = prompt_ids(tokenizer, context)
-        if len(prompt) + longest - 1 <= model.config.block_size:
-            asked.append(prompt)
-            cases.append(probes.Case(context, [right, *(a for a in toy_stories.ANSWERS if a != right)]))
-            unsaid.append(right.removeprefix("So ")[:-1] not in row["prompt"])
-    if not asked:
+        if len(prompt) + most - 1 > model.config.block_size:
+            continue
+        wrong = [a for a in toy_stories.ANSWERS if a != answer]
+        prompts.append(prompt)
+        cases.append(probes.Case(context, [answer, *wrong]))
+        is_unsaid.append(answer.removeprefix("So ")[:-1] not in row["prompt"])
+    if not prompts:
         return f"block_size={model.config.block_size} is too short for a story and its moral"
-    ranked = probes.ask(probes.Probe("moral", "", cases), lambda pairs: probes.completion_nats(model, tokenizer, pairs, compute))
-    unsaid = np.array(unsaid)
-    told, _ = finish(generate(model, asked, longest, temperature=0, stop=tokenizer.eot))
-    exact = np.array([tokenizer.decode_more(answer) == case.candidates[0] for answer, case in zip(told, cases)])
-    stories = np.array([id for text, _ in toy_stories.stories(500, seed=1) for id in (*tokenizer.encode(text), tokenizer.eot)])
-    return (f"moral of {len(asked)} held-out stories: answered word for word {exact.mean():.1%} ({exact[unsaid].sum()} of the {unsaid.sum()} that "
-            f"leave it unsaid), the likeliest of the {len(toy_stories.ANSWERS)} {ranked['accuracy']:.1%} (chance {ranked['chance']:.1%})\n"
-            + floor_line(model, tokenizer, stories, compute))
+    ranked = probes.ask(
+        probes.Probe("moral", "", cases), lambda pairs: completion_nats(model, tokenizer, pairs, compute)
+    )
+    *_, answers = generate(model, prompts, most, temperature=0, stop=tokenizer.eot)
+    is_exact = np.array(
+        [tokenizer.decode_more(row.ids) == case.candidates[0] for row, case in zip(answers, cases)]
+    )
+    is_unsaid = np.array(is_unsaid)
+    stories = [id for text, _ in toy_stories.stories(500, seed=1) for id in (*tokenizer.encode(text), tokenizer.eot)]
+    return (
+        f"moral of {len(prompts)} held-out stories: answered word for word {is_exact.mean():.1%} "
+        f"({is_exact[is_unsaid].sum()} of the {is_unsaid.sum()} that leave it unsaid), "
+        f"the likeliest of the {len(toy_stories.ANSWERS)} {ranked['accuracy']:.1%} (chance {ranked['chance']:.1%})\n"
+        + floor_line(model, tokenizer, np.array(stories), compute)
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# From the command line
-
-FIXED = DATA_KEYS | {"val_dataset", "val_fraction", "template", "rank", "alpha", "target", "max_length"}  # what a resumed run cannot change
+# The task
 
 
-def merge(cfg):
-    """Writes out_dir/ckpt.pt, a checkpoint like any other, and says what the merging changed."""
-    path, to_path = checkpoint.find(cfg.out_dir, "adapter_best.pt"), os.path.join(cfg.out_dir, "ckpt.pt")
-    adapter = checkpoint.load(path, checkpoint.ADAPTER_KEYS)
-    if os.path.exists(to_path) and not cfg.overwrite:
-        raise Refusal(f"{to_path} is there already: --overwrite moves it aside")
-    base = checkpoint.find(cfg.init_from) if "init_from" in cfg.given else checkpoint.base_of(adapter, path)
-    ckpt = checkpoint.load(base)
-    model, tokenizer = checkpoint.restore(ckpt, base)
-    checkpoint.restore_adapters(adapter, path, ckpt, base, model)
-    model.eval()
-    idx = torch.randint(model.config.vocab_size, (4, min(256, model.config.block_size)), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        before = model(idx)[0]
-        lora.merge(model)
-        difference = (model(idx)[0] - before).abs().max()
-    if os.path.exists(to_path):
-        folders.move_aside(to_path)
-    checkpoint.save(to_path, model, tokenizer, adapter["config"], adapter["step"], adapter["val_loss"], adapter["best_val_loss"])
-    print(f"{to_path}: {base} with {path} merged; largest logit {before.abs().max():.3g}, largest difference to unmerged {difference:.1e}")
+class FineTuning:
+    """Learning the responses of rows: what train.fit needs of a task."""
+
+    loss = staticmethod(next_token_loss)
+    count = staticmethod(count_targets)
+    flops_per_token = 0  # padding and prompts make MFU mean little
+
+    def __init__(self, tuning):
+        self.tuning = tuning
+        self.cfg = cfg = tuning.cfg
+        self.compute = tuning.compute
+        tokenizer = tuning.tokenizer
+        rows, self.held_out = split_rows(cfg)
+        train_turns, default_template = conversations(rows)
+        val_turns, _ = conversations(self.held_out)
+        cfg.template = cfg.template or tuning.base.template or default_template
+        self.examples, self.message = encode_rows(
+            train_turns, tokenizer, cfg.template, tuning.T, f"{cfg.dataset}, to learn from"
+        )
+        self.val_examples, self.val_message = encode_rows(
+            val_turns, tokenizer, cfg.template, tuning.T, f"{cfg.val_dataset or cfg.dataset}, held out"
+        )
+        self.packs = pack([len(idx) for idx, _ in self.examples], tuning.T)
+        self.val_packs = pack([len(idx) for idx, _ in self.val_examples], tuning.T)
+        ids = b"".join(array.tobytes() for example in self.examples for array in example)
+        self.rows_sha256 = hashlib.sha256(ids).hexdigest()
+        if tuning.resumed and tuning.resumed["config"]["rows_sha256"] != self.rows_sha256:
+            path = tuning.base.adapter_path or tuning.base.path
+            raise Refusal(f"{cfg.dataset} holds other rows than when {path} was begun: give another --out_dir")
+        try:
+            first_prompt = next(filter(None, val_turns))[0][0]
+            self.preview_text = render(cfg.template, cfg.start or first_prompt)
+            self.preview_ids = prompt_ids(tokenizer, self.preview_text)
+        except ValueError as e:
+            raise Refusal(e)
+        self.trained = None  # what is trained, once it is prepared
+
+    def batches(self, step):
+        """Returns this process's micro-batches of a step, on its device."""
+        batches = []
+        for first, n in micro_batches(step, self.cfg, self.compute):
+            packs = training_packs(self.packs, self.cfg.seed, first, n)
+            batches.append(to(packed_batch(packs, self.examples, self.tuning.T), self.compute.device))
+        return batches
+
+    def validate(self, tokens=None):
+        """Returns the loss on held-out responses, of about so many tokens of rows: eval_tokens, or 0 for all."""
+        tokens = self.cfg.eval_tokens if tokens is None else tokens
+        numbers = evenly(np.arange(len(self.val_packs)), math.ceil(tokens / self.tuning.T))
+        loss = mean_nats(self.trained, numbers, self.val_batch, self.cfg.batch_size, self.compute)
+        return {"val_loss": loss}
+
+    def val_batch(self, numbers):
+        return packed_batch([self.val_packs[number] for number in numbers], self.val_examples, self.tuning.T)
+
+    def save(self, name, state):
+        """Writes the adapters or the checkpoint."""
+        self.tuning.save(name, state, {"rows_sha256": self.rows_sha256})
+
+    def preview(self):
+        """Returns the answer to the first held-out prompt."""
+        tuning = self.tuning
+        *_, [row] = generate(
+            tuning.model,
+            [self.preview_ids],
+            min(tuning.T, 200),
+            temperature=0,
+            stop=tuning.tokenizer.eot,
+            past_end="recompute",
+        )
+        return self.preview_text + tuning.tokenizer.decode_more(row.ids)
+
+    def report(self, moment):
+        """Prints the loss on all held-out responses, and of the built-in task the accuracy."""
+        loss = self.validate(tokens=0)["val_loss"]
+        if not self.compute.is_main:
+            return
+        print(f"{moment}: {loss:.4f} nats a token of held-out responses")
+        if self.cfg.dataset == "moral":
+            tuning = self.tuning
+            print(moral_lines(tuning.model, tuning.tokenizer, self.held_out, self.cfg.template, self.compute))
 
 
 def main(cfg):
     if cfg.merge:
         return merge(cfg)
-    resume, path, run_so_far, adapter = cfg.init_from == "resume", None, None, None
-    if resume:
-        lasts = "adapter.pt", "ckpt.pt"  # the latter by --rank=0; beside the former, by --merge
-        path = checkpoint.find(cfg.out_dir, next((last for last in lasts if os.path.exists(os.path.join(cfg.out_dir, last))), lasts[0]))
-        run_so_far = checkpoint.load(path, checkpoint.KEYS if path.endswith("ckpt.pt") else checkpoint.ADAPTER_KEYS)
-        if "rows_sha256" not in run_so_far["config"] or not run_so_far["optimizers"]:
-            raise Refusal(f"{path} is no run of finetune_lora.py that could go on; --init_from={cfg.out_dir} --out_dir=OTHER starts from it")
-        cfg = inherit(cfg, run_so_far, path, True, FIXED)
-        adapter = run_so_far if "adapters" in run_so_far else None
-    base = checkpoint.find(cfg.init_from) if not resume else checkpoint.base_of(adapter, path) if adapter else path
-    ckpt = run_so_far if base == path else checkpoint.load(base)
-    moving = in_the_way(cfg)
-    if moving and (os.path.realpath(hf_name(base)) + os.sep).startswith(os.path.realpath(cfg.out_dir) + os.sep):
-        raise Refusal(f"the base {base} is in {cfg.out_dir}, which cannot be moved aside then: give another --out_dir")
-    model, tokenizer = checkpoint.restore(ckpt, base)
-    compute = resolve(cfg.device, cfg.dtype, cfg.compile, join=True, train_width=model.config.n_embd)
-    cfg.dtype = compute.dtype_name  # a resumed run keeps it, on another processor too
-    rows_each(cfg, compute)
-    T, base_sha256 = min(cfg.max_length or math.inf, model.config.block_size), checkpoint.fingerprint(ckpt)
+    tuning = open_tuning(cfg, "fine-tuning")
+    cfg = tuning.cfg
+    compute = tuning.compute
+    task = FineTuning(tuning)
+    task.trained = tuning.prepare()
+    if compute.is_main:
+        learned, total = lora.trainable(tuning.model)
+        print(f"{task.message}; in {len(task.packs):,} rows of {tuning.T} tokens\n{task.val_message}")
+        print(f"template: {cfg.template!r}")
+        print(f"{learned:,} of {total:,} parameters are trained, {learned / total:.2%}")
 
-    rows, held_out = split(cfg)
-    (train_rows, default), (val_rows, _) = conversations(rows), conversations(held_out)
-    cfg.template = cfg.template or str(ckpt["config"].get("template", "")) or default
-    data, said = examples(train_rows, tokenizer, cfg.template, T, f"{cfg.dataset}, to learn from")
-    val_data, val_said = examples(val_rows, tokenizer, cfg.template, T, f"{cfg.val_dataset or cfg.dataset}, held out")
-    packs, val_packs = (pack([len(idx) for idx, _ in some], T) for some in (data, val_data))
-
-    more = {"rows_sha256": hashlib.sha256(b"".join(ids.tobytes() for example in data for ids in example)).hexdigest(),
-            "base_dataset": checkpoint.dataset_of(ckpt)}  # whose text eval.py reads
-    if resume and run_so_far["config"]["rows_sha256"] != more["rows_sha256"]:
-        raise Refusal(f"{cfg.dataset} holds other rows than when {path} was begun: give another --out_dir")
-
-    torch.manual_seed(cfg.seed)
-    try:
-        shown = render(cfg.template, cfg.start or next(filter(None, val_rows))[0][0])
-        shown_ids = prompt_ids(tokenizer, shown)
-        if adapter:
-            checkpoint.restore_adapters(adapter, path, ckpt, base, model)
-        elif cfg.rank:
-            lora.inject(model, cfg)
-    except ValueError as e:
-        raise Refusal(e)
-    learned, every = lora.trainable(model)
-    check_memory(compute.device, training_bytes(cfg, replace(model.config, block_size=T), learned), "try a smaller batch_size")
-    model = model.to(compute.device)
-    said_rmsnorm = choose_rmsnorm(model, cfg.rmsnorm, compute)
-    model.gradient_checkpointing, model.chunked_loss = cfg.gradient_checkpointing, cfg.loss == "chunked"
-    if compute.first:
-        print(f"{base}: {compute.said}{said_rmsnorm}")
-        if adapter and os.path.exists(merged := os.path.join(cfg.out_dir, "ckpt.pt")):
-            print(f"{merged} is from an earlier --merge, and stays as it is")
-        print(f"{said}; in {len(packs):,} rows of {T} tokens\n{val_said}\ntemplate: {cfg.template!r}")
-        print(f"{learned:,} of {every:,} parameters are trained, {learned / every:.2%}")
-    trained = torch.compile(model) if compute.compile else model
-
-    def get_batches(step):
-        return [to(batch_of(training_packs(packs, cfg.seed, first, n), data, T), compute.device) for first, n in micro_batches(step, cfg, compute)]
-
-    def validate(tokens=cfg.eval_tokens):
-        looked_at = evenly(np.arange(len(val_packs)), math.ceil(tokens / T))
-        return {"val_loss": mean_nats(trained, looked_at, lambda some: batch_of([val_packs[i] for i in some], val_data, T), cfg.batch_size, compute)}
-
-    def save(name, **state):
-        if cfg.rank:
-            checkpoint.save_adapters(os.path.join(cfg.out_dir, name.replace("ckpt", "adapter")), model, base, base_sha256, asdict(cfg) | more, **state)
-        else:
-            checkpoint.save(os.path.join(cfg.out_dir, name), model, tokenizer, asdict(cfg) | more, **state)
-
-    def preview():
-        [told], _ = finish(generate(model, [shown_ids], min(T, 200), temperature=0, stop=tokenizer.eot, past_end="recompute"))
-        return shown + tokenizer.decode_more(told)
-
-    def report(when):
-        loss = validate(tokens=0)["val_loss"]
-        if compute.first:
-            print(f"{when}: {loss:.4f} nats a token of held-out responses")
-            if cfg.dataset == "moral":
-                print(moral_lines(model, tokenizer, held_out, cfg.template, compute))
-
-    if not resume and not cfg.eval_only:
-        report("before")
-    compute.wait()  # nothing is written to out_dir before everyone has looked at it
-    if moving and compute.first:
+    if not tuning.resumed and not cfg.eval_only:
+        task.report("before")
+    compute.barrier()  # nothing is written to out_dir before everyone has looked at it
+    if tuning.moves_aside and compute.is_main:
         folders.move_aside(cfg.out_dir, folders.runs_in(cfg.out_dir))
     if not cfg.eval_only:
-        fit(trained, cfg, compute, get_batches, validate, save, preview, run_so_far)
-    report("now" if cfg.eval_only else "after")
-    if compute.first and not cfg.eval_only:
+        fit(task, task.trained, cfg, compute, tuning.resumed)
+    task.report("now" if cfg.eval_only else "after")
+    if compute.is_main and not cfg.eval_only:
         print(plot(cfg.out_dir))
         print(f"next: python sample.py --{'adapter' if cfg.rank else 'out_dir'}={cfg.out_dir} --start=\"...\"")
-    compute.leave()
+    compute.close()
 
 
 if __name__ == "__main__":

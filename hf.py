@@ -12,7 +12,6 @@ with qk_norm a Qwen3ForCausalLM, or a GPT2LMHeadModel; what has no counterpart i
 import json
 import os
 from dataclasses import dataclass
-from math import inf
 from pathlib import Path
 
 import checkpoint
@@ -109,49 +108,45 @@ def write_peft_adapter(folder, base, model, adapter):
     write_json(folder / "adapter_config.json", config)
 
 
-def write_own_adapter(folder, name, ckpt, base, model):
-    """Fills the folder with our adapter made of PEFT's, `name`, for the base. Raises ValueError."""
+def write_own_adapter(folder, name, ckpt, model):
+    """Fills the folder with our adapter made of PEFT's, `name`, for the checkpoint. Raises ValueError."""
     settings, tensors, peft_base, notes = hf_folder.load_adapter(hf_name(name), model.config)
-    settings["base_dataset"] = checkpoint.dataset_of(ckpt)
-    settings["template"] = notes.get("template", str(ckpt["config"].get("template", "")))
-    sha256 = notes.get("base_sha256") or checkpoint.fingerprint(ckpt)
-    adapter = {"config": settings, "adapters": tensors, "base": peft_base, "base_sha256": sha256}
-    checkpoint.restore_adapters(adapter, name, ckpt, base, model)
+    settings["base_dataset"] = ckpt.dataset
+    settings["template"] = notes.get("template", ckpt.template)
+    sha256 = notes.get("base_sha256") or checkpoint.fingerprint(ckpt.state)
+    ckpt.adapter_path = name
+    ckpt.adapter = {"config": settings, "adapters": tensors, "base": peft_base, "base_sha256": sha256}
+    ckpt.restore_adapters(model)
     path = str(folder / "adapter.pt")
-    checkpoint.save_adapters(path, model, base, sha256, settings, 0, inf, inf)
+    checkpoint.save_adapters(path, model, ckpt.path, sha256, settings, checkpoint.RunState())
     if "base_sha256" not in notes:
-        print(f"{name} was trained over {peft_base}, as it says; whether that is {base} is not known")
+        print(f"{name} was trained over {peft_base}, as it says; whether that is {ckpt.path} is not known")
 
 
 def main(cfg):
     to = Path(os.path.abspath(cfg.to))
-    adapter = None
-    if cfg.adapter and not is_hf(cfg.adapter):
-        path = checkpoint.find(cfg.adapter, "adapter_best.pt")
-        adapter = checkpoint.load(path, checkpoint.ADAPTER_KEYS)
-    if adapter and "out_dir" not in cfg.given:
-        base = checkpoint.base_of(adapter, path)
-    else:
-        base = checkpoint.find(cfg.out_dir)
-    sources = [hf_name(source) for source in (base, cfg.adapter) if source]
+    own_adapter = "" if is_hf(cfg.adapter) else cfg.adapter
+    out_dir = cfg.out_dir
+    if own_adapter and "out_dir" not in cfg.given:
+        out_dir = ""  # the adapter's own base
+    ckpt = checkpoint.open_checkpoint(out_dir, adapter=own_adapter)
+    sources = [hf_name(source) for source in (ckpt.path, cfg.adapter) if source]
     with new_folder(to, cfg.overwrite, "--overwrite moves it aside", sources) as tmp:
-        ckpt = checkpoint.load(base)
-        model, tokenizer = checkpoint.restore(ckpt, base)
+        model, tokenizer = ckpt.restore()
         try:
             if is_hf(cfg.adapter):
-                write_own_adapter(tmp, cfg.adapter, ckpt, base, model)
-            elif adapter:
-                checkpoint.restore_adapters(adapter, path, ckpt, base, model)
-                write_peft_adapter(tmp, base, model, adapter)
+                write_own_adapter(tmp, cfg.adapter, ckpt, model)
+            elif own_adapter:
+                write_peft_adapter(tmp, ckpt.path, model, ckpt.adapter)
             else:
                 write_model(tmp, model, tokenizer)
         except ValueError as e:
-            raise Refusal(f"{base}: {e}")
+            raise Refusal(f"{ckpt.path}: {e}")
     for file in sorted(to.iterdir()):
         print(f"{cfg.to}/{file.name}: {file.stat().st_size:,} bytes")
     if is_hf(cfg.adapter):
         print(f"next: python sample.py --adapter={cfg.to}")
-    elif adapter:
+    elif own_adapter:
         print(f"next: PeftModel.from_pretrained(base, {cfg.to!r})")
     else:
         load = f"AutoModelForCausalLM.from_pretrained({cfg.to!r})"

@@ -17,9 +17,9 @@ class Log:
 
     def __init__(self, cfg, step, compute):
         self.path = os.path.join(cfg.out_dir, "log.jsonl")
-        self.first = compute.first
+        self.is_main = compute.is_main
         self.wandb = None
-        if not self.first:
+        if not self.is_main:
             return
         if cfg.wandb_log:  # before anything is written, as it may fail
             self.wandb = start_wandb(cfg)
@@ -29,7 +29,7 @@ class Log:
         checkpoint.write_atomic(self.path, lambda f: f.write("".join(lines).encode()))
 
     def write(self, line):
-        if not self.first:
+        if not self.is_main:
             return
         try:
             with open(self.path, "a", encoding="utf-8") as f:

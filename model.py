@@ -2,20 +2,20 @@
 
     from model import KVCache, ModelConfig, Transformer
     model = Transformer(ModelConfig(vocab_size=4096, norm="layernorm", pos="learned", mlp="gelu"))
-    logits, loss = model(idx, targets)                    # idx, targets (B, T) int64; logits (B, T, vocab_size)
+    logits, loss = model(idx, targets)            # idx, targets (B, T) int64; logits (B, T, vocab_size)
 
-Every toggle is decided when the model is built; `forward` has no if about them. Adding a norm is a class and a line in NORMS.
+Toggles are decided when the model is built; `forward` has no if about them. An idea is one class and one line: a norm in
+NORMS, a position scheme in POSITIONS, an MLP in MLPS, a residual layout in BLOCKS. Sizes are counted, never written as formulas.
 Letters in shapes: B batch, T new tokens, S all tokens a query may see (cache and new), C width, H heads, D head_dim, V vocabulary.
 """
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
-
-import rmsnorm
 
 HAS_CHUNKED_LOSS = hasattr(nn, "LinearCrossEntropyOptions")  # from torch 2.13 on
 
@@ -43,19 +43,28 @@ class ModelConfig:
     dropout: float = 0.0         # on embeddings, attention weights and both residual branches
 
     def __post_init__(self):
-        for f in fields(self):  # a file that was not written here may hold anything
-            if type(value := getattr(self, f.name)) is not f.type and (f.type, type(value)) != (float, int):
-                raise ValueError(f"{f.name} must be of type {f.type.__name__}, not {value!r:.60}")
+        self.check_types()
         self.n_kv_head = self.n_kv_head or self.n_head
-        for key, least in ("n_layer", 1), ("n_head", 1), ("n_kv_head", 1), ("n_embd", 1), ("head_dim", 0), ("block_size", 1), ("n_inner", 0), ("vocab_size", 0):
-            if not least <= getattr(self, key) <= 10 ** 7:
+        at_least = {
+            "n_layer": 1,
+            "n_head": 1,
+            "n_kv_head": 1,
+            "n_embd": 1,
+            "head_dim": 0,
+            "block_size": 1,
+            "n_inner": 0,
+            "vocab_size": 0,
+        }
+        for key, least in at_least.items():
+            if not least <= getattr(self, key) <= 10**7:
                 raise ValueError(f"{key} must be at least {least} and at most ten million, not {getattr(self, key)}")
         if not self.head_dim and self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}, or head_dim be given")
         self.head_dim = self.head_dim or self.n_embd // self.n_head
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}")
-        for key, choices in ("norm", NORMS), ("norm_position", BLOCKS), ("mlp", MLPS), ("pos", POSITIONS):
+        toggles = {"norm": NORMS, "norm_position": BLOCKS, "mlp": MLPS, "pos": POSITIONS}
+        for key, choices in toggles.items():
             if getattr(self, key) not in choices:
                 raise ValueError(f"{key} must be one of {' | '.join(choices)}, not {getattr(self, key)!r}")
         if self.pos == "rope" and self.head_dim % 2:
@@ -66,63 +75,64 @@ class ModelConfig:
             raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
         if self.norm_eps <= 0 or self.rope_theta <= 0:
             raise ValueError("norm_eps and rope_theta must be above 0")
-        rope_frequencies(self)
+        rope_frequencies(self)  # raises for a rope_scaling that it cannot read
         if not self.n_inner:
-            self.n_inner = 4 * self.n_embd if self.mlp == "gelu" else math.ceil(8 * self.n_embd / 3 / 32) * 32
+            inner_width = getattr(MLPS[self.mlp], "inner_width", None)
+            self.n_inner = inner_width(self.n_embd) if inner_width else 4 * self.n_embd
+
+    def check_types(self):
+        """Raises ValueError for a value of another type: a file that was not written here may hold anything."""
+        for field in fields(ModelConfig):
+            value = getattr(self, field.name)
+            is_whole_float = field.type is float and type(value) is int
+            if type(value) is not field.type and not is_whole_float:
+                raise ValueError(f"{field.name} must be of type {field.type.__name__}, not {value!r:.60}")
+
+
+MODEL_KEYS = tuple(field.name for field in fields(ModelConfig))
+
+
+def model_config(cfg):
+    """Returns the ModelConfig inside a script's config, which may have more keys."""
+    return ModelConfig(**{key: getattr(cfg, key) for key in MODEL_KEYS})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Norms (Ba et al. 2016; Zhang & Sennrich 2019)
+# Norms (Ba et al. 2016; Zhang & Sennrich 2019). A norm is built as Norm(dim, eps=, bias=)
+
+
+def rms_norm(x, weight, eps):
+    """Returns x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in float32 at least, in x's dtype."""
+    y = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * weight).type_as(x)
+
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; computed in float32 at least, returned in x's dtype."""
+    """RMSNorm with a gain and no bias, whatever `bias` says. rmsnorm.py has a CUDA kernel for it (--rmsnorm=cuda)."""
 
-    ops = rmsnorm.TORCH  # or rmsnorm.CUDA: see use_rmsnorm
-
-    def __init__(self, dim, eps, bias=False):  # bias: for LayerNorm's signature; this norm never has one
+    def __init__(self, dim, eps, bias=False):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
         self.eps = eps
 
     def forward(self, x):
-        return self.ops.norm(x, self.weight, self.eps)
-
-    def add(self, x, a):
-        """(x + a, its norm)."""
-        return self.ops.add_norm(x, a, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
-class LayerNorm(nn.LayerNorm):
-    def add(self, x, a):
-        x = x + a
-        return x, self(x)
-
-
-def use_rmsnorm(model, ops):
-    """Has each RMSNorm of a model computed by rmsnorm.TORCH or rmsnorm.CUDA. A run-time switch: the weights are the same."""
-    for module in model.modules():
-        if isinstance(module, RMSNorm):
-            module.ops = ops
-
-
-def choose_rmsnorm(model, setting, compute):
-    """use_rmsnorm, by a setting auto | torch | cuda; returns what to say of it. The first process builds the kernel, the others find it built."""
-    if compute.first:
-        rmsnorm.choose(setting, compute.device)
-    compute.wait()
-    ops, said = rmsnorm.choose(setting, compute.device)
-    use_rmsnorm(model, ops)
-    return said and f", {said}"
-
-
-NORMS = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
+NORMS = {"layernorm": nn.LayerNorm, "rmsnorm": RMSNorm}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Positions: each choice fills one of three places, and leaves None in the others
+# Positions. A class says by `part` where it acts:
+#   "add"     forward(x, pos) returns the embeddings x (B, T, C) with positions pos (T,) or (B, T) added
+#   "rotate"  forward(pos) returns the cos and sin that `rotate` turns q and k by
+#   "bias"    forward(distance) returns what is added to scores, (H, T, S) or (B, H, T, S), for k's place minus q's
+
 
 class LearnedPositions(nn.Embedding):
-    """Added to the embedding (GPT-2)."""
+    """A learned vector a position, added to the embedding (GPT-2)."""
+
+    part = "add"
 
     def __init__(self, c):
         super().__init__(c.block_size, c.n_embd)
@@ -137,179 +147,278 @@ class Float32Tables(nn.Module):
     def __init__(self, c, frequencies):
         super().__init__()
         self.frequencies = frequencies
-        angles = torch.outer(torch.arange(c.block_size, dtype=torch.float32, device="cpu"), frequencies)
+        # made on the CPU whatever the default device is, so that their bits are the same everywhere; on meta nothing is made
+        device = "meta" if torch.get_default_device().type == "meta" else "cpu"
+        places = torch.arange(c.block_size, dtype=torch.float32, device=device)
+        angles = torch.outer(places, frequencies.to(device))
         self.register_buffer("cos", angles.cos(), persistent=False)
-        self.register_buffer("sin", angles.sin(), persistent=False)
+        self.register_buffer("sin", angles.sin_(), persistent=False)
 
     def _apply(self, fn, recurse=True):
         cos, sin = self.cos, self.sin
         super()._apply(fn, recurse)
-        self.cos, self.sin = cos.to(self.cos.device), sin.to(self.sin.device)
+        self.cos = cos.to(self.cos.device)
+        self.sin = sin.to(self.sin.device)
         return self
 
 
 class SinusoidalPositions(Float32Tables):
     """Added to the embedding, which is scaled by sqrt(C) first (Vaswani et al. 2017, sections 3.4 and 3.5)."""
 
+    part = "add"
+
     def __init__(self, c):
-        super().__init__(c, 10000.0 ** (-torch.arange(0, c.n_embd, 2, dtype=torch.float32, device="cpu") / c.n_embd))
+        exponents = torch.arange(0, c.n_embd, 2, dtype=torch.float32, device="cpu") / c.n_embd
+        super().__init__(c, 10000.0**-exponents)
 
     def forward(self, x, pos):
-        return x * x.size(-1) ** 0.5 + torch.cat((self.sin[pos], self.cos[pos]), -1).type_as(x)
+        waves = torch.cat((self.sin[pos], self.cos[pos]), -1)
+        return x * x.size(-1) ** 0.5 + waves.type_as(x)
 
 
 class RoPE(Float32Tables):
     """Rotates q and k (Su et al. 2021), in the half-split layout of Hugging Face Llama: x[i] pairs with x[i + D/2]."""
 
+    part = "rotate"
+
     def __init__(self, c):
         super().__init__(c, rope_frequencies(c))
 
-    def at(self, pos):
-        """cos and sin for positions (T,) or (B, T), with an axis for the heads: ([B, 1,] T, D). The first half of the sines is negative."""
-        cos, sin = (self.cos[pos], self.sin[pos]) if pos.dim() == 1 else (self.cos[pos][:, None], self.sin[pos][:, None])
+    def forward(self, pos):
+        """Returns cos and sin, each ([B, 1,] T, D), for positions (T,) or (B, T); the first half of the sines is negative."""
+        cos, sin = self.cos[pos], self.sin[pos]
+        if pos.dim() == 2:  # an axis for the heads
+            cos, sin = cos[:, None], sin[:, None]
         return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
-def rotate(x, cos, sin):  # x (B, H, T, D)
+def rotate(x, cos, sin):
+    """Turns each pair of x (B, H, T, D) by its angle."""
     return (x * cos + x.roll(x.size(-1) // 2, -1) * sin).type_as(x)
 
 
 def rope_frequencies(c):
-    """The angle a position adds to each pair, float32 (D/2,), after rope_scaling (Llama 3's is by wavelength)."""
-    freq = c.rope_theta ** (-torch.arange(0, c.head_dim, 2, dtype=torch.float32, device="cpu") / c.head_dim)
-    kind, _, numbers = c.rope_scaling.partition(":")
+    """Returns the angle that a position adds to each pair, float32 (D/2,), after rope_scaling.
+
+    linear divides all (position interpolation, Chen et al. 2023); llama3 divides by wavelength, as Llama 3.1 does.
+    Raises ValueError for a rope_scaling that cannot be read.
+    """
+    exponents = torch.arange(0, c.head_dim, 2, dtype=torch.float32, device="cpu") / c.head_dim
+    freq = c.rope_theta**-exponents
+    kind, _, arguments = c.rope_scaling.partition(":")
     try:
-        numbers = [float(n) for n in numbers.split(",") if n]
+        numbers = [float(n) for n in arguments.split(",") if n]
     except ValueError:
         numbers = []
+    if kind == "none" and not arguments:
+        return freq
     if kind == "linear" and len(numbers) == 1 and numbers[0] > 0:
-        freq = freq / numbers[0]
-    elif kind == "llama3" and len(numbers) == 4 and min(numbers) > 0 and numbers[1] < numbers[2]:
+        return freq / numbers[0]
+    if kind == "llama3" and len(numbers) == 4 and min(numbers) > 0 and numbers[1] < numbers[2]:
         factor, low, high, original = numbers
         turns = original * freq / (2 * math.pi)  # full rotations over the context of pre-training
         keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: short wavelengths, left alone; 0: long ones, stretched
-        freq = keep * freq + (1 - keep) * freq / factor
-    elif c.rope_scaling != "none":
-        raise ValueError(f"rope_scaling must be none, linear:FACTOR or llama3:FACTOR,LOW,HIGH,CONTEXT, not {c.rope_scaling!r}")
-    return freq
+        return keep * freq + (1 - keep) * freq / factor
+    raise ValueError(
+        f"rope_scaling must be none, linear:FACTOR or llama3:FACTOR,LOW,HIGH,CONTEXT, not {c.rope_scaling!r}"
+    )
 
 
 class ALiBi(nn.Module):
     """Biases scores by -slope * distance, a slope a head (Press et al. 2021; the authors' rule where H is no power of 2)."""
 
+    part = "bias"
+
     def __init__(self, c):
         super().__init__()
-        p = 2 ** math.floor(math.log2(c.n_head))
-        slopes = [2 ** (-8 * (i + 1) / p) for i in range(p)]
-        slopes += [2 ** (-4 * (i + 1) / p) for i in range(0, 2 * (c.n_head - p), 2)]
+        power = 2 ** math.floor(math.log2(c.n_head))
+        slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
+        slopes += [2 ** (-4 * (i + 1) / power) for i in range(0, 2 * (c.n_head - power), 2)]
         self.slopes = slopes
 
-    def forward(self, q_pos, k_pos):  # (T,), (S,) -> (H, T, S)
-        slopes = torch.tensor(self.slopes, device=q_pos.device)
-        return slopes[:, None, None] * (k_pos - q_pos[:, None])
+    def forward(self, distance):  # (T, S) -> (H, T, S), (B, 1, T, S) -> (B, H, T, S)
+        slopes = torch.tensor(self.slopes, device=distance.device)
+        return slopes[:, None, None] * distance
 
 
-POSITIONS = {"learned": LearnedPositions, "sinusoidal": SinusoidalPositions, "rope": RoPE, "alibi": ALiBi, "none": None}
+POSITIONS = {
+    "learned": LearnedPositions,
+    "sinusoidal": SinusoidalPositions,
+    "rope": RoPE,
+    "alibi": ALiBi,
+    "none": None,
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Attention and the KV cache
+# The KV cache
+
 
 class KVCache:
     """Keys and values of the tokens seen so far: a buffer pair a layer [B, n_kv_head, max_len, D], written in place.
 
-    One generation makes one. `length` tokens are in it; model.hidden moves it on when all layers have written.
+    One generation makes one. Each row has a length of its own, and its next tokens go to the places after it: all layers
+    `update` them there, then model.hidden lets the cache `advance`. Rows of equal length, which is what all are until one
+    is rewound further than another, are written and read as slices. Capacity is fixed; nothing is ever copied or moved.
+
+        lengths   (B,) int64 on the model's device: tokens in each row
+        length    of the longest row: the same knowledge without asking the device
+        doc       (B, max_len) int64 once documents or padding were named: the one that each token belongs to; else None
     """
 
     def __init__(self, model, batch_size, max_len):
-        c, p = model.config, model.wte.weight
-        shape = batch_size, c.n_kv_head, max_len, c.head_dim
-        self.k = [torch.zeros(shape, dtype=p.dtype, device=p.device) for _ in range(c.n_layer)]
+        c = model.config
+        embedding = model.wte.weight
+        shape = (batch_size, c.n_kv_head, max_len, c.head_dim)
+        self.k = [torch.zeros(shape, dtype=embedding.dtype, device=embedding.device) for _ in range(c.n_layer)]
         self.v = [torch.zeros_like(k) for k in self.k]
-        self.length, self.max_len = 0, max_len
-        self.doc = None  # (B, max_len) once a document or padding was named: which one each token belongs to
+        self.lengths = torch.zeros(batch_size, dtype=torch.long, device=embedding.device)
+        self.length = 0
+        self.max_len = max_len
+        self.is_level = True  # all rows have the same length
+        self.doc = None
 
-    def update(self, layer, k, v):
+    def places(self, T):
+        """Returns where T new tokens go: (T,) where the rows are level, else (B, T). Raises ValueError where they do not fit."""
+        if self.length + T > self.max_len:
+            raise ValueError(
+                f"the cache holds {self.max_len} tokens: {self.length} are in it and {T} more do not fit"
+            )
+        device = self.lengths.device
+        if self.is_level:
+            return torch.arange(self.length, self.length + T, device=device)
+        return self.lengths[:, None] + torch.arange(T, device=device)
+
+    def update(self, layer, places, k, v):
         """Stores k, v (B, n_kv_head, T, D) of new tokens; returns those of all tokens (B, n_kv_head, S, D), as views."""
         end = self.length + k.size(2)
-        self.k[layer][:, :, self.length:end] = k
-        self.v[layer][:, :, self.length:end] = v
+        if self.is_level:
+            self.k[layer][:, :, self.length : end] = k
+            self.v[layer][:, :, self.length : end] = v
+        else:
+            index = places[:, None, :, None].expand_as(k)
+            self.k[layer].scatter_(2, index, k.type_as(self.k[layer]))
+            self.v[layer].scatter_(2, index, v.type_as(self.v[layer]))
         return self.k[layer][:, :, :end], self.v[layer][:, :, :end]
 
-    def update_doc(self, doc, B, T):
-        """Stores doc (B, T) of new tokens, None meaning that each row goes on with its last; returns all (B, S) or None."""
-        if self.length + T > self.max_len:
-            raise ValueError(f"the cache holds {self.max_len} tokens: {self.length} are in it and {T} more do not fit")
+    def update_doc(self, places, doc):
+        """Stores doc (B, T) of new tokens, None: each row goes on with its last. Returns that of all (B, S), or None."""
+        B, T = self.lengths.size(0), places.size(-1)
         if doc is None and self.doc is None:
             return None
         if self.doc is None:
             self.doc = torch.zeros(B, self.max_len, dtype=torch.long, device=doc.device)
         if doc is None:
-            doc = self.doc[:, max(self.length - 1, 0), None]
-        self.doc[:, self.length:self.length + T] = doc
-        return self.doc[:, :self.length + T]
+            last = (self.lengths - 1).clamp(min=0)
+            doc = self.doc.gather(1, last[:, None])
+        self.doc.scatter_(1, places.expand(B, T), doc.expand(B, T))
+        return self.doc[:, : self.length + T]
+
+    def advance(self, T):
+        """Counts T new tokens, which every layer has stored."""
+        self.length += T
+        self.lengths += T
 
     def rewind(self, n):
-        """Forgets the last n tokens."""
-        if not 0 <= n <= self.length:
-            raise ValueError(f"cannot rewind {n} tokens: the cache holds {self.length}")
-        self.length -= n
+        """Forgets the last n tokens: of every row, or with a list of numbers so many of each. Raises ValueError past the start."""
+        counts = [n] * self.lengths.size(0) if isinstance(n, int) else list(n)
+        lengths = [self.length] * len(counts) if self.is_level else self.lengths.tolist()
+        for count, length in zip(counts, lengths, strict=True):
+            if not 0 <= count <= length:
+                raise ValueError(f"cannot rewind {count} tokens: the cache holds {length}")
+        lengths = [length - count for length, count in zip(lengths, counts)]
+        self.length = max(lengths)
+        self.is_level = min(lengths) == self.length
+        self.lengths = torch.tensor(lengths, device=self.lengths.device)
 
 
-def attention_mask(start, T, doc, alibi, dtype, device):
-    """The one mask rule: (mask, is_causal) for T new tokens after `start` cached ones.
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention
+
+
+class Context(NamedTuple):
+    """What the layers of one call share: where its tokens stand, and which of all tokens each may see."""
+
+    rotation: Any = None     # (cos, sin) for rotate(), or None
+    mask: Any = None         # ([B, H,] T, S): boolean, or what is added to scores; None for none
+    is_causal: bool = False  # the mask is the plain causal one, which SDPA makes by itself
+    cache: Any = None        # a KVCache, or None
+    places: Any = None       # where the new tokens go in it
+
+
+def attention_mask(places, S, doc=None, bias=None, dtype=torch.float32):
+    """The one mask rule: returns (mask, is_causal) for new tokens at places ([B,] T) among S tokens.
 
     SDPA's is_causal aligns queries and keys at the first token, so it is right only when there is nothing in the cache.
-    A lone query sees everything. All else gets a mask from absolute positions: boolean, or ALiBi's biases with -inf.
+    A lone query sees everything. All else gets a mask from absolute places: boolean, or a bias with -inf.
     A padding token (doc -1) sees the padding before it: nobody reads what it computes, but it must not be nan.
     """
-    if doc is None and alibi is None and (T == 1 or start == 0):
+    T = places.size(-1)
+    is_level = places.dim() == 1
+    if doc is None and bias is None and is_level and (T == 1 or S == T):
         return None, T > 1
-    q, k = torch.arange(start, start + T, device=device), torch.arange(start + T, device=device)
-    mask = k <= q[:, None]  # (T, S)
+    distance = torch.arange(S, device=places.device) - places[..., None]  # ([B,] T, S)
+    if not is_level:
+        distance = distance[:, None]  # (B, 1, T, S)
+    mask = distance <= 0
     if doc is not None:
-        mask = (mask & (doc[:, start:, None] == doc[:, None, :]))[:, None]  # (B, 1, T, S)
-    if alibi is not None:
-        mask = alibi(q, k).masked_fill(~mask, -math.inf).to(dtype)  # ([B,] H, T, S)
+        own = doc.gather(1, places.expand(doc.size(0), T))
+        mask = mask & (own[:, :, None] == doc[:, None, :])[:, None]  # (B, 1, T, S)
+    if bias is not None:
+        mask = bias(distance).masked_fill(~mask, -math.inf).to(dtype)  # ([B,] H, T, S)
     return mask, False
 
 
 def positions(doc):
-    """Each token's place in its own document: (B, S) -> (B, S). A document is a run of equal numbers."""
-    t = torch.arange(doc.size(1), device=doc.device)
-    new = torch.ones_like(doc, dtype=torch.bool)
-    new[:, 1:] = doc[:, 1:] != doc[:, :-1]
-    return t - torch.where(new, t, 0).cummax(dim=1).values
+    """Returns each token's place in its own document: (B, S) -> (B, S). A document is a run of equal numbers."""
+    place = torch.arange(doc.size(1), device=doc.device)
+    is_first = torch.ones_like(doc, dtype=torch.bool)
+    is_first[:, 1:] = doc[:, 1:] != doc[:, :-1]
+    return place - torch.where(is_first, place, 0).cummax(dim=1).values
 
 
 class Attention(nn.Module):
+    """Causal self-attention with n_head query and n_kv_head key and value heads (Ainslie et al. 2023 between MHA and MQA)."""
+
     def __init__(self, c, layer):
         super().__init__()
-        self.layer, self.D, self.dropout = layer, c.head_dim, c.dropout
-        self.grouped = c.n_kv_head != c.n_head
-        self.q_proj = nn.Linear(c.n_embd, c.n_head * self.D, bias=c.bias)
-        self.k_proj = nn.Linear(c.n_embd, c.n_kv_head * self.D, bias=c.bias)
-        self.v_proj = nn.Linear(c.n_embd, c.n_kv_head * self.D, bias=c.bias)
-        self.o_proj = nn.Linear(c.n_head * self.D, c.n_embd, bias=c.bias)
-        self.q_norm = RMSNorm(self.D, c.norm_eps) if c.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(self.D, c.norm_eps) if c.qk_norm else nn.Identity()
+        self.layer = layer
+        self.head_dim = c.head_dim
+        self.dropout = c.dropout
+        self.is_grouped = c.n_kv_head != c.n_head
+        self.q_proj = nn.Linear(c.n_embd, c.n_head * c.head_dim, bias=c.bias)
+        self.k_proj = nn.Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=c.bias)
+        self.v_proj = nn.Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=c.bias)
+        self.o_proj = nn.Linear(c.n_head * c.head_dim, c.n_embd, bias=c.bias)
+        self.o_proj.into_residual = True  # see init_weights
+        self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
 
-    def forward(self, x, cos_sin, mask, is_causal, cache):
+    def forward(self, x, context):
         B, T, _ = x.shape
-        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.D)).transpose(1, 2)  # (B, H, T, D)
-        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.D)).transpose(1, 2)  # (B, n_kv_head, T, D)
-        v = self.v_proj(x).view(B, T, -1, self.D).transpose(1, 2)
-        if cos_sin is not None:
-            q, k = rotate(q, *cos_sin), rotate(k, *cos_sin)
-        if cache is not None:
-            k, v = cache.update(self.layer, k, v)  # (B, n_kv_head, S, D)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=self.grouped,
-                                           dropout_p=self.dropout if self.training else 0.0)
+        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, H, T, D)
+        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, n_kv_head, T, D)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        if context.rotation is not None:
+            q = rotate(q, *context.rotation)
+            k = rotate(k, *context.rotation)
+        if context.cache is not None:
+            k, v = context.cache.update(self.layer, context.places, k, v)  # (B, n_kv_head, S, D)
+        y = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=context.mask,
+            is_causal=context.is_causal,
+            enable_gqa=self.is_grouped,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# MLPs and blocks
+# MLPs. A class may say its inner_width(n_embd) for n_inner=0, which else is 4 n_embd; and mark its last Linear into_residual
+
 
 class GELU(nn.Module):
     """GPT-2's MLP, with its tanh approximation of GELU."""
@@ -318,6 +427,7 @@ class GELU(nn.Module):
         super().__init__()
         self.up_proj = nn.Linear(c.n_embd, c.n_inner, bias=c.bias)
         self.down_proj = nn.Linear(c.n_inner, c.n_embd, bias=c.bias)
+        self.down_proj.into_residual = True
 
     def forward(self, x):
         return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))
@@ -331,6 +441,11 @@ class SwiGLU(nn.Module):
         self.gate_proj = nn.Linear(c.n_embd, c.n_inner, bias=c.bias)
         self.up_proj = nn.Linear(c.n_embd, c.n_inner, bias=c.bias)
         self.down_proj = nn.Linear(c.n_inner, c.n_embd, bias=c.bias)
+        self.down_proj.into_residual = True
+
+    @staticmethod
+    def inner_width(n_embd):
+        return math.ceil(8 * n_embd / 3 / 32) * 32
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -339,28 +454,43 @@ class SwiGLU(nn.Module):
 MLPS = {"gelu": GELU, "swiglu": SwiGLU}
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Blocks. A layout is built as Block(config, layer); a final norm follows the last one unless the class says final_norm = False
+
+
 class PreNorm(nn.Module):
+    """Norms before each branch: the residual stream itself is never normed (GPT-2, LLaMA)."""
+
     def __init__(self, c, layer):
         super().__init__()
-        self.norm1, self.norm2 = (NORMS[c.norm](c.n_embd, eps=c.norm_eps, bias=c.bias) for _ in range(2))
-        self.attn, self.mlp = Attention(c, layer), MLPS[c.mlp](c)
+        self.norm1 = NORMS[c.norm](c.n_embd, eps=c.norm_eps, bias=c.bias)
+        self.norm2 = NORMS[c.norm](c.n_embd, eps=c.norm_eps, bias=c.bias)
+        self.attn = Attention(c, layer)
+        self.mlp = MLPS[c.mlp](c)
         self.drop = nn.Dropout(c.dropout)
 
-    def forward(self, x, *where):
-        h, x = self.norm2.add(x, self.drop(self.attn(self.norm1(x), *where)))
-        return h + self.drop(self.mlp(x))
+    def forward(self, x, context):
+        x = x + self.drop(self.attn(self.norm1(x), context))
+        x = x + self.drop(self.mlp(self.norm2(x)))
+        return x
 
 
 class PostNorm(PreNorm):
-    def forward(self, x, *where):
-        x = self.norm1.add(x, self.drop(self.attn(x, *where)))[1]
-        return self.norm2.add(x, self.drop(self.mlp(x)))[1]
+    """Norms after each sum, so the stream that leaves the last block is normed (Vaswani et al. 2017, the first GPT)."""
+
+    final_norm = False
+
+    def forward(self, x, context):
+        x = self.norm1(x + self.drop(self.attn(x, context)))
+        x = self.norm2(x + self.drop(self.mlp(x)))
+        return x
 
 
 BLOCKS = {"pre": PreNorm, "post": PostNorm}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+
 
 class Transformer(nn.Module):
     """A decoder-only language model. Two run-time switches, not part of the architecture, are plain attributes:
@@ -376,56 +506,75 @@ class Transformer(nn.Module):
         if c.vocab_size < 1:
             raise ValueError("vocab_size must be set: it is the tokenizer's")
         self.wte = nn.Embedding(c.vocab_size, c.n_embd)
-        self.add_pos = POSITIONS[c.pos](c) if c.pos in ("learned", "sinusoidal") else None
-        self.rope = RoPE(c) if c.pos == "rope" else None
-        self.alibi = ALiBi(c) if c.pos == "alibi" else None
+        self.add_pos = self.build_position(c, "add")
+        self.rotary = self.build_position(c, "rotate")
+        self.score_bias = self.build_position(c, "bias")
         self.drop = nn.Dropout(c.dropout)
-        self.blocks = nn.ModuleList(BLOCKS[c.norm_position](c, layer) for layer in range(c.n_layer))
-        self.norm = NORMS[c.norm](c.n_embd, eps=c.norm_eps, bias=c.bias) if c.norm_position == "pre" else nn.Identity()
+        block = BLOCKS[c.norm_position]
+        self.blocks = nn.ModuleList(block(c, layer) for layer in range(c.n_layer))
+        self.norm = nn.Identity()
+        if getattr(block, "final_norm", True):
+            self.norm = NORMS[c.norm](c.n_embd, eps=c.norm_eps, bias=c.bias)
         self.head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
         if c.tie_embeddings:
             self.head.weight = self.wte.weight
         self.init_weights()
 
+    def build_position(self, c, part):
+        """Returns the config's position scheme where it acts at this part, else None. Raises ValueError where it acts at none."""
+        position = POSITIONS[c.pos]
+        if position is None:
+            return None
+        if getattr(position, "part", None) not in ("add", "rotate", "bias"):
+            raise ValueError(f"{position.__name__} must say its part: add, rotate or bias (see POSITIONS)")
+        return position(c) if position.part == part else None
+
     def init_weights(self):
-        """GPT-2's: N(0, 0.02), the projections into the residual stream smaller by sqrt(2 n_layer), biases 0.
+        """Draws GPT-2's: N(0, 0.02), what writes into the residual stream smaller by sqrt(2 n_layer), biases 0.
         Norms start by themselves: gains 1, biases 0."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-        for block in self.blocks:
-            for module in block.attn.o_proj, block.mlp.down_proj:
+        for module in self.modules():
+            if getattr(module, "into_residual", False):
                 nn.init.normal_(module.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
 
     def hidden(self, idx, cache=None, doc=None):
-        """The final normed states (B, T, C) of tokens idx (B, T), which come after those in the cache.
+        """Returns the final normed states (B, T, C) of tokens idx (B, T), which come after those in the cache.
 
         doc (B, T) int: a token sees only tokens of its own document, positions restart in each, -1 is padding.
         Raises ValueError past block_size or the end of the cache.
         """
         B, T = idx.shape
-        start = cache.length if cache is not None else 0
+        places = torch.arange(T, device=idx.device)
+        S = T
         if cache is not None:
-            doc = cache.update_doc(doc, B, T)
-        if doc is None:
-            pos = torch.arange(start, start + T, device=idx.device)
-            if start + T > self.config.block_size:
-                raise ValueError(f"{start + T} tokens do not fit in block_size={self.config.block_size}")
-        else:
-            pos = positions(doc)[:, start:]
-        mask, is_causal = attention_mask(start, T, doc, self.alibi, self.wte.weight.dtype, idx.device)
-        cos_sin = self.rope.at(pos) if self.rope is not None else None
+            places = cache.places(T)
+            doc = cache.update_doc(places, doc)
+            S += cache.length
+        pos = places
+        if doc is not None:
+            pos = positions(doc).gather(1, places.expand(B, T))
+        if S > self.config.block_size and (doc is None or pos.max() >= self.config.block_size):
+            longest = S if doc is None else int(pos.max()) + 1
+            raise ValueError(f"{longest} tokens do not fit in block_size={self.config.block_size}")
+        mask, is_causal = attention_mask(places, S, doc, self.score_bias, self.wte.weight.dtype)
+        rotation = self.rotary(pos) if self.rotary is not None else None
+        context = Context(rotation, mask, is_causal, cache, places)
+
         x = self.wte(idx)
-        x = self.drop(self.add_pos(x, pos) if self.add_pos is not None else x)
+        if self.add_pos is not None:
+            x = self.add_pos(x, pos)
+        x = self.drop(x)
         for block in self.blocks:
             if self.gradient_checkpointing and self.training:
-                x = checkpoint(block, x, cos_sin, mask, is_causal, cache, use_reentrant=False)
+                x = checkpoint(block, x, context, use_reentrant=False)
             else:
-                x = block(x, cos_sin, mask, is_causal, cache)
+                x = block(x, context)
         if cache is not None:
-            cache.length += T
+            cache.advance(T)
         return self.norm(x)
 
     # What sample.generate calls; onnx_model.OnnxModel has the same
@@ -434,53 +583,93 @@ class Transformer(nn.Module):
         return self.wte.weight.device
 
     def new_cache(self, batch_size, max_len):
+        """Returns an empty KVCache for batch_size rows of up to max_len tokens."""
         return KVCache(self, batch_size, max_len)
 
     def next_logits(self, idx, cache, doc=None):
-        """Logits (B, V) of what comes after the last of tokens idx (B, T); cache and doc as in hidden."""
+        """Returns logits (B, V) of what comes after the last of tokens idx (B, T); cache and doc as in hidden."""
         return self.head(self.hidden(idx, cache, doc)[:, -1])
 
     def forward(self, idx, targets=None, cache=None, doc=None, reduction="mean"):
-        """(logits, loss): logits (B, T, V); loss None without targets, else cross-entropy in nats over targets (B, T).
+        """Returns (logits, loss): logits (B, T, V); loss None without targets, else cross-entropy in nats over targets (B, T).
 
         targets of -100 do not count. reduction: mean | sum | none, the last giving (B, T).
         """
         x = self.hidden(idx, cache, doc)
         if targets is None:
             return self.head(x), None
-        logits, flat = None, targets.flatten()
+        logits = None
         if self.chunked_loss:
-            loss = F.linear_cross_entropy(x.flatten(0, 1), self.head.weight, flat, reduction=reduction,
-                                          options=nn.LinearCrossEntropyOptions())
+            loss = F.linear_cross_entropy(
+                x.flatten(0, 1),
+                self.head.weight,
+                targets.flatten(),
+                reduction=reduction,
+                options=nn.LinearCrossEntropyOptions(),
+            )
         else:
             logits = self.head(x)
-            loss = F.cross_entropy(logits.flatten(0, 1).float(), flat, reduction=reduction)
-        return logits, loss.view_as(targets) if reduction == "none" else loss
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction=reduction)
+        if reduction == "none":
+            loss = loss.view_as(targets)
+        return logits, loss
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Sizes
-
-def num_params(model, positions=True):
-    """Parameters, a tied matrix counted once; positions=False leaves out a learned position table, as nanoGPT does."""
-    n = sum(p.numel() for p in model.parameters())
-    return n if positions or model.config.pos != "learned" else n - model.add_pos.weight.numel()
+# Sizes: counted on modules, so that they are right for any class
 
 
-def num_weights(c):
-    """Parameters in matrices, from the config alone; without a learned position table."""
-    inside = c.n_embd * (2 * c.head_dim * (c.n_head + c.n_kv_head) + (2 if c.mlp == "gelu" else 3) * c.n_inner)
-    return c.n_layer * inside + (1 if c.tie_embeddings else 2) * c.vocab_size * c.n_embd
+class Sizes(NamedTuple):
+    """How many numbers a model holds."""
+
+    parameters: int  # a tied matrix once
+    matrices: int    # of them in matrices: biases and gains left out
+    buffers: int     # in tables that are never saved
+
+    @property
+    def bytes(self):
+        return 4 * (self.parameters + self.buffers)
+
+
+def model_sizes(c):
+    """Returns the Sizes of a model of config c without making it: one block on the meta device stands for all n_layer.
+
+    Raises ValueError where the numbers are too large to count.
+    """
+    try:
+        with torch.device("meta"):
+            model = Transformer(replace(model_config(c), n_layer=1))
+    except RuntimeError as e:
+        raise ValueError(f"a model of these sizes cannot be made: {str(e).splitlines()[0]}")
+    whole = module_sizes(model)
+    block = module_sizes(model.blocks[0])
+    return Sizes(*(w + (c.n_layer - 1) * b for w, b in zip(whole, block)))
+
+
+def module_sizes(module):
+    matrices = sum(p.numel() for p in module.parameters() if p.dim() >= 2)
+    buffers = sum(b.numel() for b in module.buffers())
+    return Sizes(num_params(module), matrices, buffers)
+
+
+def num_params(module):
+    """Returns the number of parameters, a tied matrix counted once."""
+    return sum(p.numel() for p in module.parameters())
 
 
 def flops_per_token(model, T):
-    """Floating-point operations of training on one token at context T, forward and backward (PaLM, appendix B):
-    6 for each weight that is multiplied (the embedding look-up is none), 12 H D T a layer for scores, not halved for causality."""
+    """Returns the floating-point operations of training on one token at context T, forward and backward (PaLM, appendix B):
+    6 for each weight that is multiplied, 12 H D T a layer for scores, not halved for causality. Look-ups are no products:
+    neither the embedding nor what is added for positions."""
     c = model.config
-    look_ups = 0 if c.tie_embeddings else model.wte.weight.numel()
-    return 6 * (num_params(model, positions=False) - look_ups) + 12 * c.n_layer * c.n_head * c.head_dim * T
+    multiplied = num_params(model)
+    if not c.tie_embeddings:
+        multiplied -= num_params(model.wte)
+    if model.add_pos is not None:
+        multiplied -= num_params(model.add_pos)
+    return 6 * multiplied + 12 * c.n_layer * c.n_head * c.head_dim * T
 
 
 def kv_cache_bytes(c, batch_size, length, bytes_per_number=2):
-    """Bytes of the keys and values of `length` tokens."""
+    """Returns the bytes of the keys and values of `length` tokens."""
     return 2 * c.n_layer * batch_size * c.n_kv_head * length * c.head_dim * bytes_per_number

@@ -1,24 +1,26 @@
-"""RMSNorm twice: written out in torch, and the CUDA kernel of rmsnorm_kernel.cu, built when it is first used.
+"""RMSNorm by the CUDA kernel of rmsnorm_kernel.cu, built when it is first used, in the place of model.py's.
 
     python train.py --rmsnorm=cuda                      auto | torch | cuda; a checkpoint does not remember which
     python bench.py rmsnorm                             both, and torch's own, against the speed of a copy
     python -m pytest tests/test_rmsnorm.py              against float64: on a GPU, and without one the kernels on the processor
 
-TORCH and CUDA are the two, each with norm(x, weight, eps) -> y and add_norm(x, a, weight, eps) -> (x + a, its norm). x may have any shape, its last
-dimension is normed; the weight is (dim,), float32 or of x's dtype; the result has x's dtype.
+TORCH and CUDA are the two, each with norm(x, weight, eps) -> y and add_norm(x, a, weight, eps) -> (x + a, its norm). x may have
+any shape, its last dimension is normed; the weight is (dim,), float32 or of x's dtype; the result has x's dtype.
 """
+
 import functools
 import hashlib
 import os
 import shutil
 import subprocess
 import time
-from collections import namedtuple
+from typing import Callable, NamedTuple
 
 import torch
 
-Ops = namedtuple("Ops", "norm add_norm")
-SETTINGS = "auto", "torch", "cuda"
+from model import PostNorm, PreNorm, RMSNorm, rms_norm
+
+SETTINGS = ("auto", "torch", "cuda")
 SOURCE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "rmsnorm_kernel.cu")
 BUILD_SECONDS = 300  # no build takes so long: who locked the folder longer ago is dead
 
@@ -26,20 +28,18 @@ BUILD_SECONDS = 300  # no build takes so long: who locked the folder longer ago 
 FASTER_ON = ()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Written out, to be read, and for exports in plain operators. On a CPU F.rms_norm is no faster (bench.py rmsnorm)
-
-def norm(x, weight, eps):
-    y = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * weight).type_as(x)
+class Ops(NamedTuple):
+    norm: Callable
+    add_norm: Callable
 
 
 def add_norm(x, a, weight, eps):
+    """Returns (x + a, its norm), as a block without the kernel computes them."""
     x = x + a
-    return x, norm(x, weight, eps)
+    return x, rms_norm(x, weight, eps)
 
 
-TORCH = Ops(norm, add_norm)
+TORCH = Ops(rms_norm, add_norm)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -92,6 +92,41 @@ def cuda_add_norm(x, a, weight, eps):
 
 
 CUDA = Ops(cuda_norm, cuda_add_norm)
+
+
+class CudaRMSNorm(RMSNorm):
+    def forward(self, x):
+        return cuda_norm(x, self.weight, self.eps)
+
+
+class CudaPreNorm(PreNorm):
+    """PreNorm whose first sum and second norm are one pass over memory."""
+
+    def forward(self, x, context):
+        x, y = cuda_add_norm(x, self.drop(self.attn(self.norm1(x), context)), self.norm2.weight, self.norm2.eps)
+        return x + self.drop(self.mlp(y))
+
+
+class CudaPostNorm(PostNorm):
+    """PostNorm whose sums and norms are one pass over memory each."""
+
+    def forward(self, x, context):
+        _, x = cuda_add_norm(x, self.drop(self.attn(x, context)), self.norm1.weight, self.norm1.eps)
+        _, x = cuda_add_norm(x, self.drop(self.mlp(x)), self.norm2.weight, self.norm2.eps)
+        return x
+
+
+BY_KERNEL = {RMSNorm: CudaRMSNorm, PreNorm: CudaPreNorm, PostNorm: CudaPostNorm}
+BY_TORCH = {kernel: plain for plain, kernel in BY_KERNEL.items()}
+
+
+def use_rmsnorm(model, ops):
+    """Has a model's RMSNorms, and the blocks around them, computed by TORCH or CUDA. A run-time switch: the weights are the same."""
+    classes = BY_KERNEL if ops is CUDA else BY_TORCH
+    for module in model.modules():
+        norm = getattr(module, "norm2", module)  # a block is fused where its norms are RMSNorms
+        if type(module) in classes and isinstance(norm, RMSNorm):
+            module.__class__ = classes[type(module)]
 
 
 def register():
@@ -184,10 +219,23 @@ def locked(lock):
 
 
 def choose(setting, device):
-    """(TORCH or CUDA, and in words what was chosen and why, "" for nothing worth saying) for a setting auto | torch | cuda on a device."""
+    """Returns (TORCH or CUDA, why) for a setting auto | torch | cuda on a device; why is "" where nothing is worth saying."""
     if setting == "torch" or setting == "auto" and device.type != "cuda":
         return TORCH, ""
     if setting == "auto" and torch.cuda.get_device_capability(device) not in FASTER_ON:
         return TORCH, "rmsnorm=torch (the kernel was not measured to be faster on this GPU)"
     missing = load() if device.type == "cuda" else f"device={device.type}"
-    return (TORCH, f"rmsnorm=torch (no kernel: {missing})") if missing else (CUDA, "rmsnorm=cuda")
+    if missing:
+        return TORCH, f"rmsnorm=torch (no kernel: {missing})"
+    return CUDA, "rmsnorm=cuda"
+
+
+def choose_rmsnorm(model, setting, compute):
+    """Switches a model by a setting auto | torch | cuda; returns what to print of it. One process builds the kernel, the others
+    then find it built."""
+    if compute.is_main:
+        choose(setting, compute.device)
+    compute.barrier()
+    ops, why = choose(setting, compute.device)
+    use_rmsnorm(model, ops)
+    return f", {why}" if why else ""

@@ -8,18 +8,22 @@
 
 generate() is a Python generator that other scripts import.
 """
+
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
-import checkpoint
 import lora
 import onnx_model
 import rmsnorm
+from checkpoint import open_checkpoint
 from config import Refusal, run
+from data import prompt_ids
 from device import check_memory, resolve
-from model import choose_rmsnorm, kv_cache_bytes
+from model import kv_cache_bytes
+from rmsnorm import choose_rmsnorm
+from rows import render
 
 
 @dataclass
@@ -56,209 +60,268 @@ class Config:
             raise ValueError(f"past_end must be stop or recompute, not {self.past_end!r}")
         if self.rmsnorm not in rmsnorm.SETTINGS:
             raise ValueError(f"rmsnorm must be one of {' | '.join(rmsnorm.SETTINGS)}, not {self.rmsnorm!r}")
-        if self.onnx and (self.adapter or self.device not in ("auto", "cpu") or self.dtype not in ("auto", "float32") or self.rmsnorm == "cuda"):
-            raise ValueError("an ONNX file is whole and computed on the CPU, as it was written: leave out adapter, device, dtype and rmsnorm")
+        is_plain = self.device in ("auto", "cpu") and self.dtype in ("auto", "float32") and self.rmsnorm != "cuda"
+        if self.onnx and (self.adapter or not is_plain):
+            raise ValueError(
+                "an ONNX file is whole and computed on the CPU, as it was written: "
+                "leave out adapter, device, dtype and rmsnorm"
+            )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One token
 
 
 def next_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
-    """A token a row (B,) from logits (B, V). top_p keeps the token that crosses it (Holtzman et al. 2019)."""
+    """Returns a token a row (B,) from logits (B, V). top_p keeps the token that crosses it (Holtzman et al. 2019)."""
     if temperature < 1e-5:  # divided by less, logits overflow
         return logits.argmax(-1)
-    kept = None
+    ids = None
     if 0 < top_k < logits.size(-1):  # the draw is over these alone, by id: rounding may not change whose is which
-        kept = logits.topk(top_k, sorted=False).indices.sort(-1).values
-        logits = logits.gather(-1, kept)
+        ids = logits.topk(top_k, sorted=False).indices.sort(-1).values
+        logits = logits.gather(-1, ids)
     logits = logits.float() / temperature
     if top_p < 1:
         p, order = logits.softmax(-1).sort(descending=True, stable=True)
-        drop = p.cumsum(-1) - p >= top_p  # what is likelier already makes up top_p
-        logits = logits.masked_fill(drop.scatter(-1, order, drop), -torch.inf)
+        is_dropped = p.cumsum(-1) - p >= top_p  # what is likelier already makes up top_p
+        logits = logits.masked_fill(is_dropped.scatter(-1, order, is_dropped), -torch.inf)
     p = logits.softmax(-1)
     # p / Exponential(1) is largest at i with probability p[i]: a draw without waiting for the device
     drawn = (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1, keepdim=True)
-    return (drawn if kept is None else kept.gather(-1, drawn))[:, 0]
+    if ids is not None:
+        drawn = ids.gather(-1, drawn)
+    return drawn[:, 0]
 
 
 def penalized(logits, seen, penalty):
-    """Logits (B, V) with those of seen tokens (B, V bool) made smaller: divided where positive, multiplied where negative."""
+    """Returns logits (B, V) with those of seen tokens (B, V bool) made smaller: divided where positive, else multiplied."""
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def prefill(model, windows, more):
-    """Reads one window of ids a row, padded on the left: (the last tokens' logits (B, V), a cache with room for `more`)."""
-    lengths, device = [len(w) for w in windows], model.device
+# ---------------------------------------------------------------------------------------------------------------------
+# Many
+
+
+@dataclass
+class Row:
+    """What happens to one prompt in generate()."""
+
+    window: list                             # ids that the model sees: the prompt's and new ones
+    ids: list = field(default_factory=list)  # new ids so far
+    new: int | None = None                   # the id of this step; None where the row has ended
+    end: str = ""                            # why it has ended: stop | length | block_size; "" while it goes on
+
+
+def prefill(model, windows, capacity):
+    """Reads one window of ids a row, padded on the left: returns the last tokens' logits (B, V) and a cache with room for
+    `capacity` more."""
+    device = model.device
+    lengths = [len(window) for window in windows]
     longest = max(lengths)
-    idx = torch.tensor([[0] * (longest - n) + w for n, w in zip(lengths, windows)], device=device)
+    idx = torch.tensor([[0] * (longest - len(window)) + window for window in windows], device=device)
     doc = None
     if min(lengths) < longest:
         doc = torch.tensor([[-1] * (longest - n) + [0] * n for n in lengths], device=device)
-    cache = model.new_cache(len(windows), min(longest + more, model.config.block_size + longest - min(lengths)))
+    most = model.config.block_size + longest - min(lengths)
+    cache = model.new_cache(len(windows), min(longest + capacity, most))
     return model.next_logits(idx, cache, doc), cache
 
 
 @torch.inference_mode()
-def generate(model, prompts, max_new_tokens, temperature=0.8, top_k=200, top_p=1.0, repetition_penalty=1.0, stop=None,
-             seed=1337, past_end="stop"):
-    """Continues prompts (lists of ids, of any lengths) together: a step yields a list with an id, or None, for each row.
+def generate(
+    model,
+    prompts,
+    max_new_tokens,
+    temperature=0.8,
+    top_k=200,
+    top_p=1.0,
+    repetition_penalty=1.0,
+    stop=None,
+    seed=1337,
+    past_end="stop",
+):
+    """Continues prompts (lists of ids, of any lengths) together; yields the list of their Rows after each step.
 
-    A row ends at the token `stop`, which is not yielded, after max_new_tokens, or when block_size tokens are in its context;
-    past_end="recompute" then reads the last half of the window again and goes on. The return value (StopIteration.value) says
-    for each row which: "stop", "length" or "block_size". Raises ValueError for a prompt that is empty or too long.
+    A row ends at the token `stop`, which is not among its ids, after max_new_tokens, or when block_size tokens are in its
+    context; past_end="recompute" then reads the last half of the window again and goes on. `*_, rows = generate(...)` has
+    them as they ended. Raises ValueError for a prompt that is empty or too long.
     """
-    c, device = model.config, model.device
+    block_size = model.config.block_size
+    device = model.device
+    half = max(1, block_size // 2)
+    rows = []
     for prompt in prompts:
         if not prompt:
             raise ValueError("a prompt must have at least one token")
-        if len(prompt) > c.block_size and past_end == "stop":
-            raise ValueError(f"the prompt has {len(prompt)} tokens and the context {c.block_size}: shorten it, or keep only its "
-                             f"end with --past_end=recompute")
-    rng, half = torch.Generator(device).manual_seed(seed), max(1, c.block_size // 2)
-    windows = [list(p) if len(p) <= c.block_size else list(p[-half:]) for p in prompts]  # what the model sees of each row
+        if len(prompt) > block_size and past_end == "stop":
+            raise ValueError(
+                f"the prompt has {len(prompt)} tokens and the context {block_size}: shorten it, or keep only its "
+                f"end with --past_end=recompute"
+            )
+        rows.append(Row(list(prompt) if len(prompt) <= block_size else list(prompt[-half:])))
+
+    rng = torch.Generator(device).manual_seed(seed)
+    seen = None  # (B, V): the tokens that occurred in each row
     if repetition_penalty != 1:
-        seen, every_row = torch.zeros(len(prompts), c.vocab_size, dtype=torch.bool, device=device), torch.arange(len(prompts), device=device)
+        seen = torch.zeros(len(rows), model.config.vocab_size, dtype=torch.bool, device=device)
         for row, prompt in enumerate(prompts):
             seen[row, prompt] = True
-    ended, cache, was_training = [None] * len(prompts), None, model.training
+    ids = None  # (B,) the tokens of the last step
+    cache = None
+    was_training = model.training
     model.eval()
     try:
         for step in range(max_new_tokens):
             if cache is None:
-                logits, cache = prefill(model, windows, max_new_tokens - step)
-            else:  # a row that has ended goes on as padding
-                doc = torch.tensor([[-1 if e else 0] for e in ended], device=device) if any(ended) else None
+                logits, cache = prefill(model, [row.window for row in rows], max_new_tokens - step)
+            else:
+                doc = None
+                if any(row.end for row in rows):  # a row that has ended goes on as padding
+                    doc = torch.tensor([[-1 if row.end else 0] for row in rows], device=device)
                 logits = model.next_logits(ids[:, None], cache, doc)
-            if repetition_penalty != 1:
+            if seen is not None:
                 logits = penalized(logits, seen, repetition_penalty)
             ids = next_token(logits, temperature, top_k, top_p, rng)
-            if repetition_penalty != 1:
-                seen[every_row, ids] = True
-            new = ids.tolist()
-            for row, id in enumerate(new):
-                windows[row].append(id)
-                if id == stop:
-                    ended[row] = ended[row] or "stop"
-            if all(ended):
-                break
-            yield [None if end else id for end, id in zip(ended, new)]
-            for row in range(len(prompts)):
-                if ended[row]:
-                    windows[row] = windows[row][-1:]
-                elif len(windows[row]) > c.block_size and past_end == "stop":
-                    ended[row] = "block_size"
-                elif len(windows[row]) > c.block_size:
-                    windows[row], cache = windows[row][-half:], None
-            if all(ended):
+            if seen is not None:
+                seen.scatter_(1, ids[:, None], True)
+
+            for row, id in zip(rows, ids.tolist()):
+                row.window.append(id)
+                row.new = None
+                if not row.end and id == stop:
+                    row.end = "stop"
+                if row.end:
+                    row.window = row.window[-1:]
+                    continue
+                row.new = id
+                row.ids.append(id)
+                if len(row.window) > block_size and past_end == "stop":
+                    row.end = "block_size"
+                elif len(row.window) > block_size:
+                    row.window = row.window[-half:]
+                    cache = None
+                if not row.end and step == max_new_tokens - 1:
+                    row.end = "length"
+            yield rows
+            if all(row.end for row in rows):
                 break
     finally:
         model.train(was_training)
-    return [end or "length" for end in ended]
 
 
-def finish(steps, heard=lambda ids: None):
-    """Runs generate() to its end: (a list of ids a row, why each ended); heard(ids) after each step."""
-    rows = []
-    while True:
-        try:
-            ids = next(steps)
-        except StopIteration as e:
-            return rows or [[] for _ in e.value], e.value
-        rows = rows or [[] for _ in ids]
-        for row, id in zip(rows, ids):
-            row += [] if id is None else [id]
-        heard(ids)
-
-
-def render(template, prompt):
-    """The text that a fine-tuned model expects: its template is a text with {prompt} in it."""
-    return template.replace("{prompt}", prompt.strip())
-
-
-def prompt_ids(tokenizer, text):
-    """The ids to start from: documents start after end-of-text. A character model may never have seen that token."""
-    ids = tokenizer.encode(text)
-    return ids if tokenizer.kind == "char" and ids else [tokenizer.bos, *ids]
+# ---------------------------------------------------------------------------------------------------------------------
+# From the command line
 
 
 def read_start(start):
-    """The prompts that --start means."""
+    """Returns the prompts that --start means. Raises Refusal for a file that cannot be read."""
     if not start.startswith("FILE:"):
         return [start]
+    path = start[5:]
     try:
-        with open(start[5:], encoding="utf-8-sig") as f:
+        with open(path, encoding="utf-8-sig") as f:
             return [text.strip() for text in f.read().split("<|endoftext|>")]
     except OSError as e:
-        raise Refusal(f"cannot read {start[5:]}: {e.strerror}")
+        raise Refusal(f"cannot read {path}: {e.strerror}")
     except UnicodeDecodeError as e:
-        raise Refusal(f"{start[5:]} is not UTF-8 text: byte {e.start}")
+        raise Refusal(f"{path} is not UTF-8 text: byte {e.start}")
+
+
+def load_onnx(cfg):
+    """Returns (model, tokenizer, its settings, Compute, what to print of them) for --onnx."""
+    if "out_dir" in cfg.given:
+        raise Refusal("onnx takes the place of out_dir: give one of them")
+    model, tokenizer, config = onnx_model.load(cfg.onnx)
+    message = f"{model.path}: onnxruntime, {torch.get_num_threads()} threads"
+    torch.set_num_threads(1)  # for the draw: two pools of threads that spin on the same cores slow each other down to a third
+    return model, tokenizer, config, resolve("cpu", "float32", "false"), message
 
 
 def load(cfg):
-    """(model, tokenizer, its settings, Compute, what to say of them) for --out_dir, --adapter or --onnx."""
-    if cfg.onnx:
-        if "out_dir" in cfg.given:
-            raise Refusal("onnx takes the place of out_dir: give one of them")
-        model, tokenizer, config = onnx_model.load(cfg.onnx)
-        said = f"{model.path}: onnxruntime, {torch.get_num_threads()} threads"
-        torch.set_num_threads(1)  # for the draw: two pools of threads that spin on the same cores slow each other down to a third
-        return model, tokenizer, config, resolve("cpu", "float32", "false"), said
-    adapter_path = cfg.adapter and checkpoint.find(cfg.adapter, "adapter_best.pt")
-    adapter = checkpoint.load(adapter_path, checkpoint.ADAPTER_KEYS) if cfg.adapter else None
-    path = checkpoint.base_of(adapter, adapter_path) if adapter and "out_dir" not in cfg.given else checkpoint.find(cfg.out_dir)
-    ckpt = checkpoint.load(path)
+    """Returns (model, tokenizer, its settings, Compute, what to print of them) for --out_dir and --adapter."""
+    out_dir = cfg.out_dir
+    if cfg.adapter and "out_dir" not in cfg.given:
+        out_dir = ""  # the adapter's own base
+    ckpt = open_checkpoint(out_dir, adapter=cfg.adapter)
     compute = resolve(cfg.device, cfg.dtype, "false")
-    model, tokenizer = checkpoint.restore(ckpt, path)
-    if adapter:
-        checkpoint.restore_adapters(adapter, adapter_path, ckpt, path, model)
+    model, tokenizer = ckpt.restore()
+    paths = ckpt.path
+    if ckpt.adapter:
         lora.merge(model)  # in float32; then it is as fast as its base
+        paths = f"{ckpt.path} and {ckpt.adapter_path}"
     model = model.to(compute.device, compute.dtype)
-    said = choose_rmsnorm(model, cfg.rmsnorm, compute)
-    return model, tokenizer, (adapter or ckpt)["config"], compute, f"{path}{f' and {adapter_path}' if adapter else ''}: {compute.said}{said}"
+    rmsnorm_message = choose_rmsnorm(model, cfg.rmsnorm, compute)
+    return model, tokenizer, ckpt.config, compute, f"{paths}: {compute.message}{rmsnorm_message}"
 
 
 def main(cfg):
-    model, tokenizer, config, compute, said = load(cfg)
-    starts = read_start(cfg.start) if cfg.start else [str(config.get("start", ""))]  # a model's own is text: it names no file here
+    model, tokenizer, config, compute, message = load_onnx(cfg) if cfg.onnx else load(cfg)
+    starts = [str(config.get("start", ""))]  # a model's own is text: it names no file here
+    if cfg.start:
+        starts = read_start(cfg.start)
     template = "" if cfg.raw else str(config.get("template", ""))
     if template:
         starts = [start and render(template, start) for start in starts]  # an empty one starts a document, as ever
-    needs = kv_cache_bytes(model.config, cfg.num_samples * len(starts), min(cfg.max_new_tokens, model.config.block_size), compute.dtype.itemsize)
+    most = min(cfg.max_new_tokens, model.config.block_size)
+    needs = kv_cache_bytes(model.config, cfg.num_samples * len(starts), most, compute.dtype.itemsize)
     check_memory(compute.device, needs, "try a smaller num_samples")
-    texts = [t for t in starts for _ in range(cfg.num_samples)]
+    texts = [start for start in starts for _ in range(cfg.num_samples)]
     try:
-        prompts = [prompt_ids(tokenizer, t) for t in texts]
-        print(said)
+        prompts = [prompt_ids(tokenizer, text) for text in texts]
+        print(message)
         if template and any(starts):
             print(f"each prompt is put into {template!r}; --raw leaves it as it is")
-        write(generate(model, prompts, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, cfg.repetition_penalty,
-                       tokenizer.eot, cfg.seed, cfg.past_end), texts, prompts, tokenizer, model.config)
+        steps = generate(
+            model,
+            prompts,
+            cfg.max_new_tokens,
+            cfg.temperature,
+            cfg.top_k,
+            cfg.top_p,
+            cfg.repetition_penalty,
+            tokenizer.eot,
+            cfg.seed,
+            cfg.past_end,
+        )
+        write(steps, texts, prompts, tokenizer, model.config.block_size)
     except ValueError as e:
         raise Refusal(e)
 
 
-def write(steps, texts, prompts, tokenizer, c):
+def write(steps, texts, prompts, tokenizer, block_size):
     """Prints the first row as it comes, then the others, then the speed."""
-    streams, rest = [tokenizer.stream() for _ in texts], list(texts)
-    start, times = time.perf_counter(), []
-    print("-" * 80 + "\n" + texts[0], end="", flush=True)
-
-    def heard(ids):
+    line = "-" * 80
+    streams = [tokenizer.stream() for _ in texts]
+    texts = list(texts)
+    start = time.perf_counter()
+    times = []
+    print(f"{line}\n{texts[0]}", end="", flush=True)
+    for rows in steps:
         times.append(time.perf_counter())
-        for row, id in enumerate(ids):
-            piece = "" if id is None else streams[row](id)
-            rest[row] += piece
-            if row == 0:
+        for i, row in enumerate(rows):
+            if row.new is None:
+                continue
+            piece = streams[i](row.new)
+            texts[i] += piece
+            if i == 0:
                 print(piece, end="", flush=True)
+    for i, row in enumerate(rows):
+        if i > 0:
+            print(f"\n{line}\n{texts[i]}", end="")
+        if row.end == "block_size":
+            print(f"\n[the context of {block_size} tokens is full; --past_end=recompute goes on]", end="")
+    print(f"\n{line}\n{speed_line(prompts, rows, start, times)}")
 
-    rows, ended = finish(steps, heard)
-    for row, end in enumerate(ended):
-        print("\n" + "-" * 80 + "\n" + rest[row] if row else "", end="")
-        if end == "block_size":
-            print(f"\n[the context of {c.block_size} tokens is full; --past_end=recompute goes on]", end="")
-    read, made, times = sum(map(len, prompts)), sum(map(len, rows)), times or [time.perf_counter()]
-    decoding = times[-1] - times[0]
-    print("\n" + "-" * 80)
-    print(f"prefill {read} tokens, {read / (times[0] - start):,.0f} tokens/s; decode {made} tokens" +
-          (f", {(made - len(prompts)) / decoding:,.0f} tokens/s" if decoding and made > len(prompts) else ""))
+
+def speed_line(prompts, rows, start, times):
+    """Returns a line about the speed: the prompts' tokens until the first step, then the new ones."""
+    n_read = sum(len(prompt) for prompt in prompts)
+    n_new = sum(len(row.ids) for row in rows)
+    message = f"prefill {n_read} tokens, {n_read / (times[0] - start):,.0f} tokens/s; decode {n_new} tokens"
+    seconds = times[-1] - times[0]
+    if seconds and n_new > len(prompts):
+        message += f", {(n_new - len(prompts)) / seconds:,.0f} tokens/s"
+    return message
 
 
 if __name__ == "__main__":

@@ -183,7 +183,7 @@ def html_table(header, rows, left=1, top=None):
 
 
 def bar(probe, i):
-    """Returns accuracy, its interval and chance on a line from 0 to 100%, in the colour of checkpoint i."""
+    """Returns accuracy, interval and chance on a line from 0 to 100%, in the colour of checkpoint i."""
     label = f"{probe['accuracy']:.0%}, chance {probe['chance']:.0%}"
     width = probe["high"] - probe["low"]
     return (
@@ -484,7 +484,7 @@ def is_report(path):
 
 
 def check(path):
-    """Makes the folder for a report. Raises Refusal where path cannot be written or holds another file."""
+    """Makes a report's folder. Raises Refusal where path cannot be written or holds another file."""
     try:
         if is_report(path):
             return

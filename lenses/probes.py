@@ -17,17 +17,11 @@ from itertools import product
 from random import Random
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from tqdm import tqdm
 
 import toy_stories
 from lenses.stats import resampled, wilson
-from sample import prompt_ids
-from train import evaluating
 
 CLOZE = 5  # candidates
-BATCH_TOKENS = 8192
 WRONG = 2  # wrong answers that a result shows
 
 
@@ -55,53 +49,6 @@ class Probe:
 
 # -------------------------------------------------------------------------------------------------------
 # Asking
-
-
-def completion_nats(model, tokenizer, pairs, compute):
-    """Returns -log p of each completion after its context, in nats: float64 (pairs,).
-
-    pairs: (context, completion). A context too long for the model loses its beginning.
-    """
-    rows = []
-    lengths = []  # of the completions, in tokens
-    for context, completion in pairs:
-        ids = tokenizer.encode_more(completion)
-        row = prompt_ids(tokenizer, context) + ids
-        rows.append(row[-model.config.block_size - 1 :])
-        lengths.append(len(ids))
-    nats = np.zeros(len(rows))
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    with evaluating(model), tqdm(total=len(rows), desc="probes", disable=None, leave=False) as bar:
-        while order:
-            longest = len(rows[order[-1]])
-            batch_size = max(1, BATCH_TOKENS // longest)
-            batch = order[-batch_size:]
-            del order[-batch_size:]
-            batch_rows = [rows[i] for i in batch]
-            batch_lengths = [lengths[i] for i in batch]
-            nats[batch] = batch_nats(model, batch_rows, batch_lengths, compute)
-            bar.update(len(batch))
-    return nats
-
-
-def batch_nats(model, rows, lengths, compute):
-    """Returns -log p of the last lengths[i] ids of each row, float64 (rows,). rows: lists of ids."""
-    longest = max(map(len, rows))
-    ids = torch.zeros(len(rows), longest, dtype=torch.long)
-    is_target = torch.zeros(len(rows), longest, dtype=torch.bool)
-    for i, (row, length) in enumerate(zip(rows, lengths)):
-        ids[i, : len(row)] = torch.tensor(row)
-        is_target[i, max(1, len(row) - length) : len(row)] = True
-    ids = ids.to(compute.device)
-    is_target = is_target[:, 1:].to(compute.device)
-    targets = ids[:, 1:][is_target]
-    with compute.autocast():
-        hidden = model.hidden(ids[:, :-1])
-        logits = model.head(hidden[is_target])  # of the completions alone
-        losses = F.cross_entropy(logits.float(), targets, reduction="none").double()
-    nats = torch.zeros(is_target.shape, dtype=torch.double)
-    nats.masked_scatter_(is_target.cpu(), losses.cpu())
-    return nats.sum(1).numpy()
 
 
 def ask(probe, score):

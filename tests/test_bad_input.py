@@ -78,7 +78,7 @@ def shop(tmp_path_factory):
                    "moments": {"optimizers": [{**o, "state": {i: {k: x[..., :1] if x.dim() else x for k, x in s.items()} for i, s in o["state"].items()}}
                                               for o in good["optimizers"]]}, "start": {"config": {"start": 5, "given": 1}}, "model": {"model": {"a": 1}},
                    "gone": {"config": good["config"] | {"dataset": "nowhere"}}, "broken_data": {"config": good["config"] | {"dataset": "changed_bin"}},
-                   "other_data": {"config": good["config"] | {"dataset": "chars"}}, "tuned": {"config": good["config"] | {"rows_sha256": "0"}}, "logged": {"config": good["config"] | {"wandb_log": True}}, "nan": {"model": {k: w * torch.nan for k, w in good["model"].items()}}}
+                   "other_data": {"config": good["config"] | {"dataset": "chars"}}, "tuned": {"config": good["config"] | {"rows_sha256": "0", "task": "fine-tuning"}}, "logged": {"config": good["config"] | {"wandb_log": True}}, "nan": {"model": {k: w * torch.nan for k, w in good["model"].items()}}}
         for name, change in changes.items():
             Path(name).mkdir()
             torch.save(good | change, f"{name}/ckpt.pt")
@@ -105,7 +105,7 @@ def shop(tmp_path_factory):
         Path("merged").mkdir()
         torch.save(good | {"config": {}, "optimizers": []}, "merged/ckpt.pt")
         chars = Tokenizer.load("data/chars/tokenizer.json")
-        checkpoint.save("chars.pt", Transformer(ModelConfig(**good_model | {"vocab_size": chars.vocab_size})), chars, {}, 1, 1.0, 1.0)
+        checkpoint.save("chars.pt", Transformer(ModelConfig(**good_model | {"vocab_size": chars.vocab_size})), chars, {}, checkpoint.RunState(1, 1.0, 1.0))
         pair, chat = {"prompt": "a", "response": "b"}, {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
         for name, rows in {"pairs": [pair] * 20, "other_rows": [{"question": "a"}], "half_pair": [pair, {"prompt": "a"}], "number": [{"prompt": "a", "response": 5}],
                            "role": [chat, {"messages": [{"role": "tool", "content": "a"}]}], "no_role": [{"messages": ["a"]}], "no_list": [{"messages": 5}], "scalar": [pair, 5],
@@ -163,7 +163,7 @@ def shop(tmp_path_factory):
             shutil.copytree("good_peft", name)
             write(f"{name}/adapter_config.json", json.dumps(json.loads(Path("good_peft/adapter_config.json").read_text()) | change))
         post = Transformer(ModelConfig(**good_model | {"norm_position": "post"}))
-        checkpoint.save("post.pt", post, Tokenizer.load("data/toy/tokenizer.json"), {}, 1, 1.0, 1.0)
+        checkpoint.save("post.pt", post, Tokenizer.load("data/toy/tokenizer.json"), {}, checkpoint.RunState(1, 1.0, 1.0))
     return folder
 
 

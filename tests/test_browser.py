@@ -30,7 +30,10 @@ import sample
 import serve
 import train
 from config import Refusal, configure
+from data import prompt_ids
+from rows import render
 from test_model import build
+from test_sample import complete
 from test_tokenizer import ASSIGNED, CHAR_DOCS, PIECES, SPACES, bpe, gpt2_folder  # noqa: F401  (the last two are fixtures)
 from tokenizer import Tokenizer
 
@@ -145,7 +148,7 @@ def page(installed, story_teller):
 def generated(story_teller, prompt, **settings):
     """(sample.py's text after a prompt, how it ended)"""
     _, model, tokenizer = story_teller
-    rows, ends = sample.finish(sample.generate(model, [sample.prompt_ids(tokenizer, prompt)], **{"max_new_tokens": 10 ** 6, "temperature": 0, "stop": tokenizer.eot} | settings))
+    rows, ends = complete(sample.generate(model, [prompt_ids(tokenizer, prompt)], **{"max_new_tokens": 10 ** 6, "temperature": 0, "stop": tokenizer.eot} | settings))
     return tokenizer.decode(rows[0]), ends[0]
 
 
@@ -592,7 +595,7 @@ def test_a_fine_tuned_model_gets_its_template(installed, story_teller, tmp_path)
         page = Page(installed, server).open()
         assert editor(page) == "FILE:x"  # a text, as any
         for prompt in "Why?", "\x85\x1f Why \ufeff", "  ":
-            rendered = sample.render(template, prompt)
+            rendered = render(template, prompt)
             assert page.write(prompt, temperature=0) == rendered + generated(story_teller, rendered)[0]
             new_story(page)
         page.write("Why?")
@@ -608,7 +611,7 @@ def test_characters_and_int8(installed, story_teller, tmp_path):
     torch.manual_seed(0)
     model = build(vocab_size=tokenizer.vocab_size, block_size=64)
     with contextlib.chdir(tmp_path):
-        checkpoint.save("out/ckpt.pt", model, tokenizer, {"dataset": ""}, 1, 2.0, 2.0)
+        checkpoint.save("out/ckpt.pt", model, tokenizer, {"dataset": ""}, checkpoint.RunState(1, 2.0, 2.0))
         export_onnx.main(configure(export_onnx.Config, ["--seconds=0"]))
     with serving(tmp_path / "out/onnx") as server:
         page, prompt = Page(installed, server).open(), CHAR_DOCS[0][:5]

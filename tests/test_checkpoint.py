@@ -22,7 +22,7 @@ def saved(tmp_path):
     tokenizer = Tokenizer.train(["the cat sat on the mat"] * 3, 270)
     model = redraw(Transformer(ModelConfig(vocab_size=tokenizer.vocab_size, n_layer=1, n_embd=32, n_head=2)))
     path = str(tmp_path / "ckpt.pt")
-    checkpoint.save(path, model, tokenizer, {"seed": 1}, 7, 2.5, 2.25)
+    checkpoint.save(path, model, tokenizer, {"seed": 1}, checkpoint.RunState(7, 2.5, 2.25))
     return path, model, tokenizer
 
 
@@ -39,7 +39,7 @@ def test_what_is_saved_comes_back(saved):
 
 def test_a_compiled_model_is_saved_unwrapped(saved):
     path, model, tokenizer = saved
-    checkpoint.save(path, torch.compile(model), tokenizer, {}, 1, 1, 1)
+    checkpoint.save(path, torch.compile(model), tokenizer, {}, checkpoint.RunState(1, 1, 1))
     assert checkpoint.load(path)["model"].keys() == model.state_dict().keys()
 
 
@@ -50,7 +50,7 @@ def test_code_in_a_checkpoint_is_refused_and_does_not_run(saved, tmp_path):
         def __reduce__(self):
             return os.system, (f"touch {mark}",)
     for write in (lambda: torch.save({**checkpoint.load(path), "config": Evil()}, path), lambda: Path(path).write_bytes(pickle.dumps(Evil()))):
-        checkpoint.save(path, saved[1], saved[2], {}, 1, 1, 1)
+        checkpoint.save(path, saved[1], saved[2], {}, checkpoint.RunState(1, 1, 1))
         write()
         with pytest.raises(Refusal, match="not a checkpoint that is safe to read"):
             checkpoint.load(path)
@@ -98,7 +98,7 @@ model, tokenizer = checkpoint.restore(ckpt, {path!r})
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (10000, 10000))
 try:
-    checkpoint.save({path!r}, model, tokenizer, {{}}, 8, 1, 1)
+    checkpoint.save({path!r}, model, tokenizer, {{}}, checkpoint.RunState(8, 1, 1))
 except config.Refusal as e:
     print(e.status, e)
 """

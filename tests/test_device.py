@@ -29,14 +29,14 @@ def fast(request, monkeypatch):
 def test_auto_is_bfloat16_where_a_wide_model_is_trained_on_a_fast_processor(fast, width):
     compute = resolve("cpu", "auto", "false", train_width=width)
     assert compute.dtype_name == ("bfloat16" if fast and width >= BFLOAT16_WIDTH else "float32")
-    assert compute.dtype is getattr(torch, compute.dtype_name) and f"dtype={compute.dtype_name} (" in compute.said
+    assert compute.dtype is getattr(torch, compute.dtype_name) and f"dtype={compute.dtype_name} (" in compute.message
 
 
 def test_a_dtype_that_was_asked_for_rules(fast):
     for name, dtype in ("float32", torch.float32), ("bfloat16", torch.bfloat16):
         compute = resolve("cpu", name, "false", train_width=768)
         assert (compute.dtype, compute.dtype_name) == (dtype, name)
-        assert ("slow" in compute.said) == (name == "bfloat16" and not fast)
+        assert ("slow" in compute.message) == (name == "bfloat16" and not fast)
         _, muon = make_optimizers(build(), train.Config(), compute)
         assert muon.dtype == dtype
 

@@ -17,6 +17,7 @@ import torch
 import checkpoint
 import eval as evaluation
 import prepare
+import score
 import toy_stories
 import train
 from config import Refusal, configure
@@ -25,6 +26,7 @@ from lenses import judge, page, probes, reading
 from lenses.stats import bits, bootstrap, mean_interval, resampled, wilson
 from lenses.verdict import compare, grade, verdict
 from model import ModelConfig, Transformer
+from score import completion_nats, document_nats, token_nats
 from test_model import build, tokens
 from test_train import SMALL
 from tokenizer import Tokenizer
@@ -92,8 +94,8 @@ def test_equal_seeds_resample_equal_units_so_that_differences_are_paired():
 
 def test_token_nats_average_to_evaluate_and_by_position_to_both():
     data, model = tokens(1, 500)[0].numpy().astype(np.uint16), build()
-    nats = train.token_nats(model, data, 24, CPU, batch_size=5).astype(np.float64)
-    assert len(nats) == 499 and nats.mean() == pytest.approx(train.evaluate(model, data, 24, 7, CPU), rel=1e-6)
+    nats = token_nats(model, data, 24, CPU, batch_size=5).astype(np.float64)
+    assert len(nats) == 499 and nats.mean() == pytest.approx(score.evaluate(model, data, 24, 7, CPU), rel=1e-6)
     bins = evaluation.by_position(nats, 24)
     assert sum(mean * n for *_, mean, n in bins) / sum(n for *_, n in bins) == pytest.approx(nats.mean(), rel=1e-12)
     assert [a for a, *_ in bins] + [25] == [1] + [b + 1 for _, b, *_ in bins]  # every position, once
@@ -106,8 +108,8 @@ def test_document_nats_are_evaluate_where_the_windows_coincide():
     """Documents of 23 tokens after end-of-text fill blocks of 24 exactly."""
     model, documents = build(), [(tokens(1, 23, seed=i)[0] % 60 + 1).tolist() for i in range(6)]
     stream = np.array([0] + [i for d in documents for i in (*d, 0)])
-    whole = train.evaluate(model, stream, 24, 4, CPU) * (len(stream) - 1)
-    assert train.document_nats(model, documents, 0, 0, CPU).sum() == pytest.approx(whole, rel=1e-6)
+    whole = score.evaluate(model, stream, 24, 4, CPU) * (len(stream) - 1)
+    assert document_nats(model, documents, 0, 0, CPU).sum() == pytest.approx(whole, rel=1e-6)
 
 
 def test_the_text_is_what_prepare_wrote_and_the_loss_what_train_says(lab, capsys):
@@ -116,7 +118,7 @@ def test_the_text_is_what_prepare_wrote_and_the_loss_what_train_says(lab, capsys
         documents, closed = evaluation.split_documents(data["val"], tokenizer)
         assert np.array_equal(evaluation.encode(documents, closed, tokenizer), data["val"])
         model, _ = checkpoint.restore(checkpoint.load("out/a/ckpt_best.pt"), "a")
-        loss = train.evaluate(model, data["val"], 192, 8, CPU)
+        loss = score.evaluate(model, data["val"], 192, 8, CPU)
     evaluate(lab, "--out_dir=out/a")
     found = json.loads(capsys.readouterr().out.splitlines()[-1])["checkpoints"][0]["likelihood"]
     made = meta["splits"]["val"]
@@ -222,7 +224,7 @@ def test_a_model_that_has_learned_documents_by_heart_fills_their_gaps_and_random
     cloze = probes.cloze(TOLD, 100, 0)
 
     def asked(model):
-        return lambda pairs: probes.completion_nats(model, tokenizer, pairs, CPU)
+        return lambda pairs: completion_nats(model, tokenizer, pairs, CPU)
     assert probes.ask(cloze, asked(Memory(TOLD, tokenizer)))["accuracy"] == 1
     torch.manual_seed(0)
     model = Transformer(ModelConfig(vocab_size=tokenizer.vocab_size, n_layer=1, n_embd=32, n_head=2)).eval()
@@ -236,7 +238,7 @@ def test_completions_are_scored_as_one_by_one(kind):
     tokenizer = Tokenizer.train(TOLD, 300) if kind == "bpe" else Tokenizer.char(TOLD)
     model = build(vocab_size=tokenizer.vocab_size)  # a context of 24 tokens: most of these are cut
     pairs = [(text[:40], " so happy.") for text in TOLD[:5]] + [(TOLD[0], " x"), ("", " He"), ("a", " b")]
-    got = probes.completion_nats(model, tokenizer, pairs, CPU)
+    got = completion_nats(model, tokenizer, pairs, CPU)
     for (context, completion), nats in zip(pairs, got):
         start = [] if kind == "char" and context else [tokenizer.eot]
         ids, new = [*start, *tokenizer.encode(context), *tokenizer.encode(completion)][-25:], len(tokenizer.encode(completion))

@@ -22,7 +22,8 @@ import sample
 import train
 from config import Refusal, configure
 from model import MLPS, NORMS, POSITIONS, ModelConfig, Transformer, num_params
-from sample import finish, generate
+from sample import generate
+from test_sample import complete
 from test_model import build
 from test_train import SMALL
 
@@ -77,7 +78,7 @@ def lab(tmp_path_factory):
         prepare.prepare(configure(prepare.Config, ["--num_stories=300", "--vocab_size=300", "--num_proc=1"]))
         _, _, tokenizer = prepare.load("data/toy")
         model = build(vocab_size=tokenizer.vocab_size, n_kv_head=2, block_size=64)
-        checkpoint.save("out/ckpt.pt", model, tokenizer, {"dataset": "toy", "start": "Once", "template": "Q: {prompt}"}, 1, 2.0, 2.0)
+        checkpoint.save("out/ckpt.pt", model, tokenizer, {"dataset": "toy", "start": "Once", "template": "Q: {prompt}"}, checkpoint.RunState(1, 2.0, 2.0))
         export_onnx.main(configure(export_onnx.Config, ["--quantize=int8", "--eval_tokens=512", "--seconds=0"]))
         f.flush()
     return folder, model, tokenizer, (folder / "said").read_text()
@@ -109,14 +110,14 @@ def test_the_folder_is_whole_and_says_what_it_is(lab):
 def test_generate_does_not_notice_the_difference(lab, there):
     model = lab[1]
     prompts = [ids(model.config, 1, n, seed=n)[0].tolist() for n in (3, 9, 3, 1)]
-    greedy = finish(generate(model, prompts, 40, temperature=0))
+    greedy = complete(generate(model, prompts, 40, temperature=0))
     stop = greedy[0][1][7]  # ends a row, or several, before the others
     for some in prompts, prompts[:1], [prompts[0]] * 3:
         for settings in ({"temperature": 0}, {"temperature": 0, "stop": stop}, {"temperature": 1.0, "top_k": 50, "top_p": 0.9, "seed": 5},
                          {"temperature": 0, "repetition_penalty": 1.5}, {"temperature": 0, "past_end": "recompute"}):
             n = 90 if "past_end" in settings else 70
-            assert finish(generate(there, some, n, **settings)) == finish(generate(model, some, n, **settings)), settings
-    assert greedy == finish(generate(there, prompts, 40, temperature=0))
+            assert complete(generate(there, some, n, **settings)) == complete(generate(model, some, n, **settings)), settings
+    assert greedy == complete(generate(there, prompts, 40, temperature=0))
 
 
 @pytest.mark.parametrize("keys", ["--start=Once --num_samples=2 --max_new_tokens=30", "--raw --temperature=0", "--start=FILE:prompts --seed=3 --top_k=5"])
@@ -303,7 +304,7 @@ def test_every_toggle(toggles, tmp_path):
     same_numbers(model, there)
     plain(tmp_path / "model.onnx", model)
     prompts = [[1, 2, 3], [4], [5, 6]]
-    assert finish(generate(there, prompts, 20, temperature=0)) == finish(generate(model, prompts, 20, temperature=0))
+    assert complete(generate(there, prompts, 20, temperature=0)) == complete(generate(model, prompts, 20, temperature=0))
     proto = onnx.load(tmp_path / "model.onnx")
     export_onnx.quantize(proto)
     together = 2 + (model.config.mlp == "swiglu")  # k and v with q, up with gate

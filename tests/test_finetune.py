@@ -22,10 +22,12 @@ import toy_stories
 import train
 from children import finish, ranks, said, start
 from config import Refusal, configure
-from lenses import probes
+from data import count_targets, prompt_ids
+from rows import MORAL_SEED, conversations, encode, pack, packed_batch, read_rows, render, split_rows, training_packs
 from test_lost import wait_for
 from test_model import build, tokens
 from test_prepare import hub  # noqa: F401  (a fixture)
+from test_sample import complete
 from test_train import CPU, SMALL, lab, log, same  # noqa: F401  (lab is a fixture)
 from tokenizer import Tokenizer
 
@@ -83,15 +85,15 @@ def shown(example):
     ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}, {"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]},
      "Q{prompt}A", "$QaAQbAc", "______c$")])
 def test_masks_by_hand(row, template, read, learned):
-    [turns], _ = ft.conversations([("here", row)])
-    assert shown(ft.encode(turns, BYTES, template)) == [read, learned]
+    [turns], _ = conversations([("here", row)])
+    assert shown(encode(turns, BYTES, template)) == [read, learned]
 
 
 def test_a_prompt_has_the_same_ids_in_training_and_in_sampling():
     """Also where joined texts would be merged over the boundary: the tokenizer has a token for "ab" and one for " cat"."""
     tokenizer = Tokenizer.train(["ab cat"] * 9, 263)
-    idx, targets = ft.encode([("x a", "b cat")], tokenizer, "{prompt}")
-    prompt = sample.prompt_ids(tokenizer, sample.render("{prompt}", "x a"))
+    idx, targets = encode([("x a", "b cat")], tokenizer, "{prompt}")
+    prompt = prompt_ids(tokenizer, render("{prompt}", "x a"))
     assert idx[:len(prompt)].tolist() == prompt and tokenizer.decode(targets[len(prompt) - 1:-1]) == "b cat"
     assert (targets[:len(prompt) - 1] == -100).all() and targets[-1] == tokenizer.eot
     assert len(tokenizer.encode("x ab cat")) < len(tokenizer.encode("x a")) + len(tokenizer.encode("b cat"))
@@ -108,7 +110,7 @@ def test_every_file_format_gives_the_same_rows(tmp_path, monkeypatch, hub):
         write_table(pa.Table.from_pylist(rows), "r.parquet")
         hub.splits = {"train": iter(rows)}
         for dataset in "r.jsonl", "r.json", "r.parquet", "hf:me/rows":
-            assert ft.conversations(ft.read_rows(dataset))[0] == [[(p["prompt"], p["response"])] for p in PAIRS], dataset
+            assert conversations(read_rows(dataset))[0] == [[(p["prompt"], p["response"])] for p in PAIRS], dataset
 
 
 # Packing
@@ -116,7 +118,7 @@ def test_every_file_format_gives_the_same_rows(tmp_path, monkeypatch, hub):
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(lengths=st.lists(st.integers(1, 20), max_size=60))
 def test_packs_hold_each_example_once_and_no_two_packs_fit_in_one(lengths):
-    packs = ft.pack(lengths, 20)
+    packs = pack(lengths, 20)
     assert sorted(i for p in packs for i in p) == list(range(len(lengths)))
     sizes = sorted(sum(lengths[i] for i in p) for p in packs)
     assert all(0 < n <= 20 for n in sizes) and (len(sizes) < 2 or sizes[0] + sizes[1] > 20)
@@ -124,17 +126,17 @@ def test_packs_hold_each_example_once_and_no_two_packs_fit_in_one(lengths):
 
 def test_a_pack_depends_on_its_number_alone_and_an_epoch_has_each_once():
     packs = [[i] for i in range(13)]
-    whole = ft.training_packs(packs, 7, 0, 65)
-    assert whole == [p for first in range(0, 65, 5) for p in ft.training_packs(packs, 7, first, 5)]
+    whole = training_packs(packs, 7, 0, 65)
+    assert whole == [p for first in range(0, 65, 5) for p in training_packs(packs, 7, first, 5)]
     assert all(sorted(whole[i:i + 13]) == packs for i in range(0, 65, 13)) and whole[:13] != whole[13:26] != packs
 
 
 def test_packed_examples_never_see_each_other():
     model = build()
     data = [(tokens(1, n, seed=n)[0].numpy(), np.where(np.arange(n) > 1, tokens(1, n, seed=9)[0].numpy(), -100)) for n in (5, 7, 3, 9)]
-    packs = ft.pack([len(idx) for idx, _ in data], 24)
+    packs = pack([len(idx) for idx, _ in data], 24)
     assert len(packs) == 1
-    batch = ft.batch_of(packs, data, 24)
+    batch = packed_batch(packs, data, 24)
     with torch.no_grad():
         together, (logits, _) = model(**batch, reduction="none")[1][0], model(batch["idx"], doc=batch["doc"])
         for doc, i in enumerate(packs[0]):
@@ -144,7 +146,7 @@ def test_packed_examples_never_see_each_other():
         changed = (model(**other, reduction="none")[1][0] - together).abs() > 0
         assert changed[batch["doc"][0] == 1].any() and not changed[batch["doc"][0] != 1].any()
     targets = batch["targets"][0]
-    assert train.count_targets(batch) == sum(n - 2 for n in (5, 7, 3, 9)) and (targets[batch["doc"][0] == -1] == -100).all()
+    assert count_targets(batch) == sum(n - 2 for n in (5, 7, 3, 9)) and (targets[batch["doc"][0] == -1] == -100).all()
 
 
 # Whole runs
@@ -165,7 +167,7 @@ def test_the_held_out_loss_is_that_of_each_response_token_once(shop, capsys):
     finetune(shop, "--out_dir=loss", "--max_iters=1", "--batch_size=3", "--val_fraction=0.3")
     with contextlib.chdir(shop):
         model, tokenizer = checkpoint.restore(checkpoint.load("base/ckpt_best.pt"), "base")
-        learn, held_out = ft.split(configure(ft.Config, ["--dataset=rows.jsonl", "--val_fraction=0.3"]))
+        learn, held_out = split_rows(configure(ft.Config, ["--dataset=rows.jsonl", "--val_fraction=0.3"]))
     assert len(held_out) == 6 and sorted(row["prompt"] for _, row in learn + held_out) == sorted(p["prompt"] for p in PAIRS)
     nats = []
     for _, row in held_out:
@@ -283,17 +285,17 @@ def test_it_learns(shop, argv):
         ckpt = checkpoint.load(path)
         model, tokenizer = checkpoint.restore(ckpt, path)
         if "--rank=8" in argv:
-            checkpoint.restore_adapters(adapter(shop, "learned"), "learned/adapter.pt", ckpt, path, model)
-    prompts = [sample.prompt_ids(tokenizer, p["prompt"] + "\n") for p in PAIRS]
-    told, _ = sample.finish(sample.generate(model, prompts, 20, temperature=0, stop=tokenizer.eot))
+            checkpoint.Checkpoint(path, ckpt, "learned/adapter.pt", adapter(shop, "learned")).restore_adapters(model)
+    prompts = [prompt_ids(tokenizer, p["prompt"] + "\n") for p in PAIRS]
+    told, _ = complete(sample.generate(model, prompts, 20, temperature=0, stop=tokenizer.eot))
     assert np.mean([tokenizer.decode(row) == p["response"] for row, p in zip(told, PAIRS)]) > 0.9
 
 
 # The built-in task
 
 def test_no_moral_story_is_in_two_places():
-    rows = [row["prompt"] for row in toy_stories.moral_rows(400, ft.MORAL_SEED)]
-    learn, held_out = ft.split(ft.Config())
+    rows = [row["prompt"] for row in toy_stories.moral_rows(400, MORAL_SEED)]
+    learn, held_out = split_rows(ft.Config())
     assert [row["prompt"] for _, row in learn + held_out] == rows and len(set(rows)) == 400 and len(learn) == 200
     pretrained = {text for text, _ in toy_stories.stories(prepare.Config().num_stories, prepare.Config().seed)}
     for prompt in rows:
@@ -320,8 +322,8 @@ def test_the_morals_are_counted_right(shop, monkeypatch):
     share = np.mean([row["response"] == toy_stories.ANSWERS[3] for _, row in rows])
     ids = [*tokenizer.encode(toy_stories.ANSWERS[3]), tokenizer.eot]
     model = build(vocab_size=tokenizer.vocab_size, block_size=160)
-    monkeypatch.setattr(probes, "completion_nats", lambda model, tokenizer, pairs, compute: [completion != toy_stories.ANSWERS[3] for _, completion in pairs])
-    monkeypatch.setattr(ft, "generate", lambda model, prompts, n, temperature, stop: iter([[i] * len(prompts) for i in ids[:-1]]))
+    monkeypatch.setattr(ft, "completion_nats", lambda model, tokenizer, pairs, compute: [completion != toy_stories.ANSWERS[3] for _, completion in pairs])
+    monkeypatch.setattr(ft, "generate", lambda model, prompts, n, temperature, stop: iter([[sample.Row([], ids[:-1]) for _ in prompts]]))
     unsaid = [row["response"] == toy_stories.ANSWERS[3] for _, row in rows if row["response"][3:-1] not in row["prompt"]]
     line = ft.moral_lines(model, tokenizer, rows, "{prompt}\n", CPU).splitlines()[0]
     assert line == (f"moral of 60 held-out stories: answered word for word {share:.1%} ({sum(unsaid)} of the {len(unsaid)} that leave it unsaid), "

@@ -16,6 +16,7 @@ import checkpoint
 import eval as evaluation
 import export_onnx
 import finetune_lora
+import rows
 import hf
 import lora
 import onnx_model
@@ -50,10 +51,10 @@ def good(tmp_path_factory):
         write_parquet("c.parquet", DOCS)
         prepare.prepare(configure(prepare.Config, ["--dataset=c.txt", "--name=d", "--vocab_size=300"]))
         tokenizer = Tokenizer.load("data/d/tokenizer.json")
-        checkpoint.save("ckpt.pt", Transformer(ModelConfig(vocab_size=300, n_layer=1, n_embd=8, n_head=1)), tokenizer, {"seed": 1}, 7, 2.5, 2.25)
+        checkpoint.save("ckpt.pt", Transformer(ModelConfig(vocab_size=300, n_layer=1, n_embd=8, n_head=1)), tokenizer, {"seed": 1}, checkpoint.RunState(7, 2.5, 2.25))
         model = Transformer(ModelConfig(vocab_size=300, n_layer=1, n_embd=8, n_head=1))
         lora.inject(model, lora.LoRAConfig(rank=1))
-        checkpoint.save_adapters("adapter.pt", model, "ckpt.pt", checkpoint.fingerprint(checkpoint.load("ckpt.pt")), asdict(finetune_lora.Config(rank=1)), 7, 2.5, 2.25)
+        checkpoint.save_adapters("adapter.pt", model, "ckpt.pt", checkpoint.fingerprint(checkpoint.load("ckpt.pt")), asdict(finetune_lora.Config(rank=1)), checkpoint.RunState(7, 2.5, 2.25))
         onnx_folder("o", onnx_model.describe(ModelConfig(vocab_size=300, n_layer=1, n_embd=8, n_head=1), tokenizer, "", "", "whose"), tokenizer)
         rows = [{"prompt": "a", "response": "b"}, {"instruction": "a", "input": "", "output": "b"}, {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
         Path("r.json").write_text(json.dumps(rows))
@@ -87,7 +88,7 @@ def read_checkpoint(folder):
 def read_adapter(folder):
     path, base = str(folder / "adapter.pt"), str(folder / "ckpt.pt")
     adapter, ckpt = checkpoint.load(path, checkpoint.ADAPTER_KEYS), checkpoint.load(base)
-    checkpoint.restore_adapters(adapter, path, ckpt, base, checkpoint.restore(ckpt, base)[0])
+    checkpoint.Checkpoint(base, ckpt, path, adapter).restore_adapters(checkpoint.restore(ckpt, base)[0])
 
 
 def read_onnx(folder):
@@ -96,7 +97,7 @@ def read_onnx(folder):
 
 
 def read_rows(suffix):
-    return lambda folder: finetune_lora.conversations(finetune_lora.read_rows(str(folder / f"r{suffix}")))
+    return lambda folder: rows.conversations(rows.read_rows(str(folder / f"r{suffix}")))
 
 
 def read_documents(suffix):

@@ -5,6 +5,7 @@ import os
 import random
 import resource
 import time
+from data import document_slices, prompt_ids
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -25,6 +26,7 @@ from config import Refusal, configure
 from interop import hf_folder
 from interop.any_tokenizer import from_tokenizer_json, load_tokenizer
 from model import Transformer
+from score import token_nats
 from test_model import redraw
 from test_parity import SCALE, preset
 from test_prepare import DOCS
@@ -192,7 +194,7 @@ MODELS = {"llama": ("llama", {"n_kv_head": 2}), "biases": ("llama", {"bias": Tru
 def save(path, name="llama", tokenizer=OURS, **more):
     preset_, keys = MODELS[name]
     model = redraw(Transformer(preset(preset_, **{"vocab_size": tokenizer.vocab_size, "block_size": 256, "n_layer": 2} | keys | more)), SCALE).eval()
-    checkpoint.save(str(path), model, tokenizer, {}, 1, 2.0, 2.0)
+    checkpoint.save(str(path), model, tokenizer, {}, checkpoint.RunState(1, 2.0, 2.0))
     return model
 
 
@@ -212,9 +214,10 @@ def test_out_and_in_again(name, tmp_path):
     same_logits(model, peer.eval(), 300)
     for text in texts(60):
         if EOT not in text:
-            assert tokenizer(text).input_ids == sample.prompt_ids(OURS, text) and tokenizer.decode(OURS.encode(text)) == text
-    prompt = sample.prompt_ids(OURS, "the cat")
-    greedy = [ids[0] for ids in sample.generate(model, [prompt], 60, temperature=0, stop=OURS.eot)]
+            assert tokenizer(text).input_ids == prompt_ids(OURS, text) and tokenizer.decode(OURS.encode(text)) == text
+    prompt = prompt_ids(OURS, "the cat")
+    *_, [row] = sample.generate(model, [prompt], 60, temperature=0, stop=OURS.eot)
+    greedy = row.ids
     theirs = peer.generate(**tokenizer("the cat", return_tensors="pt"), do_sample=False, max_new_tokens=60)[0, len(prompt):]
     assert peer.generate(**tokenizer("", return_tensors="pt"), max_new_tokens=1).shape == (1, 2) and tokenizer.model_max_length == 256
     assert len(set(greedy)) > 3 and theirs.tolist()[:len(greedy)] == greedy and (len(greedy) == 60 or theirs[len(greedy)] == OURS.eot)
@@ -374,9 +377,9 @@ def test_data_for_a_foreign_tokenizer_is_each_document_as_sample_and_eval_have_i
     assert evaluation.encode(whole, False, its).tolist() == data["train"].tolist()
     starts = np.r_[0, np.flatnonzero(data["train"] == its.eot) + 1]
     for start, text in zip(starts, documents[:3]):
-        ids = sample.prompt_ids(its, text)[its.bos == its.eot:]
+        ids = prompt_ids(its, text)[its.bos == its.eot:]
         assert data["train"][start:start + len(ids)].tolist() == ids
-    assert [ids.tolist() for ids in islice(train.documents_of(data["train"], its), 3)] == [its.encode(text) for text in documents[:3]]
+    assert [ids.tolist() for ids in islice(document_slices(data["train"], its), 3)] == [its.encode(text) for text in documents[:3]]
 
 
 def test_logits_of_one_row_that_are_too_many_are_made_in_parts(monkeypatch):
@@ -394,7 +397,7 @@ def test_loss_is_of_the_text_and_its_end_not_of_the_bos_before_it():
     subject, documents = evaluation.Subject("a", "a", 1, model, tokenizer, "d", "none"), ["the cat", "a cat"] * 20
     found, columns = evaluation.likelihood(subject, documents, True, CPU, evaluation.Config(resamples=1000))
     ids = evaluation.encode(documents, True, tokenizer)
-    nats = train.token_nats(model, ids, 64, CPU).astype(np.float64)
+    nats = token_nats(model, ids, 64, CPU).astype(np.float64)
     assert columns[:, 0].sum() == pytest.approx(nats[ids[1:] != tokenizer.bos].sum()) and found["bytes"] == sum(map(len, documents))
 
 
@@ -638,7 +641,7 @@ def test_our_adapter_in_peft_and_back(name, keys, tmp_path):
     plain = base(torch.arange(60)[None]).logits
     sha256 = checkpoint.fingerprint(checkpoint.load(str(tmp_path / "ckpt.pt")))
     adapted(model, cfg)
-    checkpoint.save_adapters(str(tmp_path / "adapter.pt"), model, str(tmp_path / "ckpt.pt"), sha256, asdict(cfg) | {"template": "A: {prompt}"}, 1, 2.0, 2.0)
+    checkpoint.save_adapters(str(tmp_path / "adapter.pt"), model, str(tmp_path / "ckpt.pt"), sha256, asdict(cfg) | {"template": "A: {prompt}"}, checkpoint.RunState(1, 2.0, 2.0))
     export(tmp_path, "--adapter=.", "--to=theirs")
     peer = peft.PeftModel.from_pretrained(base, str(tmp_path / "theirs")).eval()
     same_logits(model, peer, 300)
@@ -651,7 +654,7 @@ def test_our_adapter_in_peft_and_back(name, keys, tmp_path):
         export(tmp_path, "--out_dir=other.pt", "--adapter=hf:theirs", "--to=n")
     path, ckpt = str(tmp_path / "back/adapter.pt"), checkpoint.load(str(tmp_path / "ckpt.pt"))
     again, found = checkpoint.restore(ckpt, "ckpt.pt")[0], checkpoint.load(path, checkpoint.ADAPTER_KEYS)
-    checkpoint.restore_adapters(found, path, ckpt, "ckpt.pt", again)
+    checkpoint.Checkpoint("ckpt.pt", ckpt, path, found).restore_adapters(again)
     same_logits(again, peer, 300)
     if name != "gpt2":
         assert all(torch.equal(found["adapters"][key], x) for key, x in lora.state_dict(model).items()) and found["config"]["rank"] == 3
@@ -681,7 +684,7 @@ def test_an_adapter_of_peft_comes_in(kind, keys, tmp_path, capsys):
     ckpt, found = checkpoint.load(f"hf:{tmp_path}/base"), checkpoint.load(str(tmp_path / "ours/adapter.pt"), checkpoint.ADAPTER_KEYS)
     assert found["config"]["lora_dropout"] == keys.get("lora_dropout", 0)
     model = checkpoint.restore(ckpt, "base")[0]
-    checkpoint.restore_adapters(found, "ours", ckpt, "base", model)
+    checkpoint.Checkpoint("base", ckpt, "ours", found).restore_adapters(model)
     same_logits(model, made, 300)
     lora.merge(model)
     same_logits(model, made, 300)

@@ -19,7 +19,7 @@ def redraw(model, scale=1.0):
     for name, p in model.named_parameters():
         noise = torch.randn(p.shape, generator=g)
         gain = "norm" in name and name.endswith("weight")
-        p.data = 1 + 0.2 * noise if gain else 0.2 * noise if p.dim() == 1 else noise * scale * p.size(-1) ** -0.5
+        p.data = 1 + 0.2 * noise if gain else 0.2 * noise if p.dim() <= 1 else noise * scale * p.size(-1) ** -0.5
     return model
 
 
@@ -123,6 +123,43 @@ def test_a_cached_document_can_be_followed_by_another():
         torch.testing.assert_close(second, model(idx[:, 5:])[0], rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("pos", POSITIONS)
+def test_rows_are_rewound_apart(pos, documents):
+    """Each row forgets as many tokens as it is told to, goes on with others, and computes what it would have alone."""
+    model, first, second, T = build(pos=pos, n_kv_head=2).double(), tokens(3, 10), tokens(3, 6, seed=2), 10
+    counts = [0, 3, 7]
+    doc = torch.tensor([[0] * 4 + [1] * 6] * 3) if documents else None
+    with torch.no_grad():
+        cache = KVCache(model, 3, 24)
+        model(first, cache=cache, doc=doc)
+        cache.rewind(counts)
+        assert cache.lengths.tolist() == [10, 7, 3] and cache.length == 10 and not cache.is_level
+        rest = torch.cat([model(part, cache=cache)[0] for part in second.split((1, 4, 1), 1)], 1)
+        for row, count in enumerate(counts):
+            whole = torch.cat((first[row, : T - count], second[row]))[None]
+            row_doc = None
+            if documents:
+                row_doc = torch.cat((doc[row, : T - count], doc[row, T - count - 1].repeat(6)))[None]
+            torch.testing.assert_close(rest[row], model(whole, doc=row_doc)[0][0, T - count :], rtol=0, atol=1e-12)
+        cache.rewind([6, 3, 0])  # level again
+        assert cache.is_level or cache.lengths.tolist() == [10, 10, 9]
+    with pytest.raises(ValueError, match="cannot rewind 25 tokens"):
+        cache.rewind([25, 0, 0])
+
+
+@pytest.mark.parametrize("pos", POSITIONS)
+def test_a_document_past_block_size_is_refused_and_several_within_are_not(pos):
+    model = build(pos=pos)
+    with pytest.raises(ValueError, match="25 tokens do not fit in block_size=24"):
+        model(tokens(1, 25), doc=torch.zeros(1, 25, dtype=torch.long))
+    model(tokens(1, 30), doc=torch.tensor([[0] * 15 + [1] * 15]))
+    cache = KVCache(model, 1, 30)
+    model(tokens(1, 20), cache=cache, doc=torch.zeros(1, 20, dtype=torch.long))
+    with pytest.raises(ValueError, match="do not fit in block_size=24"):
+        model(tokens(1, 5), cache=cache)
+
+
 def test_logits_stay_at_block_size_and_are_refused_past_it():
     model = build()
     with torch.no_grad():
@@ -174,7 +211,7 @@ def test_num_params_by_hand():
     gpt = build("layernorm", "post", "learned", "gelu", qk_norm=False)
     block = 4 * C * C + 4 * C + 2 * C * I + C + I + 4 * C
     assert num_params(gpt) == V * C + 24 * C + L * block
-    assert num_params(gpt, positions=False) == V * C + L * block
+    assert num_params(gpt) - num_params(gpt.add_pos) == V * C + L * block
     untied = build(bias=False, tie=False)
     assert num_params(untied) == num_params(model) + V * C
     assert flops_per_token(untied, T) == flops_per_token(model, T) == 6 * num_params(model) + 12 * L * C * T
@@ -258,7 +295,7 @@ def test_rope_is_complex_multiplication_in_float32_after_bfloat16_and_past_256()
     x = torch.randn(1, 2, len(pos), 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     freq = 10000.0 ** (-torch.arange(0, 32, 2, dtype=torch.float64) / 32)
     z = torch.complex(x[..., :16], x[..., 16:]) * torch.polar(torch.ones(()).double(), pos[:, None] * freq)
-    y = rotate(x.float(), *rope.at(pos))
+    y = rotate(x.float(), *rope(pos))
     torch.testing.assert_close(y.double(), torch.cat((z.real, z.imag), -1), rtol=0, atol=5e-4)  # the angle itself is float32
     torch.testing.assert_close(y.norm(dim=-1), x.float().norm(dim=-1))
 
@@ -267,7 +304,7 @@ def test_rope_scores_depend_on_the_offset_only():
     rope = RoPE(ModelConfig(n_head=1, n_embd=32, block_size=1024))
     q, k = torch.randn(2, 1, 1, 1, 32, generator=torch.Generator().manual_seed(0))
     def score(i, j):
-        return (rotate(q, *rope.at(torch.tensor([i]))) * rotate(k, *rope.at(torch.tensor([j])))).sum()
+        return (rotate(q, *rope(torch.tensor([i]))) * rotate(k, *rope(torch.tensor([j])))).sum()
     for shift in 1, 500, 900:
         torch.testing.assert_close(score(20 + shift, 3 + shift), score(20, 3), rtol=1e-3, atol=1e-3)
     assert abs(score(20, 3) - score(20, 4)) > 1e-3
@@ -276,9 +313,9 @@ def test_rope_scores_depend_on_the_offset_only():
 def test_tables_move_and_stay_float32_and_are_not_saved():
     for pos in "rope", "sinusoidal":
         model = build(pos=pos).to(torch.bfloat16)
-        table = (model.rope or model.add_pos).cos
+        table = (model.rotary or model.add_pos).cos
         assert table.dtype == torch.float32
-        assert torch.equal(table, (build(pos=pos).rope or build(pos=pos).add_pos).cos)
+        assert torch.equal(table, (build(pos=pos).rotary or build(pos=pos).add_pos).cos)
         assert not any("cos" in key for key in model.state_dict())
         assert model(tokens())[0].dtype == torch.bfloat16
 

@@ -67,7 +67,8 @@ def test_greedy_text_is_theirs(name, more):
     model = redraw(Transformer(preset(name, **more)), SCALE).eval()
     prompt = torch.randint(V, (2, 5), generator=torch.Generator().manual_seed(1))
     theirs = to_transformers(model).generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=60, pad_token_id=0)[:, 5:]
-    ours = torch.tensor(list(generate(model, prompt.tolist(), 60, temperature=0))).T
+    *_, rows = generate(model, prompt.tolist(), 60, temperature=0)
+    ours = torch.tensor([row.ids for row in rows])
     assert ours.unique().numel() > 10 and torch.equal(ours, theirs)
 
 

@@ -71,7 +71,7 @@ def gradient(path, n, rank, env):
     targets[0, :15], targets[1, :3], targets[4, 5:] = -100, -100, -100  # unequal numbers of targets
     batch = {key: x.chunk(n)[rank] for key, x in (("idx", idx), ("targets", targets))}
     loss, norm = train.train_step(model, [torch.optim.SGD(model.parameters(), lr=1.0)], [batch], compute)
-    torch.save((loss, norm, [b - p.detach() for b, p in zip(before, model.parameters())]), f"{path}.{rank}")
+    torch.save((loss.item(), norm.item(), [b - p.detach() for b, p in zip(before, model.parameters())]), f"{path}.{rank}")
 
 
 @pytest.mark.parametrize("n", [2, 3])
@@ -114,3 +114,34 @@ def test_torchrun_and_a_signal_that_stops_all_at_one_step(lab):
     with contextlib.chdir(lab):
         train.main(configure(train.Config, ["--out_dir=torchrun", "--init_from=resume", f"--max_iters={step + 1}"]))
     assert load(lab, "torchrun")["step"] == step + 1
+
+
+class OneExpertARank(torch.nn.Module):
+    """A parameter that only some processes have a gradient of, as an expert without tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = torch.nn.ParameterList([torch.ones(2), torch.ones(2)])
+
+    def forward(self, batch):
+        return (self.experts[batch["expert"]] * batch["x"]).sum()
+
+
+def unequal_gradients(path, rank, env):
+    os.environ.update(env)
+    compute = resolve("cpu", "float32", "false", join=True)
+    model = OneExpertARank()
+    batch = {"expert": rank, "x": torch.tensor([1.0, 2.0])}
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    train.train_step(model, [optimizer], [batch], compute, loss_fn=lambda model, batch: model(batch), count=lambda batch: torch.tensor(1))
+    torch.save([p.detach() for p in model.parameters()], f"{path}.{rank}")
+
+
+def test_a_parameter_without_a_gradient_on_one_process_counts_as_zeros_there(tmp_path):
+    running = [fork.Process(target=unequal_gradients, args=(tmp_path / "w", rank, env)) for rank, env in enumerate(ranks(2))]
+    for process in running:
+        process.start()
+    assert [finish(process) for process in running] == [0, 0]
+    for rank in range(2):
+        weights = torch.load(tmp_path / f"w.{rank}")
+        assert all(w.tolist() == [0.5, 0.0] for w in weights)  # 1 - (1, 2) / 2 of two processes' targets

@@ -18,9 +18,11 @@ from torch.utils.cpp_extension import COMMON_NVCC_FLAGS
 import rmsnorm
 import train
 from config import configure
+from data import padded, to
 from device import resolve
-from model import ModelConfig, Transformer, use_rmsnorm
+from model import ModelConfig, Transformer
 from optim import make_optimizers
+from rmsnorm import use_rmsnorm
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 TORCH = os.path.dirname(torch.__file__)
@@ -207,7 +209,7 @@ def test_a_model_trains_alike(device, norm_position, dtype, compiled):
         optimizers = make_optimizers(model, cfg, compute)
         step = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
         idx = torch.randint(50, (2, 17), generator=torch.Generator().manual_seed(3))
-        batch = train.to(train.padded(idx, 16), device)
+        batch = to(padded(idx, 16), device)
         losses[ops] = [train.train_step(step, optimizers, [batch], compute) for _ in range(3)]
         assert model.state_dict().keys() == tiny(norm_position=norm_position).state_dict().keys()  # a checkpoint does not know
     torch.testing.assert_close(torch.tensor(losses[rmsnorm.CUDA]), torch.tensor(losses[rmsnorm.TORCH]), rtol=3e-5 if dtype == "float32" else 2e-2, atol=0)

@@ -5,8 +5,14 @@ import pytest
 import torch
 
 from model import ModelConfig, Transformer
-from sample import finish, generate, next_token, penalized
+from sample import generate, next_token, penalized
 from test_model import build, tokens
+
+
+def complete(steps):
+    """Runs generate() to its end: ([the ids of each row], [why each ended])."""
+    *_, rows = steps
+    return [row.ids for row in rows], [row.end for row in rows]
 
 
 def greedy(model, prompt, n):
@@ -54,7 +60,7 @@ def test_repetition_penalty_makes_seen_tokens_less_likely_whatever_their_sign():
 
 def test_repetition_penalty_sees_prompt_and_output():
     model = build()
-    ids, _ = finish(generate(model, [[1, 2, 3]], 12, temperature=0, repetition_penalty=1e9))
+    ids, _ = complete(generate(model, [[1, 2, 3]], 12, temperature=0, repetition_penalty=1e9))
     assert len({1, 2, 3, *ids[0]}) == 15
 
 
@@ -62,7 +68,7 @@ def test_repetition_penalty_sees_prompt_and_output():
 def test_greedy_is_the_plain_loop_for_prompts_of_different_lengths(pos):
     model = build(pos=pos, n_kv_head=2)
     prompts = [tokens(1, n, seed=n)[0].tolist() for n in (1, 7, 4, 12)]
-    rows, ended = finish(generate(model, prompts, 12, temperature=0))
+    rows, ended = complete(generate(model, prompts, 12, temperature=0))
     assert rows == [greedy(model, p, 12) for p in prompts] and ended == ["length"] * 4
 
 
@@ -71,7 +77,7 @@ def test_each_row_has_its_own_stop_and_the_others_go_on_as_if_alone():
     prompts = [tokens(1, n, seed=n)[0].tolist() for n in (3, 9, 5, 2)]
     alone = [greedy(model, p, 14) for p in prompts]
     stop = alone[1][2]
-    rows, ended = finish(generate(model, prompts, 14, temperature=0, stop=stop))
+    rows, ended = complete(generate(model, prompts, 14, temperature=0, stop=stop))
     for row, end, want in zip(rows, ended, alone):
         assert row == (want[:want.index(stop)] if stop in want else want)
         assert end == ("stop" if stop in want else "length")
@@ -82,7 +88,7 @@ def test_the_end_of_the_context():
     model = build()  # block_size 24
     for n in 23, 24:  # a full window still says what comes next
         prompt = tokens(1, n)[0].tolist()
-        rows, ended = finish(generate(model, [prompt], 10, temperature=0))
+        rows, ended = complete(generate(model, [prompt], 10, temperature=0))
         assert rows == [greedy(model, prompt, 25 - n)] and ended == ["block_size"]
     with pytest.raises(ValueError, match="25 tokens and the context 24"):
         next(generate(model, [tokens(1, 25)[0].tolist()], 10))
@@ -90,26 +96,26 @@ def test_the_end_of_the_context():
         next(generate(model, [[]], 10))
     # in a batch each row has its own end
     prompts = [tokens(1, n, seed=n)[0].tolist() for n in (20, 6)]
-    rows, ended = finish(generate(model, prompts, 30, temperature=0))
+    rows, ended = complete(generate(model, prompts, 30, temperature=0))
     assert ended == ["block_size"] * 2 and rows == [greedy(model, prompts[0], 5), greedy(model, prompts[1], 19)]
 
 
 @pytest.mark.parametrize("n", [3, 23, 24, 25, 60])
 def test_recompute_goes_on_from_the_last_half_of_the_window(n):
     model, prompt = build(), tokens(1, n)[0].tolist()
-    rows, ended = finish(generate(model, [prompt, [5, 6]], 50, temperature=0, past_end="recompute"))
+    rows, ended = complete(generate(model, [prompt, [5, 6]], 50, temperature=0, past_end="recompute"))
     window, want = prompt if n <= 24 else prompt[-12:], []
     for _ in range(50):
         want += greedy(model, window, 1)
         window = window + want[-1:]
         window = window[-12:] if len(window) > 24 else window
     assert rows[0] == want and ended == ["length"] * 2
-    assert rows[1] == finish(generate(model, [[5, 6]], 50, temperature=0, past_end="recompute"))[0][0]
+    assert rows[1] == complete(generate(model, [[5, 6]], 50, temperature=0, past_end="recompute"))[0][0]
 
 
 def test_the_same_seed_gives_the_same_text_and_another_seed_another():
     model = build()
-    a, b, c = (finish(generate(model, [[1], [1]], 16, temperature=1.0, seed=s))[0] for s in (1, 1, 2))
+    a, b, c = (complete(generate(model, [[1], [1]], 16, temperature=1.0, seed=s))[0] for s in (1, 1, 2))
     assert a == b != c
     assert a[0] != a[1]  # the first token is drawn a row
 
@@ -119,7 +125,7 @@ def test_generating_leaves_training_alone():
     torch.manual_seed(5)
     want = torch.rand(1)
     torch.manual_seed(5)
-    finish(generate(model, [[1]], 5))
+    complete(generate(model, [[1]], 5))
     assert model.training and torch.equal(torch.rand(1), want)
 
 
@@ -127,7 +133,7 @@ def test_sampled_first_tokens_follow_the_model():
     model = build()
     p = model(torch.tensor([[7]]))[0][0, -1].softmax(-1).detach()
     n = 4000
-    ids = next(generate(model, [[7]] * n, 1, temperature=1.0, top_k=0))
+    ids = [row.new for row in next(generate(model, [[7]] * n, 1, temperature=1.0, top_k=0))]
     counts = torch.tensor(ids).bincount(minlength=61).double()
     chi2 = ((counts - n * p) ** 2 / (n * p)).sum().item()
     assert chi2 < 60 + 4 * math.sqrt(2 * 60), chi2

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from data import count_targets, epoch_starts, training_rows
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,6 +22,7 @@ import train
 from config import Refusal, configure
 from device import resolve
 from model import ModelConfig
+from score import document_nats, evaluate, floor_line, token_nats
 from test_model import build, tokens
 
 ROOT = Path(__file__).parents[1]
@@ -69,26 +71,26 @@ def same(a, b):
 
 def test_targets_are_inputs_shifted_by_one_and_an_epoch_sees_each_block_once():
     data, T = np.arange(1000, dtype=np.uint16), 10
-    per_epoch = len(train.epoch_starts(len(data), T, 7, 0))
-    batch = train.training_rows(data, T, 7, 0, per_epoch)
+    per_epoch = len(epoch_starts(len(data), T, 7, 0))
+    batch = training_rows(data, T, 7, 0, per_epoch)
     assert torch.equal(batch["idx"] + 1, batch["targets"]) and batch["idx"].dtype == torch.int64
-    first, again = batch["idx"][:, 0], train.training_rows(data, T, 7, per_epoch, per_epoch)["idx"][:, 0]
+    first, again = batch["idx"][:, 0], training_rows(data, T, 7, per_epoch, per_epoch)["idx"][:, 0]
     assert per_epoch == 99 and (first.sort().values.diff() == T).all() and (again.sort().values.diff() == T).all()
     assert not torch.equal(again - again.min(), first - first.min()) and not (first.diff() > 0).all()
 
 
 def test_a_row_depends_on_its_number_alone():
     data, T = np.arange(5000, dtype=np.uint16), 16
-    whole = train.training_rows(data, T, 1, 0, 640)["idx"]
-    parts = torch.cat([train.training_rows(data, T, 1, first, 5)["idx"] for first in range(0, 640, 5)])
+    whole = training_rows(data, T, 1, 0, 640)["idx"]
+    parts = torch.cat([training_rows(data, T, 1, first, 5)["idx"] for first in range(0, 640, 5)])
     assert torch.equal(whole, parts)
-    assert not torch.equal(whole, train.training_rows(data, T, 2, 0, 640)["idx"])
+    assert not torch.equal(whole, training_rows(data, T, 2, 0, 640)["idx"])
 
 
 @pytest.mark.parametrize("n", [11, 12, 19, 20, 21, 25, 30, 31])
 def test_rows_stay_inside_a_short_split(n):
     for seed in range(20):
-        batch = train.training_rows(np.arange(n, dtype=np.uint16), 10, seed, 0, 5)
+        batch = training_rows(np.arange(n, dtype=np.uint16), 10, seed, 0, 5)
         assert batch["targets"].shape == (5, 10) and torch.equal(batch["idx"] + 1, batch["targets"])
 
 
@@ -152,7 +154,7 @@ def test_k_accumulation_steps_are_one_k_times_batch(optimizer, dtype):
         for g in optimizers[0].param_groups:
             g["eps"] = 1.0
         loss, norm = train.train_step(model, optimizers, batches, compute, (0, 0), grad_clip=1.0)
-        return loss, norm, [p.detach() for p in model.parameters()]
+        return loss.item(), norm.item(), [p.detach() for p in model.parameters()]
 
     in_order, thirds = torch.arange(6), [2, 2, 2]
     loss, norm, params = update(in_order, thirds)
@@ -175,6 +177,36 @@ def test_a_loss_that_is_not_finite_changes_nothing():
     assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(model.parameters(), before))
 
 
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_a_step_that_is_not_finite_leaves_no_trace(optimizer):
+    """Weights, moments and the counts of steps: a run with such a step in it is, to the bit, the one without."""
+    def loss(model, batch):
+        return train.next_token_loss(model, {key: batch[key] for key in ("idx", "targets")}) * batch["factor"]
+
+    runs = []
+    for factors in [1.0, 1.0, 1.0], [1.0, math.nan, 1.0, math.inf, 1.0]:
+        model = build().train()
+        optimizers = train.make_optimizers(model, train.Config(optimizer=optimizer), CPU)
+        seed = 0
+        for factor in factors:
+            batch = {"idx": tokens(seed=seed), "targets": tokens(seed=seed + 9)}
+            batch["factor"] = factor
+            step_loss, norm = train.train_step(model, optimizers, [batch], CPU, (0, seed), grad_clip=1.0, loss_fn=loss)
+            assert train.is_usable(step_loss.item(), norm.item(), None) == (factor == 1.0)
+            seed += factor == 1.0
+        runs.append((model.state_dict(), [o.state_dict()["state"] for o in optimizers]))
+    assert same(*runs)
+
+
+def test_a_run_whose_loss_is_not_finite_names_the_step_and_keeps_its_checkpoint(lab, monkeypatch):
+    batches = train.Pretraining.batches
+    monkeypatch.setattr(train.Pretraining, "count", staticmethod(lambda batch: torch.tensor(batch.pop("count"))))
+    monkeypatch.setattr(train.Pretraining, "batches", lambda self, step: [b | {"count": 0 if step == 6 else 64} for b in batches(self, step)])
+    with pytest.raises(Refusal, match="the loss is (nan|inf) and its gradient norm .* at step 6; .*the last checkpoint in naned is as it was") as e:
+        run_train(lab, "--out_dir=naned", "--log_interval=5")
+    assert e.value.status == 1 and load(lab, "naned")["step"] == 4
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_targets_are_counted_exactly(dtype):
     """Where every target costs one nat, the mean is 1 to the bit, however many there are: a sum in bfloat16 would stop at 256."""
@@ -183,13 +215,13 @@ def test_targets_are_counted_exactly(dtype):
     class OneNat(torch.nn.Module):
         def forward(self, idx, targets, reduction):
             return None, (targets != -100).sum().float()
-    assert train.evaluate(OneNat(), data, 24, 700, compute) == 1.0
+    assert evaluate(OneNat(), data, 24, 700, compute) == 1.0
     targets = torch.zeros(3, 1000, dtype=torch.long)
     targets[1, 7:] = -100
     weight = torch.nn.Parameter(torch.ones(()))
     loss, norm = train.train_step(torch.nn.Module(), [torch.optim.SGD([weight], lr=0.5)], [{"targets": t} for t in targets.split(1)], compute,
-                                  loss_fn=lambda _, batch: weight * train.count_targets(batch))
-    assert (loss, norm, weight.item()) == (1.0, 1.0, 0.5)
+                                  loss_fn=lambda _, batch: weight * count_targets(batch))
+    assert (loss.item(), norm.item(), weight.item()) == (1.0, 1.0, 0.5)
 
 
 def test_evaluate_counts_each_target_once():
@@ -197,10 +229,10 @@ def test_evaluate_counts_each_target_once():
     with torch.no_grad():
         nats = sum(model(torch.from_numpy(data[i:i + 25][:-1].astype(np.int64))[None], torch.from_numpy(data[i + 1:i + 25].astype(np.int64))[None],
                          reduction="sum")[1].item() for i in range(0, 106, 24))
-    assert train.evaluate(model, data, 24, 2, CPU) == pytest.approx(nats / 106, rel=1e-5)
-    each = train.token_nats(model, data, 24, CPU)  # five blocks, the last of 10 targets
-    assert train.evaluate(model, data, 24, 2, CPU, tokens=48) == pytest.approx(np.r_[each[:24], each[96:]].mean(), rel=1e-5)
-    assert train.evaluate(model, data[:25], 24, 2, CPU, tokens=48) == pytest.approx(each[:24].mean(), rel=1e-5)
+    assert evaluate(model, data, 24, 2, CPU) == pytest.approx(nats / 106, rel=1e-5)
+    each = token_nats(model, data, 24, CPU)  # five blocks, the last of 10 targets
+    assert evaluate(model, data, 24, 2, CPU, tokens=48) == pytest.approx(np.r_[each[:24], each[96:]].mean(), rel=1e-5)
+    assert evaluate(model, data[:25], 24, 2, CPU, tokens=48) == pytest.approx(each[:24].mean(), rel=1e-5)
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.1, 1e9])
@@ -209,18 +241,18 @@ def test_a_gradient_is_clipped_to_its_norm(clip):
     before = [p.detach().clone() for p in model.parameters()]
     _, norm = train.train_step(model, [torch.optim.SGD(model.parameters(), lr=1.0)], [{"idx": tokens(), "targets": tokens()}], CPU, grad_clip=clip)
     moved = torch.cat([(a - b).flatten() for a, b in zip(model.parameters(), before)]).norm()
-    assert norm > 0.2 and moved.item() == pytest.approx(min(norm, clip or math.inf), rel=1e-3)
+    assert norm > 0.2 and moved.item() == pytest.approx(min(norm.item(), clip or math.inf), rel=1e-3)
 
 
 def test_document_nats_are_each_documents_own():
     model, documents = build(), [[5, 6, 7], [1], list(range(1, 20))]
-    got = train.document_nats(model, documents, 0, 0, CPU, batch_size=2)
+    got = document_nats(model, documents, 0, 0, CPU, batch_size=2)
     with torch.no_grad():
         for d, nats in zip(documents, got):
             logp = model(torch.tensor([[0, *d]]))[0][0].log_softmax(-1)
             assert nats == pytest.approx(-sum(logp[i, t].item() for i, t in enumerate([*d, 0])), rel=1e-5)
     with pytest.raises(ValueError, match="block_size=24"):
-        train.document_nats(model, [[1] * 24], 0, 0, CPU)
+        document_nats(model, [[1] * 24], 0, 0, CPU)
 
 
 # Whole runs
@@ -245,9 +277,9 @@ def test_a_setting_that_came_later_has_its_default():
     saved = {key: value for key, value in asdict(ModelConfig(n_embd=96, n_head=2, vocab_size=300)).items() if key != "head_dim"}
     for resume in True, False:
         ckpt = {"config": {}, "model_config": saved}
-        assert train.inherit(configure(train.Config, []), ckpt, "old.pt", resume).head_dim == 48
+        assert checkpoint.inherit(configure(train.Config, []), ckpt, "old.pt", resume).head_dim == 48
         with pytest.raises(Refusal, match="head_dim=0, which cannot become 16"):
-            train.inherit(configure(train.Config, ["--head_dim=16"]), ckpt, "old.pt", resume)
+            checkpoint.inherit(configure(train.Config, ["--head_dim=16"]), ckpt, "old.pt", resume)
 
 
 def test_resume_keeps_what_was_saved_and_refuses_another_model_or_data(lab):
@@ -348,7 +380,7 @@ def test_a_wandb_that_does_not_start_is_one_line_and_leaves_nothing(lab, tmp_pat
 
 def test_other_runs_and_a_run_without_a_checkpoint_are_not_in_the_way(tmp_path):
     def moving(*argv):
-        return train.in_the_way(configure(train.Config, [f"--out_dir={out}", *argv]))
+        return train.is_in_the_way(configure(train.Config, [f"--out_dir={out}", *argv]))
     out = tmp_path / "out"
     for path in "demo/ckpt.pt", "lora/adapter_best.pt", "log.jsonl":
         (out / path).parent.mkdir(parents=True, exist_ok=True)
@@ -415,7 +447,7 @@ def test_no_model_is_below_the_floor(lab):
         train.main(configure(train.Config, [*SMALL, "--n_embd=64", "--n_head=4", "--batch_size=8", "--max_iters=300", "--eval_interval=300", "--out_dir=floor"]))
         model, _ = checkpoint.restore(load(lab, "floor"), "floor")
         texts, logp = zip(*toy_stories.stories(200, seed=99))
-        gap = train.document_nats(model, tokenizer.encode_batch(texts), tokenizer.bos, tokenizer.eot, CPU) + np.array(logp)
+        gap = document_nats(model, tokenizer.encode_batch(texts), tokenizer.bos, tokenizer.eot, CPU) + np.array(logp)
     assert gap.mean() > -3 * gap.std() / len(gap) ** 0.5
     assert gap.mean() < -np.mean(logp)  # and it has learned enough for the comparison to mean something: below twice the floor
 
@@ -435,4 +467,4 @@ def test_floor_line_compares_like_with_like(lab):
                 assert ids[-1] == tokenizer.eot
                 row[0] = -toy_stories.log_prob(tokenizer.decode(ids[:-1]))
             return None, nats
-    assert " 0.0% above" in train.floor_line(Oracle(), tokenizer, data["val"], CPU, n=50)
+    assert " 0.0% above" in floor_line(Oracle(), tokenizer, data["val"], CPU, n=50)

@@ -1,0 +1,97 @@
+"""From ids to batches: which tokens a step sees.
+
+    batch = {"idx": (B, T) int64, "targets": (B, T) int64}     targets are one token ahead, -100 where there is none
+
+Row r of step s is a pure function of (seed, s, r), and micro-batches and processes take slices of a step's rows. So a resumed
+run needs no saved position, and k processes see what one would.
+"""
+
+import functools
+
+import numpy as np
+import torch
+
+from config import Refusal
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_starts(n_tokens, T, seed, epoch):
+    """Returns where the rows of an epoch start: the stream cut into blocks of T from a random offset, in random order."""
+    rng = np.random.default_rng((seed, epoch))
+    n = max(1, (n_tokens - T) // T)
+    offset = rng.integers(min(T, n_tokens - n * T))
+    return offset + T * rng.permutation(n)
+
+
+def training_rows(data, T, seed, first, n):
+    """Returns rows first .. first+n of the endless stream of rows of data, a 1-D array of ids, as a batch of n."""
+    per_epoch = len(epoch_starts(len(data), T, seed, 0))
+    starts = []
+    for row in range(first, first + n):
+        epoch, place = divmod(row, per_epoch)
+        starts.append(epoch_starts(len(data), T, seed, epoch)[place])
+    return blocks(data, starts, T)
+
+
+def blocks(data, starts, T):
+    """Returns a batch of data[start:start + T] for each start; beyond the end of data there is no target."""
+    return padded([data[start : start + T + 1] for start in starts], T)
+
+
+def padded(pieces, T):
+    """Returns pieces of up to T + 1 ids as a batch."""
+    rows = np.full((len(pieces), T + 1), -100, dtype=np.int64)
+    for row, piece in zip(rows, pieces):
+        row[: len(piece)] = piece
+    rows = torch.from_numpy(rows)
+    return {"idx": rows[:, :-1].clamp(min=0), "targets": rows[:, 1:]}
+
+
+def to(batch, device):
+    """Moves a batch to the device, without waiting for a GPU."""
+    if device.type != "cuda":
+        return {key: x.to(device) for key, x in batch.items()}
+    return {key: x.pin_memory().to(device, non_blocking=True) for key, x in batch.items()}
+
+
+def count_targets(batch):
+    """Returns the number of targets of a batch, a tensor on its device: whoever reads it waits for the device."""
+    return (batch["targets"] != -100).sum()
+
+
+def evenly(rows, n):
+    """Returns n of the rows, a 1-D array, evenly spaced; all of them for 0, or where they are no more."""
+    n = min(n or len(rows), len(rows))
+    return rows[np.linspace(0, len(rows) - 1, n).astype(int)]
+
+
+def rows_each(cfg, compute):
+    """Returns how many rows of a step each process takes. Raises Refusal where they cannot be shared evenly."""
+    rows = cfg.gradient_accumulation_steps * cfg.batch_size
+    if rows % compute.world_size:
+        raise Refusal(
+            f"{compute.world_size} processes cannot share the {rows} rows of a step evenly: choose another batch_size"
+        )
+    return rows // compute.world_size
+
+
+def micro_batches(step, cfg, compute):
+    """Returns (first row, number of rows) of each micro-batch of a step that is this process's."""
+    share = rows_each(cfg, compute)
+    start = (step * compute.world_size + compute.rank) * share
+    return [(start + row, min(cfg.batch_size, share - row)) for row in range(0, share, cfg.batch_size)]
+
+
+def document_slices(ids, tokenizer):
+    """Returns the documents of a split that end in it, as slices, without the token that begins each."""
+    ends = np.flatnonzero(ids == tokenizer.eot)
+    starts = [0, *ends + 1]
+    return (ids[start + (ids[start] == tokenizer.bos) : end] for start, end in zip(starts, ends))
+
+
+def prompt_ids(tokenizer, text):
+    """Returns the ids to start from: documents start after end-of-text. A character model may never have seen that token."""
+    ids = tokenizer.encode(text)
+    if tokenizer.kind == "char" and ids:
+        return ids
+    return [tokenizer.bos, *ids]

@@ -1,0 +1,168 @@
+"""What a model's loss is: on a split, on each token, on documents, on completions, and above the toy stories' exact entropy.
+
+All of it in nats, each target once, however many processes share the work.
+"""
+
+import math
+from contextlib import contextmanager
+from itertools import islice
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import toy_stories
+from data import blocks, count_targets, evenly, padded, prompt_ids, document_slices, to
+
+COMPLETION_TOKENS = 8192  # of completions and their contexts in a batch
+
+
+def next_token_loss(model, batch):
+    """Returns the cross-entropy in nats, summed over the batch's targets."""
+    return model(**batch, reduction="sum")[1]
+
+
+@contextmanager
+def evaluating(model):
+    """Puts a model into eval mode, without gradients, and back."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def evaluate(model, data, T, batch_size, compute, tokens=0):
+    """Returns nats a token on a split (1-D array of ids) in blocks of T, each target once; with `tokens` only on about so
+    many, evenly spaced and always the same."""
+    starts = evenly(np.arange(0, len(data) - 1, T), math.ceil(tokens / T))
+    return mean_nats(model, starts, lambda batch_starts: blocks(data, batch_starts, T), batch_size, compute)
+
+
+def mean_nats(model, rows, make_batch, batch_size, compute, loss=next_token_loss):
+    """Returns nats a target over rows (1-D array), of which make_batch(rows) makes a batch. Processes share the batches; the
+    figure does not depend on how many they are."""
+    batches = np.array_split(rows, math.ceil(len(rows) / batch_size))
+    sums = torch.zeros(len(batches), 2, dtype=torch.float64)  # nats and targets of each batch
+    with evaluating(model):
+        for i in range(compute.rank, len(batches), compute.world_size):
+            batch = to(make_batch(batches[i]), compute.device)
+            with compute.autocast():
+                nats = loss(model, batch)
+            sums[i] = torch.tensor([float(nats), float(count_targets(batch))])
+    nats, targets = compute.sum(sums).sum(0).tolist()
+    return nats / targets
+
+
+def token_nats(model, data, T, compute, batch_size=32):
+    """Returns -log p of each token of data (1-D array of ids) but the first, in the blocks of T that evaluate takes:
+    float32 (len(data) - 1,). Target i has i % T + 1 tokens of context."""
+    nats = np.empty(len(data) - 1, np.float32)
+    with evaluating(model):
+        for start in tqdm(
+            range(0, len(nats), T * batch_size), "likelihood", unit="batch", disable=None, leave=False
+        ):
+            starts = range(start, min(start + T * batch_size, len(nats)), T)
+            batch = to(blocks(data, starts, T), compute.device)
+            with compute.autocast():
+                losses = model(**batch, reduction="none")[1].flatten().cpu().numpy()
+            nats[start : start + len(losses)] = losses[: len(nats) - start]
+    return nats
+
+
+def document_nats(model, documents, bos, eot, compute, batch_size=32):
+    """Returns -log p of each document (a list of ids, shorter than block_size) and its end, from its own start after bos:
+    float64 (n,)."""
+    longest = max(map(len, documents)) + 1
+    nats = []
+    with evaluating(model):
+        for start in range(0, len(documents), batch_size):
+            pieces = [[bos, *ids, eot] for ids in documents[start : start + batch_size]]
+            batch = to(padded(pieces, longest), compute.device)
+            with compute.autocast():
+                nats.append(model(**batch, reduction="none")[1].cpu().double().sum(1))
+    return torch.cat(nats).numpy()
+
+
+def completion_nats(model, tokenizer, pairs, compute):
+    """Returns -log p of each completion after its context, in nats: float64 (pairs,).
+
+    pairs: (context, completion). A context too long for the model loses its beginning.
+    """
+    rows = []
+    lengths = []  # of the completions, in tokens
+    for context, completion in pairs:
+        ids = tokenizer.encode_more(completion)
+        row = prompt_ids(tokenizer, context) + ids
+        rows.append(row[-model.config.block_size - 1 :])
+        lengths.append(len(ids))
+    nats = np.zeros(len(rows))
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    with evaluating(model), tqdm(total=len(rows), desc="probes", disable=None, leave=False) as bar:
+        while order:
+            longest = len(rows[order[-1]])
+            batch_size = max(1, COMPLETION_TOKENS // longest)
+            batch = order[-batch_size:]
+            del order[-batch_size:]
+            batch_rows = [rows[i] for i in batch]
+            batch_lengths = [lengths[i] for i in batch]
+            nats[batch] = batch_nats(model, batch_rows, batch_lengths, compute)
+            bar.update(len(batch))
+    return nats
+
+
+def batch_nats(model, rows, lengths, compute):
+    """Returns -log p of the last lengths[i] ids of each row, float64 (rows,). rows: lists of ids."""
+    longest = max(map(len, rows))
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    is_target = torch.zeros(len(rows), longest, dtype=torch.bool)
+    for i, (row, length) in enumerate(zip(rows, lengths)):
+        ids[i, : len(row)] = torch.tensor(row)
+        is_target[i, max(1, len(row) - length) : len(row)] = True
+    ids = ids.to(compute.device)
+    is_target = is_target[:, 1:].to(compute.device)
+    targets = ids[:, 1:][is_target]
+    with compute.autocast():
+        hidden = model.hidden(ids[:, :-1])
+        logits = model.head(hidden[is_target])  # of the completions alone
+        losses = F.cross_entropy(logits.float(), targets, reduction="none").double()
+    nats = torch.zeros(is_target.shape, dtype=torch.double)
+    nats.masked_scatter_(is_target.cpu(), losses.cpu())
+    return nats.sum(1).numpy()
+
+
+def above_floor(model, tokenizer, ids, compute, n=500):
+    """Returns (exact -log p of the first n toy stories in ids, how far the model's is above it), float64 (n,) in nats a story.
+
+    Raises ValueError where there is no story, or one is longer than the context."""
+    documents = [document.tolist() for document in islice(document_slices(ids, tokenizer), n)]
+    if not documents:
+        raise ValueError("no story is whole")
+    longest = max(map(len, documents))
+    if longest >= model.config.block_size:
+        raise ValueError(f"they have up to {longest} tokens, and block_size is {model.config.block_size}")
+    floor = -np.array([toy_stories.log_prob(tokenizer.decode(document)) for document in documents])
+    nats = document_nats(model, documents, tokenizer.bos, tokenizer.eot, compute)
+    return floor, nats - floor
+
+
+def floor_line(model, tokenizer, ids, compute, n=500):
+    """Returns a line that says how far the model is above the exact entropy of the toy stories in ids, in nats a story."""
+    try:
+        floor, gap = above_floor(model, tokenizer, ids, compute, n)
+        is_whole = np.isfinite(floor)  # of few stories the validation split is the end, which may begin within one
+        if not is_whole.any():
+            raise ValueError("no story is whole")
+    except ValueError as e:
+        return f"the stories are not scored: {e}"
+    floor = floor[is_whole]
+    gap = gap[is_whole]
+    error = gap.std() / len(gap) ** 0.5
+    return (
+        f"{len(gap)} unseen stories: {(floor + gap).mean():.2f} nats a story, "
+        f"{100 * gap.mean() / floor.mean():.1f}% above their exact entropy of {floor.mean():.2f} "
+        f"(standard error of the difference {error:.2f})"
+    )

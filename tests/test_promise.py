@@ -1,0 +1,203 @@
+"""The promise: an idea is one class and one line. Strange ones go through every script, and sizes are right for all."""
+
+import contextlib
+import json
+import time
+from dataclasses import asdict
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import checkpoint
+import eval as evaluation
+import export_onnx
+import finetune_lora
+import hf
+import model
+import prepare
+import sample
+import train
+from config import Refusal, configure
+from model import Attention, ModelConfig, RoPE, Transformer, model_sizes, num_params
+from test_model import GRID, build, tokens
+from test_train import SMALL, same
+
+PAIRS = [{"prompt": f"Why is Tom {mood}?", "response": f"{mood.capitalize()} he is."} for mood in ("sad", "glad", "slow")]
+
+
+class ScaleNorm(nn.Module):
+    """x / |x| times one number (Nguyen & Salazar 2019): its only parameter has no dimension."""
+
+    def __init__(self, dim, eps, bias=False):
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(dim**0.5))
+        self.eps = eps
+
+    def forward(self, x):
+        return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + self.eps) * self.gain
+
+
+class SquaredReLU(nn.Module):
+    """Two matrices (So et al. 2021), and a third parameter of three dimensions, as experts have them."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.up_proj = nn.Linear(c.n_embd, c.n_inner)
+        self.down_proj = nn.Linear(c.n_inner, c.n_embd)
+        self.mix = nn.Parameter(torch.ones(2, 1, c.n_inner))
+
+    @staticmethod
+    def inner_width(n_embd):
+        return 3 * n_embd
+
+    def forward(self, x):
+        return self.down_proj(F.relu(self.up_proj(x)).square() * self.mix.mean(0))
+
+
+class Parallel(nn.Module):
+    """GPT-J's layout: attention and MLP side by side, after one norm."""
+
+    def __init__(self, c, layer):
+        super().__init__()
+        self.norm1 = model.NORMS[c.norm](c.n_embd, eps=c.norm_eps, bias=c.bias)
+        self.attn = Attention(c, layer)
+        self.mlp = model.MLPS[c.mlp](c)
+
+    def forward(self, x, context):
+        y = self.norm1(x)
+        return x + self.attn(y, context) + self.mlp(y)
+
+
+class Slope(nn.Module):
+    """ALiBi with one slope, which is learned."""
+
+    part = "bias"
+
+    def __init__(self, c):
+        super().__init__()
+        self.slope = nn.Parameter(torch.tensor(0.1))
+
+    def forward(self, distance):
+        return self.slope * (distance[None] if distance.dim() == 2 else distance)  # (1, T, S) or (B, 1, T, S)
+
+
+class SlowRoPE(RoPE):
+    """RoPE at half the speed."""
+
+    def __init__(self, c):
+        model.Float32Tables.__init__(self, c, model.rope_frequencies(c) / 2)
+
+
+class Ramp(nn.Module):
+    """A learned direction, further along it with each position."""
+
+    part = "add"
+
+    def __init__(self, c):
+        super().__init__()
+        self.direction = nn.Parameter(torch.ones(c.n_embd))
+
+    def forward(self, x, pos):
+        return x + 0.01 * pos[..., None] * self.direction
+
+
+STRANGE = ["--norm=scalenorm", "--mlp=relu2", "--norm_position=parallel", "--bias"]
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch):
+    monkeypatch.setitem(model.NORMS, "scalenorm", ScaleNorm)
+    monkeypatch.setitem(model.MLPS, "relu2", SquaredReLU)
+    monkeypatch.setitem(model.BLOCKS, "parallel", Parallel)
+    for name, position in ("slope", Slope), ("slowrope", SlowRoPE), ("ramp", Ramp):
+        monkeypatch.setitem(model.POSITIONS, name, position)
+
+
+def printed(capsys, module, *argv):
+    capsys.readouterr()
+    module.main(configure(module.Config, list(argv)))
+    return capsys.readouterr().out
+
+
+SLOW = [pytest.param(pos, marks=pytest.mark.slow) for pos in ("slowrope", "ramp")]
+
+
+@pytest.mark.parametrize("pos", ["slope", *SLOW])
+def test_strange_classes_go_through_every_script(pos, tmp_path, capsys):
+    arguments = [*SMALL, *STRANGE, f"--pos={pos}", "--block_size=48", "--n_head=4", "--n_kv_head=2"]
+    with contextlib.chdir(tmp_path):
+        prepare.prepare(configure(prepare.Config, ["--num_stories=400", "--num_proc=1"]))
+        printed(capsys, train, *arguments, "--max_iters=8", "--out_dir=whole")
+        printed(capsys, train, *arguments, "--max_iters=4", "--lr_decay_iters=8", "--out_dir=parts")
+        printed(capsys, train, "--out_dir=parts", "--init_from=resume", "--max_iters=8")
+        whole, parts = (checkpoint.load(f"{run}/ckpt.pt") for run in ("whole", "parts"))
+        assert same(whole["model"], parts["model"]) and same(whole["optimizers"], parts["optimizers"])
+        trained, _ = checkpoint.restore(whole, "whole")
+        assert type(trained.norm) is ScaleNorm and trained.config.n_inner == 96
+        strange = {"slope": "score_bias.slope", "ramp": "add_pos.direction", "slowrope": "norm.gain"}[pos]
+        untrained = Transformer(trained.config).state_dict()
+        for name in (strange, "blocks.0.mlp.mix", "blocks.1.norm1.gain"):
+            assert not torch.equal(whole["model"][name], untrained[name]), name
+
+        greedy = ["--temperature=0", "--start=Once", "--max_new_tokens=30"]
+        text = printed(capsys, sample, "--out_dir=whole", "--device=cpu", *greedy).split("-" * 80)[1]
+        printed(capsys, export_onnx, "--out_dir=whole", "--seconds=0")
+        assert printed(capsys, sample, "--onnx=whole/onnx", *greedy).split("-" * 80)[1] == text
+        line = printed(capsys, evaluation, "--out_dir=whole", "--device=cpu", "--num_samples=1", "--max_new_tokens=8", "--num_cases=22", "--resamples=1000")
+        assert '"loss"' in line.splitlines()[-1]
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
+        tune = ["--init_from=whole", "--dataset=rows.jsonl", "--max_iters=2", "--batch_size=2", "--device=cpu"]
+        printed(capsys, finetune_lora, *tune, "--rank=2", "--out_dir=lora")
+        printed(capsys, sample, "--adapter=lora", "--device=cpu", "--start=Why?", "--max_new_tokens=4")
+        with pytest.raises(Refusal, match="scalenorm|relu2|parallel|pos=" + pos):
+            printed(capsys, hf, "--out_dir=whole", "--to=whole-hf")
+
+
+@pytest.mark.parametrize("pos", ["slope", "slowrope", "ramp"])
+def test_strange_classes_are_cached_as_exactly(pos):
+    """The identities of the grid, for a model that it does not have."""
+    strange = build("scalenorm", "parallel", pos, "relu2", 2).double()
+    idx = tokens()
+    with torch.no_grad():
+        logits = strange(idx)[0]
+        cache = strange.new_cache(2, 24)
+        cached = torch.cat([strange(part, cache=cache)[0] for part in idx.split((5, 1, 10), 1)], 1)
+        torch.testing.assert_close(cached, logits, rtol=0, atol=1e-12)
+        doc = torch.tensor([[0] * 6 + [1] * 10] * 2)
+        torch.testing.assert_close(strange(idx, doc=doc)[0][:, 6:], strange(idx[:, 6:])[0], rtol=0, atol=1e-12)
+
+
+def test_sizes_are_counted_and_right_for_every_class():
+    settings = [dict(zip(("norm", "norm_position", "pos", "mlp", "n_kv_head", "tie", "qk_norm"), row)) for row in GRID[::7]]
+    settings += [dict(norm="scalenorm", norm_position="parallel", pos=pos, mlp="relu2") for pos in ("slope", "slowrope", "ramp")]
+    for keys in settings:
+        whole = build(n_layer=3, **keys)
+        sizes = model_sizes(whole.config)
+        assert sizes.parameters == num_params(whole), keys
+        assert sizes.buffers == sum(b.numel() for b in whole.buffers()), keys
+
+
+def test_a_position_that_does_not_say_where_it_acts_is_refused(monkeypatch):
+    monkeypatch.setitem(model.POSITIONS, "silent", nn.Identity)
+    with pytest.raises(ValueError, match="must say its part"):
+        Transformer(ModelConfig(vocab_size=10, pos="silent"))
+
+
+@pytest.mark.parametrize("hostile", [{"n_layer": 10**7}, {"n_embd": 10**7, "n_head": 1, "n_kv_head": 1}, {"block_size": 10**7, "head_dim": 10**6}])
+def test_a_hostile_size_is_refused_before_anything_is_made(hostile, tmp_path):
+    small = build()
+    ckpt = {
+        "model": small.state_dict(),
+        "model_config": asdict(small.config) | {"vocab_size": 257} | hostile,
+        "tokenizer": TOKENIZER.to_str(),
+        "tokenizer_sha256": TOKENIZER.sha256,
+    }
+    start = time.perf_counter()
+    with pytest.raises(Refusal, match="fewer than|larger machine|cannot be made"):
+        checkpoint.restore(ckpt, "hostile.pt")
+    assert time.perf_counter() - start < 30  # it took minutes, and all memory, where something was made
+
+
+TOKENIZER = prepare.Tokenizer.train(["abc"], 257)
