@@ -7,7 +7,8 @@
 
     checkpoint = open_checkpoint("out/ts"); model, tokenizer = checkpoint.restore()
 
-The file holds tensors and plain types alone and is read with weights_only=True: an untrusted one runs no code.
+The file holds tensors and plain types alone and is read with weights_only=True: an untrusted one runs no
+code.
 """
 
 import contextlib
@@ -41,7 +42,7 @@ KEYS = RUN_KEYS | {"model": dict, "model_config": dict, "tokenizer": str, "token
 ADAPTER_KEYS = RUN_KEYS | {"adapters": dict, "base": str, "base_sha256": str}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------
 # Writing
 
 
@@ -52,9 +53,9 @@ class RunState:
     step: int = 0
     val_loss: float = math.inf
     best_val_loss: float = math.inf
-    losses: list = field(default_factory=list)      # of the steps since the last line of the log
+    losses: list = field(default_factory=list)  # of the steps since the last line of the log
     optimizers: list = field(default_factory=list)  # empty where nothing goes on from the checkpoint
-    scaler: object = None                           # the loss scaler of float16, or None
+    scaler: object = None  # the loss scaler of float16, or None
 
     def to_dict(self):
         """Returns the plain types and tensors that a file holds."""
@@ -71,8 +72,8 @@ class RunState:
 def save(path, model, tokenizer, config, state):
     """Writes a checkpoint: path is the old file or the new one, always whole.
 
-    model may be wrapped by torch.compile; config is a dict of plain types, state a RunState. Raises Refusal where the disk
-    does not take it.
+    model may be wrapped by torch.compile; config is a dict of plain types, state a RunState. Raises
+    Refusal where the disk does not take it.
     """
     model = unwrap(model)
     weights = {
@@ -96,7 +97,9 @@ def write_checkpoint(path, weights, config, state):
 
 
 def write_atomic(path, write):
-    """Calls write(file) on a file beside path, then puts it in path's place; it is on disk when this returns. Raises Refusal."""
+    """Calls write(file) on a file beside path, then puts it in path's place; it is on disk when this
+    returns. Raises Refusal.
+    """
     folder = os.path.dirname(path) or "."
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
@@ -127,13 +130,15 @@ def unwrap(model):
     return getattr(model, "_orig_mod", model)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------
 # Reading
 
 
 def find(out_dir, prefer="ckpt_best.pt"):
-    """Returns the file that out_dir means: itself when it is one, else the preferred one in it, else the last: ckpt.pt or
-    adapter.pt. hf:NAME stays as it is. Raises Refusal, which says what is there and what reads it."""
+    """Returns the file that out_dir means: itself when it is one, else the preferred one in it, else the
+    last: ckpt.pt or adapter.pt. hf:NAME stays as it is. Raises Refusal, which says what is there and
+    what reads it.
+    """
     if os.path.isfile(out_dir):
         return out_dir
     last = prefer.replace("_best", "")
@@ -149,7 +154,9 @@ def find(out_dir, prefer="ckpt_best.pt"):
     if os.path.isfile(os.path.join(folder, "model.onnx")):
         raise Refusal(f"{folder} holds an ONNX model, which sample.py --onnx={folder} reads")
     if last == "adapter.pt" and has_model and not has_peft:
-        raise Refusal(f"{folder} holds a whole model, not an adapter: sample.py --out_dir=hf:{folder} reads it")
+        raise Refusal(
+            f"{folder} holds a whole model, not an adapter: sample.py --out_dir=hf:{folder} reads it"
+        )
     if has_peft or is_hf(out_dir):
         command = f"python hf.py --out_dir=BASE --adapter=hf:{folder} --to=FOLDER"
         raise Refusal(f"hf:{folder} is not read as it is: {command} makes an adapter of ours of it")
@@ -159,7 +166,9 @@ def find(out_dir, prefer="ckpt_best.pt"):
             "to sample, evaluate or start from"
         )
     if last == "adapter.pt":
-        raise Refusal(f"there is no adapter in {out_dir}; python finetune_lora.py --out_dir={out_dir} makes one")
+        raise Refusal(
+            f"there is no adapter in {out_dir}; python finetune_lora.py --out_dir={out_dir} makes one"
+        )
     if os.path.isfile(os.path.join(out_dir, "adapter.pt")):
         raise Refusal(
             f"{out_dir} holds an adapter: sample.py --adapter={out_dir} reads it, "
@@ -168,12 +177,15 @@ def find(out_dir, prefer="ckpt_best.pt"):
     hint = ""
     if not os.path.exists(out_dir):
         hint = f" (a folder or a name of the Hugging Face hub is hf:{out_dir})"
-    raise Refusal(f"there is no checkpoint in {out_dir}; python train.py --out_dir={out_dir} makes one{hint}")
+    raise Refusal(
+        f"there is no checkpoint in {out_dir}; python train.py --out_dir={out_dir} makes one{hint}"
+    )
 
 
 def load(path, keys=KEYS):
-    """Returns the checkpoint, or with ADAPTER_KEYS the adapters' file, as a dict, on the CPU. Raises Refusal, one line, for a
-    file that is none of ours or not whole."""
+    """Returns the checkpoint, or with ADAPTER_KEYS the adapters' file, as a dict, on the CPU. Raises
+    Refusal, one line, for a file that is none of ours or not whole.
+    """
     if is_hf(path):
         return hf_folder.load(hf_name(path))
     try:
@@ -184,16 +196,22 @@ def load(path, keys=KEYS):
         with f, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a foreign pickle's protocol; it is refused or fine
             ckpt = torch.load(f, map_location="cpu", weights_only=True)
-    except Exception:  # the unpickler raises whatever it stumbles over: OSError, IndexError, AssertionError, KeyError ...
-        raise Refusal(f"{path} is not a checkpoint that is safe to read: it is damaged, foreign, or holds code")
+    except Exception:  # the unpickler raises whatever it stumbles over
+        raise Refusal(
+            f"{path} is not a checkpoint that is safe to read: it is damaged, foreign, or holds code"
+        )
     if not isinstance(ckpt, dict) or "format" not in ckpt:
         raise Refusal(f"{path} is not a TinyLM checkpoint")
     if ckpt["format"] != FORMAT:
-        raise Refusal(f"{path} has checkpoint format {ckpt['format']!r}; this version reads format {FORMAT}")
+        raise Refusal(
+            f"{path} has checkpoint format {ckpt['format']!r}; this version reads format {FORMAT}"
+        )
     if "adapters" in ckpt and keys is KEYS:
         raise Refusal(f"{path} is an adapter, not a checkpoint: sample.py --adapter={path} reads it")
     if "model" in ckpt and keys is ADAPTER_KEYS:
-        raise Refusal(f"{path} is a whole checkpoint, not an adapter: sample.py --out_dir={path} reads it")
+        raise Refusal(
+            f"{path} is a whole checkpoint, not an adapter: sample.py --out_dir={path} reads it"
+        )
     for key, kind in keys.items():
         if not isinstance(ckpt.get(key), kind):
             raise Refusal(f"{path} is damaged: {key} is missing or not a {kind.__name__}")
@@ -201,8 +219,9 @@ def load(path, keys=KEYS):
 
 
 def restore(ckpt, path, device="cpu"):
-    """Returns (model, tokenizer) from a loaded checkpoint: the model in eval mode, float32, on device. Raises Refusal where
-    its parts do not belong together, or memory does not hold it."""
+    """Returns (model, tokenizer) from a loaded checkpoint: the model in eval mode, float32, on device.
+    Raises Refusal where its parts do not belong together, or memory does not hold it.
+    """
     try:
         tokenizer = load_tokenizer(ckpt["tokenizer"])
         config = ModelConfig(**ckpt["model_config"])
@@ -220,12 +239,15 @@ def restore(ckpt, path, device="cpu"):
 
 
 def fingerprint(ckpt):
-    """Returns the sha256 of what a checkpoint computes, however it was trained: of its architecture, tokenizer and weights.
-    It must be one that restore takes."""
+    """Returns the sha256 of what a checkpoint computes, however it was trained: of its architecture,
+    tokenizer and weights. It must be one that restore takes.
+    """
     settings = dict(ckpt["model_config"])
     c = ModelConfig(**settings)
     if c.head_dim * c.n_head == c.n_embd:
-        settings.pop("head_dim", None)  # adapters are older than this setting, and their bases did not change
+        settings.pop(
+            "head_dim", None
+        )  # adapters are older than this setting, and their bases did not change
     digest = hashlib.sha256(repr((sorted(settings.items()), ckpt["tokenizer_sha256"])).encode())
     for name, weight in sorted(ckpt["model"].items()):
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
@@ -233,18 +255,20 @@ def fingerprint(ckpt):
     return digest.hexdigest()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------
 # Opening
 
 
 @dataclass
 class Checkpoint:
-    """A checkpoint that was found, and the adapters over it, where there are any. Its file is read when it is first needed."""
+    """A checkpoint that was found, and the adapters over it, where there are any. Its file is read when
+    it is first needed.
+    """
 
     path: str
-    loaded: dict = None     # what load returned
+    loaded: dict = None  # what load returned
     adapter_path: str = ""
-    adapter: dict = None    # what load returned of the adapters' file
+    adapter: dict = None  # what load returned of the adapters' file
 
     @property
     def state(self):
@@ -260,13 +284,17 @@ class Checkpoint:
 
     @property
     def dataset(self):
-        """The name of the data that the model learned to write from: a fine-tuned one's is its base's; "" where none is known."""
+        """The name of the data that the model learned to write from: a fine-tuned one's is its base's;
+        "" where none is known.
+        """
         config = self.state["config"]
         return str(config.get("base_dataset", config.get("dataset", "")))
 
     @property
     def task(self):
-        """What was trained last: "pre-training", or a kind of tuning. Runs from before it was kept are known by their rows."""
+        """What was trained last: "pre-training", or a kind of tuning. Runs from before it was kept are
+        known by their rows.
+        """
         older = "fine-tuning" if "rows_sha256" in self.config else "pre-training"
         return self.config.get("task", older)
 
@@ -276,21 +304,27 @@ class Checkpoint:
         return str(self.state["config"].get("template", ""))
 
     def crop(self, cfg):
-        """Takes the shorter context and the dropout of a run that starts from it: only a position table's weights change."""
+        """Takes the shorter context and the dropout of a run that starts from it: only a position
+        table's weights change.
+        """
         self.state["model_config"] |= {"block_size": cfg.block_size, "dropout": cfg.dropout}
         if cfg.pos == "learned":
             weights = self.state["model"]
             weights["add_pos.weight"] = weights["add_pos.weight"][: cfg.block_size]
 
     def restore(self, device="cpu"):
-        """Returns (model, tokenizer), with the adapters, where there are any, in the model. Raises Refusal."""
+        """Returns (model, tokenizer), with the adapters, where there are any, in the model. Raises
+        Refusal.
+        """
         model, tokenizer = restore(self.state, self.path, device)
         if self.adapter:
             self.restore_adapters(model)
         return model, tokenizer
 
     def restore_adapters(self, model):
-        """Puts the adapters over the model of the checkpoint they belong to. Raises Refusal over any other."""
+        """Puts the adapters over the model of the checkpoint they belong to. Raises Refusal over any
+        other.
+        """
         adapter = self.adapter
         if adapter["base_sha256"] != fingerprint(self.state):
             raise Refusal(
@@ -307,7 +341,8 @@ class Checkpoint:
 def open_checkpoint(out_dir, prefer="ckpt_best.pt", adapter="", prefer_adapter="adapter_best.pt"):
     """Returns the Checkpoint that out_dir means: a folder, a file or hf:FOLDER_OR_NAME.
 
-    adapter: the folder or file of adapters over it; then an empty out_dir means the base that they name. Raises Refusal.
+    adapter: the folder or file of adapters over it; then an empty out_dir means the base that they name.
+    Raises Refusal.
     """
     if not adapter:
         return Checkpoint(find(out_dir, prefer))
@@ -335,12 +370,19 @@ def lora_config(adapter):
 
 
 DATA_KEYS = {"dataset", "seed"}
-OWN_KEYS = {"out_dir", "init_from", "overwrite", "eval_only"}  # of each run: never taken from a checkpoint
+OWN_KEYS = {
+    "out_dir",
+    "init_from",
+    "overwrite",
+    "eval_only",
+}  # of each run: never taken from a checkpoint
 
 
 def inherit(cfg, ckpt, path, resume, fixed=DATA_KEYS):
-    """Returns cfg with what a loaded checkpoint decides: the architecture, and when resuming everything that was not given
-    anew, which the keys in `fixed` may not be. Raises Refusal for what cannot change."""
+    """Returns cfg with what a loaded checkpoint decides: the architecture, and when resuming everything
+    that was not given anew, which the keys in `fixed` may not be. Raises Refusal for what cannot
+    change.
+    """
     types = {f.name: f.type for f in dataclasses.fields(cfg)}
     saved = {}
     if "model_config" in ckpt:  # an adapter has none; a setting that came later has its default
@@ -355,12 +397,16 @@ def inherit(cfg, ckpt, path, resume, fixed=DATA_KEYS):
             if key not in OWN_KEYS:
                 setattr(cfg, key, value)
             continue
-        is_cropped = key == "dropout" or key == "block_size" and cfg.block_size < value  # see Checkpoint.crop
+        is_cropped = (
+            key == "dropout" or key == "block_size" and cfg.block_size < value
+        )  # see Checkpoint.crop
         if is_cropped and not resume:
             continue
         is_fixed = key in MODEL_KEYS or resume and key in fixed
         if is_fixed and getattr(cfg, key) != value:
-            raise Refusal(f"{path} has {key}={value!r}, which cannot become {getattr(cfg, key)!r}; leave it out")
+            raise Refusal(
+                f"{path} has {key}={value!r}, which cannot become {getattr(cfg, key)!r}; leave it out"
+            )
     try:
         cfg.__post_init__()
     except (ValueError, TypeError) as e:

@@ -2,8 +2,8 @@
 
     batch = {"idx": (B, T) int64, "targets": (B, T) int64}     targets are one token ahead, -100 where there is none
 
-Row r of step s is a pure function of (seed, s, r), and micro-batches and processes take slices of a step's rows. So a resumed
-run needs no saved position, and k processes see what one would.
+Row r of step s is a pure function of (seed, s, r), and micro-batches and processes take slices of a
+step's rows. So a resumed run needs no saved position, and k processes see what one would.
 """
 
 import functools
@@ -16,7 +16,9 @@ from config import Refusal
 
 @functools.lru_cache(maxsize=2)
 def epoch_starts(n_tokens, T, seed, epoch):
-    """Returns where the rows of an epoch start: the stream cut into blocks of T from a random offset, in random order."""
+    """Returns where the rows of an epoch start: the stream cut into blocks of T from a random offset, in
+    random order.
+    """
     rng = np.random.default_rng((seed, epoch))
     n = max(1, (n_tokens - T) // T)
     offset = rng.integers(min(T, n_tokens - n * T))
@@ -24,7 +26,9 @@ def epoch_starts(n_tokens, T, seed, epoch):
 
 
 def training_rows(data, T, seed, first, n):
-    """Returns rows first .. first+n of the endless stream of rows of data, a 1-D array of ids, as a batch of n."""
+    """Returns rows first .. first+n of the endless stream of rows of data, a 1-D array of ids, as a
+    batch of n.
+    """
     per_epoch = len(epoch_starts(len(data), T, seed, 0))
     starts = []
     for row in range(first, first + n):
@@ -34,7 +38,9 @@ def training_rows(data, T, seed, first, n):
 
 
 def blocks(data, starts, T):
-    """Returns a batch of data[start:start + T] for each start; beyond the end of data there is no target."""
+    """Returns a batch of data[start:start + T] for each start; beyond the end of data there is no
+    target.
+    """
     return padded([data[start : start + T + 1] for start in starts], T)
 
 
@@ -55,18 +61,24 @@ def to(batch, device):
 
 
 def count_targets(batch):
-    """Returns the number of targets of a batch, a tensor on its device: whoever reads it waits for the device."""
+    """Returns the number of targets of a batch, a tensor on its device: whoever reads it waits for the
+    device.
+    """
     return (batch["targets"] != -100).sum()
 
 
 def evenly(rows, n):
-    """Returns n of the rows, a 1-D array, evenly spaced; all of them for 0, or where they are no more."""
+    """Returns n of the rows, a 1-D array, evenly spaced; all of them for 0, or where they are no
+    more.
+    """
     n = min(n or len(rows), len(rows))
     return rows[np.linspace(0, len(rows) - 1, n).astype(int)]
 
 
 def rows_each(cfg, compute):
-    """Returns how many rows of a step each process takes. Raises Refusal where they cannot be shared evenly."""
+    """Returns how many rows of a step each process takes. Raises Refusal where they cannot be shared
+    evenly.
+    """
     rows = cfg.gradient_accumulation_steps * cfg.batch_size
     if rows % compute.world_size:
         raise Refusal(
@@ -90,7 +102,9 @@ def document_slices(ids, tokenizer):
 
 
 def prompt_ids(tokenizer, text):
-    """Returns the ids to start from: documents start after end-of-text. A character model may never have seen that token."""
+    """Returns the ids to start from: documents start after end-of-text. A character model may never have
+    seen that token.
+    """
     ids = tokenizer.encode(text)
     if tokenizer.kind == "char" and ids:
         return ids

@@ -1,4 +1,7 @@
-"""Where and how a script computes: device, dtype and compile, "auto" resolved once and said with its reason; and with whom."""
+"""Where and how a script computes: device, dtype and compile, "auto" resolved once and said with its
+reason; and with whom.
+"""
+
 import contextlib
 import ctypes
 import os
@@ -12,8 +15,14 @@ import torch
 
 from config import Refusal
 
-# tf32: float32 numbers, whose products an Ampere or newer GPU rounds to 10 bits of mantissa; float32 is float32 everywhere
-DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# tf32: float32 numbers, whose products an Ampere or newer GPU rounds to 10 bits of mantissa; float32 is
+# float32 everywhere
+DTYPES = {
+    "float32": torch.float32,
+    "tf32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 BFLOAT16_WIDTH = 192  # auto trains in bfloat16 on a CPU from this n_embd on
 
 
@@ -21,23 +30,28 @@ BFLOAT16_WIDTH = 192  # auto trains in bfloat16 on a CPU from this n_embd on
 class Compute:
     device: torch.device
     dtype: torch.dtype  # of matrix products, Muon's too; weights and the optimizer's state stay float32
-    dtype_name: str     # a key of DTYPES: what a checkpoint keeps
+    dtype_name: str  # a key of DTYPES: what a checkpoint keeps
     compile: bool
-    message: str         # one line: what was chosen, and why
-    rank: int = 0        # of this process, among
+    message: str  # one line: what was chosen, and why
+    rank: int = 0  # of this process, among
     world_size: int = 1  # so many that torchrun started
 
     def sum(self, x):
-        """Returns the tensor x summed over all processes, in place: over gloo on a CPU, over nccl on a GPU.
+        """Returns the tensor x summed over all processes, in place: over gloo on a CPU, over nccl on a
+        GPU.
 
-        Raises Refusal when a process has ended (over gloo; nccl lets the others hang until torchrun ends them).
+        Raises Refusal when a process has ended (over gloo; nccl lets the others hang until torchrun ends
+        them).
         """
         if self.world_size > 1:
             try:
                 torch.distributed.all_reduce(x)
             except RuntimeError as e:
                 reason = str(e).splitlines()[0]
-                raise Refusal(f"process {self.rank} lost another one, whose own message says why ({reason})", status=1)
+                raise Refusal(
+                    f"process {self.rank} lost another one, whose own message says why ({reason})",
+                    status=1,
+                )
         return x
 
     def barrier(self):
@@ -64,8 +78,8 @@ class Compute:
 def resolve(device="auto", dtype="auto", compile="auto", join=False, train_width=0):
     """Returns the Compute for three settings as they stand on the command line.
 
-    join: with the other processes that torchrun started. train_width: n_embd of the model that is to be trained, 0 where
-    nothing is; auto_dtype looks at it. Raises Refusal for what this machine cannot do.
+    join: with the other processes that torchrun started. train_width: n_embd of the model that is to be
+    trained, 0 where nothing is; auto_dtype looks at it. Raises Refusal for what this machine cannot do.
     """
     rank, world_size, local_rank = torchrun_ranks() if join else (0, 1, 0)
     device, device_reason = choose_device(device, local_rank if world_size > 1 else None)
@@ -80,12 +94,15 @@ def resolve(device="auto", dtype="auto", compile="auto", join=False, train_width
         join_processes(device, world_size)
         reasons.append(f"{world_size} processes")
     compute = Compute(device, DTYPES[dtype], dtype, compile, ", ".join(reasons), rank, world_size)
-    compute.barrier()  # who leaves with a Refusal while another still connects, takes that one down with words of its own
+    # who left with a Refusal while another still connects would take that one down
+    compute.barrier()
     return compute
 
 
 def torchrun_ranks():
-    """Returns (rank, world size, rank on this machine) as torchrun has set them, else those of a single process."""
+    """Returns (rank, world size, rank on this machine) as torchrun has set them, else those of a single
+    process.
+    """
     if {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         return tuple(int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     return 0, 1, 0
@@ -102,11 +119,15 @@ def join_processes(device, world_size):
     try:
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     except (RuntimeError, ValueError) as e:
-        raise Refusal(f"{world_size} processes could not find each other: {str(e).splitlines()[0]}", status=1)
+        raise Refusal(
+            f"{world_size} processes could not find each other: {str(e).splitlines()[0]}", status=1
+        )
 
 
 def choose_device(name, local_rank):
-    """Returns (torch.device, the reason) for auto | cpu | cuda | cuda:N | mps; local_rank: of several processes, each with a GPU."""
+    """Returns (torch.device, the reason) for auto | cpu | cuda | cuda:N | mps; local_rank: of several
+    processes, each with a GPU.
+    """
     reason = ""
     if name == "auto":
         name = "cpu"
@@ -123,7 +144,9 @@ def choose_device(name, local_rank):
         if device.type not in ("cuda", "mps", "cpu"):
             raise RuntimeError("only cuda, mps and cpu are known to work")
     except (RuntimeError, AssertionError) as e:
-        raise Refusal(f"device={name} cannot be used here ({str(e).splitlines()[0]}); --device=cpu always can")
+        raise Refusal(
+            f"device={name} cannot be used here ({str(e).splitlines()[0]}); --device=cpu always can"
+        )
     return device, f"device={name}{reason}"
 
 
@@ -169,8 +192,8 @@ def choose_compile(device, compile):
 class StopAfterStep:
     """Turns SIGTERM and SIGINT (Ctrl-C) into a wish that every process learns of at the same step.
 
-    The same signal again acts as usual, but not among several processes: there each comes from the terminal and again from
-    torchrun.
+    The same signal again acts as usual, but not among several processes: there each comes from the
+    terminal and again from torchrun.
     """
 
     def __init__(self, compute):
@@ -178,7 +201,9 @@ class StopAfterStep:
         self.signal = 0  # the number of the one that came
 
     def __enter__(self):
-        self.handlers = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.handlers = {
+            number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)
+        }
         return self
 
     def note(self, number, frame):
@@ -187,7 +212,9 @@ class StopAfterStep:
             signal.signal(number, self.handlers[number])
 
     def is_due(self):
-        """Returns whether any process was told to stop. A message over the CPU: it does not wait for a GPU."""
+        """Returns whether any process was told to stop. A message over the CPU: it does not wait for a
+        GPU.
+        """
         return self.compute.sum(torch.tensor(self.signal)).item() > 0
 
     @property
@@ -205,13 +232,14 @@ class StopAfterStep:
 
 
 def keep_freed_memory():
-    """Makes glibc reuse large blocks. By default it gives each back to the kernel, which then has to clear its pages again:
-    a sixth of a training step at tiny.toml's shape."""
+    """Makes glibc reuse large blocks. By default it gives each back to the kernel, which then has to
+    clear its pages again: a sixth of a training step at tiny.toml's shape.
+    """
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         if hasattr(libc, "mallopt"):  # musl has none
-            libc.mallopt(-4, 0)            # M_MMAP_MAX: no block is a mapping of its own
-            libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD: keep what is free at the end of the heap
+            libc.mallopt(-4, 0)  # M_MMAP_MAX: no block is a mapping of its own
+            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep what is free at the end of the heap
 
 
 def check_memory(device, needs, advice):
@@ -230,10 +258,15 @@ def check_memory(device, needs, advice):
 
 
 def auto_dtype(device, train_width):
-    """What dtype=auto means, (a key of DTYPES, why): a fixed rule of device, task and width, so that a command computes the same
-    each time. train_width: n_embd of a model to train, 0 to read or write text with one. LOG.md has the measurements, under dtype."""
+    """What dtype=auto means, (a key of DTYPES, why): a fixed rule of device, task and width, so that a
+    command computes the same each time. train_width: n_embd of a model to train, 0 to read or write text
+    with one. LOG.md has the measurements, under dtype.
+    """
     if device.type == "cpu" and not train_width:
-        return "float32", "on a CPU it writes the faster, and the same text with any processor's instructions up to rounding"
+        return (
+            "float32",
+            "on a CPU it writes the faster, and the same text with any processor's instructions up to rounding",
+        )
     if not fast_bfloat16(device):
         return "float32", "no fast bfloat16 here"
     if device.type == "cpu" and train_width < BFLOAT16_WIDTH:
@@ -242,7 +275,9 @@ def auto_dtype(device, train_width):
 
 
 def fast_bfloat16(device):
-    """Whether the device has instructions for bfloat16 products. A CPU without them emulates them, slowly."""
+    """Whether the device has instructions for bfloat16 products. A CPU without them emulates them,
+    slowly.
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu":
@@ -250,7 +285,8 @@ def fast_bfloat16(device):
     return False
 
 
-# Dense half-precision FLOP/s of GPUs by their data sheets. Whole names: an L40 is no L4, a laptop's RTX 4090 no RTX 4090, a MIG slice no H100
+# Dense half-precision FLOP/s of GPUs by their data sheets. Whole names: an L40 is no L4, a laptop's RTX
+# 4090 no RTX 4090, a MIG slice no H100
 PEAK_FLOPS = {
     r"NVIDIA H200": 989e12,
     r"NVIDIA H100 80GB HBM3": 989e12,
@@ -265,12 +301,14 @@ PEAK_FLOPS = {
 
 
 def name_of(dtype):
-    """"float32" for torch.float32."""
+    """ "float32" for torch.float32."""
     return str(dtype).removeprefix("torch.")
 
 
 def peak_flops(compute):
-    """Dense half-precision FLOP/s of the GPU by its data sheet; None where it is not known or not what is used: then no MFU is printed."""
+    """Dense half-precision FLOP/s of the GPU by its data sheet; None where it is not known or not what
+    is used: then no MFU is printed.
+    """
     if compute.device.type != "cuda" or compute.dtype == torch.float32:
         return None
     name = torch.cuda.get_device_name(compute.device)

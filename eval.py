@@ -148,7 +148,7 @@ class Rules:
     known: bool
 
 
-# -------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------
 # What is evaluated, on what
 
 
@@ -197,7 +197,9 @@ def load_subjects(cfg, compute):
             if not subjects and not cfg.text:
                 problem = f"{ckpt.path} was trained on {dataset}, which cannot be read: {e}"
                 raise Refusal(f"{problem}. Or give a text with --text=FILE")
-        subjects.append(Subject(name, ckpt.path, ckpt.state["step"], model, tokenizer, dataset, training))
+        subjects.append(
+            Subject(name, ckpt.path, ckpt.state["step"], model, tokenizer, dataset, training)
+        )
     return subjects, validation
 
 
@@ -257,7 +259,7 @@ def shuffled(items, seed, n):
     return [items[i] for i in order[:n]]
 
 
-# -------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------
 # Lens 1: likelihood
 
 
@@ -400,7 +402,7 @@ def toy_gap(subject, documents, closed, ids, compute):
     }
 
 
-# -------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------
 # Lens 2: probes
 
 
@@ -420,7 +422,7 @@ def nats_of_pairs(subject, compute, pairs):
     return completion_nats(subject.model, subject.tokenizer, pairs, compute)
 
 
-# -------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------
 # Lens 3: reading. A text is a dict: "prompt", "text" with the prompt, "ended" if it came to an end
 
 
@@ -585,7 +587,7 @@ def ask_judge(columns, cfg):
     return problems
 
 
-# -------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------
 
 
 def report_path(cfg, several):

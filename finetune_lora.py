@@ -1,13 +1,15 @@
-"""Teaches a trained model to answer: supervised fine-tuning of LoRA adapters (lora.py), or with --rank=0 of all its weights.
+"""Teaches a trained model to answer: supervised fine-tuning of LoRA adapters (lora.py), or with --rank=0
+of all its weights.
 
     python finetune_lora.py --init_from=out/demo                                 the morals of the toy stories
     python finetune_lora.py --init_from=out/ts --dataset=rows.jsonl --out_dir=out/ts-lora
     python finetune_lora.py --out_dir=out/ts-lora --merge                        adapter and base as one checkpoint
     python sample.py --adapter=out/ts-lora --start="Why is the sky blue?"
 
-A row is an object with prompt and response; with instruction, output and perhaps input (Alpaca); or with messages, each with
-a role (system, user, assistant) and content: see rows.py. The loop is train.py's fit: --init_from=resume, signals, torchrun
-and log are as they are there. Another kind of tuning takes open_tuning and Tuning, and writes its own rows and loss.
+A row is an object with prompt and response; with instruction, output and perhaps input (Alpaca); or with
+messages, each with a role (system, user, assistant) and content: see rows.py. The loop is train.py's
+fit: --init_from=resume, signals, torchrun and log are as they are there. Another kind of tuning takes
+open_tuning and Tuning, and writes its own rows and loss.
 """
 
 import hashlib
@@ -38,13 +40,14 @@ from train import TrainConfig, fit, is_in_the_way, training_bytes
 
 @dataclass
 class Config(TrainConfig, lora.LoRAConfig):
-    init_from: str = "out"                  # the checkpoint to start from, hf:FOLDER_OR_NAME too | resume (from out_dir)
+    # fmt: off
+    init_from: str = "out"                  # a checkpoint to start from, hf:FOLDER_OR_NAME | resume (from out_dir)
     out_dir: str = "out/lora"               # where adapter.pt, log.jsonl and loss.png go; with --rank=0 ckpt.pt
     dataset: str = "moral"                  # moral (made here) | a .json .jsonl .parquet file | hf:NAME
     val_dataset: str = ""                   # held-out rows, where they are a file of their own, or a dataset of the hub
     val_fraction: float = 0.1               # of the rows; held out where val_dataset is empty
-    template: str = ""                      # text with {prompt} in it, \n a new line; empty: the base's, or one for the kind of rows
-    merge: bool = False                     # write out_dir's adapter and its base as one checkpoint, out_dir/ckpt.pt, and stop
+    template: str = ""                      # text with {prompt} in it, \n a new line; empty: the base's or the rows' kind's
+    merge: bool = False                     # write out_dir's adapter and its base as out_dir/ckpt.pt, and stop
     start: str = ""                         # the prompt of the sample at each evaluation; empty: the first held-out one
     eval_interval: int = 50                 # steps between evaluations, samples and checkpoints
     eval_tokens: int = 0                    # of held-out rows looked at meanwhile, always the same ones; 0 = all
@@ -54,12 +57,15 @@ class Config(TrainConfig, lora.LoRAConfig):
     optimizer: str = "adamw"                # adamw | muon (with --rank=0 only)
     learning_rate: float = 5e-4             # the highest one; --rank=0 wants a lower one
     weight_decay: float = 0.0               # on matrices; on adapters it pulls towards the base
+    # fmt: on
 
     def __post_init__(self):
         super().__post_init__()
         self.template = self.template.replace("\\n", "\n")
         if self.template and "{prompt}" not in self.template:
-            raise ValueError(f"template must have {{prompt}} in it, where the prompt goes, not {self.template!r}")
+            raise ValueError(
+                f"template must have {{prompt}} in it, where the prompt goes, not {self.template!r}"
+            )
         if self.max_length < 0:
             raise ValueError(f"max_length cannot be negative, not {self.max_length}")
         if not 0 < self.val_fraction < 1:
@@ -77,7 +83,7 @@ class Config(TrainConfig, lora.LoRAConfig):
 FIXED = DATA_KEYS | {"val_dataset", "val_fraction", "template", "rank", "alpha", "target", "max_length"}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------
 # Opening and saving: the same for every kind of tuning
 
 
@@ -86,20 +92,23 @@ class Tuning:
     """A base that was opened to be tuned: with adapters in it, or as it is with --rank=0."""
 
     cfg: TrainConfig
-    kind: str            # of tuning, kept in the run's config
-    base: Checkpoint     # and the adapters over it, where a run goes on
-    resumed: dict        # the loaded run that goes on, or None
+    kind: str  # of tuning, kept in the run's config
+    base: Checkpoint  # and the adapters over it, where a run goes on
+    resumed: dict  # the loaded run that goes on, or None
     compute: Compute
     model: torch.nn.Module
     tokenizer: object
-    T: int               # tokens in a row
+    T: int  # tokens in a row
     base_sha256: str
-    moves_aside: bool    # out_dir holds what --overwrite is to move
+    moves_aside: bool  # out_dir holds what --overwrite is to move
 
     def prepare(self):
-        """Puts adapters into the model, moves it to the device and returns what to train: the model, perhaps compiled.
+        """Puts adapters into the model, moves it to the device and returns what to train: the model,
+        perhaps compiled.
 
-        Raises Refusal where the model takes no such adapters, or memory does not hold what training takes."""
+        Raises Refusal where the model takes no such adapters, or memory does not hold what training
+        takes.
+        """
         cfg = self.cfg
         torch.manual_seed(cfg.seed)
         if self.base.adapter:
@@ -111,7 +120,11 @@ class Tuning:
                 raise Refusal(e)
         learned, _ = lora.trainable(self.model)
         c = replace(self.model.config, block_size=self.T)
-        check_memory(self.compute.device, training_bytes(cfg, c, model_sizes(c), learned), "try a smaller batch_size")
+        check_memory(
+            self.compute.device,
+            training_bytes(cfg, c, model_sizes(c), learned),
+            "try a smaller batch_size",
+        )
         self.model = self.model.to(self.compute.device)
         rmsnorm_message = choose_rmsnorm(self.model, cfg.rmsnorm, self.compute)
         self.model.gradient_checkpointing = cfg.gradient_checkpointing
@@ -124,7 +137,9 @@ class Tuning:
         return torch.compile(self.model) if self.compute.compile else self.model
 
     def save(self, name, state, notes):
-        """Writes the adapters, or with --rank=0 the whole checkpoint, to out_dir; notes are kept beside the config."""
+        """Writes the adapters, or with --rank=0 the whole checkpoint, to out_dir; notes are kept beside
+        the config.
+        """
         config = asdict(self.cfg) | {"task": self.kind, "base_dataset": self.base.dataset} | notes
         path = os.path.join(self.cfg.out_dir, name)
         if self.cfg.rank:
@@ -135,9 +150,11 @@ class Tuning:
 
 
 def open_tuning(cfg, kind, fixed=FIXED):
-    """Returns the Tuning that a config means: a base opened, or a run that goes on, with the settings that it decides.
+    """Returns the Tuning that a config means: a base opened, or a run that goes on, with the settings
+    that it decides.
 
-    kind: of tuning, which the run's config keeps and a resumed one must have. Raises Refusal."""
+    kind: of tuning, which the run's config keeps and a resumed one must have. Raises Refusal.
+    """
     resumed = None
     if cfg.init_from == "resume":
         base = open_run(cfg, kind)
@@ -161,8 +178,9 @@ def open_tuning(cfg, kind, fixed=FIXED):
 
 
 def open_run(cfg, kind):
-    """Returns the checkpoint of the run in out_dir, adapters over their base or a whole one. Raises Refusal where it is no run
-    of this kind that can go on."""
+    """Returns the checkpoint of the run in out_dir, adapters over their base or a whole one. Raises
+    Refusal where it is no run of this kind that can go on.
+    """
     names = ("adapter.pt", "ckpt.pt")  # the latter by --rank=0; beside the former, by --merge
     names = [name for name in names if os.path.exists(os.path.join(cfg.out_dir, name))]
     if names == ["ckpt.pt"]:
@@ -205,12 +223,14 @@ def merge(cfg):
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------
 # The built-in task: 200 stories with the moral as the answer, and 200 others held out
 
 
 def moral_lines(model, tokenizer, rows, template, compute):
-    """Returns two lines: what a model knows of the held-out morals, by two accuracies, and how well it still tells stories."""
+    """Returns two lines: what a model knows of the held-out morals, by two accuracies, and how well it
+    still tells stories.
+    """
     most = 1 + max(len(tokenizer.encode_more(answer)) for answer in toy_stories.ANSWERS)
     prompts = []
     cases = []
@@ -235,7 +255,11 @@ def moral_lines(model, tokenizer, rows, template, compute):
         [tokenizer.decode_more(row.ids) == case.candidates[0] for row, case in zip(answers, cases)]
     )
     is_unsaid = np.array(is_unsaid)
-    stories = [id for text, _ in toy_stories.stories(500, seed=1) for id in (*tokenizer.encode(text), tokenizer.eot)]
+    stories = [
+        id
+        for text, _ in toy_stories.stories(500, seed=1)
+        for id in (*tokenizer.encode(text), tokenizer.eot)
+    ]
     return (
         f"moral of {len(prompts)} held-out stories: answered word for word {is_exact.mean():.1%} "
         f"({is_exact[is_unsaid].sum()} of the {is_unsaid.sum()} that leave it unsaid), "
@@ -244,7 +268,7 @@ def moral_lines(model, tokenizer, rows, template, compute):
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------
 # The task
 
 
@@ -276,7 +300,9 @@ class FineTuning:
         self.rows_sha256 = hashlib.sha256(ids).hexdigest()
         if tuning.resumed and tuning.resumed["config"]["rows_sha256"] != self.rows_sha256:
             path = tuning.base.adapter_path or tuning.base.path
-            raise Refusal(f"{cfg.dataset} holds other rows than when {path} was begun: give another --out_dir")
+            raise Refusal(
+                f"{cfg.dataset} holds other rows than when {path} was begun: give another --out_dir"
+            )
         try:
             first_prompt = next(filter(None, val_turns))[0][0]
             self.preview_text = render(cfg.template, cfg.start or first_prompt)
@@ -294,14 +320,18 @@ class FineTuning:
         return batches
 
     def validate(self, tokens=None):
-        """Returns the loss on held-out responses, of about so many tokens of rows: eval_tokens, or 0 for all."""
+        """Returns the loss on held-out responses, of about so many tokens of rows: eval_tokens, or 0 for
+        all.
+        """
         tokens = self.cfg.eval_tokens if tokens is None else tokens
         numbers = evenly(np.arange(len(self.val_packs)), math.ceil(tokens / self.tuning.T))
         loss = mean_nats(self.trained, numbers, self.val_batch, self.cfg.batch_size, self.compute)
         return {"val_loss": loss}
 
     def val_batch(self, numbers):
-        return packed_batch([self.val_packs[number] for number in numbers], self.val_examples, self.tuning.T)
+        return packed_batch(
+            [self.val_packs[number] for number in numbers], self.val_examples, self.tuning.T
+        )
 
     def save(self, name, state):
         """Writes the adapters or the checkpoint."""
@@ -328,7 +358,11 @@ class FineTuning:
         print(f"{moment}: {loss:.4f} nats a token of held-out responses")
         if self.cfg.dataset == "moral":
             tuning = self.tuning
-            print(moral_lines(tuning.model, tuning.tokenizer, self.held_out, self.cfg.template, self.compute))
+            print(
+                moral_lines(
+                    tuning.model, tuning.tokenizer, self.held_out, self.cfg.template, self.compute
+                )
+            )
 
 
 def main(cfg):
@@ -355,7 +389,9 @@ def main(cfg):
     task.report("now" if cfg.eval_only else "after")
     if compute.is_main and not cfg.eval_only:
         print(plot(cfg.out_dir))
-        print(f"next: python sample.py --{'adapter' if cfg.rank else 'out_dir'}={cfg.out_dir} --start=\"...\"")
+        print(
+            f'next: python sample.py --{"adapter" if cfg.rank else "out_dir"}={cfg.out_dir} --start="..."'
+        )
     compute.close()
 
 

@@ -1,4 +1,5 @@
-"""Our models as Hugging Face folders, for transformers, vLLM, llama.cpp and TRL; adapters as PEFT has them.
+"""Our models as Hugging Face folders, for transformers, vLLM, llama.cpp and TRL; adapters as PEFT has
+them.
 
     python hf.py --out_dir=out/demo --to=out/demo-hf              # AutoModelForCausalLM opens that
     python hf.py --out_dir=out/demo --adapter=out/lora --to=out/lora-peft          # for peft, over it
@@ -109,7 +110,9 @@ def write_peft_adapter(folder, base, model, adapter):
 
 
 def write_own_adapter(folder, name, ckpt, model):
-    """Fills the folder with our adapter made of PEFT's, `name`, for the checkpoint. Raises ValueError."""
+    """Fills the folder with our adapter made of PEFT's, `name`, for the checkpoint. Raises
+    ValueError.
+    """
     settings, tensors, peft_base, notes = hf_folder.load_adapter(hf_name(name), model.config)
     settings["base_dataset"] = ckpt.dataset
     settings["template"] = notes.get("template", ckpt.template)
@@ -120,7 +123,9 @@ def write_own_adapter(folder, name, ckpt, model):
     path = str(folder / "adapter.pt")
     checkpoint.save_adapters(path, model, ckpt.path, sha256, settings, checkpoint.RunState())
     if "base_sha256" not in notes:
-        print(f"{name} was trained over {peft_base}, as it says; whether that is {ckpt.path} is not known")
+        print(
+            f"{name} was trained over {peft_base}, as it says; whether that is {ckpt.path} is not known"
+        )
 
 
 def main(cfg):

@@ -1,11 +1,14 @@
-"""LoRA (Hu et al. 2021, arXiv:2106.09685): beside a frozen matrix W learn two thin ones, y = W x + (alpha / rank) B A dropout(x).
+"""LoRA (Hu et al. 2021, arXiv:2106.09685): beside a frozen matrix W learn two thin ones, y = W x +
+(alpha / rank) B A dropout(x).
 
     from lora import LoRAConfig, inject, merge
-    inject(model, LoRAConfig(rank=8))     # all but the adapters is frozen; B starts at zero, so the model computes what it did
+    inject(model, LoRAConfig(rank=8))     # only the adapters learn; B starts at zero: the model computes what it did
     merge(model)                          # W becomes W + (alpha / rank) B A, and the model is an ordinary one again
 
-A model is any nn.Module whose Linears have the names in LINEARS. Of its other parts nothing is known here.
+A model is any nn.Module whose Linears have the names in LINEARS. Of its other parts nothing is known
+here.
 """
+
 import math
 from dataclasses import dataclass
 
@@ -18,10 +21,12 @@ LINEARS = "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 
 @dataclass
 class LoRAConfig:
+    # fmt: off
     rank: int = 8              # of B A; 0 = no adapters, all weights are learned
     alpha: float = 16.0        # B A counts alpha / rank times
     lora_dropout: float = 0.0  # on what goes into A
-    target: str = "all"        # Linears with an adapter: all | some of q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj
+    target: str = "all"        # Linears with an adapter: all | q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj
+    # fmt: on
 
     def __post_init__(self):
         if self.rank < 0:
@@ -32,8 +37,10 @@ class LoRAConfig:
             raise ValueError(f"lora_dropout must be at least 0 and below 1, not {self.lora_dropout}")
         for name in self.names:
             if name not in LINEARS:
-                raise ValueError(f"target {name!r} takes no adapter, only {','.join(LINEARS)} do: the embedding is a table, and the head "
-                                 "may be the same matrix, so that merging one would change the other")
+                raise ValueError(
+                    f"target {name!r} takes no adapter, only {','.join(LINEARS)} do: the embedding is a table, "
+                    "and the head may be the same matrix, so that merging one would change the other"
+                )
 
     @property
     def names(self):
@@ -41,14 +48,18 @@ class LoRAConfig:
 
 
 class LoRALinear(nn.Module):
-    """A Linear and its adapter: A (rank, in), drawn as nn.Linear draws its weight, and B (out, rank), zero; both float32."""
+    """A Linear and its adapter: A (rank, in), drawn as nn.Linear draws its weight, and B (out, rank),
+    zero; both float32.
+    """
 
     def __init__(self, base, rank, alpha, dropout):
         super().__init__()
-        self.base, self.scale, self.dropout = base, alpha / rank, nn.Dropout(dropout)
-        like = {"dtype": torch.float32, "device": base.weight.device}
-        self.A = nn.Parameter(torch.empty(rank, base.in_features, **like))
-        self.B = nn.Parameter(torch.zeros(base.out_features, rank, **like))
+        self.base = base
+        self.scale = alpha / rank
+        self.dropout = nn.Dropout(dropout)
+        device = base.weight.device
+        self.A = nn.Parameter(torch.empty(rank, base.in_features, dtype=torch.float32, device=device))
+        self.B = nn.Parameter(torch.zeros(base.out_features, rank, dtype=torch.float32, device=device))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))  # as peft, Hugging Face's, does
 
     def forward(self, x):
@@ -56,25 +67,35 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def merged(self):
-        """The Linear with the adapter in its weight, added in float32 at least."""
+        """Returns the Linear with the adapter in its weight, added in float32 at least."""
         weight = self.base.weight
-        weight.copy_(weight.to(torch.promote_types(weight.dtype, torch.float32)) + self.scale * (self.B @ self.A))
+        change = self.scale * (self.B @ self.A)
+        weight.copy_(weight.to(torch.promote_types(weight.dtype, torch.float32)) + change)
         return self.base
 
 
 def inject(model, c):
-    """Freezes the model and puts an adapter beside each Linear that c names. Raises ValueError, and has changed nothing then."""
-    found = {name: m for name, m in model.named_modules() if name.rpartition(".")[2] in c.names}
-    there = {name.rpartition(".")[2] for name in found}
-    if not there or c.target != "all" and there != set(c.names):
-        raise ValueError(f"target {c.target}: this model has no {', '.join(sorted(set(c.names) - there))}")
-    for name, m in found.items():
-        if c.rank > min(m.in_features, m.out_features):
-            raise ValueError(f"rank {c.rank} is more than {name}, {m.out_features} x {m.in_features}, can have: "
-                             "take a smaller one, or 0, which trains all weights")
+    """Freezes the model and puts an adapter beside each Linear that c names.
+
+    Raises ValueError where the model has no such Linear or one that is too small, and has changed
+    nothing then.
+    """
+    linears = {name: m for name, m in model.named_modules() if name.rpartition(".")[2] in c.names}
+    kinds = {name.rpartition(".")[2] for name in linears}
+    if not kinds or c.target != "all" and kinds != set(c.names):
+        missing = ", ".join(sorted(set(c.names) - kinds))
+        raise ValueError(f"target {c.target}: this model has no {missing}")
+    for name, linear in linears.items():
+        if c.rank > min(linear.in_features, linear.out_features):
+            shape = f"{linear.out_features} x {linear.in_features}"
+            raise ValueError(
+                f"rank {c.rank} is more than {name}, {shape}, can have: "
+                "take a smaller one, or 0, which trains all weights"
+            )
     model.requires_grad_(False)
-    for name, m in found.items():
-        replace(model, name, LoRALinear(m, c.rank, c.alpha, c.lora_dropout).train(m.training))
+    for name, linear in linears.items():
+        adapted = LoRALinear(linear, c.rank, c.alpha, c.lora_dropout)
+        replace(model, name, adapted.train(linear.training))
 
 
 def replace(model, name, module):
@@ -91,22 +112,29 @@ def merge(model):
 
 
 def state_dict(model):
-    """The adapters alone, {"blocks.0.attn.q_proj.A": (rank, in), ...}: the model's own tensors."""
-    return {f"{name}.{part}": getattr(m, part).detach() for name, m in model.named_modules() if isinstance(m, LoRALinear) for part in "AB"}
+    """Returns the adapters alone, {"blocks.0.attn.q_proj.A": (rank, in), ...}: the model's own tensors."""
+    tensors = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LoRALinear):
+            tensors[f"{name}.A"] = module.A.detach()
+            tensors[f"{name}.B"] = module.B.detach()
+    return tensors
 
 
 def load_state_dict(model, adapters):
-    """Raises ValueError where they are not this model's, by name or shape."""
+    """Copies adapters into the model's. Raises ValueError where they are not this model's, by name or shape."""
     own = state_dict(model)
     if own.keys() != adapters.keys():
-        raise ValueError(f"the adapters are for other layers: {min(own.keys() ^ adapters.keys(), key=str)}")
-    for name, x in own.items():
-        if x.shape != adapters[name].shape:
-            raise ValueError(f"{name} is {tuple(adapters[name].shape)} and not {tuple(x.shape)}")
-        x.copy_(adapters[name])
+        raise ValueError(
+            f"the adapters are for other layers: {min(own.keys() ^ adapters.keys(), key=str)}"
+        )
+    for name, tensor in own.items():
+        if tensor.shape != adapters[name].shape:
+            raise ValueError(f"{name} is {tuple(adapters[name].shape)} and not {tuple(tensor.shape)}")
+        tensor.copy_(adapters[name])
 
 
 def trainable(model):
-    """(parameters that are learned, all of them, adapters too), each counted once."""
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    return sum(n for n, learned in sizes if learned), sum(n for n, _ in sizes)
+    """Returns (parameters that are learned, all of them, adapters too), each counted once."""
+    learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return learned, sum(p.numel() for p in model.parameters())

@@ -4,10 +4,12 @@
     model = Transformer(ModelConfig(vocab_size=4096, norm="layernorm", pos="learned", mlp="gelu"))
     logits, loss = model(idx, targets)            # idx, targets (B, T) int64; logits (B, T, vocab_size)
 
-Toggles are decided when the model is built; `forward` has no if about them. An idea is one class and one line: a norm in
-NORMS, a position scheme in POSITIONS, an MLP in MLPS, a residual layout in BLOCKS. Sizes are counted, never written as formulas.
-Letters in shapes: B batch, T new tokens, S all tokens a query may see (cache and new), C width, H heads, D head_dim, V vocabulary.
+Toggles are decided when the model is built; `forward` has no if about them. An idea is one class and one
+line: a norm in NORMS, a position scheme in POSITIONS, an MLP in MLPS, a residual layout in BLOCKS. Sizes
+are counted, never written as formulas. Letters in shapes: B batch, T new tokens, S all tokens a query
+may see (cache and new), C width, H heads, D head_dim, V vocabulary.
 """
+
 import math
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
@@ -22,6 +24,7 @@ HAS_CHUNKED_LOSS = hasattr(nn, "LinearCrossEntropyOptions")  # from torch 2.13 o
 
 @dataclass
 class ModelConfig:
+    # fmt: off
     n_layer: int = 4             # blocks
     n_head: int = 4              # query heads
     n_kv_head: int = 0           # key and value heads: 0 = n_head (MHA), 1 = MQA, between = GQA (must divide n_head)
@@ -35,12 +38,13 @@ class ModelConfig:
     norm_eps: float = 1e-5       # added to the variance or the mean of squares
     pos: str = "rope"            # learned | sinusoidal | rope | alibi | none
     rope_theta: float = 10000.0  # base of RoPE's wavelengths
-    rope_scaling: str = "none"   # none | linear:FACTOR | llama3:FACTOR,LOW_FREQ_FACTOR,HIGH_FREQ_FACTOR,ORIGINAL_CONTEXT
+    rope_scaling: str = "none"   # none | linear:FACTOR | llama3:FACTOR,LOW_FREQ,HIGH_FREQ,ORIGINAL_CONTEXT
     mlp: str = "swiglu"          # gelu | swiglu
     qk_norm: bool = True         # RMSNorm over each head's q and k, before rotation (as Qwen3)
     tie_embeddings: bool = True  # one matrix for the embedding and the output head
     bias: bool = False           # biases in every Linear but the head, and in LayerNorm
     dropout: float = 0.0         # on embeddings, attention weights and both residual branches
+    # fmt: on
 
     def __post_init__(self):
         self.check_types()
@@ -57,16 +61,22 @@ class ModelConfig:
         }
         for key, least in at_least.items():
             if not least <= getattr(self, key) <= 10**7:
-                raise ValueError(f"{key} must be at least {least} and at most ten million, not {getattr(self, key)}")
+                raise ValueError(
+                    f"{key} must be at least {least} and at most ten million, not {getattr(self, key)}"
+                )
         if not self.head_dim and self.n_embd % self.n_head:
-            raise ValueError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}, or head_dim be given")
+            raise ValueError(
+                f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}, or head_dim be given"
+            )
         self.head_dim = self.head_dim or self.n_embd // self.n_head
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}")
         toggles = {"norm": NORMS, "norm_position": BLOCKS, "mlp": MLPS, "pos": POSITIONS}
         for key, choices in toggles.items():
             if getattr(self, key) not in choices:
-                raise ValueError(f"{key} must be one of {' | '.join(choices)}, not {getattr(self, key)!r}")
+                raise ValueError(
+                    f"{key} must be one of {' | '.join(choices)}, not {getattr(self, key)!r}"
+                )
         if self.pos == "rope" and self.head_dim % 2:
             raise ValueError(f"rope rotates pairs: head_dim={self.head_dim} must be even")
         if self.pos == "sinusoidal" and self.n_embd % 2:
@@ -81,12 +91,16 @@ class ModelConfig:
             self.n_inner = inner_width(self.n_embd) if inner_width else 4 * self.n_embd
 
     def check_types(self):
-        """Raises ValueError for a value of another type: a file that was not written here may hold anything."""
+        """Raises ValueError for a value of another type: a file that was not written here may hold
+        anything.
+        """
         for field in fields(ModelConfig):
             value = getattr(self, field.name)
             is_whole_float = field.type is float and type(value) is int
             if type(value) is not field.type and not is_whole_float:
-                raise ValueError(f"{field.name} must be of type {field.type.__name__}, not {value!r:.60}")
+                raise ValueError(
+                    f"{field.name} must be of type {field.type.__name__}, not {value!r:.60}"
+                )
 
 
 MODEL_KEYS = tuple(field.name for field in fields(ModelConfig))
@@ -97,18 +111,22 @@ def model_config(cfg):
     return ModelConfig(**{key: getattr(cfg, key) for key in MODEL_KEYS})
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------
 # Norms (Ba et al. 2016; Zhang & Sennrich 2019). A norm is built as Norm(dim, eps=, bias=)
 
 
 def rms_norm(x, weight, eps):
-    """Returns x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in float32 at least, in x's dtype."""
+    """Returns x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in float32 at least,
+    in x's dtype.
+    """
     y = x.to(torch.promote_types(x.dtype, torch.float32))
     return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * weight).type_as(x)
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm with a gain and no bias, whatever `bias` says. rmsnorm.py has a CUDA kernel for it (--rmsnorm=cuda)."""
+    """RMSNorm with a gain and no bias, whatever `bias` says. rmsnorm.py has a CUDA kernel for it
+    (--rmsnorm=cuda).
+    """
 
     def __init__(self, dim, eps, bias=False):
         super().__init__()
@@ -122,7 +140,7 @@ class RMSNorm(nn.Module):
 NORMS = {"layernorm": nn.LayerNorm, "rmsnorm": RMSNorm}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------
 # Positions. A class says by `part` where it acts:
 #   "add"     forward(x, pos) returns the embeddings x (B, T, C) with positions pos (T,) or (B, T) added
 #   "rotate"  forward(pos) returns the cos and sin that `rotate` turns q and k by
@@ -142,12 +160,15 @@ class LearnedPositions(nn.Embedding):
 
 
 class Float32Tables(nn.Module):
-    """Two float32 tables (block_size, n) of cos and sin: never saved, and float32 whatever model.to(dtype) does."""
+    """Two float32 tables (block_size, n) of cos and sin: never saved, and float32 whatever
+    model.to(dtype) does.
+    """
 
     def __init__(self, c, frequencies):
         super().__init__()
         self.frequencies = frequencies
-        # made on the CPU whatever the default device is, so that their bits are the same everywhere; on meta nothing is made
+        # made on the CPU whatever the default device is, so that their bits are the same everywhere; on
+        # meta nothing is made
         device = "meta" if torch.get_default_device().type == "meta" else "cpu"
         places = torch.arange(c.block_size, dtype=torch.float32, device=device)
         angles = torch.outer(places, frequencies.to(device))
@@ -163,7 +184,9 @@ class Float32Tables(nn.Module):
 
 
 class SinusoidalPositions(Float32Tables):
-    """Added to the embedding, which is scaled by sqrt(C) first (Vaswani et al. 2017, sections 3.4 and 3.5)."""
+    """Added to the embedding, which is scaled by sqrt(C) first (Vaswani et al. 2017, sections 3.4 and
+    3.5).
+    """
 
     part = "add"
 
@@ -177,7 +200,9 @@ class SinusoidalPositions(Float32Tables):
 
 
 class RoPE(Float32Tables):
-    """Rotates q and k (Su et al. 2021), in the half-split layout of Hugging Face Llama: x[i] pairs with x[i + D/2]."""
+    """Rotates q and k (Su et al. 2021), in the half-split layout of Hugging Face Llama: x[i] pairs with
+    x[i + D/2].
+    """
 
     part = "rotate"
 
@@ -185,7 +210,9 @@ class RoPE(Float32Tables):
         super().__init__(c, rope_frequencies(c))
 
     def forward(self, pos):
-        """Returns cos and sin, each ([B, 1,] T, D), for positions (T,) or (B, T); the first half of the sines is negative."""
+        """Returns cos and sin, each ([B, 1,] T, D), for positions (T,) or (B, T); the first half of the
+        sines is negative.
+        """
         cos, sin = self.cos[pos], self.sin[pos]
         if pos.dim() == 2:  # an axis for the heads
             cos, sin = cos[:, None], sin[:, None]
@@ -200,8 +227,8 @@ def rotate(x, cos, sin):
 def rope_frequencies(c):
     """Returns the angle that a position adds to each pair, float32 (D/2,), after rope_scaling.
 
-    linear divides all (position interpolation, Chen et al. 2023); llama3 divides by wavelength, as Llama 3.1 does.
-    Raises ValueError for a rope_scaling that cannot be read.
+    linear divides all (position interpolation, Chen et al. 2023); llama3 divides by wavelength, as Llama
+    3.1 does. Raises ValueError for a rope_scaling that cannot be read.
     """
     exponents = torch.arange(0, c.head_dim, 2, dtype=torch.float32, device="cpu") / c.head_dim
     freq = c.rope_theta**-exponents
@@ -217,7 +244,9 @@ def rope_frequencies(c):
     if kind == "llama3" and len(numbers) == 4 and min(numbers) > 0 and numbers[1] < numbers[2]:
         factor, low, high, original = numbers
         turns = original * freq / (2 * math.pi)  # full rotations over the context of pre-training
-        keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: short wavelengths, left alone; 0: long ones, stretched
+        keep = ((turns - low) / (high - low)).clamp(
+            0, 1
+        )  # 1: short wavelengths, left alone; 0: long ones, stretched
         return keep * freq + (1 - keep) * freq / factor
     raise ValueError(
         f"rope_scaling must be none, linear:FACTOR or llama3:FACTOR,LOW,HIGH,CONTEXT, not {c.rope_scaling!r}"
@@ -225,7 +254,9 @@ def rope_frequencies(c):
 
 
 class ALiBi(nn.Module):
-    """Biases scores by -slope * distance, a slope a head (Press et al. 2021; the authors' rule where H is no power of 2)."""
+    """Biases scores by -slope * distance, a slope a head (Press et al. 2021; the authors' rule where H
+    is no power of 2).
+    """
 
     part = "bias"
 
@@ -250,16 +281,18 @@ POSITIONS = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------
 # The KV cache
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far: a buffer pair a layer [B, n_kv_head, max_len, D], written in place.
+    """Keys and values of the tokens seen so far: a buffer pair a layer [B, n_kv_head, max_len, D],
+    written in place.
 
-    One generation makes one. Each row has a length of its own, and its next tokens go to the places after it: all layers
-    `update` them there, then model.hidden lets the cache `advance`. Rows of equal length, which is what all are until one
-    is rewound further than another, are written and read as slices. Capacity is fixed; nothing is ever copied or moved.
+    One generation makes one. Each row has a length of its own, and its next tokens go to the places
+    after it: all layers `update` them there, then model.hidden lets the cache `advance`. Rows of equal
+    length, which is what all are until one is rewound further than another, are written and read as
+    slices. Capacity is fixed; nothing is ever copied or moved.
 
         lengths   (B,) int64 on the model's device: tokens in each row
         length    of the longest row: the same knowledge without asking the device
@@ -270,7 +303,9 @@ class KVCache:
         c = model.config
         embedding = model.wte.weight
         shape = (batch_size, c.n_kv_head, max_len, c.head_dim)
-        self.k = [torch.zeros(shape, dtype=embedding.dtype, device=embedding.device) for _ in range(c.n_layer)]
+        self.k = [
+            torch.zeros(shape, dtype=embedding.dtype, device=embedding.device) for _ in range(c.n_layer)
+        ]
         self.v = [torch.zeros_like(k) for k in self.k]
         self.lengths = torch.zeros(batch_size, dtype=torch.long, device=embedding.device)
         self.length = 0
@@ -279,7 +314,9 @@ class KVCache:
         self.doc = None
 
     def places(self, T):
-        """Returns where T new tokens go: (T,) where the rows are level, else (B, T). Raises ValueError where they do not fit."""
+        """Returns where T new tokens go: (T,) where the rows are level, else (B, T). Raises ValueError
+        where they do not fit.
+        """
         if self.length + T > self.max_len:
             raise ValueError(
                 f"the cache holds {self.max_len} tokens: {self.length} are in it and {T} more do not fit"
@@ -290,7 +327,9 @@ class KVCache:
         return self.lengths[:, None] + torch.arange(T, device=device)
 
     def update(self, layer, places, k, v):
-        """Stores k, v (B, n_kv_head, T, D) of new tokens; returns those of all tokens (B, n_kv_head, S, D), as views."""
+        """Stores k, v (B, n_kv_head, T, D) of new tokens; returns those of all tokens (B, n_kv_head, S,
+        D), as views.
+        """
         end = self.length + k.size(2)
         if self.is_level:
             self.k[layer][:, :, self.length : end] = k
@@ -302,7 +341,9 @@ class KVCache:
         return self.k[layer][:, :, :end], self.v[layer][:, :, :end]
 
     def update_doc(self, places, doc):
-        """Stores doc (B, T) of new tokens, None: each row goes on with its last. Returns that of all (B, S), or None."""
+        """Stores doc (B, T) of new tokens, None: each row goes on with its last. Returns that of all (B,
+        S), or None.
+        """
         B, T = self.lengths.size(0), places.size(-1)
         if doc is None and self.doc is None:
             return None
@@ -320,7 +361,9 @@ class KVCache:
         self.lengths += T
 
     def rewind(self, n):
-        """Forgets the last n tokens: of every row, or with a list of numbers so many of each. Raises ValueError past the start."""
+        """Forgets the last n tokens: of every row, or with a list of numbers so many of each. Raises
+        ValueError past the start.
+        """
         counts = [n] * self.lengths.size(0) if isinstance(n, int) else list(n)
         lengths = [self.length] * len(counts) if self.is_level else self.lengths.tolist()
         for count, length in zip(counts, lengths, strict=True):
@@ -332,26 +375,29 @@ class KVCache:
         self.lengths = torch.tensor(lengths, device=self.lengths.device)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------
 # Attention
 
 
 class Context(NamedTuple):
-    """What the layers of one call share: where its tokens stand, and which of all tokens each may see."""
+    """What the layers of one call share: where its tokens stand, and which of all tokens each may
+    see.
+    """
 
-    rotation: Any = None     # (cos, sin) for rotate(), or None
-    mask: Any = None         # ([B, H,] T, S): boolean, or what is added to scores; None for none
+    rotation: Any = None  # (cos, sin) for rotate(), or None
+    mask: Any = None  # ([B, H,] T, S): boolean, or what is added to scores; None for none
     is_causal: bool = False  # the mask is the plain causal one, which SDPA makes by itself
-    cache: Any = None        # a KVCache, or None
-    places: Any = None       # where the new tokens go in it
+    cache: Any = None  # a KVCache, or None
+    places: Any = None  # where the new tokens go in it
 
 
 def attention_mask(places, S, doc=None, bias=None, dtype=torch.float32):
     """The one mask rule: returns (mask, is_causal) for new tokens at places ([B,] T) among S tokens.
 
-    SDPA's is_causal aligns queries and keys at the first token, so it is right only when there is nothing in the cache.
-    A lone query sees everything. All else gets a mask from absolute places: boolean, or a bias with -inf.
-    A padding token (doc -1) sees the padding before it: nobody reads what it computes, but it must not be nan.
+    SDPA's is_causal aligns queries and keys at the first token, so it is right only when there is
+    nothing in the cache. A lone query sees everything. All else gets a mask from absolute places:
+    boolean, or a bias with -inf. A padding token (doc -1) sees the padding before it: nobody reads what
+    it computes, but it must not be nan.
     """
     T = places.size(-1)
     is_level = places.dim() == 1
@@ -370,7 +416,9 @@ def attention_mask(places, S, doc=None, bias=None, dtype=torch.float32):
 
 
 def positions(doc):
-    """Returns each token's place in its own document: (B, S) -> (B, S). A document is a run of equal numbers."""
+    """Returns each token's place in its own document: (B, S) -> (B, S). A document is a run of equal
+    numbers.
+    """
     place = torch.arange(doc.size(1), device=doc.device)
     is_first = torch.ones_like(doc, dtype=torch.bool)
     is_first[:, 1:] = doc[:, 1:] != doc[:, :-1]
@@ -378,7 +426,9 @@ def positions(doc):
 
 
 class Attention(nn.Module):
-    """Causal self-attention with n_head query and n_kv_head key and value heads (Ainslie et al. 2023 between MHA and MQA)."""
+    """Causal self-attention with n_head query and n_kv_head key and value heads (Ainslie et al. 2023
+    between MHA and MQA).
+    """
 
     def __init__(self, c, layer):
         super().__init__()
@@ -397,7 +447,9 @@ class Attention(nn.Module):
     def forward(self, x, context):
         B, T, _ = x.shape
         q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, H, T, D)
-        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, n_kv_head, T, D)
+        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(
+            1, 2
+        )  # (B, n_kv_head, T, D)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
         if context.rotation is not None:
             q = rotate(q, *context.rotation)
@@ -416,8 +468,9 @@ class Attention(nn.Module):
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# MLPs. A class may say its inner_width(n_embd) for n_inner=0, which else is 4 n_embd; and mark its last Linear into_residual
+# -----------------------------------------------------------------------------------------------------
+# MLPs. A class may say its inner_width(n_embd) for n_inner=0, which else is 4 n_embd; and mark its last
+# Linear into_residual
 
 
 class GELU(nn.Module):
@@ -454,8 +507,9 @@ class SwiGLU(nn.Module):
 MLPS = {"gelu": GELU, "swiglu": SwiGLU}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Blocks. A layout is built as Block(config, layer); a final norm follows the last one unless the class says final_norm = False
+# -----------------------------------------------------------------------------------------------------
+# Blocks. A layout is built as Block(config, layer); a final norm follows the last one unless the class
+# says final_norm = False
 
 
 class PreNorm(nn.Module):
@@ -476,7 +530,9 @@ class PreNorm(nn.Module):
 
 
 class PostNorm(PreNorm):
-    """Norms after each sum, so the stream that leaves the last block is normed (Vaswani et al. 2017, the first GPT)."""
+    """Norms after each sum, so the stream that leaves the last block is normed (Vaswani et al. 2017, the
+    first GPT).
+    """
 
     final_norm = False
 
@@ -489,13 +545,15 @@ class PostNorm(PreNorm):
 BLOCKS = {"pre": PreNorm, "post": PostNorm}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------
 
 
 class Transformer(nn.Module):
-    """A decoder-only language model. Two run-time switches, not part of the architecture, are plain attributes:
-    gradient_checkpointing (recompute each block in the backward pass: less memory, a third more time) and
-    chunked_loss (never hold all logits at once; then a call with targets returns no logits)."""
+    """A decoder-only language model. Two run-time switches, not part of the architecture, are plain
+    attributes: gradient_checkpointing (recompute each block in the backward pass: less memory, a third
+    more time) and chunked_loss (never hold all logits at once; then a call with targets returns no
+    logits).
+    """
 
     gradient_checkpointing = False
     chunked_loss = False
@@ -521,17 +579,22 @@ class Transformer(nn.Module):
         self.init_weights()
 
     def build_position(self, c, part):
-        """Returns the config's position scheme where it acts at this part, else None. Raises ValueError where it acts at none."""
+        """Returns the config's position scheme where it acts at this part, else None. Raises ValueError
+        where it acts at none.
+        """
         position = POSITIONS[c.pos]
         if position is None:
             return None
         if getattr(position, "part", None) not in ("add", "rotate", "bias"):
-            raise ValueError(f"{position.__name__} must say its part: add, rotate or bias (see POSITIONS)")
+            raise ValueError(
+                f"{position.__name__} must say its part: add, rotate or bias (see POSITIONS)"
+            )
         return position(c) if position.part == part else None
 
     def init_weights(self):
-        """Draws GPT-2's: N(0, 0.02), what writes into the residual stream smaller by sqrt(2 n_layer), biases 0.
-        Norms start by themselves: gains 1, biases 0."""
+        """Draws GPT-2's: N(0, 0.02), what writes into the residual stream smaller by sqrt(2 n_layer),
+        biases 0. Norms start by themselves: gains 1, biases 0.
+        """
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
@@ -542,10 +605,11 @@ class Transformer(nn.Module):
                 nn.init.normal_(module.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
 
     def hidden(self, idx, cache=None, doc=None):
-        """Returns the final normed states (B, T, C) of tokens idx (B, T), which come after those in the cache.
+        """Returns the final normed states (B, T, C) of tokens idx (B, T), which come after those in the
+        cache.
 
-        doc (B, T) int: a token sees only tokens of its own document, positions restart in each, -1 is padding.
-        Raises ValueError past block_size or the end of the cache.
+        doc (B, T) int: a token sees only tokens of its own document, positions restart in each, -1 is
+        padding. Raises ValueError past block_size or the end of the cache.
         """
         B, T = idx.shape
         places = torch.arange(T, device=idx.device)
@@ -587,11 +651,14 @@ class Transformer(nn.Module):
         return KVCache(self, batch_size, max_len)
 
     def next_logits(self, idx, cache, doc=None):
-        """Returns logits (B, V) of what comes after the last of tokens idx (B, T); cache and doc as in hidden."""
+        """Returns logits (B, V) of what comes after the last of tokens idx (B, T); cache and doc as in
+        hidden.
+        """
         return self.head(self.hidden(idx, cache, doc)[:, -1])
 
     def forward(self, idx, targets=None, cache=None, doc=None, reduction="mean"):
-        """Returns (logits, loss): logits (B, T, V); loss None without targets, else cross-entropy in nats over targets (B, T).
+        """Returns (logits, loss): logits (B, T, V); loss None without targets, else cross-entropy in
+        nats over targets (B, T).
 
         targets of -100 do not count. reduction: mean | sum | none, the last giving (B, T).
         """
@@ -615,7 +682,7 @@ class Transformer(nn.Module):
         return logits, loss
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------
 # Sizes: counted on modules, so that they are right for any class
 
 
@@ -623,8 +690,8 @@ class Sizes(NamedTuple):
     """How many numbers a model holds."""
 
     parameters: int  # a tied matrix once
-    matrices: int    # of them in matrices: biases and gains left out
-    buffers: int     # in tables that are never saved
+    matrices: int  # of them in matrices: biases and gains left out
+    buffers: int  # in tables that are never saved
 
     @property
     def bytes(self):
@@ -632,7 +699,8 @@ class Sizes(NamedTuple):
 
 
 def model_sizes(c):
-    """Returns the Sizes of a model of config c without making it: one block on the meta device stands for all n_layer.
+    """Returns the Sizes of a model of config c without making it: one block on the meta device stands
+    for all n_layer.
 
     Raises ValueError where the numbers are too large to count.
     """
@@ -658,9 +726,10 @@ def num_params(module):
 
 
 def flops_per_token(model, T):
-    """Returns the floating-point operations of training on one token at context T, forward and backward (PaLM, appendix B):
-    6 for each weight that is multiplied, 12 H D T a layer for scores, not halved for causality. Look-ups are no products:
-    neither the embedding nor what is added for positions."""
+    """Returns the floating-point operations of training on one token at context T, forward and backward
+    (PaLM, appendix B): 6 for each weight that is multiplied, 12 H D T a layer for scores, not halved for
+    causality. Look-ups are no products: neither the embedding nor what is added for positions.
+    """
     c = model.config
     multiplied = num_params(model)
     if not c.tie_embeddings:

@@ -1,4 +1,5 @@
 """Optimizers and the learning rate: which parameter learns by which rule, how fast, and when."""
+
 import math
 from collections import defaultdict
 
@@ -10,8 +11,9 @@ from config import Refusal
 def make_optimizers(model, cfg, compute):
     """Returns [AdamW], or [AdamW, Muon] with Muon on the matrices inside blocks.
 
-    By role: what has two dimensions or more decays, vectors and scalars do not. Frozen parameters are in no group; every
-    other one is in exactly one. compute: where they compute, and in which dtype Muon multiplies (see muon_dtype).
+    By role: what has two dimensions or more decays, vectors and scalars do not. Frozen parameters are in
+    no group; every other one is in exactly one. compute: where they compute, and in which dtype Muon
+    multiplies (see muon_dtype).
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     hidden = [p for name, p in parameters.items() if p.dim() >= 2 and ".blocks." in f".{name}"]
@@ -49,9 +51,11 @@ def make_optimizers(model, cfg, compute):
 
 
 def step_unless(optimizers, is_skipped):
-    """Makes the step of each optimizer, which changes nothing where is_skipped, a bool tensor on the device, holds.
+    """Makes the step of each optimizer, which changes nothing where is_skipped, a bool tensor on the
+    device, holds.
 
-    In torch's own way, which its GradScaler takes too: nobody waits for the device where the optimizer knows how to.
+    In torch's own way, which its GradScaler takes too: nobody waits for the device where the optimizer
+    knows how to.
     """
     for optimizer in optimizers:
         if getattr(optimizer, "_step_supports_amp_scaling", False):
@@ -63,14 +67,20 @@ def step_unless(optimizers, is_skipped):
 
 
 def load_optimizers(optimizers, scaler, ckpt, cfg):
-    """Gives optimizers, and a loss scaler or None, the state in a loaded checkpoint; its settings stay the config's, which
-    may be given anew. Returns the losses since the last line of the log. Raises Refusal where the state does not fit."""
+    """Gives optimizers, and a loss scaler or None, the state in a loaded checkpoint; its settings stay
+    the config's, which may be given anew. Returns the losses since the last line of the log. Raises
+    Refusal where the state does not fit.
+    """
     if len(optimizers) != len(ckpt["optimizers"]):
         raise Refusal(f"the checkpoint was trained with another optimizer than {cfg.optimizer}")
     try:
         for optimizer, state in zip(optimizers, ckpt["optimizers"]):
             settings = [
-                {key: group[key] for key in ("weight_decay", "betas", "momentum", "lr_scale") if key in group}
+                {
+                    key: group[key]
+                    for key in ("weight_decay", "betas", "momentum", "lr_scale")
+                    if key in group
+                }
                 for group in optimizer.param_groups
             ]
             optimizer.load_state_dict(state)
@@ -87,15 +97,17 @@ def load_optimizers(optimizers, scaler, ckpt, cfg):
 
 
 def muon_dtype(compute):
-    """Returns the dtype of Muon's products: the run's, but float32 for float16, whose small singular values would vanish."""
+    """Returns the dtype of Muon's products: the run's, but float32 for float16, whose small singular
+    values would vanish.
+    """
     return torch.float32 if compute.dtype == torch.float16 else compute.dtype
 
 
 def get_lr(step, cfg):
     """Returns the learning rate of a step (the first is 0).
 
-    Linear warm-up, which reaches learning_rate at warmup_iters, then down to min_lr at lr_decay_iters, along a cosine
-    (Loshchilov & Hutter 2017) or constant first and then in a straight line.
+    Linear warm-up, which reaches learning_rate at warmup_iters, then down to min_lr at lr_decay_iters,
+    along a cosine (Loshchilov & Hutter 2017) or constant first and then in a straight line.
     """
     end = cfg.lr_decay_iters or cfg.max_iters
     if step < cfg.warmup_iters:
@@ -111,14 +123,18 @@ def get_lr(step, cfg):
 
 
 class Muon(torch.optim.Muon):
-    """Momentum whose update is orthogonalised, for the matrices between embedding and head (Jordan et al. 2024).
+    """Momentum whose update is orthogonalised, for the matrices between embedding and head (Jordan et
+    al. 2024).
 
-    torch.optim.Muon with another step: matrices of one shape go through Newton-Schulz together, in the run's own dtype.
-    torch's own always uses bfloat16, one matrix at a time; a CPU without bfloat16 instructions then takes 25 times as long.
-    In bfloat16 the two give the same weights (tests/test_optim.py).
+    torch.optim.Muon with another step: matrices of one shape go through Newton-Schulz together, in the
+    run's own dtype. torch's own always uses bfloat16, one matrix at a time; a CPU without bfloat16
+    instructions then takes 25 times as long. In bfloat16 the two give the same weights
+    (tests/test_optim.py).
     """
 
-    _step_supports_amp_scaling = True  # a GradScaler sets found_inf too, in the place of asking the device
+    _step_supports_amp_scaling = (
+        True  # a GradScaler sets found_inf too, in the place of asking the device
+    )
 
     def __init__(self, params, dtype=torch.float32, **kwargs):
         super().__init__(params, **kwargs)
@@ -135,7 +151,9 @@ class Muon(torch.optim.Muon):
                 self.step_together(params, group)
 
     def step_together(self, params, group):
-        """One update of matrices of one shape. Where found_inf is above 0, momenta and weights stay as they are, to the bit."""
+        """One update of matrices of one shape. Where found_inf is above 0, momenta and weights stay as
+        they are, to the bit.
+        """
         found_inf = getattr(self, "found_inf", None)
         for p in params:
             if "momentum_buffer" not in self.state[p]:
@@ -146,7 +164,9 @@ class Muon(torch.optim.Muon):
             is_skipped = found_inf > 0
             grads = [torch.where(is_skipped, m, g) for m, g in zip(momenta, grads)]
         torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
-        updates = torch._foreach_lerp(grads, momenta, group["momentum"]) if group["nesterov"] else momenta
+        updates = (
+            torch._foreach_lerp(grads, momenta, group["momentum"]) if group["nesterov"] else momenta
+        )
         updates = torch.stack(updates).to(self.dtype)
         updates = orthogonalize(updates, group["ns_coefficients"], group["ns_steps"], group["eps"])
         rows, columns = params[0].shape
@@ -161,8 +181,10 @@ class Muon(torch.optim.Muon):
 
 
 def orthogonalize(G, coefficients=(3.4445, -4.775, 2.0315), steps=5, eps=1e-7):
-    """Returns each matrix of G (n, rows, columns) with its singular values moved to about 1 (0.7 to 1.2): a quintic Newton-Schulz
-    iteration whose coefficients were chosen for steep ascent near 0, not for exactness."""
+    """Returns each matrix of G (n, rows, columns) with its singular values moved to about 1 (0.7 to
+    1.2): a quintic Newton-Schulz iteration whose coefficients were chosen for steep ascent near 0, not
+    for exactness.
+    """
     a, b, c = coefficients
     X = G.mT if G.size(-2) > G.size(-1) else G  # the smaller side first: A below is (small, small)
     X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)

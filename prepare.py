@@ -82,7 +82,11 @@ class Config:
         if not name or name.startswith(".") or not name.isprintable() or set(name) & set('/\\:*?"<>|'):
             raise ValueError(f"name {name!r} cannot be a folder in data/: give another with --name=")
         is_kind = self.tokenizer in ("bpe", "char", "gpt2")
-        is_path = self.tokenizer.startswith("gpt2:") or self.tokenizer.endswith(".json") or is_hf(self.tokenizer)
+        is_path = (
+            self.tokenizer.startswith("gpt2:")
+            or self.tokenizer.endswith(".json")
+            or is_hf(self.tokenizer)
+        )
         if not is_kind and not is_path:
             raise ValueError(
                 "tokenizer must be bpe, char, gpt2, gpt2:FOLDER, hf:FOLDER_OR_NAME or a tokenizer.json, "

@@ -1,11 +1,13 @@
-"""RMSNorm by the CUDA kernel of rmsnorm_kernel.cu, built when it is first used, in the place of model.py's.
+"""RMSNorm by the CUDA kernel of rmsnorm_kernel.cu, built when it is first used, in the place of
+model.py's.
 
     python train.py --rmsnorm=cuda                      auto | torch | cuda; a checkpoint does not remember which
     python bench.py rmsnorm                             both, and torch's own, against the speed of a copy
-    python -m pytest tests/test_rmsnorm.py              against float64: on a GPU, and without one the kernels on the processor
+    python -m pytest tests/test_rmsnorm.py              against float64: on a GPU, else on the processor
 
-TORCH and CUDA are the two, each with norm(x, weight, eps) -> y and add_norm(x, a, weight, eps) -> (x + a, its norm). x may have
-any shape, its last dimension is normed; the weight is (dim,), float32 or of x's dtype; the result has x's dtype.
+TORCH and CUDA are the two, each with norm(x, weight, eps) -> y and add_norm(x, a, weight, eps) -> (x +
+a, its norm). x may have any shape, its last dimension is normed; the weight is (dim,), float32 or of x's
+dtype; the result has x's dtype.
 """
 
 import functools
@@ -24,7 +26,8 @@ SETTINGS = ("auto", "torch", "cuda")
 SOURCE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "rmsnorm_kernel.cu")
 BUILD_SECONDS = 300  # no build takes so long: who locked the folder longer ago is dead
 
-# (compute capability) of the GPUs where `bench.py rmsnorm train` found the kernel to be faster, end to end. Not measured on any yet.
+# (compute capability) of the GPUs where `bench.py rmsnorm train` found the kernel to be faster, end to
+# end. Not measured on any yet.
 FASTER_ON = ()
 
 
@@ -42,7 +45,7 @@ def add_norm(x, a, weight, eps):
 TORCH = Ops(rms_norm, add_norm)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------
 # The kernel
 
 LONGEST = 1 << 26  # the last dimension: what the kernel counts in 32 bits
@@ -58,9 +61,14 @@ def check(x, weight):
     if not weight.is_floating_point():
         raise RuntimeError(f"rms_norm: the weight must be of floating point, not {weight.dtype}")
     if x.dim() < 1 or weight.dim() != 1 or weight.size(0) != x.size(-1):
-        raise RuntimeError(f"rms_norm: the weight must be 1-D and as long as x's last dimension; they are {tuple(weight.shape)} and {tuple(x.shape)}")
+        raise RuntimeError(
+            "rms_norm: the weight must be 1-D and as long as x's last dimension; "
+            f"they are {tuple(weight.shape)} and {tuple(x.shape)}"
+        )
     if not 1 <= x.size(-1) <= LONGEST:
-        raise RuntimeError(f"rms_norm: the last dimension must be between 1 and {LONGEST}, not {x.size(-1)}")
+        raise RuntimeError(
+            f"rms_norm: the last dimension must be between 1 and {LONGEST}, not {x.size(-1)}"
+        )
     if weight.device != x.device:
         raise RuntimeError(f"rms_norm: x is on {x.device} and the weight on {weight.device}")
 
@@ -70,7 +78,10 @@ def check_summand(x, a):
     if a.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise RuntimeError(f"rms_norm: a must be float32, float16 or bfloat16, not {a.dtype}")
     if a.shape != x.shape or a.device != x.device:
-        raise RuntimeError(f"rms_norm: a must be of x's shape and on its device; they are {tuple(a.shape)} on {a.device} and {tuple(x.shape)} on {x.device}")
+        raise RuntimeError(
+            "rms_norm: a must be of x's shape and on its device; "
+            f"they are {tuple(a.shape)} on {a.device} and {tuple(x.shape)} on {x.device}"
+        )
 
 
 def gain(weight, dtype):
@@ -87,7 +98,9 @@ def cuda_add_norm(x, a, weight, eps):
     check(x, weight)
     check_summand(x, a)
     dtype = torch.promote_types(x.dtype, a.dtype)  # the sum's, as x + a has it
-    total, y, _ = torch.ops.tinylm.add_rms_norm(x.to(dtype).contiguous(), a.contiguous(), gain(weight, dtype), eps)
+    total, y, _ = torch.ops.tinylm.add_rms_norm(
+        x.to(dtype).contiguous(), a.contiguous(), gain(weight, dtype), eps
+    )
     return total, y
 
 
@@ -103,7 +116,9 @@ class CudaPreNorm(PreNorm):
     """PreNorm whose first sum and second norm are one pass over memory."""
 
     def forward(self, x, context):
-        x, y = cuda_add_norm(x, self.drop(self.attn(self.norm1(x), context)), self.norm2.weight, self.norm2.eps)
+        x, y = cuda_add_norm(
+            x, self.drop(self.attn(self.norm1(x), context)), self.norm2.weight, self.norm2.eps
+        )
         return x + self.drop(self.mlp(y))
 
 
@@ -121,7 +136,9 @@ BY_TORCH = {kernel: plain for plain, kernel in BY_KERNEL.items()}
 
 
 def use_rmsnorm(model, ops):
-    """Has a model's RMSNorms, and the blocks around them, computed by TORCH or CUDA. A run-time switch: the weights are the same."""
+    """Has a model's RMSNorms, and the blocks around them, computed by TORCH or CUDA. A run-time switch:
+    the weights are the same.
+    """
     classes = BY_KERNEL if ops is CUDA else BY_TORCH
     for module in model.modules():
         norm = getattr(module, "norm2", module)  # a block is fused where its norms are RMSNorms
@@ -130,7 +147,10 @@ def use_rmsnorm(model, ops):
 
 
 def register():
-    """Says to torch what the ops of the loaded library return (for torch.compile) and how they are differentiated."""
+    """Says to torch what the ops of the loaded library return (for torch.compile) and how they are
+    differentiated.
+    """
+
     @torch.library.register_fake("tinylm::rms_norm")
     def _(x, weight, eps):
         return torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
@@ -161,8 +181,14 @@ def register():
         if dy is None:
             dx, dweight = ds, None
         else:
-            dx, dweight = torch.ops.tinylm.rms_norm_backward(dy.contiguous(), ds, x, weight, inv_rms, weight_grad)
-        return *(dx if dx is None else dx.to(dtype) for dtype in ctx.dtypes), dweight if weight_grad else None, None
+            dx, dweight = torch.ops.tinylm.rms_norm_backward(
+                dy.contiguous(), ds, x, weight, inv_rms, weight_grad
+            )
+        return (
+            *(dx if dx is None else dx.to(dtype) for dtype in ctx.dtypes),
+            dweight if weight_grad else None,
+            None,
+        )
 
     for op in "rms_norm", "add_rms_norm":
         torch.library.register_autograd(f"tinylm::{op}", backward, setup_context=keep)
@@ -170,18 +196,34 @@ def register():
 
 @functools.cache
 def load():
-    """Builds the kernel for the GPU present, loads and tries it; half a minute the first time on a machine. Returns "" or, in one line, why not."""
+    """Builds the kernel for the GPU present, loads and tries it; half a minute the first time on a
+    machine. Returns "" or, in one line, why not.
+    """
     from torch.utils import cpp_extension  # 0.2 s
+
     if missing := whats_missing(cpp_extension):
         return missing
     with open(SOURCE, "rb") as f:
-        what = hashlib.sha256(f.read()).hexdigest()[:12], torch.__version__, "sm_{}{}".format(*torch.cuda.get_device_capability())
-    folder = os.path.join(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root(), "-".join(("tinylm_rmsnorm", *what)))
+        what = (
+            hashlib.sha256(f.read()).hexdigest()[:12],
+            torch.__version__,
+            "sm_{}{}".format(*torch.cuda.get_device_capability()),
+        )
+    folder = os.path.join(
+        os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root(),
+        "-".join(("tinylm_rmsnorm", *what)),
+    )
     if dead := locked(os.path.join(folder, "lock")):
         return dead
     try:
         os.makedirs(folder, exist_ok=True)
-        cpp_extension.load("tinylm_rmsnorm", [SOURCE], extra_cuda_cflags=["-O3"], build_directory=folder, is_python_module=False)
+        cpp_extension.load(
+            "tinylm_rmsnorm",
+            [SOURCE],
+            extra_cuda_cflags=["-O3"],
+            build_directory=folder,
+            is_python_module=False,
+        )
         register()
         cuda_norm(torch.ones(1, 8, device="cuda"), torch.ones(8, device="cuda"), 1e-5).sum().item()
     except (RuntimeError, OSError, ValueError, subprocess.CalledProcessError) as e:
@@ -196,7 +238,9 @@ def whats_missing(cpp_extension):
         return "there is no CUDA GPU"
     if torch.cuda.get_device_capability() < (8, 0):
         return "the GPU is older than compute capability 8.0 (Ampere)"
-    if not cpp_extension.CUDA_HOME or not shutil.which(os.path.join(cpp_extension.CUDA_HOME, "bin", "nvcc")):
+    if not cpp_extension.CUDA_HOME or not shutil.which(
+        os.path.join(cpp_extension.CUDA_HOME, "bin", "nvcc")
+    ):
         return "there is no nvcc: install the CUDA toolkit, and set CUDA_HOME if it is somewhere unusual"
     if not cpp_extension.is_ninja_available():
         return "there is no ninja: pip install ninja"
@@ -219,7 +263,9 @@ def locked(lock):
 
 
 def choose(setting, device):
-    """Returns (TORCH or CUDA, why) for a setting auto | torch | cuda on a device; why is "" where nothing is worth saying."""
+    """Returns (TORCH or CUDA, why) for a setting auto | torch | cuda on a device; why is "" where
+    nothing is worth saying.
+    """
     if setting == "torch" or setting == "auto" and device.type != "cuda":
         return TORCH, ""
     if setting == "auto" and torch.cuda.get_device_capability(device) not in FASTER_ON:
@@ -231,8 +277,9 @@ def choose(setting, device):
 
 
 def choose_rmsnorm(model, setting, compute):
-    """Switches a model by a setting auto | torch | cuda; returns what to print of it. One process builds the kernel, the others
-    then find it built."""
+    """Switches a model by a setting auto | torch | cuda; returns what to print of it. One process builds
+    the kernel, the others then find it built.
+    """
     if compute.is_main:
         choose(setting, compute.device)
     compute.barrier()

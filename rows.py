@@ -1,8 +1,9 @@
-"""From rows of examples to batches for tuning: a file's or the hub's rows, conversations, ids, rows of the context.
+"""From rows of examples to batches for tuning: a file's or the hub's rows, conversations, ids, rows of
+the context.
 
-A row is an object with prompt and response; with instruction, output and perhaps input (Alpaca); or with messages, each with
-a role (system, user, assistant) and content. Responses and the end of text after each are learned, prompts are not. Examples
-share a row of the context, but none sees another.
+A row is an object with prompt and response; with instruction, output and perhaps input (Alpaca); or with
+messages, each with a role (system, user, assistant) and content. Responses and the end of text after
+each are learned, prompts are not. Examples share a row of the context, but none sees another.
 """
 
 import functools
@@ -22,14 +23,16 @@ from data import prompt_ids
 MORAL_SEED = 0  # other stories than data/toy's: a test looks
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------
 # Rows: (place, row), where place says in words which one it is
 
 
 def read_rows(dataset, split="train"):
-    """Returns (place, row) of all rows, of a dataset on the hub those of a split; None where it has no such split.
+    """Returns (place, row) of all rows, of a dataset on the hub those of a split; None where it has no
+    such split.
 
-    Raises Refusal for what cannot be read."""
+    Raises Refusal for what cannot be read.
+    """
     if is_hf(dataset):
         with prepare.hub_splits(hf_name(dataset)) as splits:
             if split not in splits:
@@ -82,7 +85,7 @@ def split_rows(cfg):
     return [rows[i] for i in order[n:]], [rows[i] for i in order[:n]]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------
 # Conversations: [(prompt, response), ...] of a row, its turns
 
 
@@ -113,9 +116,9 @@ def turns_of_chat(row, text):
 
 
 class Kind(NamedTuple):
-    columns: tuple      # by which rows of this kind are known
-    turns: Callable     # (row, text) -> its turns
-    template: str       # where neither the user nor the base has one
+    columns: tuple  # by which rows of this kind are known
+    turns: Callable  # (row, text) -> its turns
+    template: str  # where neither the user nor the base has one
 
 
 KINDS = [
@@ -127,7 +130,9 @@ EXPECTED = "rows have prompt and response, instruction and output, or messages; 
 
 
 def field_text(place, row, key):
-    """Returns the text of a row's column, without space around it. Raises Refusal where there is none."""
+    """Returns the text of a row's column, without space around it. Raises Refusal where there is
+    none.
+    """
     return prepare.field(row, key, place, EXPECTED).strip()
 
 
@@ -147,7 +152,7 @@ def conversations(rows):
     return turns, template
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------
 # Examples: a conversation as (idx, targets), targets one token ahead and -100 where nothing is learned
 
 
@@ -157,8 +162,9 @@ def render(template, prompt):
 
 
 def encode(turns, tokenizer, template):
-    """Returns (idx, targets), or None where no response has text. Prompt and response are encoded apart: their boundary is one
-    between tokens, and a prompt's ids are those that sample.py makes of it."""
+    """Returns (idx, targets), or None where no response has text. Prompt and response are encoded apart:
+    their boundary is one between tokens, and a prompt's ids are those that sample.py makes of it.
+    """
     ids = []
     is_learned = []
     for prompt, response in turns:
@@ -174,7 +180,9 @@ def encode(turns, tokenizer, template):
 
 
 def encode_rows(conversations, tokenizer, template, T, name):
-    """Returns (the examples that fit in T tokens and have a response, a line about them). Raises Refusal where none is left."""
+    """Returns (the examples that fit in T tokens and have a response, a line about them). Raises Refusal
+    where none is left.
+    """
     try:
         tokenizer.encode(template.replace("{prompt}", ""))
     except ValueError as e:
@@ -196,12 +204,14 @@ def encode_rows(conversations, tokenizer, template, T, name):
     return examples, message
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------
 # Packs: the examples that share a row of the context
 
 
 def pack(lengths, T):
-    """Returns lists of indices whose lengths add up to at most T: the longest first, each where it leaves the least room."""
+    """Returns lists of indices whose lengths add up to at most T: the longest first, each where it
+    leaves the least room.
+    """
     packs = []
     room = []  # sorted (tokens left, pack)
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -217,7 +227,9 @@ def pack(lengths, T):
 
 
 def packed_batch(packs, examples, T):
-    """Returns {"idx", "targets", "doc"} (rows, T) int64: a row holds the examples that a pack names, each its own document."""
+    """Returns {"idx", "targets", "doc"} (rows, T) int64: a row holds the examples that a pack names,
+    each its own document.
+    """
     batch = {
         "idx": torch.full((len(packs), T), 0),
         "targets": torch.full((len(packs), T), -100),
@@ -240,7 +252,9 @@ def epoch_order(n, seed, epoch):
 
 
 def training_packs(packs, seed, first, n):
-    """Returns packs first .. first+n of the endless stream: all of them in random order, then in another."""
+    """Returns packs first .. first+n of the endless stream: all of them in random order, then in
+    another.
+    """
     numbers = []
     for row in range(first, first + n):
         epoch, place = divmod(row, len(packs))

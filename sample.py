@@ -2,8 +2,8 @@
 
     python sample.py                                                       the model in out
     python sample.py --out_dir=out/ts --start="Once upon a time" --temperature=0.7 --top_p=0.95
-    python sample.py --start=FILE:prompts.txt --max_new_tokens=100         a prompt, or several with <|endoftext|> between
-    python sample.py --adapter=out/lora --start="What is it?"              with what finetune_lora.py has learned, in its template
+    python sample.py --start=FILE:prompts.txt --max_new_tokens=100         prompts, <|endoftext|> between them
+    python sample.py --adapter=out/lora --start="What is it?"              what finetune_lora.py has learned
     python sample.py --onnx=out/ts/onnx                                    what export_onnx.py wrote, run by onnxruntime
 
 generate() is a Python generator that other scripts import.
@@ -28,7 +28,8 @@ from rows import render
 
 @dataclass
 class Config:
-    out_dir: str = "out"             # the folder of a trained model, a checkpoint file, or hf:FOLDER_OR_NAME; with an adapter: its base
+    # fmt: off
+    out_dir: str = "out"             # a trained model's folder, a checkpoint file or hf:FOLDER_OR_NAME; an adapter's base
     adapter: str = ""                # the folder of a LoRA adapter, or its file
     onnx: str = ""                   # a folder that export_onnx.py wrote, or an .onnx file in it; no out_dir then
     raw: bool = False                # give --start as it is, without the template that the model was fine-tuned with
@@ -44,23 +45,34 @@ class Config:
     device: str = "auto"             # auto | cpu | cuda | cuda:N | mps
     dtype: str = "auto"              # auto (float32 on a CPU) | float32 | tf32 | bfloat16 | float16
     rmsnorm: str = "auto"            # auto | torch | cuda (our kernel)
+    # fmt: on
 
     def __post_init__(self):
         if self.num_samples < 1 or self.max_new_tokens < 1:
             raise ValueError("num_samples and max_new_tokens must be at least 1")
         if self.temperature < 0 or self.top_k < 0:
-            raise ValueError("temperature and top_k cannot be negative; temperature 0 is greedy, top_k 0 keeps all tokens")
+            raise ValueError(
+                "temperature and top_k cannot be negative; temperature 0 is greedy, top_k 0 keeps all tokens"
+            )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1, not {self.top_p}")
         if self.repetition_penalty <= 0:
-            raise ValueError(f"repetition_penalty must be above 0 (1 is none), not {self.repetition_penalty}")
-        if not -2 ** 63 <= self.seed < 2 ** 63:
+            raise ValueError(
+                f"repetition_penalty must be above 0 (1 is none), not {self.repetition_penalty}"
+            )
+        if not -(2**63) <= self.seed < 2**63:
             raise ValueError("seed must have at most 63 bits")
         if self.past_end not in ("stop", "recompute"):
             raise ValueError(f"past_end must be stop or recompute, not {self.past_end!r}")
         if self.rmsnorm not in rmsnorm.SETTINGS:
-            raise ValueError(f"rmsnorm must be one of {' | '.join(rmsnorm.SETTINGS)}, not {self.rmsnorm!r}")
-        is_plain = self.device in ("auto", "cpu") and self.dtype in ("auto", "float32") and self.rmsnorm != "cuda"
+            raise ValueError(
+                f"rmsnorm must be one of {' | '.join(rmsnorm.SETTINGS)}, not {self.rmsnorm!r}"
+            )
+        is_plain = (
+            self.device in ("auto", "cpu")
+            and self.dtype in ("auto", "float32")
+            and self.rmsnorm != "cuda"
+        )
         if self.onnx and (self.adapter or not is_plain):
             raise ValueError(
                 "an ONNX file is whole and computed on the CPU, as it was written: "
@@ -68,16 +80,20 @@ class Config:
             )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------
 # One token
 
 
 def next_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
-    """Returns a token a row (B,) from logits (B, V). top_p keeps the token that crosses it (Holtzman et al. 2019)."""
+    """Returns a token a row (B,) from logits (B, V). top_p keeps the token that crosses it (Holtzman et
+    al. 2019).
+    """
     if temperature < 1e-5:  # divided by less, logits overflow
         return logits.argmax(-1)
     ids = None
-    if 0 < top_k < logits.size(-1):  # the draw is over these alone, by id: rounding may not change whose is which
+    if (
+        0 < top_k < logits.size(-1)
+    ):  # the draw is over these alone, by id: rounding may not change whose is which
         ids = logits.topk(top_k, sorted=False).indices.sort(-1).values
         logits = logits.gather(-1, ids)
     logits = logits.float() / temperature
@@ -94,11 +110,13 @@ def next_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
 
 
 def penalized(logits, seen, penalty):
-    """Returns logits (B, V) with those of seen tokens (B, V bool) made smaller: divided where positive, else multiplied."""
+    """Returns logits (B, V) with those of seen tokens (B, V bool) made smaller: divided where positive,
+    else multiplied.
+    """
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------
 # Many
 
 
@@ -106,15 +124,16 @@ def penalized(logits, seen, penalty):
 class Row:
     """What happens to one prompt in generate()."""
 
-    window: list                             # ids that the model sees: the prompt's and new ones
+    window: list  # ids that the model sees: the prompt's and new ones
     ids: list = field(default_factory=list)  # new ids so far
-    new: int | None = None                   # the id of this step; None where the row has ended
-    end: str = ""                            # why it has ended: stop | length | block_size; "" while it goes on
+    new: int | None = None  # the id of this step; None where the row has ended
+    end: str = ""  # why it has ended: stop | length | block_size; "" while it goes on
 
 
 def prefill(model, windows, capacity):
-    """Reads one window of ids a row, padded on the left: returns the last tokens' logits (B, V) and a cache with room for
-    `capacity` more."""
+    """Reads one window of ids a row, padded on the left: returns the last tokens' logits (B, V) and a
+    cache with room for `capacity` more.
+    """
     device = model.device
     lengths = [len(window) for window in windows]
     longest = max(lengths)
@@ -140,11 +159,13 @@ def generate(
     seed=1337,
     past_end="stop",
 ):
-    """Continues prompts (lists of ids, of any lengths) together; yields the list of their Rows after each step.
+    """Continues prompts (lists of ids, of any lengths) together; yields the list of their Rows after
+    each step.
 
-    A row ends at the token `stop`, which is not among its ids, after max_new_tokens, or when block_size tokens are in its
-    context; past_end="recompute" then reads the last half of the window again and goes on. `*_, rows = generate(...)` has
-    them as they ended. Raises ValueError for a prompt that is empty or too long.
+    A row ends at the token `stop`, which is not among its ids, after max_new_tokens, or when block_size
+    tokens are in its context; past_end="recompute" then reads the last half of the window again and goes
+    on. `*_, rows = generate(...)` has them as they ended. Raises ValueError for a prompt that is empty
+    or too long.
     """
     block_size = model.config.block_size
     device = model.device
@@ -209,7 +230,7 @@ def generate(
         model.train(was_training)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------
 # From the command line
 
 
@@ -233,12 +254,16 @@ def load_onnx(cfg):
         raise Refusal("onnx takes the place of out_dir: give one of them")
     model, tokenizer, config = onnx_model.load(cfg.onnx)
     message = f"{model.path}: onnxruntime, {torch.get_num_threads()} threads"
-    torch.set_num_threads(1)  # for the draw: two pools of threads that spin on the same cores slow each other down to a third
+    torch.set_num_threads(
+        1
+    )  # for the draw: two pools of threads that spin on the same cores slow each other down to a third
     return model, tokenizer, config, resolve("cpu", "float32", "false"), message
 
 
 def load(cfg):
-    """Returns (model, tokenizer, its settings, Compute, what to print of them) for --out_dir and --adapter."""
+    """Returns (model, tokenizer, its settings, Compute, what to print of them) for --out_dir and
+    --adapter.
+    """
     out_dir = cfg.out_dir
     if cfg.adapter and "out_dir" not in cfg.given:
         out_dir = ""  # the adapter's own base
@@ -261,7 +286,9 @@ def main(cfg):
         starts = read_start(cfg.start)
     template = "" if cfg.raw else str(config.get("template", ""))
     if template:
-        starts = [start and render(template, start) for start in starts]  # an empty one starts a document, as ever
+        starts = [
+            start and render(template, start) for start in starts
+        ]  # an empty one starts a document, as ever
     most = min(cfg.max_new_tokens, model.config.block_size)
     needs = kv_cache_bytes(model.config, cfg.num_samples * len(starts), most, compute.dtype.itemsize)
     check_memory(compute.device, needs, "try a smaller num_samples")
@@ -309,7 +336,9 @@ def write(steps, texts, prompts, tokenizer, block_size):
         if i > 0:
             print(f"\n{line}\n{texts[i]}", end="")
         if row.end == "block_size":
-            print(f"\n[the context of {block_size} tokens is full; --past_end=recompute goes on]", end="")
+            print(
+                f"\n[the context of {block_size} tokens is full; --past_end=recompute goes on]", end=""
+            )
     print(f"\n{line}\n{speed_line(prompts, rows, start, times)}")
 
 
@@ -317,7 +346,9 @@ def speed_line(prompts, rows, start, times):
     """Returns a line about the speed: the prompts' tokens until the first step, then the new ones."""
     n_read = sum(len(prompt) for prompt in prompts)
     n_new = sum(len(row.ids) for row in rows)
-    message = f"prefill {n_read} tokens, {n_read / (times[0] - start):,.0f} tokens/s; decode {n_new} tokens"
+    message = (
+        f"prefill {n_read} tokens, {n_read / (times[0] - start):,.0f} tokens/s; decode {n_new} tokens"
+    )
     seconds = times[-1] - times[0]
     if seconds and n_new > len(prompts):
         message += f", {(n_new - len(prompts)) / seconds:,.0f} tokens/s"

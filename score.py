@@ -1,4 +1,5 @@
-"""What a model's loss is: on a split, on each token, on documents, on completions, and above the toy stories' exact entropy.
+"""What a model's loss is: on a split, on each token, on documents, on completions, and above the toy
+stories' exact entropy.
 
 All of it in nats, each target once, however many processes share the work.
 """
@@ -36,15 +37,19 @@ def evaluating(model):
 
 
 def evaluate(model, data, T, batch_size, compute, tokens=0):
-    """Returns nats a token on a split (1-D array of ids) in blocks of T, each target once; with `tokens` only on about so
-    many, evenly spaced and always the same."""
+    """Returns nats a token on a split (1-D array of ids) in blocks of T, each target once; with `tokens`
+    only on about so many, evenly spaced and always the same.
+    """
     starts = evenly(np.arange(0, len(data) - 1, T), math.ceil(tokens / T))
-    return mean_nats(model, starts, lambda batch_starts: blocks(data, batch_starts, T), batch_size, compute)
+    return mean_nats(
+        model, starts, lambda batch_starts: blocks(data, batch_starts, T), batch_size, compute
+    )
 
 
 def mean_nats(model, rows, make_batch, batch_size, compute, loss=next_token_loss):
-    """Returns nats a target over rows (1-D array), of which make_batch(rows) makes a batch. Processes share the batches; the
-    figure does not depend on how many they are."""
+    """Returns nats a target over rows (1-D array), of which make_batch(rows) makes a batch. Processes
+    share the batches; the figure does not depend on how many they are.
+    """
     batches = np.array_split(rows, math.ceil(len(rows) / batch_size))
     sums = torch.zeros(len(batches), 2, dtype=torch.float64)  # nats and targets of each batch
     with evaluating(model):
@@ -58,8 +63,9 @@ def mean_nats(model, rows, make_batch, batch_size, compute, loss=next_token_loss
 
 
 def token_nats(model, data, T, compute, batch_size=32):
-    """Returns -log p of each token of data (1-D array of ids) but the first, in the blocks of T that evaluate takes:
-    float32 (len(data) - 1,). Target i has i % T + 1 tokens of context."""
+    """Returns -log p of each token of data (1-D array of ids) but the first, in the blocks of T that
+    evaluate takes: float32 (len(data) - 1,). Target i has i % T + 1 tokens of context.
+    """
     nats = np.empty(len(data) - 1, np.float32)
     with evaluating(model):
         for start in tqdm(
@@ -74,8 +80,9 @@ def token_nats(model, data, T, compute, batch_size=32):
 
 
 def document_nats(model, documents, bos, eot, compute, batch_size=32):
-    """Returns -log p of each document (a list of ids, shorter than block_size) and its end, from its own start after bos:
-    float64 (n,)."""
+    """Returns -log p of each document (a list of ids, shorter than block_size) and its end, from its own
+    start after bos: float64 (n,).
+    """
     longest = max(map(len, documents)) + 1
     nats = []
     with evaluating(model):
@@ -135,25 +142,33 @@ def batch_nats(model, rows, lengths, compute):
 
 
 def above_floor(model, tokenizer, ids, compute, n=500):
-    """Returns (exact -log p of the first n toy stories in ids, how far the model's is above it), float64 (n,) in nats a story.
+    """Returns (exact -log p of the first n toy stories in ids, how far the model's is above it), float64
+    (n,) in nats a story.
 
-    Raises ValueError where there is no story, or one is longer than the context."""
+    Raises ValueError where there is no story, or one is longer than the context.
+    """
     documents = [document.tolist() for document in islice(document_slices(ids, tokenizer), n)]
     if not documents:
         raise ValueError("no story is whole")
     longest = max(map(len, documents))
     if longest >= model.config.block_size:
-        raise ValueError(f"they have up to {longest} tokens, and block_size is {model.config.block_size}")
+        raise ValueError(
+            f"they have up to {longest} tokens, and block_size is {model.config.block_size}"
+        )
     floor = -np.array([toy_stories.log_prob(tokenizer.decode(document)) for document in documents])
     nats = document_nats(model, documents, tokenizer.bos, tokenizer.eot, compute)
     return floor, nats - floor
 
 
 def floor_line(model, tokenizer, ids, compute, n=500):
-    """Returns a line that says how far the model is above the exact entropy of the toy stories in ids, in nats a story."""
+    """Returns a line that says how far the model is above the exact entropy of the toy stories in ids,
+    in nats a story.
+    """
     try:
         floor, gap = above_floor(model, tokenizer, ids, compute, n)
-        is_whole = np.isfinite(floor)  # of few stories the validation split is the end, which may begin within one
+        is_whole = np.isfinite(
+            floor
+        )  # of few stories the validation split is the end, which may begin within one
         if not is_whole.any():
             raise ValueError("no story is whole")
     except ValueError as e:

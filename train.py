@@ -1,12 +1,12 @@
 """Trains a model and writes it, its log and a loss plot to out_dir.
 
-    python train.py                                                        the toy stories, two to three minutes on two cores
-    python train.py configs/tiny.toml --dataset=ts --out_dir=out/ts        what prepare.py wrote to data/ts
-    python train.py --out_dir=out/ts --init_from=resume                    goes on with a stopped run, to the bit
-    torchrun --nproc_per_node=2 train.py                                   the same run, its rows shared by two processes
+    python train.py                                                 the toy stories, two to three minutes on two cores
+    python train.py configs/tiny.toml --dataset=ts --out_dir=out/ts what prepare.py wrote to data/ts
+    python train.py --out_dir=out/ts --init_from=resume             goes on with a stopped run, to the bit
+    torchrun --nproc_per_node=2 train.py                            the same run, its rows shared by two processes
 
-Ctrl-C and SIGTERM end a run after the step at hand, with a checkpoint. train_step() is one update, fit() is the loop, and
-Pretraining is the task that it trains on; finetune_lora.py has another one.
+Ctrl-C and SIGTERM end a run after the step at hand, with a checkpoint. train_step() is one update, fit()
+is the loop, and Pretraining is the task that it trains on; finetune_lora.py has another one.
 """
 
 import importlib.util
@@ -29,7 +29,15 @@ from config import Refusal, run
 from data import count_targets, micro_batches, prompt_ids, rows_each, to, training_rows
 from device import StopAfterStep, check_memory, name_of, peak_flops, resolve
 from log import Log, plot
-from model import HAS_CHUNKED_LOSS, ModelConfig, Transformer, flops_per_token, model_config, model_sizes, num_params
+from model import (
+    HAS_CHUNKED_LOSS,
+    ModelConfig,
+    Transformer,
+    flops_per_token,
+    model_config,
+    model_sizes,
+    num_params,
+)
 from optim import get_lr, load_optimizers, make_optimizers, muon_dtype, step_unless
 from rmsnorm import choose_rmsnorm
 from sample import generate
@@ -38,9 +46,10 @@ from score import evaluate, floor_line, next_token_loss
 
 @dataclass
 class TrainConfig:
+    # fmt: off
     out_dir: str = "out"                    # where ckpt.pt, ckpt_best.pt, log.jsonl and loss.png go
     dataset: str = "toy"                    # data/NAME as prepare.py made it; toy makes itself
-    init_from: str = "scratch"              # scratch | resume (from out_dir) | a checkpoint to start from | hf:FOLDER_OR_NAME
+    init_from: str = "scratch"              # scratch | resume (from out_dir) | a checkpoint | hf:FOLDER_OR_NAME
     overwrite: bool = False                 # move an out_dir that is in the way aside
     eval_only: bool = False                 # print the loss on the whole validation split and stop
     eval_interval: int = 100                # steps between evaluations, samples and checkpoints
@@ -62,15 +71,16 @@ class TrainConfig:
     beta2: float = 0.95                     # AdamW's
     momentum: float = 0.95                  # Muon's
     grad_clip: float = 1.0                  # largest gradient norm; 0 = any
-    loss: str = "plain"                     # plain | chunked (torch's linear_cross_entropy: less memory, never all logits)
+    loss: str = "plain"                     # plain | chunked (linear_cross_entropy: less memory, never all logits)
     gradient_checkpointing: bool = False    # recompute blocks in the backward pass: less memory, more time
     device: str = "auto"                    # auto | cpu | cuda | cuda:N | mps
-    dtype: str = "auto"                     # of matrix products: auto | float32 | tf32 | bfloat16 | float16; kept on resume
+    dtype: str = "auto"                     # of products: auto | float32 | tf32 | bfloat16 | float16; kept on resume
     compile: str = "auto"                   # torch.compile: auto | true | false
-    rmsnorm: str = "auto"                   # RMSNorm by: auto | torch | cuda (our kernel); a checkpoint does not remember
+    rmsnorm: str = "auto"                   # RMSNorm by: auto | torch | cuda (our kernel); not kept on resume
     seed: int = 1337                        # of weights, batches and dropout
     start: str = ""                         # what the sample at each evaluation starts from
     wandb_log: bool = False                 # log to Weights & Biases too
+    # fmt: on
 
     def __post_init__(self):
         super().__post_init__()
@@ -117,7 +127,9 @@ class TrainConfig:
         }
         for key, values in choices.items():
             if getattr(self, key) not in values:
-                raise ValueError(f"{key} must be one of {' | '.join(values)}, not {getattr(self, key)!r}")
+                raise ValueError(
+                    f"{key} must be one of {' | '.join(values)}, not {getattr(self, key)!r}"
+                )
         if self.wandb_log and not importlib.util.find_spec("wandb"):
             raise ValueError("wandb_log needs wandb: pip install wandb; --no-wandb_log does without")
         if self.loss == "chunked" and not HAS_CHUNKED_LOSS:
@@ -131,7 +143,7 @@ class Config(TrainConfig, ModelConfig):
     pass
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------
 # One step
 
 
@@ -146,11 +158,13 @@ def train_step(
     loss_fn=next_token_loss,
     count=count_targets,
 ):
-    """Makes one update from micro-batches, dicts of the model's keyword arguments; returns (loss, gradient norm).
+    """Makes one update from micro-batches, dicts of the model's keyword arguments; returns (loss,
+    gradient norm).
 
-    loss_fn(model, batch) is a sum; it is divided once by the count over all micro-batches of all processes, so that k of
-    them weigh their targets as one large batch would. Dropout is drawn from (*seed, micro-batch). A step whose loss or norm
-    is not finite changes nothing. Both results are tensors on the device: nothing here waits for it.
+    loss_fn(model, batch) is a sum; it is divided once by the count over all micro-batches of all
+    processes, so that k of them weigh their targets as one large batch would. Dropout is drawn from
+    (*seed, micro-batch). A step whose loss or norm is not finite changes nothing. Both results are
+    tensors on the device: nothing here waits for it.
     """
     total = compute.sum(sum(count(batch) for batch in batches))
     loss = torch.zeros((), device=compute.device)
@@ -183,8 +197,9 @@ def train_step(
 
 
 def sum_gradients(params, loss, compute):
-    """Adds up the gradients, and the loss, of all processes in one message; a parameter without a gradient counts as zeros.
-    Returns the loss."""
+    """Adds up the gradients, and the loss, of all processes in one message; a parameter without a
+    gradient counts as zeros. Returns the loss.
+    """
     for p in params:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
@@ -196,20 +211,23 @@ def sum_gradients(params, loss, compute):
 
 
 def is_usable(loss, norm, scaler):
-    """Returns whether a step was taken: with a loss scaler a gradient that is not finite is the scaler's business."""
+    """Returns whether a step was taken: with a loss scaler a gradient that is not finite is the scaler's
+    business.
+    """
     return math.isfinite(loss) and (scaler is not None or math.isfinite(norm))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------
 # The loop
 
 
 def fit(task, model, cfg, compute, resumed=None):
     """Trains a model on a task to cfg.max_iters; returns the figures of the last validation.
 
-    task: has batches(step), loss(model, batch), count(batch), validate(), save(name, state), preview() and flops_per_token,
-    as Pretraining below has them. model may be wrapped by torch.compile. resumed: a loaded checkpoint to go on from.
-    Raises Refusal (status 1) when a loss is not finite; what was saved before stays.
+    task: has batches(step), loss(model, batch), count(batch), validate(), save(name, state), preview()
+    and flops_per_token, as Pretraining below has them. model may be wrapped by torch.compile. resumed: a
+    loaded checkpoint to go on from. Raises Refusal (status 1) when a loss is not finite; what was saved
+    before stays.
     """
     optimizers = make_optimizers(checkpoint.unwrap(model), cfg, compute)
     scaler = torch.amp.GradScaler(compute.device.type) if compute.dtype == torch.float16 else None
@@ -227,12 +245,15 @@ def fit(task, model, cfg, compute, resumed=None):
     unread = []  # (loss, norm) tensors of the steps since the last line of the log
 
     def read_steps():
-        """Reads what the device computed since the last call into state.losses; returns the last gradient norm."""
+        """Reads what the device computed since the last call into state.losses; returns the last
+        gradient norm.
+        """
         results = [torch.stack(step).tolist() for step in unread]
         for step, (loss, norm) in enumerate(results, state.step - len(results)):
             if not is_usable(loss, norm, scaler):
                 raise Refusal(
-                    f"the loss is {loss} and its gradient norm {norm} at step {step}; {advice(cfg)}", status=1
+                    f"the loss is {loss} and its gradient norm {norm} at step {step}; {advice(cfg)}",
+                    status=1,
                 )
             state.losses.append(loss)
         unread.clear()
@@ -277,7 +298,9 @@ def fit(task, model, cfg, compute, resumed=None):
                 if state.step > saved_step and compute.is_main:
                     task.save("ckpt.pt", state)
                 compute.barrier()  # torchrun ends all processes soon after the first has ended
-                command = f"python {os.path.basename(sys.argv[0])} --out_dir={cfg.out_dir} --init_from=resume"
+                command = (
+                    f"python {os.path.basename(sys.argv[0])} --out_dir={cfg.out_dir} --init_from=resume"
+                )
                 raise Refusal(
                     f"stopped at step {state.step} by {stop.name}; {command} goes on", status=stop.status
                 )
@@ -291,7 +314,17 @@ def fit(task, model, cfg, compute, resumed=None):
             batches = task.batches(state.step)
             seed = (cfg.seed, state.step)
             unread.append(
-                train_step(model, optimizers, batches, compute, seed, cfg.grad_clip, scaler, task.loss, task.count)
+                train_step(
+                    model,
+                    optimizers,
+                    batches,
+                    compute,
+                    seed,
+                    cfg.grad_clip,
+                    scaler,
+                    task.loss,
+                    task.count,
+                )
             )
             state.step += 1
             meter.add(batches)
@@ -309,7 +342,9 @@ def fit(task, model, cfg, compute, resumed=None):
 
 
 class Meter:
-    """Tokens a second of training, and MFU where the GPU's peak is known; what is not training does not count."""
+    """Tokens a second of training, and MFU where the GPU's peak is known; what is not training does not
+    count.
+    """
 
     def __init__(self, task, compute):
         self.peak = peak_flops(compute)
@@ -328,7 +363,9 @@ class Meter:
         tokens_per_s = self.tokens / (now - self.start)
         self.speed = {"tokens_per_s": round(tokens_per_s)}
         if self.peak and self.flops_per_token:
-            self.speed["mfu"] = round(self.flops_per_token * tokens_per_s / self.peak / self.world_size, 4)
+            self.speed["mfu"] = round(
+                self.flops_per_token * tokens_per_s / self.peak / self.world_size, 4
+            )
         self.tokens = 0
         self.start = now
         return self.speed
@@ -350,7 +387,7 @@ def advice(cfg):
     return f"try a lower --learning_rate or a longer --warmup_iters; {kept}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------
 # The task
 
 
@@ -372,7 +409,9 @@ class Pretraining:
         self.compute = compute
         self.flops_per_token = flops_per_token(model, cfg.block_size)
         split = meta["splits"]["val"]
-        self.bits_per_byte = split["tokens"] / split["bytes"] / math.log(2)  # of a loss of one nat a token
+        self.bits_per_byte = (
+            split["tokens"] / split["bytes"] / math.log(2)
+        )  # of a loss of one nat a token
 
     def batches(self, step):
         """Returns this process's micro-batches of a step, on its device."""
@@ -384,10 +423,14 @@ class Pretraining:
         ]
 
     def validate(self, tokens=None):
-        """Returns the figures of the validation split, on about so many tokens: eval_tokens, or 0 for all."""
+        """Returns the figures of the validation split, on about so many tokens: eval_tokens, or 0 for
+        all.
+        """
         cfg = self.cfg
         tokens = cfg.eval_tokens if tokens is None else tokens
-        loss = evaluate(self.trained, self.data["val"], cfg.block_size, cfg.batch_size, self.compute, tokens)
+        loss = evaluate(
+            self.trained, self.data["val"], cfg.block_size, cfg.batch_size, self.compute, tokens
+        )
         return {"val_loss": loss, "val_bits_per_byte": loss * self.bits_per_byte}
 
     def save(self, name, state):
@@ -401,17 +444,20 @@ class Pretraining:
         cfg = self.cfg
         prompt = prompt_ids(self.tokenizer, cfg.start)
         max_new_tokens = min(cfg.block_size, 200)
-        *_, [row] = generate(self.model, [prompt], max_new_tokens, stop=self.tokenizer.eot, seed=cfg.seed)
+        *_, [row] = generate(
+            self.model, [prompt], max_new_tokens, stop=self.tokenizer.eot, seed=cfg.seed
+        )
         return cfg.start + self.tokenizer.decode_more(row.ids)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------
 # From the command line
 
 
 def is_in_the_way(cfg):
-    """Returns whether out_dir holds something that --overwrite is to move aside: other runs in it, and the log of one that made
-    no checkpoint, are none. Raises Refusal where --overwrite was not given."""
+    """Returns whether out_dir holds something that --overwrite is to move aside: other runs in it, and
+    the log of one that made no checkpoint, are none. Raises Refusal where --overwrite was not given.
+    """
     if cfg.init_from == "resume" or cfg.eval_only:
         return False
     if os.path.exists(cfg.out_dir) and not os.path.isdir(cfg.out_dir):
@@ -426,10 +472,14 @@ def is_in_the_way(cfg):
 
 
 def open_start(cfg):
-    """Returns the checkpoint that a run starts or goes on from, or None, and cfg with what it decides."""
+    """Returns the checkpoint that a run starts or goes on from, or None, and cfg with what it
+    decides.
+    """
     resume = cfg.init_from == "resume"
     if cfg.eval_only and cfg.init_from == "scratch":
-        raise Refusal("eval_only is of a model that is there: --init_from=resume for out_dir's, or --init_from=FOLDER")
+        raise Refusal(
+            "eval_only is of a model that is there: --init_from=resume for out_dir's, or --init_from=FOLDER"
+        )
     if cfg.init_from == "scratch":
         return None, cfg
     start = open_checkpoint(
@@ -455,7 +505,9 @@ def check_resumable(start, cfg):
 
 
 def open_data(cfg, compute):
-    """Returns (folder, meta, {"train", "val"}, tokenizer) of the config's dataset; the first process makes the toy stories."""
+    """Returns (folder, meta, {"train", "val"}, tokenizer) of the config's dataset; the first process
+    makes the toy stories.
+    """
     if not cfg.dataset or cfg.dataset.startswith("data/"):
         name = cfg.dataset.removeprefix("data/") or "toy"
         raise Refusal(f"dataset is the NAME of data/NAME, as in --dataset={name}, not {cfg.dataset!r}")
@@ -481,15 +533,19 @@ def open_data(cfg, compute):
 
 
 def training_bytes(cfg, c, sizes, learned):
-    """Returns less than training a model of config c takes, in bytes: its weights and tables, gradients and a moment of those
-    that are learned, a micro-batch's logits and their gradient, a step's tokens."""
+    """Returns less than training a model of config c takes, in bytes: its weights and tables, gradients
+    and a moment of those that are learned, a micro-batch's logits and their gradient, a step's
+    tokens.
+    """
     tokens = cfg.batch_size * c.block_size
     logits = 8 * tokens * c.vocab_size if cfg.loss == "plain" else 0
     return sizes.bytes + 8 * learned + logits + 16 * tokens * cfg.gradient_accumulation_steps
 
 
 def check_training_memory(cfg, compute):
-    """Raises Refusal where the device cannot hold what training all weights of the config's model takes."""
+    """Raises Refusal where the device cannot hold what training all weights of the config's model
+    takes.
+    """
     try:
         sizes = model_sizes(cfg)
     except ValueError as e:

@@ -1,4 +1,5 @@
 """Processes for tests that kill them, or that train together: forked from one that has imported torch already."""
+
 import multiprocessing
 import os
 import signal
@@ -30,7 +31,9 @@ def work(folder, script, argv, fault, env):
     os.chdir(folder)
     os.environ.update(env)
     torch.set_num_threads(1)
-    sys.stdout, sys.stderr = (open(f"{kind}.{os.getpid()}", "w", encoding="utf-8", buffering=1) for kind in ("out", "err"))
+    sys.stdout, sys.stderr = (
+        open(f"{kind}.{os.getpid()}", "w", encoding="utf-8", buffering=1) for kind in ("out", "err")
+    )
     sys.argv = [f"{script}.py", *argv]
     if fault:
         inject(*fault)
@@ -67,8 +70,12 @@ def inject(place, call):
         if due():
             die()
 
-    target, name, faulty = {"write": (checkpoint.torch, "save", save_half), "fsync": (os, "fsync", before(fsync)),
-                            "rename": (os, "replace", before(replace)), "renamed": (os, "replace", replace_and_die)}[place]
+    target, name, faulty = {
+        "write": (checkpoint.torch, "save", save_half),
+        "fsync": (os, "fsync", before(fsync)),
+        "rename": (os, "replace", before(replace)),
+        "renamed": (os, "replace", replace_and_die),
+    }[place]
     setattr(target, name, faulty)
 
 
@@ -95,5 +102,9 @@ def free_port():
 def ranks(n):
     """The environments of n processes, as torchrun makes them."""
     port = free_port()
-    return [dict(RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=port) for r in range(n)]
-
+    return [
+        dict(
+            RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=port
+        )
+        for r in range(n)
+    ]

@@ -1,4 +1,5 @@
 """What a user gets wrong, in every script: one line that says what, exit status 2 (1 for a run that failed), nothing changed on disk."""
+
 import contextlib
 import hashlib
 import json
@@ -32,7 +33,17 @@ from test_train import SMALL
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = {"prepare": prepare, "train": train, "sample": sample, "bench": bench, "eval": evaluation, "finetune_lora": finetune_lora, "export_onnx": export_onnx, "hf": hf, "serve": serve}
+SCRIPTS = {
+    "prepare": prepare,
+    "train": train,
+    "sample": sample,
+    "bench": bench,
+    "eval": evaluation,
+    "finetune_lora": finetune_lora,
+    "export_onnx": export_onnx,
+    "hf": hf,
+    "serve": serve,
+}
 WORDS = {"bench": bench.BENCHES}
 
 
@@ -63,8 +74,17 @@ def shop(tmp_path_factory):
         write("data/taken/x", "")
         write("a_file", "in the way")
         Tokenizer.char(["abc"]).save("abc.json")
-        for name, text in {"broken": "n_layer = ", "unknown": "n_layers = 3", "type": 'n_layer = "3"', "float": "n_layer = 3.0", "table": "[model]\nn_layer = 3",
-                           "list": "n_layer = [3]", "twice": "n_layer = 3\nn_layer = 4", "nan": "learning_rate = nan", "vocab": "vocab_size = 300"}.items():
+        for name, text in {
+            "broken": "n_layer = ",
+            "unknown": "n_layers = 3",
+            "type": 'n_layer = "3"',
+            "float": "n_layer = 3.0",
+            "table": "[model]\nn_layer = 3",
+            "list": "n_layer = [3]",
+            "twice": "n_layer = 3\nn_layer = 4",
+            "nan": "learning_rate = nan",
+            "vocab": "vocab_size = 300",
+        }.items():
             write(f"{name}.toml", text)
         write("empty.pt", "")
         write("text.pt", "hello")
@@ -72,20 +92,54 @@ def shop(tmp_path_factory):
         Path("truncated.pt").write_bytes(Path("out/ckpt.pt").read_bytes()[:5000])
         good = checkpoint.load("out/ckpt.pt")
         good_model = good["model_config"]
-        changes = {"version": {"format": 99}, "shape": {"model_config": good["model_config"] | {"n_layer": 3}}, "step": {"step": "1"},
-                   "huge": {"model_config": good["model_config"] | {"n_layer": 10 ** 6}}, "other_tokenizer": {"tokenizer": Tokenizer.char(["abc"]).to_str()},
-                   "hash": {"tokenizer_sha256": "0" * 64}, "optimizers": {"optimizers": [{}, {}]}, "config": {"config": good["config"] | {"batch_size": 2.5}}, "losses": {"losses": ["a"]},
-                   "moments": {"optimizers": [{**o, "state": {i: {k: x[..., :1] if x.dim() else x for k, x in s.items()} for i, s in o["state"].items()}}
-                                              for o in good["optimizers"]]}, "start": {"config": {"start": 5, "given": 1}}, "model": {"model": {"a": 1}},
-                   "gone": {"config": good["config"] | {"dataset": "nowhere"}}, "broken_data": {"config": good["config"] | {"dataset": "changed_bin"}},
-                   "other_data": {"config": good["config"] | {"dataset": "chars"}}, "tuned": {"config": good["config"] | {"rows_sha256": "0", "task": "fine-tuning"}}, "logged": {"config": good["config"] | {"wandb_log": True}}, "nan": {"model": {k: w * torch.nan for k, w in good["model"].items()}}}
+        changes = {
+            "version": {"format": 99},
+            "shape": {"model_config": good["model_config"] | {"n_layer": 3}},
+            "step": {"step": "1"},
+            "huge": {"model_config": good["model_config"] | {"n_layer": 10**6}},
+            "other_tokenizer": {"tokenizer": Tokenizer.char(["abc"]).to_str()},
+            "hash": {"tokenizer_sha256": "0" * 64},
+            "optimizers": {"optimizers": [{}, {}]},
+            "config": {"config": good["config"] | {"batch_size": 2.5}},
+            "losses": {"losses": ["a"]},
+            "moments": {
+                "optimizers": [
+                    {
+                        **o,
+                        "state": {
+                            i: {k: x[..., :1] if x.dim() else x for k, x in s.items()}
+                            for i, s in o["state"].items()
+                        },
+                    }
+                    for o in good["optimizers"]
+                ]
+            },
+            "start": {"config": {"start": 5, "given": 1}},
+            "model": {"model": {"a": 1}},
+            "gone": {"config": good["config"] | {"dataset": "nowhere"}},
+            "broken_data": {"config": good["config"] | {"dataset": "changed_bin"}},
+            "other_data": {"config": good["config"] | {"dataset": "chars"}},
+            "tuned": {"config": good["config"] | {"rows_sha256": "0", "task": "fine-tuning"}},
+            "logged": {"config": good["config"] | {"wandb_log": True}},
+            "nan": {"model": {k: w * torch.nan for k, w in good["model"].items()}},
+        }
         for name, change in changes.items():
             Path(name).mkdir()
             torch.save(good | change, f"{name}/ckpt.pt")
         write("foreign/report.html", "<p>somebody's page")
         Path("code").mkdir()
         torch.save(good | {"config": Evil()}, "code/ckpt.pt")
-        for name in ("no_meta", "meta_text", "version_meta", "short_bin", "changed_bin", "odd_bin", "no_tokenizer", "foreign_tokenizer", "big_ids"):
+        for name in (
+            "no_meta",
+            "meta_text",
+            "version_meta",
+            "short_bin",
+            "changed_bin",
+            "odd_bin",
+            "no_tokenizer",
+            "foreign_tokenizer",
+            "big_ids",
+        ):
             shutil.copytree("data/toy", f"data/{name}")
         Path("data/no_meta/meta.json").unlink()
         write("data/meta_text/meta.json", "hello")
@@ -101,24 +155,60 @@ def shop(tmp_path_factory):
         Path("data/big_ids/train.bin").write_bytes(big)
         meta["splits"]["train"]["sha256"] = hashlib.sha256(big).hexdigest()
         write("data/big_ids/meta.json", json.dumps(meta))
-        prepare.prepare(configure(prepare.Config, ["--dataset=good.txt", "--tokenizer=char", "--name=chars"]))
+        prepare.prepare(
+            configure(prepare.Config, ["--dataset=good.txt", "--tokenizer=char", "--name=chars"])
+        )
         Path("merged").mkdir()
         torch.save(good | {"config": {}, "optimizers": []}, "merged/ckpt.pt")
         chars = Tokenizer.load("data/chars/tokenizer.json")
-        checkpoint.save("chars.pt", Transformer(ModelConfig(**good_model | {"vocab_size": chars.vocab_size})), chars, {}, checkpoint.RunState(1, 1.0, 1.0))
-        pair, chat = {"prompt": "a", "response": "b"}, {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
-        for name, rows in {"pairs": [pair] * 20, "other_rows": [{"question": "a"}], "half_pair": [pair, {"prompt": "a"}], "number": [{"prompt": "a", "response": 5}],
-                           "role": [chat, {"messages": [{"role": "tool", "content": "a"}]}], "no_role": [{"messages": ["a"]}], "no_list": [{"messages": 5}], "scalar": [pair, 5],
-                           "one": [pair], "mute": [{"prompt": "a", "response": ""}] * 20, "none": [], "object": pair, "long_rows": [{"prompt": "a" * 999, "response": "b"}] * 20}.items():
+        checkpoint.save(
+            "chars.pt",
+            Transformer(ModelConfig(**good_model | {"vocab_size": chars.vocab_size})),
+            chars,
+            {},
+            checkpoint.RunState(1, 1.0, 1.0),
+        )
+        pair, chat = (
+            {"prompt": "a", "response": "b"},
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+        )
+        for name, rows in {
+            "pairs": [pair] * 20,
+            "other_rows": [{"question": "a"}],
+            "half_pair": [pair, {"prompt": "a"}],
+            "number": [{"prompt": "a", "response": 5}],
+            "role": [chat, {"messages": [{"role": "tool", "content": "a"}]}],
+            "no_role": [{"messages": ["a"]}],
+            "no_list": [{"messages": 5}],
+            "scalar": [pair, 5],
+            "one": [pair],
+            "mute": [{"prompt": "a", "response": ""}] * 20,
+            "none": [],
+            "object": pair,
+            "long_rows": [{"prompt": "a" * 999, "response": "b"}] * 20,
+        }.items():
             write(f"{name}.json", json.dumps(rows))
         write("broken.json", '[{"prompt": "a"')
         Path("latin.json").write_bytes(b'["caf\xe9"]')
-        finetune_lora.main(configure(finetune_lora.Config, ["--dataset=pairs.json", "--max_iters=1", "--rank=2", "--out_dir=lora", "--device=cpu"]))
+        finetune_lora.main(
+            configure(
+                finetune_lora.Config,
+                ["--dataset=pairs.json", "--max_iters=1", "--rank=2", "--out_dir=lora", "--device=cpu"],
+            )
+        )
         good = checkpoint.load("lora/adapter.pt", checkpoint.ADAPTER_KEYS)
         name = next(iter(good["adapters"]))
-        for change, what in {"a_version": {"format": 9}, "a_shape": {"adapters": good["adapters"] | {name: torch.zeros(3, 3)}}, "a_layers": {"adapters": {"x.A": torch.zeros(2)}},
-                             "a_rank": {"config": good["config"] | {"rank": 10 ** 9}}, "a_config": {"config": {}}, "a_base": {"base_sha256": "0" * 64},
-                             "a_gone": {"base": "moved/ckpt.pt"}, "a_key": {"adapters": 5}, "a_code": {"config": Evil()}}.items():
+        for change, what in {
+            "a_version": {"format": 9},
+            "a_shape": {"adapters": good["adapters"] | {name: torch.zeros(3, 3)}},
+            "a_layers": {"adapters": {"x.A": torch.zeros(2)}},
+            "a_rank": {"config": good["config"] | {"rank": 10**9}},
+            "a_config": {"config": {}},
+            "a_base": {"base_sha256": "0" * 64},
+            "a_gone": {"base": "moved/ckpt.pt"},
+            "a_key": {"adapters": 5},
+            "a_code": {"config": Evil()},
+        }.items():
             Path(change).mkdir()
             torch.save(good | what, f"{change}/adapter.pt")
         Path("a_cut").mkdir()
@@ -126,26 +216,54 @@ def shop(tmp_path_factory):
         model, tokenizer = checkpoint.restore(checkpoint.load("out/ckpt.pt"), "out")
         good = onnx_model.describe(model.config, tokenizer, "", "", "whose")
         graph = onnx_folder("o_good", good, tokenizer)
-        for name, change in {"o_format": {"format": 9}, "o_layers": {"model": good["model"] | {"n_layer": 3}, "n_layer": 3}, "o_unlike": {"n_layer": 3}, "o_model": {"model": {"a": 1}},
-                             "o_shape": {"model": good["model"] | {"n_layer": "2"}}, "o_deep": {"model": good["model"] | {"n_layer": 10 ** 7}, "n_layer": 10 ** 7},
-                             "o_heads": {"model": good["model"] | {"n_kv_head": 1}, "n_kv_head": 1}, "o_start": {"start": 5},
-                             "o_float": {"model": good["model"] | {"n_layer": 2.0}}, "o_other": {"fingerprint": "another"}}.items():
+        for name, change in {
+            "o_format": {"format": 9},
+            "o_layers": {"model": good["model"] | {"n_layer": 3}, "n_layer": 3},
+            "o_unlike": {"n_layer": 3},
+            "o_model": {"model": {"a": 1}},
+            "o_shape": {"model": good["model"] | {"n_layer": "2"}},
+            "o_deep": {"model": good["model"] | {"n_layer": 10**7}, "n_layer": 10**7},
+            "o_heads": {"model": good["model"] | {"n_kv_head": 1}, "n_kv_head": 1},
+            "o_start": {"start": 5},
+            "o_float": {"model": good["model"] | {"n_layer": 2.0}},
+            "o_other": {"fingerprint": "another"},
+        }.items():
             onnx_folder(name, good, tokenizer)
             write(f"{name}/config.json", json.dumps(good | change))
         other = Tokenizer.train(DOCS, 300)
         onnx_folder("o_tokenizer", good, other)
         onnx_folder("o_vocab", good | {"tokenizer_sha256": other.sha256}, other)
-        for name, file, content in (("o_cut", "model.onnx", graph[:len(graph) // 2]), ("o_text", "model.onnx", b"hello"), ("o_empty", "model.onnx", b""),
-                                    ("o_json", "config.json", b"{"), ("o_list", "config.json", b"[]"), ("o_latin", "config.json", b'{"a": "caf\xe9"}'), ("o_tok", "tokenizer.json", b"{}")):
+        for name, file, content in (
+            ("o_cut", "model.onnx", graph[: len(graph) // 2]),
+            ("o_text", "model.onnx", b"hello"),
+            ("o_empty", "model.onnx", b""),
+            ("o_json", "config.json", b"{"),
+            ("o_list", "config.json", b"[]"),
+            ("o_latin", "config.json", b'{"a": "caf\xe9"}'),
+            ("o_tok", "tokenizer.json", b"{}"),
+        ):
             onnx_folder(name, good, tokenizer)
             Path(name, file).write_bytes(content)
-        for name, file in ("o_no_model", "model.onnx"), ("o_no_config", "config.json"), ("o_no_tokenizer", "tokenizer.json"):
+        for name, file in (
+            ("o_no_model", "model.onnx"),
+            ("o_no_config", "config.json"),
+            ("o_no_tokenizer", "tokenizer.json"),
+        ):
             onnx_folder(name, good, tokenizer)
             Path(name, file).unlink()
-        torch.save(checkpoint.load("out/ckpt.pt") | {"model_config": good["model"] | {"block_size": 4}}, "tiny.pt")
+        torch.save(
+            checkpoint.load("out/ckpt.pt") | {"model_config": good["model"] | {"block_size": 4}},
+            "tiny.pt",
+        )
 
-        for name, config in {"empty_hf": None, "mistral": {"model_type": "mistral"}, "no_sizes": {"model_type": "llama"}, "list_hf": [1],
-                             "moe": {"model_type": "llama", "num_local_experts": 8}, "no_tensors": hf_layout.write_config("llama", ModelConfig(vocab_size=99, qk_norm=False))}.items():
+        for name, config in {
+            "empty_hf": None,
+            "mistral": {"model_type": "mistral"},
+            "no_sizes": {"model_type": "llama"},
+            "list_hf": [1],
+            "moe": {"model_type": "llama", "num_local_experts": 8},
+            "no_tensors": hf_layout.write_config("llama", ModelConfig(vocab_size=99, qk_norm=False)),
+        }.items():
             Path(name).mkdir()
             if config is not None:
                 write(f"{name}/config.json", json.dumps(config))
@@ -156,27 +274,61 @@ def shop(tmp_path_factory):
         hf.main(configure(hf.Config, ["--out_dir=out", "--to=good_hf"]))
         for name in "cut_hf", "no_tokenizer_hf":
             shutil.copytree("good_hf", name)
-        Path("cut_hf/model.safetensors").write_bytes(Path("good_hf/model.safetensors").read_bytes()[:999])
+        Path("cut_hf/model.safetensors").write_bytes(
+            Path("good_hf/model.safetensors").read_bytes()[:999]
+        )
         Path("no_tokenizer_hf/tokenizer.json").unlink()
         hf.main(configure(hf.Config, ["--adapter=lora", "--to=good_peft"]))
-        for name, change in {"ia3": {"peft_type": "IA3"}, "dora": {"use_dora": True}, "rank_9": {"r": 9}}.items():
+        for name, change in {
+            "ia3": {"peft_type": "IA3"},
+            "dora": {"use_dora": True},
+            "rank_9": {"r": 9},
+        }.items():
             shutil.copytree("good_peft", name)
-            write(f"{name}/adapter_config.json", json.dumps(json.loads(Path("good_peft/adapter_config.json").read_text()) | change))
+            write(
+                f"{name}/adapter_config.json",
+                json.dumps(json.loads(Path("good_peft/adapter_config.json").read_text()) | change),
+            )
         post = Transformer(ModelConfig(**good_model | {"norm_position": "post"}))
-        checkpoint.save("post.pt", post, Tokenizer.load("data/toy/tokenizer.json"), {}, checkpoint.RunState(1, 1.0, 1.0))
+        checkpoint.save(
+            "post.pt",
+            post,
+            Tokenizer.load("data/toy/tokenizer.json"),
+            {},
+            checkpoint.RunState(1, 1.0, 1.0),
+        )
     return folder
 
 
 def onnx_folder(name, about, tokenizer):
     """A folder as export_onnx.py writes it, but for a graph that only has the right inputs and outputs; returns the graph's bytes."""
     import onnx
-    from onnx.helper import make_graph, make_model, make_node, make_opsetid, make_tensor_value_info as info
+    from onnx.helper import (
+        make_graph,
+        make_model,
+        make_node,
+        make_opsetid,
+        make_tensor_value_info as info,
+    )
+
     shape, V = ["P", "B", about["n_kv_head"], about["head_dim"]], about["vocab_size"]
     past = [f"{kv}.{layer}" for layer in range(about["n_layer"]) for kv in "kv"]
-    nodes = [make_node("Cast", ["ids"], ["x"], to=1), make_node("Unsqueeze", ["x", "last"], ["y"]), make_node("Expand", ["y", "wide"], ["logits"]), *(make_node("Identity", [f"past_{x}"], [f"present_{x}"]) for x in past)]
-    graph = make_graph(nodes, "g", [info("ids", 7, ["B", "T"]), *(info(f"past_{x}", 1, shape) for x in past)],
-                       [info("logits", 1, ["B", "T", V]), *(info(f"present_{x}", 1, shape) for x in past)],
-                       [onnx.numpy_helper.from_array(np.array(x), name) for name, x in {"last": [-1], "wide": [1, 1, V]}.items()])
+    nodes = [
+        make_node("Cast", ["ids"], ["x"], to=1),
+        make_node("Unsqueeze", ["x", "last"], ["y"]),
+        make_node("Expand", ["y", "wide"], ["logits"]),
+        *(make_node("Identity", [f"past_{x}"], [f"present_{x}"]) for x in past),
+    ]
+    graph = make_graph(
+        nodes,
+        "g",
+        [info("ids", 7, ["B", "T"]), *(info(f"past_{x}", 1, shape) for x in past)],
+        [info("logits", 1, ["B", "T", V]), *(info(f"present_{x}", 1, shape) for x in past)],
+        [
+            onnx.numpy_helper.from_array(np.array(x), name)
+            for name, x in {"last": [-1], "wide": [1, 1, V]}.items()
+        ],
+    )
     proto = make_model(graph, opset_imports=[make_opsetid("", 18)], ir_version=8)
     proto.metadata_props.add(key="fingerprint", value="whose")
     data = proto.SerializeToString()
@@ -195,168 +347,453 @@ class Evil:
 
 
 CASES = [
-    ("prepare", "--datasets=good.txt", "did you mean dataset?"), ("prepare", "--vocab_size=big", "must be an integer"),
-    ("prepare", "good.txt", "expected FILE.toml or --key=value"), ("prepare", "--dataset=nowhere.txt", "no file or folder nowhere.txt"),
-    ("prepare", "--dataset=x.csv", ".jsonl .parquet"), ("prepare", "--dataset=folder", ".jsonl .parquet"), ("prepare", "--dataset=", "dataset is empty"),
-    ("prepare", "--dataset=empty.txt", "no text"), ("prepare", "--dataset=blank.txt", "no text"),
+    ("prepare", "--datasets=good.txt", "did you mean dataset?"),
+    ("prepare", "--vocab_size=big", "must be an integer"),
+    ("prepare", "good.txt", "expected FILE.toml or --key=value"),
+    ("prepare", "--dataset=nowhere.txt", "no file or folder nowhere.txt"),
+    ("prepare", "--dataset=x.csv", ".jsonl .parquet"),
+    ("prepare", "--dataset=folder", ".jsonl .parquet"),
+    ("prepare", "--dataset=", "dataset is empty"),
+    ("prepare", "--dataset=empty.txt", "no text"),
+    ("prepare", "--dataset=blank.txt", "no text"),
     ("prepare", "--dataset=short.txt --tokenizer=char", "val split has 1 tokens"),
-    ("prepare", "--dataset=latin.txt", "latin.txt is not UTF-8: byte 0xe9 at offset 3;"), ("prepare", "--dataset=binary.txt", "binary.txt is not UTF-8"),
+    ("prepare", "--dataset=latin.txt", "latin.txt is not UTF-8: byte 0xe9 at offset 3;"),
+    ("prepare", "--dataset=binary.txt", "binary.txt is not UTF-8"),
     ("prepare", "--dataset=good.jsonl --column=story", "--column= chooses from: id, text"),
-    ("prepare", "--dataset=bad.jsonl", "bad.jsonl line 2 is not JSON"), ("prepare", "--dataset=list.jsonl", "it is a list"),
-    ("prepare", "--dataset=number.jsonl", "number.jsonl line 1: column 'text' is not text but 5"), ("prepare", "--dataset=half.jsonl", "not text"),
+    ("prepare", "--dataset=bad.jsonl", "bad.jsonl line 2 is not JSON"),
+    ("prepare", "--dataset=list.jsonl", "it is a list"),
+    ("prepare", "--dataset=number.jsonl", "number.jsonl line 1: column 'text' is not text but 5"),
+    ("prepare", "--dataset=half.jsonl", "not text"),
     ("prepare", "--dataset=good.parquet --column=story", "--column= chooses from: id, text"),
-    ("prepare", "--dataset=good.parquet --column=id", "not text but 0"), ("prepare", "--dataset=bad.parquet", "cannot read bad.parquet as parquet"),
-    ("prepare", "--dataset=good.txt --vocab_size=100", "257"), ("prepare", "--dataset=good.txt --vocab_size=-1", "257"),
-    ("prepare", "--dataset=good.txt --tokenizer=gpt3", "gpt2:FOLDER"), ("prepare", "--dataset=good.txt --tokenizer=tokenizer.json", "tokenizer.json"),
-    ("prepare", "--dataset=good.txt --tokenizer=missing.json", "missing.json"), ("prepare", "--dataset=good.txt --tokenizer=gpt2:folder", "encoder.json"),
-    ("prepare", "--dataset=good.txt --tokenizer=abc.json", "character"), ("prepare", "--dataset=good.txt --name=taken", "--overwrite"),
-    ("prepare", "--dataset=good.txt --name=../escape", "name '../escape'"), ("prepare", "--dataset=good.txt --name=/tmp/x", "name '/tmp/x'"),
-    ("prepare", "--dataset=good.txt --name=.", "name '.'"), ("prepare", "--dataset=good.txt --val_fraction=0", "between 0 and 1"),
-    ("prepare", "--dataset=good.txt --val_fraction=nan", "finite number"), ("prepare", "--dataset=good.txt --val_fraction=0.001", "val split has 0 tokens"),
-    ("prepare", "--dataset=good.txt --val_fraction=0.999", "no text"), ("prepare", "--num_stories=0", "num_stories must be at least 1"),
-    ("prepare", "--name=n --num_proc=-1", "num_proc must be at least 0"), ("prepare", "--dataset=good.txt --num_proc=1000000000", "num_proc"),
-    ("prepare", "--seed=-1", "seed must be at least 0"), ("prepare", "--dataset=hf: --name=n", "hf:NAME"), ("prepare", "--name=n --overwrite=maybe", "true or false"),
-
-    ("train", "--n_layers=3", "did you mean n_layer?"), ("train", "--lr=3", "did you mean learning_rate?"), ("train", "n_layer=3", "expected FILE.toml or --key=value"),
-    ("train", "--n_layer", "--n_layer needs a value"), ("train", "--n_layer=three", "must be an integer"), ("train", "--n_layer=3.5", "must be an integer"),
-    ("train", "--learning_rate=nan", "finite number"), ("train", "--learning_rate=inf", "finite number"), ("train", "--overwrite=perhaps", "true or false"),
-    ("train", "missing.toml", "cannot read missing.toml"), ("train", "folder.toml/", "folder.toml/"), ("train", "broken.toml", "not a TOML file"),
-    ("train", "unknown.toml", "did you mean n_layer?"), ("train", "type.toml", "must be an integer"), ("train", "float.toml", "must be an integer"),
-    ("train", "table.toml", "model"), ("train", "list.toml", "must be an integer"), ("train", "twice.toml", "not a TOML file"),
-    ("train", "nan.toml", "finite number"), ("train", "latin.toml", "not a TOML file"), ("train", "vocab.toml --out_dir=n", "vocab_size is the tokenizer's"),
-    ("train", "--out_dir=n --dataset=data/good", "as in --dataset=good"), ("train", "--out_dir=n --dataset=", "as in --dataset=toy"),
-    ("train", "--out_dir=n --dataset=../good.txt", "good.txt is a file: python prepare.py --dataset="), ("train", "--out_dir=n --dataset=nowhere", "--dataset=FILE --name=nowhere makes it"),
-    ("train", "--n_layer=0", "n_layer must be at least 1"), ("train", "--n_layer=-1", "n_layer must be at least 1"),
-    ("train", "--n_embd=130", "multiple of n_head"), ("train", "--n_head=3", "multiple of n_head"), ("train", "--n_kv_head=3", "multiple of n_kv_head"),
-    ("train", "--n_embd=12 --n_head=4", "must be even"), ("train", "--n_embd=100000000000", "n_embd must be"), ("train", "--n_layer=1000000000000", "n_layer must be"),
-    ("train", "--out_dir=n --n_embd=1000000", "GiB"), ("train", "--out_dir=n --n_layer=10000000", "GiB"),
-    ("train", "--out_dir=n --batch_size=1000000000", "GiB"), ("train", "--init_from=resume --batch_size=1000000000", "GiB"),
-    ("train", "--out_dir=n --batch_size=1000000000 --loss=chunked", "GiB"), ("train", "--out_dir=n --gradient_accumulation_steps=1000000000", "GiB"), ("train", "--block_size=0", "block_size must be"),
-    ("train", "--out_dir=n --block_size=1000000", "not enough for block_size"), ("train", "--norm=batchnorm", "layernorm | rmsnorm"), ("train", "--pos=rotary", "rope"),
-    ("train", "--mlp=relu", "gelu | swiglu"), ("train", "--norm_position=middle", "pre | post"), ("train", "--rope_scaling=yarn:2", "rope_scaling"),
-    ("train", "--rope_theta=0", "above 0"), ("train", "--norm_eps=0", "above 0"), ("train", "--dropout=1", "dropout"), ("train", "--dropout=-0.1", "dropout"),
-    ("train", "--batch_size=0", "batch_size must be at least 1"), ("train", "--max_iters=0", "max_iters must be at least 1"),
-    ("train", "--gradient_accumulation_steps=-1", "gradient_accumulation_steps"), ("train", "--eval_interval=0", "eval_interval"),
-    ("train", "--learning_rate=0", "learning_rate"), ("train", "--learning_rate=-1", "learning_rate"), ("train", "--min_lr=1", "at least min_lr"),
-    ("train", "--weight_decay=-1", "weight_decay"), ("train", "--grad_clip=-1", "grad_clip"), ("train", "--beta1=1", "beta1"), ("train", "--momentum=-0.1", "momentum"),
-    ("train", "--decay_frac=0", "decay_frac"), ("train", "--optimizer=sgd", "muon | adamw"), ("train", "--schedule=step", "cosine | linear"),
-    ("train", "--seed=-1", "seed"), ("train", "--seed=100000000000000000000", "seed"), ("train", "--loss=focal", "plain | chunked"),
-    ("train", "--device=tpu9 --out_dir=n", "device=tpu9 cannot be used here"), ("train", "--device=cuda:99 --out_dir=n", "cuda:99"), ("train", "--device=meta --out_dir=n", "meta"),
-    ("train", "--dtype=int8 --out_dir=n", "dtype must be"), ("train", "--dtype=float16 --device=cpu --out_dir=n", "float16"), ("train", "--compile=maybe --out_dir=n", "compile must be"),
-    ("train", "", "--overwrite"), ("train", "--out_dir=a_file --init_from=resume", "a_file"), ("train", "--out_dir=", "out_dir"),
+    ("prepare", "--dataset=good.parquet --column=id", "not text but 0"),
+    ("prepare", "--dataset=bad.parquet", "cannot read bad.parquet as parquet"),
+    ("prepare", "--dataset=good.txt --vocab_size=100", "257"),
+    ("prepare", "--dataset=good.txt --vocab_size=-1", "257"),
+    ("prepare", "--dataset=good.txt --tokenizer=gpt3", "gpt2:FOLDER"),
+    ("prepare", "--dataset=good.txt --tokenizer=tokenizer.json", "tokenizer.json"),
+    ("prepare", "--dataset=good.txt --tokenizer=missing.json", "missing.json"),
+    ("prepare", "--dataset=good.txt --tokenizer=gpt2:folder", "encoder.json"),
+    ("prepare", "--dataset=good.txt --tokenizer=abc.json", "character"),
+    ("prepare", "--dataset=good.txt --name=taken", "--overwrite"),
+    ("prepare", "--dataset=good.txt --name=../escape", "name '../escape'"),
+    ("prepare", "--dataset=good.txt --name=/tmp/x", "name '/tmp/x'"),
+    ("prepare", "--dataset=good.txt --name=.", "name '.'"),
+    ("prepare", "--dataset=good.txt --val_fraction=0", "between 0 and 1"),
+    ("prepare", "--dataset=good.txt --val_fraction=nan", "finite number"),
+    ("prepare", "--dataset=good.txt --val_fraction=0.001", "val split has 0 tokens"),
+    ("prepare", "--dataset=good.txt --val_fraction=0.999", "no text"),
+    ("prepare", "--num_stories=0", "num_stories must be at least 1"),
+    ("prepare", "--name=n --num_proc=-1", "num_proc must be at least 0"),
+    ("prepare", "--dataset=good.txt --num_proc=1000000000", "num_proc"),
+    ("prepare", "--seed=-1", "seed must be at least 0"),
+    ("prepare", "--dataset=hf: --name=n", "hf:NAME"),
+    ("prepare", "--name=n --overwrite=maybe", "true or false"),
+    ("train", "--n_layers=3", "did you mean n_layer?"),
+    ("train", "--lr=3", "did you mean learning_rate?"),
+    ("train", "n_layer=3", "expected FILE.toml or --key=value"),
+    ("train", "--n_layer", "--n_layer needs a value"),
+    ("train", "--n_layer=three", "must be an integer"),
+    ("train", "--n_layer=3.5", "must be an integer"),
+    ("train", "--learning_rate=nan", "finite number"),
+    ("train", "--learning_rate=inf", "finite number"),
+    ("train", "--overwrite=perhaps", "true or false"),
+    ("train", "missing.toml", "cannot read missing.toml"),
+    ("train", "folder.toml/", "folder.toml/"),
+    ("train", "broken.toml", "not a TOML file"),
+    ("train", "unknown.toml", "did you mean n_layer?"),
+    ("train", "type.toml", "must be an integer"),
+    ("train", "float.toml", "must be an integer"),
+    ("train", "table.toml", "model"),
+    ("train", "list.toml", "must be an integer"),
+    ("train", "twice.toml", "not a TOML file"),
+    ("train", "nan.toml", "finite number"),
+    ("train", "latin.toml", "not a TOML file"),
+    ("train", "vocab.toml --out_dir=n", "vocab_size is the tokenizer's"),
+    ("train", "--out_dir=n --dataset=data/good", "as in --dataset=good"),
+    ("train", "--out_dir=n --dataset=", "as in --dataset=toy"),
+    ("train", "--out_dir=n --dataset=../good.txt", "good.txt is a file: python prepare.py --dataset="),
+    ("train", "--out_dir=n --dataset=nowhere", "--dataset=FILE --name=nowhere makes it"),
+    ("train", "--n_layer=0", "n_layer must be at least 1"),
+    ("train", "--n_layer=-1", "n_layer must be at least 1"),
+    ("train", "--n_embd=130", "multiple of n_head"),
+    ("train", "--n_head=3", "multiple of n_head"),
+    ("train", "--n_kv_head=3", "multiple of n_kv_head"),
+    ("train", "--n_embd=12 --n_head=4", "must be even"),
+    ("train", "--n_embd=100000000000", "n_embd must be"),
+    ("train", "--n_layer=1000000000000", "n_layer must be"),
+    ("train", "--out_dir=n --n_embd=1000000", "GiB"),
+    ("train", "--out_dir=n --n_layer=10000000", "GiB"),
+    ("train", "--out_dir=n --batch_size=1000000000", "GiB"),
+    ("train", "--init_from=resume --batch_size=1000000000", "GiB"),
+    ("train", "--out_dir=n --batch_size=1000000000 --loss=chunked", "GiB"),
+    ("train", "--out_dir=n --gradient_accumulation_steps=1000000000", "GiB"),
+    ("train", "--block_size=0", "block_size must be"),
+    ("train", "--out_dir=n --block_size=1000000", "not enough for block_size"),
+    ("train", "--norm=batchnorm", "layernorm | rmsnorm"),
+    ("train", "--pos=rotary", "rope"),
+    ("train", "--mlp=relu", "gelu | swiglu"),
+    ("train", "--norm_position=middle", "pre | post"),
+    ("train", "--rope_scaling=yarn:2", "rope_scaling"),
+    ("train", "--rope_theta=0", "above 0"),
+    ("train", "--norm_eps=0", "above 0"),
+    ("train", "--dropout=1", "dropout"),
+    ("train", "--dropout=-0.1", "dropout"),
+    ("train", "--batch_size=0", "batch_size must be at least 1"),
+    ("train", "--max_iters=0", "max_iters must be at least 1"),
+    ("train", "--gradient_accumulation_steps=-1", "gradient_accumulation_steps"),
+    ("train", "--eval_interval=0", "eval_interval"),
+    ("train", "--learning_rate=0", "learning_rate"),
+    ("train", "--learning_rate=-1", "learning_rate"),
+    ("train", "--min_lr=1", "at least min_lr"),
+    ("train", "--weight_decay=-1", "weight_decay"),
+    ("train", "--grad_clip=-1", "grad_clip"),
+    ("train", "--beta1=1", "beta1"),
+    ("train", "--momentum=-0.1", "momentum"),
+    ("train", "--decay_frac=0", "decay_frac"),
+    ("train", "--optimizer=sgd", "muon | adamw"),
+    ("train", "--schedule=step", "cosine | linear"),
+    ("train", "--seed=-1", "seed"),
+    ("train", "--seed=100000000000000000000", "seed"),
+    ("train", "--loss=focal", "plain | chunked"),
+    ("train", "--device=tpu9 --out_dir=n", "device=tpu9 cannot be used here"),
+    ("train", "--device=cuda:99 --out_dir=n", "cuda:99"),
+    ("train", "--device=meta --out_dir=n", "meta"),
+    ("train", "--dtype=int8 --out_dir=n", "dtype must be"),
+    ("train", "--dtype=float16 --device=cpu --out_dir=n", "float16"),
+    ("train", "--compile=maybe --out_dir=n", "compile must be"),
+    ("train", "", "--overwrite"),
+    ("train", "--out_dir=a_file --init_from=resume", "a_file"),
+    ("train", "--out_dir=", "out_dir"),
     ("train", "--out_dir=n --dataset=none", "no dataset data/none"),
-    ("train", "--out_dir=n --dataset=no_meta", "meta.json: there is no such file"), ("train", "--out_dir=n --dataset=meta_text", "meta.json"),
-    ("train", "--out_dir=n --dataset=version_meta", "format 99"), ("train", "--out_dir=n --dataset=short_bin", "train.bin"),
-    ("train", "--out_dir=n --dataset=odd_bin", "train.bin"), ("train", "--out_dir=n --dataset=changed_bin", "sha256"),
-    ("train", "--out_dir=n --dataset=no_tokenizer", "tokenizer.json: there is no such file"), ("train", "--out_dir=n --dataset=foreign_tokenizer", "not the tokenizer"),
-    ("train", "--out_dir=n --dataset=big_ids", "holds id 5000"), ("train", "--out_dir=n --init_from=nowhere", "no checkpoint in nowhere"),
-    ("train", "--out_dir=n --init_from=resume", "no checkpoint in n"), ("train", "--out_dir=n --init_from=folder", "no checkpoint in folder"),
-    ("train", "--out_dir=n --init_from=text.pt", "not a checkpoint that is safe to read"), ("train", "--out_dir=n --init_from=code", "not a checkpoint that is safe to read"),
-    ("train", "--out_dir=n --init_from=out --dataset=chars", "another tokenizer"), ("train", "--out_dir=n --init_from=out --n_layer=5", "n_layer=2"),
-    ("train", "--init_from=resume --seed=7", "seed=1337"), ("train", "--init_from=resume --dataset=chars", "dataset='toy'"),
-    ("train", "--init_from=resume --optimizer=adamw", "another optimizer"), ("train", "--out_dir=optimizers --init_from=resume --max_iters=3", "damaged"),
-    ("train", "--out_dir=config --init_from=resume", "batch_size must be an integer"), ("train", "--out_dir=start --init_from=resume", "start must be a string"),
-    ("train", "--out_dir=losses --init_from=resume --max_iters=3", "damaged"), ("train", "--out_dir=moments --init_from=resume --max_iters=3", "parameter's shape"),
-    ("train", "--init_from=resume --pos=alibi", "pos='rope'"), ("train", "--out_dir=huge --init_from=resume", "GiB"),
-
-    ("sample", "--temprature=1", "did you mean temperature?"), ("sample", "--temperature=-1", "temperature"), ("sample", "--temperature=hot", "finite number"),
-    ("sample", "--top_k=-1", "top_k"), ("sample", "--top_k=1.5", "must be an integer"), ("sample", "--top_p=0", "top_p"), ("sample", "--top_p=1.1", "top_p"),
-    ("sample", "--repetition_penalty=0", "repetition_penalty"), ("sample", "--num_samples=0", "num_samples"), ("sample", "--num_samples=1000000000000", "num_samples"),
-    ("sample", "--max_new_tokens=-5", "max_new_tokens"), ("sample", "--past_end=wrap", "past_end"), ("sample", "--seed=100000000000000000000", "seed"),
-    ("sample", "--out_dir=nowhere", "no checkpoint in nowhere"), ("sample", "--out_dir=folder", "no checkpoint in folder"),
-    ("sample", "--out_dir=a_file", "not a checkpoint that is safe to read"), ("sample", "--out_dir=empty.pt", "not a checkpoint that is safe to read"),
-    ("sample", "--out_dir=text.pt", "not a checkpoint that is safe to read"), ("sample", "--out_dir=truncated.pt", "not a checkpoint that is safe to read"),
-    ("sample", "--out_dir=pickle.pt", "pickle.pt"), ("sample", "--out_dir=code", "holds code"), ("sample", "--out_dir=version", "format 99"),
-    ("sample", "--out_dir=shape", "damaged"), ("sample", "--out_dir=step", "step"), ("sample", "--out_dir=huge", "damaged"), ("sample", "--out_dir=model", "damaged"),
-    ("sample", "--out_dir=other_tokenizer", "damaged"), ("sample", "--out_dir=hash", "damaged"), ("sample", "--device=cuda:99", "cuda:99"),
-    ("sample", "--dtype=float16 --device=cpu", "float16"), ("sample", "--start=FILE:nowhere.txt", "cannot read nowhere.txt"),
-    ("sample", "--start=FILE:latin.txt", "not UTF-8"), ("sample", "--start=FILE:folder", "cannot read folder"),
-    ("sample", f"--start='{'once upon a time ' * 20}'", "the context 32"), ("sample", "--start=FILE:good.txt", "tokens and the context 32"),
-
-    ("bench", "trian", "did you mean train?"), ("bench", "everything", "expected train, decode"), ("bench", "--train", "there is no key 'train'"),
-    ("bench", "unknown.toml", "did you mean n_layer?"), ("bench", "--seconds=-1", "seconds must be between"), ("bench", "--block_size=8", "at least 16"),
-    ("bench", "--vocab_size=0", "vocab_size at least 1"), ("bench", "--n_layer=-1", "n_layer must be at least 1"), ("bench", "--n_embd=1000000 --n_head=1000", "GiB"),
-    ("bench", "--text=nowhere.txt", "text must be a file"), ("bench", "--text=folder", "text must be a file"), ("bench", "--text=x.csv", ".jsonl .parquet"),
-    ("bench", "tokenizer --text=latin.txt", "not UTF-8"), ("bench", "tokenizer --text=empty.txt", "no text"), ("bench", "tokenizer --text=good.txt --vocab_size=100", "257"),
-    ("bench", "--device=cuda:99", "cuda:99"), ("bench", "--dtype=float16 --device=cpu", "float16"), ("bench", "kvcache --compile=maybe", "compile must be"),
+    ("train", "--out_dir=n --dataset=no_meta", "meta.json: there is no such file"),
+    ("train", "--out_dir=n --dataset=meta_text", "meta.json"),
+    ("train", "--out_dir=n --dataset=version_meta", "format 99"),
+    ("train", "--out_dir=n --dataset=short_bin", "train.bin"),
+    ("train", "--out_dir=n --dataset=odd_bin", "train.bin"),
+    ("train", "--out_dir=n --dataset=changed_bin", "sha256"),
+    ("train", "--out_dir=n --dataset=no_tokenizer", "tokenizer.json: there is no such file"),
+    ("train", "--out_dir=n --dataset=foreign_tokenizer", "not the tokenizer"),
+    ("train", "--out_dir=n --dataset=big_ids", "holds id 5000"),
+    ("train", "--out_dir=n --init_from=nowhere", "no checkpoint in nowhere"),
+    ("train", "--out_dir=n --init_from=resume", "no checkpoint in n"),
+    ("train", "--out_dir=n --init_from=folder", "no checkpoint in folder"),
+    ("train", "--out_dir=n --init_from=text.pt", "not a checkpoint that is safe to read"),
+    ("train", "--out_dir=n --init_from=code", "not a checkpoint that is safe to read"),
+    ("train", "--out_dir=n --init_from=out --dataset=chars", "another tokenizer"),
+    ("train", "--out_dir=n --init_from=out --n_layer=5", "n_layer=2"),
+    ("train", "--init_from=resume --seed=7", "seed=1337"),
+    ("train", "--init_from=resume --dataset=chars", "dataset='toy'"),
+    ("train", "--init_from=resume --optimizer=adamw", "another optimizer"),
+    ("train", "--out_dir=optimizers --init_from=resume --max_iters=3", "damaged"),
+    ("train", "--out_dir=config --init_from=resume", "batch_size must be an integer"),
+    ("train", "--out_dir=start --init_from=resume", "start must be a string"),
+    ("train", "--out_dir=losses --init_from=resume --max_iters=3", "damaged"),
+    ("train", "--out_dir=moments --init_from=resume --max_iters=3", "parameter's shape"),
+    ("train", "--init_from=resume --pos=alibi", "pos='rope'"),
+    ("train", "--out_dir=huge --init_from=resume", "GiB"),
+    ("sample", "--temprature=1", "did you mean temperature?"),
+    ("sample", "--temperature=-1", "temperature"),
+    ("sample", "--temperature=hot", "finite number"),
+    ("sample", "--top_k=-1", "top_k"),
+    ("sample", "--top_k=1.5", "must be an integer"),
+    ("sample", "--top_p=0", "top_p"),
+    ("sample", "--top_p=1.1", "top_p"),
+    ("sample", "--repetition_penalty=0", "repetition_penalty"),
+    ("sample", "--num_samples=0", "num_samples"),
+    ("sample", "--num_samples=1000000000000", "num_samples"),
+    ("sample", "--max_new_tokens=-5", "max_new_tokens"),
+    ("sample", "--past_end=wrap", "past_end"),
+    ("sample", "--seed=100000000000000000000", "seed"),
+    ("sample", "--out_dir=nowhere", "no checkpoint in nowhere"),
+    ("sample", "--out_dir=folder", "no checkpoint in folder"),
+    ("sample", "--out_dir=a_file", "not a checkpoint that is safe to read"),
+    ("sample", "--out_dir=empty.pt", "not a checkpoint that is safe to read"),
+    ("sample", "--out_dir=text.pt", "not a checkpoint that is safe to read"),
+    ("sample", "--out_dir=truncated.pt", "not a checkpoint that is safe to read"),
+    ("sample", "--out_dir=pickle.pt", "pickle.pt"),
+    ("sample", "--out_dir=code", "holds code"),
+    ("sample", "--out_dir=version", "format 99"),
+    ("sample", "--out_dir=shape", "damaged"),
+    ("sample", "--out_dir=step", "step"),
+    ("sample", "--out_dir=huge", "damaged"),
+    ("sample", "--out_dir=model", "damaged"),
+    ("sample", "--out_dir=other_tokenizer", "damaged"),
+    ("sample", "--out_dir=hash", "damaged"),
+    ("sample", "--device=cuda:99", "cuda:99"),
+    ("sample", "--dtype=float16 --device=cpu", "float16"),
+    ("sample", "--start=FILE:nowhere.txt", "cannot read nowhere.txt"),
+    ("sample", "--start=FILE:latin.txt", "not UTF-8"),
+    ("sample", "--start=FILE:folder", "cannot read folder"),
+    ("sample", f"--start='{'once upon a time ' * 20}'", "the context 32"),
+    ("sample", "--start=FILE:good.txt", "tokens and the context 32"),
+    ("bench", "trian", "did you mean train?"),
+    ("bench", "everything", "expected train, decode"),
+    ("bench", "--train", "there is no key 'train'"),
+    ("bench", "unknown.toml", "did you mean n_layer?"),
+    ("bench", "--seconds=-1", "seconds must be between"),
+    ("bench", "--block_size=8", "at least 16"),
+    ("bench", "--vocab_size=0", "vocab_size at least 1"),
+    ("bench", "--n_layer=-1", "n_layer must be at least 1"),
+    ("bench", "--n_embd=1000000 --n_head=1000", "GiB"),
+    ("bench", "--text=nowhere.txt", "text must be a file"),
+    ("bench", "--text=folder", "text must be a file"),
+    ("bench", "--text=x.csv", ".jsonl .parquet"),
+    ("bench", "tokenizer --text=latin.txt", "not UTF-8"),
+    ("bench", "tokenizer --text=empty.txt", "no text"),
+    ("bench", "tokenizer --text=good.txt --vocab_size=100", "257"),
+    ("bench", "--device=cuda:99", "cuda:99"),
+    ("bench", "--dtype=float16 --device=cpu", "float16"),
+    ("bench", "kvcache --compile=maybe", "compile must be"),
     ("bench", "decode trian", "did you mean train?"),
-
-    ("eval", "--outdir=out", "did you mean out_dir?"), ("eval", "--out_dir=", "out_dir must name"), ("eval", "--out_dir=out,", "out_dir must name"),
-    ("eval", "--out_dir=nowhere", "no checkpoint in nowhere"), ("eval", "--out_dir=out,nowhere", "no checkpoint in nowhere"), ("eval", "--out_dir=folder", "no checkpoint in folder"),
-    ("eval", "--out_dir=text.pt", "not a checkpoint that is safe to read"), ("eval", "--out_dir=out,code", "holds code"), ("eval", "--out_dir=shape", "damaged"),
-    ("eval", "--out_dir=gone", "--text=FILE"), ("eval", "--out_dir=broken_data", "sha256"), ("eval", "--out_dir=other_data", "another tokenizer"), ("eval", "--out_dir=start", "--text=FILE"),
-    ("eval", "--text=nowhere.txt", "no file nowhere.txt"), ("eval", "--text=folder", "no file folder"), ("eval", "--text=x.csv", ".jsonl .parquet"), ("eval", "--text=empty.txt", "no text"),
-    ("eval", "--text=blank.txt", "no text"), ("eval", "--text=latin.txt", "not UTF-8"), ("eval", "--text=bad.jsonl", "is not JSON"), ("eval", "--text=bad.parquet", "as parquet"),
-    ("eval", "--report_dir=foreign", "not written by eval.py"), ("eval", "--report_dir=a_file", "cannot write a_file"), ("eval", "--num_samples=0", "num_samples must be at least 1"),
-    ("eval", "--max_new_tokens=0", "max_new_tokens"), ("eval", "--resamples=999", "resamples must be at least 1000"), ("eval", "--num_cases=5", "num_cases"), ("eval", "--top_k=-1", "top_k"),
-    ("eval", "--temperature=-1", "temperature"), ("eval", "--temperature=warm", "finite number"), ("eval", "--seed=-1", "seed"), ("eval", "--seed=100000000000000000000", "seed"),
-    ("eval", "--judge_url=127.0.0.1:8000", "judge_url must be like"), ("eval", "--judge_url=ftp://127.0.0.1/v1", "judge_url must be like"), ("eval", "--judge_url=http://", "judge_url must be like"),
-    ("eval", "--judge_url=http://host:port/v1", "judge_url must be like"), ("eval", "--judge_url='http://a b/v1'", "judge_url must be like"), ("eval", "--judge_timeout=0", "judge_timeout"),
-    ("eval", "--judge_timeout=nan", "finite number"), ("eval", "--device=cuda:99", "cuda:99"), ("eval", "--dtype=float16 --device=cpu", "float16"),
-
-    ("sample", "--adapter=nowhere", "no adapter in nowhere"), ("sample", "--adapter=out", "no adapter in out"), ("sample", "--adapter=out/ckpt.pt", "whole checkpoint"),
-    ("sample", "--out_dir=lora", "holds an adapter"), ("sample", "--adapter=text.pt", "not a checkpoint that is safe to read"), ("sample", "--adapter=a_code", "holds code"),
-    ("sample", "--adapter=a_cut", "not a checkpoint that is safe to read"), ("sample", "--adapter=good_peft", "--adapter=hf:good_peft"), ("sample", "--out_dir=good_peft", "--adapter=hf:good_peft"), ("sample", "--out_dir=hf:good_peft", "--adapter=hf:good_peft"),
-    ("train", "--out_dir=n --init_from=good_hf", "read as hf:good_hf"), ("train", "--out_dir=merged --init_from=resume", "--init_from=merged --out_dir=OTHER"), ("train", "--out_dir=tuned --init_from=resume", "was fine-tuned"), ("train", "--out_dir=n --eval_only", "--init_from=resume for out_dir"), ("train", "--out_dir=a_file", "is a file"), ("train", "--out_dir=n --dataset=tinystories", "prepare.py --dataset=tinystories makes"), ("train", "--out_dir=n --init_from=gpt2", "hub is hf:gpt2"), ("sample", "--adapter=good_hf", "a whole model"), ("sample", "--adapter=hf:good_hf", "a whole model"), ("finetune_lora", "--out_dir=n --init_from=chars.pt --dataset=pairs.json --template='€ {prompt}'", "the template"),
-    ("export_onnx", "--out_dir=merged --to=n --quantize=int8", "--dataset=NAME names data"), ("eval", "--out_dir=merged", "trained elsewhere"), ("prepare", "--dataset=good.txt --name=n --tokenizer=tokenizer.json", "--tokenizer=hf:FOLDER"), ("sample", "--adapter=a_version", "format 9"), ("sample", "--adapter=a_shape", "damaged"),
-    ("sample", "--adapter=a_layers", "damaged"), ("sample", "--adapter=a_rank", "damaged"), ("sample", "--adapter=a_config", "damaged"), ("sample", "--adapter=a_key", "damaged"),
-    ("sample", "--adapter=a_base", "another base"), ("sample", "--adapter=a_gone", "moved/ckpt.pt"), ("sample", "--adapter=lora --out_dir=nowhere", "no checkpoint in nowhere"),
-
-    ("finetune_lora", "--ranks=3", "did you mean rank?"), ("finetune_lora", "--rank=-1", "rank"), ("finetune_lora", "--rank=33 --out_dir=n --dataset=pairs.json", "rank 33 is more than"),
-    ("finetune_lora", "--alpha=0", "alpha"), ("finetune_lora", "--lora_dropout=1", "lora_dropout"), ("finetune_lora", "--target=head", "takes no adapter"),
-    ("finetune_lora", "--target=wte", "takes no adapter"), ("finetune_lora", "--target=q_proj,", "takes no adapter"), ("finetune_lora", "--optimizer=muon", "--rank=0"),
-    ("finetune_lora", "--template=Answer:", "{prompt}"), ("finetune_lora", "--val_fraction=1", "between 0 and 1"), ("finetune_lora", "--val_dataset=pairs.json", "leave val_dataset out"),
-    ("finetune_lora", "--n_layer=3", "no key"), ("finetune_lora", "--dataset=pairs.json --out_dir=out --overwrite", "the base out/ckpt_best.pt is in out"), ("finetune_lora", "--dataset=pairs.json --out_dir=lora", "--overwrite"), ("finetune_lora", "--init_from=scratch --out_dir=n", "no checkpoint in scratch"),
-    ("finetune_lora", "--init_from=resume --out_dir=n", "no adapter in n"), ("finetune_lora", "--init_from=lora --out_dir=n", "holds an adapter"),
-    ("finetune_lora", "--init_from=code --out_dir=n", "holds code"), ("finetune_lora", "--out_dir=n --dataset=toy", "moral, a .json .jsonl .parquet file or hf:NAME"),
-    ("finetune_lora", "--out_dir=n --dataset=nowhere.jsonl", "cannot read nowhere.jsonl"), ("finetune_lora", "--out_dir=n --dataset=nowhere.json", "cannot read nowhere.json"),
-    ("finetune_lora", "--out_dir=n --dataset=nowhere.parquet", "nowhere.parquet"), ("finetune_lora", "--out_dir=n --dataset=bad.parquet", "cannot read bad.parquet as parquet"),
-    ("finetune_lora", "--out_dir=n --dataset=bad.jsonl", "bad.jsonl line 2 is not JSON"), ("finetune_lora", "--out_dir=n --dataset=good.parquet", "rows have prompt and response"),
-    ("finetune_lora", "--out_dir=n --dataset=broken.json", "broken.json is not JSON"), ("finetune_lora", "--out_dir=n --dataset=latin.json", "latin.json is not UTF-8"),
-    ("finetune_lora", "--out_dir=n --dataset=other_rows.json", "other_rows.json row 1 has no column 'prompt'; rows have prompt and response, instruction and output, or messages; here is: question"),
-    ("finetune_lora", "--out_dir=n --dataset=half_pair.json", "half_pair.json row 2 has no column 'response'"), ("finetune_lora", "--out_dir=n --dataset=number.json", "not text but 5"),
-    ("finetune_lora", "--out_dir=n --dataset=role.json", "a role is 'tool'"), ("finetune_lora", "--out_dir=n --dataset=no_role.json", "no column 'role'"),
-    ("finetune_lora", "--out_dir=n --dataset=no_list.json", "no column 'role'"), ("finetune_lora", "--out_dir=n --dataset=scalar.json", "it is a int"),
-    ("finetune_lora", "--out_dir=n --dataset=object.json", "not an array of rows but a dict"), ("finetune_lora", "--out_dir=n --dataset=none.json", "needs two rows"),
-    ("finetune_lora", "--out_dir=n --dataset=one.json", "needs two rows"), ("finetune_lora", "--out_dir=n --dataset=mute.json", "none of its 18 rows has a response"),
-    ("finetune_lora", "--out_dir=n --dataset=long_rows.json", "fits in 32 tokens"), ("finetune_lora", "--out_dir=n --dataset=pairs.json --val_dataset=none.json", "none of its 0 rows"),
-    ("finetune_lora", "--out_dir=n --dataset=pairs.json --batch_size=1000000000", "GiB"), ("finetune_lora", "--out_dir=lora --init_from=resume --rank=3", "rank=2, which cannot become 3"),
-    ("finetune_lora", "--out_dir=a_base --init_from=resume", "another base"), ("finetune_lora", "--out_dir=a_shape --init_from=resume", "damaged"),
-    ("finetune_lora", "--out_dir=a_gone --init_from=resume", "moved/ckpt.pt"), ("finetune_lora", "--merge --out_dir=out", "no adapter in out"),
-    ("sample", "--onnx=nowhere", "no nowhere/config.json"), ("sample", "--onnx=folder", "no folder/config.json"), ("sample", "--onnx=a_file", "a_file"), ("sample", "--onnx=o_no_model", "no o_no_model/model.onnx"),
-    ("sample", "--onnx=o_no_config", "no o_no_config/config.json"), ("sample", "--onnx=o_no_tokenizer", "no o_no_tokenizer/tokenizer.json"), ("sample", "--onnx=o_good/other.onnx", "no o_good/other.onnx"),
-    ("sample", "--onnx=o_format", "format 9"), ("sample", "--onnx=o_layers", "inputs, outputs or their shapes"), ("sample", "--onnx=o_unlike", "n_layer is 3"), ("sample", "--onnx=o_model", "not written by export_onnx.py"),
-    ("sample", "--onnx=o_shape", "n_layer must be of type int"), ("sample", "--onnx=o_float", "n_layer must be of type int"), ("sample", "--onnx=o_other", "is another model than"), ("sample", "--onnx=o_deep", "inputs, outputs or their shapes"), ("sample", "--onnx=o_heads", "inputs, outputs or their shapes"),
-    ("sample", "--onnx=o_start", "start is 5"), ("sample", "--onnx=o_tokenizer", "by its model and tokenizer.json"), ("sample", "--onnx=o_vocab", "tokenizer.json has"), ("sample", "--onnx=o_cut", "damaged or not a model"),
-    ("sample", "--onnx=o_text", "damaged or not a model"), ("sample", "--onnx=o_empty", "damaged or not a model"), ("sample", "--onnx=o_json", "o_json/config.json"), ("sample", "--onnx=o_list", "not written by export_onnx.py"),
-    ("sample", "--onnx=o_latin", "o_latin/config.json"), ("sample", "--onnx=o_tok", "o_tok/tokenizer.json"), ("sample", "--out_dir=o_good", "--onnx=o_good reads"), ("sample", "--onnx=out", "--out_dir=out writes out/onnx"), ("sample", "--onnx=hf:good_hf", "--to=FOLDER writes one"), ("sample", "--onnx=o_good --adapter=lora", "leave out adapter"), ("sample", "--onnx=o_good --start=once", "cannot be computed"),
-    ("sample", "--onnx=o_good --device=cuda", "leave out adapter"), ("sample", "--onnx=o_good --dtype=bfloat16", "leave out adapter"), ("sample", "--onnx=o_good --out_dir=out", "takes the place of out_dir"),
-    ("sample", f"--onnx=o_good --start='{'once upon a time ' * 20}'", "the context 32"), ("sample", "--onnx=o_good --num_samples=1000000000000", "num_samples"),
-
-    ("export_onnx", "--quantise=int8", "did you mean quantize?"), ("export_onnx", "--quantize=int4", "none or int8"), ("export_onnx", "--eval_tokens=-1", "eval_tokens"), ("export_onnx", "--seconds=-1", "seconds"),
-    ("export_onnx", "--out_dir=nowhere", "no checkpoint in nowhere"), ("export_onnx", "--out_dir=lora", "holds an adapter"), ("export_onnx", "--out_dir=text.pt", "not a checkpoint that is safe to read"),
-    ("export_onnx", "--out_dir=code", "holds code"), ("export_onnx", "--out_dir=shape", "damaged"), ("export_onnx", "--to=.", "to is a folder"), ("export_onnx", "--to=a.onnx", "to is a folder"), ("export_onnx", "--to=foreign", "--overwrite moves it aside"), ("export_onnx", "--to=a_file", "--overwrite moves it aside"),
-    ("export_onnx", "--out_dir=gone --quantize=int8", "int8 is judged by a validation split"), ("export_onnx", "--dataset=chars --quantize=int8", "another tokenizer"),
+    ("eval", "--outdir=out", "did you mean out_dir?"),
+    ("eval", "--out_dir=", "out_dir must name"),
+    ("eval", "--out_dir=out,", "out_dir must name"),
+    ("eval", "--out_dir=nowhere", "no checkpoint in nowhere"),
+    ("eval", "--out_dir=out,nowhere", "no checkpoint in nowhere"),
+    ("eval", "--out_dir=folder", "no checkpoint in folder"),
+    ("eval", "--out_dir=text.pt", "not a checkpoint that is safe to read"),
+    ("eval", "--out_dir=out,code", "holds code"),
+    ("eval", "--out_dir=shape", "damaged"),
+    ("eval", "--out_dir=gone", "--text=FILE"),
+    ("eval", "--out_dir=broken_data", "sha256"),
+    ("eval", "--out_dir=other_data", "another tokenizer"),
+    ("eval", "--out_dir=start", "--text=FILE"),
+    ("eval", "--text=nowhere.txt", "no file nowhere.txt"),
+    ("eval", "--text=folder", "no file folder"),
+    ("eval", "--text=x.csv", ".jsonl .parquet"),
+    ("eval", "--text=empty.txt", "no text"),
+    ("eval", "--text=blank.txt", "no text"),
+    ("eval", "--text=latin.txt", "not UTF-8"),
+    ("eval", "--text=bad.jsonl", "is not JSON"),
+    ("eval", "--text=bad.parquet", "as parquet"),
+    ("eval", "--report_dir=foreign", "not written by eval.py"),
+    ("eval", "--report_dir=a_file", "cannot write a_file"),
+    ("eval", "--num_samples=0", "num_samples must be at least 1"),
+    ("eval", "--max_new_tokens=0", "max_new_tokens"),
+    ("eval", "--resamples=999", "resamples must be at least 1000"),
+    ("eval", "--num_cases=5", "num_cases"),
+    ("eval", "--top_k=-1", "top_k"),
+    ("eval", "--temperature=-1", "temperature"),
+    ("eval", "--temperature=warm", "finite number"),
+    ("eval", "--seed=-1", "seed"),
+    ("eval", "--seed=100000000000000000000", "seed"),
+    ("eval", "--judge_url=127.0.0.1:8000", "judge_url must be like"),
+    ("eval", "--judge_url=ftp://127.0.0.1/v1", "judge_url must be like"),
+    ("eval", "--judge_url=http://", "judge_url must be like"),
+    ("eval", "--judge_url=http://host:port/v1", "judge_url must be like"),
+    ("eval", "--judge_url='http://a b/v1'", "judge_url must be like"),
+    ("eval", "--judge_timeout=0", "judge_timeout"),
+    ("eval", "--judge_timeout=nan", "finite number"),
+    ("eval", "--device=cuda:99", "cuda:99"),
+    ("eval", "--dtype=float16 --device=cpu", "float16"),
+    ("sample", "--adapter=nowhere", "no adapter in nowhere"),
+    ("sample", "--adapter=out", "no adapter in out"),
+    ("sample", "--adapter=out/ckpt.pt", "whole checkpoint"),
+    ("sample", "--out_dir=lora", "holds an adapter"),
+    ("sample", "--adapter=text.pt", "not a checkpoint that is safe to read"),
+    ("sample", "--adapter=a_code", "holds code"),
+    ("sample", "--adapter=a_cut", "not a checkpoint that is safe to read"),
+    ("sample", "--adapter=good_peft", "--adapter=hf:good_peft"),
+    ("sample", "--out_dir=good_peft", "--adapter=hf:good_peft"),
+    ("sample", "--out_dir=hf:good_peft", "--adapter=hf:good_peft"),
+    ("train", "--out_dir=n --init_from=good_hf", "read as hf:good_hf"),
+    ("train", "--out_dir=merged --init_from=resume", "--init_from=merged --out_dir=OTHER"),
+    ("train", "--out_dir=tuned --init_from=resume", "was fine-tuned"),
+    ("train", "--out_dir=n --eval_only", "--init_from=resume for out_dir"),
+    ("train", "--out_dir=a_file", "is a file"),
+    ("train", "--out_dir=n --dataset=tinystories", "prepare.py --dataset=tinystories makes"),
+    ("train", "--out_dir=n --init_from=gpt2", "hub is hf:gpt2"),
+    ("sample", "--adapter=good_hf", "a whole model"),
+    ("sample", "--adapter=hf:good_hf", "a whole model"),
+    (
+        "finetune_lora",
+        "--out_dir=n --init_from=chars.pt --dataset=pairs.json --template='€ {prompt}'",
+        "the template",
+    ),
+    ("export_onnx", "--out_dir=merged --to=n --quantize=int8", "--dataset=NAME names data"),
+    ("eval", "--out_dir=merged", "trained elsewhere"),
+    ("prepare", "--dataset=good.txt --name=n --tokenizer=tokenizer.json", "--tokenizer=hf:FOLDER"),
+    ("sample", "--adapter=a_version", "format 9"),
+    ("sample", "--adapter=a_shape", "damaged"),
+    ("sample", "--adapter=a_layers", "damaged"),
+    ("sample", "--adapter=a_rank", "damaged"),
+    ("sample", "--adapter=a_config", "damaged"),
+    ("sample", "--adapter=a_key", "damaged"),
+    ("sample", "--adapter=a_base", "another base"),
+    ("sample", "--adapter=a_gone", "moved/ckpt.pt"),
+    ("sample", "--adapter=lora --out_dir=nowhere", "no checkpoint in nowhere"),
+    ("finetune_lora", "--ranks=3", "did you mean rank?"),
+    ("finetune_lora", "--rank=-1", "rank"),
+    ("finetune_lora", "--rank=33 --out_dir=n --dataset=pairs.json", "rank 33 is more than"),
+    ("finetune_lora", "--alpha=0", "alpha"),
+    ("finetune_lora", "--lora_dropout=1", "lora_dropout"),
+    ("finetune_lora", "--target=head", "takes no adapter"),
+    ("finetune_lora", "--target=wte", "takes no adapter"),
+    ("finetune_lora", "--target=q_proj,", "takes no adapter"),
+    ("finetune_lora", "--optimizer=muon", "--rank=0"),
+    ("finetune_lora", "--template=Answer:", "{prompt}"),
+    ("finetune_lora", "--val_fraction=1", "between 0 and 1"),
+    ("finetune_lora", "--val_dataset=pairs.json", "leave val_dataset out"),
+    ("finetune_lora", "--n_layer=3", "no key"),
+    (
+        "finetune_lora",
+        "--dataset=pairs.json --out_dir=out --overwrite",
+        "the base out/ckpt_best.pt is in out",
+    ),
+    ("finetune_lora", "--dataset=pairs.json --out_dir=lora", "--overwrite"),
+    ("finetune_lora", "--init_from=scratch --out_dir=n", "no checkpoint in scratch"),
+    ("finetune_lora", "--init_from=resume --out_dir=n", "no adapter in n"),
+    ("finetune_lora", "--init_from=lora --out_dir=n", "holds an adapter"),
+    ("finetune_lora", "--init_from=code --out_dir=n", "holds code"),
+    ("finetune_lora", "--out_dir=n --dataset=toy", "moral, a .json .jsonl .parquet file or hf:NAME"),
+    ("finetune_lora", "--out_dir=n --dataset=nowhere.jsonl", "cannot read nowhere.jsonl"),
+    ("finetune_lora", "--out_dir=n --dataset=nowhere.json", "cannot read nowhere.json"),
+    ("finetune_lora", "--out_dir=n --dataset=nowhere.parquet", "nowhere.parquet"),
+    ("finetune_lora", "--out_dir=n --dataset=bad.parquet", "cannot read bad.parquet as parquet"),
+    ("finetune_lora", "--out_dir=n --dataset=bad.jsonl", "bad.jsonl line 2 is not JSON"),
+    ("finetune_lora", "--out_dir=n --dataset=good.parquet", "rows have prompt and response"),
+    ("finetune_lora", "--out_dir=n --dataset=broken.json", "broken.json is not JSON"),
+    ("finetune_lora", "--out_dir=n --dataset=latin.json", "latin.json is not UTF-8"),
+    (
+        "finetune_lora",
+        "--out_dir=n --dataset=other_rows.json",
+        "other_rows.json row 1 has no column 'prompt'; rows have prompt and response, instruction and output, or messages; here is: question",
+    ),
+    (
+        "finetune_lora",
+        "--out_dir=n --dataset=half_pair.json",
+        "half_pair.json row 2 has no column 'response'",
+    ),
+    ("finetune_lora", "--out_dir=n --dataset=number.json", "not text but 5"),
+    ("finetune_lora", "--out_dir=n --dataset=role.json", "a role is 'tool'"),
+    ("finetune_lora", "--out_dir=n --dataset=no_role.json", "no column 'role'"),
+    ("finetune_lora", "--out_dir=n --dataset=no_list.json", "no column 'role'"),
+    ("finetune_lora", "--out_dir=n --dataset=scalar.json", "it is a int"),
+    ("finetune_lora", "--out_dir=n --dataset=object.json", "not an array of rows but a dict"),
+    ("finetune_lora", "--out_dir=n --dataset=none.json", "needs two rows"),
+    ("finetune_lora", "--out_dir=n --dataset=one.json", "needs two rows"),
+    ("finetune_lora", "--out_dir=n --dataset=mute.json", "none of its 18 rows has a response"),
+    ("finetune_lora", "--out_dir=n --dataset=long_rows.json", "fits in 32 tokens"),
+    ("finetune_lora", "--out_dir=n --dataset=pairs.json --val_dataset=none.json", "none of its 0 rows"),
+    ("finetune_lora", "--out_dir=n --dataset=pairs.json --batch_size=1000000000", "GiB"),
+    ("finetune_lora", "--out_dir=lora --init_from=resume --rank=3", "rank=2, which cannot become 3"),
+    ("finetune_lora", "--out_dir=a_base --init_from=resume", "another base"),
+    ("finetune_lora", "--out_dir=a_shape --init_from=resume", "damaged"),
+    ("finetune_lora", "--out_dir=a_gone --init_from=resume", "moved/ckpt.pt"),
+    ("finetune_lora", "--merge --out_dir=out", "no adapter in out"),
+    ("sample", "--onnx=nowhere", "no nowhere/config.json"),
+    ("sample", "--onnx=folder", "no folder/config.json"),
+    ("sample", "--onnx=a_file", "a_file"),
+    ("sample", "--onnx=o_no_model", "no o_no_model/model.onnx"),
+    ("sample", "--onnx=o_no_config", "no o_no_config/config.json"),
+    ("sample", "--onnx=o_no_tokenizer", "no o_no_tokenizer/tokenizer.json"),
+    ("sample", "--onnx=o_good/other.onnx", "no o_good/other.onnx"),
+    ("sample", "--onnx=o_format", "format 9"),
+    ("sample", "--onnx=o_layers", "inputs, outputs or their shapes"),
+    ("sample", "--onnx=o_unlike", "n_layer is 3"),
+    ("sample", "--onnx=o_model", "not written by export_onnx.py"),
+    ("sample", "--onnx=o_shape", "n_layer must be of type int"),
+    ("sample", "--onnx=o_float", "n_layer must be of type int"),
+    ("sample", "--onnx=o_other", "is another model than"),
+    ("sample", "--onnx=o_deep", "inputs, outputs or their shapes"),
+    ("sample", "--onnx=o_heads", "inputs, outputs or their shapes"),
+    ("sample", "--onnx=o_start", "start is 5"),
+    ("sample", "--onnx=o_tokenizer", "by its model and tokenizer.json"),
+    ("sample", "--onnx=o_vocab", "tokenizer.json has"),
+    ("sample", "--onnx=o_cut", "damaged or not a model"),
+    ("sample", "--onnx=o_text", "damaged or not a model"),
+    ("sample", "--onnx=o_empty", "damaged or not a model"),
+    ("sample", "--onnx=o_json", "o_json/config.json"),
+    ("sample", "--onnx=o_list", "not written by export_onnx.py"),
+    ("sample", "--onnx=o_latin", "o_latin/config.json"),
+    ("sample", "--onnx=o_tok", "o_tok/tokenizer.json"),
+    ("sample", "--out_dir=o_good", "--onnx=o_good reads"),
+    ("sample", "--onnx=out", "--out_dir=out writes out/onnx"),
+    ("sample", "--onnx=hf:good_hf", "--to=FOLDER writes one"),
+    ("sample", "--onnx=o_good --adapter=lora", "leave out adapter"),
+    ("sample", "--onnx=o_good --start=once", "cannot be computed"),
+    ("sample", "--onnx=o_good --device=cuda", "leave out adapter"),
+    ("sample", "--onnx=o_good --dtype=bfloat16", "leave out adapter"),
+    ("sample", "--onnx=o_good --out_dir=out", "takes the place of out_dir"),
+    ("sample", f"--onnx=o_good --start='{'once upon a time ' * 20}'", "the context 32"),
+    ("sample", "--onnx=o_good --num_samples=1000000000000", "num_samples"),
+    ("export_onnx", "--quantise=int8", "did you mean quantize?"),
+    ("export_onnx", "--quantize=int4", "none or int8"),
+    ("export_onnx", "--eval_tokens=-1", "eval_tokens"),
+    ("export_onnx", "--seconds=-1", "seconds"),
+    ("export_onnx", "--out_dir=nowhere", "no checkpoint in nowhere"),
+    ("export_onnx", "--out_dir=lora", "holds an adapter"),
+    ("export_onnx", "--out_dir=text.pt", "not a checkpoint that is safe to read"),
+    ("export_onnx", "--out_dir=code", "holds code"),
+    ("export_onnx", "--out_dir=shape", "damaged"),
+    ("export_onnx", "--to=.", "to is a folder"),
+    ("export_onnx", "--to=a.onnx", "to is a folder"),
+    ("export_onnx", "--to=foreign", "--overwrite moves it aside"),
+    ("export_onnx", "--to=a_file", "--overwrite moves it aside"),
+    ("export_onnx", "--out_dir=gone --quantize=int8", "int8 is judged by a validation split"),
+    ("export_onnx", "--dataset=chars --quantize=int8", "another tokenizer"),
     ("export_onnx", "--out_dir=tiny.pt", "block_size is 4"),
-    ("finetune_lora", "--merge --out_dir=a_base", "another base"), ("finetune_lora", "--merge --out_dir=a_cut", "not a checkpoint that is safe to read"),
-
-    ("hf", "--outdir=out --to=n", "did you mean out_dir?"), ("hf", "", "--to=FOLDER"), ("hf", "--to=.", "--to=FOLDER"), ("hf", "--to=foreign", "--overwrite"), ("hf", "--to=a_file", "--overwrite"),
-    ("hf", "--to=n --out_dir=nowhere", "no checkpoint in nowhere"), ("hf", "--to=n --out_dir=text.pt", "not a checkpoint that is safe to read"), ("hf", "--to=n --out_dir=code", "holds code"),
-    ("hf", "--to=n --out_dir=post.pt", "norm_position=post"), ("hf", "--to=n --out_dir=lora", "holds an adapter"), ("hf", "--to=n --adapter=nowhere", "no adapter in nowhere"),
-    ("hf", "--to=n --adapter=a_base", "another base"), ("hf", "--to=n --adapter=a_shape", "damaged"), ("hf", "--to=n --adapter=a_gone", "moved/ckpt.pt"), ("hf", "--to=n --out_dir=hf:nowhere/at/all", "no folder"),
-    ("hf", "--to=n --out_dir=hf:mistral", "model_type is 'mistral'"), ("hf", "--to=n --adapter=hf:ia3", "peft_type is 'IA3'"), ("hf", "--to=n --adapter=hf:dora", "use_dora is True"),
-    ("hf", "--to=n --adapter=hf:rank_9", "lora_A.weight is (2, 32)"), ("hf", "--to=n --adapter=hf:folder", "adapter_config.json"), ("hf", "--to=n --adapter=hf:good_hf", "adapter_config.json"),
-    ("sample", "--out_dir=hf:", "no folder"), ("sample", "--out_dir=hf:empty_hf", "config.json"), ("sample", "--out_dir=hf:a_file", "no folder"), ("sample", "--out_dir=hf:no_sizes", "is missing"),
-    ("sample", "--out_dir=hf:list_hf", "not a JSON object"), ("sample", "--out_dir=hf:half_hf", "half_hf/config.json"), ("sample", "--out_dir=hf:moe", "'num_local_experts' is 8"),
-    ("sample", "--out_dir=hf:no_tensors", "no model.safetensors in no_tensors"), ("sample", "--out_dir=hf:cut_hf", "cut_hf/model.safetensors"), ("sample", "--out_dir=hf:no_tokenizer_hf", "no tokenizer.json"),
-    ("sample", "--adapter=hf:good_peft", "python hf.py"), ("eval", "--out_dir=hf:good_hf", "--text=FILE"), ("eval", "--out_dir=out,hf:mistral", "model_type is 'mistral'"),
-    ("train", "--out_dir=n --init_from=hf:mistral", "model_type is 'mistral'"), ("train", "--out_dir=n --init_from=hf:good_hf --n_layer=3", "n_layer=2, which cannot become 3"),
-    ("train", "--out_dir=n --init_from=hf:good_hf --block_size=64", "block_size=32, which cannot become 64"), ("train", "--out_dir=n --init_from=hf:good_hf --dataset=chars", "--tokenizer=hf:good_hf"),
-    ("finetune_lora", "--out_dir=n --init_from=hf:mistral", "model_type is 'mistral'"), ("finetune_lora", "--out_dir=n --max_length=-1", "max_length"),
-    ("finetune_lora", "--out_dir=n --init_from=hf:good_hf --dataset=pairs.json --max_length=2", "fits in 2 tokens"), ("prepare", "--dataset=good.txt --tokenizer=hf:folder", "no tokenizer.json"),
-
-    ("serve", "--prot=1", "did you mean port?"), ("serve", "--port=-1", "port must be"), ("serve", "--port=65536", "port must be"), ("serve", "--port=http", "must be an integer"),
-    ("serve", "--model=nowhere", "nowhere"), ("serve", "--model=folder", "folder"), ("serve", "--model=out", "--out_dir=out writes out/onnx"), ("serve", "--model=out/model_int8.onnx", "--out_dir=out --quantize=int8 writes"), ("serve", "--model=nowhere.onnx", "nowhere.onnx"),
+    ("finetune_lora", "--merge --out_dir=a_base", "another base"),
+    ("finetune_lora", "--merge --out_dir=a_cut", "not a checkpoint that is safe to read"),
+    ("hf", "--outdir=out --to=n", "did you mean out_dir?"),
+    ("hf", "", "--to=FOLDER"),
+    ("hf", "--to=.", "--to=FOLDER"),
+    ("hf", "--to=foreign", "--overwrite"),
+    ("hf", "--to=a_file", "--overwrite"),
+    ("hf", "--to=n --out_dir=nowhere", "no checkpoint in nowhere"),
+    ("hf", "--to=n --out_dir=text.pt", "not a checkpoint that is safe to read"),
+    ("hf", "--to=n --out_dir=code", "holds code"),
+    ("hf", "--to=n --out_dir=post.pt", "norm_position=post"),
+    ("hf", "--to=n --out_dir=lora", "holds an adapter"),
+    ("hf", "--to=n --adapter=nowhere", "no adapter in nowhere"),
+    ("hf", "--to=n --adapter=a_base", "another base"),
+    ("hf", "--to=n --adapter=a_shape", "damaged"),
+    ("hf", "--to=n --adapter=a_gone", "moved/ckpt.pt"),
+    ("hf", "--to=n --out_dir=hf:nowhere/at/all", "no folder"),
+    ("hf", "--to=n --out_dir=hf:mistral", "model_type is 'mistral'"),
+    ("hf", "--to=n --adapter=hf:ia3", "peft_type is 'IA3'"),
+    ("hf", "--to=n --adapter=hf:dora", "use_dora is True"),
+    ("hf", "--to=n --adapter=hf:rank_9", "lora_A.weight is (2, 32)"),
+    ("hf", "--to=n --adapter=hf:folder", "adapter_config.json"),
+    ("hf", "--to=n --adapter=hf:good_hf", "adapter_config.json"),
+    ("sample", "--out_dir=hf:", "no folder"),
+    ("sample", "--out_dir=hf:empty_hf", "config.json"),
+    ("sample", "--out_dir=hf:a_file", "no folder"),
+    ("sample", "--out_dir=hf:no_sizes", "is missing"),
+    ("sample", "--out_dir=hf:list_hf", "not a JSON object"),
+    ("sample", "--out_dir=hf:half_hf", "half_hf/config.json"),
+    ("sample", "--out_dir=hf:moe", "'num_local_experts' is 8"),
+    ("sample", "--out_dir=hf:no_tensors", "no model.safetensors in no_tensors"),
+    ("sample", "--out_dir=hf:cut_hf", "cut_hf/model.safetensors"),
+    ("sample", "--out_dir=hf:no_tokenizer_hf", "no tokenizer.json"),
+    ("sample", "--adapter=hf:good_peft", "python hf.py"),
+    ("eval", "--out_dir=hf:good_hf", "--text=FILE"),
+    ("eval", "--out_dir=out,hf:mistral", "model_type is 'mistral'"),
+    ("train", "--out_dir=n --init_from=hf:mistral", "model_type is 'mistral'"),
+    ("train", "--out_dir=n --init_from=hf:good_hf --n_layer=3", "n_layer=2, which cannot become 3"),
+    (
+        "train",
+        "--out_dir=n --init_from=hf:good_hf --block_size=64",
+        "block_size=32, which cannot become 64",
+    ),
+    ("train", "--out_dir=n --init_from=hf:good_hf --dataset=chars", "--tokenizer=hf:good_hf"),
+    ("finetune_lora", "--out_dir=n --init_from=hf:mistral", "model_type is 'mistral'"),
+    ("finetune_lora", "--out_dir=n --max_length=-1", "max_length"),
+    (
+        "finetune_lora",
+        "--out_dir=n --init_from=hf:good_hf --dataset=pairs.json --max_length=2",
+        "fits in 2 tokens",
+    ),
+    ("prepare", "--dataset=good.txt --tokenizer=hf:folder", "no tokenizer.json"),
+    ("serve", "--prot=1", "did you mean port?"),
+    ("serve", "--port=-1", "port must be"),
+    ("serve", "--port=65536", "port must be"),
+    ("serve", "--port=http", "must be an integer"),
+    ("serve", "--model=nowhere", "nowhere"),
+    ("serve", "--model=folder", "folder"),
+    ("serve", "--model=out", "--out_dir=out writes out/onnx"),
+    ("serve", "--model=out/model_int8.onnx", "--out_dir=out --quantize=int8 writes"),
+    ("serve", "--model=nowhere.onnx", "nowhere.onnx"),
 ]
 
 
@@ -372,24 +809,46 @@ def test_bad_input_is_one_line(script, args, says, shop, monkeypatch, capfd):
     with pytest.raises(SystemExit) as e:
         run(SCRIPTS[script].main, SCRIPTS[script].Config, WORDS.get(script, ()))
     out, err = capfd.readouterr()
-    assert e.value.code == 2 and err.startswith(f"{script}.py: ") and err.count("\n") == 1 and says in err, err
+    assert (
+        e.value.code == 2 and err.startswith(f"{script}.py: ") and err.count("\n") == 1 and says in err
+    ), err
     assert len(err) < 400
     assert contents(shop) == before
 
 
 @pytest.mark.parametrize("script, args, says", CASES[:1] + CASES[50:51] + CASES[-1:])
 def test_from_a_shell(script, args, says, shop):
-    done = subprocess.run([sys.executable, ROOT / f"{script}.py", *shlex.split(args)], cwd=shop, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, ROOT / f"{script}.py", *shlex.split(args)],
+        cwd=shop,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and says in done.stderr, done.stderr
 
 
-@pytest.mark.parametrize("script, args, library, says", [
-    ("train", "--out_dir=n --wandb_log", "wandb", "pip install wandb"), ("bench", "--plot", "matplotlib", "pip install matplotlib"),
-    ("export_onnx", "--to=n", "onnxruntime", "pip install onnxruntime"), ("export_onnx", "--to=n", "onnxscript", "pip install onnxscript"), ("sample", "--onnx=o_good", "onnxruntime", "pip install onnxruntime"),
-    ("train", "--out_dir=logged --init_from=resume", "wandb", "settings of logged/ckpt.pt: wandb_log needs wandb: pip install wandb; --no-wandb_log"),
-    ("prepare", "--dataset=hf:a/b --name=n", "datasets", "pip install datasets"), ("hf", "--to=n", "safetensors.torch", "pip install safetensors"),
-    ("sample", "--out_dir=hf:good_hf", "safetensors.torch", "pip install safetensors"), ("sample", "--out_dir=hf:a/b", "huggingface_hub", "pip install huggingface_hub"),
-    ("prepare", "--dataset=good.parquet --name=n", "pyarrow", "pip install pyarrow")])
+@pytest.mark.parametrize(
+    "script, args, library, says",
+    [
+        ("train", "--out_dir=n --wandb_log", "wandb", "pip install wandb"),
+        ("bench", "--plot", "matplotlib", "pip install matplotlib"),
+        ("export_onnx", "--to=n", "onnxruntime", "pip install onnxruntime"),
+        ("export_onnx", "--to=n", "onnxscript", "pip install onnxscript"),
+        ("sample", "--onnx=o_good", "onnxruntime", "pip install onnxruntime"),
+        (
+            "train",
+            "--out_dir=logged --init_from=resume",
+            "wandb",
+            "settings of logged/ckpt.pt: wandb_log needs wandb: pip install wandb; --no-wandb_log",
+        ),
+        ("prepare", "--dataset=hf:a/b --name=n", "datasets", "pip install datasets"),
+        ("hf", "--to=n", "safetensors.torch", "pip install safetensors"),
+        ("sample", "--out_dir=hf:good_hf", "safetensors.torch", "pip install safetensors"),
+        ("sample", "--out_dir=hf:a/b", "huggingface_hub", "pip install huggingface_hub"),
+        ("prepare", "--dataset=good.parquet --name=n", "pyarrow", "pip install pyarrow"),
+    ],
+)
 def test_a_missing_library_is_one_line(script, args, library, says, shop, monkeypatch, capfd):
     monkeypatch.setitem(sys.modules, library, None)
     test_bad_input_is_one_line(script, args, says, shop, monkeypatch, capfd)

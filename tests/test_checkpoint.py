@@ -1,4 +1,5 @@
 """Checkpoints: whole, safe, atomic."""
+
 import os
 import pickle
 import subprocess
@@ -20,7 +21,9 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture
 def saved(tmp_path):
     tokenizer = Tokenizer.train(["the cat sat on the mat"] * 3, 270)
-    model = redraw(Transformer(ModelConfig(vocab_size=tokenizer.vocab_size, n_layer=1, n_embd=32, n_head=2)))
+    model = redraw(
+        Transformer(ModelConfig(vocab_size=tokenizer.vocab_size, n_layer=1, n_embd=32, n_head=2))
+    )
     path = str(tmp_path / "ckpt.pt")
     checkpoint.save(path, model, tokenizer, {"seed": 1}, checkpoint.RunState(7, 2.5, 2.25))
     return path, model, tokenizer
@@ -30,7 +33,12 @@ def test_what_is_saved_comes_back(saved):
     path, model, tokenizer = saved
     ckpt = checkpoint.load(path)
     again, tok = checkpoint.restore(ckpt, path)
-    assert (ckpt["step"], ckpt["val_loss"], ckpt["best_val_loss"], ckpt["config"]) == (7, 2.5, 2.25, {"seed": 1})
+    assert (ckpt["step"], ckpt["val_loss"], ckpt["best_val_loss"], ckpt["config"]) == (
+        7,
+        2.5,
+        2.25,
+        {"seed": 1},
+    )
     idx = torch.arange(20)[None]
     assert torch.equal(again(idx)[0], model.eval()(idx)[0]) and tok.to_str() == tokenizer.to_str()
     assert again.head.weight is again.wte.weight and not again.training
@@ -49,7 +57,11 @@ def test_code_in_a_checkpoint_is_refused_and_does_not_run(saved, tmp_path):
     class Evil:
         def __reduce__(self):
             return os.system, (f"touch {mark}",)
-    for write in (lambda: torch.save({**checkpoint.load(path), "config": Evil()}, path), lambda: Path(path).write_bytes(pickle.dumps(Evil()))):
+
+    for write in (
+        lambda: torch.save({**checkpoint.load(path), "config": Evil()}, path),
+        lambda: Path(path).write_bytes(pickle.dumps(Evil())),
+    ):
         checkpoint.save(path, saved[1], saved[2], {}, checkpoint.RunState(1, 1, 1))
         write()
         with pytest.raises(Refusal, match="not a checkpoint that is safe to read"):
@@ -57,11 +69,20 @@ def test_code_in_a_checkpoint_is_refused_and_does_not_run(saved, tmp_path):
         assert not mark.exists()
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda c: c.update(format=99), "format 99"), (lambda c: c.pop("format"), "not a TinyLM checkpoint"), (lambda c: c.pop("model"), "model"),
-    (lambda c: c.update(step="7"), "step"), (lambda c: c["model"].pop("norm.weight"), "norm.weight|Error"),
-    (lambda c: c["model_config"].update(n_layer=3), "damaged"), (lambda c: c["model_config"].update(color=3), "color"),
-    (lambda c: c.update(tokenizer_sha256="0" * 64), "tokenizer"), (lambda c: c.update(tokenizer="{}"), "damaged")])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda c: c.update(format=99), "format 99"),
+        (lambda c: c.pop("format"), "not a TinyLM checkpoint"),
+        (lambda c: c.pop("model"), "model"),
+        (lambda c: c.update(step="7"), "step"),
+        (lambda c: c["model"].pop("norm.weight"), "norm.weight|Error"),
+        (lambda c: c["model_config"].update(n_layer=3), "damaged"),
+        (lambda c: c["model_config"].update(color=3), "color"),
+        (lambda c: c.update(tokenizer_sha256="0" * 64), "tokenizer"),
+        (lambda c: c.update(tokenizer="{}"), "damaged"),
+    ],
+)
 def test_damage_is_one_line(saved, change, words):
     path = saved[0]
     ckpt = checkpoint.load(path)
@@ -74,7 +95,14 @@ def test_damage_is_one_line(saved, change, words):
 
 def test_truncated_empty_and_foreign_files_are_one_line(saved, tmp_path):
     whole = Path(saved[0]).read_bytes()
-    for content in whole[:len(whole) // 2], whole[:100], b"", b"hello world", b"\x80\x02.", pickle.dumps([1, 2]):
+    for content in (
+        whole[: len(whole) // 2],
+        whole[:100],
+        b"",
+        b"hello world",
+        b"\x80\x02.",
+        pickle.dumps([1, 2]),
+    ):
         (tmp_path / "bad.pt").write_bytes(content)
         with pytest.raises(Refusal) as e:
             checkpoint.load(str(tmp_path / "bad.pt"))

@@ -1,4 +1,5 @@
 """config.py: the command line, the files, and what is refused."""
+
 import os
 import subprocess
 import sys
@@ -15,16 +16,16 @@ ROOT = Path(__file__).parents[1]
 
 @dataclass
 class Base:
-    n_layer: int = 6            # how deep
+    n_layer: int = 6  # how deep
     learning_rate: float = 3e-4  # of the optimizer
 
 
 @dataclass
 class Config(Base):
-    out_dir: str = "out"    # where to
-    compile: bool = False   # with torch.compile
-    bias: bool = True       # in every Linear
-    dtype: str = "auto"     # auto | float32
+    out_dir: str = "out"  # where to
+    compile: bool = False  # with torch.compile
+    bias: bool = True  # in every Linear
+    dtype: str = "auto"  # auto | float32
 
     def __post_init__(self):
         if self.n_layer == 13:
@@ -61,46 +62,94 @@ def test_files_left_to_right_then_keys(tmp_path):
     assert cfg.given == {"n_layer": "command line", "out_dir": a, "learning_rate": a}
 
 
-@pytest.mark.parametrize("argv, compile, bias", [
-    (["--compile"], True, True), (["--no-compile"], False, True), (["--no-bias"], False, False), (["--no_bias"], False, False),
-    (["--compile", "--bias=false"], True, False), (["--compile=1"], True, True), (["--bias=0"], False, False),
-    (["--compile=True", "--bias=False"], True, False), (["--bias", "false", "--compile", "true"], True, False),
-    (["--compile", "1", "--bias", "0"], True, False), (["--compile", "--no-compile"], False, True)])
+@pytest.mark.parametrize(
+    "argv, compile, bias",
+    [
+        (["--compile"], True, True),
+        (["--no-compile"], False, True),
+        (["--no-bias"], False, False),
+        (["--no_bias"], False, False),
+        (["--compile", "--bias=false"], True, False),
+        (["--compile=1"], True, True),
+        (["--bias=0"], False, False),
+        (["--compile=True", "--bias=False"], True, False),
+        (["--bias", "false", "--compile", "true"], True, False),
+        (["--compile", "1", "--bias", "0"], True, False),
+        (["--compile", "--no-compile"], False, True),
+    ],
+)
 def test_booleans(argv, compile, bias):
     cfg = configure(Config, argv)
     assert (cfg.compile, cfg.bias) == (compile, bias)
 
 
 def test_both_forms_and_values_that_look_like_something_else():
-    cfg = configure(Config, ["--out_dir", "my.toml", "--n_layer", "-3", "--dtype=--compile", "--learning_rate=1e-3"])
+    cfg = configure(
+        Config, ["--out_dir", "my.toml", "--n_layer", "-3", "--dtype=--compile", "--learning_rate=1e-3"]
+    )
     assert (cfg.out_dir, cfg.n_layer, cfg.dtype, cfg.learning_rate) == ("my.toml", -3, "--compile", 1e-3)
     assert configure(Config, ["--out_dir=my.toml"]).out_dir == "my.toml"
     assert configure(Config, ["--out_dir=a=b"]).out_dir == "a=b"
     assert configure(Config, ["--out_dir="]).out_dir == ""
 
 
-@pytest.mark.parametrize("argv, says", [
-    (["--n_layers=3"], "did you mean n_layer?"), (["--n-layer=3"], "did you mean n_layer?"), (["--no-compiel"], "compile"),
-    (["--xyzzy=3"], "-h lists them all"), (["--"], "no key ''"), (["n_layer=3"], "expected FILE.toml or --key=value"),
-    (["--no-out_dir"], "no key 'no-out_dir'"), (["--n_layer"], "--n_layer=INT"), (["--n_layer", "--bias"], "--n_layer=INT"),
-    (["--n_layer=3.0"], "must be an integer, not '3.0'"), (["--n_layer="], "must be an integer"), (["--n_layer=x"], "integer"),
-    (["--n_layer=" + "9" * 5000], "integer"), (["--learning_rate=x"], "must be a finite number, not 'x'"),
-    (["--learning_rate=nan"], "finite"), (["--learning_rate=1e999"], "finite"), (["--compile=yes"], "must be a boolean"),
-    (["--compile", "yes"], "cannot read 'yes'"), (["nowhere.toml"], "nowhere.toml"), (["\0.toml"], ".toml"),
-    (["\ud800.toml"], ".toml"), (["--n_layer=13"], "n_layer 13 is unlucky: take 12")])
+@pytest.mark.parametrize(
+    "argv, says",
+    [
+        (["--n_layers=3"], "did you mean n_layer?"),
+        (["--n-layer=3"], "did you mean n_layer?"),
+        (["--no-compiel"], "compile"),
+        (["--xyzzy=3"], "-h lists them all"),
+        (["--"], "no key ''"),
+        (["n_layer=3"], "expected FILE.toml or --key=value"),
+        (["--no-out_dir"], "no key 'no-out_dir'"),
+        (["--n_layer"], "--n_layer=INT"),
+        (["--n_layer", "--bias"], "--n_layer=INT"),
+        (["--n_layer=3.0"], "must be an integer, not '3.0'"),
+        (["--n_layer="], "must be an integer"),
+        (["--n_layer=x"], "integer"),
+        (["--n_layer=" + "9" * 5000], "integer"),
+        (["--learning_rate=x"], "must be a finite number, not 'x'"),
+        (["--learning_rate=nan"], "finite"),
+        (["--learning_rate=1e999"], "finite"),
+        (["--compile=yes"], "must be a boolean"),
+        (["--compile", "yes"], "cannot read 'yes'"),
+        (["nowhere.toml"], "nowhere.toml"),
+        (["\0.toml"], ".toml"),
+        (["\ud800.toml"], ".toml"),
+        (["--n_layer=13"], "n_layer 13 is unlucky: take 12"),
+    ],
+)
 def test_refused_on_the_command_line(argv, says):
     assert says in refusal(argv)
 
 
-@pytest.mark.parametrize("text, says", [
-    ("n_layer = 3.0", "n_layer must be an integer, not 3.0"), ('n_layer = "3"', "n_layer must be an integer, not '3'"),
-    ("n_layer = true", "n_layer must be an integer, not True"), ('learning_rate = "1e-3"', "must be a finite number, not '1e-3'"),
-    ("learning_rate = nan", "finite"), ("learning_rate = inf", "finite"), ("learning_rate = 1" + "0" * 400, "finite"),
-    ("learning_rate = true", "finite"), ("out_dir = 3", "must be a string, not 3"), ("compile = 1", "must be a boolean"),
-    ('compile = "true"', "must be a boolean"), ("n_layer = [3]", "integer"), ("n_layer = 1979-05-27", "integer"),
-    ("n_layers = 3", "did you mean n_layer?"), ("[model]\nn_layer = 3", "no key 'model'"), ("n_layer.x = 3", "integer"),
-    ("[n_layer]\nn_layer = 3", "n_layer must be an integer"), ("n_layer = ", "not a TOML file"), ("n_layer = 3\nn_layer = 4", "not a TOML file"),
-    ("n_layer = " + "9" * 5000, "not a TOML file"), ("n_layer = " + "[" * 100000, "not a TOML file")])
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("n_layer = 3.0", "n_layer must be an integer, not 3.0"),
+        ('n_layer = "3"', "n_layer must be an integer, not '3'"),
+        ("n_layer = true", "n_layer must be an integer, not True"),
+        ('learning_rate = "1e-3"', "must be a finite number, not '1e-3'"),
+        ("learning_rate = nan", "finite"),
+        ("learning_rate = inf", "finite"),
+        ("learning_rate = 1" + "0" * 400, "finite"),
+        ("learning_rate = true", "finite"),
+        ("out_dir = 3", "must be a string, not 3"),
+        ("compile = 1", "must be a boolean"),
+        ('compile = "true"', "must be a boolean"),
+        ("n_layer = [3]", "integer"),
+        ("n_layer = 1979-05-27", "integer"),
+        ("n_layers = 3", "did you mean n_layer?"),
+        ("[model]\nn_layer = 3", "no key 'model'"),
+        ("n_layer.x = 3", "integer"),
+        ("[n_layer]\nn_layer = 3", "n_layer must be an integer"),
+        ("n_layer = ", "not a TOML file"),
+        ("n_layer = 3\nn_layer = 4", "not a TOML file"),
+        ("n_layer = " + "9" * 5000, "not a TOML file"),
+        ("n_layer = " + "[" * 100000, "not a TOML file"),
+    ],
+)
 def test_refused_in_a_file(tmp_path, text, says):
     path = toml(tmp_path, text)
     message = refusal([path])
@@ -122,17 +171,37 @@ def test_help_lists_every_key_with_default_and_comment(argv, capsys):
     out, err = capsys.readouterr()
     assert err == "" and __doc__ in out
     lines = [line.strip() for line in out.splitlines() if line.startswith("  --")]
-    assert [line.split("  ")[0] for line in lines] == [f"--{f.name}={f.default!r}" for f in fields(Config)]
-    assert [line.split("  ")[-1].strip() for line in lines] == ["how deep", "of the optimizer", "where to", "with torch.compile",
-                                                                "in every Linear", "auto | float32"]
+    assert [line.split("  ")[0] for line in lines] == [
+        f"--{f.name}={f.default!r}" for f in fields(Config)
+    ]
+    assert [line.split("  ")[-1].strip() for line in lines] == [
+        "how deep",
+        "of the optimizer",
+        "where to",
+        "with torch.compile",
+        "in every Linear",
+        "auto | float32",
+    ]
 
 
 def test_words_stand_anywhere_and_an_unknown_one_names_the_nearest(tmp_path, capsys):
     a = toml(tmp_path, "n_layer = 2")
-    cfg = configure(Config, ["fry", "--compile", "bake", a, "--out_dir", "bake", "--n_layer=3", "fry"], words=("bake", "fry"))
-    assert cfg.words == ["fry", "bake", "fry"] and (cfg.compile, cfg.out_dir, cfg.n_layer) == (True, "bake", 3)
+    cfg = configure(
+        Config,
+        ["fry", "--compile", "bake", a, "--out_dir", "bake", "--n_layer=3", "fry"],
+        words=("bake", "fry"),
+    )
+    assert cfg.words == ["fry", "bake", "fry"] and (cfg.compile, cfg.out_dir, cfg.n_layer) == (
+        True,
+        "bake",
+        3,
+    )
     assert configure(Config, [], words=("bake",)).words == configure(Config, []).words == []
-    for argv, says in (["bke"], "did you mean bake?"), (["xyzzy"], "expected bake, fry, FILE.toml or --key=value; -h lists them all"), (["--bake"], "no key 'bake'"):
+    for argv, says in (
+        (["bke"], "did you mean bake?"),
+        (["xyzzy"], "expected bake, fry, FILE.toml or --key=value; -h lists them all"),
+        (["--bake"], "no key 'bake'"),
+    ):
         with pytest.raises(Refusal) as e:
             configure(Config, argv, words=("bake", "fry"))
         assert says in str(e.value)
@@ -142,9 +211,17 @@ def test_words_stand_anywhere_and_an_unknown_one_names_the_nearest(tmp_path, cap
     assert "\nwords: bake fry\n" in capsys.readouterr().out
 
 
-words = st.one_of(st.text(), st.sampled_from(["--", "-h", "x.toml", "--no-", "--no-bias", "3", "true", "-1", "--no_no_bias"]), st.builds(
-    "{}{}{}{}".format, st.sampled_from(["--", "", "-", "--no-"]), st.sampled_from([f.name for f in fields(Config)] + ["", "n-layer"]),
-    st.sampled_from(["", "=", " "]), st.sampled_from(["", "3", "true", "0", "1e5", "nan", "x.toml", "13"])))
+words = st.one_of(
+    st.text(),
+    st.sampled_from(["--", "-h", "x.toml", "--no-", "--no-bias", "3", "true", "-1", "--no_no_bias"]),
+    st.builds(
+        "{}{}{}{}".format,
+        st.sampled_from(["--", "", "-", "--no-"]),
+        st.sampled_from([f.name for f in fields(Config)] + ["", "n-layer"]),
+        st.sampled_from(["", "=", " "]),
+        st.sampled_from(["", "3", "true", "0", "1e5", "nan", "x.toml", "13"]),
+    ),
+)
 
 
 @settings(max_examples=500, deadline=None)
@@ -159,24 +236,43 @@ def test_any_arguments_give_a_config_a_refusal_or_help(argv):
     except SystemExit as e:
         assert e.code == 0 and {"-h", "--help"} & set(argv)
     else:
-        assert isinstance(cfg, Config) and all(type(getattr(cfg, f.name)) is f.type for f in fields(Config))
+        assert isinstance(cfg, Config) and all(
+            type(getattr(cfg, f.name)) is f.type for f in fields(Config)
+        )
 
 
 def run_script(folder, body, *argv, stdout=subprocess.PIPE):
     script = folder / "script.py"
-    script.write_text("import sys\nfrom dataclasses import dataclass\nfrom config import Refusal, run\n"
-                      "@dataclass\nclass Config:\n    n_layer: int = 1  # a number\n"
-                      f"def main(cfg):\n    {body}\nrun(main, Config)\n", encoding="utf-8")
-    done = subprocess.run([sys.executable, script, *argv], env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}, text=True,
-                          stdout=stdout, stderr=subprocess.PIPE, timeout=60)
+    script.write_text(
+        "import sys\nfrom dataclasses import dataclass\nfrom config import Refusal, run\n"
+        "@dataclass\nclass Config:\n    n_layer: int = 1  # a number\n"
+        f"def main(cfg):\n    {body}\nrun(main, Config)\n",
+        encoding="utf-8",
+    )
+    done = subprocess.run(
+        [sys.executable, script, *argv],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""},
+        text=True,
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        timeout=60,
+    )
     return done.returncode, done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("body, argv, result", [
-    ("print(cfg.n_layer)", ["--n_layer=2"], (0, "2\n", "")),
-    ("print(cfg.n_layer)", ["--layer=2"], (2, "", "script.py: command line: there is no key 'layer'; did you mean n_layer?\n")),
-    ("raise Refusal('it\\nbroke', status=1)", [], (1, "", "script.py: it broke\n")),
-    ("raise KeyboardInterrupt", [], (130, "", ""))])
+@pytest.mark.parametrize(
+    "body, argv, result",
+    [
+        ("print(cfg.n_layer)", ["--n_layer=2"], (0, "2\n", "")),
+        (
+            "print(cfg.n_layer)",
+            ["--layer=2"],
+            (2, "", "script.py: command line: there is no key 'layer'; did you mean n_layer?\n"),
+        ),
+        ("raise Refusal('it\\nbroke', status=1)", [], (1, "", "script.py: it broke\n")),
+        ("raise KeyboardInterrupt", [], (130, "", "")),
+    ],
+)
 def test_exit_status(tmp_path, body, argv, result):
     assert run_script(tmp_path, body, *argv) == result
 

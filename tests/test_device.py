@@ -1,4 +1,5 @@
 """The one rule for dtype=auto on both sorts of processor, what a run keeps of it, and what a GPU's name says."""
+
 import contextlib
 from types import SimpleNamespace
 
@@ -15,7 +16,9 @@ from optim import make_optimizers
 from test_model import build
 from test_train import lab, load, run_train  # noqa: F401  (lab is a fixture)
 
-needs_bfloat16 = pytest.mark.skipif(not device.fast_bfloat16(torch.device("cpu")), reason="needs a processor with avx512_bf16 or AMX")
+needs_bfloat16 = pytest.mark.skipif(
+    not device.fast_bfloat16(torch.device("cpu")), reason="needs a processor with avx512_bf16 or AMX"
+)
 
 
 @pytest.fixture(params=[False, True], ids=["no bfloat16", "bfloat16"])
@@ -29,7 +32,10 @@ def fast(request, monkeypatch):
 def test_auto_is_bfloat16_where_a_wide_model_is_trained_on_a_fast_processor(fast, width):
     compute = resolve("cpu", "auto", "false", train_width=width)
     assert compute.dtype_name == ("bfloat16" if fast and width >= BFLOAT16_WIDTH else "float32")
-    assert compute.dtype is getattr(torch, compute.dtype_name) and f"dtype={compute.dtype_name} (" in compute.message
+    assert (
+        compute.dtype is getattr(torch, compute.dtype_name)
+        and f"dtype={compute.dtype_name} (" in compute.message
+    )
 
 
 def test_a_dtype_that_was_asked_for_rules(fast):
@@ -51,29 +57,56 @@ def test_tf32_is_a_word_of_its_own():
         resolve("cpu", "tf32", "false")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0), reason="no CUDA GPU with TF32")
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0),
+    reason="no CUDA GPU with TF32",
+)
 def test_float32_is_float32_on_a_gpu():
     x = torch.randn(512, 512, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     errors = {}
     for name in "float32", "tf32":
         where = resolve("cuda", name, "false").device
-        errors[name] = ((x.float().to(where) @ x.float().to(where)).double().cpu() - x @ x).abs().max().item()
+        errors[name] = (
+            ((x.float().to(where) @ x.float().to(where)).double().cpu() - x @ x).abs().max().item()
+        )
     resolve("cuda", "float32", "false")
     assert errors["float32"] < 1e-3 < errors["tf32"]
 
 
 def test_a_resumed_run_keeps_its_dtype_on_another_processor(lab, monkeypatch, capsys):
-    argv = [f"--n_embd={BFLOAT16_WIDTH}", "--n_layer=1", "--batch_size=1", "--block_size=16", "--eval_interval=1", "--eval_tokens=16"]
+    argv = [
+        f"--n_embd={BFLOAT16_WIDTH}",
+        "--n_layer=1",
+        "--batch_size=1",
+        "--block_size=16",
+        "--eval_interval=1",
+        "--eval_tokens=16",
+    ]
     for fast, dtype in (True, "bfloat16"), (False, "float32"):
         monkeypatch.setattr(device, "fast_bfloat16", lambda _, fast=fast: fast)
         run_train(lab, *argv, "--dtype=auto", "--max_iters=1", f"--out_dir=kept-{dtype}")
-        assert load(lab, f"kept-{dtype}")["config"]["dtype"] == dtype and f"Muon in {dtype}" in capsys.readouterr().out
+        assert (
+            load(lab, f"kept-{dtype}")["config"]["dtype"] == dtype
+            and f"Muon in {dtype}" in capsys.readouterr().out
+        )
         monkeypatch.setattr(device, "fast_bfloat16", lambda _, fast=fast: not fast)
         with contextlib.chdir(lab):
-            train.main(configure(train.Config, [f"--out_dir=kept-{dtype}", "--init_from=resume", "--max_iters=2"]))
-        assert load(lab, f"kept-{dtype}")["config"]["dtype"] == dtype and f"dtype={dtype}" in capsys.readouterr().out
+            train.main(
+                configure(
+                    train.Config, [f"--out_dir=kept-{dtype}", "--init_from=resume", "--max_iters=2"]
+                )
+            )
+        assert (
+            load(lab, f"kept-{dtype}")["config"]["dtype"] == dtype
+            and f"dtype={dtype}" in capsys.readouterr().out
+        )
     with contextlib.chdir(lab):  # given anew, it changes
-        train.main(configure(train.Config, ["--out_dir=kept-bfloat16", "--init_from=resume", "--max_iters=3", "--dtype=float32"]))
+        train.main(
+            configure(
+                train.Config,
+                ["--out_dir=kept-bfloat16", "--init_from=resume", "--max_iters=3", "--dtype=float32"],
+            )
+        )
     assert load(lab, "kept-bfloat16")["config"]["dtype"] == "float32"
 
 
@@ -94,8 +127,15 @@ def test_a_sample_is_the_same_text_on_both_sorts(fast, lab, capsys):
     capsys.readouterr()
     with contextlib.chdir(lab):
         for dtype in "auto", "float32":
-            sample.main(configure(sample.Config, ["--out_dir=text", "--max_new_tokens=40", "--device=cpu", f"--dtype={dtype}"]))
-    auto, float32 = (text.split("-" * 80)[1] for text in capsys.readouterr().out.split("text/ckpt_best.pt: ")[1:])
+            sample.main(
+                configure(
+                    sample.Config,
+                    ["--out_dir=text", "--max_new_tokens=40", "--device=cpu", f"--dtype={dtype}"],
+                )
+            )
+    auto, float32 = (
+        text.split("-" * 80)[1] for text in capsys.readouterr().out.split("text/ckpt_best.pt: ")[1:]
+    )
     assert auto == float32
 
 
@@ -103,15 +143,33 @@ def test_a_sample_is_the_same_text_on_both_sorts(fast, lab, capsys):
 def test_bfloat16_learns_as_float32_does(lab):
     losses = {}
     for dtype in "float32", "bfloat16":
-        run_train(lab, "--max_iters=40", "--eval_interval=40", f"--dtype={dtype}", f"--out_dir=learns-{dtype}")
+        run_train(
+            lab, "--max_iters=40", "--eval_interval=40", f"--dtype={dtype}", f"--out_dir=learns-{dtype}"
+        )
         losses[dtype] = load(lab, f"learns-{dtype}")["val_loss"]
     assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.01)
 
 
-@pytest.mark.parametrize("name, flops", [
-    ("NVIDIA H200", 989e12), ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA A100 80GB PCIe", 312e12),
-    ("NVIDIA L40S", 362e12), ("NVIDIA L4", 121e12), ("Tesla T4", 65e12), ("NVIDIA GeForce RTX 4090", 165e12), ("NVIDIA GeForce RTX 3090", 71e12),
-    ("NVIDIA L40", None), ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA GeForce RTX 3090 Ti", None), ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None), ("NVIDIA GH200 480GB", None)])
+@pytest.mark.parametrize(
+    "name, flops",
+    [
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A100 80GB PCIe", 312e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA L4", 121e12),
+        ("Tesla T4", 65e12),
+        ("NVIDIA GeForce RTX 4090", 165e12),
+        ("NVIDIA GeForce RTX 3090", 71e12),
+        ("NVIDIA L40", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 3090 Ti", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA GH200 480GB", None),
+    ],
+)
 def test_a_gpu_is_known_by_its_whole_name(name, flops, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
     compute = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)

@@ -1,4 +1,5 @@
 """ONNX files against the model they come from: the same numbers at any batch, length and past, and nothing in them that should not be."""
+
 import contextlib
 import itertools
 import json
@@ -28,8 +29,10 @@ from test_model import build
 from test_train import SMALL
 
 # Opset 18's, with nothing of onnxruntime's own; what a browser's runtime has too
-PLAIN = set("""Add And Cast Concat Cos Div Equal Expand Gather GatherElements GatherND Gemm Identity LayerNormalization Less LessOrEqual MatMul Mul Neg Not Pow Range
-    ReduceMean Reshape Shape Sigmoid Sin Slice Softmax Split Sqrt Squeeze Sub Tanh Tile Transpose Unsqueeze Where""".split())
+PLAIN = set(
+    """Add And Cast Concat Cos Div Equal Expand Gather GatherElements GatherND Gemm Identity LayerNormalization Less LessOrEqual MatMul Mul Neg Not Pow Range
+    ReduceMean Reshape Shape Sigmoid Sin Slice Softmax Split Sqrt Squeeze Sub Tanh Tile Transpose Unsqueeze Where""".split()
+)
 
 
 def put(model, path):
@@ -60,12 +63,23 @@ def plain(path, model):
     onnx.checker.check_model(proto, full_check=True)
     assert [(o.domain, o.version) for o in proto.opset_import] == [("", 18)] and not proto.functions
     assert {n.op_type for n in proto.graph.node} <= PLAIN, {n.op_type for n in proto.graph.node} - PLAIN
-    assert all(x.data_location == onnx.TensorProto.DEFAULT and not x.external_data for x in proto.graph.initializer)
-    for trace in b".py", b"site-packages", os.path.expanduser("~").encode() + b"/", str(Path(export_onnx.__file__).parent).encode(), b"stack_trace":
+    assert all(
+        x.data_location == onnx.TensorProto.DEFAULT and not x.external_data
+        for x in proto.graph.initializer
+    )
+    for trace in (
+        b".py",
+        b"site-packages",
+        os.path.expanduser("~").encode() + b"/",
+        str(Path(export_onnx.__file__).parent).encode(),
+        b"stack_trace",
+    ):
         assert trace not in data, trace
     assert 0 < len(data) - 4 * num_params(model) <= max(100_000, 0.04 * num_params(model))
     residual = [n for n in proto.graph.node if n.op_type == "Gemm" and len(n.input) == 3]
-    assert model.config.bias or len(residual) == 2 * model.config.n_layer  # each block's two sums are in its products
+    assert (
+        model.config.bias or len(residual) == 2 * model.config.n_layer
+    )  # each block's two sums are in its products
     tables = [x for x in proto.graph.initializer if model.config.vocab_size in x.dims]
     assert len(tables) == (1 if model.config.tie_embeddings else 2)
 
@@ -75,11 +89,21 @@ def lab(tmp_path_factory):
     """A folder with data, a checkpoint, and what export_onnx.py makes of it in out/onnx; and the model, its tokenizer, what was said."""
     folder = tmp_path_factory.mktemp("lab")
     with contextlib.chdir(folder), contextlib.redirect_stdout(open("said", "w")) as f:
-        prepare.prepare(configure(prepare.Config, ["--num_stories=300", "--vocab_size=300", "--num_proc=1"]))
+        prepare.prepare(
+            configure(prepare.Config, ["--num_stories=300", "--vocab_size=300", "--num_proc=1"])
+        )
         _, _, tokenizer = prepare.load("data/toy")
         model = build(vocab_size=tokenizer.vocab_size, n_kv_head=2, block_size=64)
-        checkpoint.save("out/ckpt.pt", model, tokenizer, {"dataset": "toy", "start": "Once", "template": "Q: {prompt}"}, checkpoint.RunState(1, 2.0, 2.0))
-        export_onnx.main(configure(export_onnx.Config, ["--quantize=int8", "--eval_tokens=512", "--seconds=0"]))
+        checkpoint.save(
+            "out/ckpt.pt",
+            model,
+            tokenizer,
+            {"dataset": "toy", "start": "Once", "template": "Q: {prompt}"},
+            checkpoint.RunState(1, 2.0, 2.0),
+        )
+        export_onnx.main(
+            configure(export_onnx.Config, ["--quantize=int8", "--eval_tokens=512", "--seconds=0"])
+        )
         f.flush()
     return folder, model, tokenizer, (folder / "said").read_text()
 
@@ -96,15 +120,35 @@ def test_any_batch_length_and_past(lab, there):
 def test_the_folder_is_whole_and_says_what_it_is(lab):
     folder, model, tokenizer, said = lab
     to = folder / "out/onnx"
-    assert sorted(p.name for p in to.iterdir()) == ["config.json", "model.onnx", "model_int8.onnx", "tokenizer.json"]
+    assert sorted(p.name for p in to.iterdir()) == [
+        "config.json",
+        "model.onnx",
+        "model_int8.onnx",
+        "tokenizer.json",
+    ]
     assert [p.name for p in (folder / "out").iterdir() if p.name.startswith(".")] == []
     plain(to / "model.onnx", model)
     config = json.loads((to / "config.json").read_text())
-    wanted = {"format": 4, "n_layer": 2, "n_kv_head": 2, "head_dim": 8, "block_size": 64, "vocab_size": 300, "eot": 0, "bos": 0, "tokenizer": "bpe",
-              "start": "Once", "template": "Q: {prompt}"}
+    wanted = {
+        "format": 4,
+        "n_layer": 2,
+        "n_kv_head": 2,
+        "head_dim": 8,
+        "block_size": 64,
+        "vocab_size": 300,
+        "eot": 0,
+        "bos": 0,
+        "tokenizer": "bpe",
+        "start": "Once",
+        "template": "Q: {prompt}",
+    }
     assert {key: config[key] for key in wanted} == wanted and config["model"]["n_embd"] == 32
     assert (to / "tokenizer.json").read_text(encoding="utf-8") == tokenizer.to_str()
-    assert "greedy text: 200 tokens, all equal" in said and "int8" in said.splitlines()[-2] and f"sample.py --onnx={Path('out/onnx')}" in said
+    assert (
+        "greedy text: 200 tokens, all equal" in said
+        and "int8" in said.splitlines()[-2]
+        and f"sample.py --onnx={Path('out/onnx')}" in said
+    )
 
 
 def test_generate_does_not_notice_the_difference(lab, there):
@@ -113,14 +157,28 @@ def test_generate_does_not_notice_the_difference(lab, there):
     greedy = complete(generate(model, prompts, 40, temperature=0))
     stop = greedy[0][1][7]  # ends a row, or several, before the others
     for some in prompts, prompts[:1], [prompts[0]] * 3:
-        for settings in ({"temperature": 0}, {"temperature": 0, "stop": stop}, {"temperature": 1.0, "top_k": 50, "top_p": 0.9, "seed": 5},
-                         {"temperature": 0, "repetition_penalty": 1.5}, {"temperature": 0, "past_end": "recompute"}):
+        for settings in (
+            {"temperature": 0},
+            {"temperature": 0, "stop": stop},
+            {"temperature": 1.0, "top_k": 50, "top_p": 0.9, "seed": 5},
+            {"temperature": 0, "repetition_penalty": 1.5},
+            {"temperature": 0, "past_end": "recompute"},
+        ):
             n = 90 if "past_end" in settings else 70
-            assert complete(generate(there, some, n, **settings)) == complete(generate(model, some, n, **settings)), settings
+            assert complete(generate(there, some, n, **settings)) == complete(
+                generate(model, some, n, **settings)
+            ), settings
     assert greedy == complete(generate(there, prompts, 40, temperature=0))
 
 
-@pytest.mark.parametrize("keys", ["--start=Once --num_samples=2 --max_new_tokens=30", "--raw --temperature=0", "--start=FILE:prompts --seed=3 --top_k=5"])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        "--start=Once --num_samples=2 --max_new_tokens=30",
+        "--raw --temperature=0",
+        "--start=FILE:prompts --seed=3 --top_k=5",
+    ],
+)
 def test_sample_writes_the_same_text(lab, keys, capsys, monkeypatch):
     monkeypatch.chdir(lab[0])
     Path("prompts").write_text("A dog<|endoftext|>The old owl and the cat")
@@ -161,12 +219,18 @@ def test_int8_is_a_quarter_and_near(lab, there):
     onnx.checker.check_model(files[1], full_check=True)
     assert {n.op_type for n in files[1].graph.node} <= PLAIN | {"DynamicQuantizeLinear", "MatMulInteger"}
     full, small = ({x.name: onnx.numpy_helper.to_array(x) for x in f.graph.initializer} for f in files)
-    assert sum(x.nbytes for x in small.values()) < 0.31 * sum(x.nbytes for x in full.values())  # the scales are an eighth of the integers at width 32
+    assert sum(x.nbytes for x in small.values()) < 0.31 * sum(
+        x.nbytes for x in full.values()
+    )  # the scales are an eighth of the integers at width 32
     matrices = [name for name, x in full.items() if x.ndim == 2 and f"{name}.q" in small]
     assert len(matrices) == 1 + 2 * 4 and not set(matrices) & small.keys()
     for name in matrices:  # each number is one of 129 steps, the nearest
         q, scale = small[f"{name}.q"], small[f"{name}.scale"][:, None]
-        assert q.dtype == np.int8 and np.abs(q.astype(int)).max() == 64 and (np.abs(q.astype(int)).max(1) == 64).all()
+        assert (
+            q.dtype == np.int8
+            and np.abs(q.astype(int)).max() == 64
+            and (np.abs(q.astype(int)).max(1) == 64).all()
+        )
         assert (np.abs(q * scale - full[name]) <= 0.501 * scale).all()
     table = [name for name in small if 300 in small[name].shape and small[name].dtype == np.int8]
     users = {n.op_type for n in files[1].graph.node if set(table) & set(n.input)}
@@ -192,7 +256,9 @@ def test_int8_that_forgets_would_be_seen(lab):
             n.input[0] = f"{n.input[0]}.gone"
     for x in reversed(proto.graph.input):
         if x.name.startswith("past_k"):
-            proto.graph.node.insert(0, onnx.helper.make_node("Sub", [x.name, x.name], [f"{x.name}.gone"]))
+            proto.graph.node.insert(
+                0, onnx.helper.make_node("Sub", [x.name, x.name], [f"{x.name}.gone"])
+            )
     (folder / "forgets.onnx").write_bytes(proto.SerializeToString())
     assert apart(model, onnx_model.open_session(str(folder / "forgets.onnx"), model.config)) > 0.15
 
@@ -201,7 +267,12 @@ def test_the_loss_is_the_models(lab, there):
     idx = ids(lab[1].config, 3, 20)
     targets = idx.roll(-1, 1).masked_fill(idx % 3 == 0, -100)
     for reduction in "mean", "sum", "none":
-        torch.testing.assert_close(there(idx, targets, reduction=reduction)[1], lab[1](idx, targets, reduction=reduction)[1].detach(), rtol=1e-5, atol=0)
+        torch.testing.assert_close(
+            there(idx, targets, reduction=reduction)[1],
+            lab[1](idx, targets, reduction=reduction)[1].detach(),
+            rtol=1e-5,
+            atol=0,
+        )
 
 
 def test_what_is_there_is_kept(lab, monkeypatch):
@@ -210,7 +281,9 @@ def test_what_is_there_is_kept(lab, monkeypatch):
     with pytest.raises(Refusal, match="--overwrite moves it aside"):
         export_onnx.main(configure(export_onnx.Config, []))
     with pytest.raises(Refusal, match="data/none"):
-        export_onnx.main(configure(export_onnx.Config, ["--quantize=int8", "--dataset=none", "--overwrite"]))
+        export_onnx.main(
+            configure(export_onnx.Config, ["--quantize=int8", "--dataset=none", "--overwrite"])
+        )
     assert {p: p.read_bytes() for p in Path("out").rglob("*") if p.is_file()} == before
 
 
@@ -254,18 +327,30 @@ def test_a_past_whose_call_failed_is_as_it_was(lab, there):
 def test_a_past_that_grows_in_its_place_is_the_one_of_fresh_arrays(lab, there, B):
     """As any other user of the file would call it: what came out goes in, none of it in the memory of another."""
     c = lab[1].config
-    idx, fresh, past = ids(c, B, 40), {name: np.zeros((0, B, c.n_kv_head, c.head_dim), np.float32) for name in onnx_model.names(c, "past")}, there.new_past(B, 40)
+    idx, fresh, past = (
+        ids(c, B, 40),
+        {
+            name: np.zeros((0, B, c.n_kv_head, c.head_dim), np.float32)
+            for name in onnx_model.names(c, "past")
+        },
+        there.new_past(B, 40),
+    )
     for part in idx.split((9, 1, 1, 20, 1, 8), dim=1):
         logits, *present = there.session.run(None, {"ids": part.numpy(), **fresh})
         fresh = dict(zip(fresh, present))
         np.testing.assert_array_equal(there.run(part, past), logits)
         for a, b in zip(past.arrays, present):
-            np.testing.assert_array_equal(a[:len(b)], b)
+            np.testing.assert_array_equal(a[: len(b)], b)
 
 
 def test_an_onnxruntime_that_is_too_old_is_named(lab, monkeypatch):
-    monkeypatch.setattr(onnxruntime.capi.onnxruntime_pybind11_state, "OrtValueVector", object)  # as it was in 1.20, for what counts here
-    with pytest.raises(Refusal, match=f"onnxruntime {onnxruntime.__version__} is too old: pip install --upgrade onnxruntime"):
+    monkeypatch.setattr(
+        onnxruntime.capi.onnxruntime_pybind11_state, "OrtValueVector", object
+    )  # as it was in 1.20, for what counts here
+    with pytest.raises(
+        Refusal,
+        match=f"onnxruntime {onnxruntime.__version__} is too old: pip install --upgrade onnxruntime",
+    ):
         onnx_model.load(str(lab[0] / "out/onnx"))
 
 
@@ -277,17 +362,36 @@ def test_a_setting_that_came_later_has_its_default(lab, tmp_path):
     assert onnx_model.load(str(tmp_path / "old"))[0].config == lab[1].config
 
 
-SIDES = {"pos": list(POSITIONS), "norm": list(NORMS), "norm_position": ["pre", "post"], "mlp": list(MLPS), "n_kv_head": [1, 2, 4], "tie": [True, False],
-         "qk_norm": [True, False], "bias": [True, False]}
-GRID = [dict(zip(SIDES, row)) for row in [
-    ("learned", "layernorm", "pre", "gelu", 1, True, True, True), ("learned", "rmsnorm", "post", "swiglu", 4, False, False, True),
-    ("learned", "layernorm", "post", "gelu", 2, True, True, False), ("sinusoidal", "layernorm", "post", "swiglu", 2, False, True, True),
-    ("sinusoidal", "layernorm", "pre", "swiglu", 4, True, False, False), ("sinusoidal", "rmsnorm", "pre", "gelu", 1, True, False, True),
-    ("rope", "rmsnorm", "pre", "swiglu", 4, True, True, True), ("rope", "layernorm", "post", "gelu", 2, True, False, True),
-    ("rope", "rmsnorm", "pre", "swiglu", 1, False, False, False), ("alibi", "rmsnorm", "post", "gelu", 1, True, False, False),
-    ("alibi", "rmsnorm", "pre", "swiglu", 2, False, True, False), ("alibi", "layernorm", "post", "swiglu", 4, True, True, True),
-    ("none", "layernorm", "pre", "gelu", 4, False, False, False), ("none", "rmsnorm", "post", "swiglu", 1, False, True, True),
-    ("none", "layernorm", "post", "gelu", 2, True, True, True)]]
+SIDES = {
+    "pos": list(POSITIONS),
+    "norm": list(NORMS),
+    "norm_position": ["pre", "post"],
+    "mlp": list(MLPS),
+    "n_kv_head": [1, 2, 4],
+    "tie": [True, False],
+    "qk_norm": [True, False],
+    "bias": [True, False],
+}
+GRID = [
+    dict(zip(SIDES, row))
+    for row in [
+        ("learned", "layernorm", "pre", "gelu", 1, True, True, True),
+        ("learned", "rmsnorm", "post", "swiglu", 4, False, False, True),
+        ("learned", "layernorm", "post", "gelu", 2, True, True, False),
+        ("sinusoidal", "layernorm", "post", "swiglu", 2, False, True, True),
+        ("sinusoidal", "layernorm", "pre", "swiglu", 4, True, False, False),
+        ("sinusoidal", "rmsnorm", "pre", "gelu", 1, True, False, True),
+        ("rope", "rmsnorm", "pre", "swiglu", 4, True, True, True),
+        ("rope", "layernorm", "post", "gelu", 2, True, False, True),
+        ("rope", "rmsnorm", "pre", "swiglu", 1, False, False, False),
+        ("alibi", "rmsnorm", "post", "gelu", 1, True, False, False),
+        ("alibi", "rmsnorm", "pre", "swiglu", 2, False, True, False),
+        ("alibi", "layernorm", "post", "swiglu", 4, True, True, True),
+        ("none", "layernorm", "pre", "gelu", 4, False, False, False),
+        ("none", "rmsnorm", "post", "swiglu", 1, False, True, True),
+        ("none", "layernorm", "post", "gelu", 2, True, True, True),
+    ]
+]
 
 
 def test_the_grid_has_each_pair_of_settings():
@@ -296,35 +400,71 @@ def test_the_grid_has_each_pair_of_settings():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("toggles", GRID + [dict(pos="rope", rope_scaling="llama3:8,1,4,16"), dict(n_layer=1, n_head=2, n_kv_head=2), dict(block_size=1024), dict(head_dim=12, n_kv_head=2),
-                                  dict(head_dim=6, qk_norm=False), dict(n_embd=384)])
+@pytest.mark.parametrize(
+    "toggles",
+    GRID
+    + [
+        dict(pos="rope", rope_scaling="llama3:8,1,4,16"),
+        dict(n_layer=1, n_head=2, n_kv_head=2),
+        dict(block_size=1024),
+        dict(head_dim=12, n_kv_head=2),
+        dict(head_dim=6, qk_norm=False),
+        dict(n_embd=384),
+    ],
+)
 def test_every_toggle(toggles, tmp_path):
     model = build(**toggles)
     there = put(model, tmp_path / "model.onnx")
     same_numbers(model, there)
     plain(tmp_path / "model.onnx", model)
     prompts = [[1, 2, 3], [4], [5, 6]]
-    assert complete(generate(there, prompts, 20, temperature=0)) == complete(generate(model, prompts, 20, temperature=0))
+    assert complete(generate(there, prompts, 20, temperature=0)) == complete(
+        generate(model, prompts, 20, temperature=0)
+    )
     proto = onnx.load(tmp_path / "model.onnx")
     export_onnx.quantize(proto)
     together = 2 + (model.config.mlp == "swiglu")  # k and v with q, up with gate
     linears = sum(isinstance(m, torch.nn.Linear) for m in model.modules())
-    assert sum(n.op_type == "MatMulInteger" for n in proto.graph.node) == linears - together * model.config.n_layer
+    assert (
+        sum(n.op_type == "MatMulInteger" for n in proto.graph.node)
+        == linears - together * model.config.n_layer
+    )
     (tmp_path / "model_int8.onnx").write_bytes(proto.SerializeToString())
-    assert 1e-5 < apart(model, onnx_model.open_session(str(tmp_path / "model_int8.onnx"), model.config)) < 0.15
+    assert (
+        1e-5
+        < apart(model, onnx_model.open_session(str(tmp_path / "model_int8.onnx"), model.config))
+        < 0.15
+    )
 
 
 @pytest.mark.slow
 def test_int8_that_is_worse_is_not_kept(lab, monkeypatch, capsys):
     """A channel that is never on, with weights that are enormous: in float32 nothing, for int8 the end of all others."""
     monkeypatch.chdir(lab[0])
-    train.main(configure(train.Config, [*SMALL, "--max_iters=60", "--no-tie_embeddings", "--out_dir=bad", "--block_size=64"]))
+    train.main(
+        configure(
+            train.Config,
+            [*SMALL, "--max_iters=60", "--no-tie_embeddings", "--out_dir=bad", "--block_size=64"],
+        )
+    )
     ckpt = checkpoint.load("bad/ckpt.pt")
     ckpt["model"]["norm.weight"][0], ckpt["model"]["head.weight"][:, 0] = 0, 1e4
     Path("bad/ckpt_best.pt").unlink()
     torch.save(ckpt, "bad/ckpt.pt")
     with pytest.raises(Refusal, match="% worse, more than 1%") as e:
-        export_onnx.main(configure(export_onnx.Config, ["--out_dir=bad", "--quantize=int8", "--eval_tokens=512", "--seconds=0"]))
-    assert e.value.status == 1 and sorted(p.name for p in Path("bad/onnx").iterdir()) == ["config.json", "model.onnx", "tokenizer.json"]
+        export_onnx.main(
+            configure(
+                export_onnx.Config,
+                ["--out_dir=bad", "--quantize=int8", "--eval_tokens=512", "--seconds=0"],
+            )
+        )
+    assert e.value.status == 1 and sorted(p.name for p in Path("bad/onnx").iterdir()) == [
+        "config.json",
+        "model.onnx",
+        "tokenizer.json",
+    ]
     export_onnx.main(configure(export_onnx.Config, ["--out_dir=bad", "--seconds=0", "--overwrite"]))
-    assert len(list(Path("bad").glob("onnx.old-*/model.onnx"))) == 1 and Path("bad/onnx/model.onnx").exists()
+    assert (
+        len(list(Path("bad").glob("onnx.old-*/model.onnx"))) == 1
+        and Path("bad/onnx/model.onnx").exists()
+    )

@@ -1,4 +1,5 @@
 """Fine-tuning: masks by hand, packing, resuming to the bit, adapters and their base, and the whole of it from the command line."""
+
 import contextlib
 import json
 import os
@@ -23,7 +24,17 @@ import train
 from children import finish, ranks, said, start
 from config import Refusal, configure
 from data import count_targets, prompt_ids
-from rows import MORAL_SEED, conversations, encode, pack, packed_batch, read_rows, render, split_rows, training_packs
+from rows import (
+    MORAL_SEED,
+    conversations,
+    encode,
+    pack,
+    packed_batch,
+    read_rows,
+    render,
+    split_rows,
+    training_packs,
+)
 from test_lost import wait_for
 from test_model import build, tokens
 from test_prepare import hub  # noqa: F401  (a fixture)
@@ -33,8 +44,22 @@ from tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
 BYTES = Tokenizer.train(["abc"], 257)  # no merges: a token a byte
-PAIRS = [{"prompt": f"Why is {a} {b}?", "response": f"{b.capitalize()} it is."} for a in ("Tom", "Lily", "the fox", "the hare") for b in ("sad", "glad", "brave", "slow", "small")]
-TINY = ["--rank=2", "--batch_size=2", "--max_iters=8", "--eval_interval=4", "--log_interval=1", "--learning_rate=1e-2", "--warmup_iters=2", "--device=cpu", "--dtype=float32"]
+PAIRS = [
+    {"prompt": f"Why is {a} {b}?", "response": f"{b.capitalize()} it is."}
+    for a in ("Tom", "Lily", "the fox", "the hare")
+    for b in ("sad", "glad", "brave", "slow", "small")
+]
+TINY = [
+    "--rank=2",
+    "--batch_size=2",
+    "--max_iters=8",
+    "--eval_interval=4",
+    "--log_interval=1",
+    "--learning_rate=1e-2",
+    "--warmup_iters=2",
+    "--device=cpu",
+    "--dtype=float32",
+]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +67,18 @@ def shop(lab):
     """data/toy, a tiny model in base, another in other, and rows."""
     with contextlib.chdir(lab):
         for out_dir, seed in ("base", 1), ("other", 2):
-            train.main(configure(train.Config, [*SMALL, "--max_iters=1", "--block_size=48", f"--seed={seed}", f"--out_dir={out_dir}"]))
+            train.main(
+                configure(
+                    train.Config,
+                    [
+                        *SMALL,
+                        "--max_iters=1",
+                        "--block_size=48",
+                        f"--seed={seed}",
+                        f"--out_dir={out_dir}",
+                    ],
+                )
+            )
         Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
     return lab
 
@@ -63,27 +99,72 @@ def adapter(shop, out_dir, name="adapter.pt"):
 
 # Rows
 
+
 def shown(example):
     """What a model reads and what it learns at each place, as text: "_" for nothing, "$" for the end of text."""
+
     def text(i):
         return "_" if i == -100 else "$" if i == BYTES.eot else BYTES.decode([i])
+
     return ["".join(map(text, ids)) for ids in example]
 
 
-@pytest.mark.parametrize("row, template, read, learned", [
-    ({"prompt": "ab", "response": "cd"}, "Q{prompt}A", "$QabAcd", "____cd$"),
-    ({"prompt": " ab\n", "response": " cd "}, "{prompt}\n", "$ab\ncd", "___cd$"),
-    ({"prompt": "", "response": "c"}, "Q{prompt}A", "$QAc", "__c$"),
-    ({"prompt": "{x}{prompt}", "response": "c"}, "{prompt}{}", "${x}{prompt}{}c", "_____________c$"),  # braces in it are only braces
-    ({"instruction": "ab", "input": "", "output": "cd"}, "Q{prompt}A", "$QabAcd", "____cd$"),
-    ({"instruction": "ab", "output": "cd"}, "Q{prompt}A", "$QabAcd", "____cd$"),
-    ({"instruction": "ab", "input": "xy", "output": "cd", "text": 5}, "Q{prompt}A", "$Qab\nxyAcd", "_______cd$"),
-    ({"messages": [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"}]}, "Q{prompt}A", "$QabAcd", "____cd$"),
-    ({"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}, {"role": "assistant", "content": "bc"},
-                   {"role": "user", "content": "d"}, {"role": "assistant", "content": "e"}, {"role": "user", "content": "left out"}]},
-     "Q{prompt}A", "$Qs\naAbc$QdAe", "_____bc$___e$"),
-    ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}, {"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]},
-     "Q{prompt}A", "$QaAQbAc", "______c$")])
+@pytest.mark.parametrize(
+    "row, template, read, learned",
+    [
+        ({"prompt": "ab", "response": "cd"}, "Q{prompt}A", "$QabAcd", "____cd$"),
+        ({"prompt": " ab\n", "response": " cd "}, "{prompt}\n", "$ab\ncd", "___cd$"),
+        ({"prompt": "", "response": "c"}, "Q{prompt}A", "$QAc", "__c$"),
+        (
+            {"prompt": "{x}{prompt}", "response": "c"},
+            "{prompt}{}",
+            "${x}{prompt}{}c",
+            "_____________c$",
+        ),  # braces in it are only braces
+        ({"instruction": "ab", "input": "", "output": "cd"}, "Q{prompt}A", "$QabAcd", "____cd$"),
+        ({"instruction": "ab", "output": "cd"}, "Q{prompt}A", "$QabAcd", "____cd$"),
+        (
+            {"instruction": "ab", "input": "xy", "output": "cd", "text": 5},
+            "Q{prompt}A",
+            "$Qab\nxyAcd",
+            "_______cd$",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"}]},
+            "Q{prompt}A",
+            "$QabAcd",
+            "____cd$",
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "system", "content": "s"},
+                    {"role": "user", "content": "a"},
+                    {"role": "assistant", "content": "bc"},
+                    {"role": "user", "content": "d"},
+                    {"role": "assistant", "content": "e"},
+                    {"role": "user", "content": "left out"},
+                ]
+            },
+            "Q{prompt}A",
+            "$Qs\naAbc$QdAe",
+            "_____bc$___e$",
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "a"},
+                    {"role": "assistant", "content": ""},
+                    {"role": "user", "content": "b"},
+                    {"role": "assistant", "content": "c"},
+                ]
+            },
+            "Q{prompt}A",
+            "$QaAQbAc",
+            "______c$",
+        ),
+    ],
+)
 def test_masks_by_hand(row, template, read, learned):
     [turns], _ = conversations([("here", row)])
     assert shown(encode(turns, BYTES, template)) == [read, learned]
@@ -94,26 +175,43 @@ def test_a_prompt_has_the_same_ids_in_training_and_in_sampling():
     tokenizer = Tokenizer.train(["ab cat"] * 9, 263)
     idx, targets = encode([("x a", "b cat")], tokenizer, "{prompt}")
     prompt = prompt_ids(tokenizer, render("{prompt}", "x a"))
-    assert idx[:len(prompt)].tolist() == prompt and tokenizer.decode(targets[len(prompt) - 1:-1]) == "b cat"
-    assert (targets[:len(prompt) - 1] == -100).all() and targets[-1] == tokenizer.eot
-    assert len(tokenizer.encode("x ab cat")) < len(tokenizer.encode("x a")) + len(tokenizer.encode("b cat"))
+    assert (
+        idx[: len(prompt)].tolist() == prompt
+        and tokenizer.decode(targets[len(prompt) - 1 : -1]) == "b cat"
+    )
+    assert (targets[: len(prompt) - 1] == -100).all() and targets[-1] == tokenizer.eot
+    assert len(tokenizer.encode("x ab cat")) < len(tokenizer.encode("x a")) + len(
+        tokenizer.encode("b cat")
+    )
 
 
 def test_every_file_format_gives_the_same_rows(tmp_path, monkeypatch, hub):
     pa = pytest.importorskip("pyarrow")
     from pyarrow.parquet import write_table
+
     monkeypatch.chdir(tmp_path)
-    chat = [{"messages": [{"role": "user", "content": p["prompt"]}, {"role": "assistant", "content": p["response"]}]} for p in PAIRS]
+    chat = [
+        {
+            "messages": [
+                {"role": "user", "content": p["prompt"]},
+                {"role": "assistant", "content": p["response"]},
+            ]
+        }
+        for p in PAIRS
+    ]
     for rows in PAIRS, chat:
         Path("r.jsonl").write_text("".join(json.dumps(row) + "\n\n" for row in rows))
         Path("r.json").write_text(json.dumps(rows, indent=1))
         write_table(pa.Table.from_pylist(rows), "r.parquet")
         hub.splits = {"train": iter(rows)}
         for dataset in "r.jsonl", "r.json", "r.parquet", "hf:me/rows":
-            assert conversations(read_rows(dataset))[0] == [[(p["prompt"], p["response"])] for p in PAIRS], dataset
+            assert conversations(read_rows(dataset))[0] == [
+                [(p["prompt"], p["response"])] for p in PAIRS
+            ], dataset
 
 
 # Packing
+
 
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(lengths=st.lists(st.integers(1, 20), max_size=60))
@@ -128,17 +226,29 @@ def test_a_pack_depends_on_its_number_alone_and_an_epoch_has_each_once():
     packs = [[i] for i in range(13)]
     whole = training_packs(packs, 7, 0, 65)
     assert whole == [p for first in range(0, 65, 5) for p in training_packs(packs, 7, first, 5)]
-    assert all(sorted(whole[i:i + 13]) == packs for i in range(0, 65, 13)) and whole[:13] != whole[13:26] != packs
+    assert (
+        all(sorted(whole[i : i + 13]) == packs for i in range(0, 65, 13))
+        and whole[:13] != whole[13:26] != packs
+    )
 
 
 def test_packed_examples_never_see_each_other():
     model = build()
-    data = [(tokens(1, n, seed=n)[0].numpy(), np.where(np.arange(n) > 1, tokens(1, n, seed=9)[0].numpy(), -100)) for n in (5, 7, 3, 9)]
+    data = [
+        (
+            tokens(1, n, seed=n)[0].numpy(),
+            np.where(np.arange(n) > 1, tokens(1, n, seed=9)[0].numpy(), -100),
+        )
+        for n in (5, 7, 3, 9)
+    ]
     packs = pack([len(idx) for idx, _ in data], 24)
     assert len(packs) == 1
     batch = packed_batch(packs, data, 24)
     with torch.no_grad():
-        together, (logits, _) = model(**batch, reduction="none")[1][0], model(batch["idx"], doc=batch["doc"])
+        together, (logits, _) = (
+            model(**batch, reduction="none")[1][0],
+            model(batch["idx"], doc=batch["doc"]),
+        )
         for doc, i in enumerate(packs[0]):
             alone = model(torch.from_numpy(data[i][0])[None])[0][0]
             torch.testing.assert_close(logits[0][batch["doc"][0] == doc], alone, rtol=0, atol=1e-5)
@@ -146,17 +256,28 @@ def test_packed_examples_never_see_each_other():
         changed = (model(**other, reduction="none")[1][0] - together).abs() > 0
         assert changed[batch["doc"][0] == 1].any() and not changed[batch["doc"][0] != 1].any()
     targets = batch["targets"][0]
-    assert count_targets(batch) == sum(n - 2 for n in (5, 7, 3, 9)) and (targets[batch["doc"][0] == -1] == -100).all()
+    assert (
+        count_targets(batch) == sum(n - 2 for n in (5, 7, 3, 9))
+        and (targets[batch["doc"][0] == -1] == -100).all()
+    )
 
 
 # Whole runs
 
+
 def test_rows_that_do_not_fit_are_left_out_whole_and_counted(shop, capsys):
     long = {"prompt": "what is this? " * 20, "response": "A story."}
-    (shop / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*PAIRS, long, {"prompt": "why?", "response": " "}, long]))
+    (shop / "long.jsonl").write_text(
+        "".join(
+            json.dumps(row) + "\n" for row in [*PAIRS, long, {"prompt": "why?", "response": " "}, long]
+        )
+    )
     finetune(shop, "--dataset=long.jsonl", "--val_dataset=rows.jsonl", "--out_dir=long", "--max_iters=1")
     out = capsys.readouterr().out
-    assert f"long.jsonl, to learn from: {len(PAIRS)} rows; left out: 2 that are longer than 48 tokens, 1 without a response; in " in out
+    assert (
+        f"long.jsonl, to learn from: {len(PAIRS)} rows; left out: 2 that are longer than 48 tokens, 1 without a response; in "
+        in out
+    )
     assert f"rows.jsonl, held out: {len(PAIRS)} rows\n" in out
     (shop / "only.jsonl").write_text(json.dumps(long) + "\n")
     with pytest.raises(Refusal, match="none of its 1 rows has a response and fits in 48 tokens"):
@@ -167,11 +288,18 @@ def test_the_held_out_loss_is_that_of_each_response_token_once(shop, capsys):
     finetune(shop, "--out_dir=loss", "--max_iters=1", "--batch_size=3", "--val_fraction=0.3")
     with contextlib.chdir(shop):
         model, tokenizer = checkpoint.restore(checkpoint.load("base/ckpt_best.pt"), "base")
-        learn, held_out = split_rows(configure(ft.Config, ["--dataset=rows.jsonl", "--val_fraction=0.3"]))
-    assert len(held_out) == 6 and sorted(row["prompt"] for _, row in learn + held_out) == sorted(p["prompt"] for p in PAIRS)
+        learn, held_out = split_rows(
+            configure(ft.Config, ["--dataset=rows.jsonl", "--val_fraction=0.3"])
+        )
+    assert len(held_out) == 6 and sorted(row["prompt"] for _, row in learn + held_out) == sorted(
+        p["prompt"] for p in PAIRS
+    )
     nats = []
     for _, row in held_out:
-        prompt, response = [tokenizer.eot, *tokenizer.encode(row["prompt"] + "\n")], [*tokenizer.encode(row["response"]), tokenizer.eot]
+        prompt, response = (
+            [tokenizer.eot, *tokenizer.encode(row["prompt"] + "\n")],
+            [*tokenizer.encode(row["response"]), tokenizer.eot],
+        )
         with torch.no_grad():
             logp = model(torch.tensor([prompt + response]))[0][0].log_softmax(-1)
         nats += [-logp[len(prompt) - 1 + i, id].item() for i, id in enumerate(response)]
@@ -179,28 +307,56 @@ def test_the_held_out_loss_is_that_of_each_response_token_once(shop, capsys):
     assert f"before: {np.mean(nats):.4f} nats a token" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("rank, name, dtype", [(2, "adapter.pt", "float32"), (0, "ckpt.pt", "float32"), (2, "adapter.pt", "bfloat16")])
+@pytest.mark.parametrize(
+    "rank, name, dtype",
+    [(2, "adapter.pt", "float32"), (0, "ckpt.pt", "float32"), (2, "adapter.pt", "bfloat16")],
+)
 def test_stop_and_resume_is_an_uninterrupted_run_to_the_bit(shop, rank, name, dtype):
-    args = ["--overwrite", f"--dtype={dtype}", f"--rank={rank}", "--lora_dropout=0.2", "--gradient_accumulation_steps=2", "--template=Q: {prompt}\\nA: "]
+    args = [
+        "--overwrite",
+        f"--dtype={dtype}",
+        f"--rank={rank}",
+        "--lora_dropout=0.2",
+        "--gradient_accumulation_steps=2",
+        "--template=Q: {prompt}\\nA: ",
+    ]
     finetune(shop, *args, f"--out_dir=whole{rank}")
     finetune(shop, *args, f"--out_dir=parts{rank}", "--max_iters=4", "--lr_decay_iters=8")
     base = (shop / "base/ckpt_best.pt").read_bytes()
     resume(shop, f"parts{rank}", "--max_iters=8")
     keys = checkpoint.ADAPTER_KEYS if rank else checkpoint.KEYS
-    whole, parts = (checkpoint.load(str(shop / f"{which}{rank}" / name), keys) for which in ("whole", "parts"))
+    whole, parts = (
+        checkpoint.load(str(shop / f"{which}{rank}" / name), keys) for which in ("whole", "parts")
+    )
     for key in ("adapters" if rank else "model"), "optimizers", "val_loss", "best_val_loss", "step":
         assert same(whole[key], parts[key]), key
-    assert log(shop, f"whole{rank}") == log(shop, f"parts{rank}") and parts["config"]["template"] == "Q: {prompt}\nA: "
-    assert sorted(os.listdir(shop / f"whole{rank}")) == [name, name.replace(".pt", "_best.pt"), "log.jsonl", "loss.png"]
+    assert (
+        log(shop, f"whole{rank}") == log(shop, f"parts{rank}")
+        and parts["config"]["template"] == "Q: {prompt}\nA: "
+    )
+    assert sorted(os.listdir(shop / f"whole{rank}")) == [
+        name,
+        name.replace(".pt", "_best.pt"),
+        "log.jsonl",
+        "loss.png",
+    ]
     assert (shop / "base/ckpt_best.pt").read_bytes() == base
     if rank:
-        assert {k.rpartition(".")[2] for k in parts["adapters"]} == {"A", "B"} and all(x.dtype == torch.float32 for x in parts["adapters"].values())
+        assert {k.rpartition(".")[2] for k in parts["adapters"]} == {"A", "B"} and all(
+            x.dtype == torch.float32 for x in parts["adapters"].values()
+        )
         with pytest.raises(Refusal, match="rank=2, which cannot become 4"):
             resume(shop, "parts2", "--rank=4")
 
 
 def test_two_processes_are_one(shop):
-    argv = [*TINY, "--init_from=base", "--dataset=rows.jsonl", "--gradient_accumulation_steps=2", "--max_iters=4"]
+    argv = [
+        *TINY,
+        "--init_from=base",
+        "--dataset=rows.jsonl",
+        "--gradient_accumulation_steps=2",
+        "--max_iters=4",
+    ]
     finetune(shop, *argv, "--out_dir=one")
     running = [start(shop, "finetune_lora", *argv, "--out_dir=two", **env) for env in ranks(2)]
     assert [finish(p) for p in running] == [0, 0], [said(shop, p) for p in running]
@@ -210,12 +366,24 @@ def test_two_processes_are_one(shop):
 
 
 def test_a_signal_ends_the_run_after_its_step_and_says_how_to_go_on(shop):
-    process = start(shop, "finetune_lora", *TINY, "--init_from=base", "--dataset=rows.jsonl", "--out_dir=stopped", "--max_iters=100000", "--eval_interval=1000")
+    process = start(
+        shop,
+        "finetune_lora",
+        *TINY,
+        "--init_from=base",
+        "--dataset=rows.jsonl",
+        "--out_dir=stopped",
+        "--max_iters=100000",
+        "--eval_interval=1000",
+    )
     wait_for(shop / "stopped/log.jsonl", 5)
     os.kill(process.pid, signal.SIGTERM)
     assert finish(process) == 128 + signal.SIGTERM
     step = adapter(shop, "stopped")["step"]
-    assert f"finetune_lora.py: stopped at step {step} by SIGTERM; python finetune_lora.py --out_dir=stopped --init_from=resume goes on" in said(shop, process)
+    assert (
+        f"finetune_lora.py: stopped at step {step} by SIGTERM; python finetune_lora.py --out_dir=stopped --init_from=resume goes on"
+        in said(shop, process)
+    )
     resume(shop, "stopped", f"--max_iters={step + 1}")
     assert adapter(shop, "stopped")["step"] == step + 1
 
@@ -229,13 +397,26 @@ def tuned(shop):
 def test_another_base_is_refused_whatever_differs(tuned):
     with contextlib.chdir(tuned):
         ckpt = checkpoint.load("base/ckpt_best.pt")
-        assert checkpoint.fingerprint(ckpt) == adapter(tuned, "tuned")["base_sha256"] == checkpoint.fingerprint(ckpt | {"step": 9, "config": {}})
-        before = {key: value for key, value in ckpt["model_config"].items() if key != "head_dim"}  # a setting that came later
+        assert (
+            checkpoint.fingerprint(ckpt)
+            == adapter(tuned, "tuned")["base_sha256"]
+            == checkpoint.fingerprint(ckpt | {"step": 9, "config": {}})
+        )
+        before = {
+            key: value for key, value in ckpt["model_config"].items() if key != "head_dim"
+        }  # a setting that came later
         assert checkpoint.fingerprint(ckpt | {"model_config": before}) == checkpoint.fingerprint(ckpt)
         name = "blocks.1.mlp.up_proj.weight"
-        for change in {"model_config": ckpt["model_config"] | {"head_dim": 2}}, {"model": ckpt["model"] | {name: ckpt["model"][name] * 1.0001}}, {"model_config": ckpt["model_config"] | {"rope_theta": 5000.0}}, {"tokenizer_sha256": "0"}:
+        for change in (
+            {"model_config": ckpt["model_config"] | {"head_dim": 2}},
+            {"model": ckpt["model"] | {name: ckpt["model"][name] * 1.0001}},
+            {"model_config": ckpt["model_config"] | {"rope_theta": 5000.0}},
+            {"tokenizer_sha256": "0"},
+        ):
             assert checkpoint.fingerprint(ckpt | change) != checkpoint.fingerprint(ckpt)
-        with pytest.raises(Refusal, match="trained over another base than other/ckpt_best.pt: over base/ckpt_best.pt"):
+        with pytest.raises(
+            Refusal, match="trained over another base than other/ckpt_best.pt: over base/ckpt_best.pt"
+        ):
             sample.main(configure(sample.Config, ["--adapter=tuned", "--out_dir=other", "--device=cpu"]))
         with pytest.raises(Refusal, match="another base"):
             ft.main(configure(ft.Config, ["--merge", "--out_dir=tuned", "--init_from=other"]))
@@ -244,15 +425,32 @@ def test_another_base_is_refused_whatever_differs(tuned):
 
 def test_an_adapter_is_no_checkpoint_and_the_other_way_round(tuned):
     with contextlib.chdir(tuned):
-        for args, words in (["--out_dir=tuned/adapter.pt"], "is an adapter, not a checkpoint"), (["--out_dir=tuned"], "holds an adapter"), \
-                (["--adapter=base/ckpt.pt"], "is a whole checkpoint"), (["--adapter=base"], "no adapter in base"):
+        for args, words in (
+            (["--out_dir=tuned/adapter.pt"], "is an adapter, not a checkpoint"),
+            (["--out_dir=tuned"], "holds an adapter"),
+            (["--adapter=base/ckpt.pt"], "is a whole checkpoint"),
+            (["--adapter=base"], "no adapter in base"),
+        ):
             with pytest.raises(Refusal, match=words):
                 sample.main(configure(sample.Config, args))
 
 
 def test_from_the_command_line_to_a_merged_checkpoint_that_every_script_takes(shop, capsys):
-    done = subprocess.run([sys.executable, ROOT / "finetune_lora.py", *TINY, "--init_from=base", "--dataset=rows.jsonl", "--out_dir=cli", "--template=Q {prompt}\\n"],
-                          cwd=shop, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [
+            sys.executable,
+            ROOT / "finetune_lora.py",
+            *TINY,
+            "--init_from=base",
+            "--dataset=rows.jsonl",
+            "--out_dir=cli",
+            "--template=Q {prompt}\\n",
+        ],
+        cwd=shop,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0 and "next: python sample.py --adapter=cli" in done.stdout, done.stderr
 
     def script(module, *argv):
@@ -260,14 +458,30 @@ def test_from_the_command_line_to_a_merged_checkpoint_that_every_script_takes(sh
         with contextlib.chdir(shop):
             module.main(configure(module.Config, [*argv, "--device=cpu"]))
         return capsys.readouterr().out
+
     merged = script(ft, "--merge", "--out_dir=cli")
-    assert float(merged.split()[-1]) < 1e-4 and "cli/ckpt.pt: base/ckpt_best.pt with cli/adapter_best.pt merged" in merged
-    told = [script(sample, where, "--start=Why is Tom sad?", "--temperature=0", "--max_new_tokens=10").split("-" * 80) for where in ("--adapter=cli", "--out_dir=cli")]
+    assert (
+        float(merged.split()[-1]) < 1e-4
+        and "cli/ckpt.pt: base/ckpt_best.pt with cli/adapter_best.pt merged" in merged
+    )
+    told = [
+        script(sample, where, "--start=Why is Tom sad?", "--temperature=0", "--max_new_tokens=10").split(
+            "-" * 80
+        )
+        for where in ("--adapter=cli", "--out_dir=cli")
+    ]
     assert told[0][1] == told[1][1] and told[0][1].startswith("\nQ Why is Tom sad?\n")
     assert "--raw leaves it as it is" in told[0][0] and "Q {prompt}" in told[0][0]
-    assert script(sample, "--adapter=cli", "--start=Why", "--raw", "--max_new_tokens=1").split("-" * 80)[1].startswith("\nWhy")
+    assert (
+        script(sample, "--adapter=cli", "--start=Why", "--raw", "--max_new_tokens=1")
+        .split("-" * 80)[1]
+        .startswith("\nWhy")
+    )
     assert "nats a token" in script(train, "--init_from=cli", "--out_dir=n", "--eval_only")
-    assert '"loss"' in script(evaluation, "--out_dir=cli", "--num_samples=1", "--max_new_tokens=20").splitlines()[-1]  # on the base's text
+    assert (
+        '"loss"'
+        in script(evaluation, "--out_dir=cli", "--num_samples=1", "--max_new_tokens=20").splitlines()[-1]
+    )  # on the base's text
     script(ft, *TINY, "--max_iters=1", "--init_from=cli", "--dataset=rows.jsonl", "--out_dir=cli2")
     assert adapter(shop, "cli2")["config"]["template"] == "Q {prompt}\n"  # the base's
     with pytest.raises(Refusal, match="--overwrite moves it aside"):
@@ -276,16 +490,33 @@ def test_from_the_command_line_to_a_merged_checkpoint_that_every_script_takes(sh
     assert len(list((shop / "cli").glob("ckpt.pt.old-*"))) == 1
 
 
-@pytest.mark.parametrize("argv", [["--rank=8", "--alpha=32", "--learning_rate=1e-2"], ["--rank=0", "--optimizer=muon", "--learning_rate=5e-3"]])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--rank=8", "--alpha=32", "--learning_rate=1e-2"],
+        ["--rank=0", "--optimizer=muon", "--learning_rate=5e-3"],
+    ],
+)
 def test_it_learns(shop, argv):
     """Answers that no story has, word for word, from a model that knows next to nothing."""
-    finetune(shop, "--out_dir=learned", "--overwrite", "--batch_size=8", "--max_iters=150", "--eval_interval=150", "--val_dataset=rows.jsonl", *argv)
+    finetune(
+        shop,
+        "--out_dir=learned",
+        "--overwrite",
+        "--batch_size=8",
+        "--max_iters=150",
+        "--eval_interval=150",
+        "--val_dataset=rows.jsonl",
+        *argv,
+    )
     with contextlib.chdir(shop):
         path = "base/ckpt_best.pt" if "--rank=8" in argv else "learned/ckpt.pt"
         ckpt = checkpoint.load(path)
         model, tokenizer = checkpoint.restore(ckpt, path)
         if "--rank=8" in argv:
-            checkpoint.Checkpoint(path, ckpt, "learned/adapter.pt", adapter(shop, "learned")).restore_adapters(model)
+            checkpoint.Checkpoint(
+                path, ckpt, "learned/adapter.pt", adapter(shop, "learned")
+            ).restore_adapters(model)
     prompts = [prompt_ids(tokenizer, p["prompt"] + "\n") for p in PAIRS]
     told, _ = complete(sample.generate(model, prompts, 20, temperature=0, stop=tokenizer.eot))
     assert np.mean([tokenizer.decode(row) == p["response"] for row, p in zip(told, PAIRS)]) > 0.9
@@ -293,11 +524,18 @@ def test_it_learns(shop, argv):
 
 # The built-in task
 
+
 def test_no_moral_story_is_in_two_places():
     rows = [row["prompt"] for row in toy_stories.moral_rows(400, MORAL_SEED)]
     learn, held_out = split_rows(ft.Config())
-    assert [row["prompt"] for _, row in learn + held_out] == rows and len(set(rows)) == 400 and len(learn) == 200
-    pretrained = {text for text, _ in toy_stories.stories(prepare.Config().num_stories, prepare.Config().seed)}
+    assert (
+        [row["prompt"] for _, row in learn + held_out] == rows
+        and len(set(rows)) == 400
+        and len(learn) == 200
+    )
+    pretrained = {
+        text for text, _ in toy_stories.stories(prepare.Config().num_stories, prepare.Config().seed)
+    }
     for prompt in rows:
         story, _, question = prompt.rpartition("\n")
         assert question == "What is the moral of this story?" and story not in pretrained
@@ -311,7 +549,9 @@ def test_answers_are_exact_and_in_words_that_the_stories_have(shop):
         _, data, tokenizer = prepare.load("data/toy")
     seen = set(np.unique(data["train"]).tolist())
     assert all(seen.issuperset(tokenizer.encode(answer)) for answer in toy_stories.ANSWERS)
-    assert not all(seen.issuperset(tokenizer.encode(moral)) for moral in toy_stories.MORALS)  # why they are not the morals as such
+    assert not all(
+        seen.issuperset(tokenizer.encode(moral)) for moral in toy_stories.MORALS
+    )  # why they are not the morals as such
 
 
 def test_the_morals_are_counted_right(shop, monkeypatch):
@@ -322,12 +562,28 @@ def test_the_morals_are_counted_right(shop, monkeypatch):
     share = np.mean([row["response"] == toy_stories.ANSWERS[3] for _, row in rows])
     ids = [*tokenizer.encode(toy_stories.ANSWERS[3]), tokenizer.eot]
     model = build(vocab_size=tokenizer.vocab_size, block_size=160)
-    monkeypatch.setattr(ft, "completion_nats", lambda model, tokenizer, pairs, compute: [completion != toy_stories.ANSWERS[3] for _, completion in pairs])
-    monkeypatch.setattr(ft, "generate", lambda model, prompts, n, temperature, stop: iter([[sample.Row([], ids[:-1]) for _ in prompts]]))
-    unsaid = [row["response"] == toy_stories.ANSWERS[3] for _, row in rows if row["response"][3:-1] not in row["prompt"]]
+    monkeypatch.setattr(
+        ft,
+        "completion_nats",
+        lambda model, tokenizer, pairs, compute: [
+            completion != toy_stories.ANSWERS[3] for _, completion in pairs
+        ],
+    )
+    monkeypatch.setattr(
+        ft,
+        "generate",
+        lambda model, prompts, n, temperature, stop: iter([[sample.Row([], ids[:-1]) for _ in prompts]]),
+    )
+    unsaid = [
+        row["response"] == toy_stories.ANSWERS[3]
+        for _, row in rows
+        if row["response"][3:-1] not in row["prompt"]
+    ]
     line = ft.moral_lines(model, tokenizer, rows, "{prompt}\n", CPU).splitlines()[0]
-    assert line == (f"moral of 60 held-out stories: answered word for word {share:.1%} ({sum(unsaid)} of the {len(unsaid)} that leave it unsaid), "
-                    f"the likeliest of the 11 {share:.1%} (chance 9.1%)")
+    assert line == (
+        f"moral of 60 held-out stories: answered word for word {share:.1%} ({sum(unsaid)} of the {len(unsaid)} that leave it unsaid), "
+        f"the likeliest of the 11 {share:.1%} (chance 9.1%)"
+    )
 
 
 def test_a_run_goes_on_with_its_own_rows_and_its_own_kind(shop):

@@ -1,4 +1,5 @@
 """Every reader of a file, given files that something has happened to: it reads them or refuses them in one line. Nothing else."""
+
 import contextlib
 import json
 import subprocess
@@ -31,15 +32,39 @@ from test_bad_input import onnx_folder
 from test_prepare import DOCS, write_jsonl, write_parquet, write_txt
 from tokenizer import Tokenizer
 
-FUZZ = settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+FUZZ = settings(
+    max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
 
 
 def damaged(whole):
     """Bytes that were `whole`: cut, changed, doubled, or with something put in."""
-    place, junk = st.integers(0, len(whole)), st.one_of(st.binary(max_size=8), st.sampled_from(
-        [b"\x00" * 100, b"\xff\xfe", b'"', b"}", b"[" * 3000, b"null", b"-1", b"1e999", b"99999999999999999999", b"\xed\xa0\x80", b"NaN", b"{}"]))
-    return st.one_of(st.builds(lambda i, j, junk: whole[:i] + junk + whole[j:], place, place, junk),
-                     st.builds(lambda i, n, junk: whole[:i] + junk + whole[i + n:], place, st.integers(0, 9), junk))
+    place, junk = (
+        st.integers(0, len(whole)),
+        st.one_of(
+            st.binary(max_size=8),
+            st.sampled_from(
+                [
+                    b"\x00" * 100,
+                    b"\xff\xfe",
+                    b'"',
+                    b"}",
+                    b"[" * 3000,
+                    b"null",
+                    b"-1",
+                    b"1e999",
+                    b"99999999999999999999",
+                    b"\xed\xa0\x80",
+                    b"NaN",
+                    b"{}",
+                ]
+            ),
+        ),
+    )
+    return st.one_of(
+        st.builds(lambda i, j, junk: whole[:i] + junk + whole[j:], place, place, junk),
+        st.builds(lambda i, n, junk: whole[:i] + junk + whole[i + n :], place, st.integers(0, 9), junk),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +76,35 @@ def good(tmp_path_factory):
         write_parquet("c.parquet", DOCS)
         prepare.prepare(configure(prepare.Config, ["--dataset=c.txt", "--name=d", "--vocab_size=300"]))
         tokenizer = Tokenizer.load("data/d/tokenizer.json")
-        checkpoint.save("ckpt.pt", Transformer(ModelConfig(vocab_size=300, n_layer=1, n_embd=8, n_head=1)), tokenizer, {"seed": 1}, checkpoint.RunState(7, 2.5, 2.25))
+        checkpoint.save(
+            "ckpt.pt",
+            Transformer(ModelConfig(vocab_size=300, n_layer=1, n_embd=8, n_head=1)),
+            tokenizer,
+            {"seed": 1},
+            checkpoint.RunState(7, 2.5, 2.25),
+        )
         model = Transformer(ModelConfig(vocab_size=300, n_layer=1, n_embd=8, n_head=1))
         lora.inject(model, lora.LoRAConfig(rank=1))
-        checkpoint.save_adapters("adapter.pt", model, "ckpt.pt", checkpoint.fingerprint(checkpoint.load("ckpt.pt")), asdict(finetune_lora.Config(rank=1)), checkpoint.RunState(7, 2.5, 2.25))
-        onnx_folder("o", onnx_model.describe(ModelConfig(vocab_size=300, n_layer=1, n_embd=8, n_head=1), tokenizer, "", "", "whose"), tokenizer)
-        rows = [{"prompt": "a", "response": "b"}, {"instruction": "a", "input": "", "output": "b"}, {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
+        checkpoint.save_adapters(
+            "adapter.pt",
+            model,
+            "ckpt.pt",
+            checkpoint.fingerprint(checkpoint.load("ckpt.pt")),
+            asdict(finetune_lora.Config(rank=1)),
+            checkpoint.RunState(7, 2.5, 2.25),
+        )
+        onnx_folder(
+            "o",
+            onnx_model.describe(
+                ModelConfig(vocab_size=300, n_layer=1, n_embd=8, n_head=1), tokenizer, "", "", "whose"
+            ),
+            tokenizer,
+        )
+        rows = [
+            {"prompt": "a", "response": "b"},
+            {"instruction": "a", "input": "", "output": "b"},
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+        ]
         Path("r.json").write_text(json.dumps(rows))
         Path("r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         write_table(Table.from_pylist([rows[2]] * 3), "r.parquet")
@@ -64,14 +112,21 @@ def good(tmp_path_factory):
         hf.main(configure(hf.Config, ["--adapter=adapter.pt", "--to=p"]))
         Path("f").mkdir()  # a tokenizer that is not ours
         foreign = json.loads(tokenizer.to_str())
-        foreign["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, foreign["pre_tokenizer"]]}
+        foreign["pre_tokenizer"] = {
+            "type": "Sequence",
+            "pretokenizers": [{"type": "Digits", "individual_digits": True}, foreign["pre_tokenizer"]],
+        }
         Path("f/tokenizer.json").write_text(json.dumps(foreign))
-        Path("f/tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>", "add_bos_token": false}')
+        Path("f/tokenizer_config.json").write_text(
+            '{"eos_token": "<|endoftext|>", "add_bos_token": false}'
+        )
         model = json.loads(tokenizer.to_str())["model"]
         Path("encoder.json").write_text(json.dumps(model["vocab"]))
         Path("vocab.bpe").write_text("\n".join(["#version: 0.2", *model["merges"]]), encoding="utf-8")
         Path("c.toml").write_text('n_layer = 3\nlearning_rate = 1e-3\nout_dir = "out/x"\nbias = true\n')
-        Path("log.jsonl").write_text("".join(json.dumps({"step": i, "loss": 1.5}) + "\n" for i in range(5)))
+        Path("log.jsonl").write_text(
+            "".join(json.dumps({"step": i, "loss": 1.5}) + "\n" for i in range(5))
+        )
     return folder
 
 
@@ -101,7 +156,9 @@ def read_rows(suffix):
 
 
 def read_documents(suffix):
-    return lambda folder: list(prepare.documents([folder / f"c{suffix}"], configure(prepare.Config, ["--dataset=toy"])))
+    return lambda folder: list(
+        prepare.documents([folder / f"c{suffix}"], configure(prepare.Config, ["--dataset=toy"]))
+    )
 
 
 def read_tokenizer(folder, make=lambda folder: Tokenizer.load(folder / "data/d/tokenizer.json")):
@@ -129,13 +186,31 @@ def read_foreign(folder):
     hf_folder.read_tokenizer(str(folder / "f"))
 
 
-READERS = {"h/config.json": read_folder, "h/model.safetensors": read_folder, "p/adapter_config.json": read_peft, "p/adapter_model.safetensors": read_peft,
-           "f/tokenizer.json": read_foreign, "f/tokenizer_config.json": read_foreign,
-           "data/d/meta.json": read_data, "data/d/train.bin": read_data, "data/d/tokenizer.json": read_tokenizer, "ckpt.pt": read_checkpoint,
-           "adapter.pt": read_adapter, "o/config.json": read_onnx, "o/model.onnx": read_onnx, "r.json": read_rows(".json"), "r.jsonl": read_rows(".jsonl"), "r.parquet": read_rows(".parquet"),
-           "encoder.json": lambda folder: read_tokenizer(folder, Tokenizer.gpt2), "vocab.bpe": lambda folder: read_tokenizer(folder, Tokenizer.gpt2),
-           "c.txt": read_documents(".txt"), "c.jsonl": read_documents(".jsonl"), "c.parquet": read_documents(".parquet"), "c.toml": read_config,
-           "log.jsonl": lambda folder: read_log(folder / "log.jsonl")}
+READERS = {
+    "h/config.json": read_folder,
+    "h/model.safetensors": read_folder,
+    "p/adapter_config.json": read_peft,
+    "p/adapter_model.safetensors": read_peft,
+    "f/tokenizer.json": read_foreign,
+    "f/tokenizer_config.json": read_foreign,
+    "data/d/meta.json": read_data,
+    "data/d/train.bin": read_data,
+    "data/d/tokenizer.json": read_tokenizer,
+    "ckpt.pt": read_checkpoint,
+    "adapter.pt": read_adapter,
+    "o/config.json": read_onnx,
+    "o/model.onnx": read_onnx,
+    "r.json": read_rows(".json"),
+    "r.jsonl": read_rows(".jsonl"),
+    "r.parquet": read_rows(".parquet"),
+    "encoder.json": lambda folder: read_tokenizer(folder, Tokenizer.gpt2),
+    "vocab.bpe": lambda folder: read_tokenizer(folder, Tokenizer.gpt2),
+    "c.txt": read_documents(".txt"),
+    "c.jsonl": read_documents(".jsonl"),
+    "c.parquet": read_documents(".parquet"),
+    "c.toml": read_config,
+    "log.jsonl": lambda folder: read_log(folder / "log.jsonl"),
+}
 
 
 @pytest.mark.parametrize("name", READERS)
@@ -151,18 +226,38 @@ def test_a_damaged_file_is_read_or_refused_in_one_line(name, good):
             READERS[name](good)
         except Refusal as e:
             assert str(e) and "\n" not in str(e) and len(str(e)) <= 500
+
     try:
         check()
     finally:
         (good / name).write_bytes(whole)
 
 
-JSON = st.recursive(st.one_of(st.none(), st.booleans(), st.integers(-9, 99), st.integers(), st.floats(), st.text(max_size=3)),
-                    lambda some: st.one_of(st.lists(some, max_size=3), st.dictionaries(st.sampled_from(["rope_type", "type", "factor", "rope_theta", "x"]), some, max_size=3)), max_leaves=4)
+JSON = st.recursive(
+    st.one_of(
+        st.none(), st.booleans(), st.integers(-9, 99), st.integers(), st.floats(), st.text(max_size=3)
+    ),
+    lambda some: st.one_of(
+        st.lists(some, max_size=3),
+        st.dictionaries(
+            st.sampled_from(["rope_type", "type", "factor", "rope_theta", "x"]), some, max_size=3
+        ),
+    ),
+    max_leaves=4,
+)
 
 
-@pytest.mark.parametrize("name, read, more", [("h/config.json", read_folder, ["head_dim", "rope_parameters", "rope_scaling", "layer_types", "sliding_window", "x"]),
-                                              ("p/adapter_config.json", read_peft, ["rank_pattern", "alpha_pattern", "use_rslora", "x"])])
+@pytest.mark.parametrize(
+    "name, read, more",
+    [
+        (
+            "h/config.json",
+            read_folder,
+            ["head_dim", "rope_parameters", "rope_scaling", "layer_types", "sliding_window", "x"],
+        ),
+        ("p/adapter_config.json", read_peft, ["rank_pattern", "alpha_pattern", "use_rslora", "x"]),
+    ],
+)
 def test_any_value_of_any_key_is_read_or_refused(name, read, more, good):
     whole = json.loads((good / name).read_text())
 
@@ -174,6 +269,7 @@ def test_any_value_of_any_key_is_read_or_refused(name, read, more, good):
             read(good)
         except Refusal as e:
             assert str(e) and "\n" not in str(e) and "Error(" not in str(e)
+
     try:
         check()
     finally:
@@ -189,11 +285,35 @@ def test_any_prompt_file(content, tmp_path_factory):
         assert all(isinstance(text, str) for text in sample.read_start(f"FILE:{path}"))
 
 
-VALUES = st.one_of(st.text(max_size=8), st.integers().map(str), st.floats().map(str), st.sampled_from(
-    ["", "true", "0", "-1", "1e400", "nan", "99999999999999999999", "layernorm", "rope", "linear:nan", "llama3:1,2,3", "FILE:", "hf:", "..", "\x00"]))
+VALUES = st.one_of(
+    st.text(max_size=8),
+    st.integers().map(str),
+    st.floats().map(str),
+    st.sampled_from(
+        [
+            "",
+            "true",
+            "0",
+            "-1",
+            "1e400",
+            "nan",
+            "99999999999999999999",
+            "layernorm",
+            "rope",
+            "linear:nan",
+            "llama3:1,2,3",
+            "FILE:",
+            "hf:",
+            "..",
+            "\x00",
+        ]
+    ),
+)
 
 
-@pytest.mark.parametrize("script", [prepare, train, sample, bench, evaluation, finetune_lora, export_onnx, hf])
+@pytest.mark.parametrize(
+    "script", [prepare, train, sample, bench, evaluation, finetune_lora, export_onnx, hf]
+)
 def test_any_values_of_real_keys_give_a_config_or_one_line(script):
     names = [f.name for f in fields(script.Config)]
 
@@ -206,6 +326,7 @@ def test_any_values_of_real_keys_give_a_config_or_one_line(script):
             assert str(e) and "\n" not in str(e) and e.status == 2
         else:
             assert all(type(getattr(cfg, f.name)) is f.type for f in fields(cfg))
+
     check()
 
 

@@ -1,4 +1,5 @@
 """Adapters against the definition, against peft's, and against the model that they are merged into."""
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -26,11 +27,14 @@ def adapted(seed=3, rank=3, alpha=5.0, target="all", dropout=0.0, **toggles):
 
 def test_one_layer_by_hand():
     base = torch.nn.Linear(2, 3)
-    base.weight.data, base.bias.data = torch.tensor([[1., 2], [3, 4], [5, 6]]), torch.tensor([1., 0, -1])
+    base.weight.data, base.bias.data = (
+        torch.tensor([[1.0, 2], [3, 4], [5, 6]]),
+        torch.tensor([1.0, 0, -1]),
+    )
     layer = lora.LoRALinear(base, 1, 4.0, 0.0)
-    layer.A.data, layer.B.data = torch.tensor([[1., -1]]), torch.tensor([[1.], [0], [2]])
+    layer.A.data, layer.B.data = torch.tensor([[1.0, -1]]), torch.tensor([[1.0], [0], [2]])
     # x = (2, 1): Wx + b = (5, 10, 15), A x = 1, B A x = (1, 0, 2), alpha / rank = 4
-    assert layer(torch.tensor([2., 1])).tolist() == [9, 10, 23]
+    assert layer(torch.tensor([2.0, 1])).tolist() == [9, 10, 23]
     assert layer.merged().weight.tolist() == [[5, -2], [3, 4], [13, -2]]
 
 
@@ -53,9 +57,18 @@ def test_zero_b_changes_no_bit_and_merged_is_unmerged(mlp, n_kv_head, norm_posit
             assert (unmerged - before).abs().max() > 1e-2, target
             merge(model)
             torch.testing.assert_close(model(idx)[0], unmerged, rtol=0, atol=1e-12, msg=target)
-            changed = {name for name, w in model.state_dict().items() if not torch.equal(w, plain.state_dict()[name].double())}
-            assert model.state_dict().keys() == plain.state_dict().keys() and model.head.weight is model.wte.weight
-            assert {name.split(".")[-2] for name in changed} == set(LINEARS if target == "all" else target.split(",")) - ({"gate_proj"} if mlp == "gelu" else set())
+            changed = {
+                name
+                for name, w in model.state_dict().items()
+                if not torch.equal(w, plain.state_dict()[name].double())
+            }
+            assert (
+                model.state_dict().keys() == plain.state_dict().keys()
+                and model.head.weight is model.wte.weight
+            )
+            assert {name.split(".")[-2] for name in changed} == set(
+                LINEARS if target == "all" else target.split(",")
+            ) - ({"gate_proj"} if mlp == "gelu" else set())
 
 
 def test_a_half_precision_weight_is_merged_in_float32():
@@ -71,32 +84,60 @@ def test_only_adapters_change():
     before = {name: w.clone() for name, w in model.state_dict().items()}
     optimizers = train.make_optimizers(model, train.Config(optimizer="adamw"), CPU)
     for step in range(3):
-        train.train_step(model, optimizers, [{"idx": tokens(seed=step), "targets": tokens(seed=step + 9)}], CPU, (0, step))
+        train.train_step(
+            model,
+            optimizers,
+            [{"idx": tokens(seed=step), "targets": tokens(seed=step + 9)}],
+            CPU,
+            (0, step),
+        )
     changed = {name for name, w in model.state_dict().items() if not torch.equal(w, before[name])}
     assert changed == set(lora.state_dict(model)) and len(changed) == 2 * 7 * 2
 
 
 def test_dropout_is_on_what_goes_into_the_adapter_and_in_training_alone():
     model = adapted(dropout=0.5)
-    layer, x = model.blocks[0].attn.q_proj, torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+    layer, x = (
+        model.blocks[0].attn.q_proj,
+        torch.randn(4, 32, generator=torch.Generator().manual_seed(0)),
+    )
     with torch.no_grad():
         assert torch.equal(layer(x), layer(x))
         layer.train()
         torch.manual_seed(1)
         got = layer(x)
         torch.manual_seed(1)
-        torch.testing.assert_close(got, layer.base(x) + 5 / 3 * F.dropout(x, 0.5) @ layer.A.T @ layer.B.T)
+        torch.testing.assert_close(
+            got, layer.base(x) + 5 / 3 * F.dropout(x, 0.5) @ layer.A.T @ layer.B.T
+        )
 
 
 @pytest.mark.parametrize("target", ["all", "q_proj,v_proj", "down_proj"])
-@pytest.mark.parametrize("toggles", [dict(n_kv_head=2), dict(norm="layernorm", norm_position="post", pos="learned", mlp="gelu", n_kv_head=1)])
+@pytest.mark.parametrize(
+    "toggles",
+    [
+        dict(n_kv_head=2),
+        dict(norm="layernorm", norm_position="post", pos="learned", mlp="gelu", n_kv_head=1),
+    ],
+)
 def test_peft_computes_the_same_logits_and_gradients(target, toggles):
     peft = pytest.importorskip("peft")
     ours = adapted(target=target, **toggles)
-    names = [name for name in (LINEARS if target == "all" else target.split(",")) if name != "gate_proj" or "mlp" not in toggles]
-    theirs = peft.get_peft_model(build(**toggles), peft.LoraConfig(r=3, lora_alpha=5, lora_dropout=0.0, target_modules=names))
-    their_params = {name.removeprefix("base_model.model.").replace("lora_A.default.weight", "A").replace("lora_B.default.weight", "B"): p
-                    for name, p in theirs.named_parameters() if p.requires_grad}
+    names = [
+        name
+        for name in (LINEARS if target == "all" else target.split(","))
+        if name != "gate_proj" or "mlp" not in toggles
+    ]
+    theirs = peft.get_peft_model(
+        build(**toggles), peft.LoraConfig(r=3, lora_alpha=5, lora_dropout=0.0, target_modules=names)
+    )
+    their_params = {
+        name.removeprefix("base_model.model.")
+        .replace("lora_A.default.weight", "A")
+        .replace("lora_B.default.weight", "B"): p
+        for name, p in theirs.named_parameters()
+        if p.requires_grad
+    }
     our_params = {name: p for name, p in ours.named_parameters() if p.requires_grad}
     assert our_params.keys() == their_params.keys()
     for name, p in our_params.items():
@@ -125,15 +166,26 @@ def test_a_is_drawn_as_pefts_and_the_share_is_the_truth():
     assert lora.trainable(model) == (adapters, plain + adapters)
 
 
-@pytest.mark.parametrize("target, words", [("head", "takes no adapter"), ("wte", "takes no adapter"), ("q_proj,embed", "takes no adapter"), ("", "takes no adapter")])
+@pytest.mark.parametrize(
+    "target, words",
+    [
+        ("head", "takes no adapter"),
+        ("wte", "takes no adapter"),
+        ("q_proj,embed", "takes no adapter"),
+        ("", "takes no adapter"),
+    ],
+)
 def test_embedding_and_head_are_refused(target, words):
     with pytest.raises(ValueError, match=words):
         LoRAConfig(target=target)
 
 
 def test_what_a_model_does_not_have_is_refused_and_leaves_it_as_it_was():
-    for model, c, words in ((build(mlp="gelu"), LoRAConfig(target="gate_proj"), "no gate_proj"), (build(n_kv_head=1), LoRAConfig(rank=9), "rank 9 is more than"),
-                            (torch.nn.Linear(2, 2), LoRAConfig(), "has no")):
+    for model, c, words in (
+        (build(mlp="gelu"), LoRAConfig(target="gate_proj"), "no gate_proj"),
+        (build(n_kv_head=1), LoRAConfig(rank=9), "rank 9 is more than"),
+        (torch.nn.Linear(2, 2), LoRAConfig(), "has no"),
+    ):
         with pytest.raises(ValueError, match=words):
             inject(model, c)
         assert all(p.requires_grad for p in model.parameters()) and not lora.state_dict(model)
@@ -142,7 +194,12 @@ def test_what_a_model_does_not_have_is_refused_and_leaves_it_as_it_was():
 def test_adapters_of_another_model_are_refused():
     model, other = adapted(), adapted(seed=4)
     lora.load_state_dict(model, lora.state_dict(other))
-    assert all(torch.equal(x, lora.state_dict(other)[name]) for name, x in lora.state_dict(model).items())
-    for wrong, words in ((adapted(target="q_proj"), "other layers"), (adapted(rank=2), r"is \(2, 32\) and not \(3, 32\)")):
+    assert all(
+        torch.equal(x, lora.state_dict(other)[name]) for name, x in lora.state_dict(model).items()
+    )
+    for wrong, words in (
+        (adapted(target="q_proj"), "other layers"),
+        (adapted(rank=2), r"is \(2, 32\) and not \(3, 32\)"),
+    ):
         with pytest.raises(ValueError, match=words):
             lora.load_state_dict(model, lora.state_dict(wrong))

@@ -1,4 +1,5 @@
 """Nothing is lost: runs that are killed, told to stop, or out of disk go on as if nothing had been."""
+
 import contextlib
 import os
 import random
@@ -17,8 +18,20 @@ from children import fork, finish, said, start
 from config import Refusal, configure
 from test_train import lab, load, log, same  # noqa: F401  (lab is a fixture)
 
-ARGV = ["--n_layer=2", "--n_embd=32", "--n_head=2", "--block_size=16", "--batch_size=4", "--eval_interval=1", "--log_interval=3", "--eval_tokens=64",
-        "--dropout=0.1", "--learning_rate=1e-4", "--device=cpu", "--dtype=float32"]
+ARGV = [
+    "--n_layer=2",
+    "--n_embd=32",
+    "--n_head=2",
+    "--block_size=16",
+    "--batch_size=4",
+    "--eval_interval=1",
+    "--log_interval=3",
+    "--eval_tokens=64",
+    "--dropout=0.1",
+    "--learning_rate=1e-4",
+    "--device=cpu",
+    "--dtype=float32",
+]
 
 
 def go_on(lab, out_dir, *argv):
@@ -56,7 +69,9 @@ def test_killed_at_20_random_moments(lab):
     a_step = (time.time() - began) / 180
     process = start(lab, "train", *ARGV, "--max_iters=180", "--out_dir=killed")
     for _ in range(20):
-        wait_for(lab / f"err.{process.pid}", 3)  # an evaluation and its sample are printed once the step is saved
+        wait_for(
+            lab / f"err.{process.pid}", 3
+        )  # an evaluation and its sample are printed once the step is saved
         time.sleep(moments.uniform(0, 3 * a_step))
         process.kill()
         assert finish(process) == -signal.SIGKILL, said(lab, process)
@@ -69,8 +84,25 @@ def test_killed_at_20_random_moments(lab):
     assert_same_run(lab, whole, "killed")
 
 
-@pytest.mark.parametrize("place, call", [("write", 1), ("write", 2), ("write", 4), ("fsync", 3), ("fsync", 4), ("fsync", 5), ("fsync", 8), ("fsync", 10),
-                                         ("rename", 2), ("rename", 3), ("rename", 5), ("renamed", 2), ("renamed", 3), ("renamed", 4)])
+@pytest.mark.parametrize(
+    "place, call",
+    [
+        ("write", 1),
+        ("write", 2),
+        ("write", 4),
+        ("fsync", 3),
+        ("fsync", 4),
+        ("fsync", 5),
+        ("fsync", 8),
+        ("fsync", 10),
+        ("rename", 2),
+        ("rename", 3),
+        ("rename", 5),
+        ("renamed", 2),
+        ("renamed", 3),
+        ("renamed", 4),
+    ],
+)
 def test_killed_at_each_point_of_a_save(lab, place, call):
     whole, out_dir = undisturbed(lab, 6), f"{place}{call}"
     process = start(lab, "train", *ARGV, "--max_iters=6", f"--out_dir={out_dir}", fault=(place, call))
@@ -81,7 +113,10 @@ def test_killed_at_each_point_of_a_save(lab, place, call):
     if "ckpt.pt" in saved:
         go_on(lab, out_dir)
     else:  # killed before there was one: the run starts anew
-        assert finish(start(lab, "train", *ARGV, "--max_iters=6", f"--out_dir={out_dir}", "--overwrite")) == 0
+        assert (
+            finish(start(lab, "train", *ARGV, "--max_iters=6", f"--out_dir={out_dir}", "--overwrite"))
+            == 0
+        )
     assert_same_run(lab, whole, out_dir)
 
 
@@ -115,7 +150,9 @@ def limited(folder, argv, limit):
         Path("refused").write_text(f"{e.status} {e}")
 
 
-@pytest.mark.parametrize("limit, file", [(0, "log.jsonl"), ("a line more", "log.jsonl"), (50_000, "ckpt_best.pt")])
+@pytest.mark.parametrize(
+    "limit, file", [(0, "log.jsonl"), ("a line more", "log.jsonl"), (50_000, "ckpt_best.pt")]
+)
 def test_a_full_disk_is_one_line_and_the_old_checkpoint_stays(lab, limit, file):
     out_dir = f"full{limit}".replace(" ", "-")
     with contextlib.chdir(lab):
@@ -128,7 +165,9 @@ def test_a_full_disk_is_one_line_and_the_old_checkpoint_stays(lab, limit, file):
     process.start()
     assert finish(process) == 0
     words = (lab / "refused").read_text()
-    assert words.startswith("1 cannot write ") and "\n" not in words and f"{out_dir}/{file}: " in words, words
+    assert (
+        words.startswith("1 cannot write ") and "\n" not in words and f"{out_dir}/{file}: " in words
+    ), words
     assert before == {name: (lab / out_dir / name).read_bytes() for name in before}
     go_on(lab, out_dir, "--max_iters=8")
     assert load(lab, out_dir)["step"] == 8
@@ -138,13 +177,25 @@ def test_an_out_dir_that_cannot_be_made_is_one_line(lab):
     (lab / "file").write_text("in the way")
     process = start(lab, "train", *ARGV, "--max_iters=2", "--out_dir=file/out")
     assert finish(process) == 1
-    assert said(lab, process).count("\n") == 1 and said(lab, process).startswith("train.py: cannot write file/out/")
+    assert said(lab, process).count("\n") == 1 and said(lab, process).startswith(
+        "train.py: cannot write file/out/"
+    )
 
 
 def test_two_prepares_of_one_name_at_once(tmp_path):
     lost = []  # 1: at the rename, 2: the other had ended before this one began
     for i in range(4):
-        running = [start(tmp_path, "prepare", "--num_stories=300", f"--seed={seed}", f"--name=d{i}", "--num_proc=1") for seed in (1, 2)]
+        running = [
+            start(
+                tmp_path,
+                "prepare",
+                "--num_stories=300",
+                f"--seed={seed}",
+                f"--name=d{i}",
+                "--num_proc=1",
+            )
+            for seed in (1, 2)
+        ]
         codes = [finish(process) for process in running]
         lost.append(max(codes))
         assert sorted(codes) in ([0, 1], [0, 2]), [said(tmp_path, process) for process in running]
@@ -152,4 +203,6 @@ def test_two_prepares_of_one_name_at_once(tmp_path):
         assert meta["seed"] == codes.index(0) + 1  # the winner's, whole
         loser = running[1 - codes.index(0)]
         assert said(tmp_path, loser).count("\n") == 1
-    assert sorted(p.name for p in (tmp_path / "data").iterdir()) == ["d0", "d1", "d2", "d3"] and 1 in lost
+    assert (
+        sorted(p.name for p in (tmp_path / "data").iterdir()) == ["d0", "d1", "d2", "d3"] and 1 in lost
+    )

@@ -1,4 +1,5 @@
 """The model against itself: every combination of toggles is causal, keeps documents apart, and decodes with a cache exactly."""
+
 import itertools
 import math
 
@@ -6,8 +7,22 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from model import (BLOCKS, MLPS, NORMS, POSITIONS, ALiBi, KVCache, ModelConfig, RoPE, Transformer, flops_per_token,
-                   kv_cache_bytes, num_params, rope_frequencies, rotate)
+from model import (
+    BLOCKS,
+    MLPS,
+    NORMS,
+    POSITIONS,
+    ALiBi,
+    KVCache,
+    ModelConfig,
+    RoPE,
+    Transformer,
+    flops_per_token,
+    kv_cache_bytes,
+    num_params,
+    rope_frequencies,
+    rotate,
+)
 
 V, T = 61, 16
 GRID = list(itertools.product(NORMS, BLOCKS, POSITIONS, MLPS, (4, 2, 1), (True, False), (True, False)))
@@ -19,13 +34,42 @@ def redraw(model, scale=1.0):
     for name, p in model.named_parameters():
         noise = torch.randn(p.shape, generator=g)
         gain = "norm" in name and name.endswith("weight")
-        p.data = 1 + 0.2 * noise if gain else 0.2 * noise if p.dim() <= 1 else noise * scale * p.size(-1) ** -0.5
+        p.data = (
+            1 + 0.2 * noise
+            if gain
+            else 0.2 * noise
+            if p.dim() <= 1
+            else noise * scale * p.size(-1) ** -0.5
+        )
     return model
 
 
-def build(norm="rmsnorm", norm_position="pre", pos="rope", mlp="swiglu", n_kv_head=4, tie=True, qk_norm=True, **more):
-    c = dict(vocab_size=V, n_layer=2, n_head=4, n_embd=32, n_inner=48, block_size=24, norm=norm, norm_position=norm_position, pos=pos,
-             mlp=mlp, n_kv_head=n_kv_head, tie_embeddings=tie, qk_norm=qk_norm, bias=norm == "layernorm")
+def build(
+    norm="rmsnorm",
+    norm_position="pre",
+    pos="rope",
+    mlp="swiglu",
+    n_kv_head=4,
+    tie=True,
+    qk_norm=True,
+    **more,
+):
+    c = dict(
+        vocab_size=V,
+        n_layer=2,
+        n_head=4,
+        n_embd=32,
+        n_inner=48,
+        block_size=24,
+        norm=norm,
+        norm_position=norm_position,
+        pos=pos,
+        mlp=mlp,
+        n_kv_head=n_kv_head,
+        tie_embeddings=tie,
+        qk_norm=qk_norm,
+        bias=norm == "layernorm",
+    )
     return redraw(Transformer(ModelConfig(**{**c, **more}))).eval()
 
 
@@ -37,7 +81,9 @@ def cached(model, idx, chunks, cache=None, doc=None, max_len=24):
     """Logits of idx read in chunks of these sizes."""
     cache = cache or KVCache(model, idx.size(0), max_len)
     docs = doc.split(chunks, dim=1) if doc is not None else [None] * len(chunks)
-    return torch.cat([model(i, cache=cache, doc=d)[0] for i, d in zip(idx.split(chunks, dim=1), docs)], dim=1)
+    return torch.cat(
+        [model(i, cache=cache, doc=d)[0] for i, d in zip(idx.split(chunks, dim=1), docs)], dim=1
+    )
 
 
 def chunked(size):
@@ -46,7 +92,9 @@ def chunked(size):
 
 @pytest.mark.parametrize("norm, norm_position, pos, mlp, n_kv_head, tie, qk_norm", GRID)
 def test_grid(norm, norm_position, pos, mlp, n_kv_head, tie, qk_norm):
-    model = build(norm, norm_position, pos, mlp, n_kv_head, tie, qk_norm).double()  # an identity holds to any processor's rounding
+    model = build(
+        norm, norm_position, pos, mlp, n_kv_head, tie, qk_norm
+    ).double()  # an identity holds to any processor's rounding
     idx = tokens()
     logits, loss = model(idx, idx.roll(-1, 1))
     loss.backward()
@@ -54,6 +102,7 @@ def test_grid(norm, norm_position, pos, mlp, n_kv_head, tie, qk_norm):
         assert p.grad is not None and p.grad.isfinite().all() and p.grad.abs().sum() > 0, name
     logits = logits.detach()
     with torch.no_grad():
+
         def same(a, b):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
@@ -99,10 +148,14 @@ def test_in_bfloat16_what_may_not_be_seen_changes_no_bit(pos, autocast):
     if not autocast:
         model = model.bfloat16()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+
         def logits(idx, doc=None):
             return model(idx, doc=doc)[0]
+
         future = torch.cat((idx[:, :9], (idx[:, 9:] + 1) % V), 1)
-        assert torch.equal(logits(future)[:, :9], logits(idx)[:, :9]) and not torch.equal(logits(future)[:, 9:], logits(idx)[:, 9:])
+        assert torch.equal(logits(future)[:, :9], logits(idx)[:, :9]) and not torch.equal(
+            logits(future)[:, 9:], logits(idx)[:, 9:]
+        )
         first, second = idx.clone(), idx.clone()
         first[:, :9], second[:, 9:] = (idx[:, :9] + 1) % V, (idx[:, 9:] + 1) % V
         assert torch.equal(logits(first, doc)[:, 9:], logits(idx, doc)[:, 9:])
@@ -127,7 +180,12 @@ def test_a_cached_document_can_be_followed_by_another():
 @pytest.mark.parametrize("pos", POSITIONS)
 def test_rows_are_rewound_apart(pos, documents):
     """Each row forgets as many tokens as it is told to, goes on with others, and computes what it would have alone."""
-    model, first, second, T = build(pos=pos, n_kv_head=2).double(), tokens(3, 10), tokens(3, 6, seed=2), 10
+    model, first, second, T = (
+        build(pos=pos, n_kv_head=2).double(),
+        tokens(3, 10),
+        tokens(3, 6, seed=2),
+        10,
+    )
     counts = [0, 3, 7]
     doc = torch.tensor([[0] * 4 + [1] * 6] * 3) if documents else None
     with torch.no_grad():
@@ -141,7 +199,9 @@ def test_rows_are_rewound_apart(pos, documents):
             row_doc = None
             if documents:
                 row_doc = torch.cat((doc[row, : T - count], doc[row, T - count - 1].repeat(6)))[None]
-            torch.testing.assert_close(rest[row], model(whole, doc=row_doc)[0][0, T - count :], rtol=0, atol=1e-12)
+            torch.testing.assert_close(
+                rest[row], model(whole, doc=row_doc)[0][0, T - count :], rtol=0, atol=1e-12
+            )
         cache.rewind([6, 3, 0])  # level again
         assert cache.is_level or cache.lengths.tolist() == [10, 10, 9]
     with pytest.raises(ValueError, match="cannot rewind 25 tokens"):
@@ -178,11 +238,15 @@ def test_the_cache_is_shaped_by_its_kv_heads_and_its_bytes_are_as_predicted():
     model = build(n_kv_head=2)
     cache = KVCache(model, 3, 20)
     assert cache.k[0].shape == (3, 2, 20, 8)
-    assert sum(x.numel() * x.element_size() for x in cache.k + cache.v) == kv_cache_bytes(model.config, 3, 20, 4)
-    llama7b = ModelConfig(n_layer=32, n_head=32, n_embd=4096)  # fp16, 2,048 tokens: the published 1 GB, 256 MB, 32 MB
+    assert sum(x.numel() * x.element_size() for x in cache.k + cache.v) == kv_cache_bytes(
+        model.config, 3, 20, 4
+    )
+    llama7b = ModelConfig(
+        n_layer=32, n_head=32, n_embd=4096
+    )  # fp16, 2,048 tokens: the published 1 GB, 256 MB, 32 MB
     for heads, mib in (32, 1024), (8, 256), (1, 32):
         llama7b.n_kv_head = heads
-        assert kv_cache_bytes(llama7b, 1, 2048) == mib * 2 ** 20
+        assert kv_cache_bytes(llama7b, 1, 2048) == mib * 2**20
 
 
 def test_the_cache_is_written_in_place():
@@ -196,7 +260,11 @@ def test_the_cache_is_written_in_place():
             model.hidden(tokens(1, stop - start), cache)
             with torch.profiler.profile(profile_memory=True) as prof:
                 model(tokens(1, 1), cache=cache)
-            sizes = [e.cpu_memory_usage for e in prof.events() if e.name == "[memory]" and e.cpu_memory_usage > 0]
+            sizes = [
+                e.cpu_memory_usage
+                for e in prof.events()
+                if e.name == "[memory]" and e.cpu_memory_usage > 0
+            ]
             assert max(sizes) < cache.k[0].numel() * 4
             early, late = (sum(sizes), 0) if start == 0 else (early, sum(sizes))
     assert late <= 1.2 * early
@@ -214,22 +282,45 @@ def test_num_params_by_hand():
     assert num_params(gpt) - num_params(gpt.add_pos) == V * C + L * block
     untied = build(bias=False, tie=False)
     assert num_params(untied) == num_params(model) + V * C
-    assert flops_per_token(untied, T) == flops_per_token(model, T) == 6 * num_params(model) + 12 * L * C * T
+    assert (
+        flops_per_token(untied, T) == flops_per_token(model, T) == 6 * num_params(model) + 12 * L * C * T
+    )
 
 
 def test_n_inner_and_kv_heads_are_chosen():
     assert ModelConfig(n_embd=192).n_inner == 512 and ModelConfig(n_embd=128).n_inner == 352
     assert ModelConfig(n_embd=192, mlp="gelu").n_inner == 768
     assert ModelConfig(n_head=4).n_kv_head == 4
-    assert ModelConfig(n_embd=192, n_head=6).head_dim == 32 and ModelConfig(n_embd=30, n_head=4, head_dim=8).head_dim == 8
+    assert (
+        ModelConfig(n_embd=192, n_head=6).head_dim == 32
+        and ModelConfig(n_embd=30, n_head=4, head_dim=8).head_dim == 8
+    )
 
 
-@pytest.mark.parametrize("bad, words", [
-    ({"n_embd": 30}, "multiple of n_head"), ({"n_kv_head": 3}, "multiple of n_kv_head"), ({"norm": "batchnorm"}, "layernorm | rmsnorm"),
-    ({"pos": "absolute"}, "learned"), ({"mlp": "relu"}, "gelu"), ({"norm_position": "mid"}, "pre | post"), ({"n_layer": 0}, "n_layer"),
-    ({"dropout": 1.0}, "dropout"), ({"n_embd": 12}, "even"), ({"head_dim": 7}, "even"), ({"head_dim": -2}, "head_dim"), ({"block_size": -1}, "block_size"), ({"norm_eps": 0.0}, "norm_eps"),
-    ({"rope_scaling": "yarn:4"}, "rope_scaling"), ({"rope_scaling": "linear"}, "rope_scaling"), ({"vocab_size": -1}, "vocab_size"),
-    ({"rope_theta": -1.0}, "rope_theta"), ({"n_embd": 9, "n_head": 1, "pos": "sinusoidal"}, "even"), ({"n_inner": -4}, "n_inner")])
+@pytest.mark.parametrize(
+    "bad, words",
+    [
+        ({"n_embd": 30}, "multiple of n_head"),
+        ({"n_kv_head": 3}, "multiple of n_kv_head"),
+        ({"norm": "batchnorm"}, "layernorm | rmsnorm"),
+        ({"pos": "absolute"}, "learned"),
+        ({"mlp": "relu"}, "gelu"),
+        ({"norm_position": "mid"}, "pre | post"),
+        ({"n_layer": 0}, "n_layer"),
+        ({"dropout": 1.0}, "dropout"),
+        ({"n_embd": 12}, "even"),
+        ({"head_dim": 7}, "even"),
+        ({"head_dim": -2}, "head_dim"),
+        ({"block_size": -1}, "block_size"),
+        ({"norm_eps": 0.0}, "norm_eps"),
+        ({"rope_scaling": "yarn:4"}, "rope_scaling"),
+        ({"rope_scaling": "linear"}, "rope_scaling"),
+        ({"vocab_size": -1}, "vocab_size"),
+        ({"rope_theta": -1.0}, "rope_theta"),
+        ({"n_embd": 9, "n_head": 1, "pos": "sinusoidal"}, "even"),
+        ({"n_inner": -4}, "n_inner"),
+    ],
+)
 def test_impossible_shapes_are_refused_in_words(bad, words):
     with pytest.raises(ValueError, match=words.replace("|", r"\|")):
         ModelConfig(**bad)
@@ -260,14 +351,20 @@ def test_loss_is_cross_entropy_over_what_is_not_masked(chunked_loss):
     model.chunked_loss = chunked_loss
     loss = model(idx, targets, reduction="sum")[1]
     torch.testing.assert_close(loss.double(), nats.sum(), rtol=1e-5, atol=0)
-    torch.testing.assert_close(torch.autograd.grad(loss, model.wte.weight)[0], grad, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, model.wte.weight)[0], grad, rtol=1e-3, atol=1e-4
+    )
     torch.testing.assert_close(model(idx, targets)[1].double(), nats.sum() / 22, rtol=1e-5, atol=0)
-    torch.testing.assert_close(model(idx, targets, reduction="none")[1].double(), nats, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        model(idx, targets, reduction="none")[1].double(), nats, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_gradient_checkpointing_changes_nothing(monkeypatch):
     idx, grads, calls = tokens(), [], []
-    monkeypatch.setattr("model.checkpoint", lambda *args, **keys: calls.append(1) or checkpoint(*args, **keys))
+    monkeypatch.setattr(
+        "model.checkpoint", lambda *args, **keys: calls.append(1) or checkpoint(*args, **keys)
+    )
     for on in False, True:
         model = build(dropout=0.1).train()
         model.gradient_checkpointing = on
@@ -288,23 +385,30 @@ def test_dropout_is_in_training_only():
 
 # Positions
 
+
 def test_rope_is_complex_multiplication_in_float32_after_bfloat16_and_past_256():
     c = ModelConfig(n_head=2, n_embd=64, block_size=2048)
     rope = RoPE(c).to(torch.bfloat16)
     pos = torch.arange(250, 2048)
     x = torch.randn(1, 2, len(pos), 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     freq = 10000.0 ** (-torch.arange(0, 32, 2, dtype=torch.float64) / 32)
-    z = torch.complex(x[..., :16], x[..., 16:]) * torch.polar(torch.ones(()).double(), pos[:, None] * freq)
+    z = torch.complex(x[..., :16], x[..., 16:]) * torch.polar(
+        torch.ones(()).double(), pos[:, None] * freq
+    )
     y = rotate(x.float(), *rope(pos))
-    torch.testing.assert_close(y.double(), torch.cat((z.real, z.imag), -1), rtol=0, atol=5e-4)  # the angle itself is float32
+    torch.testing.assert_close(
+        y.double(), torch.cat((z.real, z.imag), -1), rtol=0, atol=5e-4
+    )  # the angle itself is float32
     torch.testing.assert_close(y.norm(dim=-1), x.float().norm(dim=-1))
 
 
 def test_rope_scores_depend_on_the_offset_only():
     rope = RoPE(ModelConfig(n_head=1, n_embd=32, block_size=1024))
     q, k = torch.randn(2, 1, 1, 1, 32, generator=torch.Generator().manual_seed(0))
+
     def score(i, j):
         return (rotate(q, *rope(torch.tensor([i]))) * rotate(k, *rope(torch.tensor([j])))).sum()
+
     for shift in 1, 500, 900:
         torch.testing.assert_close(score(20 + shift, 3 + shift), score(20, 3), rtol=1e-3, atol=1e-3)
     assert abs(score(20, 3) - score(20, 4)) > 1e-3
@@ -322,13 +426,17 @@ def test_tables_move_and_stay_float32_and_are_not_saved():
 
 def test_rope_scaling_linear_is_position_interpolation():
     plain = rope_frequencies(ModelConfig(n_head=1, n_embd=32))
-    torch.testing.assert_close(rope_frequencies(ModelConfig(n_head=1, n_embd=32, rope_scaling="linear:4")), plain / 4)
+    torch.testing.assert_close(
+        rope_frequencies(ModelConfig(n_head=1, n_embd=32, rope_scaling="linear:4")), plain / 4
+    )
 
 
 def test_alibi_slopes_are_the_papers():
-    assert ALiBi(ModelConfig(n_head=8, n_embd=64)).slopes == [2 ** -i for i in range(1, 9)]
-    twelve = ALiBi(ModelConfig(n_head=12, n_embd=96)).slopes  # the 8 of 8 heads, then every other one of 16 heads
-    assert twelve == [2 ** -i for i in range(1, 9)] + [2 ** -(i + 0.5) for i in range(4)]
+    assert ALiBi(ModelConfig(n_head=8, n_embd=64)).slopes == [2**-i for i in range(1, 9)]
+    twelve = ALiBi(
+        ModelConfig(n_head=12, n_embd=96)
+    ).slopes  # the 8 of 8 heads, then every other one of 16 heads
+    assert twelve == [2**-i for i in range(1, 9)] + [2 ** -(i + 0.5) for i in range(4)]
 
 
 def test_autocast_runs_every_position_scheme():

@@ -1,4 +1,5 @@
 """Muon against torch's, and against the singular value decomposition."""
+
 import pytest
 import torch
 
@@ -7,10 +8,17 @@ from optim import Muon, orthogonalize
 SHAPES = [(24, 32), (24, 32), (32, 24), (48, 16), (1, 8)]
 
 
-@pytest.mark.parametrize("options", [{}, {"adjust_lr_fn": "match_rms_adamw", "weight_decay": 0.3}, {"nesterov": False, "momentum": 0.5}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"adjust_lr_fn": "match_rms_adamw", "weight_decay": 0.3}, {"nesterov": False, "momentum": 0.5}],
+)
 def test_in_bfloat16_it_is_torchs_muon_and_in_float32_close(options):
     weights = {}
-    for name, make in ("torch", torch.optim.Muon), ("bf16", lambda p, **o: Muon(p, dtype=torch.bfloat16, **o)), ("f32", Muon):
+    for name, make in (
+        ("torch", torch.optim.Muon),
+        ("bf16", lambda p, **o: Muon(p, dtype=torch.bfloat16, **o)),
+        ("f32", Muon),
+    ):
         g = torch.Generator().manual_seed(0)
         params = [torch.nn.Parameter(torch.randn(s, generator=g)) for s in SHAPES]
         optimizer = make(params, lr=0.02, **options)

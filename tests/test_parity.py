@@ -1,4 +1,5 @@
 """The model against Hugging Face's: the same weights give the same logits, and each of four small mistakes would be seen."""
+
 import dataclasses
 
 import pytest
@@ -16,13 +17,26 @@ from test_model import redraw
 pytest.importorskip("transformers")
 
 V, T = 97, 640  # positions past 512
-SCALE = 1.3     # of the weights, for logits of standard deviation 1 or more
+SCALE = 1.3  # of the weights, for logits of standard deviation 1 or more
 
 
 def preset(name, **more):
     cfg = configure(train.Config, [f"configs/{name}.toml"])
     keys = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(ModelConfig)}
-    return ModelConfig(**{**keys, "vocab_size": V, "n_layer": 3, "n_head": 4, "n_kv_head": 4, "n_embd": 64, "head_dim": 0, "n_inner": 0, "block_size": 1024, **more})
+    return ModelConfig(
+        **{
+            **keys,
+            "vocab_size": V,
+            "n_layer": 3,
+            "n_head": 4,
+            "n_kv_head": 4,
+            "n_embd": 64,
+            "head_dim": 0,
+            "n_inner": 0,
+            "block_size": 1024,
+            **more,
+        }
+    )
 
 
 @torch.no_grad()
@@ -38,7 +52,9 @@ def difference(model, peer):
 @pytest.mark.parametrize("n_kv_head", [4, 2, 1])
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_llama_is_llama_and_with_qk_norm_qwen3(tie, n_kv_head, qk_norm):
-    model = redraw(Transformer(preset("llama", tie_embeddings=tie, n_kv_head=n_kv_head, qk_norm=qk_norm)), SCALE)
+    model = redraw(
+        Transformer(preset("llama", tie_embeddings=tie, n_kv_head=n_kv_head, qk_norm=qk_norm)), SCALE
+    )
     assert difference(model, to_transformers(model)) < 1e-4
 
 
@@ -62,19 +78,47 @@ def test_biases_and_an_inner_width_of_ones_own():
         assert difference(model, to_transformers(model)) < 1e-4
 
 
-@pytest.mark.parametrize("name, more", [("llama", {"n_kv_head": 2}), ("llama", {"qk_norm": True, "tie_embeddings": False}), ("llama", {"qk_norm": True, "head_dim": 24, "n_kv_head": 1}), ("gpt2", {})])
+@pytest.mark.parametrize(
+    "name, more",
+    [
+        ("llama", {"n_kv_head": 2}),
+        ("llama", {"qk_norm": True, "tie_embeddings": False}),
+        ("llama", {"qk_norm": True, "head_dim": 24, "n_kv_head": 1}),
+        ("gpt2", {}),
+    ],
+)
 def test_greedy_text_is_theirs(name, more):
     model = redraw(Transformer(preset(name, **more)), SCALE).eval()
     prompt = torch.randint(V, (2, 5), generator=torch.Generator().manual_seed(1))
-    theirs = to_transformers(model).generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=60, pad_token_id=0)[:, 5:]
+    theirs = to_transformers(model).generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        do_sample=False,
+        max_new_tokens=60,
+        pad_token_id=0,
+    )[:, 5:]
     *_, rows = generate(model, prompt.tolist(), 60, temperature=0)
     ours = torch.tensor([row.ids for row in rows])
     assert ours.unique().numel() > 10 and torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("name, wrong", [
-    ("llama", {"norm_position": "post"}), ("llama", {"pos": "alibi"}), ("llama", {"pos": "none"}), ("llama", {"norm": "layernorm"}), ("llama", {"mlp": "gelu"}),
-    ("gpt2", {"bias": False}), ("gpt2", {"n_kv_head": 2}), ("gpt2", {"head_dim": 8, "n_embd": 64}), ("gpt2", {"head_dim": 7, "n_embd": 30}), ("gpt2", {"qk_norm": True}), ("gpt2", {"mlp": "swiglu"}), ("llama", {"qk_norm": True, "bias": True})])
+@pytest.mark.parametrize(
+    "name, wrong",
+    [
+        ("llama", {"norm_position": "post"}),
+        ("llama", {"pos": "alibi"}),
+        ("llama", {"pos": "none"}),
+        ("llama", {"norm": "layernorm"}),
+        ("llama", {"mlp": "gelu"}),
+        ("gpt2", {"bias": False}),
+        ("gpt2", {"n_kv_head": 2}),
+        ("gpt2", {"head_dim": 8, "n_embd": 64}),
+        ("gpt2", {"head_dim": 7, "n_embd": 30}),
+        ("gpt2", {"qk_norm": True}),
+        ("gpt2", {"mlp": "swiglu"}),
+        ("llama", {"qk_norm": True, "bias": True}),
+    ],
+)
 def test_what_has_no_counterpart_is_named(name, wrong):
     (key, value), *_ = reversed(wrong.items())
     with pytest.raises(ValueError, match=f"{key}={value}"):
@@ -84,7 +128,10 @@ def test_what_has_no_counterpart_is_named(name, wrong):
 def test_rope_tables_are_float32_in_a_bfloat16_peer():
     """Rounded to bfloat16, a frequency would be off by up to 0.2%, and an angle by that times its position."""
     peer = to_transformers(Transformer(preset("llama")).bfloat16())
-    assert peer.lm_head.weight.dtype == torch.bfloat16 and peer.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert (
+        peer.lm_head.weight.dtype == torch.bfloat16
+        and peer.model.rotary_emb.inv_freq.dtype == torch.float32
+    )
     torch.testing.assert_close(peer.model.rotary_emb.inv_freq, ours.rope_frequencies(preset("llama")))
 
 

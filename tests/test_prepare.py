@@ -1,4 +1,5 @@
 """prepare.py: what goes in comes out, the splits are right, and nothing half done or damaged is ever accepted."""
+
 import contextlib
 import hashlib
 import json
@@ -27,12 +28,16 @@ from tokenizer import Tokenizer
 
 SCRIPT = Path(prepare.__file__)
 SEPARATOR = "<|endoftext|>"
-WORDS = "the a cat dog sat ran. Lily said, \"naïve café 日本語 🙂 42 don't can't\n and\n\nbut   x".split(" ")
+WORDS = "the a cat dog sat ran. Lily said, \"naïve café 日本語 🙂 42 don't can't\n and\n\nbut   x".split(
+    " "
+)
 
 
 def make_docs(n, seed=0):
     r = random.Random(seed)
-    return [f"{i} " + " ".join(r.choice(WORDS) for _ in range(r.randrange(1, 60))) + "." for i in range(n)]
+    return [
+        f"{i} " + " ".join(r.choice(WORDS) for _ in range(r.randrange(1, 60))) + "." for i in range(n)
+    ]
 
 
 DOCS = make_docs(150)
@@ -85,6 +90,7 @@ def refusal(function, *args, **kwargs):
 
 # ---- what goes in comes out
 
+
 def test_every_format_gives_back_the_documents_and_the_same_bytes():
     write_txt("txt.txt", DOCS)
     write_txt("md.md", DOCS)
@@ -102,11 +108,15 @@ def test_every_format_gives_back_the_documents_and_the_same_bytes():
         train, val = texts(data["train"], tokenizer), texts(data["val"], tokenizer)
         assert (len(train), len(val)) == (135, 15)
         assert sorted(train + val) == sorted(DOCS)
-        assert train == [d for d in DOCS if d in set(train)] and val == [d for d in DOCS if d in set(val)]  # in their order
+        assert train == [d for d in DOCS if d in set(train)] and val == [
+            d for d in DOCS if d in set(val)
+        ]  # in their order
         for split, docs in ("train", train), ("val", val):
             entry = meta["splits"][split]
             assert entry["documents"] == len(docs) and entry["tokens"] == len(data[split])
-            assert entry["bytes"] == sum(len(d.encode()) for d in docs) and entry["characters"] == sum(map(len, docs))
+            assert entry["bytes"] == sum(len(d.encode()) for d in docs) and entry["characters"] == sum(
+                map(len, docs)
+            )
         made.add(tuple(bins(f"data/{meta['name']}")))
     assert len(made) == 1
 
@@ -114,8 +124,14 @@ def test_every_format_gives_back_the_documents_and_the_same_bytes():
 def test_the_toy_stories():
     meta, data, tokenizer = make("toy", name="", num_stories=120, seed=5)
     assert sorted(texts(data["train"], tokenizer) + texts(data["val"], tokenizer)) == sorted(
-        text for text, _ in toy_stories.stories(120, 5))
-    assert sorted(p.name for p in Path("data/toy").iterdir()) == ["meta.json", "tokenizer.json", "train.bin", "val.bin"]
+        text for text, _ in toy_stories.stories(120, 5)
+    )
+    assert sorted(p.name for p in Path("data/toy").iterdir()) == [
+        "meta.json",
+        "tokenizer.json",
+        "train.bin",
+        "val.bin",
+    ]
 
 
 def test_the_split_depends_on_the_seed_and_on_nothing_else():
@@ -131,8 +147,16 @@ def test_the_split_depends_on_the_seed_and_on_nothing_else():
 def test_bpe_is_learned_from_the_training_split_alone():
     write_txt("c.txt", DOCS)
     meta, data, tokenizer = make()
-    assert meta["tokenizer"]["sha256"] == tokenizer.sha256 == hashlib.sha256(Path("data/d/tokenizer.json").read_bytes()).hexdigest()
-    assert tokenizer.sha256 == Tokenizer.train(texts(data["train"], tokenizer), 400).sha256 != Tokenizer.train(DOCS, 400).sha256
+    assert (
+        meta["tokenizer"]["sha256"]
+        == tokenizer.sha256
+        == hashlib.sha256(Path("data/d/tokenizer.json").read_bytes()).hexdigest()
+    )
+    assert (
+        tokenizer.sha256
+        == Tokenizer.train(texts(data["train"], tokenizer), 400).sha256
+        != Tokenizer.train(DOCS, 400).sha256
+    )
 
 
 @pytest.mark.parametrize("n", [15, 5000, 54321])
@@ -145,7 +169,9 @@ def test_one_document_is_cut_as_nanogpt_does(n):
     cut = int(len(text) * 0.9)
     assert tokenizer.vocab_size == len(stoi) + 1
     for split, part in ("train", text[:cut]), ("val", text[cut:]):
-        assert data[split].dtype == np.uint16 and np.array_equal(data[split] - 1, np.array([stoi[c] for c in part], dtype=np.uint16))
+        assert data[split].dtype == np.uint16 and np.array_equal(
+            data[split] - 1, np.array([stoi[c] for c in part], dtype=np.uint16)
+        )
 
 
 def test_a_few_documents_are_cut_by_characters_with_end_of_text_between_them():
@@ -154,7 +180,9 @@ def test_a_few_documents_are_cut_by_characters_with_end_of_text_between_them():
     for fraction in 0.1, 0.5, 1 - len(docs[0]) / sum(map(len, docs)):
         meta, data, tokenizer = make(val_fraction=fraction, overwrite=True)
         ids = np.concatenate([data["train"], data["val"]])
-        assert tokenizer.decode(ids.tolist()) == SEPARATOR.join(docs) and (ids == tokenizer.eot).sum() == 6
+        assert (
+            tokenizer.decode(ids.tolist()) == SEPARATOR.join(docs) and (ids == tokenizer.eot).sum() == 6
+        )
         assert meta["splits"]["train"]["characters"] == int(sum(map(len, docs)) * (1 - fraction))
         assert sum(s["bytes"] for s in meta["splits"].values()) == len("".join(docs).encode())
 
@@ -163,7 +191,9 @@ def test_from_100_documents_on_they_stay_whole(capsys):
     for n in 99, 100:
         write_txt("c.txt", DOCS[:n])
         meta, data, tokenizer = make(name=f"n{n}")
-        assert ("fewer than 100 documents (99): the last 10% of the text" in capsys.readouterr().out) == (n == 99)
+        assert (
+            "fewer than 100 documents (99): the last 10% of the text" in capsys.readouterr().out
+        ) == (n == 99)
         assert (data["train"][-1] == tokenizer.eot) == (n == 100)
 
 
@@ -171,10 +201,19 @@ def test_newlines_byte_order_marks_and_white_space():
     docs = [f"line {i}\nline\n\n  indented" for i in range(100)]
     write_txt("c.txt", docs)
     make(name="plain")
-    write("c.txt", f"\ufeff{SEPARATOR} \n\t" + f"\n\u3000{SEPARATOR}{SEPARATOR}\n".join(docs).replace("\n", "\r\n") + "\r\n ")
+    write(
+        "c.txt",
+        f"\ufeff{SEPARATOR} \n\t"
+        + f"\n\u3000{SEPARATOR}{SEPARATOR}\n".join(docs).replace("\n", "\r\n")
+        + "\r\n ",
+    )
     make(name="odd")
     assert bins("data/plain") == bins("data/odd")
-    write("c.jsonl", "\n".join(json.dumps({"text": d}) for d in docs + ["", " \n", None]).replace(": ", ":\r") + "\n\n")
+    write(
+        "c.jsonl",
+        "\n".join(json.dumps({"text": d}) for d in docs + ["", " \n", None]).replace(": ", ":\r")
+        + "\n\n",
+    )
     make("c.jsonl", name="json")
     assert bins("data/plain") == bins("data/json")
 
@@ -186,17 +225,23 @@ def test_separators():
     for i, text in enumerate(DOCS):
         write(f"many/{i:03}.txt", text + SEPARATOR)
     _, data, tokenizer = make("many", separator="", overwrite=True)
-    assert sorted(texts(data["train"], tokenizer) + texts(data["val"], tokenizer)) == sorted(d + SEPARATOR for d in DOCS)
+    assert sorted(texts(data["train"], tokenizer) + texts(data["val"], tokenizer)) == sorted(
+        d + SEPARATOR for d in DOCS
+    )
     assert (data["train"] == tokenizer.eot).sum() == 135  # text that spells end-of-text is text
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.text("ab\n", max_size=30), st.lists(st.integers(0, 30), max_size=6), st.text("ab\n", max_size=3))
+@given(
+    st.text("ab\n", max_size=30), st.lists(st.integers(0, 30), max_size=6), st.text("ab\n", max_size=3)
+)
 @example("a\n\n\n\nb", [2, 3], "\n\n")
 def test_split_text_is_str_split(text, cuts, separator):
     cuts = [0, *sorted(cuts), len(text)]
     chunks = [text[i:j] for i, j in zip(cuts, cuts[1:])]
-    assert list(prepare.split_text(chunks, separator)) == (text.split(separator) if separator else [text])
+    assert list(prepare.split_text(chunks, separator)) == (
+        text.split(separator) if separator else [text]
+    )
 
 
 @settings(max_examples=300, deadline=None)
@@ -211,7 +256,9 @@ def test_pieces_encode_as_the_whole(text, size):
     finally:
         prepare.CHUNK = old
     assert [i for _, part, *_ in rows for i in TOKENIZER.encode(part)] == whole
-    assert [row[2:] for row in rows] == [(i == len(rows) - 1, i == len(rows) - 1, i == 0) for i in range(len(rows))] and bool(rows) == bool(text)
+    assert [row[2:] for row in rows] == [
+        (i == len(rows) - 1, i == len(rows) - 1, i == 0) for i in range(len(rows))
+    ] and bool(rows) == bool(text)
 
 
 TOKENIZER = Tokenizer.train([" \n\n  a\u3000\u3000 b  'sa's 11,, \r\n\r\n é日  日"] * 2 + DOCS, 600)
@@ -248,8 +295,17 @@ def test_a_tokenizer_can_be_reused():
 
 
 def test_names():
-    for dataset, name in (("toy", "toy"), ("tinystories", "tinystories"), ("a/b.txt", "b"), ("a/b.c.jsonl", "b.c"), ("a/b", "b"),
-                          ("a/b/", "b"), ("hf:me/thing", "thing"), ("hf:me/thing:small", "thing"), ("hf:thing", "thing")):
+    for dataset, name in (
+        ("toy", "toy"),
+        ("tinystories", "tinystories"),
+        ("a/b.txt", "b"),
+        ("a/b.c.jsonl", "b.c"),
+        ("a/b", "b"),
+        ("a/b/", "b"),
+        ("hf:me/thing", "thing"),
+        ("hf:me/thing:small", "thing"),
+        ("hf:thing", "thing"),
+    ):
         assert Config(dataset=dataset).name == name
     assert Config(dataset="x", name="y").name == "y"
     for name in "..", ".", ".x", "a/b", "a\\b", "../x", "/x", "c:x", "a\nb", "a\0b":
@@ -263,12 +319,16 @@ def test_what_main_prints(capsys):
     meta = json.loads(Path("data/d/meta.json").read_text(encoding="utf-8"))
     out = capsys.readouterr().out
     for entry in meta["splits"].values():
-        assert f"{entry['documents']} documents, {entry['tokens']:,} tokens, {entry['bytes']:,} bytes, " in out
+        assert (
+            f"{entry['documents']} documents, {entry['tokens']:,} tokens, {entry['bytes']:,} bytes, "
+            in out
+        )
         assert f"{entry['bytes'] / entry['tokens']:.3f} bytes a token" in out
     assert re.search(r"vocabulary of 300 \(bpe\), [\d.]+ s, [\d.]+ MB/s\n$", out)
 
 
 # ---- memory
+
 
 def test_reading_holds_one_document(monkeypatch):
     monkeypatch.setattr(prepare, "CHUNK", 1 << 16)
@@ -299,7 +359,9 @@ def test_encoding_reads_only_so_far_ahead(monkeypatch, tmp_path):
         done += 1
         return [1]
 
-    made = prepare.encode(rows(), SimpleNamespace(vocab_size=2, eot=0, head=[], encode=encode), tmp_path, num_proc=1)
+    made = prepare.encode(
+        rows(), SimpleNamespace(vocab_size=2, eot=0, head=[], encode=encode), tmp_path, num_proc=1
+    )
     assert made["train"]["tokens"] == 4000 and ahead[0] <= 40
 
 
@@ -307,19 +369,45 @@ def test_encoding_reads_only_so_far_ahead(monkeypatch, tmp_path):
 
 DAMAGE = {
     "meta.json": [
-        lambda p: p.unlink(), lambda p: p.write_text("{"), lambda p: p.write_text("[]"), lambda p: p.write_text("{}"), lambda p: p.write_text("7"),
-        lambda p: p.write_bytes(b"\xff"), lambda p: p.write_text("[" * 100000), lambda p: edit(p, format=2), lambda p: edit(p, dtype="uint32"),
-        lambda p: edit(p, vocab_size="many"), lambda p: edit(p, splits=[]), lambda p: edit(p, splits={"train": {}, "val": {}}),
-        lambda p: edit(p, tokenizer=None)],
+        lambda p: p.unlink(),
+        lambda p: p.write_text("{"),
+        lambda p: p.write_text("[]"),
+        lambda p: p.write_text("{}"),
+        lambda p: p.write_text("7"),
+        lambda p: p.write_bytes(b"\xff"),
+        lambda p: p.write_text("[" * 100000),
+        lambda p: edit(p, format=2),
+        lambda p: edit(p, dtype="uint32"),
+        lambda p: edit(p, vocab_size="many"),
+        lambda p: edit(p, splits=[]),
+        lambda p: edit(p, splits={"train": {}, "val": {}}),
+        lambda p: edit(p, tokenizer=None),
+    ],
     "tokenizer.json": [lambda p: p.unlink(), lambda p: p.write_text("{}"), lambda p: TOKENIZER.save(p)],
     "train.bin": [
-        lambda p: p.unlink(), lambda p: p.write_bytes(b""), lambda p: p.write_bytes(p.read_bytes()[:-2]),
-        lambda p: p.write_bytes(p.read_bytes()[:-1]), lambda p: p.write_bytes(p.read_bytes() + b"\0\0"),
-        lambda p: p.write_bytes(b"\1" + p.read_bytes()[1:]), lambda p: large_id(p),
-        lambda p: edit(p.with_name("meta.json"), splits={s: {"tokens": 7, "sha256": hashlib.sha256(p.with_name(f"{s}.bin").read_bytes()).hexdigest()}
-                                                         for s in prepare.SPLITS})],
+        lambda p: p.unlink(),
+        lambda p: p.write_bytes(b""),
+        lambda p: p.write_bytes(p.read_bytes()[:-2]),
+        lambda p: p.write_bytes(p.read_bytes()[:-1]),
+        lambda p: p.write_bytes(p.read_bytes() + b"\0\0"),
+        lambda p: p.write_bytes(b"\1" + p.read_bytes()[1:]),
+        lambda p: large_id(p),
+        lambda p: edit(
+            p.with_name("meta.json"),
+            splits={
+                s: {
+                    "tokens": 7,
+                    "sha256": hashlib.sha256(p.with_name(f"{s}.bin").read_bytes()).hexdigest(),
+                }
+                for s in prepare.SPLITS
+            },
+        ),
+    ],
     "val.bin": [
-        lambda p: p.unlink(), lambda p: p.write_bytes(p.read_bytes()[:-1] + b"\1"), lambda p: p.write_bytes(p.read_bytes()[:-2])],
+        lambda p: p.unlink(),
+        lambda p: p.write_bytes(p.read_bytes()[:-1] + b"\1"),
+        lambda p: p.write_bytes(p.read_bytes()[:-2]),
+    ],
 }
 
 
@@ -337,12 +425,16 @@ def large_id(path):
     path.with_name("meta.json").write_text(json.dumps(meta))
 
 
-@pytest.mark.parametrize("file, case", [(file, i) for file, cases in DAMAGE.items() for i in range(len(cases))])
+@pytest.mark.parametrize(
+    "file, case", [(file, i) for file, cases in DAMAGE.items() for i in range(len(cases))]
+)
 def test_damage_is_refused_by_name(file, case, prepared):
     assert load(prepared)
     DAMAGE[file][case](prepared / file)
     message = refusal(load, prepared)
-    assert message.startswith(f"{prepared / file}: ") and "--overwrite" in message and "\n" not in message
+    assert (
+        message.startswith(f"{prepared / file}: ") and "--overwrite" in message and "\n" not in message
+    )
 
 
 @pytest.fixture(scope="module")
@@ -379,9 +471,18 @@ prepare.prepare(prepare.Config(dataset="c.txt", name="d", vocab_size=300, overwr
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
-@pytest.mark.parametrize("target, call, overwrite", [
-    ("tokenizer.Tokenizer.encode", 70, False), ("os.fsync", 2, False), ("tokenizer.Tokenizer.to_str", 1, False), ("os.fsync", 4, False),
-    ("pathlib.Path.rename", 1, False), ("os.fsync", 4, True), ("pathlib.Path.rename", 2, True)])
+@pytest.mark.parametrize(
+    "target, call, overwrite",
+    [
+        ("tokenizer.Tokenizer.encode", 70, False),
+        ("os.fsync", 2, False),
+        ("tokenizer.Tokenizer.to_str", 1, False),
+        ("os.fsync", 4, False),
+        ("pathlib.Path.rename", 1, False),
+        ("os.fsync", 4, True),
+        ("pathlib.Path.rename", 2, True),
+    ],
+)
 def test_a_killed_run_leaves_nothing_under_the_name(target, call, overwrite):
     write_txt("c.txt", DOCS)
     if overwrite:
@@ -392,7 +493,9 @@ def test_a_killed_run_leaves_nothing_under_the_name(target, call, overwrite):
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert any(".d.tmp-" in p.name for p in Path("data").iterdir())
     if overwrite:
-        kept = [p for p in Path("data").iterdir() if not p.name.startswith(".")]  # between the two renames it has its other name
+        kept = [
+            p for p in Path("data").iterdir() if not p.name.startswith(".")
+        ]  # between the two renames it has its other name
         assert len(kept) == 1 and bins(kept[0]) == before and load(kept[0])
     else:
         assert not Path("data/d").exists()
@@ -400,7 +503,9 @@ def test_a_killed_run_leaves_nothing_under_the_name(target, call, overwrite):
         assert make()  # and what is left is in nobody's way
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device"), MemoryError])
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt, OSError(28, "No space left on device"), MemoryError]
+)
 def test_a_failed_run_cleans_up(monkeypatch, error):
     write_txt("c.txt", DOCS)
 
@@ -409,6 +514,7 @@ def test_a_failed_run_cleans_up(monkeypatch, error):
         if calls[0] == 70:
             raise error
         return [1]
+
     monkeypatch.setattr(Tokenizer, "encode", fail)
     with pytest.raises(Refusal if isinstance(error, OSError) else error) as e:
         make()
@@ -428,7 +534,11 @@ def test_what_exists_is_refused_or_moved_aside(capsys):
     out = capsys.readouterr().out
     aside = sorted(p for p in Path("data").iterdir() if p.name != "d")
     assert len(aside) == 2 and all(p.name.startswith("d.old-") and str(p) in out for p in aside)
-    assert bins(aside[0]) == before and [load(p)[2].vocab_size for p in (*aside, "data/d")] == [400, 300, 350]
+    assert bins(aside[0]) == before and [load(p)[2].vocab_size for p in (*aside, "data/d")] == [
+        400,
+        300,
+        350,
+    ]
 
 
 def test_another_run_that_was_faster_is_not_overwritten(monkeypatch):
@@ -438,9 +548,13 @@ def test_another_run_that_was_faster_is_not_overwritten(monkeypatch):
     def slow(cfg, tmp):
         build(cfg, tmp)
         write("data/d/meta.json", "theirs")
+
     monkeypatch.setattr(prepare, "build", slow)
     assert "cannot write data" in refusal(make)
-    assert [str(p) for p in Path("data").rglob("*")] == [str(Path("data/d")), str(Path("data/d/meta.json"))]
+    assert [str(p) for p in Path("data").rglob("*")] == [
+        str(Path("data/d")),
+        str(Path("data/d/meta.json")),
+    ]
 
 
 def test_a_failed_overwrite_leaves_what_was_there():
@@ -461,14 +575,22 @@ def test_a_text_that_changes_meanwhile(monkeypatch):
         with open("c.txt", "a", encoding="utf-8") as f:
             f.write(" still downloading")
         return made
+
     monkeypatch.setattr(Tokenizer, "train", train_and_append)
     assert "changed while it was read" in refusal(make)
 
 
 # ---- from a shell
 
+
 def start(*args, **env):
-    return subprocess.Popen([sys.executable, SCRIPT, *args], env=os.environ | env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, SCRIPT, *args],
+        env=os.environ | env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 @pytest.mark.parametrize("before", [b"", b"\xef\xbb\xbf", "naïve ".encode() * 5000])
@@ -485,10 +607,13 @@ def test_the_offset_of_a_bad_byte(before, bad):
 
 def test_every_key_has_a_comment():
     lines = describe(Config).split("keys:\n")[1].splitlines()
-    assert len(lines) == len(fields(Config)) and all(re.fullmatch(r"  --\w+=.+?  +[^ ].*", line) for line in lines)
+    assert len(lines) == len(fields(Config)) and all(
+        re.fullmatch(r"  --\w+=.+?  +[^ ].*", line) for line in lines
+    )
 
 
 # ---- the hub
+
 
 @pytest.fixture
 def hub(monkeypatch):
@@ -512,7 +637,11 @@ def hub(monkeypatch):
     pretended.missing = RepositoryNotFoundError
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(HfApi=HfApi))
-    monkeypatch.setitem(sys.modules, "huggingface_hub.errors", SimpleNamespace(RepositoryNotFoundError=RepositoryNotFoundError))
+    monkeypatch.setitem(
+        sys.modules,
+        "huggingface_hub.errors",
+        SimpleNamespace(RepositoryNotFoundError=RepositoryNotFoundError),
+    )
     return pretended
 
 
@@ -526,7 +655,12 @@ def test_a_hub_dataset_and_its_own_validation_split(hub):
     assert hub.asked == ["roneneldan/TinyStories", ("roneneldan/TinyStories", None)]
     assert texts(data["train"], tokenizer) == DOCS[:20] and texts(data["val"], tokenizer) == DOCS[20:25]
     assert tokenizer.sha256 == Tokenizer.train(DOCS[:20], 400).sha256
-    assert sorted(p.name for p in Path("data/tinystories").iterdir()) == ["meta.json", "tokenizer.json", "train.bin", "val.bin"]
+    assert sorted(p.name for p in Path("data/tinystories").iterdir()) == [
+        "meta.json",
+        "tokenizer.json",
+        "train.bin",
+        "val.bin",
+    ]
 
 
 def test_a_hub_dataset_without_one_is_split_like_a_file(hub):
@@ -547,12 +681,15 @@ def test_hub_mistakes(hub):
     hub.error = hub.missing("404")
     assert "hub has no dataset a/b" in refusal(make, "hf:a/b")
     hub.error = RuntimeError("out\nof order")
-    assert "cannot read a/b from the Hugging Face hub (RuntimeError: out of order)" in refusal(make, "hf:a/b")
+    assert "cannot read a/b from the Hugging Face hub (RuntimeError: out of order)" in refusal(
+        make, "hf:a/b"
+    )
     assert list(Path("data").iterdir()) == []
 
 
 class NotFound(BaseHTTPRequestHandler):
     """What the hub answers for a dataset that is not there."""
+
     def do_GET(self):
         self.send_response(404)
         self.send_header("X-Error-Code", "RepoNotFound")
@@ -568,10 +705,21 @@ def test_no_network_and_no_such_dataset_are_told_apart_in_seconds():
     server = HTTPServer(("127.0.0.1", 0), NotFound)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     here = f"http://127.0.0.1:{server.server_port}"
-    cases = [({"HF_HUB_OFFLINE": "1"}, "cannot read me/thing"), ({"HF_ENDPOINT": "http://127.0.0.1:9"}, "cannot read me/thing"),
-             ({"HF_ENDPOINT": here}, "hub has no dataset me/thing")]
-    running = [(says, start("--dataset=hf:me/thing", **{"HF_HUB_OFFLINE": "0", "HF_HOME": "hf", "no_proxy": "127.0.0.1"} | env))
-               for env, says in cases]
+    cases = [
+        ({"HF_HUB_OFFLINE": "1"}, "cannot read me/thing"),
+        ({"HF_ENDPOINT": "http://127.0.0.1:9"}, "cannot read me/thing"),
+        ({"HF_ENDPOINT": here}, "hub has no dataset me/thing"),
+    ]
+    running = [
+        (
+            says,
+            start(
+                "--dataset=hf:me/thing",
+                **{"HF_HUB_OFFLINE": "0", "HF_HOME": "hf", "no_proxy": "127.0.0.1"} | env,
+            ),
+        )
+        for env, says in cases
+    ]
     for says, process in running:
         out, err = process.communicate(timeout=60)
         assert process.returncode == 2 and err.count("\n") == 1 and says in err, err

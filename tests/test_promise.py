@@ -24,7 +24,10 @@ from model import Attention, ModelConfig, RoPE, Transformer, model_sizes, num_pa
 from test_model import GRID, build, tokens
 from test_train import SMALL, same
 
-PAIRS = [{"prompt": f"Why is Tom {mood}?", "response": f"{mood.capitalize()} he is."} for mood in ("sad", "glad", "slow")]
+PAIRS = [
+    {"prompt": f"Why is Tom {mood}?", "response": f"{mood.capitalize()} he is."}
+    for mood in ("sad", "glad", "slow")
+]
 
 
 class ScaleNorm(nn.Module):
@@ -80,7 +83,9 @@ class Slope(nn.Module):
         self.slope = nn.Parameter(torch.tensor(0.1))
 
     def forward(self, distance):
-        return self.slope * (distance[None] if distance.dim() == 2 else distance)  # (1, T, S) or (B, 1, T, S)
+        return self.slope * (
+            distance[None] if distance.dim() == 2 else distance
+        )  # (1, T, S) or (B, 1, T, S)
 
 
 class SlowRoPE(RoPE):
@@ -136,7 +141,9 @@ def test_strange_classes_go_through_every_script(pos, tmp_path, capsys):
         assert same(whole["model"], parts["model"]) and same(whole["optimizers"], parts["optimizers"])
         trained, _ = checkpoint.restore(whole, "whole")
         assert type(trained.norm) is ScaleNorm and trained.config.n_inner == 96
-        strange = {"slope": "score_bias.slope", "ramp": "add_pos.direction", "slowrope": "norm.gain"}[pos]
+        strange = {"slope": "score_bias.slope", "ramp": "add_pos.direction", "slowrope": "norm.gain"}[
+            pos
+        ]
         untrained = Transformer(trained.config).state_dict()
         for name in (strange, "blocks.0.mlp.mix", "blocks.1.norm1.gain"):
             assert not torch.equal(whole["model"][name], untrained[name]), name
@@ -145,10 +152,25 @@ def test_strange_classes_go_through_every_script(pos, tmp_path, capsys):
         text = printed(capsys, sample, "--out_dir=whole", "--device=cpu", *greedy).split("-" * 80)[1]
         printed(capsys, export_onnx, "--out_dir=whole", "--seconds=0")
         assert printed(capsys, sample, "--onnx=whole/onnx", *greedy).split("-" * 80)[1] == text
-        line = printed(capsys, evaluation, "--out_dir=whole", "--device=cpu", "--num_samples=1", "--max_new_tokens=8", "--num_cases=22", "--resamples=1000")
+        line = printed(
+            capsys,
+            evaluation,
+            "--out_dir=whole",
+            "--device=cpu",
+            "--num_samples=1",
+            "--max_new_tokens=8",
+            "--num_cases=22",
+            "--resamples=1000",
+        )
         assert '"loss"' in line.splitlines()[-1]
         (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
-        tune = ["--init_from=whole", "--dataset=rows.jsonl", "--max_iters=2", "--batch_size=2", "--device=cpu"]
+        tune = [
+            "--init_from=whole",
+            "--dataset=rows.jsonl",
+            "--max_iters=2",
+            "--batch_size=2",
+            "--device=cpu",
+        ]
         printed(capsys, finetune_lora, *tune, "--rank=2", "--out_dir=lora")
         printed(capsys, sample, "--adapter=lora", "--device=cpu", "--start=Why?", "--max_new_tokens=4")
         with pytest.raises(Refusal, match="scalenorm|relu2|parallel|pos=" + pos):
@@ -166,12 +188,20 @@ def test_strange_classes_are_cached_as_exactly(pos):
         cached = torch.cat([strange(part, cache=cache)[0] for part in idx.split((5, 1, 10), 1)], 1)
         torch.testing.assert_close(cached, logits, rtol=0, atol=1e-12)
         doc = torch.tensor([[0] * 6 + [1] * 10] * 2)
-        torch.testing.assert_close(strange(idx, doc=doc)[0][:, 6:], strange(idx[:, 6:])[0], rtol=0, atol=1e-12)
+        torch.testing.assert_close(
+            strange(idx, doc=doc)[0][:, 6:], strange(idx[:, 6:])[0], rtol=0, atol=1e-12
+        )
 
 
 def test_sizes_are_counted_and_right_for_every_class():
-    settings = [dict(zip(("norm", "norm_position", "pos", "mlp", "n_kv_head", "tie", "qk_norm"), row)) for row in GRID[::7]]
-    settings += [dict(norm="scalenorm", norm_position="parallel", pos=pos, mlp="relu2") for pos in ("slope", "slowrope", "ramp")]
+    settings = [
+        dict(zip(("norm", "norm_position", "pos", "mlp", "n_kv_head", "tie", "qk_norm"), row))
+        for row in GRID[::7]
+    ]
+    settings += [
+        dict(norm="scalenorm", norm_position="parallel", pos=pos, mlp="relu2")
+        for pos in ("slope", "slowrope", "ramp")
+    ]
     for keys in settings:
         whole = build(n_layer=3, **keys)
         sizes = model_sizes(whole.config)
@@ -185,7 +215,14 @@ def test_a_position_that_does_not_say_where_it_acts_is_refused(monkeypatch):
         Transformer(ModelConfig(vocab_size=10, pos="silent"))
 
 
-@pytest.mark.parametrize("hostile", [{"n_layer": 10**7}, {"n_embd": 10**7, "n_head": 1, "n_kv_head": 1}, {"block_size": 10**7, "head_dim": 10**6}])
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        {"n_layer": 10**7},
+        {"n_embd": 10**7, "n_head": 1, "n_kv_head": 1},
+        {"block_size": 10**7, "head_dim": 10**6},
+    ],
+)
 def test_a_hostile_size_is_refused_before_anything_is_made(hostile, tmp_path):
     small = build()
     ckpt = {

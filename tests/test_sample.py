@@ -1,4 +1,5 @@
 """Sampling by hand, by chi-square, and cached against the plain loop."""
+
 import math
 
 import pytest
@@ -21,7 +22,7 @@ def greedy(model, prompt, n):
     with torch.no_grad():
         for _ in range(n):
             ids.append(model(torch.tensor([ids]))[0][0, -1].argmax().item())
-    return ids[len(prompt):]
+    return ids[len(prompt) :]
 
 
 def kept(p, n=4000, **rules):
@@ -31,23 +32,27 @@ def kept(p, n=4000, **rules):
 
 
 def test_rules_by_hand():
-    assert kept([.5, .45, .05]) == {0, 1, 2}
-    assert kept([.5, .45, .05], top_p=0.9) == {0, 1}    # the token that crosses 0.9 stays
-    assert kept([.5, .45, .05], top_p=0.5) == {0}
-    assert kept([.05, .5, .45], top_p=0.51) == {1, 2}
-    assert kept([.1, .2, .3, .4], top_k=2) == {2, 3}
-    assert kept([.1, .2, .3, .4], top_k=1) == {3}
-    assert kept([.1, .2, .3, .4], top_k=99) == {0, 1, 2, 3}
-    assert kept([.1, .2, .3, .4], top_k=3, top_p=0.4) == {3}  # top_p of what top_k left: 4/9 makes up 0.4
-    assert kept([.1, .2, .3, .4], temperature=0) == {3}
-    assert kept([.1, .2, .3, .4], temperature=1e-4) == {3}
+    assert kept([0.5, 0.45, 0.05]) == {0, 1, 2}
+    assert kept([0.5, 0.45, 0.05], top_p=0.9) == {0, 1}  # the token that crosses 0.9 stays
+    assert kept([0.5, 0.45, 0.05], top_p=0.5) == {0}
+    assert kept([0.05, 0.5, 0.45], top_p=0.51) == {1, 2}
+    assert kept([0.1, 0.2, 0.3, 0.4], top_k=2) == {2, 3}
+    assert kept([0.1, 0.2, 0.3, 0.4], top_k=1) == {3}
+    assert kept([0.1, 0.2, 0.3, 0.4], top_k=99) == {0, 1, 2, 3}
+    assert kept([0.1, 0.2, 0.3, 0.4], top_k=3, top_p=0.4) == {
+        3
+    }  # top_p of what top_k left: 4/9 makes up 0.4
+    assert kept([0.1, 0.2, 0.3, 0.4], temperature=0) == {3}
+    assert kept([0.1, 0.2, 0.3, 0.4], temperature=1e-4) == {3}
 
 
 def test_draws_have_the_right_frequencies():
-    p = torch.tensor([.4, .3, .2, .06, .04])
+    p = torch.tensor([0.4, 0.3, 0.2, 0.06, 0.04])
     n = 20000
     for temperature, want in (1.0, p), (2.0, p.sqrt() / p.sqrt().sum()):
-        draws = next_token(p.log().expand(n, -1), temperature=temperature, generator=torch.Generator().manual_seed(1))
+        draws = next_token(
+            p.log().expand(n, -1), temperature=temperature, generator=torch.Generator().manual_seed(1)
+        )
         counts = draws.bincount(minlength=5).double()
         chi2 = ((counts - n * want) ** 2 / (n * want)).sum().item()
         assert chi2 < 18.5, chi2  # 4 degrees of freedom, p = 0.001
@@ -79,7 +84,7 @@ def test_each_row_has_its_own_stop_and_the_others_go_on_as_if_alone():
     stop = alone[1][2]
     rows, ended = complete(generate(model, prompts, 14, temperature=0, stop=stop))
     for row, end, want in zip(rows, ended, alone):
-        assert row == (want[:want.index(stop)] if stop in want else want)
+        assert row == (want[: want.index(stop)] if stop in want else want)
         assert end == ("stop" if stop in want else "length")
     assert "stop" in ended and "length" in ended
 
@@ -97,7 +102,10 @@ def test_the_end_of_the_context():
     # in a batch each row has its own end
     prompts = [tokens(1, n, seed=n)[0].tolist() for n in (20, 6)]
     rows, ended = complete(generate(model, prompts, 30, temperature=0))
-    assert ended == ["block_size"] * 2 and rows == [greedy(model, prompts[0], 5), greedy(model, prompts[1], 19)]
+    assert ended == ["block_size"] * 2 and rows == [
+        greedy(model, prompts[0], 5),
+        greedy(model, prompts[1], 19),
+    ]
 
 
 @pytest.mark.parametrize("n", [3, 23, 24, 25, 60])

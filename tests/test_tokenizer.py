@@ -1,6 +1,6 @@
 """tokenizer.py against Hugging Face's tokenizers (training, encoding, the file) and against itself.
 
-    python -m pytest tests/test_tokenizer.py -q
+python -m pytest tests/test_tokenizer.py -q
 """
 
 import json
@@ -19,11 +19,40 @@ from tokenizer import BYTE_CHAR, EOT, GAP, Tokenizer
 FUZZ = settings(max_examples=300, deadline=None, derandomize=True, database=None)
 
 # Unicode 3.2 is assigned in every version that the three regular-expression engines may have; the emoji are newer.
-ASSIGNED = [chr(i) for i in range(0x110000) if unicodedata.ucd_3_2_0.category(chr(i)) not in ("Cn", "Cs")]
+ASSIGNED = [
+    chr(i) for i in range(0x110000) if unicodedata.ucd_3_2_0.category(chr(i)) not in ("Cn", "Cs")
+]
 SPACES = " \n\t\r\x0b\x0c\x1c\x85\xa0\u2003\u2028\u3000"
-CHARS = st.one_of(*map(st.sampled_from, ["etaoin 'sdmtlvr<|>", SPACES, "0123½Ⅷ٣.,!?-_👩🏽‍🚀😀é\u0301ß語ก", ASSIGNED]))
-PIECES = ["the", " cat", " sat", "'s", "'d", "'m", "'t", "'ll", "'ve", "'re", "'S", "'", EOT, " ", "  ", "\n", "\n\n", " \n",
-          "\t", "12", " 345", "!?", " é", "日本", "👍"]
+CHARS = st.one_of(
+    *map(st.sampled_from, ["etaoin 'sdmtlvr<|>", SPACES, "0123½Ⅷ٣.,!?-_👩🏽‍🚀😀é\u0301ß語ก", ASSIGNED])
+)
+PIECES = [
+    "the",
+    " cat",
+    " sat",
+    "'s",
+    "'d",
+    "'m",
+    "'t",
+    "'ll",
+    "'ve",
+    "'re",
+    "'S",
+    "'",
+    EOT,
+    " ",
+    "  ",
+    "\n",
+    "\n\n",
+    " \n",
+    "\t",
+    "12",
+    " 345",
+    "!?",
+    " é",
+    "日本",
+    "👍",
+]
 TEXTS = st.text(CHARS, max_size=60) | st.lists(st.sampled_from(PIECES), max_size=20).map("".join)
 
 
@@ -35,20 +64,44 @@ def sentences(rng, words, n):
 def corpora():
     """name -> (documents, vocab_size)"""
     rng = random.Random(0)
-    english = ("once upon a time there was little girl named Lily she loved to play with her friend's dog "
-               "don't we'll it's they're we've I'd I'm").split()
-    world = ["naïve", "Straße", "日本語", "日本", "привет", "мир", "नमस्ते", "👩🏽‍🚀", "👍🏽", "½", "٣٤", "e\u0301", "\u2028", "ﬁ"]
+    english = (
+        "once upon a time there was little girl named Lily she loved to play with her friend's dog "
+        "don't we'll it's they're we've I'd I'm"
+    ).split()
+    world = [
+        "naïve",
+        "Straße",
+        "日本語",
+        "日本",
+        "привет",
+        "мир",
+        "नमस्ते",
+        "👩🏽‍🚀",
+        "👍🏽",
+        "½",
+        "٣٤",
+        "e\u0301",
+        "\u2028",
+        "ﬁ",
+    ]
     syllables = ["ka", "to", "mi", "ren", "sha", "u", "lo", "th", "ing", "é"]
     made_up = ["".join(rng.choices(syllables, k=rng.randrange(1, 5))) for _ in range(800)]
     found = {
         "made up": (sentences(rng, made_up, 400), 1200),
         "english": (sentences(rng, english, 400), 700),
         "unicode": (sentences(rng, world + english[:5], 300), 900),
-        "literal endoftext": ([f"a {EOT} b{EOT}{EOT}", EOT, f"x {EOT}"] * 5 + sentences(rng, english, 20), 400),
-        "blank lines and trailing spaces": ([f"one\n\ntwo \n\n\n three  {'  ' * i}\t\n" for i in range(30)], 330),
+        "literal endoftext": (
+            [f"a {EOT} b{EOT}{EOT}", EOT, f"x {EOT}"] * 5 + sentences(rng, english, 20),
+            400,
+        ),
+        "blank lines and trailing spaces": (
+            [f"one\n\ntwo \n\n\n three  {'  ' * i}\t\n" for i in range(30)],
+            330,
+        ),
         "one document": (["low low low low low lower lower newest newest newest widest widest"], 300),
         "long runs": (["a" * n for n in range(1, 40)] + [" " * n + "b" for n in range(30)], 320),
-        "empty documents": (["", "ab ab", ""], 300)}
+        "empty documents": (["", "ab ab", ""], 300),
+    }
     for i in range(60):  # nearly every count ties with others here
         alphabets = rng.choices(["ab", "abc", "ab ", "zyx ", "aAé ", "\n a"], k=4)
         docs = ["".join(rng.choices(alphabet, k=rng.randrange(60))) for alphabet in alphabets]
@@ -62,9 +115,15 @@ CORPORA = corpora()
 def hf_train(docs, vocab_size):
     theirs = hf.Tokenizer(models.BPE())
     theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    theirs.train_from_iterator(docs, trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[EOT], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False))
+    theirs.train_from_iterator(
+        docs,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[EOT],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
     return theirs
 
 
@@ -76,7 +135,11 @@ def hf_open(tokenizer):
 
 @pytest.fixture(scope="module")
 def bpe():
-    docs = [doc for name in ("made up", "english", "unicode", "literal endoftext", "long runs") for doc in CORPORA[name][0]]
+    docs = [
+        doc
+        for name in ("made up", "english", "unicode", "literal endoftext", "long runs")
+        for doc in CORPORA[name][0]
+    ]
     return Tokenizer.train(docs, 1200)
 
 
@@ -87,10 +150,14 @@ def theirs(bpe):
 
 # ---- training
 
+
 @pytest.mark.parametrize("name", CORPORA)
 def test_merges_and_ids_are_those_of_hugging_face(name):
     docs, vocab_size = CORPORA[name]
-    ours, model = Tokenizer.train(iter(docs), vocab_size), json.loads(hf_train(docs, vocab_size).to_str())["model"]
+    ours, model = (
+        Tokenizer.train(iter(docs), vocab_size),
+        json.loads(hf_train(docs, vocab_size).to_str())["model"],
+    )
     mine = json.loads(ours.to_str())["model"]
     assert [m.split(" ") for m in mine["merges"]] == model["merges"]
     assert mine["vocab"] == model["vocab"]
@@ -100,8 +167,12 @@ def test_merges_and_ids_are_those_of_hugging_face(name):
 def test_layout_of_ids():
     tokenizer = Tokenizer.train(["aaab aaab"], 259)
     assert (tokenizer.kind, tokenizer.eot, tokenizer.vocab_size) == ("bpe", 0, 259)
-    assert tokenizer.decode_bytes([1, 34, 221]) == b"!B "  # by code point of GPT-2's characters: the space is Ġ
-    assert tokenizer.decode_bytes([257]) == b"aa"  # 4 times; then a+b and aa+a are there twice each, and a+b is smaller
+    assert (
+        tokenizer.decode_bytes([1, 34, 221]) == b"!B "
+    )  # by code point of GPT-2's characters: the space is Ġ
+    assert (
+        tokenizer.decode_bytes([257]) == b"aa"
+    )  # 4 times; then a+b and aa+a are there twice each, and a+b is smaller
     assert tokenizer.decode_bytes([258]) == b"ab"
 
 
@@ -120,6 +191,7 @@ def test_training_is_deterministic_and_sha256_tells_vocabularies_apart():
 
 # ---- encoding and decoding
 
+
 @FUZZ
 @given(text=TEXTS)
 def test_plain_and_fast_and_hugging_face_agree_and_decode_inverts(bpe, theirs, text):
@@ -131,22 +203,31 @@ def test_plain_and_fast_and_hugging_face_agree_and_decode_inverts(bpe, theirs, t
 
 
 @FUZZ
-@given(docs=st.lists(st.text("ab é\n", max_size=30), min_size=1, max_size=4), text=st.text("ab é\n", max_size=40))
+@given(
+    docs=st.lists(st.text("ab é\n", max_size=30), min_size=1, max_size=4),
+    text=st.text("ab é\n", max_size=40),
+)
 def test_they_agree_on_vocabularies_full_of_ties(docs, text):
     tokenizer = Tokenizer.train([*docs, "a"], 300)
     assert tokenizer.encode(text) == tokenizer.encode_plain(text) == hf_open(tokenizer).encode(text).ids
-    assert Tokenizer.from_str(tokenizer.to_str()).merges == tokenizer.merges  # reading recovers what training found
+    assert (
+        Tokenizer.from_str(tokenizer.to_str()).merges == tokenizer.merges
+    )  # reading recovers what training found
 
 
 def test_every_assigned_character_is_split_alike(bpe, theirs):
     for i in range(0, len(ASSIGNED), 1000):
-        text = "".join(f"a{c}1{c}{c} {c}" for c in ASSIGNED[i:i + 1000:5])
+        text = "".join(f"a{c}1{c}{c} {c}" for c in ASSIGNED[i : i + 1000 : 5])
         assert bpe.encode(text) == bpe.encode_plain(text) == theirs.encode(text).ids
 
 
 def test_batch_is_encode_of_each(bpe):
     texts = CORPORA["unicode"][0] + ["", EOT]
-    assert bpe.encode_batch(texts) == bpe.encode_batch(iter(texts), num_threads=3) == [bpe.encode(text) for text in texts]
+    assert (
+        bpe.encode_batch(texts)
+        == bpe.encode_batch(iter(texts), num_threads=3)
+        == [bpe.encode(text) for text in texts]
+    )
 
 
 def test_text_that_spells_the_special_token_is_ordinary(bpe):
@@ -154,8 +235,12 @@ def test_text_that_spells_the_special_token_is_ordinary(bpe):
 
 
 def test_surrogates_count_as_replacement_characters(bpe):
-    for text, meant in [("a\ud800b", "a\ufffdb"), ("\udfff", "\ufffd"), ("\ud83d\ude00", "😀"),
-                        ("x \ude00\ud83d", "x \ufffd\ufffd")]:
+    for text, meant in [
+        ("a\ud800b", "a\ufffdb"),
+        ("\udfff", "\ufffd"),
+        ("\ud83d\ude00", "😀"),
+        ("x \ude00\ud83d", "x \ufffd\ufffd"),
+    ]:
         assert bpe.encode(text) == bpe.encode_plain(text) == bpe.encode(meant)
         assert Tokenizer.train([text], 300).to_str() == Tokenizer.train([meant], 300).to_str()
         assert Tokenizer.char([text]).encode(text) == Tokenizer.char([meant]).encode(meant)
@@ -207,10 +292,13 @@ def test_stream_holds_back_until_the_character_is_complete():
 
 # ---- the file
 
+
 def test_file_round_trip(bpe, tmp_path):
     path = tmp_path / "tokenizer.json"
     bpe.save(path)
-    assert path.read_bytes() == bpe.to_str().encode() and [p.name for p in tmp_path.iterdir()] == ["tokenizer.json"]
+    assert path.read_bytes() == bpe.to_str().encode() and [p.name for p in tmp_path.iterdir()] == [
+        "tokenizer.json"
+    ]
     text = "the girl's 日本 \n\n"
     for again in (Tokenizer.load(path), Tokenizer.load(str(path))):
         assert again.to_str() == bpe.to_str() and again.sha256 == bpe.sha256
@@ -230,13 +318,16 @@ def test_a_save_that_fails_leaves_the_old_file(bpe, tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", ["bpe", "char"])
 def test_transformers_opens_the_file(kind, bpe, tmp_path):
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
     text = "the girl's  dog .\n\n 日本 , don't !\t"
     tokenizer = bpe if kind == "bpe" else Tokenizer.char([text])
     tokenizer.save(tmp_path / "tokenizer.json")
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOT}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    for theirs in (AutoTokenizer.from_pretrained(tmp_path),
-                   PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))):
+    for theirs in (
+        AutoTokenizer.from_pretrained(tmp_path),
+        PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json")),
+    ):
         assert theirs(text).input_ids == tokenizer.encode(text)
         assert theirs.decode(tokenizer.encode(text)) == text
         assert len(theirs) == tokenizer.vocab_size and theirs.convert_tokens_to_ids(EOT) == tokenizer.eot
@@ -248,8 +339,11 @@ def test_transformers_opens_the_file(kind, bpe, tmp_path):
 def test_a_foreign_file_with_our_split_is_read():
     docs, vocab_size = CORPORA["english"]
     theirs, ours = hf_train(docs, vocab_size), Tokenizer.train(docs, vocab_size)
-    for post in (None, hf.processors.ByteLevel(trim_offsets=False),
-                 hf.processors.TemplateProcessing(single="$A", pair="$A $B:1")):
+    for post in (
+        None,
+        hf.processors.ByteLevel(trim_offsets=False),
+        hf.processors.TemplateProcessing(single="$A", pair="$A $B:1"),
+    ):
         if post:
             theirs.post_processor = post
         assert Tokenizer.from_str(theirs.to_str()).to_str() == ours.to_str()
@@ -262,25 +356,36 @@ def test_a_foreign_file_with_our_split_is_read():
 
 # ---- GPT-2's two files, in miniature
 
+
 @pytest.fixture
 def gpt2_folder(tmp_path):
     """A trained vocabulary as GPT-2 writes it: bytes from 0, merges, <|endoftext|> last."""
-    model = json.loads(Tokenizer.train(CORPORA["made up"][0] + CORPORA["unicode"][0], 600).to_str())["model"]
+    model = json.loads(Tokenizer.train(CORPORA["made up"][0] + CORPORA["unicode"][0], 600).to_str())[
+        "model"
+    ]
     vocab = {token: i - 1 for token, i in model["vocab"].items() if token != EOT} | {EOT: 599}
     (tmp_path / "encoder.json").write_text(json.dumps(vocab))
-    (tmp_path / "vocab.bpe").write_text("#version: 0.2\n" + "\n".join(model["merges"]) + "\n", encoding="utf-8")
+    (tmp_path / "vocab.bpe").write_text(
+        "#version: 0.2\n" + "\n".join(model["merges"]) + "\n", encoding="utf-8"
+    )
     return tmp_path
 
 
 def test_gpt2_from_its_files(gpt2_folder):
     from transformers import GPT2Tokenizer
+
     theirs = GPT2Tokenizer(str(gpt2_folder / "encoder.json"), str(gpt2_folder / "vocab.bpe"))
     bare = hf.ByteLevelBPETokenizer(str(gpt2_folder / "encoder.json"), str(gpt2_folder / "vocab.bpe"))
     tokenizer = Tokenizer.gpt2(gpt2_folder)
     assert (tokenizer.kind, tokenizer.eot, tokenizer.vocab_size) == ("bpe", 599, 600)
     for text in CORPORA["made up"][0][:50] + CORPORA["unicode"][0][:50] + ["", " \n\n x", "they're"]:
         ids = tokenizer.encode(text)
-        assert ids == tokenizer.encode_plain(text) == bare.encode(text).ids == hf_open(tokenizer).encode(text).ids
+        assert (
+            ids
+            == tokenizer.encode_plain(text)
+            == bare.encode(text).ids
+            == hf_open(tokenizer).encode(text).ids
+        )
         assert tokenizer.decode(ids) == text
     assert theirs("the girl").input_ids == tokenizer.encode("the girl")
     again = Tokenizer.from_str(tokenizer.to_str())
@@ -290,14 +395,25 @@ def test_gpt2_from_its_files(gpt2_folder):
 def test_gpt2_from_tiktoken(gpt2_folder, monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")
     ranks = tiktoken_load.data_gym_to_mergeable_bpe_ranks(
-        vocab_bpe_file=str(gpt2_folder / "vocab.bpe"), encoder_json_file=str(gpt2_folder / "encoder.json"))
-    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: tiktoken.Encoding(
-        name, pat_str=".", mergeable_ranks=ranks, special_tokens={EOT: 599}))
+        vocab_bpe_file=str(gpt2_folder / "vocab.bpe"),
+        encoder_json_file=str(gpt2_folder / "encoder.json"),
+    )
+    monkeypatch.setattr(
+        tiktoken,
+        "get_encoding",
+        lambda name: tiktoken.Encoding(
+            name, pat_str=".", mergeable_ranks=ranks, special_tokens={EOT: 599}
+        ),
+    )
     assert Tokenizer.gpt2().to_str() == Tokenizer.gpt2(gpt2_folder).to_str()
 
 
 def test_gpt2_without_network_or_files(gpt2_folder, monkeypatch):
-    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: (_ for _ in ()).throw(ConnectionError("no route\nto host")))
+    monkeypatch.setattr(
+        tiktoken,
+        "get_encoding",
+        lambda name: (_ for _ in ()).throw(ConnectionError("no route\nto host")),
+    )
     with pytest.raises(ValueError, match=r"could not be downloaded.*encoder\.json and vocab\.bpe") as e:
         Tokenizer.gpt2()
     assert "\n" not in str(e.value)
@@ -311,7 +427,13 @@ def test_gpt2_without_network_or_files(gpt2_folder, monkeypatch):
 
 # ---- characters
 
-CHAR_DOCS = ["To be, or not to be:\n\n that is", "the  question.\t\r\n", "é 日本 👩🏽‍🚀 \u2028\xa0\x85", EOT, "don't."]
+CHAR_DOCS = [
+    "To be, or not to be:\n\n that is",
+    "the  question.\t\r\n",
+    "é 日本 👩🏽‍🚀 \u2028\xa0\x85",
+    EOT,
+    "don't.",
+]
 
 
 def test_char_vocabulary():
@@ -320,7 +442,11 @@ def test_char_vocabulary():
     assert tokenizer.encode("ab\n") == [2, 3, 1] == tokenizer.encode_plain("ab\n")
     assert tokenizer.decode([3, 2, 0]) == "ba" + EOT
     again = Tokenizer.from_str(tokenizer.to_str())
-    assert again.to_str() == tokenizer.to_str() and again.encode("ab\n") == [2, 3, 1] and again.kind == "char"
+    assert (
+        again.to_str() == tokenizer.to_str()
+        and again.encode("ab\n") == [2, 3, 1]
+        and again.kind == "char"
+    )
 
 
 @FUZZ
@@ -334,23 +460,34 @@ def test_char_agrees_with_hugging_face(text):
 
 def test_char_names_the_unknown_character():
     tokenizer = Tokenizer.char(["abc"])
-    for encode in (tokenizer.encode, tokenizer.encode_plain, lambda text: tokenizer.encode_batch([text])):
+    for encode in (
+        tokenizer.encode,
+        tokenizer.encode_plain,
+        lambda text: tokenizer.encode_batch([text]),
+    ):
         with pytest.raises(ValueError, match=r"'é' \(U\+00E9\)"):
             encode("abcé!")
-    with pytest.raises(Exception, match="UNK"):  # Hugging Face refuses too; it does not drop the character
+    with pytest.raises(
+        Exception, match="UNK"
+    ):  # Hugging Face refuses too; it does not drop the character
         hf_open(tokenizer).encode("abcé!")
 
 
 # ---- what is refused, and in what words
 
-@pytest.mark.parametrize("make, words", [
-    (lambda: Tokenizer.train(["a b"], 256), "256 is too small"),
-    (lambda: Tokenizer.train(["a b"], 0), "0 is too small"),
-    (lambda: Tokenizer.train([]), "no text"),
-    (lambda: Tokenizer.train(["", ""]), "no text"),
-    (lambda: Tokenizer.train("one str"), "one str"),
-    (lambda: Tokenizer.char([]), "no text"),
-    (lambda: Tokenizer.char([""]), "no text")])
+
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda: Tokenizer.train(["a b"], 256), "256 is too small"),
+        (lambda: Tokenizer.train(["a b"], 0), "0 is too small"),
+        (lambda: Tokenizer.train([]), "no text"),
+        (lambda: Tokenizer.train(["", ""]), "no text"),
+        (lambda: Tokenizer.train("one str"), "one str"),
+        (lambda: Tokenizer.char([]), "no text"),
+        (lambda: Tokenizer.char([""]), "no text"),
+    ],
+)
 def test_training_refuses(make, words):
     with pytest.raises(ValueError, match=words):
         make()
@@ -377,14 +514,29 @@ BAD = {  # what is done to SMALL's file -> words of the sentence
     "suffix": (lambda d, m: m.update(end_of_word_suffix="</w>"), "</w>"),
     "normalizer": (lambda d, m: d.update(normalizer={"type": "NFC"}), "normalizer.*NFC"),
     "no split": (lambda d, m: d.update(pre_tokenizer=None), "pre_tokenizer.*null"),
-    "another split": (lambda d, m: d.update(pre_tokenizer={"type": "Sequence", "pretokenizers": [{"type": "Digits"}]}),
-                      "pre_tokenizer.*Sequence.*Digits"),
-    "prefix space": (lambda d, m: d["pre_tokenizer"].update(add_prefix_space=True), "pre_tokenizer.*add_prefix_space"),
+    "another split": (
+        lambda d, m: d.update(pre_tokenizer={"type": "Sequence", "pretokenizers": [{"type": "Digits"}]}),
+        "pre_tokenizer.*Sequence.*Digits",
+    ),
+    "prefix space": (
+        lambda d, m: d["pre_tokenizer"].update(add_prefix_space=True),
+        "pre_tokenizer.*add_prefix_space",
+    ),
     "no regex": (lambda d, m: d["pre_tokenizer"].update(use_regex=False), "pre_tokenizer.*use_regex"),
-    "a bos": (lambda d, m: d.update(post_processor={"type": "TemplateProcessing", "special_tokens": {"<s>": 1}}),
-              "post_processor.*<s>"),
-    "Bert": (lambda d, m: d.update(post_processor={"type": "BertProcessing"}), "post_processor.*BertProcessing"),
-    "more added": (lambda d, m: d["added_tokens"].append({"id": 262, "content": "<|im_start|>"}), "added_tokens.*im_start"),
+    "a bos": (
+        lambda d, m: d.update(
+            post_processor={"type": "TemplateProcessing", "special_tokens": {"<s>": 1}}
+        ),
+        "post_processor.*<s>",
+    ),
+    "Bert": (
+        lambda d, m: d.update(post_processor={"type": "BertProcessing"}),
+        "post_processor.*BertProcessing",
+    ),
+    "more added": (
+        lambda d, m: d["added_tokens"].append({"id": 262, "content": "<|im_start|>"}),
+        "added_tokens.*im_start",
+    ),
     "none added": (lambda d, m: d.update(added_tokens=[]), "added_tokens"),
     "added elsewhere": (lambda d, m: d["added_tokens"][0].update(id=5), "ids"),
     "malformed added": (lambda d, m: d.update(added_tokens=[7]), "added_tokens"),
@@ -406,7 +558,10 @@ BAD = {  # what is done to SMALL's file -> words of the sentence
     "one merge short": (lambda d, m: m["merges"].pop() and None, "merge 4 is None"),
     "one merge twice": (lambda d, m: m["merges"].append(m["merges"][0]), "merge 5 .*None"),
     "merges in another order": (lambda d, m: m["merges"].reverse(), "merge 0"),
-    "another pair makes it": (lambda d, m: m["merges"].__setitem__(4, "Ġ abab"), "merge 4 .*'Ġab', 'ab'"),
+    "another pair makes it": (
+        lambda d, m: m["merges"].__setitem__(4, "Ġ abab"),
+        "merge 4 .*'Ġab', 'ab'",
+    ),
 }
 
 
@@ -431,7 +586,8 @@ CHAR_BAD = {
     "two characters": (lambda d, m: m["vocab"].update(de=4), "token 4 .'de'. is not one character"),
     "a surrogate": (lambda d, m: m["vocab"].update({"\ud800": 4}), "token 4 .*not one character"),
     "byte-level split": (lambda d, m: d.update(pre_tokenizer={"type": "ByteLevel"}), "pre_tokenizer"),
-    "a hole": (lambda d, m: m["vocab"].update(d=5), "ids")}
+    "a hole": (lambda d, m: m["vocab"].update(d=5), "ids"),
+}
 
 
 @pytest.mark.parametrize("name", CHAR_BAD)
@@ -441,8 +597,10 @@ def test_a_bad_character_file_is_refused(name):
         Tokenizer.from_str(edited(Tokenizer.char(["abc"]), edit))
 
 
-@pytest.mark.parametrize("text", [
-    "", "{", "null", "7", '"x"', "[]", "{}", "not json", "[" * 100_000, '{"model": {"type": "BPE"}}'])
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "null", "7", '"x"', "[]", "{}", "not json", "[" * 100_000, '{"model": {"type": "BPE"}}'],
+)
 def test_what_is_no_tokenizer_json_is_refused(text):
     with pytest.raises(ValueError):
         Tokenizer.from_str(text)
@@ -451,7 +609,11 @@ def test_what_is_no_tokenizer_json_is_refused(text):
 def test_truncated_and_binary_files_are_refused(tmp_path):
     whole = SMALL.to_str().encode()
     path = tmp_path / "tokenizer.json"
-    binary = [b"\xff\xfe" + whole, b"\x80\x02}q", b"\xef\xbb\xbf" + whole]  # UTF-16's mark, a pickle, UTF-8's mark
+    binary = [
+        b"\xff\xfe" + whole,
+        b"\x80\x02}q",
+        b"\xef\xbb\xbf" + whole,
+    ]  # UTF-16's mark, a pickle, UTF-8's mark
     for data in [whole[:n] for n in range(0, len(whole) - 1, 97)] + binary:
         path.write_bytes(data)
         with pytest.raises(ValueError, match="tokenizer.json: ") as e:
@@ -464,7 +626,9 @@ def test_truncated_and_binary_files_are_refused(tmp_path):
 def places(value, path=()):
     """Every path into a JSON value, but only a few of the vocabulary's."""
     yield path
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    items = (
+        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    )
     for key, inner in list(items)[-20:]:
         yield from places(inner, (*path, key))
 
@@ -482,7 +646,10 @@ def test_any_one_wrong_value_is_refused_or_changes_nothing():
                 tokenizer = Tokenizer.from_str(json.dumps(data))
             except ValueError:
                 continue
-            assert tokenizer.encode(text) == tokenizer.encode_plain(text) == SMALL.encode(text), (path, junk)
+            assert tokenizer.encode(text) == tokenizer.encode_plain(text) == SMALL.encode(text), (
+                path,
+                junk,
+            )
 
 
 def test_byte_characters_are_gpt2s():

@@ -13,7 +13,9 @@ from config import Refusal
 
 GPT2 = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 
-LESSONS = t.Choice([(1, {"{lesson}": row["{lesson}"]}, (row["{lesson}"],)) for _, row, _ in t.SLOTS["{plot}"].options])
+LESSONS = t.Choice(
+    [(1, {"{lesson}": row["{lesson}"]}, (row["{lesson}"],)) for _, row, _ in t.SLOTS["{plot}"].options]
+)
 SLOTS = t.SLOTS | {"{lesson}": LESSONS}  # a plot settles it, no table
 
 
@@ -29,20 +31,26 @@ def readings(sample):
 
 # ------------------------------------------------------------------------------------------------------ exact probabilities
 
+
 def test_every_choice_is_decided_by_the_characters_that_follow():
     """A proof that no text has two derivations, whatever the book says: at every choice that a story can come to, what is
     told from there on differs within the first characters from one option to another. Slots that were settled before may
     take any of their values, which can only make the test harder to pass."""
 
     @cache
-    def heads(todo, settled, n):  # the first n characters of everything that todo can say (all of it, where it is shorter)
+    def heads(
+        todo, settled, n
+    ):  # the first n characters of everything that todo can say (all of it, where it is shorter)
         said = ""
         for i, part in enumerate(todo):
             part = dict(settled).get(part, part)
             part = SLOTS.get(part, part)
             if isinstance(part, t.Choice):
-                return {said + more for _, slots, parts in part.options
-                        for more in heads(parts + todo[i + 1:], settled.union(slots.items()), n - len(said))}
+                return {
+                    said + more
+                    for _, slots, parts in part.options
+                    for more in heads(parts + todo[i + 1 :], settled.union(slots.items()), n - len(said))
+                }
             said += part
             if len(said) >= n:
                 return {said[:n]}
@@ -54,12 +62,15 @@ def test_every_choice_is_decided_by_the_characters_that_follow():
         for i, part in enumerate(todo):
             part = "" if part in settled else t.SLOTS.get(part, part)
             if isinstance(part, t.Choice):
-                rest = todo[i + 1:]
+                rest = todo[i + 1 :]
                 if (part, rest, settled) in seen:
                     return
                 seen.add((part, rest, settled))
                 for n in 8, 16, 32:
-                    sets = [heads(parts + rest, frozenset(slots.items()), n) for _, slots, parts in part.options]
+                    sets = [
+                        heads(parts + rest, frozenset(slots.items()), n)
+                        for _, slots, parts in part.options
+                    ]
                     if len(set().union(*sets)) == sum(map(len, sets)):
                         break
                 else:
@@ -84,7 +95,9 @@ def test_probabilities_of_a_small_grammar_sum_to_one_and_are_what_one_counts_by_
     n, entropy = t.totals(todo)
     assert len({text for text, _ in stories}) == len(stories) == n == 2 * 20 * 3 * 2
     assert math.isclose(math.fsum(math.exp(logp) for _, logp in stories), 1)
-    assert math.isclose(dict(stories)["The fox Ruby walked home. Ruby smiled."], math.log(1 / 2 / 20 * 3 / 4 / 2 / 2))
+    assert math.isclose(
+        dict(stories)["The fox Ruby walked home. Ruby smiled."], math.log(1 / 2 / 20 * 3 / 4 / 2 / 2)
+    )
     assert math.isclose(entropy, -math.fsum(math.exp(logp) * logp for _, logp in stories))
 
 
@@ -117,8 +130,14 @@ def test_frequencies_agree_with_probabilities(sample, readings):
     texts = [text for text, _ in sample]
     heroes = {row["{hero}"] for _, row, _ in t.SLOTS["{hero}"].options}
     agree(Counter(re.search("|".join(heroes), text)[0] for text in texts), dict.fromkeys(heroes, 1 / 20))
-    begins = {"Once upon a time, there": 3 / 16, "Long ago, there": 3 / 16, "Once upon a time, a": 1 / 8, "Long ago, a": 1 / 8,
-              "By the": 1 / 8, "": 1 / 4}
+    begins = {
+        "Once upon a time, there": 3 / 16,
+        "Long ago, there": 3 / 16,
+        "Once upon a time, a": 1 / 8,
+        "Long ago, a": 1 / 8,
+        "By the": 1 / 8,
+        "": 1 / 4,
+    }
     agree(Counter(next(b for b in begins if text.startswith(b)) for text in texts), begins)
     agree(Counter(moral for [(_, moral)] in readings), dict.fromkeys(t.MORALS, 1 / len(t.MORALS)))
     seeds = {"sunflower", "bean", "pumpkin", "rose", "melon", "cherry"}
@@ -142,11 +161,19 @@ def test_a_changed_text_is_no_story_or_another_one(sample):
     for text, logp in sample[:200]:
         parts = text.split(" ")
         i = rng.randrange(len(parts))
-        changed = " ".join(parts[:i] + [rng.choice(words)] + parts[i + 1:])
+        changed = " ".join(parts[:i] + [rng.choice(words)] + parts[i + 1 :])
         if changed != text and t.log_prob(changed) > -math.inf:
             other += 1
             [(found, _)] = t.derivations(changed)
-        for broken in text + " ", text + "\n", " " + text, text[:-1], text.replace(". ", ".  ", 1), text + text, text.upper():
+        for broken in (
+            text + " ",
+            text + "\n",
+            " " + text,
+            text[:-1],
+            text.replace(". ", ".  ", 1),
+            text + text,
+            text.upper(),
+        ):
             assert t.log_prob(broken) == -math.inf
     assert other < 20
     for text in "", "Once upon a time", "\n", "<|endoftext|>":
@@ -157,7 +184,11 @@ def test_a_changed_text_is_no_story_or_another_one(sample):
 
 def test_names_and_pronouns_must_agree(sample):
     """Exchange a girl for another girl: as likely. Exchange her once only, or for a boy, or her pronouns: impossible."""
-    lilies = [(text, logp) for text, logp in sample if "Lily" in text and " she " in text and text.count("Lily") > 1][:50]
+    lilies = [
+        (text, logp)
+        for text, logp in sample
+        if "Lily" in text and " she " in text and text.count("Lily") > 1
+    ][:50]
     assert len(lilies) == 50
     for text, logp in lilies:
         assert t.log_prob(text.replace("Lily", "Anna")) == logp
@@ -168,12 +199,15 @@ def test_names_and_pronouns_must_agree(sample):
 
 # ---------------------------------------------------------------------------------------------------------------- the texts
 
+
 def test_stories_fit_in_a_context_of_128_tokens(sample):
     lengths = [len(GPT2.findall(text)) for text, _ in sample]
     assert max(lengths) <= 120 and 75 < sum(lengths) / len(lengths) < 100
 
     @cache
-    def longest(todo=t.STORY, known=frozenset()):  # an upper bound: parts are counted apart, cells at their longest
+    def longest(
+        todo=t.STORY, known=frozenset()
+    ):  # an upper bound: parts are counted apart, cells at their longest
         total = 0
         for i, part in enumerate(todo):
             if part in known:
@@ -181,7 +215,10 @@ def test_stories_fit_in_a_context_of_128_tokens(sample):
                 continue
             part = SLOTS.get(part, part)
             if isinstance(part, t.Choice):
-                return total + max(longest(parts + todo[i + 1:], known.union(slots)) for _, slots, parts in part.options)
+                return total + max(
+                    longest(parts + todo[i + 1 :], known.union(slots))
+                    for _, slots, parts in part.options
+                )
             total += len(re.findall(r"\n|'s|[A-Za-z]+|[^\sA-Za-z]+", part))
         return total
 
@@ -190,7 +227,9 @@ def test_stories_fit_in_a_context_of_128_tokens(sample):
 
 def test_stories_are_tidy(sample):
     for text, _ in sample:
-        assert text.isascii() and not re.search(r"[][{}|*#;<>_]|  | \n|\n | [.,!?]|\ba [aeiou]", text), text
+        assert text.isascii() and not re.search(r"[][{}|*#;<>_]|  | \n|\n | [.,!?]|\ba [aeiou]", text), (
+            text
+        )
         assert text.count("\n") == 2 and text.count('"') % 2 == 0 and re.search(r'[.!?]"?$', text), text
         assert not re.search(r"(?:^|[.!?]\"? |\n)\"?[a-z]", re.sub(r'[!?]" \w+', "", text)), text
     words = Counter(word for text, _ in sample for word in re.findall(r"[a-z]+", text.lower()))
@@ -201,13 +240,18 @@ def test_a_column_belongs_to_one_table():
     for slot, choice in t.SLOTS.items():
         for _, row, _ in choice.options:
             for column in row.keys() - {"{moral}", "{lesson}"}:
-                assert [r for _, r, _ in t.SLOTS[column].options] == [r for _, r, _ in choice.options], (slot, column)
+                assert [r for _, r, _ in t.SLOTS[column].options] == [r for _, r, _ in choice.options], (
+                    slot,
+                    column,
+                )
 
 
 def test_heroes_have_the_right_pronouns():
     pronouns = {"she": "she her her She Her", "he": "he him his He His"}
     for _, row, _ in t.SLOTS["{hero}"].options:
-        assert " ".join(row["{%s}" % name] for name in "he him his He His".split()) == pronouns[row["{he}"]]
+        assert (
+            " ".join(row["{%s}" % name] for name in "he him his He His".split()) == pronouns[row["{he}"]]
+        )
         assert row["{he}"] == {"girl": "she", "boy": "he"}.get(row["{kind}"], row["{he}"])
 
 
@@ -217,10 +261,13 @@ def test_morals(sample, readings):
     for (text, _), [(_, moral)] in zip(sample, readings):
         said += moral[1:-1] in text
         assert not any(other[1:-1] in text for other in t.MORALS if other != moral)
-    assert 0.75 < said / len(readings) < 0.85  # eight of ten closings say it; from the others it must be understood
+    assert (
+        0.75 < said / len(readings) < 0.85
+    )  # eight of ten closings say it; from the others it must be understood
 
 
 # ------------------------------------------------------------------------------------------------------------- the stream
+
 
 def test_a_seed_is_a_list_of_stories():
     assert list(t.stories(20, seed=5)) == list(islice(t.stories(1000, seed=5), 20))

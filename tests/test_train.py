@@ -1,4 +1,5 @@
 """Training: batches, rates, accumulation, resuming to the bit, and that it learns."""
+
 import contextlib
 import json
 import math
@@ -27,8 +28,18 @@ from test_model import build, tokens
 
 ROOT = Path(__file__).parents[1]
 CPU = resolve("cpu", "float32", "false")
-SMALL = ["--n_layer=2", "--n_embd=32", "--n_head=2", "--batch_size=4", "--max_iters=12", "--eval_interval=4", "--log_interval=1",
-         "--eval_tokens=1024", "--device=cpu", "--dtype=float32"]
+SMALL = [
+    "--n_layer=2",
+    "--n_embd=32",
+    "--n_head=2",
+    "--batch_size=4",
+    "--max_iters=12",
+    "--eval_interval=4",
+    "--log_interval=1",
+    "--eval_tokens=1024",
+    "--device=cpu",
+    "--dtype=float32",
+]
 
 
 @pytest.fixture(scope="module")
@@ -69,13 +80,18 @@ def same(a, b):
 
 # Batches
 
+
 def test_targets_are_inputs_shifted_by_one_and_an_epoch_sees_each_block_once():
     data, T = np.arange(1000, dtype=np.uint16), 10
     per_epoch = len(epoch_starts(len(data), T, 7, 0))
     batch = training_rows(data, T, 7, 0, per_epoch)
     assert torch.equal(batch["idx"] + 1, batch["targets"]) and batch["idx"].dtype == torch.int64
     first, again = batch["idx"][:, 0], training_rows(data, T, 7, per_epoch, per_epoch)["idx"][:, 0]
-    assert per_epoch == 99 and (first.sort().values.diff() == T).all() and (again.sort().values.diff() == T).all()
+    assert (
+        per_epoch == 99
+        and (first.sort().values.diff() == T).all()
+        and (again.sort().values.diff() == T).all()
+    )
     assert not torch.equal(again - again.min(), first - first.min()) and not (first.diff() > 0).all()
 
 
@@ -96,9 +112,17 @@ def test_rows_stay_inside_a_short_split(n):
 
 # Learning rate
 
+
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
 def test_learning_rate_at_the_ends(schedule):
-    cfg = train.Config(max_iters=1000, warmup_iters=100, learning_rate=1e-2, min_lr=1e-3, schedule=schedule, decay_frac=0.5)
+    cfg = train.Config(
+        max_iters=1000,
+        warmup_iters=100,
+        learning_rate=1e-2,
+        min_lr=1e-3,
+        schedule=schedule,
+        decay_frac=0.5,
+    )
     lr = [train.get_lr(step, cfg) for step in range(1001)]
     assert lr[0] == pytest.approx(1e-2 / 101) and lr[99] == pytest.approx(1e-2 * 100 / 101)
     assert lr[100] == 1e-2 == max(lr)
@@ -112,28 +136,44 @@ def test_learning_rate_at_the_ends(schedule):
 
 # Optimizers and steps
 
+
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 @pytest.mark.parametrize("tie", [True, False])
 def test_every_parameter_is_in_one_group_by_role(optimizer, tie):
     model = build("layernorm", pos="learned", tie=tie)
     optimizers = train.make_optimizers(model, train.Config(optimizer=optimizer), CPU)
-    where = {id(p): (type(o).__name__, g["weight_decay"]) for o in optimizers for g in o.param_groups for p in g["params"]}
-    assert sum(len(g["params"]) for o in optimizers for g in o.param_groups) == len(list(model.parameters())) == len(where)
+    where = {
+        id(p): (type(o).__name__, g["weight_decay"])
+        for o in optimizers
+        for g in o.param_groups
+        for p in g["params"]
+    }
+    assert (
+        sum(len(g["params"]) for o in optimizers for g in o.param_groups)
+        == len(list(model.parameters()))
+        == len(where)
+    )
     for name, p in model.named_parameters():
         hidden = "Muon" if optimizer == "muon" else "AdamW"
-        assert where[id(p)] == (("AdamW", 0.0) if p.dim() == 1 else (hidden, 0.1) if "blocks" in name else ("AdamW", 0.1)), name
+        assert where[id(p)] == (
+            ("AdamW", 0.0) if p.dim() == 1 else (hidden, 0.1) if "blocks" in name else ("AdamW", 0.1)
+        ), name
 
 
 def test_frozen_parameters_are_in_no_group():
     model = build()
     model.wte.weight.requires_grad_(False)
     optimizers = train.make_optimizers(model, train.Config(), CPU)
-    assert id(model.wte.weight) not in {id(p) for o in optimizers for g in o.param_groups for p in g["params"]}
+    assert id(model.wte.weight) not in {
+        id(p) for o in optimizers for g in o.param_groups for p in g["params"]
+    }
 
 
 def furthest(params, reference, start):
     """The largest distance of parameters to a reference, as a share of that parameter's largest move from its start."""
-    return max(((p - r).abs().max() / (r - s).abs().max()).item() for p, r, s in zip(params, reference, start))
+    return max(
+        ((p - r).abs().max() / (r - s).abs().max()).item() for p, r, s in zip(params, reference, start)
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -148,7 +188,9 @@ def test_k_accumulation_steps_are_one_k_times_batch(optimizer, dtype):
     def update(rows, parts):
         model = build().train()
         cfg = train.Config(optimizer=optimizer, learning_rate=1e-2)
-        batches = [{"idx": i, "targets": t} for i, t in zip(idx[rows].split(parts), targets[rows].split(parts))]
+        batches = [
+            {"idx": i, "targets": t} for i, t in zip(idx[rows].split(parts), targets[rows].split(parts))
+        ]
         optimizers = train.make_optimizers(model, cfg, compute)
         # AdamW's first step has full size for a gradient of 1e-9 as well; a large eps keeps the comparison about gradients
         for g in optimizers[0].param_groups:
@@ -158,12 +200,19 @@ def test_k_accumulation_steps_are_one_k_times_batch(optimizer, dtype):
 
     in_order, thirds = torch.arange(6), [2, 2, 2]
     loss, norm, params = update(in_order, thirds)
-    orders = [update(torch.randperm(6, generator=torch.Generator().manual_seed(seed)), thirds)[2] for seed in range(4)]
+    orders = [
+        update(torch.randperm(6, generator=torch.Generator().manual_seed(seed)), thirds)[2]
+        for seed in range(4)
+    ]
     rounding = max(furthest(order, params, start) for order in orders)
-    assert 0 < rounding < {"float32": 1e-3, "bfloat16": 0.2}[dtype]  # of a parameter's largest move; Muon's iteration in bfloat16 enlarges it
+    assert (
+        0 < rounding < {"float32": 1e-3, "bfloat16": 0.2}[dtype]
+    )  # of a parameter's largest move; Muon's iteration in bfloat16 enlarges it
     for parts in [6], [1, 5], [1] * 6:
         other_loss, other_norm, others = update(in_order, parts)
-        assert other_loss == pytest.approx(loss, rel=1e-5) and other_norm == pytest.approx(norm, rel=1e-3)
+        assert other_loss == pytest.approx(loss, rel=1e-5) and other_norm == pytest.approx(
+            norm, rel=1e-3
+        )
         assert furthest(others, params, start) < 8 * rounding
 
 
@@ -180,8 +229,12 @@ def test_a_loss_that_is_not_finite_changes_nothing():
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_a_step_that_is_not_finite_leaves_no_trace(optimizer):
     """Weights, moments and the counts of steps: a run with such a step in it is, to the bit, the one without."""
+
     def loss(model, batch):
-        return train.next_token_loss(model, {key: batch[key] for key in ("idx", "targets")}) * batch["factor"]
+        return (
+            train.next_token_loss(model, {key: batch[key] for key in ("idx", "targets")})
+            * batch["factor"]
+        )
 
     runs = []
     for factors in [1.0, 1.0, 1.0], [1.0, math.nan, 1.0, math.inf, 1.0]:
@@ -191,7 +244,9 @@ def test_a_step_that_is_not_finite_leaves_no_trace(optimizer):
         for factor in factors:
             batch = {"idx": tokens(seed=seed), "targets": tokens(seed=seed + 9)}
             batch["factor"] = factor
-            step_loss, norm = train.train_step(model, optimizers, [batch], CPU, (0, seed), grad_clip=1.0, loss_fn=loss)
+            step_loss, norm = train.train_step(
+                model, optimizers, [batch], CPU, (0, seed), grad_clip=1.0, loss_fn=loss
+            )
             assert train.is_usable(step_loss.item(), norm.item(), None) == (factor == 1.0)
             seed += factor == 1.0
         runs.append((model.state_dict(), [o.state_dict()["state"] for o in optimizers]))
@@ -200,9 +255,18 @@ def test_a_step_that_is_not_finite_leaves_no_trace(optimizer):
 
 def test_a_run_whose_loss_is_not_finite_names_the_step_and_keeps_its_checkpoint(lab, monkeypatch):
     batches = train.Pretraining.batches
-    monkeypatch.setattr(train.Pretraining, "count", staticmethod(lambda batch: torch.tensor(batch.pop("count"))))
-    monkeypatch.setattr(train.Pretraining, "batches", lambda self, step: [b | {"count": 0 if step == 6 else 64} for b in batches(self, step)])
-    with pytest.raises(Refusal, match="the loss is (nan|inf) and its gradient norm .* at step 6; .*the last checkpoint in naned is as it was") as e:
+    monkeypatch.setattr(
+        train.Pretraining, "count", staticmethod(lambda batch: torch.tensor(batch.pop("count")))
+    )
+    monkeypatch.setattr(
+        train.Pretraining,
+        "batches",
+        lambda self, step: [b | {"count": 0 if step == 6 else 64} for b in batches(self, step)],
+    )
+    with pytest.raises(
+        Refusal,
+        match="the loss is (nan|inf) and its gradient norm .* at step 6; .*the last checkpoint in naned is as it was",
+    ) as e:
         run_train(lab, "--out_dir=naned", "--log_interval=5")
     assert e.value.status == 1 and load(lab, "naned")["step"] == 4
 
@@ -215,23 +279,37 @@ def test_targets_are_counted_exactly(dtype):
     class OneNat(torch.nn.Module):
         def forward(self, idx, targets, reduction):
             return None, (targets != -100).sum().float()
+
     assert evaluate(OneNat(), data, 24, 700, compute) == 1.0
     targets = torch.zeros(3, 1000, dtype=torch.long)
     targets[1, 7:] = -100
     weight = torch.nn.Parameter(torch.ones(()))
-    loss, norm = train.train_step(torch.nn.Module(), [torch.optim.SGD([weight], lr=0.5)], [{"targets": t} for t in targets.split(1)], compute,
-                                  loss_fn=lambda _, batch: weight * count_targets(batch))
+    loss, norm = train.train_step(
+        torch.nn.Module(),
+        [torch.optim.SGD([weight], lr=0.5)],
+        [{"targets": t} for t in targets.split(1)],
+        compute,
+        loss_fn=lambda _, batch: weight * count_targets(batch),
+    )
     assert (loss.item(), norm.item(), weight.item()) == (1.0, 1.0, 0.5)
 
 
 def test_evaluate_counts_each_target_once():
     data, model = tokens(1, 107)[0].numpy().astype(np.uint16), build()
     with torch.no_grad():
-        nats = sum(model(torch.from_numpy(data[i:i + 25][:-1].astype(np.int64))[None], torch.from_numpy(data[i + 1:i + 25].astype(np.int64))[None],
-                         reduction="sum")[1].item() for i in range(0, 106, 24))
+        nats = sum(
+            model(
+                torch.from_numpy(data[i : i + 25][:-1].astype(np.int64))[None],
+                torch.from_numpy(data[i + 1 : i + 25].astype(np.int64))[None],
+                reduction="sum",
+            )[1].item()
+            for i in range(0, 106, 24)
+        )
     assert evaluate(model, data, 24, 2, CPU) == pytest.approx(nats / 106, rel=1e-5)
     each = token_nats(model, data, 24, CPU)  # five blocks, the last of 10 targets
-    assert evaluate(model, data, 24, 2, CPU, tokens=48) == pytest.approx(np.r_[each[:24], each[96:]].mean(), rel=1e-5)
+    assert evaluate(model, data, 24, 2, CPU, tokens=48) == pytest.approx(
+        np.r_[each[:24], each[96:]].mean(), rel=1e-5
+    )
     assert evaluate(model, data[:25], 24, 2, CPU, tokens=48) == pytest.approx(each[:24].mean(), rel=1e-5)
 
 
@@ -239,7 +317,13 @@ def test_evaluate_counts_each_target_once():
 def test_a_gradient_is_clipped_to_its_norm(clip):
     model = build()
     before = [p.detach().clone() for p in model.parameters()]
-    _, norm = train.train_step(model, [torch.optim.SGD(model.parameters(), lr=1.0)], [{"idx": tokens(), "targets": tokens()}], CPU, grad_clip=clip)
+    _, norm = train.train_step(
+        model,
+        [torch.optim.SGD(model.parameters(), lr=1.0)],
+        [{"idx": tokens(), "targets": tokens()}],
+        CPU,
+        grad_clip=clip,
+    )
     moved = torch.cat([(a - b).flatten() for a, b in zip(model.parameters(), before)]).norm()
     assert norm > 0.2 and moved.item() == pytest.approx(min(norm.item(), clip or math.inf), rel=1e-3)
 
@@ -250,22 +334,32 @@ def test_document_nats_are_each_documents_own():
     with torch.no_grad():
         for d, nats in zip(documents, got):
             logp = model(torch.tensor([[0, *d]]))[0][0].log_softmax(-1)
-            assert nats == pytest.approx(-sum(logp[i, t].item() for i, t in enumerate([*d, 0])), rel=1e-5)
+            assert nats == pytest.approx(
+                -sum(logp[i, t].item() for i, t in enumerate([*d, 0])), rel=1e-5
+            )
     with pytest.raises(ValueError, match="block_size=24"):
         document_nats(model, [[1] * 24], 0, 0, CPU)
 
 
 # Whole runs
 
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_stop_and_resume_is_an_uninterrupted_run_to_the_bit(lab, optimizer, dtype):
     whole_dir, parts_dir = f"whole-{optimizer}-{dtype}", f"parts-{optimizer}-{dtype}"
-    args = [f"--optimizer={optimizer}", "--dropout=0.1", "--gradient_accumulation_steps=2", f"--dtype={dtype}"]
+    args = [
+        f"--optimizer={optimizer}",
+        "--dropout=0.1",
+        "--gradient_accumulation_steps=2",
+        f"--dtype={dtype}",
+    ]
     run_train(lab, *args, f"--out_dir={whole_dir}")
     run_train(lab, *args, f"--out_dir={parts_dir}", "--max_iters=8", "--lr_decay_iters=12")
     with contextlib.chdir(lab):
-        train.main(configure(train.Config, [f"--out_dir={parts_dir}", "--init_from=resume", "--max_iters=12"]))
+        train.main(
+            configure(train.Config, [f"--out_dir={parts_dir}", "--init_from=resume", "--max_iters=12"])
+        )
     whole, parts = load(lab, whole_dir), load(lab, parts_dir)
     assert whole["step"] == parts["step"] == 12 and parts["config"]["dtype"] == dtype
     for key in "model", "optimizers", "val_loss", "best_val_loss":
@@ -274,7 +368,11 @@ def test_stop_and_resume_is_an_uninterrupted_run_to_the_bit(lab, optimizer, dtyp
 
 
 def test_a_setting_that_came_later_has_its_default():
-    saved = {key: value for key, value in asdict(ModelConfig(n_embd=96, n_head=2, vocab_size=300)).items() if key != "head_dim"}
+    saved = {
+        key: value
+        for key, value in asdict(ModelConfig(n_embd=96, n_head=2, vocab_size=300)).items()
+        if key != "head_dim"
+    }
     for resume in True, False:
         ckpt = {"config": {}, "model_config": saved}
         assert checkpoint.inherit(configure(train.Config, []), ckpt, "old.pt", resume).head_dim == 48
@@ -285,15 +383,31 @@ def test_a_setting_that_came_later_has_its_default():
 def test_resume_keeps_what_was_saved_and_refuses_another_model_or_data(lab):
     run_train(lab, "--out_dir=r", "--weight_decay=0.3")
     with contextlib.chdir(lab):
+
         def resume(*argv):
             train.main(configure(train.Config, ["--out_dir=r", "--init_from=resume", *argv]))
-        for argv, words in (["--n_layer=3"], "n_layer=2"), (["--dataset=other"], "dataset"), (["--pos=alibi"], "pos"), (["--seed=3"], "seed"):
+
+        for argv, words in (
+            (["--n_layer=3"], "n_layer=2"),
+            (["--dataset=other"], "dataset"),
+            (["--pos=alibi"], "pos"),
+            (["--seed=3"], "seed"),
+        ):
             with pytest.raises(Refusal, match=words):
                 resume(*argv)
-        resume("--max_iters=16", "--n_layer=2", "--learning_rate=1e-4", "--momentum=0.5")  # the same n_layer is no change
+        resume(
+            "--max_iters=16", "--n_layer=2", "--learning_rate=1e-4", "--momentum=0.5"
+        )  # the same n_layer is no change
     ckpt = load(lab, "r")
-    assert ckpt["optimizers"][1]["param_groups"][0]["momentum"] == 0.5 and ckpt["optimizers"][0]["param_groups"][0]["weight_decay"] == 0.3
-    assert ckpt["step"] == 16 and ckpt["config"]["weight_decay"] == 0.3 and ckpt["config"]["learning_rate"] == 1e-4
+    assert (
+        ckpt["optimizers"][1]["param_groups"][0]["momentum"] == 0.5
+        and ckpt["optimizers"][0]["param_groups"][0]["weight_decay"] == 0.3
+    )
+    assert (
+        ckpt["step"] == 16
+        and ckpt["config"]["weight_decay"] == 0.3
+        and ckpt["config"]["learning_rate"] == 1e-4
+    )
 
 
 def test_an_existing_out_dir_is_refused_or_moved_aside(lab):
@@ -314,7 +428,18 @@ def test_an_existing_out_dir_is_refused_or_moved_aside(lab):
 def test_init_from_a_checkpoint_takes_its_weights_and_shape(lab, capsys):
     run_train(lab, "--out_dir=a", "--max_iters=4")
     with contextlib.chdir(lab):
-        train.main(configure(train.Config, ["--init_from=a", "--out_dir=b", "--max_iters=1", "--learning_rate=1e-9", "--device=cpu"]))
+        train.main(
+            configure(
+                train.Config,
+                [
+                    "--init_from=a",
+                    "--out_dir=b",
+                    "--max_iters=1",
+                    "--learning_rate=1e-9",
+                    "--device=cpu",
+                ],
+            )
+        )
     a, b = load(lab, "a", "ckpt_best.pt"), load(lab, "b")
     assert b["model_config"] == a["model_config"] and b["step"] == 1
     assert all((a["model"][k] - b["model"][k]).abs().max() < 1e-6 for k in a["model"])
@@ -325,7 +450,12 @@ def test_eval_only_prints_the_saved_loss_and_writes_nothing(lab, capsys):
     before = sorted((p.name, p.stat().st_mtime_ns) for p in (lab / "e").iterdir())
     capsys.readouterr()
     with contextlib.chdir(lab):
-        train.main(configure(train.Config, ["--out_dir=e", "--init_from=resume", "--eval_only", "--device=cpu", "--dtype=float32"]))
+        train.main(
+            configure(
+                train.Config,
+                ["--out_dir=e", "--init_from=resume", "--eval_only", "--device=cpu", "--dtype=float32"],
+            )
+        )
     assert f"{load(lab, 'e')['val_loss']:.4f} nats a token" in capsys.readouterr().out
     assert sorted((p.name, p.stat().st_mtime_ns) for p in (lab / "e").iterdir()) == before
 
@@ -334,7 +464,16 @@ def test_a_run_that_blows_up_says_the_step_and_keeps_the_last_good_checkpoint(la
     run_train(lab, "--out_dir=n", "--max_iters=4")
     before = (lab / "n/ckpt.pt").read_bytes()
     with pytest.raises(Refusal, match=r"at step \d+") as e:
-        run_train(lab, "--out_dir=n", "--init_from=resume", "--max_iters=60", "--eval_interval=60", "--learning_rate=1e30", "--grad_clip=0", "--lr_decay_iters=1000")
+        run_train(
+            lab,
+            "--out_dir=n",
+            "--init_from=resume",
+            "--max_iters=60",
+            "--eval_interval=60",
+            "--learning_rate=1e30",
+            "--grad_clip=0",
+            "--lr_decay_iters=1000",
+        )
     assert e.value.status == 1 and (lab / "n/ckpt.pt").read_bytes() == before
 
 
@@ -344,18 +483,31 @@ def test_the_log_the_best_checkpoint_and_the_plot(lab):
     lines = [json.loads(line) for line in open(lab / "p/log.jsonl", encoding="utf-8")]
     assert [x["step"] for x in lines if "loss" in x] == list(range(1, 13))
     assert [x["step"] for x in lines if "val_loss" in x] == [0, 4, 8, 12]
-    assert load(lab, "p", "ckpt_best.pt")["val_loss"] == min(x["val_loss"] for x in lines if "val_loss" in x and x["step"])
+    assert load(lab, "p", "ckpt_best.pt")["val_loss"] == min(
+        x["val_loss"] for x in lines if "val_loss" in x and x["step"]
+    )
     assert (lab / "p/loss.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(os.listdir(lab / "p")) == ["ckpt.pt", "ckpt_best.pt", "log.jsonl", "loss.png"]
 
 
 def test_from_the_command_line_with_the_default_data_and_then_a_story(lab, tmp_path):
     def script(name, *argv):
-        return subprocess.run([sys.executable, ROOT / name, *argv], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        return subprocess.run(
+            [sys.executable, ROOT / name, *argv],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
     done = script("train.py", *SMALL, "--max_iters=2")
     assert done.returncode == 0, done.stderr
-    assert "bits a byte" in done.stdout and "unseen stories" in done.stdout and "device=cpu" in done.stdout
-    told = script("sample.py", "--start=Once upon a time", "--max_new_tokens=20", "--num_samples=2", "--device=cpu")
+    assert (
+        "bits a byte" in done.stdout and "unseen stories" in done.stdout and "device=cpu" in done.stdout
+    )
+    told = script(
+        "sample.py", "--start=Once upon a time", "--max_new_tokens=20", "--num_samples=2", "--device=cpu"
+    )
     assert told.returncode == 0, told.stderr
     assert told.stdout.count("Once upon a time") == 2 and "decode" in told.stdout.splitlines()[-1]
 
@@ -367,13 +519,19 @@ def test_a_chunked_loss_trains_the_same(lab, monkeypatch):
         if loss == "chunked":  # which does without
             monkeypatch.setattr(torch.nn.functional, "cross_entropy", None)
         run_train(lab, f"--out_dir=loss-{loss}", f"--loss={loss}", "--gradient_checkpointing")
-    assert load(lab, "loss-plain")["val_loss"] == pytest.approx(load(lab, "loss-chunked")["val_loss"], rel=1e-3)
+    assert load(lab, "loss-plain")["val_loss"] == pytest.approx(
+        load(lab, "loss-chunked")["val_loss"], rel=1e-3
+    )
 
 
 def test_a_wandb_that_does_not_start_is_one_line_and_leaves_nothing(lab, tmp_path, monkeypatch):
-    (tmp_path / "wandb.py").write_text("def init(**keys):\n    raise RuntimeError('No API key configured.')\n")
+    (tmp_path / "wandb.py").write_text(
+        "def init(**keys):\n    raise RuntimeError('No API key configured.')\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(Refusal, match=r"wandb does not start \(No API key configured.\); WANDB_MODE=offline"):
+    with pytest.raises(
+        Refusal, match=r"wandb does not start \(No API key configured.\); WANDB_MODE=offline"
+    ):
         run_train(lab, "--out_dir=logged", "--max_iters=1", "--wandb_log")
     assert not (lab / "logged").exists()
 
@@ -381,6 +539,7 @@ def test_a_wandb_that_does_not_start_is_one_line_and_leaves_nothing(lab, tmp_pat
 def test_other_runs_and_a_run_without_a_checkpoint_are_not_in_the_way(tmp_path):
     def moving(*argv):
         return train.is_in_the_way(configure(train.Config, [f"--out_dir={out}", *argv]))
+
     out = tmp_path / "out"
     for path in "demo/ckpt.pt", "lora/adapter_best.pt", "log.jsonl":
         (out / path).parent.mkdir(parents=True, exist_ok=True)
@@ -392,7 +551,9 @@ def test_other_runs_and_a_run_without_a_checkpoint_are_not_in_the_way(tmp_path):
     assert moving("--overwrite")
     (out / "onnx").mkdir()
     folders.move_aside(out, folders.runs_in(out))
-    assert sorted(os.listdir(out)) == ["demo", "lora"] and sorted(os.listdir(next(tmp_path.glob("out.old-*")))) == ["ckpt.pt", "log.jsonl", "onnx"]
+    assert sorted(os.listdir(out)) == ["demo", "lora"] and sorted(
+        os.listdir(next(tmp_path.glob("out.old-*")))
+    ) == ["ckpt.pt", "log.jsonl", "onnx"]
     (out / "thesis.txt").write_text("mine")
     with pytest.raises(Refusal, match="already: --overwrite moves it aside"):
         moving()
@@ -401,25 +562,44 @@ def test_other_runs_and_a_run_without_a_checkpoint_are_not_in_the_way(tmp_path):
 def test_embeddings_learn_so_many_times_as_fast(lab):
     found = []
     for scale in 1, 2, 4:
-        run_train(lab, f"--out_dir=scale{scale}", "--max_iters=1", "--warmup_iters=0", f"--embd_lr_scale={scale}")
+        run_train(
+            lab,
+            f"--out_dir=scale{scale}",
+            "--max_iters=1",
+            "--warmup_iters=0",
+            f"--embd_lr_scale={scale}",
+        )
         found.append(load(lab, f"scale{scale}")["model"])
     a, b, c = (model["wte.weight"] for model in found)
     torch.testing.assert_close(c - a, 3 * (b - a), rtol=1e-2, atol=1e-6)
-    assert (b - a).abs().max() > 1e-4 and torch.equal(found[0]["blocks.0.attn.q_proj.weight"], found[2]["blocks.0.attn.q_proj.weight"])
+    assert (b - a).abs().max() > 1e-4 and torch.equal(
+        found[0]["blocks.0.attn.q_proj.weight"], found[2]["blocks.0.attn.q_proj.weight"]
+    )
 
 
 def test_toy_stories_that_are_not_scored_are_said_so(lab, tmp_path, capsys):
     with contextlib.chdir(tmp_path):
         prepare.prepare(configure(prepare.Config, ["--num_stories=9"]))
         for T in 64, 256:
-            train.main(configure(train.Config, [*SMALL, "--max_iters=1", f"--block_size={T}", f"--out_dir=out{T}"]))
+            train.main(
+                configure(
+                    train.Config, [*SMALL, "--max_iters=1", f"--block_size={T}", f"--out_dir=out{T}"]
+                )
+            )
             assert "the stories are not scored: no story is whole" in capsys.readouterr().out
-        prepare.prepare(configure(prepare.Config, ["--num_stories=40", "--overwrite"]))  # its validation split begins within a story
-        train.main(configure(train.Config, [*SMALL, "--max_iters=1", "--block_size=256", "--out_dir=out40"]))
-        assert re.search(r"\d unseen stories: \d+\.\d+ nats a story, \d+\.\d% above", capsys.readouterr().out)
+        prepare.prepare(
+            configure(prepare.Config, ["--num_stories=40", "--overwrite"])
+        )  # its validation split begins within a story
+        train.main(
+            configure(train.Config, [*SMALL, "--max_iters=1", "--block_size=256", "--out_dir=out40"])
+        )
+        assert re.search(
+            r"\d unseen stories: \d+\.\d+ nats a story, \d+\.\d% above", capsys.readouterr().out
+        )
 
 
 # Learning
+
 
 def bigram_nats(data, V):
     """Validation nats a token of a bigram model with add-0.01 counts."""
@@ -434,8 +614,21 @@ def bigram_nats(data, V):
 def test_each_architecture_trained_briefly_beats_a_bigram_model(lab, preset):
     with contextlib.chdir(lab):
         _, data, tokenizer = prepare.load("data/toy")
-        train.main(configure(train.Config, [str(ROOT / f"configs/{preset}.toml"), *SMALL, "--n_embd=64", "--n_head=4", "--batch_size=8", "--max_iters=200",
-                                            "--eval_interval=200", f"--out_dir=bigram-{preset}"]))
+        train.main(
+            configure(
+                train.Config,
+                [
+                    str(ROOT / f"configs/{preset}.toml"),
+                    *SMALL,
+                    "--n_embd=64",
+                    "--n_head=4",
+                    "--batch_size=8",
+                    "--max_iters=200",
+                    "--eval_interval=200",
+                    f"--out_dir=bigram-{preset}",
+                ],
+            )
+        )
     assert load(lab, f"bigram-{preset}")["val_loss"] < bigram_nats(data, tokenizer.vocab_size)
 
 
@@ -444,12 +637,29 @@ def test_no_model_is_below_the_floor(lab):
     """A model cannot know more about unseen stories than the grammar that wrote them. Below by 3 standard errors is a bug."""
     with contextlib.chdir(lab):
         _, data, tokenizer = prepare.load("data/toy")
-        train.main(configure(train.Config, [*SMALL, "--n_embd=64", "--n_head=4", "--batch_size=8", "--max_iters=300", "--eval_interval=300", "--out_dir=floor"]))
+        train.main(
+            configure(
+                train.Config,
+                [
+                    *SMALL,
+                    "--n_embd=64",
+                    "--n_head=4",
+                    "--batch_size=8",
+                    "--max_iters=300",
+                    "--eval_interval=300",
+                    "--out_dir=floor",
+                ],
+            )
+        )
         model, _ = checkpoint.restore(load(lab, "floor"), "floor")
         texts, logp = zip(*toy_stories.stories(200, seed=99))
-        gap = document_nats(model, tokenizer.encode_batch(texts), tokenizer.bos, tokenizer.eot, CPU) + np.array(logp)
+        gap = document_nats(
+            model, tokenizer.encode_batch(texts), tokenizer.bos, tokenizer.eot, CPU
+        ) + np.array(logp)
     assert gap.mean() > -3 * gap.std() / len(gap) ** 0.5
-    assert gap.mean() < -np.mean(logp)  # and it has learned enough for the comparison to mean something: below twice the floor
+    assert gap.mean() < -np.mean(
+        logp
+    )  # and it has learned enough for the comparison to mean something: below twice the floor
 
 
 def test_floor_line_compares_like_with_like(lab):
@@ -467,4 +677,5 @@ def test_floor_line_compares_like_with_like(lab):
                 assert ids[-1] == tokenizer.eot
                 row[0] = -toy_stories.log_prob(tokenizer.decode(ids[:-1]))
             return None, nats
+
     assert " 0.0% above" in floor_line(Oracle(), tokenizer, data["val"], CPU, n=50)

@@ -1,4 +1,5 @@
 """Python runs this at its start, so every process of the tests has no network but its own machine."""
+
 import socket
 
 
@@ -7,6 +8,7 @@ def local_only(connect):
         if isinstance(address, tuple) and address[0] not in ("127.0.0.1", "::1", "localhost"):
             raise ConnectionRefusedError(f"the tests run with the network off: {address}")
         return connect(self, address)
+
     return wrapped
 
 
