@@ -1,9 +1,8 @@
-"""Our models as Hugging Face folders, for transformers, vLLM, llama.cpp and TRL; adapters as PEFT has
-them.
+"""Our models as Hugging Face folders, for transformers, vLLM, llama.cpp and TRL; our adapters as PEFT's.
 
-    python hf.py --out_dir=out/demo --to=out/demo-hf              # AutoModelForCausalLM opens that
-    python hf.py --out_dir=out/demo --adapter=out/lora --to=out/lora-peft          # for peft, over it
-    python hf.py --out_dir=out/demo --adapter=hf:out/lora-peft --to=out/lora-again # PEFT's becomes ours
+    python hf.py --out_dir=out/demo --to=out/demo-hf      # AutoModelForCausalLM, AutoTokenizer open that
+    python hf.py --out_dir=out/demo --adapter=out/lora --to=out/peft     # a LoRA adapter, for peft
+    python hf.py --out_dir=out/demo --adapter=hf:out/peft --to=out/lora  # PEFT's, for sample.py
 
 A whole model comes in without this script: "hf:FOLDER_OR_NAME" stands wherever a checkpoint does, as in
 train.py --init_from=hf:gpt2 or sample.py --out_dir=hf:out/demo-hf. A model becomes a LlamaForCausalLM,

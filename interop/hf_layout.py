@@ -236,23 +236,24 @@ COMMON_FIXED = {
     "tie_encoder_decoder": False,
     "use_bfloat16": False,
 }
-FIXED = {
-    "llama": COMMON_FIXED
-    | {
-        "hidden_act": "silu",
-        "attention_dropout": 0,
-        "pretraining_tp": 1,
-        "rope_interleaved": False,
-        "partial_rotary_factor": 1,
-    },
-    "qwen3": COMMON_FIXED | {"hidden_act": "silu", "attention_dropout": 0, "partial_rotary_factor": 1},
-    "gpt2": COMMON_FIXED
-    | {
-        "activation_function": "gelu_new",
-        "scale_attn_weights": True,
-        "scale_attn_by_inverse_layer_idx": False,
-    },
+QWEN3_FIXED = {
+    **COMMON_FIXED,
+    "hidden_act": "silu",
+    "attention_dropout": 0,
+    "partial_rotary_factor": 1,
 }
+LLAMA_FIXED = {
+    **QWEN3_FIXED,
+    "pretraining_tp": 1,
+    "rope_interleaved": False,
+}
+GPT2_FIXED = {
+    **COMMON_FIXED,
+    "activation_function": "gelu_new",
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+}
+FIXED = {"llama": LLAMA_FIXED, "qwen3": QWEN3_FIXED, "gpt2": GPT2_FIXED}
 
 # keys that are read one by one
 LLAMA_READ = set(
@@ -451,7 +452,7 @@ def write_config(kind, c):
     }
     data |= {hf_key: getattr(c, key) for key, hf_key in SIZES[kind].items()}
     if kind == "gpt2":
-        return data | FIXED[kind] | write_gpt2_settings(c)
+        return data | GPT2_FIXED | write_gpt2_settings(c)
     data |= {
         "num_key_value_heads": c.n_kv_head,
         "head_dim": c.head_dim,
