@@ -237,7 +237,8 @@ def open_session(path, c):
             enable_fallback=0,  # it would print
         )
     except Exception as e:  # onnxruntime has many kinds, protobuf its own
-        raise Refusal(f"{path} is damaged or not a model that onnxruntime reads: {e}")
+        reason = str(e).splitlines()[0][:200] if str(e) else repr(e)
+        raise Refusal(f"{path} is damaged or not a model that onnxruntime reads: {reason}")
     if not fits_config(session, c):
         message = f"{path} is not the model that its config.json describes"
         raise Refusal(f"{message}: inputs, outputs or their shapes are others")
