@@ -1,36 +1,49 @@
-# make demo: install, train the default model on the toy stories, and print some
-# make browser: a page that writes with the demo model, at http://127.0.0.1:8000; needs npm
-# make finetune: teach that model the morals of its stories, and show what it knew before and after
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: browser demo finetune install test test-all
+.PHONY: browser demo finetune help install lint test test-all test-quick
 
-demo: install
+demo: install  ## install, train the default model on the toy stories, and print some
 	$(BIN)/python train.py --out_dir=out/demo --overwrite
 	$(BIN)/python sample.py --out_dir=out/demo --num_samples=4 --temperature=0.7
 
-finetune: install
+finetune: install  ## teach that model the morals of its stories, and show what it knew before and after
 	test -e out/demo/ckpt.pt || $(MAKE) demo
 	$(BIN)/python finetune_lora.py --init_from=out/demo --dataset=moral --out_dir=out/demo-moral --overwrite
 
-browser: install browser/node_modules/.package-lock.json
+browser: install browser/node_modules/.package-lock.json  ## a page that writes with the demo model, at http://127.0.0.1:8000; needs npm
 	test -e out/demo/ckpt.pt || $(MAKE) demo
 	test -e out/demo/onnx/model.onnx || { $(BIN)/pip install -q onnxruntime && $(BIN)/python export_onnx.py --out_dir=out/demo; }
 	$(BIN)/python serve.py
 
+install: .venv/installed  ## make .venv and install requirements.txt into it
+
+# The grid with one choice of heads, tying and qk_norm: each norm, layout, position and MLP is in it. Of the tests that
+# run train.py whole, which take seconds each, those of resuming, the log and out_dir.
+QUICK := (not test_grid or 2-True-True) \
+	and not (uninterrupted and (adamw or bfloat16)) \
+	and not (command_line or blows_up or as_fast or eval_only or init_from or not_scored or chunked_loss_trains)
+
+test-quick: .venv/installed-dev  ## while you work on model.py or train.py: less than 40 seconds on two cores
+	$(BIN)/python -m pytest -q -n auto --dist=worksteal -m "not slow" -k "$(QUICK)" \
+		tests/test_config.py tests/test_model.py tests/test_optim.py tests/test_sample.py tests/test_train.py
+
+test: .venv/installed-dev  ## everything but the slow tests, offline
+	$(BIN)/python -m pytest -q -n auto --dist=loadfile -m "not slow" tests
+
+test-all: test  ## and what takes a C++ compiler, nvcc, Chromium or minutes
+	$(BIN)/python -m pytest -q -m slow tests
+
+lint: .venv/installed-dev  ## ruff: what is wrong, and what `ruff format` would change
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+help:  ## print this
+	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "make %-11s %s\n", $$1, $$2 }'
+
 browser/node_modules/.package-lock.json: browser/package-lock.json
 	cd browser && npm ci --ignore-scripts --no-audit --no-fund
 	touch $@
-
-install: .venv/installed
-
-test: .venv/installed-dev
-	$(BIN)/python -m pytest -q -n auto --dist=loadfile -m "not slow" tests
-
-# and what takes a C++ compiler, nvcc or minutes
-test-all: test
-	$(BIN)/python -m pytest -q -m slow tests
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
