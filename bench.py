@@ -28,6 +28,7 @@ import rmsnorm
 import toy_stories
 import train
 from config import Refusal, read_toml, run
+from data import padded, to, training_rows
 from device import DTYPES, check_memory, fast_bfloat16, name_of, peak_flops, resolve
 from hf import to_transformers
 from measure import (
@@ -41,7 +42,6 @@ from measure import (
     race,
     synchronize,
 )
-from data import padded, to, training_rows
 from model import (
     KVCache,
     ModelConfig,

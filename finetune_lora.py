@@ -46,8 +46,8 @@ class Config(TrainConfig, lora.LoRAConfig):
     dataset: str = "moral"                  # moral (made here) | a .json .jsonl .parquet file | hf:NAME
     val_dataset: str = ""                   # held-out rows, where they are a file of their own, or a dataset of the hub
     val_fraction: float = 0.1               # of the rows; held out where val_dataset is empty
-    template: str = ""                      # text with {prompt} in it, \n a new line; empty: the base's or the rows' kind's
-    merge: bool = False                     # write out_dir's adapter and its base as out_dir/ckpt.pt, and stop
+    template: str = ""                      # text with {prompt} in it, \n a new line; empty: the base's or the rows'
+    merge: bool = False                     # write adapter and base as out_dir/ckpt.pt, and stop
     start: str = ""                         # the prompt of the sample at each evaluation; empty: the first held-out one
     eval_interval: int = 50                 # steps between evaluations, samples and checkpoints
     eval_tokens: int = 0                    # of held-out rows looked at meanwhile, always the same ones; 0 = all

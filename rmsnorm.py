@@ -16,7 +16,8 @@ import os
 import shutil
 import subprocess
 import time
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 

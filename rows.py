@@ -10,7 +10,8 @@ import functools
 import json
 import os
 from bisect import bisect_left, insort
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch

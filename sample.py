@@ -29,7 +29,7 @@ from rows import render
 @dataclass
 class Config:
     # fmt: off
-    out_dir: str = "out"             # a trained model's folder, a checkpoint file or hf:FOLDER_OR_NAME; an adapter's base
+    out_dir: str = "out"             # a model's folder, a checkpoint file or hf:FOLDER_OR_NAME; an adapter's base
     adapter: str = ""                # the folder of a LoRA adapter, or its file
     onnx: str = ""                   # a folder that export_onnx.py wrote, or an .onnx file in it; no out_dir then
     raw: bool = False                # give --start as it is, without the template that the model was fine-tuned with

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import toy_stories
-from data import blocks, count_targets, evenly, padded, prompt_ids, document_slices, to
+from data import blocks, count_targets, document_slices, evenly, padded, prompt_ids, to
 
 COMPLETION_TOKENS = 8192  # of completions and their contexts in a batch
 

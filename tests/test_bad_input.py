@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_prepare import DOCS, write, write_jsonl, write_parquet, write_txt
+from test_train import SMALL
 
 import bench
 import checkpoint
@@ -28,8 +30,6 @@ import train
 from config import configure, run
 from interop import hf_layout
 from model import HAS_CHUNKED_LOSS, ModelConfig, Transformer
-from test_prepare import DOCS, write, write_jsonl, write_parquet, write_txt
-from test_train import SMALL
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -308,6 +308,8 @@ def onnx_folder(name, about, tokenizer):
         make_model,
         make_node,
         make_opsetid,
+    )
+    from onnx.helper import (
         make_tensor_value_info as info,
     )
 
@@ -425,7 +427,11 @@ CASES = [
     ("train", "--out_dir=n --n_layer=10000000", "GiB"),
     ("train", "--out_dir=n --batch_size=1000000000", "GiB"),
     ("train", "--init_from=resume --batch_size=1000000000", "GiB"),
-    ("train", "--out_dir=n --batch_size=1000000000 --loss=chunked", "GiB" if HAS_CHUNKED_LOSS else "needs a torch with"),
+    (
+        "train",
+        "--out_dir=n --batch_size=1000000000 --loss=chunked",
+        "GiB" if HAS_CHUNKED_LOSS else "needs a torch with",
+    ),
     ("train", "--out_dir=n --gradient_accumulation_steps=1000000000", "GiB"),
     ("train", "--block_size=0", "block_size must be"),
     ("train", "--out_dir=n --block_size=1000000", "not enough for block_size"),

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_model import build
+from test_sample import greedy
 
 import bench
 import measure
 import toy_stories
 from config import Refusal, configure
 from device import resolve
-from test_model import build
-from test_sample import greedy
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")

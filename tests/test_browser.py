@@ -22,8 +22,12 @@ import torch
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
-import checkpoint
 import chromium
+from test_model import build
+from test_sample import complete
+from test_tokenizer import ASSIGNED, CHAR_DOCS, PIECES, SPACES, bpe, gpt2_folder  # noqa: F401  (the last two are fixtures)
+
+import checkpoint
 import export_onnx
 import onnx_model
 import prepare
@@ -33,9 +37,6 @@ import train
 from config import Refusal, configure
 from data import prompt_ids
 from rows import render
-from test_model import build
-from test_sample import complete
-from test_tokenizer import ASSIGNED, CHAR_DOCS, PIECES, SPACES, bpe, gpt2_folder  # noqa: F401  (the last two are fixtures)
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]

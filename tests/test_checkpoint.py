@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_model import redraw
 
 import checkpoint
 from config import Refusal
 from model import ModelConfig, Transformer
-from test_model import redraw
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]

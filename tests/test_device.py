@@ -5,6 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from test_model import build
+from test_train import lab, load, run_train  # noqa: F401  (lab is a fixture)
 
 import checkpoint
 import device
@@ -13,8 +15,6 @@ import train
 from config import Refusal, configure
 from device import BFLOAT16_WIDTH, peak_flops, resolve
 from optim import make_optimizers
-from test_model import build
-from test_train import lab, load, run_train  # noqa: F401  (lab is a fixture)
 
 needs_bfloat16 = pytest.mark.skipif(
     not device.fast_bfloat16(torch.device("cpu")), reason="needs a processor with avx512_bf16 or AMX"

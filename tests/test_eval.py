@@ -14,6 +14,8 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from test_model import build, tokens
+from test_train import SMALL
 
 import checkpoint
 import eval as evaluation
@@ -28,8 +30,6 @@ from lenses.stats import bits, bootstrap, mean_interval, resampled, wilson
 from lenses.verdict import compare, grade, verdict
 from model import ModelConfig, Transformer
 from score import completion_nats, document_nats, token_nats
-from test_model import build, tokens
-from test_train import SMALL
 from tokenizer import Tokenizer
 
 CPU = resolve("cpu", "float32", "false")

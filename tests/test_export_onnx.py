@@ -15,6 +15,10 @@ onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
+from test_model import build
+from test_sample import complete
+from test_train import SMALL
+
 import checkpoint
 import export_onnx
 import onnx_model
@@ -24,9 +28,6 @@ import train
 from config import Refusal, configure
 from model import MLPS, NORMS, POSITIONS, ModelConfig, Transformer, num_params
 from sample import generate
-from test_sample import complete
-from test_model import build
-from test_train import SMALL
 
 # Opset 18's, with nothing of onnxruntime's own; what a browser's runtime has too
 PLAIN = set(

@@ -12,7 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from children import finish, ranks, said, start
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_lost import wait_for
+from test_model import build, tokens
+from test_prepare import hub  # noqa: F401  (a fixture)
+from test_sample import complete
+from test_train import CPU, SMALL, lab, log, same  # noqa: F401  (lab is a fixture)
 
 import checkpoint
 import eval as evaluation
@@ -21,7 +28,6 @@ import prepare
 import sample
 import toy_stories
 import train
-from children import finish, ranks, said, start
 from config import Refusal, configure
 from data import count_targets, prompt_ids
 from rows import (
@@ -35,11 +41,6 @@ from rows import (
     split_rows,
     training_packs,
 )
-from test_lost import wait_for
-from test_model import build, tokens
-from test_prepare import hub  # noqa: F401  (a fixture)
-from test_sample import complete
-from test_train import CPU, SMALL, lab, log, same  # noqa: F401  (lab is a fixture)
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]

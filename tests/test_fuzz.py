@@ -8,28 +8,29 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from pyarrow import Table
 from pyarrow.parquet import write_table
+from test_bad_input import onnx_folder
+from test_prepare import DOCS, write_jsonl, write_parquet, write_txt
 
 import bench
 import checkpoint
 import eval as evaluation
 import export_onnx
 import finetune_lora
-import rows
 import hf
 import lora
 import onnx_model
 import prepare
+import rows
 import sample
 import train
 from config import Refusal, configure
 from interop import hf_folder
 from log import read_log
 from model import ModelConfig, Transformer
-from test_bad_input import onnx_folder
-from test_prepare import DOCS, write_jsonl, write_parquet, write_txt
 from tokenizer import Tokenizer
 
 FUZZ = settings(

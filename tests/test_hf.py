@@ -6,7 +6,6 @@ import os
 import random
 import resource
 import time
-from data import document_slices, prompt_ids
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -14,6 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_model import redraw
+from test_parity import SCALE, preset
+from test_prepare import DOCS
+from test_train import CPU, SMALL
 
 import checkpoint
 import eval as evaluation
@@ -24,14 +27,11 @@ import prepare
 import sample
 import train
 from config import Refusal, configure
+from data import document_slices, prompt_ids
 from interop import hf_folder
 from interop.any_tokenizer import from_tokenizer_json, load_tokenizer
 from model import Transformer
 from score import token_nats
-from test_model import redraw
-from test_parity import SCALE, preset
-from test_prepare import DOCS
-from test_train import CPU, SMALL
 from tokenizer import EOT, Tokenizer
 
 transformers = pytest.importorskip("transformers")

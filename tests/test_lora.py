@@ -3,13 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from test_model import build, tokens
 
 import lora
 import train
 from device import resolve
 from lora import LINEARS, LoRAConfig, inject, merge
 from model import num_params
-from test_model import build, tokens
 
 CPU = resolve("cpu", "float32", "false")
 TARGETS = ["all", *LINEARS, "q_proj,v_proj", "gate_proj,up_proj,down_proj"]

@@ -10,13 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
+from children import finish, fork, said, start
+from test_train import lab, load, log, same  # noqa: F401  (lab is a fixture)
 
 import checkpoint
 import prepare
 import train
-from children import fork, finish, said, start
 from config import Refusal, configure
-from test_train import lab, load, log, same  # noqa: F401  (lab is a fixture)
 
 ARGV = [
     "--n_layer=2",

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
+from test_model import redraw
 
 import model as ours
 import train
@@ -12,7 +13,6 @@ from config import configure
 from hf import to_transformers
 from model import ModelConfig, Transformer
 from sample import generate
-from test_model import redraw
 
 pytest.importorskip("transformers")
 

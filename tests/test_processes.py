@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-
-import train
 from children import finish, fork, free_port, ranks, said, start
-from config import configure
-from device import resolve
 from test_lost import ARGV, wait_for
 from test_model import build, tokens
 from test_train import lab, load, log, same  # noqa: F401  (lab is a fixture)
+
+import train
+from config import configure
+from device import resolve
 
 ROOT = Path(__file__).parents[1]
 TWO = [

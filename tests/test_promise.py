@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from test_model import GRID, build, tokens
+from test_train import SMALL, same
 
 import checkpoint
 import eval as evaluation
@@ -21,8 +23,6 @@ import sample
 import train
 from config import Refusal, configure
 from model import Attention, ModelConfig, RoPE, Transformer, model_sizes, num_params
-from test_model import GRID, build, tokens
-from test_train import SMALL, same
 
 PAIRS = [
     {"prompt": f"Why is Tom {mood}?", "response": f"{mood.capitalize()} he is."}

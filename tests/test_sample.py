@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
+from test_model import build, tokens
 
 from model import ModelConfig, Transformer
 from sample import generate, next_token, penalized
-from test_model import build, tokens
 
 
 def complete(steps):

@@ -10,7 +10,8 @@ import unicodedata
 import pytest
 import tiktoken
 import tokenizers as hf
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiktoken import load as tiktoken_load
 from tokenizers import models, pre_tokenizers, trainers
 

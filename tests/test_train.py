@@ -7,13 +7,13 @@ import os
 import re
 import subprocess
 import sys
-from data import count_targets, epoch_starts, training_rows
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from test_model import build, tokens
 
 import checkpoint
 import folders
@@ -21,10 +21,10 @@ import prepare
 import toy_stories
 import train
 from config import Refusal, configure
+from data import count_targets, epoch_starts, training_rows
 from device import resolve
 from model import ModelConfig
 from score import document_nats, evaluate, floor_line, token_nats
-from test_model import build, tokens
 
 ROOT = Path(__file__).parents[1]
 CPU = resolve("cpu", "float32", "false")
