@@ -19,14 +19,14 @@ browser: install browser/node_modules/.package-lock.json  ## a page that writes 
 install: .venv/installed  ## make .venv and install requirements.txt into it
 
 # The grid with one choice of heads, tying and qk_norm: each norm, layout, position and MLP is in it. Of the tests that
-# run train.py whole, which take seconds each, those of resuming, the log and out_dir.
+# run train.py whole, which take seconds each, those of going on to the bit, the log and out_dir.
 QUICK := (not test_grid or 2-True-True) \
 	and not (uninterrupted and (adamw or bfloat16)) \
-	and not (command_line or blows_up or as_fast or eval_only or init_from or not_scored or chunked_loss_trains)
+	and not (command_line or blows_up or as_fast or eval_only or init_from or not_scored or chunked_loss_trains or resume_keeps)
 
-test-quick: .venv/installed-dev  ## while you work on model.py or train.py: less than 40 seconds on two cores
+test-quick: .venv/installed-dev  ## while you work on model.py or train.py: less than a minute on two cores
 	$(BIN)/python -m pytest -q -n auto --dist=worksteal -m "not slow" -k "$(QUICK)" \
-		tests/test_config.py tests/test_model.py tests/test_optim.py tests/test_sample.py tests/test_train.py
+		tests/test_model.py tests/test_optim.py tests/test_sample.py tests/test_train.py
 
 test: .venv/installed-dev  ## everything but the slow tests, offline
 	$(BIN)/python -m pytest -q -n auto --dist=loadfile -m "not slow" tests
