@@ -12,13 +12,8 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 )
 exec((offline / "sitecustomize.py").read_text(encoding="utf-8"))
 
-os.environ["OMP_NUM_THREADS"] = (
-    "1"  # the tensors are small, tests run side by side, and threads that wait for each other spin
-)
-
-
-def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: minutes, or more than Python; in `make test-all` alone")
+# the tensors are small, tests run side by side, and threads that wait for each other spin
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def pytest_terminal_summary(terminalreporter):
