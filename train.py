@@ -178,6 +178,9 @@ def train_step(
         micro_loss.backward()
 
     params = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    for p in params:
+        if p.grad is None:  # an expert without tokens: the same update whether another process has some
+            p.grad = torch.zeros_like(p)
     if compute.world_size > 1:
         loss = sum_gradients(params, loss, compute)
     if scaler:
@@ -197,12 +200,7 @@ def train_step(
 
 
 def sum_gradients(params, loss, compute):
-    """Adds up the gradients, and the loss, of all processes in one message; a parameter without a
-    gradient counts as zeros. Returns the loss.
-    """
-    for p in params:
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
+    """Adds up the gradients, and the loss, of all processes in one message. Returns the loss."""
     grads = [p.grad for p in params]
     message = compute.sum(torch.cat([grad.flatten() for grad in (*grads, loss.to(grads[0].dtype))]))
     for grad, summed in zip(grads, message[:-1].split([grad.numel() for grad in grads])):
@@ -248,7 +246,7 @@ def fit(task, model, cfg, compute, resumed=None):
         """Reads what the device computed since the last call into state.losses; returns the last
         gradient norm.
         """
-        results = [torch.stack(step).tolist() for step in unread]
+        results = torch.stack([torch.stack(step) for step in unread]).tolist() if unread else []
         for step, (loss, norm) in enumerate(results, state.step - len(results)):
             if not is_usable(loss, norm, scaler):
                 raise Refusal(
