@@ -415,8 +415,8 @@ class Tokenizer:
         if pairs is not None:
             for n, (pair, needed) in enumerate(zip_longest(pairs, needed_pairs)):
                 if pair != needed:
-                    where = f"the tokens in order of id need {needed!r:.60} there"
-                    raise ValueError(f"merge {n} is {pair!r:.60}, but {where}")
+                    place = f"the tokens in order of id need {needed!r:.60} there"
+                    raise ValueError(f"merge {n} is {pair!r:.60}, but {place}")
         return cls(kind, tokens, eot, merges)
 
     def to_str(self):

@@ -379,10 +379,10 @@ def evaluation_line(step, figures, speed):
 def advice(cfg):
     """Returns what to do after a loss that is not finite."""
     is_saved = any(os.path.exists(os.path.join(cfg.out_dir, name)) for name in ("ckpt.pt", "adapter.pt"))
-    kept = f"{cfg.out_dir} has no checkpoint yet"
+    saved = f"{cfg.out_dir} has no checkpoint yet"
     if is_saved:
-        kept = f"the last checkpoint in {cfg.out_dir} is as it was"
-    return f"try a lower --learning_rate or a longer --warmup_iters; {kept}"
+        saved = f"the last checkpoint in {cfg.out_dir} is as it was"
+    return f"try a lower --learning_rate or a longer --warmup_iters; {saved}"
 
 
 # -----------------------------------------------------------------------------------------------------

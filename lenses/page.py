@@ -454,7 +454,7 @@ def page(whole):
     notes = "".join(f"<p class=soft>{e(note)}</p>" for note in whole["notes"])
     checkpoints = html_table(FACTS, facts(whole), left=2) if several(whole) else ""
     likelihood_table = html_table(header_1, rows_1, top="bits")
-    asked = probe_list(whole) if rows_2 else "<p>nothing to ask</p>"
+    questions = probe_list(whole) if rows_2 else "<p>nothing to ask</p>"
     reading_table = html_table(header_3, rows_3, top="mark")
     figures = e(json.dumps(short(whole), indent=1))
     return f"""<!doctype html>
@@ -468,7 +468,7 @@ def page(whole):
 <h2>{title_1}</h2><p class=soft>{e(about_1)}</p>{likelihood_table}{position_plot(whole)}
 <h2>{title_2}</h2>
 <p class=soft>{e(about_2)} The bars go from 0 to 100%, the upright line is chance.</p>
-{asked}{wrong_answers(whole)}
+{questions}{wrong_answers(whole)}
 <h2>{title_3}</h2><p class=soft>{e(about_3)}</p>{reading_table}{made_up_words(whole)}
 {samples(whole)}
 <footer><p>Seed {whole["seed"]}; {e(whole["computed"])}.</p>

@@ -157,14 +157,14 @@ class Browser:
         )
 
     def mouse(self, script, click=False):
-        where = self.at(script)
-        self.send("Input.dispatchMouseEvent", type="mouseMoved", **where)
+        place = self.at(script)
+        self.send("Input.dispatchMouseEvent", type="mouseMoved", **place)
         for kind in ("mousePressed", "mouseReleased") if click else ():
-            self.send("Input.dispatchMouseEvent", type=kind, button="left", clickCount=1, **where)
+            self.send("Input.dispatchMouseEvent", type=kind, button="left", clickCount=1, **place)
 
     def tap(self, script):
-        where = self.at(script)
-        self.send("Input.dispatchTouchEvent", type="touchStart", touchPoints=[where])
+        place = self.at(script)
+        self.send("Input.dispatchTouchEvent", type="touchStart", touchPoints=[place])
         self.send("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
 
     def size(self, width, height, mobile=False, dark=False):

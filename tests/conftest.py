@@ -21,10 +21,10 @@ def pytest_terminal_summary(terminalreporter):
     ran = []
     for way in "ops", "host", "nvcc", "device":
         outcomes = [
-            f"{len(found)} {outcome}"
+            f"{len(result)} {outcome}"
             for outcome in ("passed", "failed", "skipped", "error")
             if (
-                found := [
+                result := [
                     r
                     for r in terminalreporter.stats.get(outcome, ())
                     if f"test_rmsnorm.py::test_{way}" in r.nodeid

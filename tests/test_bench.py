@@ -127,9 +127,9 @@ def everything(tmp_path_factory):
 
 
 def test_every_bench_runs_and_its_figures_are_finite_and_positive(everything):
-    folder, lines, said = everything
-    assert list(said["figures"]) == list(bench.BENCHES) and all(said["figures"].values())
-    for key, value in numbers(said["figures"]):
+    folder, lines, printed = everything
+    assert list(printed["figures"]) == list(bench.BENCHES) and all(printed["figures"].values())
+    for key, value in numbers(printed["figures"]):
         if key == "error":
             assert 0 <= value < 1e-5
         elif key in ("same", "same_ids"):
@@ -137,9 +137,9 @@ def test_every_bench_runs_and_its_figures_are_finite_and_positive(everything):
         elif type(value) in (int, float):
             assert math.isfinite(value) and value > 0, key
     assert (
-        said["dtype"] == "float32"
-        and said["torch"] == torch.__version__
-        and said["config"]["n_embd"] == 16
+        printed["dtype"] == "float32"
+        and printed["torch"] == torch.__version__
+        and printed["config"]["n_embd"] == 16
     )
     assert sorted(p.name for p in folder.rglob("*.png")) == [
         "bench_attention.png",
@@ -240,10 +240,10 @@ def test_the_shape_is_tiny_tomls_unless_it_is_given():
 
 
 def test_llamas_and_gpt2s_settings_are_their_files_under_what_was_given():
-    found = bench.architectures(config("--n_kv_head=1", "--bias"))
+    result = bench.architectures(config("--n_kv_head=1", "--bias"))
     assert {
         name: (c.norm, c.pos, c.mlp, c.n_inner, c.n_kv_head, c.qk_norm, c.bias)
-        for name, c in found.items()
+        for name, c in result.items()
     } == {
         "llama": ("rmsnorm", "rope", "swiglu", 64, 1, False, True),
         "gpt2": ("layernorm", "learned", "gelu", 64, 1, False, True),
@@ -272,7 +272,7 @@ def test_error_is_the_largest_of_outputs_and_gradients():
         torch.randn(4, requires_grad=True),
         torch.ones(8, 4),
     )
-    found = bench.relative_errors(
+    result = bench.relative_errors(
         {
             "right": lambda x, w: x * w,
             "a hundredth too much": lambda x, w: 1.01 * x * w,
@@ -283,9 +283,9 @@ def test_error_is_the_largest_of_outputs_and_gradients():
         (dy,),
     )
     assert (
-        found["right"] < 1e-6
-        and found["a hundredth too much"] == pytest.approx(0.01, rel=1e-3)
-        and found["the gradient of w"] > 0.1
+        result["right"] < 1e-6
+        and result["a hundredth too much"] == pytest.approx(0.01, rel=1e-3)
+        and result["the gradient of w"] > 0.1
     )
 
 
@@ -293,10 +293,10 @@ def test_peak_memory_sees_what_was_taken_and_given_back():
     def work():
         torch.ones(1 << 24).add_(1)  # 64 MiB
 
-    found = measure.peak_memory(CPU, work)
-    if found is None:
+    result = measure.peak_memory(CPU, work)
+    if result is None:
         pytest.skip("this system does not tell")
-    assert 63 < found / 2**20 < 80  # a page of it may have been there before
+    assert 63 < result / 2**20 < 80  # a page of it may have been there before
 
 
 def test_explicit_attention_is_attention():

@@ -244,11 +244,11 @@ def test_ids_and_text_are_pythons(page, bpe, gpt2_folder):  # noqa: F811
             [rng.randrange(tokenizer.vocab_size) for _ in range(30)] + tokenizer.encode(".")
             for _ in range(300)
         ] + [tokenizer.encode(text) for text in texts]
-        got, streamed = page.run(f"""(async () => {{
+        computed, streamed = page.run(f"""(async () => {{
             const t = new {TOKENIZER}(JSON.parse({json.dumps(tokenizer.to_str())}));
             return [{json.dumps(texts)}.map(text => t.encode(text)), {json.dumps(sequences)}.map(ids => {{ const s = t.stream(); return ids.map(s); }})];
         }})()""")
-        assert got == [tokenizer.encode(text) for text in texts]
+        assert computed == [tokenizer.encode(text) for text in texts]
         for ids, pieces in zip(sequences, streamed):
             stream = tokenizer.stream()
             assert "".join(pieces) == tokenizer.decode(ids)
@@ -297,7 +297,7 @@ def test_the_draw_is_next_tokens(page):
             logits.expand(40_000, -1), temperature, top_k, top_p, torch.Generator().manual_seed(0)
         )
         want = torch.bincount(drawn, minlength=10) / 40_000
-        got = page.run(f"""(async () => {{
+        computed = page.run(f"""(async () => {{
             const {{ keep }} = await import("/sample.js"), p = Array(10).fill(0);
             const {{ ids, weights }} = keep(Float32Array.from({logits.tolist()}), {{ temperature: {temperature}, top_k: {top_k}, top_p: {top_p} }});
             ids.forEach((id, i) => p[id] = weights[i] / weights.reduce((a, b) => a + b));
@@ -305,17 +305,19 @@ def test_the_draw_is_next_tokens(page):
         }})()""")
         settings = (temperature, top_k, top_p)
         if temperature:
-            assert {i for i, p in enumerate(got) if p} >= {i for i, p in enumerate(want) if p}, settings
+            assert {i for i, p in enumerate(computed) if p} >= {i for i, p in enumerate(want) if p}, (
+                settings
+            )
             torch.testing.assert_close(
-                torch.tensor(got, dtype=torch.float32),
+                torch.tensor(computed, dtype=torch.float32),
                 want,
                 rtol=0,
                 atol=0.015,
                 msg=lambda m: f"{settings}: {m}",
             )
-            assert all(p == 0 for p, w in zip(got, want) if w == 0 and p > 0.001), settings
+            assert all(p == 0 for p, w in zip(computed, want) if w == 0 and p > 0.001), settings
         else:
-            assert got == [1.0] + [0.0] * 9
+            assert computed == [1.0] + [0.0] * 9
     big = page.run("""(async () => {  // what is sorted in parts is what is sorted whole
         const { keep, uniform } = await import("/sample.js"), logits = Float32Array.from({ length: 5000 }, (_, i) => 6 * uniform(7, i));
         const order = [...logits.keys()].sort((a, b) => logits[b] - logits[a] || a - b), p = order.map(i => Math.exp(logits[i])), sum = p.reduce((a, b) => a + b);
@@ -456,8 +458,8 @@ def test_editing_rewinds_the_cache_to_what_is_alike(page, story_teller):
         page.type(edited)
         page.run("asked.length = 0")
         page.browser.key("Enter")
-        found = page.settle()
-        assert found == edited + generated(story_teller, edited)[0]
+        result = page.settle()
+        assert result == edited + generated(story_teller, edited)[0]
         after = [tokenizer.eot, *tokenizer.encode(edited)]
         alike = next(
             (i for i, (a, b) in enumerate(zip(before, after)) if a != b), min(len(before), len(after))
@@ -1056,7 +1058,7 @@ def test_tokens_per_second(installed, story_teller, capsys):
         constructor(...given) { super(...given); this.addEventListener("message", ({ data }) => data.next && times.push(data.at)); }
     }""",
     )
-    there = []
+    exported = []
     with serving(folder) as server:
         page = Page(installed, server).open()
         page.run(
@@ -1069,15 +1071,15 @@ def test_tokens_per_second(installed, story_teller, capsys):
                 "[times, drawn, document.querySelector('#speed').textContent]"
             )
             if len(times) > 20:
-                there.append(1000 * (len(times) - 1) / (times[-1] - times[0]))
+                exported.append(1000 * (len(times) - 1) / (times[-1] - times[0]))
                 assert (
-                    shown.startswith(f"{math.floor(there[-1] + 0.5):,} tokens/s")
+                    shown.startswith(f"{math.floor(exported[-1] + 0.5):,} tokens/s")
                     and drawn <= len(times) + 1
                 )
             new_story(page)
     installed.send("Page.removeScriptToEvaluateOnNewDocument", **listen)
     native, one = [], torch.tensor([[300]])  # on one thread, as the worker
-    for _ in there:
+    for _ in exported:
         read, cache = (
             torch.tensor([tokenizer.encode(prompt)]),
             model.new_past(1, model.config.block_size),
@@ -1087,10 +1089,10 @@ def test_tokens_per_second(installed, story_teller, capsys):
         for _ in range(31):
             sample.next_token(torch.from_numpy(model.run(one, cache)[:, -1]), 1.0, 200)
         native.append(31 / (time.perf_counter() - start))
-    here, there = sorted(native)[len(native) // 2], sorted(there)[len(there) // 2]
+    here, exported = sorted(native)[len(native) // 2], sorted(exported)[len(exported) // 2]
     with capsys.disabled():
         print(
-            f"\n{folder.parent.name} in the browser: {there:,.0f} tokens/s after {past}; native onnxruntime on {torch.get_num_threads()} thread: {here:,.0f}, {here / there:.1f} times that"
+            f"\n{folder.parent.name} in the browser: {exported:,.0f} tokens/s after {past}; native onnxruntime on {torch.get_num_threads()} thread: {here:,.0f}, {here / exported:.1f} times that"
         )
 
 

@@ -65,9 +65,9 @@ def test_float32_is_float32_on_a_gpu():
     x = torch.randn(512, 512, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     errors = {}
     for name in "float32", "tf32":
-        where = resolve("cuda", name, "false").device
+        place = resolve("cuda", name, "false").device
         errors[name] = (
-            ((x.float().to(where) @ x.float().to(where)).double().cpu() - x @ x).abs().max().item()
+            ((x.float().to(place) @ x.float().to(place)).double().cpu() - x @ x).abs().max().item()
         )
     resolve("cuda", "float32", "false")
     assert errors["float32"] < 1e-3 < errors["tf32"]

@@ -164,21 +164,21 @@ def test_the_text_is_what_prepare_wrote_and_the_loss_what_train_says(lab, capsys
         model, _ = checkpoint.restore(checkpoint.load("out/a/ckpt_best.pt"), "a")
         loss = score.evaluate(model, data["val"], 192, 8, CPU)
     evaluate(lab, "--out_dir=out/a")
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])["checkpoints"][0]["likelihood"]
+    results = json.loads(capsys.readouterr().out.splitlines()[-1])["checkpoints"][0]["likelihood"]
     made = meta["splits"]["val"]
-    assert found["loss"] == pytest.approx(loss, rel=1e-5) and found["perplexity"] == pytest.approx(
+    assert results["loss"] == pytest.approx(loss, rel=1e-5) and results["perplexity"] == pytest.approx(
         math.exp(loss), rel=1e-4
     )
     assert (
-        found["bits_per_byte"]
+        results["bits_per_byte"]
         == pytest.approx(loss * made["tokens"] / made["bytes"] / math.log(2), rel=1e-5)
-        and found["bytes"] == made["bytes"]
+        and results["bytes"] == made["bytes"]
     )
-    assert found["loss_low"] < loss < found["loss_high"] and found["units"] == made["documents"]
-    assert found["bits_low"] / found["bits_per_byte"] == pytest.approx(
-        found["loss_low"] / loss, rel=0.02
+    assert results["loss_low"] < loss < results["loss_high"] and results["units"] == made["documents"]
+    assert results["bits_low"] / results["bits_per_byte"] == pytest.approx(
+        results["loss_low"] / loss, rel=0.02
     )
-    assert found["above_floor"] > 0 and found["stories"] == min(500, made["documents"])
+    assert results["above_floor"] > 0 and results["stories"] == min(500, made["documents"])
 
 
 @pytest.mark.parametrize("few", [False, True])
@@ -326,8 +326,8 @@ def test_completions_are_scored_as_one_by_one(kind):
         ("", " He"),
         ("a", " b"),
     ]
-    got = completion_nats(model, tokenizer, pairs, CPU)
-    for (context, completion), nats in zip(pairs, got):
+    computed = completion_nats(model, tokenizer, pairs, CPU)
+    for (context, completion), nats in zip(pairs, computed):
         start = [] if kind == "char" and context else [tokenizer.eot]
         ids, new = (
             [*start, *tokenizer.encode(context), *tokenizer.encode(completion)][-25:],
@@ -344,8 +344,8 @@ def test_what_a_character_model_cannot_spell_is_not_asked():
     tokenizer = Tokenizer.char(
         ["".join(c for text in TOLD for c in text)]
     )  # no "-", no digits; but toy words
-    kept = probes.askable(TOY + STORY, [tokenizer])
-    assert [len(p.cases) for p in kept[: len(TOY)]] == [len(p.cases) for p in TOY]
+    remaining = probes.askable(TOY + STORY, [tokenizer])
+    assert [len(p.cases) for p in remaining[: len(TOY)]] == [len(p.cases) for p in TOY]
     assert probes.askable(TOY + STORY, [Tokenizer.char(["ab c"])]) == []
 
 
@@ -509,11 +509,15 @@ def test_a_bad_answer_is_asked_again_once(server, bad):
 
 def test_bad_answers_are_left_out_and_after_three_the_judge_is_left_alone(server):
     server.answers = [MARKS, "bad", "bad", MARKS]
-    marks, said = judge.mark_all(list("abc"), server.url, "m", 5)
-    assert [m is not None for m in marks] == [True, False, True] and "1 of 3 texts without marks" in said
+    marks, printed = judge.mark_all(list("abc"), server.url, "m", 5)
+    assert [m is not None for m in marks] == [
+        True,
+        False,
+        True,
+    ] and "1 of 3 texts without marks" in printed
     server.answers, server.asked[:] = ["bad"], []
-    marks, said = judge.mark_all(list("abcdefgh"), server.url, "m", 5)
-    assert marks == [None] * 8 and len(server.asked) == 6 and "given up, 0 of 8" in said
+    marks, printed = judge.mark_all(list("abcdefgh"), server.url, "m", 5)
+    assert marks == [None] * 8 and len(server.asked) == 6 and "given up, 0 of 8" in printed
 
 
 @pytest.mark.parametrize(
@@ -521,8 +525,8 @@ def test_bad_answers_are_left_out_and_after_three_the_judge_is_left_alone(server
 )
 def test_a_server_that_fails_is_one_line_at_once(server, answer, says):
     server.answers = [answer]
-    marks, said = judge.mark_all(["a", "b", "c"], server.url, "m", 0.2)
-    assert marks == [None] * 3 and says in said and "given up" in said and "\n" not in said
+    marks, printed = judge.mark_all(["a", "b", "c"], server.url, "m", 0.2)
+    assert marks == [None] * 3 and says in printed and "given up" in printed and "\n" not in printed
     assert len(server.asked) == 2 and all(
         path.startswith("/v1") for path, *_ in server.asked
     )  # not redirected either
@@ -547,17 +551,17 @@ def test_a_server_that_drips_is_not_waited_for():
 def test_a_key_is_never_shown(server, monkeypatch, key):
     monkeypatch.setenv("JUDGE_API_KEY", key)
     server.answers = [MARKS]
-    marks, said = judge.mark_all(["a"], server.url, "m", 5)
-    assert "SEC" not in said
+    marks, printed = judge.mark_all(["a"], server.url, "m", 5)
+    assert "SEC" not in printed
     if key.strip().isascii() and "\n" not in key:
         assert server.asked[0][1] == "Bearer sk-SECRET" and marks[0]
     else:
-        assert not server.asked and "JUDGE_API_KEY" in said
+        assert not server.asked and "JUDGE_API_KEY" in printed
 
 
 def test_no_server_at_all():
-    marks, said = judge.mark_all(["a"], "http://127.0.0.1:9/v1", "m", 1)
-    assert marks == [None] and "cannot be asked" in said
+    marks, printed = judge.mark_all(["a"], "http://127.0.0.1:9/v1", "m", 1)
+    assert marks == [None] and "cannot be asked" in printed
 
 
 # The verdict
@@ -584,8 +588,8 @@ def test_the_verdict_names_the_lens_that_differs():
         (("good", "fair", "poor"), "reading"),
         (("poor", "fair", "good"), "likelihood"),
     ):
-        agree, said = verdict(graded(*levels))
-        assert not agree and f"Look at {odd} first" in said, said
+        agree, printed = verdict(graded(*levels))
+        assert not agree and f"Look at {odd} first" in printed, printed
 
 
 def test_levels_and_what_is_copied():
@@ -594,7 +598,9 @@ def test_levels_and_what_is_copied():
         "probes": {"skill": 0.3, "probes": [1]},
         "reading": {"score": 0.9, "copied": 0.3},
     }
-    assert [found for found, _ in grade(result, {"score": 0.91, "copied": 0.2, "n": 48}).values()] == [
+    assert [
+        results for results, _ in grade(result, {"score": 0.91, "copied": 0.2, "n": 48}).values()
+    ] == [
         "good",
         "fair",
         "good",
@@ -603,8 +609,8 @@ def test_levels_and_what_is_copied():
     result["likelihood"] = {"explained": 0.9, "floor": 25.0, "above_floor": 10.0}
     result["probes"] = {"probes": []}
     assert [
-        (lens, found)
-        for lens, (found, _) in grade(result, {"score": 0.95, "copied": 0.3, "n": 48}).items()
+        (lens, results)
+        for lens, (results, _) in grade(result, {"score": 0.95, "copied": 0.3, "n": 48}).items()
     ] == [("likelihood", "poor"), ("reading", "fair")]
 
 
@@ -623,15 +629,17 @@ def test_rankings_agree_or_contradict():
         )
 
     (a, x), (b, y), (c, z) = made("a", 1.0, 0.9, 0.9), made("b", 2.0, 0.5, 0.5), made("c", 1.0, 0.9, 0.2)
-    agree, said, lines = compare([a, b], [x, y], {}, 1000, 0)
+    agree, printed, lines = compare([a, b], [x, y], {}, 1000, 0)
     assert (
-        agree and "trust" in said and lines == ["likelihood: a > b", "probes: a > b", "reading: a > b"]
+        agree
+        and "trust" in printed
+        and lines == ["likelihood: a > b", "probes: a > b", "reading: a > b"]
     )
-    agree, said, lines = compare([b, c], [y, z], {}, 1000, 0)
+    agree, printed, lines = compare([b, c], [y, z], {}, 1000, 0)
     assert (
         not agree
         and lines == ["likelihood: c > b", "probes: c > b", "reading: b > c"]
-        and "reading prefers b" in said
+        and "reading prefers b" in printed
     )
     b["reading"]["copied"] = 0.9
     assert compare([b, c], [y, z], {}, 1000, 0)[0]  # a copier's reading is no argument
@@ -683,8 +691,8 @@ def read_page(path):
 def test_several_checkpoints_with_different_tokenizers(lab, capsys):
     evaluate(lab, "--out_dir=out/a,out/b", "--max_new_tokens=200")
     out = capsys.readouterr().out
-    found = json.loads(out.splitlines()[-1])
-    a, b = found["checkpoints"]
+    results = json.loads(out.splitlines()[-1])
+    a, b = results["checkpoints"]
     assert (
         a["out_dir"] == "out/a"
         and b["vocab_size"] == 300
@@ -693,10 +701,10 @@ def test_several_checkpoints_with_different_tokenizers(lab, capsys):
     )
     assert (
         a["likelihood"]["bits_per_byte"] < b["likelihood"]["bits_per_byte"]
-        and "likelihood: out/a > out/b" in found["ranking"]
+        and "likelihood: out/a > out/b" in results["ranking"]
     )
-    assert any("tokenizers differ" in note for note in found["notes"]) and any(
-        "trained on data/b" in note for note in found["notes"]
+    assert any("tokenizers differ" in note for note in results["notes"]) and any(
+        "trained on data/b" in note for note in results["notes"]
     )
     assert [p["name"] for p in a["probes"]["probes"]] == [
         "cloze",
@@ -709,14 +717,14 @@ def test_several_checkpoints_with_different_tokenizers(lab, capsys):
     assert (
         "3 Reading" in out
         and "real, unseen" in out
-        and found["reference"]["training"]["copied"] == 1
-        and found["reference"]["unseen"]["marks"]["grammar"] == 1
+        and results["reference"]["training"]["copied"] == 1
+        and results["reference"]["unseen"]["marks"]["grammar"] == 1
     )
     shown = read_page(lab / "out/compare/report.html")
     assert shown.tags["svg"] == 1 and shown.tags["path"] >= 2 and shown.text.count("out/b · ") == 8
     evaluate(lab, "--out_dir=out/a,out/b", "--max_new_tokens=200")  # its own report may be replaced
     assert (
-        json.loads(capsys.readouterr().out.splitlines()[-1]) == found
+        json.loads(capsys.readouterr().out.splitlines()[-1]) == results
     )  # and everything is as before: all is seeded
 
 
@@ -733,9 +741,9 @@ def test_the_order_of_models_with_different_tokenizers_changes_nothing(lab, caps
             "--num_samples=12",
             "--report_dir=order",
         )
-        found = json.loads(capsys.readouterr().out.splitlines()[-1])
-        unseen.append(found["reference"]["unseen"])
-        sizes += [c["likelihood"]["bytes"] / c["likelihood"]["tokens"] for c in found["checkpoints"]]
+        results = json.loads(capsys.readouterr().out.splitlines()[-1])
+        unseen.append(results["reference"]["unseen"])
+        sizes += [c["likelihood"]["bytes"] / c["likelihood"]["tokens"] for c in results["checkpoints"]]
     assert 0.2 < unseen[0]["marks"]["ends"] < 0.9 and max(sizes) > 1.2 * min(sizes)
     assert unseen[0]["marks"]["ends"] == pytest.approx(unseen[1]["marks"]["ends"], abs=0.1)
 
@@ -759,16 +767,16 @@ def test_text_from_outside_is_escaped_and_a_file_can_be_evaluated(lab, server, c
         "--judge_timeout=5",
     )
     out = capsys.readouterr().out
-    found = json.loads(out.splitlines()[-1])
+    results = json.loads(out.splitlines()[-1])
     assert (
-        found["text"] == "evil.txt"
-        and found["checkpoints"][0]["likelihood"]["units"] == 40
-        and "floor" not in found["checkpoints"][0]["likelihood"]
+        results["text"] == "evil.txt"
+        and results["checkpoints"][0]["likelihood"]["units"] == 40
+        and "floor" not in results["checkpoints"][0]["likelihood"]
     )
     assert (
-        found["checkpoints"][0]["reading"]["judge"]
+        results["checkpoints"][0]["reading"]["judge"]
         == {"grammar": 7, "coherence": 5, "creativity": 3, "n": 8}
-        == found["reference"]["unseen"]["judge"]
+        == results["reference"]["unseen"]["judge"]
     )
     shown = read_page(lab / "evil/report.html")
     assert "<script>alert(1)</script>" in shown.text and "judge: grammar" in shown.text
@@ -805,8 +813,8 @@ def test_without_the_data_a_text_is_enough_and_without_both_it_is_refused(lab, t
         f"--judge_url={server.url}",
     )
     out = capsys.readouterr().out
-    found = json.loads(out.splitlines()[-1])
-    one = found["checkpoints"][0]
+    results = json.loads(out.splitlines()[-1])
+    one = results["checkpoints"][0]
     assert (
         "slices" in one["likelihood"]["unit"]
         and "training_loss" not in one["likelihood"]
@@ -814,8 +822,8 @@ def test_without_the_data_a_text_is_enough_and_without_both_it_is_refused(lab, t
         and "known" not in one["reading"]["marks"]
     )
     assert (
-        "training" not in found["reference"]
-        and any("data/toy" in note for note in found["notes"])
+        "training" not in results["reference"]
+        and any("data/toy" in note for note in results["notes"])
         and "judge: the server says 500" in out
     )
     read_page(tmp_path / "r/report.html")

@@ -54,8 +54,8 @@ def same_numbers(model, there):
         past = there.new_past(B, P + T)
         if P:
             there.run(idx[:, :P], past)
-        got = there.run(idx[:, P:], past)
-        torch.testing.assert_close(torch.from_numpy(got), model(idx)[0][:, P:], rtol=0, atol=1e-4)
+        computed = there.run(idx[:, P:], past)
+        torch.testing.assert_close(torch.from_numpy(computed), model(idx)[0][:, P:], rtol=0, atol=1e-4)
 
 
 def plain(path, model):
@@ -119,7 +119,7 @@ def test_any_batch_length_and_past(lab, there):
 
 
 def test_the_folder_is_whole_and_says_what_it_is(lab):
-    folder, model, tokenizer, said = lab
+    folder, model, tokenizer, printed = lab
     to = folder / "out/onnx"
     assert sorted(p.name for p in to.iterdir()) == [
         "config.json",
@@ -146,9 +146,9 @@ def test_the_folder_is_whole_and_says_what_it_is(lab):
     assert {key: config[key] for key in wanted} == wanted and config["model"]["n_embd"] == 32
     assert (to / "tokenizer.json").read_text(encoding="utf-8") == tokenizer.to_str()
     assert (
-        "greedy text: 200 tokens, all equal" in said
-        and "int8" in said.splitlines()[-2]
-        and f"sample.py --onnx={Path('out/onnx')}" in said
+        "greedy text: 200 tokens, all equal" in printed
+        and "int8" in printed.splitlines()[-2]
+        and f"sample.py --onnx={Path('out/onnx')}" in printed
     )
 
 
@@ -215,7 +215,7 @@ def test_a_file_of_another_export_is_refused(lab, tmp_path):
 
 
 def test_int8_is_a_quarter_and_near(lab, there):
-    folder, model, _, said = lab
+    folder, model, _, printed = lab
     files = [onnx.load(folder / f"out/onnx/{name}.onnx") for name in ("model", "model_int8")]
     onnx.checker.check_model(files[1], full_check=True)
     assert {n.op_type for n in files[1].graph.node} <= PLAIN | {"DynamicQuantizeLinear", "MatMulInteger"}
@@ -237,16 +237,16 @@ def test_int8_is_a_quarter_and_near(lab, there):
     users = {n.op_type for n in files[1].graph.node if set(table) & set(n.input)}
     assert len(table) == 1 and users == {"Gather", "Transpose"}  # one for the embedding and the head
     assert 1e-4 < apart(model, onnx_model.load(str(folder / "out/onnx/model_int8.onnx"))[0]) < 0.1
-    assert "validation loss: float32" in said
+    assert "validation loss: float32" in printed
 
 
 @torch.no_grad()
 def apart(model, int8):
     """How far int8 is from the model, as a share; it reads 7 tokens, then 9 with those as the past."""
     idx, past = ids(model.config, 2, 16), int8.new_past(2, 16)
-    got = [torch.from_numpy(int8.run(part, past)) for part in idx.split((7, 9), dim=1)]
+    computed = [torch.from_numpy(int8.run(part, past)) for part in idx.split((7, 9), dim=1)]
     want = model(idx)[0]
-    return (torch.cat(got, 1) - want).norm() / want.norm()
+    return (torch.cat(computed, 1) - want).norm() / want.norm()
 
 
 def test_int8_that_forgets_would_be_seen(lab):
@@ -295,7 +295,7 @@ def test_a_start_that_came_with_the_model_names_no_file(lab, tmp_path, capsys, m
     monkeypatch.chdir(tmp_path)
     Path("secret").write_text("A secret")
     sample.main(configure(sample.Config, ["--onnx=onnx", "--raw", "--max_new_tokens=1"]))
-    assert "FILE:secret" in (said := capsys.readouterr().out) and "A secret" not in said
+    assert "FILE:secret" in (printed := capsys.readouterr().out) and "A secret" not in printed
 
 
 def test_what_protobuf_cannot_hold_is_said_at_once():

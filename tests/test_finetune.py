@@ -465,14 +465,14 @@ def test_from_the_command_line_to_a_merged_checkpoint_that_every_script_takes(sh
         float(merged.split()[-1]) < 1e-4
         and "cli/ckpt.pt: base/ckpt_best.pt with cli/adapter_best.pt merged" in merged
     )
-    told = [
-        script(sample, where, "--start=Why is Tom sad?", "--temperature=0", "--max_new_tokens=10").split(
+    written = [
+        script(sample, place, "--start=Why is Tom sad?", "--temperature=0", "--max_new_tokens=10").split(
             "-" * 80
         )
-        for where in ("--adapter=cli", "--out_dir=cli")
+        for place in ("--adapter=cli", "--out_dir=cli")
     ]
-    assert told[0][1] == told[1][1] and told[0][1].startswith("\nQ Why is Tom sad?\n")
-    assert "--raw leaves it as it is" in told[0][0] and "Q {prompt}" in told[0][0]
+    assert written[0][1] == written[1][1] and written[0][1].startswith("\nQ Why is Tom sad?\n")
+    assert "--raw leaves it as it is" in written[0][0] and "Q {prompt}" in written[0][0]
     assert (
         script(sample, "--adapter=cli", "--start=Why", "--raw", "--max_new_tokens=1")
         .split("-" * 80)[1]
@@ -519,8 +519,8 @@ def test_it_learns(shop, argv):
                 path, ckpt, "learned/adapter.pt", adapter(shop, "learned")
             ).restore_adapters(model)
     prompts = [prompt_ids(tokenizer, p["prompt"] + "\n") for p in PAIRS]
-    told, _ = complete(sample.generate(model, prompts, 20, temperature=0, stop=tokenizer.eot))
-    assert np.mean([tokenizer.decode(row) == p["response"] for row, p in zip(told, PAIRS)]) > 0.9
+    written, _ = complete(sample.generate(model, prompts, 20, temperature=0, stop=tokenizer.eot))
+    assert np.mean([tokenizer.decode(row) == p["response"] for row, p in zip(written, PAIRS)]) > 0.9
 
 
 # The built-in task
@@ -544,8 +544,8 @@ def test_no_moral_story_is_in_two_places():
 
 def test_answers_are_exact_and_in_words_that_the_stories_have(shop):
     for row in toy_stories.moral_rows(50, seed=3):
-        found = toy_stories.moral(row["prompt"].rpartition("\n")[0])
-        assert row["response"] == f"So {found[0].lower()}{found[1:]}" in toy_stories.ANSWERS
+        result = toy_stories.moral(row["prompt"].rpartition("\n")[0])
+        assert row["response"] == f"So {result[0].lower()}{result[1:]}" in toy_stories.ANSWERS
     with contextlib.chdir(shop):
         _, data, tokenizer = prepare.load("data/toy")
     seen = set(np.unique(data["train"]).tolist())

@@ -453,7 +453,7 @@ def test_out_and_in_again(name, tmp_path):
     prompt = prompt_ids(OURS, "the cat")
     *_, [row] = sample.generate(model, [prompt], 60, temperature=0, stop=OURS.eot)
     greedy = row.ids
-    theirs = peer.generate(
+    reference = peer.generate(
         **tokenizer("the cat", return_tensors="pt"), do_sample=False, max_new_tokens=60
     )[0, len(prompt) :]
     assert (
@@ -462,8 +462,8 @@ def test_out_and_in_again(name, tmp_path):
     )
     assert (
         len(set(greedy)) > 3
-        and theirs.tolist()[: len(greedy)] == greedy
-        and (len(greedy) == 60 or theirs[len(greedy)] == OURS.eot)
+        and reference.tolist()[: len(greedy)] == greedy
+        and (len(greedy) == 60 or reference[len(greedy)] == OURS.eot)
     )
     assert (
         peer.config.eos_token_id
@@ -500,12 +500,15 @@ def test_a_foreign_tokenizer_goes_out_with_what_sample_puts_before_a_text(tokeni
     change(tmp_path / "a", "tokenizer_config.json", lambda t: t.update(keys))
     export(tmp_path, "--out_dir=hf:a", "--to=b")
     first, again = (transformers.AutoTokenizer.from_pretrained(tmp_path / f) for f in "ab")
-    model, its = read(tmp_path / "a")
-    assert first.eos_token_id == again.eos_token_id == its.eot and again.bos_token_id == its.bos == (
-        1 if keys.get("add_bos_token", tokenizer is tiny) else its.eot
+    model, foreign = read(tmp_path / "a")
+    assert (
+        first.eos_token_id == again.eos_token_id == foreign.eot
+        and again.bos_token_id
+        == foreign.bos
+        == (1 if keys.get("add_bos_token", tokenizer is tiny) else foreign.eot)
     )
     for text in texts(60):
-        assert again(text).input_ids == [its.bos, *first(text, add_special_tokens=False).input_ids]
+        assert again(text).input_ids == [foreign.bos, *first(text, add_special_tokens=False).input_ids]
         if tokenizer is tiny and not keys:
             assert again(text).input_ids == first(text).input_ids
     assert checkpoint.fingerprint(checkpoint.load(f"hf:{tmp_path}/a")) == checkpoint.fingerprint(
@@ -524,30 +527,31 @@ def test_a_foreign_tokenizer_goes_out_to_onnx(tokenizer, tmp_path, monkeypatch, 
     write("a", "llama", tokenizer)
     export_onnx.main(configure(export_onnx.Config, ["--out_dir=hf:a", "--to=b", "--seconds=0"]))
     capsys.readouterr()
-    told = []
+    written = []
     for model in "--onnx=b", "--out_dir=hf:a", "--onnx=b/model.onnx":
         for start in "the cat at 12", "":
             sample.main(configure(sample.Config, [model, f"--start={start}", "--max_new_tokens=40"]))
-        told.append(
+        written.append(
             [
                 line
                 for line in capsys.readouterr().out.splitlines()
                 if not line.startswith(("prefill", "b/", "hf:a"))
             ]
         )
-    assert told[0] == told[1] == told[2] and len("".join(told[0])) > 400
-    its, theirs = read("a")[1], tokenizers.Tokenizer.from_file("b/tokenizer.json")
-    theirs.encode_special_tokens = True
-    assert all(theirs.encode(text).ids == its.encode(text) for text in texts(20))
+    assert written[0] == written[1] == written[2] and len("".join(written[0])) > 400
+    foreign, reference = read("a")[1], tokenizers.Tokenizer.from_file("b/tokenizer.json")
+    reference.encode_special_tokens = True
+    assert all(reference.encode(text).ids == foreign.encode(text) for text in texts(20))
 
 
 def test_a_character_model_goes_out(tmp_path):
     tokenizer = Tokenizer.char(DOCS)
     save(tmp_path / "ckpt.pt", tokenizer=tokenizer)
     export(tmp_path, "--out_dir=.", "--to=theirs")
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "theirs")
+    reference = transformers.AutoTokenizer.from_pretrained(tmp_path / "theirs")
     assert all(
-        theirs(doc).input_ids == tokenizer.encode(doc) and theirs.decode(tokenizer.encode(doc)) == doc
+        reference(doc).input_ids == tokenizer.encode(doc)
+        and reference.decode(tokenizer.encode(doc)) == doc
         for doc in DOCS
     )
     assert read(tmp_path / "theirs")[1].sha256 == tokenizer.sha256
@@ -636,7 +640,7 @@ def test_a_tokenizer_of_a_folder_does_what_transformers_does(make, name, tmp_pat
     made, ends = make()
     transformers.PreTrainedTokenizerFast(tokenizer_object=made, **ends).save_pretrained(tmp_path)
     change(tmp_path, "tokenizer_config.json", lambda t: t.update(tokenizer_class=name))
-    theirs, tokenizer = (
+    reference, tokenizer = (
         transformers.AutoTokenizer.from_pretrained(tmp_path),
         hf_folder.read_tokenizer(str(tmp_path)),
     )
@@ -651,7 +655,7 @@ def test_a_tokenizer_of_a_folder_does_what_transformers_does(make, name, tmp_pat
         made.token_to_id(ends["eos_token"]),
         made.token_to_id(ends["bos_token"]),
     )
-    special = [t.content for t in theirs.added_tokens_decoder.values() if t.special]
+    special = [t.content for t in reference.added_tokens_decoder.values() if t.special]
     for text in texts(200):
         ids = tokenizer.encode(text)
         assert tokenizer.eot not in ids and again.encode(text) == ids
@@ -664,8 +668,8 @@ def test_a_tokenizer_of_a_folder_does_what_transformers_does(make, name, tmp_pat
         if not any(s in text for s in special) and not (
             name == "LlamaTokenizer" and text.startswith(" ")
         ):  # it puts no second space there, whatever tokenizer.json says
-            assert theirs(text, add_special_tokens=False).input_ids == ids
-            assert theirs(text).input_ids == [*tokenizer.head, *ids]
+            assert reference(text, add_special_tokens=False).input_ids == ids
+            assert reference(text).input_ids == [*tokenizer.head, *ids]
         # a text in two halves: what goes on after the first one is the second one, whatever its ids
         for cut in range(0, len(text), 5):
             rest = tokenizer.encode_more(text[cut:])
@@ -719,20 +723,20 @@ def test_data_for_a_foreign_tokenizer_is_each_document_as_sample_and_eval_have_i
                 ["--dataset=text.txt", "--tokenizer=tokenizer.json", "--name=d", "--val_fraction=0.01"],
             )
         )
-        _, data, its = prepare.load("data/d")
-    assert its.sha256 == tokenizer.sha256
+        _, data, foreign = prepare.load("data/d")
+    assert foreign.sha256 == tokenizer.sha256
     whole, tail = (
-        evaluation.split_documents(data["train"], its)[0],
-        evaluation.split_documents(data["val"], its)[0],
+        evaluation.split_documents(data["train"], foreign)[0],
+        evaluation.split_documents(data["val"], foreign)[0],
     )
     assert whole[:4] == documents[:4] and whole[4] + tail[0] == documents[4]
-    assert evaluation.encode(whole, False, its).tolist() == data["train"].tolist()
-    starts = np.r_[0, np.flatnonzero(data["train"] == its.eot) + 1]
+    assert evaluation.encode(whole, False, foreign).tolist() == data["train"].tolist()
+    starts = np.r_[0, np.flatnonzero(data["train"] == foreign.eot) + 1]
     for start, text in zip(starts, documents[:3]):
-        ids = prompt_ids(its, text)[its.bos == its.eot :]
+        ids = prompt_ids(foreign, text)[foreign.bos == foreign.eot :]
         assert data["train"][start : start + len(ids)].tolist() == ids
-    assert [ids.tolist() for ids in islice(document_slices(data["train"], its), 3)] == [
-        its.encode(text) for text in documents[:3]
+    assert [ids.tolist() for ids in islice(document_slices(data["train"], foreign), 3)] == [
+        foreign.encode(text) for text in documents[:3]
     ]
 
 
@@ -759,12 +763,12 @@ def test_loss_is_of_the_text_and_its_end_not_of_the_bos_before_it():
         evaluation.Subject("a", "a", 1, model, tokenizer, "d", "none"),
         ["the cat", "a cat"] * 20,
     )
-    found, columns = evaluation.likelihood(
+    result, columns = evaluation.likelihood(
         subject, documents, True, CPU, evaluation.Config(resamples=1000)
     )
     ids = evaluation.encode(documents, True, tokenizer)
     nats = token_nats(model, ids, 64, CPU).astype(np.float64)
-    assert columns[:, 0].sum() == pytest.approx(nats[ids[1:] != tokenizer.bos].sum()) and found[
+    assert columns[:, 0].sum() == pytest.approx(nats[ids[1:] != tokenizer.bos].sum()) and result[
         "bytes"
     ] == sum(map(len, documents))
 
@@ -1169,8 +1173,8 @@ def test_our_adapter_in_peft_and_back(name, keys, tmp_path):
     same_logits(model, peer, 300)
     assert (peer(torch.arange(60)[None]).logits - plain).abs().max() > 0.1
     export(tmp_path, "--out_dir=ckpt.pt", "--adapter=hf:theirs", "--to=back")
-    its = checkpoint.load(str(tmp_path / "back/adapter.pt"), checkpoint.ADAPTER_KEYS)["config"]
-    assert (its["base_dataset"], its["template"]) == (
+    foreign = checkpoint.load(str(tmp_path / "back/adapter.pt"), checkpoint.ADAPTER_KEYS)["config"]
+    assert (foreign["base_dataset"], foreign["template"]) == (
         "stories",
         "A: {prompt}",
     )  # the base's data, the adapter's template
@@ -1178,13 +1182,16 @@ def test_our_adapter_in_peft_and_back(name, keys, tmp_path):
     with pytest.raises(Refusal, match="trained over another base than other.pt"):
         export(tmp_path, "--out_dir=other.pt", "--adapter=hf:theirs", "--to=n")
     path, ckpt = str(tmp_path / "back/adapter.pt"), checkpoint.load(str(tmp_path / "ckpt.pt"))
-    again, found = checkpoint.restore(ckpt, "ckpt.pt")[0], checkpoint.load(path, checkpoint.ADAPTER_KEYS)
-    checkpoint.Checkpoint("ckpt.pt", ckpt, path, found).restore_adapters(again)
+    again, result = (
+        checkpoint.restore(ckpt, "ckpt.pt")[0],
+        checkpoint.load(path, checkpoint.ADAPTER_KEYS),
+    )
+    checkpoint.Checkpoint("ckpt.pt", ckpt, path, result).restore_adapters(again)
     same_logits(again, peer, 300)
     if name != "gpt2":
         assert (
-            all(torch.equal(found["adapters"][key], x) for key, x in lora.state_dict(model).items())
-            and found["config"]["rank"] == 3
+            all(torch.equal(result["adapters"][key], x) for key, x in lora.state_dict(model).items())
+            and result["config"]["rank"] == 3
         )
 
 
@@ -1232,13 +1239,13 @@ def test_an_adapter_of_peft_comes_in(kind, keys, tmp_path, capsys):
         f"hf:peft was trained over {str(tmp_path / 'base')!r}, as it says; whether that is hf:base is not known"
         in capsys.readouterr().out
     )
-    ckpt, found = (
+    ckpt, result = (
         checkpoint.load(f"hf:{tmp_path}/base"),
         checkpoint.load(str(tmp_path / "ours/adapter.pt"), checkpoint.ADAPTER_KEYS),
     )
-    assert found["config"]["lora_dropout"] == keys.get("lora_dropout", 0)
+    assert result["config"]["lora_dropout"] == keys.get("lora_dropout", 0)
     model = checkpoint.restore(ckpt, "base")[0]
-    checkpoint.Checkpoint("base", ckpt, "ours", found).restore_adapters(model)
+    checkpoint.Checkpoint("base", ckpt, "ours", result).restore_adapters(model)
     same_logits(model, made, 300)
     lora.merge(model)
     same_logits(model, made, 300)
@@ -1321,8 +1328,10 @@ def test_prepare_train_and_sample_from_a_folder(tokenizer, kind, tmp_path, capsy
             "--embd_lr_scale=1",
         ]
         train.main(configure(train.Config, run))
-        trained, its = checkpoint.restore(checkpoint.load("out/ckpt.pt"), "out")
-        assert trained.config.block_size == 48 and its.sha256 == made.sha256 == read("theirs")[1].sha256
+        trained, foreign = checkpoint.restore(checkpoint.load("out/ckpt.pt"), "out")
+        assert (
+            trained.config.block_size == 48 and foreign.sha256 == made.sha256 == read("theirs")[1].sha256
+        )
         idx = torch.from_numpy(data["val"][:48].astype(np.int64))[None]
         with torch.no_grad():
             close(trained(idx)[0], peer(idx).logits, 1e-3)  # the rate is next to nothing

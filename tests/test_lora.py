@@ -105,10 +105,10 @@ def test_dropout_is_on_what_goes_into_the_adapter_and_in_training_alone():
         assert torch.equal(layer(x), layer(x))
         layer.train()
         torch.manual_seed(1)
-        got = layer(x)
+        computed = layer(x)
         torch.manual_seed(1)
         torch.testing.assert_close(
-            got, layer.base(x) + 5 / 3 * F.dropout(x, 0.5) @ layer.A.T @ layer.B.T
+            computed, layer.base(x) + 5 / 3 * F.dropout(x, 0.5) @ layer.A.T @ layer.B.T
         )
 
 
@@ -128,29 +128,29 @@ def test_peft_computes_the_same_logits_and_gradients(target, toggles):
         for name in (LINEARS if target == "all" else target.split(","))
         if name != "gate_proj" or "mlp" not in toggles
     ]
-    theirs = peft.get_peft_model(
+    reference = peft.get_peft_model(
         build(**toggles), peft.LoraConfig(r=3, lora_alpha=5, lora_dropout=0.0, target_modules=names)
     )
     their_params = {
         name.removeprefix("base_model.model.")
         .replace("lora_A.default.weight", "A")
         .replace("lora_B.default.weight", "B"): p
-        for name, p in theirs.named_parameters()
+        for name, p in reference.named_parameters()
         if p.requires_grad
     }
     our_params = {name: p for name, p in ours.named_parameters() if p.requires_grad}
     assert our_params.keys() == their_params.keys()
     for name, p in our_params.items():
         their_params[name].data.copy_(p.data)
-    losses = [model(tokens(), targets=tokens(seed=5)) for model in (ours, theirs)]
+    losses = [model(tokens(), targets=tokens(seed=5)) for model in (ours, reference)]
     torch.testing.assert_close(losses[0][0], losses[1][0], rtol=0, atol=1e-5)
     for _, loss in losses:
         loss.backward()
     for name, p in our_params.items():
         assert p.grad.abs().max() > 1e-5
         torch.testing.assert_close(p.grad, their_params[name].grad, rtol=1e-4, atol=1e-7)
-    trained, every = theirs.get_nb_trainable_parameters()
-    assert lora.trainable(ours) == (trained, every)
+    trained, whole_list = reference.get_nb_trainable_parameters()
+    assert lora.trainable(ours) == (trained, whole_list)
 
 
 def test_a_is_drawn_as_pefts_and_the_share_is_the_truth():

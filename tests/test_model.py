@@ -253,7 +253,7 @@ def test_the_cache_is_written_in_place():
     """Its memory never moves, no decode step allocates as much as one layer's keys, and a late step costs what an early one does."""
     model = build(n_embd=64, n_inner=64, block_size=2048)
     cache = KVCache(model, 1, 2048)
-    where = [x.data_ptr() for x in cache.k + cache.v]
+    place = [x.data_ptr() for x in cache.k + cache.v]
     early = late = 0
     with torch.no_grad():
         for start, stop in (0, 10), (11, 2000):
@@ -268,7 +268,7 @@ def test_the_cache_is_written_in_place():
             assert max(sizes) < cache.k[0].numel() * 4
             early, late = (sum(sizes), 0) if start == 0 else (early, sum(sizes))
     assert late <= 1.2 * early
-    assert where == [x.data_ptr() for x in cache.k + cache.v]
+    assert place == [x.data_ptr() for x in cache.k + cache.v]
 
 
 def test_num_params_by_hand():

@@ -43,9 +43,9 @@ def preset(name, **more):
 def difference(model, peer):
     """The largest difference of logits, in standard deviations of theirs."""
     idx = torch.randint(V, (2, T), generator=torch.Generator().manual_seed(1))
-    theirs = peer(idx).logits
-    assert theirs.std() >= 1
-    return ((model(idx)[0] - theirs).abs().max() / theirs.std()).item()
+    reference = peer(idx).logits
+    assert reference.std() >= 1
+    return ((model(idx)[0] - reference).abs().max() / reference.std()).item()
 
 
 @pytest.mark.parametrize("tie", [True, False])
@@ -90,7 +90,7 @@ def test_biases_and_an_inner_width_of_ones_own():
 def test_greedy_text_is_theirs(name, more):
     model = redraw(Transformer(preset(name, **more)), SCALE).eval()
     prompt = torch.randint(V, (2, 5), generator=torch.Generator().manual_seed(1))
-    theirs = to_transformers(model).generate(
+    reference = to_transformers(model).generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
         do_sample=False,
@@ -99,7 +99,7 @@ def test_greedy_text_is_theirs(name, more):
     )[:, 5:]
     *_, rows = generate(model, prompt.tolist(), 60, temperature=0)
     ours = torch.tensor([row.ids for row in rows])
-    assert ours.unique().numel() > 10 and torch.equal(ours, theirs)
+    assert ours.unique().numel() > 10 and torch.equal(ours, reference)
 
 
 @pytest.mark.parametrize(

@@ -494,10 +494,10 @@ def test_a_killed_run_leaves_nothing_under_the_name(target, call, overwrite):
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert any(".d.tmp-" in p.name for p in Path("data").iterdir())
     if overwrite:
-        kept = [
+        remaining = [
             p for p in Path("data").iterdir() if not p.name.startswith(".")
         ]  # between the two renames it has its other name
-        assert len(kept) == 1 and bins(kept[0]) == before and load(kept[0])
+        assert len(remaining) == 1 and bins(remaining[0]) == before and load(remaining[0])
     else:
         assert not Path("data/d").exists()
         assert "there is no dataset data/d" in refusal(load, "data/d")
@@ -619,7 +619,7 @@ def test_every_key_has_a_comment():
 @pytest.fixture
 def hub(monkeypatch):
     """A pretended hub: hub.splits is the dataset's, hub.error is raised on the first request."""
-    pretended = SimpleNamespace(splits={}, error=None, asked=[])
+    pretended = SimpleNamespace(splits={}, error=None, questions=[])
 
     class RepositoryNotFoundError(Exception):
         pass

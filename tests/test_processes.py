@@ -104,9 +104,9 @@ def test_gradients_are_those_of_one_process(tmp_path, n):
     assert [finish(process) for process in running] == [0] * n
     loss, norm, expected = torch.load(tmp_path / "one.0")
     for rank in range(n):
-        l, g, found = torch.load(tmp_path / f"all.{rank}")
+        l, g, result = torch.load(tmp_path / f"all.{rank}")
         assert l == pytest.approx(loss, rel=1e-6) and g == pytest.approx(norm, rel=1e-6)
-        for a, b in zip(found, expected):
+        for a, b in zip(result, expected):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
 

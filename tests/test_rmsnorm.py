@@ -170,24 +170,24 @@ def test_frozen_weight_and_unused_outputs(device):
     x, a = draw((4, 24), torch.float32, device, 1), draw((4, 24), torch.float32, device, 2)
     frozen = draw(24, torch.float32, device, 3).detach()
     for pick in (lambda total, y: total, lambda total, y: y, lambda total, y: total + y):
-        ours, theirs = (
+        ours, peers = (
             torch.autograd.grad(pick(*ops.add_norm(x, a, frozen, 1e-5)).square().sum(), [x, a])
             for ops in (rmsnorm.CUDA, rmsnorm.TORCH)
         )
-        for one, other in zip(ours, theirs):
+        for one, other in zip(ours, peers):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-    asked = []
+    questions = []
 
     class Spy(TorchDispatchMode):
         def __torch_dispatch__(self, op, types, args=(), kwargs=None):
             if op is torch.ops.tinylm.rms_norm_backward.default:
-                asked.append(args[-1])
+                questions.append(args[-1])
             return op(*args, **(kwargs or {}))
 
     for weight in frozen, frozen.clone().requires_grad_():
         with Spy():
             rmsnorm.CUDA.norm(x, weight, 1e-5).sum().backward()
-    assert asked == [False, True]  # a frozen weight's gradient is not even computed
+    assert questions == [False, True]  # a frozen weight's gradient is not even computed
 
 
 def test_what_has_no_gradient_says_so(device):

@@ -87,7 +87,7 @@ def corpora():
     ]
     syllables = ["ka", "to", "mi", "ren", "sha", "u", "lo", "th", "ing", "é"]
     made_up = ["".join(rng.choices(syllables, k=rng.randrange(1, 5))) for _ in range(800)]
-    found = {
+    result = {
         "made up": (sentences(rng, made_up, 400), 1200),
         "english": (sentences(rng, english, 400), 700),
         "unicode": (sentences(rng, world + english[:5], 300), 900),
@@ -106,8 +106,8 @@ def corpora():
     for i in range(60):  # nearly every count ties with others here
         alphabets = rng.choices(["ab", "abc", "ab ", "zyx ", "aAé ", "\n a"], k=4)
         docs = ["".join(rng.choices(alphabet, k=rng.randrange(60))) for alphabet in alphabets]
-        found[f"ties {i}"] = (docs + ["a"], 257 + rng.randrange(60))
-    return found
+        result[f"ties {i}"] = (docs + ["a"], 257 + rng.randrange(60))
+    return result
 
 
 CORPORA = corpora()
@@ -159,9 +159,9 @@ def test_merges_and_ids_are_those_of_hugging_face(name):
         Tokenizer.train(iter(docs), vocab_size),
         json.loads(hf_train(docs, vocab_size).to_str())["model"],
     )
-    mine = json.loads(ours.to_str())["model"]
-    assert [m.split(" ") for m in mine["merges"]] == model["merges"]
-    assert mine["vocab"] == model["vocab"]
+    ours_here = json.loads(ours.to_str())["model"]
+    assert [m.split(" ") for m in ours_here["merges"]] == model["merges"]
+    assert ours_here["vocab"] == model["vocab"]
     assert ours.vocab_size == len(model["vocab"]) <= vocab_size
 
 

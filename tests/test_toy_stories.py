@@ -41,20 +41,22 @@ def test_every_choice_is_decided_by_the_characters_that_follow():
     def heads(
         todo, settled, n
     ):  # the first n characters of everything that todo can say (all of it, where it is shorter)
-        said = ""
+        printed = ""
         for i, part in enumerate(todo):
             part = dict(settled).get(part, part)
             part = SLOTS.get(part, part)
             if isinstance(part, t.Choice):
                 return {
-                    said + more
+                    printed + more
                     for _, slots, parts in part.options
-                    for more in heads(parts + todo[i + 1 :], settled.union(slots.items()), n - len(said))
+                    for more in heads(
+                        parts + todo[i + 1 :], settled.union(slots.items()), n - len(printed)
+                    )
                 }
-            said += part
-            if len(said) >= n:
-                return {said[:n]}
-        return {said}
+            printed += part
+            if len(printed) >= n:
+                return {printed[:n]}
+        return {printed}
 
     seen = set()
 
@@ -84,9 +86,9 @@ def test_every_choice_is_decided_by_the_characters_that_follow():
 
 
 def test_a_story_has_one_derivation_with_the_probability_it_was_drawn_with(sample, readings):
-    for (text, logp), [(found, moral)] in zip(sample, readings):
-        assert abs(found - logp) < 1e-9
-    assert t.log_prob(text) == found and t.moral(text) == moral
+    for (text, logp), [(result, moral)] in zip(sample, readings):
+        assert abs(result - logp) < 1e-9
+    assert t.log_prob(text) == result and t.moral(text) == moral
 
 
 def test_probabilities_of_a_small_grammar_sum_to_one_and_are_what_one_counts_by_hand():
@@ -104,20 +106,20 @@ def test_probabilities_of_a_small_grammar_sum_to_one_and_are_what_one_counts_by_
 @pytest.mark.parametrize("moral", t.MORALS)
 def test_all_stories_of_a_thinned_out_plot_are_distinct_and_their_probabilities_sum_to_one(moral):
     rng = random.Random(moral)
-    kept = {t.SLOTS["{plot}"]: [o for o in t.SLOTS["{plot}"].options if o[1]["{moral}"] == moral]}
+    remaining = {t.SLOTS["{plot}"]: [o for o in t.SLOTS["{plot}"].options if o[1]["{moral}"] == moral]}
 
     def thinned(choice):
-        if choice not in kept:
-            kept[choice] = rng.sample(choice.options, 1 + (rng.random() < 0.4))
-        mass = math.log(sum(math.exp(logp) for logp, _, _ in kept[choice]))
-        return [(logp - mass, slots, parts) for logp, slots, parts in kept[choice]]
+        if choice not in remaining:
+            remaining[choice] = rng.sample(choice.options, 1 + (rng.random() < 0.4))
+        mass = math.log(sum(math.exp(logp) for logp, _, _ in remaining[choice]))
+        return [(logp - mass, slots, parts) for logp, slots, parts in remaining[choice]]
 
     stories = [(text, logp) for text, logp, _ in islice(t.walk(thinned, bool), 100_000)]
     assert len({text for text, _ in stories}) == len(stories) > 15
     assert math.isclose(math.fsum(math.exp(logp) for _, logp in stories), 1)
     for text, _ in rng.sample(stories, 10):
-        [(_, found)] = t.derivations(text)
-        assert found == moral
+        [(_, result)] = t.derivations(text)
+        assert result == moral
 
 
 def test_frequencies_agree_with_probabilities(sample, readings):
@@ -164,7 +166,7 @@ def test_a_changed_text_is_no_story_or_another_one(sample):
         changed = " ".join(parts[:i] + [rng.choice(words)] + parts[i + 1 :])
         if changed != text and t.log_prob(changed) > -math.inf:
             other += 1
-            [(found, _)] = t.derivations(changed)
+            [(result, _)] = t.derivations(changed)
         for broken in (
             text + " ",
             text + "\n",
@@ -257,12 +259,12 @@ def test_heroes_have_the_right_pronouns():
 
 def test_morals(sample, readings):
     assert len(t.MORALS) == len(set(t.MORALS)) >= 8
-    said = 0
+    printed = 0
     for (text, _), [(_, moral)] in zip(sample, readings):
-        said += moral[1:-1] in text
+        printed += moral[1:-1] in text
         assert not any(other[1:-1] in text for other in t.MORALS if other != moral)
     assert (
-        0.75 < said / len(readings) < 0.85
+        0.75 < printed / len(readings) < 0.85
     )  # eight of ten closings say it; from the others it must be understood
 
 

@@ -142,7 +142,7 @@ def test_learning_rate_at_the_ends(schedule):
 def test_every_parameter_is_in_one_group_by_role(optimizer, tie):
     model = build("layernorm", pos="learned", tie=tie)
     optimizers = train.make_optimizers(model, train.Config(optimizer=optimizer), CPU)
-    where = {
+    place = {
         id(p): (type(o).__name__, g["weight_decay"])
         for o in optimizers
         for g in o.param_groups
@@ -151,11 +151,11 @@ def test_every_parameter_is_in_one_group_by_role(optimizer, tie):
     assert (
         sum(len(g["params"]) for o in optimizers for g in o.param_groups)
         == len(list(model.parameters()))
-        == len(where)
+        == len(place)
     )
     for name, p in model.named_parameters():
         hidden = "Muon" if optimizer == "muon" else "AdamW"
-        assert where[id(p)] == (
+        assert place[id(p)] == (
             ("AdamW", 0.0) if p.dim() == 1 else (hidden, 0.1) if "blocks" in name else ("AdamW", 0.1)
         ), name
 
@@ -330,9 +330,9 @@ def test_a_gradient_is_clipped_to_its_norm(clip):
 
 def test_document_nats_are_each_documents_own():
     model, documents = build(), [[5, 6, 7], [1], list(range(1, 20))]
-    got = document_nats(model, documents, 0, 0, CPU, batch_size=2)
+    computed = document_nats(model, documents, 0, 0, CPU, batch_size=2)
     with torch.no_grad():
-        for d, nats in zip(documents, got):
+        for d, nats in zip(documents, computed):
             logp = model(torch.tensor([[0, *d]]))[0][0].log_softmax(-1)
             assert nats == pytest.approx(
                 -sum(logp[i, t].item() for i, t in enumerate([*d, 0])), rel=1e-5
@@ -505,11 +505,11 @@ def test_from_the_command_line_with_the_default_data_and_then_a_story(lab, tmp_p
     assert (
         "bits a byte" in done.stdout and "unseen stories" in done.stdout and "device=cpu" in done.stdout
     )
-    told = script(
+    written = script(
         "sample.py", "--start=Once upon a time", "--max_new_tokens=20", "--num_samples=2", "--device=cpu"
     )
-    assert told.returncode == 0, told.stderr
-    assert told.stdout.count("Once upon a time") == 2 and "decode" in told.stdout.splitlines()[-1]
+    assert written.returncode == 0, written.stderr
+    assert written.stdout.count("Once upon a time") == 2 and "decode" in written.stdout.splitlines()[-1]
 
 
 def test_a_chunked_loss_trains_the_same(lab, monkeypatch):
@@ -560,7 +560,7 @@ def test_other_runs_and_a_run_without_a_checkpoint_are_not_in_the_way(tmp_path):
 
 
 def test_embeddings_learn_so_many_times_as_fast(lab):
-    found = []
+    result = []
     for scale in 1, 2, 4:
         run_train(
             lab,
@@ -569,11 +569,11 @@ def test_embeddings_learn_so_many_times_as_fast(lab):
             "--warmup_iters=0",
             f"--embd_lr_scale={scale}",
         )
-        found.append(load(lab, f"scale{scale}")["model"])
-    a, b, c = (model["wte.weight"] for model in found)
+        result.append(load(lab, f"scale{scale}")["model"])
+    a, b, c = (model["wte.weight"] for model in result)
     torch.testing.assert_close(c - a, 3 * (b - a), rtol=1e-2, atol=1e-6)
     assert (b - a).abs().max() > 1e-4 and torch.equal(
-        found[0]["blocks.0.attn.q_proj.weight"], found[2]["blocks.0.attn.q_proj.weight"]
+        result[0]["blocks.0.attn.q_proj.weight"], result[2]["blocks.0.attn.q_proj.weight"]
     )
 
 
