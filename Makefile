@@ -24,7 +24,7 @@ QUICK := (not test_grid or 2-True-True) \
 	and not (uninterrupted and (adamw or bfloat16)) \
 	and not (command_line or blows_up or as_fast or eval_only or init_from or not_scored or chunked_loss_trains or resume_keeps)
 
-test-quick: .venv/installed-dev  ## while you work on model.py or train.py: less than a minute on two cores
+test-quick: .venv/installed-dev  ## while you work on model.py or train.py: less than 40 seconds on two cores
 	$(BIN)/python -m pytest -q -n auto --dist=worksteal -m "not slow" -k "$(QUICK)" \
 		tests/test_model.py tests/test_optim.py tests/test_sample.py tests/test_train.py
 

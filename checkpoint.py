@@ -394,7 +394,8 @@ def inherit(cfg, ckpt, path, resume, fixed=DATA_KEYS):
             continue
         value = convert(value, types[key], f"{path}: {key}", parse=False)
         if key not in cfg.given:
-            if key not in OWN_KEYS:
+            is_run_time = key == "dtype" and cfg.eval_only  # evaluating is resolved anew
+            if key not in OWN_KEYS and not is_run_time:
                 setattr(cfg, key, value)
             continue
         is_cropped = (

@@ -109,3 +109,8 @@ def prompt_ids(tokenizer, text):
     if tokenizer.kind == "char" and ids:
         return ids
     return [tokenizer.bos, *ids]
+
+
+def render(template, prompt):
+    """Returns the text that a fine-tuned model expects: its template is a text with {prompt} in it."""
+    return template.replace("{prompt}", prompt.strip())

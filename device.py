@@ -118,6 +118,7 @@ def join_processes(device, world_size):
         torch.cuda.set_device(device)
     try:
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        torch.distributed.all_reduce(torch.zeros(1, device=device))  # nccl connects at its first message
     except (RuntimeError, ValueError) as e:
         raise Refusal(
             f"{world_size} processes could not find each other: {str(e).splitlines()[0]}", status=1
@@ -138,6 +139,8 @@ def choose_device(name, local_rank):
         reason = " (the best one here)"
     try:
         device = torch.device(name)
+        if local_rank is not None and device.type == "cuda" and device.index is not None:
+            raise Refusal(f"several processes take a GPU each: --device=cuda, not {name}")
         if name == "cuda" and local_rank is not None:
             device = torch.device(name, local_rank)
         torch.empty(1, device=device)

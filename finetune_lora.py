@@ -26,13 +26,13 @@ import lora
 import toy_stories
 from checkpoint import DATA_KEYS, Checkpoint, RunState, inherit, open_checkpoint
 from config import Refusal, hf_name, run
-from data import count_targets, evenly, micro_batches, prompt_ids, rows_each, to
+from data import count_targets, evenly, micro_batches, prompt_ids, render, rows_each, to
 from device import Compute, check_memory, resolve
 from lenses import probes
 from log import plot
 from model import model_sizes
 from rmsnorm import choose_rmsnorm
-from rows import conversations, encode_rows, pack, packed_batch, render, split_rows, training_packs
+from rows import conversations, encode_rows, pack, packed_batch, split_rows, training_packs
 from sample import generate
 from score import completion_nats, floor_line, mean_nats, next_token_loss
 from train import TrainConfig, fit, is_in_the_way, training_bytes
@@ -169,7 +169,8 @@ def open_tuning(cfg, kind, fixed=FIXED):
             f"the base {base.path} is in {cfg.out_dir}, which cannot be moved aside then: give another --out_dir"
         )
     model, tokenizer = checkpoint.restore(base.state, base.path)
-    compute = resolve(cfg.device, cfg.dtype, cfg.compile, join=True, train_width=model.config.n_embd)
+    width = 0 if cfg.eval_only else model.config.n_embd
+    compute = resolve(cfg.device, cfg.dtype, cfg.compile, join=True, train_width=width)
     cfg.dtype = compute.dtype_name  # a resumed run keeps it, on another processor too
     rows_each(cfg, compute)
     T = min(cfg.max_length or math.inf, model.config.block_size)

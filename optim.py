@@ -54,8 +54,8 @@ def step_unless(optimizers, is_skipped):
     """Makes the step of each optimizer, which changes nothing where is_skipped, a bool tensor on the
     device, holds.
 
-    In torch's own way, which its GradScaler takes too: nobody waits for the device where the optimizer
-    knows how to.
+    In torch's own way, which its GradScaler takes too. Fused AdamW (on a CPU, on CUDA) and Muon do not
+    wait for the device; of any other optimizer the device is asked.
     """
     for optimizer in optimizers:
         if getattr(optimizer, "_step_supports_amp_scaling", False):
@@ -83,6 +83,9 @@ def load_optimizers(optimizers, scaler, ckpt, cfg):
                 }
                 for group in optimizer.param_groups
             ]
+            for saved_group, group in zip(state["param_groups"], optimizer.param_groups):
+                if "fused" in group:  # this device's, not that of the device which saved it
+                    saved_group["fused"] = group["fused"]
             optimizer.load_state_dict(state)
             for group, group_settings in zip(optimizer.param_groups, settings):
                 group.update(group_settings)

@@ -205,14 +205,14 @@ def load():
     if missing := whats_missing(cpp_extension):
         return missing
     with open(SOURCE, "rb") as f:
-        what = (
+        build = (
             hashlib.sha256(f.read()).hexdigest()[:12],
             torch.__version__,
             "sm_{}{}".format(*torch.cuda.get_device_capability()),
         )
     folder = os.path.join(
         os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root(),
-        "-".join(("tinylm_rmsnorm", *what)),
+        "-".join(("tinylm_rmsnorm", *build)),
     )
     if dead := locked(os.path.join(folder, "lock")):
         return dead

@@ -19,7 +19,7 @@ import torch
 import prepare
 import toy_stories
 from config import Refusal, hf_name, is_hf
-from data import prompt_ids
+from data import prompt_ids, render
 
 MORAL_SEED = 0  # other stories than data/toy's: a test looks
 
@@ -155,11 +155,6 @@ def conversations(rows):
 
 # -----------------------------------------------------------------------------------------------------
 # Examples: a conversation as (idx, targets), targets one token ahead and -100 where nothing is learned
-
-
-def render(template, prompt):
-    """Returns the text that a fine-tuned model expects: its template is a text with {prompt} in it."""
-    return template.replace("{prompt}", prompt.strip())
 
 
 def encode(turns, tokenizer, template):

@@ -19,11 +19,10 @@ import onnx_model
 import rmsnorm
 from checkpoint import open_checkpoint
 from config import Refusal, run
-from data import prompt_ids
+from data import prompt_ids, render
 from device import check_memory, resolve
 from model import kv_cache_bytes
 from rmsnorm import choose_rmsnorm
-from rows import render
 
 
 @dataclass
@@ -164,9 +163,11 @@ def generate(
 
     A row ends at the token `stop`, which is not among its ids, after max_new_tokens, or when block_size
     tokens are in its context; past_end="recompute" then reads the last half of the window again and goes
-    on. `*_, rows = generate(...)` has them as they ended. Raises ValueError for a prompt that is empty
-    or too long.
+    on. `*_, rows = generate(...)` has them as they ended: it is one list, which each step changes.
+    Raises ValueError for a prompt that is empty or too long.
     """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
     block_size = model.config.block_size
     device = model.device
     half = max(1, block_size // 2)

@@ -166,7 +166,8 @@ def train_step(
     (*seed, micro-batch). A step whose loss or norm is not finite changes nothing. Both results are
     tensors on the device: nothing here waits for it.
     """
-    total = compute.sum(sum(count(batch) for batch in batches))
+    total = sum(count(batch) for batch in batches)
+    total = compute.sum(torch.as_tensor(total, device=compute.device))
     loss = torch.zeros((), device=compute.device)
     for micro, batch in enumerate(batches, compute.rank * len(batches)):
         torch.manual_seed(int(np.random.SeedSequence((*seed, micro)).generate_state(1)[0]))
@@ -188,12 +189,11 @@ def train_step(
             scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf)
 
-    if scaler:  # which skips a step by itself
-        for optimizer in optimizers:
-            scaler.step(optimizer)
+    step_unless(optimizers, ~(loss.isfinite() & norm.isfinite()))
+    if (
+        scaler
+    ):  # it has seen the gradients in unscale_, and halves its scale after one that is not finite
         scaler.update()
-    else:
-        step_unless(optimizers, ~(loss.isfinite() & norm.isfinite()))
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
     return loss, norm
@@ -205,7 +205,7 @@ def sum_gradients(params, loss, compute):
     message = compute.sum(torch.cat([grad.flatten() for grad in (*grads, loss.to(grads[0].dtype))]))
     for grad, summed in zip(grads, message[:-1].split([grad.numel() for grad in grads])):
         grad.copy_(summed.view_as(grad))
-    return message[-1]
+    return message[-1].clone()  # a view would keep the whole message until the log reads the loss
 
 
 def is_usable(loss, norm, scaler):
@@ -556,7 +556,8 @@ def main(cfg):
     start, cfg = open_start(cfg)
     resume = cfg.init_from == "resume"
     moves_aside = is_in_the_way(cfg)
-    compute = resolve(cfg.device, cfg.dtype, cfg.compile, join=True, train_width=cfg.n_embd)
+    width = 0 if cfg.eval_only else cfg.n_embd
+    compute = resolve(cfg.device, cfg.dtype, cfg.compile, join=True, train_width=width)
     cfg.dtype = compute.dtype_name  # a resumed run keeps it, on another processor too
     rows = compute.world_size * rows_each(cfg, compute)
     folder, meta, data, tokenizer = open_data(cfg, compute)

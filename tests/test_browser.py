@@ -35,8 +35,7 @@ import sample
 import serve
 import train
 from config import Refusal, configure
-from data import prompt_ids
-from rows import render
+from data import prompt_ids, render
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]

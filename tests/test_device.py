@@ -57,6 +57,11 @@ def test_tf32_is_a_word_of_its_own():
         resolve("cpu", "tf32", "false")
 
 
+def test_several_processes_may_not_share_one_gpu():
+    with pytest.raises(Refusal, match="a GPU each: --device=cuda, not cuda:0"):
+        device.choose_device("cuda:0", local_rank=1)
+
+
 @pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0),
     reason="no CUDA GPU with TF32",

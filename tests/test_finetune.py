@@ -29,7 +29,7 @@ import sample
 import toy_stories
 import train
 from config import Refusal, configure
-from data import count_targets, prompt_ids
+from data import count_targets, prompt_ids, render
 from rows import (
     MORAL_SEED,
     conversations,
@@ -37,7 +37,6 @@ from rows import (
     pack,
     packed_batch,
     read_rows,
-    render,
     split_rows,
     training_packs,
 )

@@ -619,7 +619,7 @@ def test_every_key_has_a_comment():
 @pytest.fixture
 def hub(monkeypatch):
     """A pretended hub: hub.splits is the dataset's, hub.error is raised on the first request."""
-    pretended = SimpleNamespace(splits={}, error=None, questions=[])
+    pretended = SimpleNamespace(splits={}, error=None, asked=[])
 
     class RepositoryNotFoundError(Exception):
         pass

@@ -253,6 +253,39 @@ def test_a_step_that_is_not_finite_leaves_no_trace(optimizer):
     assert same(*runs)
 
 
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+@pytest.mark.parametrize("grad_clip", [0.0, 1.0])
+def test_with_a_loss_scaler_one_bad_gradient_skips_all_optimizers(bad, grad_clip):
+    model = build().train()
+    optimizers = train.make_optimizers(model, train.Config(), CPU)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    batch = {"idx": tokens(), "targets": tokens(seed=9)}
+    train.train_step(model, optimizers, [batch], CPU, grad_clip=grad_clip, scaler=scaler)
+    before = [p.detach().clone() for p in model.parameters()]
+    hook = model.blocks[0].attn.q_proj.weight.register_hook(lambda grad: grad * bad)  # one of Muon's
+    loss, norm = train.train_step(model, optimizers, [batch], CPU, grad_clip=grad_clip, scaler=scaler)
+    assert train.is_usable(loss.item(), norm.item(), scaler) and not math.isfinite(norm)
+    assert (
+        all(torch.equal(a, b) for a, b in zip(model.parameters(), before)) and scaler.get_scale() == 2.0
+    )
+    hook.remove()
+    train.train_step(model, optimizers, [batch], CPU, grad_clip=grad_clip, scaler=scaler)
+    assert not any(torch.equal(a, b) for a, b in zip(model.parameters(), before))
+
+
+def test_optimizers_of_another_device_go_on(tmp_path):
+    """AdamW is fused on a CPU and on CUDA, and not on MPS; a checkpoint keeps what it was."""
+    model = build().train()
+    optimizers = train.make_optimizers(model, train.Config(optimizer="adamw"), CPU)
+    saved = [optimizer.state_dict() for optimizer in optimizers]
+    for group in saved[0]["param_groups"]:
+        group["fused"] = False
+    train.load_optimizers(
+        optimizers, None, {"optimizers": saved, "losses": []}, train.Config(optimizer="adamw")
+    )
+    train.train_step(model, optimizers, [{"idx": tokens(), "targets": tokens(seed=9)}], CPU)
+
+
 def test_a_run_whose_loss_is_not_finite_names_the_step_and_keeps_its_checkpoint(lab, monkeypatch):
     batches = train.Pretraining.batches
     monkeypatch.setattr(
