@@ -266,10 +266,7 @@ def auto_dtype(device, train_width):
     with one. LOG.md has the measurements, under dtype.
     """
     if device.type == "cpu" and not train_width:
-        return (
-            "float32",
-            "on a CPU it writes the faster, and the same text with any processor's instructions up to rounding",
-        )
+        return "float32", "on a CPU text is written in it, faster and alike everywhere"
     if not fast_bfloat16(device):
         return "float32", "no fast bfloat16 here"
     if device.type == "cpu" and train_width < BFLOAT16_WIDTH:

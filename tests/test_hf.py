@@ -30,7 +30,7 @@ from config import Refusal, configure
 from data import document_slices, prompt_ids
 from interop import hf_folder
 from interop.any_tokenizer import from_tokenizer_json, load_tokenizer
-from model import Transformer
+from model import HAS_CHUNKED_LOSS, Transformer
 from score import token_nats
 from tokenizer import EOT, Tokenizer
 
@@ -750,7 +750,8 @@ def test_logits_of_one_row_that_are_too_many_are_made_in_parts(monkeypatch):
         monkeypatch.setattr(evaluation, "LOGITS", 999),
         evaluation.likelihood(subject, DOCS, True, CPU, evaluation.Config(resamples=1000))[0],
     ]
-    assert model.chunked_loss and figures[0]["loss"] == pytest.approx(figures[2]["loss"], rel=1e-5)
+    assert model.chunked_loss == HAS_CHUNKED_LOSS
+    assert figures[0]["loss"] == pytest.approx(figures[2]["loss"], rel=1e-5)
 
 
 def test_loss_is_of_the_text_and_its_end_not_of_the_bos_before_it():

@@ -83,9 +83,8 @@ class Slope(nn.Module):
         self.slope = nn.Parameter(torch.tensor(0.1))
 
     def forward(self, distance):
-        return self.slope * (
-            distance[None] if distance.dim() == 2 else distance
-        )  # (1, T, S) or (B, 1, T, S)
+        bias = self.slope * distance.float()
+        return bias[None] if bias.dim() == 2 else bias  # (1, T, S) or (B, 1, T, S)
 
 
 class SlowRoPE(RoPE):
