@@ -29,7 +29,7 @@ import toy_stories
 import train
 from config import Refusal, read_toml, run
 from data import padded, to, training_rows
-from device import DTYPES, check_memory, fast_bfloat16, name_of, peak_flops, resolve
+from device import DTYPES, fast_bfloat16, name_of, peak_flops, resolve
 from hf import to_transformers
 from measure import (
     count_bytes,
@@ -49,10 +49,9 @@ from model import (
     flops_per_token,
     kv_cache_bytes,
     model_config,
-    model_sizes,
     num_params,
 )
-from optim import make_optimizers
+from optim import make_optimizers, make_scaler
 from rmsnorm import use_rmsnorm
 from sample import generate
 from tokenizer import EOT, Tokenizer
@@ -131,9 +130,7 @@ def make_training_step(cfg, compute, ops=rmsnorm.TORCH):
     model.chunked_loss = cfg.loss == "chunked"
     use_rmsnorm(model, ops)
     optimizers = make_slow_optimizers(model, cfg, compute)
-    scaler = None
-    if compute.dtype == torch.float16:
-        scaler = torch.amp.GradScaler(compute.device.type)
+    scaler = make_scaler(compute)
     rows = torch.randint(cfg.vocab_size, (cfg.batch_size, cfg.block_size + 1))
     batch = to(padded(rows, cfg.block_size), compute.device)
     batches = [batch] * cfg.gradient_accumulation_steps
@@ -954,9 +951,7 @@ BENCHES = {
 
 def main(cfg):
     compute = resolve(cfg.device, cfg.dtype, cfg.compile)
-    sizes = model_sizes(cfg)
-    needs = train.training_bytes(cfg, cfg, sizes, sizes.parameters)
-    check_memory(compute.device, needs, "try a smaller model or batch_size")
+    train.check_training_memory(cfg, compute)
     print(f"{device_name(compute.device)}; {compute.message}; torch {torch.__version__}")
     print(
         f"{cfg.n_layer} layers, {cfg.n_head} heads, width {cfg.n_embd}, context {cfg.block_size}, "

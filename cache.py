@@ -1,8 +1,10 @@
 """The KV cache: what a model keeps of the tokens it has read, so that the next one costs one token.
 
-cache = model.new_cache(batch_size, max_len)
-logits, _ = model(idx, cache=cache)           # again and again: idx (B, T) comes after what is in it
-cache.rewind([0, 2])                          # the second row forgets its last two tokens
+    cache = model.new_cache(batch_size, max_len)
+    logits, _ = model(idx, cache=cache)           # again and again: idx (B, T) comes after what is in it
+    cache.rewind([0, 2])                          # the second row forgets its last two tokens
+
+Windows, speculation and captured graphs are to be other fillings of the same methods.
 """
 
 import numbers

@@ -11,7 +11,6 @@ The file holds tensors and plain types alone and is read with weights_only=True:
 code.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import math
@@ -24,22 +23,12 @@ import torch
 import lora
 from config import Refusal, convert, hf_name, is_hf
 from device import check_memory
+from folders import write_atomic
 from interop import hf_folder, hf_layout
 from interop.any_tokenizer import load_tokenizer
 from model import MODEL_KEYS, ModelConfig, Transformer, model_sizes
 
 FORMAT = 1
-RUN_KEYS = {
-    "format": int,
-    "config": dict,
-    "step": int,
-    "best_val_loss": float,
-    "val_loss": float,
-    "losses": list,
-    "optimizers": list,
-}
-KEYS = RUN_KEYS | {"model": dict, "model_config": dict, "tokenizer": str, "tokenizer_sha256": str}
-ADAPTER_KEYS = RUN_KEYS | {"adapters": dict, "base": str, "base_sha256": str}
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -69,6 +58,12 @@ class RunState:
         }
 
 
+# what a file must hold, and of which type
+RUN_KEYS = {"format": int, "config": dict} | {f.name: f.type for f in dataclasses.fields(RunState)}
+KEYS = RUN_KEYS | {"model": dict, "model_config": dict, "tokenizer": str, "tokenizer_sha256": str}
+ADAPTER_KEYS = RUN_KEYS | {"adapters": dict, "base": str, "base_sha256": str}
+
+
 def save(path, model, tokenizer, config, state):
     """Writes a checkpoint: path is the old file or the new one, always whole.
 
@@ -94,35 +89,6 @@ def save_adapters(path, model, base, base_sha256, config, state):
 def write_checkpoint(path, weights, config, state):
     content = weights | {"format": FORMAT, "config": config} | state.to_dict()
     write_atomic(path, lambda f: torch.save(content, f))
-
-
-def write_atomic(path, write):
-    """Calls write(file) on a file beside path, then puts it in path's place; it is on disk when this
-    returns. Raises Refusal.
-    """
-    folder = os.path.dirname(path) or "."
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        os.makedirs(folder, exist_ok=True)
-        with open(temporary, "wb") as f:
-            write(f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-        if os.name == "posix":  # the new name is an entry of the folder, which is written on its own
-            handle = os.open(folder, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
-    except OSError as e:
-        raise Refusal(f"cannot write {path}: {e.strerror}; what was there before is as it was", status=1)
-    except RuntimeError as e:  # torch.save says it of a full disk
-        reason = f"is the disk full? ({str(e).splitlines()[0]})"
-        raise Refusal(f"cannot write {path}: {reason}; what was there before is as it was", status=1)
-    finally:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
 
 
 def unwrap(model):
@@ -245,9 +211,8 @@ def fingerprint(ckpt):
     settings = dict(ckpt["model_config"])
     c = ModelConfig(**settings)
     if c.head_dim * c.n_head == c.n_embd:
-        settings.pop(
-            "head_dim", None
-        )  # adapters are older than this setting, and their bases did not change
+        # adapters are older than this setting, and their bases did not change
+        settings.pop("head_dim", None)
     digest = hashlib.sha256(repr((sorted(settings.items()), ckpt["tokenizer_sha256"])).encode())
     for name, weight in sorted(ckpt["model"].items()):
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
@@ -313,18 +278,14 @@ class Checkpoint:
             weights["add_pos.weight"] = weights["add_pos.weight"][: cfg.block_size]
 
     def restore(self, device="cpu"):
-        """Returns (model, tokenizer), with the adapters, where there are any, in the model. Raises
-        Refusal.
-        """
+        """Returns (model, tokenizer), with the adapters, where there are any, in the model. Raises Refusal."""
         model, tokenizer = restore(self.state, self.path, device)
         if self.adapter:
             self.restore_adapters(model)
         return model, tokenizer
 
     def restore_adapters(self, model):
-        """Puts the adapters over the model of the checkpoint they belong to. Raises Refusal over any
-        other.
-        """
+        """Puts the adapters over the model of the checkpoint they belong to. Raises Refusal over any other."""
         adapter = self.adapter
         if adapter["base_sha256"] != fingerprint(self.state):
             raise Refusal(
@@ -350,6 +311,15 @@ def open_checkpoint(out_dir, prefer="ckpt_best.pt", adapter="", prefer_adapter="
     adapters = load(adapter_path, ADAPTER_KEYS)
     path = find(out_dir, prefer) if out_dir else find_base(adapters, adapter_path)
     return Checkpoint(path, None, adapter_path, adapters)
+
+
+def open_given(cfg, adapter):
+    """Returns the Checkpoint of a command line's out_dir with adapters over it, where there are any: over
+    their own base where no out_dir was given.
+    """
+    if adapter and "out_dir" not in cfg.given:
+        return open_checkpoint("", adapter=adapter)
+    return open_checkpoint(cfg.out_dir, adapter=adapter)
 
 
 def find_base(adapter, path):
@@ -398,9 +368,8 @@ def inherit(cfg, ckpt, path, resume, fixed=DATA_KEYS):
             if key not in OWN_KEYS and not is_run_time:
                 setattr(cfg, key, value)
             continue
-        is_cropped = (
-            key == "dropout" or key == "block_size" and cfg.block_size < value
-        )  # see Checkpoint.crop
+        # see Checkpoint.crop
+        is_cropped = key == "dropout" or key == "block_size" and cfg.block_size < value
         if is_cropped and not resume:
             continue
         is_fixed = key in MODEL_KEYS or resume and key in fixed

@@ -26,9 +26,7 @@ def epoch_starts(n_tokens, T, seed, epoch):
 
 
 def training_rows(data, T, seed, first, n):
-    """Returns rows first .. first+n of the endless stream of rows of data, a 1-D array of ids, as a
-    batch of n.
-    """
+    """Returns rows first .. first+n of the endless stream of rows of data, a 1-D array of ids, as a batch of n."""
     per_epoch = len(epoch_starts(len(data), T, seed, 0))
     starts = []
     for row in range(first, first + n):
@@ -38,9 +36,7 @@ def training_rows(data, T, seed, first, n):
 
 
 def blocks(data, starts, T):
-    """Returns a batch of data[start:start + T] for each start; beyond the end of data there is no
-    target.
-    """
+    """Returns a batch of data[start:start + T] for each start; beyond the end of data there is no target."""
     return padded([data[start : start + T + 1] for start in starts], T)
 
 
@@ -61,24 +57,18 @@ def to(batch, device):
 
 
 def count_targets(batch):
-    """Returns the number of targets of a batch, a tensor on its device: whoever reads it waits for the
-    device.
-    """
+    """Returns the number of targets of a batch, a tensor on its device: whoever reads it waits for the device."""
     return (batch["targets"] != -100).sum()
 
 
 def evenly(rows, n):
-    """Returns n of the rows, a 1-D array, evenly spaced; all of them for 0, or where they are no
-    more.
-    """
+    """Returns n of the rows, a 1-D array, evenly spaced; all of them for 0, or where they are no more."""
     n = min(n or len(rows), len(rows))
     return rows[np.linspace(0, len(rows) - 1, n).astype(int)]
 
 
 def rows_each(cfg, compute):
-    """Returns how many rows of a step each process takes. Raises Refusal where they cannot be shared
-    evenly.
-    """
+    """Returns how many rows of a step each process takes. Raises Refusal where they cannot be shared evenly."""
     rows = cfg.gradient_accumulation_steps * cfg.batch_size
     if rows % compute.world_size:
         raise Refusal(

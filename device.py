@@ -29,12 +29,16 @@ BFLOAT16_WIDTH = 192  # auto trains in bfloat16 on a CPU from this n_embd on
 @dataclass
 class Compute:
     device: torch.device
-    dtype: torch.dtype  # of matrix products, Muon's too; weights and the optimizer's state stay float32
     dtype_name: str  # a key of DTYPES: what a checkpoint keeps
     compile: bool
     message: str  # one line: what was chosen, and why
     rank: int = 0  # of this process, among
     world_size: int = 1  # so many that torchrun started
+
+    @property
+    def dtype(self):
+        """The torch.dtype of matrix products, Muon's too; weights and the optimizer's state stay float32."""
+        return DTYPES[self.dtype_name]
 
     def sum(self, x):
         """Returns the tensor x summed over all processes, in place: over gloo on a CPU, over nccl on a
@@ -93,16 +97,11 @@ def resolve(device="auto", dtype="auto", compile="auto", join=False, train_width
     if world_size > 1:
         join_processes(device, world_size)
         reasons.append(f"{world_size} processes")
-    compute = Compute(device, DTYPES[dtype], dtype, compile, ", ".join(reasons), rank, world_size)
-    # who left with a Refusal while another still connects would take that one down
-    compute.barrier()
-    return compute
+    return Compute(device, dtype, compile, ", ".join(reasons), rank, world_size)
 
 
 def torchrun_ranks():
-    """Returns (rank, world size, rank on this machine) as torchrun has set them, else those of a single
-    process.
-    """
+    """Returns (rank, world size, rank on this machine) as torchrun has set them, else those of a single process."""
     if {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         return tuple(int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     return 0, 1, 0
@@ -118,7 +117,10 @@ def join_processes(device, world_size):
         torch.cuda.set_device(device)
     try:
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-        torch.distributed.all_reduce(torch.zeros(1, device=device))  # nccl connects at its first message
+        # nccl connects at its first message; and who left with a Refusal while another still connects
+        # would take that one down
+        for place in dict.fromkeys((torch.device("cpu"), device)):  # in one order everywhere
+            torch.distributed.all_reduce(torch.zeros(1, device=place))
     except (RuntimeError, ValueError) as e:
         raise Refusal(
             f"{world_size} processes could not find each other: {str(e).splitlines()[0]}", status=1
@@ -215,9 +217,7 @@ class StopAfterStep:
             signal.signal(number, self.handlers[number])
 
     def is_due(self):
-        """Returns whether any process was told to stop. A message over the CPU: it does not wait for a
-        GPU.
-        """
+        """Returns whether any process was told to stop. A message over the CPU: it does not wait for a GPU."""
         return self.compute.sum(torch.tensor(self.signal)).item() > 0
 
     @property
@@ -275,9 +275,7 @@ def auto_dtype(device, train_width):
 
 
 def fast_bfloat16(device):
-    """Whether the device has instructions for bfloat16 products. A CPU without them emulates them,
-    slowly.
-    """
+    """Whether the device has instructions for bfloat16 products. A CPU without them emulates them, slowly."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu":
@@ -301,7 +299,7 @@ PEAK_FLOPS = {
 
 
 def name_of(dtype):
-    """ "float32" for torch.float32."""
+    """Returns a torch.dtype's name, such as "float32"."""
     return str(dtype).removeprefix("torch.")
 
 

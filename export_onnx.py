@@ -34,7 +34,7 @@ import onnx_model
 import prepare
 from config import Refusal, hf_name, is_hf, run
 from device import resolve
-from folders import new_folder
+from folders import new_folder, write_atomic
 from measure import race
 from model import attention_mask, num_params
 from sample import generate
@@ -176,8 +176,6 @@ def additive_mask(model, P, T):
     c = model.config
     places = torch.arange(P, P + T)
     mask, _ = attention_mask(places, P + T, bias=model.score_bias)
-    if mask is None:  # a lone query, or no past: the rule says it without a mask
-        mask = torch.arange(P + T) <= places[:, None]
     if mask.dtype == torch.bool:
         mask = torch.where(mask, 0.0, -torch.inf)
     if c.n_head == c.n_kv_head:
@@ -627,7 +625,7 @@ def compare_speed(models, prompt, n, seconds):
 
 def write_graph(proto, path):
     """Writes the file. Returns its bytes."""
-    checkpoint.write_atomic(str(path), lambda f: f.write(proto.SerializeToString()))
+    write_atomic(str(path), lambda f: f.write(proto.SerializeToString()))
     return path.stat().st_size
 
 
@@ -642,7 +640,7 @@ def write_folder(cfg, model, tokenizer, ckpt, ids, folder):
     description = onnx_model.describe(model.config, tokenizer, start, ckpt.template, fingerprint)
     text = json.dumps(description, indent=1)
     tokenizer.save(folder / "tokenizer.json")
-    checkpoint.write_atomic(str(folder / "config.json"), lambda f: f.write(text.encode()))
+    write_atomic(str(folder / "config.json"), lambda f: f.write(text.encode()))
 
     proto = export(model)
     proto.metadata_props.add(key="fingerprint", value=fingerprint)

@@ -137,9 +137,7 @@ class Tuning:
         return torch.compile(self.model) if self.compute.compile else self.model
 
     def save(self, name, state, notes):
-        """Writes the adapters, or with --rank=0 the whole checkpoint, to out_dir; notes are kept beside
-        the config.
-        """
+        """Writes the adapters, or with --rank=0 the whole checkpoint, to out_dir; notes are kept beside the config."""
         config = asdict(self.cfg) | {"task": self.kind, "base_dataset": self.base.dataset} | notes
         path = os.path.join(self.cfg.out_dir, name)
         if self.cfg.rank:
@@ -321,9 +319,7 @@ class FineTuning:
         return batches
 
     def validate(self, tokens=None):
-        """Returns the loss on held-out responses, of about so many tokens of rows: eval_tokens, or 0 for
-        all.
-        """
+        """Returns the loss on held-out responses, of about so many tokens of rows: eval_tokens, or 0 for all."""
         tokens = self.cfg.eval_tokens if tokens is None else tokens
         numbers = evenly(np.arange(len(self.val_packs)), math.ceil(tokens / self.tuning.T))
         loss = mean_nats(self.trained, numbers, self.val_batch, self.cfg.batch_size, self.compute)

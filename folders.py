@@ -1,9 +1,9 @@
-"""Folders that a script writes: whole or not at all, and never over what a user had."""
+"""Folders and files that a script writes: whole or not at all, and never over what a user had."""
 
 import os
 import shutil
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -56,6 +56,40 @@ def move_aside(folder, keep=()):
     except OSError as e:
         raise Refusal(f"cannot move {folder} aside: {e.strerror}", status=1)
     print(f"what was {folder} is now {old}")
+
+
+def sync(f):
+    """Returns when what was written to an open file is on disk."""
+    f.flush()
+    os.fsync(f.fileno())
+
+
+def write_atomic(path, write):
+    """Calls write(file) on a file beside path, then puts it in path's place; it is on disk when this
+    returns. Raises Refusal.
+    """
+    folder = os.path.dirname(path) or "."
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with open(temporary, "wb") as f:
+            write(f)
+            sync(f)
+        os.replace(temporary, path)
+        if os.name == "posix":  # the new name is an entry of the folder, which is written on its own
+            handle = os.open(folder, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+    except OSError as e:
+        raise Refusal(f"cannot write {path}: {e.strerror}; what was there before is as it was", status=1)
+    except RuntimeError as e:  # torch.save says it of a full disk
+        reason = f"is the disk full? ({str(e).splitlines()[0]})"
+        raise Refusal(f"cannot write {path}: {reason}; what was there before is as it was", status=1)
+    finally:
+        with suppress(OSError):
+            os.remove(temporary)
 
 
 @contextmanager

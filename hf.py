@@ -109,9 +109,7 @@ def write_peft_adapter(folder, base, model, adapter):
 
 
 def write_own_adapter(folder, name, ckpt, model):
-    """Fills the folder with our adapter made of PEFT's, `name`, for the checkpoint. Raises
-    ValueError.
-    """
+    """Fills the folder with our adapter made of PEFT's, `name`, for the checkpoint. Raises ValueError."""
     settings, tensors, peft_base, notes = hf_folder.load_adapter(hf_name(name), model.config)
     settings["base_dataset"] = ckpt.dataset
     settings["template"] = notes.get("template", ckpt.template)
@@ -130,10 +128,7 @@ def write_own_adapter(folder, name, ckpt, model):
 def main(cfg):
     to = Path(os.path.abspath(cfg.to))
     own_adapter = "" if is_hf(cfg.adapter) else cfg.adapter
-    out_dir = cfg.out_dir
-    if own_adapter and "out_dir" not in cfg.given:
-        out_dir = ""  # the adapter's own base
-    ckpt = checkpoint.open_checkpoint(out_dir, adapter=own_adapter)
+    ckpt = checkpoint.open_given(cfg, own_adapter)
     sources = [hf_name(source) for source in (ckpt.path, cfg.adapter) if source]
     with new_folder(to, cfg.overwrite, "--overwrite moves it aside", sources) as tmp:
         model, tokenizer = ckpt.restore()

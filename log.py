@@ -5,8 +5,8 @@ import json
 import os
 from dataclasses import asdict
 
-import checkpoint
 from config import Refusal
+from folders import write_atomic
 
 
 class Log:
@@ -26,7 +26,7 @@ class Log:
         for path in glob.glob(os.path.join(glob.escape(cfg.out_dir), "*.tmp")):
             os.remove(path)  # of a process that was killed while it wrote
         lines = [json.dumps(line) + "\n" for line in read_log(self.path) if line["step"] <= step]
-        checkpoint.write_atomic(self.path, lambda f: f.write("".join(lines).encode()))
+        write_atomic(self.path, lambda f: f.write("".join(lines).encode()))
 
     def write(self, line):
         if not self.is_main:
@@ -96,7 +96,7 @@ def plot(out_dir):
     ax.grid(alpha=0.3)
     ax.legend()
     path = os.path.join(out_dir, "loss.png")
-    checkpoint.write_atomic(path, lambda f: fig.savefig(f, format="png", dpi=120))
+    write_atomic(path, lambda f: fig.savefig(f, format="png", dpi=120))
     return f"loss plot: {path}"
 
 

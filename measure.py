@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import write_atomic
+from folders import write_atomic
 
 # -----------------------------------------------------------------------------------------------------
 # Time

@@ -93,9 +93,7 @@ class ModelConfig:
             self.n_inner = inner_width(self.n_embd) if inner_width else 4 * self.n_embd
 
     def check_types(self):
-        """Raises ValueError for a value of another type: a file that was not written here may hold
-        anything.
-        """
+        """Raises ValueError for a value of another type: a file that was not written here may hold anything."""
         for field in fields(ModelConfig):
             value = getattr(self, field.name)
             is_whole_float = field.type is float and type(value) is int
@@ -186,9 +184,7 @@ class Float32Tables(nn.Module):
 
 
 class SinusoidalPositions(Float32Tables):
-    """Added to the embedding, which is scaled by sqrt(C) first (Vaswani et al. 2017, sections 3.4 and
-    3.5).
-    """
+    """Added to the embedding, which is scaled by sqrt(C) first (Vaswani et al. 2017, sections 3.4 and 3.5)."""
 
     part = "add"
 
@@ -202,9 +198,7 @@ class SinusoidalPositions(Float32Tables):
 
 
 class RoPE(Float32Tables):
-    """Rotates q and k (Su et al. 2021), in the half-split layout of Hugging Face Llama: x[i] pairs with
-    x[i + D/2].
-    """
+    """Rotates q and k (Su et al. 2021), in the half-split layout of Hugging Face Llama: x[i] pairs with x[i + D/2]."""
 
     part = "rotate"
 
@@ -246,9 +240,8 @@ def rope_frequencies(c):
     if kind == "llama3" and len(numbers) == 4 and min(numbers) > 0 and numbers[1] < numbers[2]:
         factor, low, high, original = numbers
         turns = original * freq / (2 * math.pi)  # full rotations over the context of pre-training
-        keep = ((turns - low) / (high - low)).clamp(
-            0, 1
-        )  # 1: short wavelengths, left alone; 0: long ones, stretched
+        # 1: short wavelengths, left alone; 0: long ones, stretched
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
         return keep * freq + (1 - keep) * freq / factor
     raise ValueError(
         f"rope_scaling must be none, linear:FACTOR or llama3:FACTOR,LOW,HIGH,CONTEXT, not {c.rope_scaling!r}"
@@ -288,9 +281,7 @@ POSITIONS = {
 
 
 class Context(NamedTuple):
-    """What the layers of one call share: where its tokens stand, and which of all tokens each may
-    see.
-    """
+    """What the layers of one call share: where its tokens stand, and which of all tokens each may see."""
 
     rotation: Any = None  # (cos, sin) for rotate(), or None
     mask: Any = None  # ([B, H,] T, S): boolean, or what is added to scores; None for none
@@ -324,9 +315,7 @@ def attention_mask(places, S, doc=None, bias=None, dtype=torch.float32):
 
 
 def positions(doc):
-    """Returns each token's place in its own document: (B, S) -> (B, S). A document is a run of equal
-    numbers.
-    """
+    """Returns each token's place in its own document: (B, S) -> (B, S). A document is a run of equal numbers."""
     place = torch.arange(doc.size(1), device=doc.device)
     is_first = torch.ones_like(doc, dtype=torch.bool)
     is_first[:, 1:] = doc[:, 1:] != doc[:, :-1]
@@ -354,10 +343,9 @@ class Attention(nn.Module):
 
     def forward(self, x, context):
         B, T, _ = x.shape
-        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, H, T, D)
-        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(
-            1, 2
-        )  # (B, n_kv_head, T, D)
+        # q (B, H, T, D); k, v (B, n_kv_head, T, D)
+        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)
+        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
         if context.rotation is not None:
             q = rotate(q, *context.rotation)
@@ -438,9 +426,7 @@ class PreNorm(nn.Module):
 
 
 class PostNorm(PreNorm):
-    """Norms after each sum, so the stream that leaves the last block is normed (Vaswani et al. 2017, the
-    first GPT).
-    """
+    """Norms after each sum, so the stream that leaves the last block is normed (Vaswani et al. 2017, the first GPT)."""
 
     final_norm = False
 
@@ -560,9 +546,7 @@ class Transformer(nn.Module):
         return KVCache(self, batch_size, max_len)
 
     def next_logits(self, idx, cache, doc=None):
-        """Returns logits (B, V) of what comes after the last of tokens idx (B, T); cache and doc as in
-        hidden.
-        """
+        """Returns logits (B, V) of what comes after the last of tokens idx (B, T); cache and doc as in hidden."""
         return self.head(self.hidden(idx, cache, doc)[:, -1])
 
     def forward(self, idx, targets=None, cache=None, doc=None, reduction="mean"):

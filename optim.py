@@ -50,6 +50,13 @@ def make_optimizers(model, cfg, compute):
     ]
 
 
+def make_scaler(compute):
+    """Returns the loss scaler that float16 needs, for its small gradients; None for another dtype."""
+    if compute.dtype == torch.float16:
+        return torch.amp.GradScaler(compute.device.type)
+    return None
+
+
 def step_unless(optimizers, is_skipped):
     """Makes the step of each optimizer, which changes nothing where is_skipped, a bool tensor on the
     device, holds.
@@ -135,9 +142,7 @@ class Muon(torch.optim.Muon):
     (tests/test_optim.py).
     """
 
-    _step_supports_amp_scaling = (
-        True  # a GradScaler sets found_inf too, in the place of asking the device
-    )
+    _step_supports_amp_scaling = True  # see step_unless
 
     def __init__(self, params, dtype=torch.float32, **kwargs):
         super().__init__(params, **kwargs)

@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 import toy_stories
 from config import Refusal, hf_name, is_hf, run
-from folders import new_folder
+from folders import new_folder, sync
 from interop.any_tokenizer import load_tokenizer
 from tokenizer import Tokenizer
 
@@ -443,11 +443,6 @@ def encode(rows, tokenizer, tmp, num_proc):
     for split in SPLITS:
         stats[split]["sha256"] = hashes[split].hexdigest()
     return stats
-
-
-def sync(f):
-    f.flush()
-    os.fsync(f.fileno())
 
 
 # ---- the folder

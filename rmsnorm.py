@@ -50,6 +50,7 @@ TORCH = Ops(rms_norm, add_norm)
 # The kernel
 
 LONGEST = 1 << 26  # the last dimension: what the kernel counts in 32 bits
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def check(x, weight):
@@ -57,7 +58,7 @@ def check(x, weight):
 
     Here and not in the operator: with torch 2.11 on a GPU an exception that left it ended the process.
     """
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+    if x.dtype not in DTYPES:
         raise RuntimeError(f"rms_norm: x must be float32, float16 or bfloat16, not {x.dtype}")
     if not weight.is_floating_point():
         raise RuntimeError(f"rms_norm: the weight must be of floating point, not {weight.dtype}")
@@ -76,7 +77,7 @@ def check(x, weight):
 
 def check_summand(x, a):
     """Raises RuntimeError where a cannot be added to x by the kernel, which does not broadcast."""
-    if a.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+    if a.dtype not in DTYPES:
         raise RuntimeError(f"rms_norm: a must be float32, float16 or bfloat16, not {a.dtype}")
     if a.shape != x.shape or a.device != x.device:
         raise RuntimeError(

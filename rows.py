@@ -131,9 +131,7 @@ EXPECTED = "rows have prompt and response, instruction and output, or messages; 
 
 
 def field_text(place, row, key):
-    """Returns the text of a row's column, without space around it. Raises Refusal where there is
-    none.
-    """
+    """Returns the text of a row's column, without space around it. Raises Refusal where there is none."""
     return prepare.field(row, key, place, EXPECTED).strip()
 
 
@@ -248,9 +246,7 @@ def epoch_order(n, seed, epoch):
 
 
 def training_packs(packs, seed, first, n):
-    """Returns packs first .. first+n of the endless stream: all of them in random order, then in
-    another.
-    """
+    """Returns packs first .. first+n of the endless stream: all of them in random order, then in another."""
     numbers = []
     for row in range(first, first + n):
         epoch, place = divmod(row, len(packs))

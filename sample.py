@@ -17,7 +17,7 @@ import torch
 import lora
 import onnx_model
 import rmsnorm
-from checkpoint import open_checkpoint
+from checkpoint import open_given
 from config import Refusal, run
 from data import prompt_ids, render
 from device import check_memory, resolve
@@ -84,15 +84,12 @@ class Config:
 
 
 def next_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
-    """Returns a token a row (B,) from logits (B, V). top_p keeps the token that crosses it (Holtzman et
-    al. 2019).
-    """
+    """Returns a token a row (B,) from logits (B, V). top_p keeps the token that crosses it (Holtzman et al. 2019)."""
     if temperature < 1e-5:  # divided by less, logits overflow
         return logits.argmax(-1)
     ids = None
-    if (
-        0 < top_k < logits.size(-1)
-    ):  # the draw is over these alone, by id: rounding may not change whose is which
+    if 0 < top_k < logits.size(-1):
+        # the draw is over these alone, by id: rounding may not change whose is which
         ids = logits.topk(top_k, sorted=False).indices.sort(-1).values
         logits = logits.gather(-1, ids)
     logits = logits.float() / temperature
@@ -255,20 +252,14 @@ def load_onnx(cfg):
         raise Refusal("onnx takes the place of out_dir: give one of them")
     model, tokenizer, config = onnx_model.load(cfg.onnx)
     message = f"{model.path}: onnxruntime, {torch.get_num_threads()} threads"
-    torch.set_num_threads(
-        1
-    )  # for the draw: two pools of threads that spin on the same cores slow each other down to a third
+    # for the draw: two pools of threads that spin on the same cores slow each other down to a third
+    torch.set_num_threads(1)
     return model, tokenizer, config, resolve("cpu", "float32", "false"), message
 
 
 def load(cfg):
-    """Returns (model, tokenizer, its settings, Compute, what to print of them) for --out_dir and
-    --adapter.
-    """
-    out_dir = cfg.out_dir
-    if cfg.adapter and "out_dir" not in cfg.given:
-        out_dir = ""  # the adapter's own base
-    ckpt = open_checkpoint(out_dir, adapter=cfg.adapter)
+    """Returns (model, tokenizer, its settings, Compute, what to print of them) for --out_dir and --adapter."""
+    ckpt = open_given(cfg, cfg.adapter)
     compute = resolve(cfg.device, cfg.dtype, "false")
     model, tokenizer = ckpt.restore()
     paths = ckpt.path
@@ -287,9 +278,8 @@ def main(cfg):
         starts = read_start(cfg.start)
     template = "" if cfg.raw else str(config.get("template", ""))
     if template:
-        starts = [
-            start and render(template, start) for start in starts
-        ]  # an empty one starts a document, as ever
+        # an empty one starts a document, as ever
+        starts = [start and render(template, start) for start in starts]
     most = min(cfg.max_new_tokens, model.config.block_size)
     needs = kv_cache_bytes(model.config, cfg.num_samples * len(starts), most, compute.dtype.itemsize)
     check_memory(compute.device, needs, "try a smaller num_samples")

@@ -46,7 +46,7 @@ def evaluate(model, data, T, batch_size, compute, tokens=0):
     )
 
 
-def mean_nats(model, rows, make_batch, batch_size, compute, loss=next_token_loss):
+def mean_nats(model, rows, make_batch, batch_size, compute):
     """Returns nats a target over rows (1-D array), of which make_batch(rows) makes a batch. Processes
     share the batches; the figure does not depend on how many they are.
     """
@@ -56,7 +56,7 @@ def mean_nats(model, rows, make_batch, batch_size, compute, loss=next_token_loss
         for i in range(compute.rank, len(batches), compute.world_size):
             batch = to(make_batch(batches[i]), compute.device)
             with compute.autocast():
-                nats = loss(model, batch)
+                nats = next_token_loss(model, batch)
             sums[i] = torch.tensor([float(nats), float(count_targets(batch))])
     nats, targets = compute.sum(sums).sum(0).tolist()
     return nats / targets
@@ -166,9 +166,8 @@ def floor_line(model, tokenizer, ids, compute, n=500):
     """
     try:
         floor, gap = above_floor(model, tokenizer, ids, compute, n)
-        is_whole = np.isfinite(
-            floor
-        )  # of few stories the validation split is the end, which may begin within one
+        # of few stories the validation split is the end, which may begin within one
+        is_whole = np.isfinite(floor)
         if not is_whole.any():
             raise ValueError("no story is whole")
     except ValueError as e:

@@ -25,7 +25,7 @@ import folders
 import prepare
 import rmsnorm
 from checkpoint import RunState, inherit, open_checkpoint
-from config import Refusal, run
+from config import Refusal, is_hf, run
 from data import count_targets, micro_batches, prompt_ids, rows_each, to, training_rows
 from device import StopAfterStep, check_memory, name_of, peak_flops, resolve
 from log import Log, plot
@@ -38,7 +38,7 @@ from model import (
     model_sizes,
     num_params,
 )
-from optim import get_lr, load_optimizers, make_optimizers, muon_dtype, step_unless
+from optim import get_lr, load_optimizers, make_optimizers, make_scaler, muon_dtype, step_unless
 from rmsnorm import choose_rmsnorm
 from sample import generate
 from score import evaluate, floor_line, next_token_loss
@@ -190,9 +190,7 @@ def train_step(
     norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf)
 
     step_unless(optimizers, ~(loss.isfinite() & norm.isfinite()))
-    if (
-        scaler
-    ):  # it has seen the gradients in unscale_, and halves its scale after one that is not finite
+    if scaler:  # it saw the gradients in unscale_, and halves its scale after one that is not finite
         scaler.update()
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
@@ -209,9 +207,7 @@ def sum_gradients(params, loss, compute):
 
 
 def is_usable(loss, norm, scaler):
-    """Returns whether a step was taken: with a loss scaler a gradient that is not finite is the scaler's
-    business.
-    """
+    """Returns whether a step was taken: with a loss scaler a gradient that is not finite is the scaler's business."""
     return math.isfinite(loss) and (scaler is not None or math.isfinite(norm))
 
 
@@ -220,7 +216,7 @@ def is_usable(loss, norm, scaler):
 
 
 def fit(task, model, cfg, compute, resumed=None):
-    """Trains a model on a task to cfg.max_iters; returns the figures of the last validation.
+    """Trains a model on a task to cfg.max_iters.
 
     task: has batches(step), loss(model, batch), count(batch), validate(), save(name, state), preview()
     and flops_per_token, as Pretraining below has them. model may be wrapped by torch.compile. resumed: a
@@ -228,7 +224,7 @@ def fit(task, model, cfg, compute, resumed=None):
     before stays.
     """
     optimizers = make_optimizers(checkpoint.unwrap(model), cfg, compute)
-    scaler = torch.amp.GradScaler(compute.device.type) if compute.dtype == torch.float16 else None
+    scaler = make_scaler(compute)
     state = RunState(optimizers=optimizers, scaler=scaler)
     if resumed:
         state.step = resumed["step"]
@@ -239,13 +235,10 @@ def fit(task, model, cfg, compute, resumed=None):
     meter = Meter(task, compute)
     first_step = state.step
     saved_step = state.step if resumed else -1
-    figures = {"val_loss": state.val_loss}
     unread = []  # (loss, norm) tensors of the steps since the last line of the log
 
     def read_steps():
-        """Reads what the device computed since the last call into state.losses; returns the last
-        gradient norm.
-        """
+        """Reads what the device computed since the last call into state.losses; returns the last gradient norm."""
         results = torch.stack([torch.stack(step) for step in unread]).tolist() if unread else []
         for step, (loss, norm) in enumerate(results, state.step - len(results)):
             if not is_usable(loss, norm, scaler):
@@ -336,13 +329,10 @@ def fit(task, model, cfg, compute, resumed=None):
                 bar.set_postfix({"loss": f"{loss:.3f}", **speed})
                 state.losses = []
     log.close()
-    return figures
 
 
 class Meter:
-    """Tokens a second of training, and MFU where the GPU's peak is known; what is not training does not
-    count.
-    """
+    """Tokens a second of training, and MFU where the GPU's peak is known; what is not training does not count."""
 
     def __init__(self, task, compute):
         self.peak = peak_flops(compute)
@@ -407,9 +397,8 @@ class Pretraining:
         self.compute = compute
         self.flops_per_token = flops_per_token(model, cfg.block_size)
         split = meta["splits"]["val"]
-        self.bits_per_byte = (
-            split["tokens"] / split["bytes"] / math.log(2)
-        )  # of a loss of one nat a token
+        # of a loss of one nat a token
+        self.bits_per_byte = split["tokens"] / split["bytes"] / math.log(2)
 
     def batches(self, step):
         """Returns this process's micro-batches of a step, on its device."""
@@ -421,9 +410,7 @@ class Pretraining:
         ]
 
     def validate(self, tokens=None):
-        """Returns the figures of the validation split, on about so many tokens: eval_tokens, or 0 for
-        all.
-        """
+        """Returns the figures of the validation split, on about so many tokens: eval_tokens, or 0 for all."""
         cfg = self.cfg
         tokens = cfg.eval_tokens if tokens is None else tokens
         loss = evaluate(
@@ -470,9 +457,7 @@ def is_in_the_way(cfg):
 
 
 def open_start(cfg):
-    """Returns the checkpoint that a run starts or goes on from, or None, and cfg with what it
-    decides.
-    """
+    """Returns the checkpoint that a run starts or goes on from, or None, and cfg with what it decides."""
     resume = cfg.init_from == "resume"
     if cfg.eval_only and cfg.init_from == "scratch":
         raise Refusal(
@@ -541,9 +526,7 @@ def training_bytes(cfg, c, sizes, learned):
 
 
 def check_training_memory(cfg, compute):
-    """Raises Refusal where the device cannot hold what training all weights of the config's model
-    takes.
-    """
+    """Raises Refusal where the device cannot hold what training all weights of the config's model takes."""
     try:
         sizes = model_sizes(cfg)
     except ValueError as e:
@@ -568,7 +551,7 @@ def main(cfg):
     if start:
         if start.state["tokenizer_sha256"] != tokenizer.sha256:
             advice = "prepare the data with its own"
-            if start.path.startswith("hf:"):
+            if is_hf(start.path):
                 advice += f": prepare.py --tokenizer={start.path}"
             raise Refusal(f"{start.path} was trained with another tokenizer than {folder}'s; {advice}")
         if not resume:

@@ -143,9 +143,8 @@ def from_hf(kind, c, tensors, without):
     `without` has patterns of our tensors that may be absent, and are zero then: biases that only half of
     the Linears have. Raises ValueError for tensors that are missing, misshapen or have no place.
     """
-    if model_sizes(c).matrices > count_stored_numbers(
-        tensors.values()
-    ):  # before anything of that size is made
+    # before anything of that size is made
+    if model_sizes(c).matrices > count_stored_numbers(tensors.values()):
         hint = ""
         if not c.tie_embeddings and "lm_head.weight" not in tensors:
             hint = ": there is no lm_head.weight, and no tie_word_embeddings in config.json"

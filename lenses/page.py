@@ -9,8 +9,8 @@ import math
 import os
 import re
 
-import checkpoint
 from config import Refusal
+from folders import write_atomic
 from lenses import reading
 from lenses.report import EQUAL, FACTS, between, facts, flags, sections, short
 
@@ -510,4 +510,4 @@ def make_folder(path):
 
 def write(path, whole):
     """Writes the report to path, which is replaced at once or not at all."""
-    checkpoint.write_atomic(path, lambda f: f.write(page(whole).encode("utf-8", "replace")))
+    write_atomic(path, lambda f: f.write(page(whole).encode("utf-8", "replace")))

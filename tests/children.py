@@ -42,7 +42,7 @@ def work(folder, script, argv, fault, env):
 
 
 def inject(place, call):
-    """Kills this process at the call-th time that it comes to a place in checkpoint.write_atomic."""
+    """Kills this process at the call-th time that it comes to a place in folders.write_atomic."""
     calls = [0]
 
     def due():
