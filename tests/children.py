@@ -1,91 +1,106 @@
 """Processes for tests that kill them, or that train together: forked from one that has imported torch already."""
 
+import itertools
 import multiprocessing
 import os
 import signal
 import socket
 import sys
+from pathlib import Path
 
-import matplotlib.figure  # noqa: F401  these two are otherwise imported by every child, for seconds
+import matplotlib.figure  # noqa: F401  this and the next would take each child seconds to import
 import torch
 import torch._dynamo  # noqa: F401
 
-import checkpoint
 import finetune_lora
 import prepare
 import train
 from config import run
+
+SCRIPTS = {"train": train, "prepare": prepare, "finetune_lora": finetune_lora}
 
 fork = multiprocessing.get_context("forkserver")
 fork.set_forkserver_preload(["children"])
 
 
 def start(folder, script, *argv, fault=None, **env):
-    """A script (a module) with its arguments in a process of its own, in folder; what it prints goes to out.PID and err.PID there."""
-    process = fork.Process(target=work, args=(str(folder), script, argv, fault, env))
+    """Starts a script of SCRIPTS with its arguments in folder; fault is a place and a call for inject().
+
+    Returns the process. It prints into out.PID and err.PID in folder.
+    """
+    process = fork.Process(target=run_script, args=(str(folder), script, argv, fault, env))
     process.start()
     return process
 
 
-def work(folder, script, argv, fault, env):
+def run_script(folder, script, argv, fault, env):
     os.chdir(folder)
     os.environ.update(env)
     torch.set_num_threads(1)
-    sys.stdout, sys.stderr = (
-        open(f"{kind}.{os.getpid()}", "w", encoding="utf-8", buffering=1) for kind in ("out", "err")
-    )
+    sys.stdout = open(f"out.{os.getpid()}", "w", encoding="utf-8", buffering=1)
+    sys.stderr = open(f"err.{os.getpid()}", "w", encoding="utf-8", buffering=1)
     sys.argv = [f"{script}.py", *argv]
     if fault:
         inject(*fault)
-    main = {"train": train, "prepare": prepare, "finetune_lora": finetune_lora}[script]
-    run(main.main, main.Config)
+    module = SCRIPTS[script]
+    run(module.main, module.Config)
 
 
 def inject(place, call):
     """Kills this process at the call-th time that it comes to a place in folders.write_atomic."""
-    calls = [0]
+    calls = itertools.count(1)
 
     def due():
-        calls[0] += 1
-        return calls[0] == call
+        return next(calls) == call
 
     def die():
         os.kill(os.getpid(), signal.SIGKILL)
 
-    torch_save, fsync, replace = torch.save, os.fsync, os.replace
+    def dying_before(function):
+        def faulty(*args):
+            if due():
+                die()
+            return function(*args)
 
-    def save_half(state, f):
-        if not due():
-            return torch_save(state, f)
-        torch_save(state, f)
-        f.truncate(f.tell() // 2)
-        f.flush()
-        die()
+        return faulty
 
-    def before(function):
-        return lambda *args: die() if due() else function(*args)
+    def dying_after(function):
+        def faulty(*args):
+            function(*args)
+            if due():
+                die()
 
-    def replace_and_die(*args):
-        replace(*args)
-        if due():
-            die()
+        return faulty
 
-    target, name, faulty = {
-        "write": (checkpoint.torch, "save", save_half),
-        "fsync": (os, "fsync", before(fsync)),
-        "rename": (os, "replace", before(replace)),
-        "renamed": (os, "replace", replace_and_die),
-    }[place]
-    setattr(target, name, faulty)
+    def half_saving(save):
+        def faulty(state, file):
+            save(state, file)
+            if due():
+                file.truncate(file.tell() // 2)
+                file.flush()
+                die()
+
+        return faulty
+
+    if place == "write":
+        torch.save = half_saving(torch.save)
+    elif place == "fsync":
+        os.fsync = dying_before(os.fsync)
+    elif place == "rename":
+        os.replace = dying_before(os.replace)
+    elif place == "renamed":
+        os.replace = dying_after(os.replace)
+    else:
+        raise ValueError(f"unknown place {place!r}")
 
 
-def said(folder, process):
-    with open(f"{folder}/err.{process.pid}", encoding="utf-8") as f:
-        return f.read()
+def error_output(folder, process):
+    """Returns what a process that start() returned has written to stderr."""
+    return Path(f"{folder}/err.{process.pid}").read_text(encoding="utf-8")
 
 
 def finish(process, timeout=120):
-    """Its exit status once it has ended; negative for a signal."""
+    """Waits for a process to end. Returns its exit status, negative for a signal."""
     process.join(timeout)
     if process.is_alive():
         process.kill()
@@ -94,17 +109,21 @@ def finish(process, timeout=120):
 
 
 def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return str(listener.getsockname()[1])
 
 
 def ranks(n):
-    """The environments of n processes, as torchrun makes them."""
+    """Returns the environments of n processes, as torchrun makes them."""
     port = free_port()
     return [
-        dict(
-            RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=port
-        )
-        for r in range(n)
+        {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(n),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
+        for rank in range(n)
     ]

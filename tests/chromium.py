@@ -1,6 +1,8 @@
-"""A real Chromium without a window, driven through the DevTools protocol over a pipe (--remote-debugging-pipe): nothing to install beside it."""
+"""A real Chromium without a window, driven through the DevTools protocol over a pipe (--remote-debugging-pipe).
 
-import base64
+Nothing has to be installed beside it.
+"""
+
 import itertools
 import json
 import os
@@ -10,17 +12,46 @@ import subprocess
 import threading
 import time
 
-PATH = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None
-)
+PROGRAMS = "chromium", "chromium-browser", "google-chrome", "chrome"
+PATH = next(filter(None, map(shutil.which, PROGRAMS)), None)
+KEY_CODES = {
+    "Enter": 13,
+    "Escape": 27,
+    "ArrowLeft": 37,
+    "ArrowUp": 38,
+    "ArrowRight": 39,
+    "ArrowDown": 40,
+    "Tab": 9,
+    "Home": 36,
+    "End": 35,
+}
+PAGE_IS_LOADING = "-32000"  # DevTools' error for a script whose page goes away under it
 
 
 class Browser:
-    """One page. `errors` collects what the console was told, `urls` what was asked for."""
+    """One page. errors collects what its console reports, urls what it requests."""
 
     def __init__(self, folder):
-        to_read, self.out = os.pipe()
-        self.inp, to_write = os.pipe()
+        self.responses = queue.Queue()
+        self.numbers = itertools.count()
+        self.session = None
+        self.errors = []
+        self.urls = []
+        self.launch(folder)
+        threading.Thread(target=self.listen, daemon=True).start()
+        targets = self.send("Target.getTargets")["targetInfos"]
+        page = next(target["targetId"] for target in targets if target["type"] == "page")
+        self.session = self.send("Target.attachToTarget", targetId=page, flatten=True)["sessionId"]
+        for domain in "Page", "Runtime", "Log", "Network":
+            self.send(f"{domain}.enable")
+        # workers too
+        self.send("Target.setAutoAttach", autoAttach=True, waitForDebuggerOnStart=True, flatten=True)
+        self.send("Emulation.setFocusEmulationEnabled", enabled=True)
+
+    def launch(self, folder):
+        """Starts the process, which reads messages from its descriptor 3 and writes them to 4."""
+        browser_input, self.output = os.pipe()
+        self.input, browser_output = os.pipe()
         flags = [
             "--headless=new",
             "--disable-gpu",
@@ -30,144 +61,134 @@ class Browser:
             "--hide-scrollbars",
             "--disable-background-networking",
             "--disable-component-update",
-            *(["--no-sandbox"] if os.geteuid() == 0 else []),
         ]
+        if os.geteuid() == 0:
+            flags.append("--no-sandbox")
+        redirect = f'exec "$@" 3<&{browser_input} 4>&{browser_output}'
         self.process = subprocess.Popen(
-            ["bash", "-c", f'exec "$@" 3<&{to_read} 4>&{to_write}', "bash", PATH, *flags, "about:blank"],
-            pass_fds=(to_read, to_write),
+            ["bash", "-c", redirect, "bash", PATH, *flags, "about:blank"],
+            pass_fds=(browser_input, browser_output),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        os.close(to_read)
-        os.close(to_write)
-        self.answers, self.numbers, self.session, self.errors, self.urls = (
-            queue.Queue(),
-            itertools.count(),
-            None,
-            [],
-            [],
-        )
-        threading.Thread(target=self.listen, daemon=True).start()
-        target = next(
-            t["targetId"] for t in self.send("Target.getTargets")["targetInfos"] if t["type"] == "page"
-        )
-        self.session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        for domain in "Page", "Runtime", "Log", "Network":
-            self.send(f"{domain}.enable")
-        self.send(
-            "Target.setAutoAttach", autoAttach=True, waitForDebuggerOnStart=True, flatten=True
-        )  # workers too
-        self.send("Emulation.setFocusEmulationEnabled", enabled=True)
+        os.close(browser_input)
+        os.close(browser_output)
 
     def listen(self):
-        left = b""
-        while chunk := os.read(self.inp, 1 << 16):
-            *messages, left = (left + chunk).split(b"\0")
-            for m in map(json.loads, messages):
-                kind, p = m.get("method", ""), m.get("params", {})
-                if "id" in m:
-                    self.answers.put(m)
-                elif kind == "Target.attachedToTarget" and p["targetInfo"]["type"] == "worker":
-                    for method in "Network.enable", "Runtime.enable", "Runtime.runIfWaitingForDebugger":
-                        self.write(p["sessionId"], method)
-                elif kind == "Runtime.exceptionThrown":
-                    self.errors.append(json.dumps(p["exceptionDetails"])[:500])
-                elif kind == "Runtime.consoleAPICalled" and p["type"] in ("error", "warning", "assert"):
-                    self.errors.append(json.dumps(p["args"])[:500])
-                elif kind == "Log.entryAdded" and p["entry"]["level"] in ("error", "warning"):
-                    self.errors.append(json.dumps(p["entry"])[:500])
-                elif kind == "Network.requestWillBeSent":
-                    self.urls.append(p["request"]["url"])
+        """Takes in the messages, which end with a null byte, until the browser is gone."""
+        rest = b""
+        while chunk := os.read(self.input, 1 << 16):
+            *messages, rest = (rest + chunk).split(b"\0")
+            for message in messages:
+                self.receive(json.loads(message))
+
+    def receive(self, message):
+        if "id" in message:
+            self.responses.put(message)
+            return
+        method = message["method"]
+        params = message.get("params", {})
+        if method == "Target.attachedToTarget" and params["targetInfo"]["type"] == "worker":
+            for command in "Network.enable", "Runtime.enable", "Runtime.runIfWaitingForDebugger":
+                self.write(params["sessionId"], command)
+        elif method == "Runtime.exceptionThrown":
+            self.errors.append(json.dumps(params["exceptionDetails"])[:500])
+        elif method == "Runtime.consoleAPICalled" and params["type"] in ("error", "warning", "assert"):
+            self.errors.append(json.dumps(params["args"])[:500])
+        elif method == "Log.entryAdded" and params["entry"]["level"] in ("error", "warning"):
+            self.errors.append(json.dumps(params["entry"])[:500])
+        elif method == "Network.requestWillBeSent":
+            self.urls.append(params["request"]["url"])
 
     def write(self, session, method, **params):
-        n = next(self.numbers)
-        message = {"id": n, "method": method, "params": params} | (
-            {"sessionId": session} if session else {}
-        )
-        left = json.dumps(message).encode() + b"\0"
-        while left:  # a pipe takes a part of what is long
-            left = left[os.write(self.out, left) :]
-        return n
+        """Writes a message to a session, or to the browser itself where that is None; returns its number."""
+        number = next(self.numbers)
+        message = {"id": number, "method": method, "params": params}
+        if session:
+            message["sessionId"] = session
+        rest = json.dumps(message).encode() + b"\0"
+        while rest:  # a pipe takes a part of what is long
+            written = os.write(self.output, rest)
+            rest = rest[written:]
+        return number
 
     def send(self, method, **params):
-        n = self.write(self.session, method, **params)
-        while (answer := self.answers.get(timeout=120))["id"] != n:
-            pass
-        if "error" in answer:
-            raise RuntimeError(f"{method}: {answer['error']}")
-        return answer["result"]
+        """Writes a message to the page and returns the result that comes back."""
+        number = self.write(self.session, method, **params)
+        response = self.responses.get(timeout=120)
+        while response["id"] != number:
+            response = self.responses.get(timeout=120)
+        if "error" in response:
+            raise RuntimeError(f"{method}: {response['error']}")
+        return response["result"]
 
     def run(self, script):
-        """The value of a JavaScript expression in the page; of a promise, what it gives."""
-        result = self.send(
+        """Returns the value of a JavaScript expression in the page, or what its promise resolves to."""
+        response = self.send(
             "Runtime.evaluate",
             expression=script,
             awaitPromise=True,
             returnByValue=True,
             userGesture=True,
         )
-        if "exceptionDetails" in result:
-            raise RuntimeError(json.dumps(result["exceptionDetails"])[:2000])
-        return result["result"].get("value")
+        if "exceptionDetails" in response:
+            raise RuntimeError(json.dumps(response["exceptionDetails"])[:2000])
+        return response["result"].get("value")
 
     def wait(self, script, seconds=20):
-        """The value of the expression as soon as it is true."""
-        end, value = time.monotonic() + seconds, None
+        """Waits until a JavaScript expression is true."""
+        end = time.monotonic() + seconds
         while time.monotonic() < end:
             try:
-                if value := self.run(script):
-                    return value
+                if self.run(script):
+                    return
             except RuntimeError as e:
-                if "-32000" not in str(e):  # that the page is being loaded again
+                if PAGE_IS_LOADING not in str(e):
                     raise
             time.sleep(0.02)
-        raise TimeoutError(
-            f"{script} is still {value!r}; the page says: {self.run('document.body?.innerText')!r}"
-        )
+        text = self.run("document.body?.innerText")
+        raise TimeoutError(f"{script} is still false; the page shows {text!r}")
 
     def open(self, url):
         self.send("Page.navigate", url=url)
         self.wait(f"location.href.startsWith({json.dumps(url)}) && document.readyState === 'complete'")
 
     def key(self, key, modifiers=0):
-        codes = {
-            "Enter": 13,
-            "Escape": 27,
-            "ArrowLeft": 37,
-            "ArrowUp": 38,
-            "ArrowRight": 39,
-            "ArrowDown": 40,
-            "Tab": 9,
-            "Home": 36,
-            "End": 35,
+        press = {
+            "key": key,
+            "code": key,
+            "windowsVirtualKeyCode": KEY_CODES[key],
+            "modifiers": modifiers,
         }
-        p = {"key": key, "code": key, "windowsVirtualKeyCode": codes[key], "modifiers": modifiers}
-        self.send(
-            "Input.dispatchKeyEvent", type="keyDown", **p, **({"text": "\r"} if key == "Enter" else {})
-        )
-        self.send("Input.dispatchKeyEvent", type="keyUp", **p)
+        text = {"text": "\r"} if key == "Enter" else {}
+        self.send("Input.dispatchKeyEvent", type="keyDown", **press, **text)
+        self.send("Input.dispatchKeyEvent", type="keyUp", **press)
 
     def type(self, text):
         self.send("Input.insertText", text=text)
 
-    def at(self, script):
-        """The middle of the first line of an element."""
-        return self.run(
-            f"(e => {{ e.scrollIntoView({{block: 'nearest'}}); const r = e.getClientRects()[0]; return {{x: r.x + r.width / 2, y: r.y + r.height / 2}}; }})({script})"
-        )
+    def middle(self, element):
+        """Scrolls a JavaScript expression's element into view; returns the middle of its first line."""
+        return self.run(f"""(element => {{
+            element.scrollIntoView({{ block: "nearest" }});
+            const line = element.getClientRects()[0];
+            return {{ x: line.x + line.width / 2, y: line.y + line.height / 2 }};
+        }})({element})""")
 
-    def mouse(self, script, click=False):
-        place = self.at(script)
+    def mouse(self, element, click=False):
+        place = self.middle(element)
         self.send("Input.dispatchMouseEvent", type="mouseMoved", **place)
-        for kind in ("mousePressed", "mouseReleased") if click else ():
-            self.send("Input.dispatchMouseEvent", type=kind, button="left", clickCount=1, **place)
+        if click:
+            button = {"button": "left", "clickCount": 1}
+            self.send("Input.dispatchMouseEvent", type="mousePressed", **button, **place)
+            self.send("Input.dispatchMouseEvent", type="mouseReleased", **button, **place)
 
-    def tap(self, script):
-        place = self.at(script)
+    def tap(self, element):
+        place = self.middle(element)
         self.send("Input.dispatchTouchEvent", type="touchStart", touchPoints=[place])
         self.send("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
 
-    def size(self, width, height, mobile=False, dark=False):
+    def size(self, width, height, mobile=False):
         self.send(
             "Emulation.setDeviceMetricsOverride",
             width=width,
@@ -176,14 +197,6 @@ class Browser:
             mobile=mobile,
         )
         self.send("Emulation.setTouchEmulationEnabled", enabled=mobile)
-        self.send(
-            "Emulation.setEmulatedMedia",
-            features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}],
-        )
-
-    def screenshot(self, path):
-        with open(path, "wb") as f:
-            f.write(base64.b64decode(self.send("Page.captureScreenshot", format="png")["data"]))
 
     def close(self):
         try:
@@ -193,4 +206,4 @@ class Browser:
         except Exception:
             self.process.kill()
             self.process.wait()
-        os.close(self.out)
+        os.close(self.output)

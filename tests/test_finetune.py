@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from children import finish, ranks, said, start
+from children import error_output, finish, ranks, start
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_lost import wait_for
@@ -359,7 +359,7 @@ def test_two_processes_are_one(shop):
     ]
     finetune(shop, *argv, "--out_dir=one")
     running = [start(shop, "finetune_lora", *argv, "--out_dir=two", **env) for env in ranks(2)]
-    assert [finish(p) for p in running] == [0, 0], [said(shop, p) for p in running]
+    assert [finish(p) for p in running] == [0, 0], [error_output(shop, p) for p in running]
     for key in "adapters", "optimizers", "val_loss":
         assert same(adapter(shop, "one")[key], adapter(shop, "two")[key]), key
     assert log(shop, "one") == log(shop, "two")
@@ -382,7 +382,7 @@ def test_a_signal_ends_the_run_after_its_step_and_says_how_to_go_on(shop):
     step = adapter(shop, "stopped")["step"]
     assert (
         f"finetune_lora.py: stopped at step {step} by SIGTERM; python finetune_lora.py --out_dir=stopped --init_from=resume goes on"
-        in said(shop, process)
+        in error_output(shop, process)
     )
     resume(shop, "stopped", f"--max_iters={step + 1}")
     assert adapter(shop, "stopped")["step"] == step + 1

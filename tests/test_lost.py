@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from children import finish, fork, said, start
+from children import error_output, finish, fork, start
 from test_train import lab, load, log, same  # noqa: F401  (lab is a fixture)
 
 import checkpoint
@@ -74,12 +74,12 @@ def test_killed_at_20_random_moments(lab):
         )  # an evaluation and its sample are printed once the step is saved
         time.sleep(moments.uniform(0, 3 * a_step))
         process.kill()
-        assert finish(process) == -signal.SIGKILL, said(lab, process)
+        assert finish(process) == -signal.SIGKILL, error_output(lab, process)
         for name in "ckpt.pt", "ckpt_best.pt":
             checkpoint.restore(load(lab, "killed", name), name)
         steps.append(load(lab, "killed")["step"])
         process = start(lab, "train", "--out_dir=killed", "--init_from=resume")
-    assert finish(process) == 0, said(lab, process)
+    assert finish(process) == 0, error_output(lab, process)
     assert steps == sorted(steps) and len(set(steps)) == 20 and steps[-1] < 180, steps
     assert_same_run(lab, whole, "killed")
 
@@ -106,7 +106,7 @@ def test_killed_at_20_random_moments(lab):
 def test_killed_at_each_point_of_a_save(lab, place, call):
     whole, out_dir = undisturbed(lab, 6), f"{place}{call}"
     process = start(lab, "train", *ARGV, "--max_iters=6", f"--out_dir={out_dir}", fault=(place, call))
-    assert finish(process) == -signal.SIGKILL, said(lab, process)
+    assert finish(process) == -signal.SIGKILL, error_output(lab, process)
     saved = [name for name in ("ckpt.pt", "ckpt_best.pt") if (lab / out_dir / name).exists()]
     for name in saved:
         checkpoint.restore(load(lab, out_dir, name), name)
@@ -130,7 +130,7 @@ def test_a_signal_ends_the_run_after_its_step_and_says_how_to_go_on(lab, number)
     ckpt = load(lab, out_dir)
     assert log(lab, out_dir)[-1]["step"] >= 9
     line = f"train.py: stopped at step {ckpt['step']} by {number.name}; python train.py --out_dir={out_dir} --init_from=resume goes on"
-    assert said(lab, process).splitlines()[-1] == line and 9 <= ckpt["step"] < 120
+    assert error_output(lab, process).splitlines()[-1] == line and 9 <= ckpt["step"] < 120
     go_on(lab, out_dir)
     for key in "model", "optimizers":
         assert same(load(lab, out_dir)[key], load(lab, whole)[key])
@@ -177,7 +177,7 @@ def test_an_out_dir_that_cannot_be_made_is_one_line(lab):
     (lab / "file").write_text("in the way")
     process = start(lab, "train", *ARGV, "--max_iters=2", "--out_dir=file/out")
     assert finish(process) == 1
-    assert said(lab, process).count("\n") == 1 and said(lab, process).startswith(
+    assert error_output(lab, process).count("\n") == 1 and error_output(lab, process).startswith(
         "train.py: cannot write file/out/"
     )
 
@@ -198,11 +198,13 @@ def test_two_prepares_of_one_name_at_once(tmp_path):
         ]
         codes = [finish(process) for process in running]
         lost.append(max(codes))
-        assert sorted(codes) in ([0, 1], [0, 2]), [said(tmp_path, process) for process in running]
+        assert sorted(codes) in ([0, 1], [0, 2]), [
+            error_output(tmp_path, process) for process in running
+        ]
         meta, _, _ = prepare.load(tmp_path / f"data/d{i}")
         assert meta["seed"] == codes.index(0) + 1  # the winner's, whole
         loser = running[1 - codes.index(0)]
-        assert said(tmp_path, loser).count("\n") == 1
+        assert error_output(tmp_path, loser).count("\n") == 1
     assert (
         sorted(p.name for p in (tmp_path / "data").iterdir()) == ["d0", "d1", "d2", "d3"] and 1 in lost
     )

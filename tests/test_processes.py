@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from children import finish, fork, free_port, ranks, said, start
+from children import error_output, finish, fork, free_port, ranks, start
 from test_lost import ARGV, wait_for
 from test_model import build, tokens
 from test_train import lab, load, log, same  # noqa: F401  (lab is a fixture)
@@ -30,7 +30,7 @@ TWO = [
 
 def run_together(lab, n, *argv):
     running = [start(lab, "train", *argv, **env) for env in ranks(n)]
-    assert [finish(p) for p in running] == [0] * n, [said(lab, p) for p in running]
+    assert [finish(p) for p in running] == [0] * n, [error_output(lab, p) for p in running]
     return running
 
 
@@ -58,7 +58,7 @@ def test_two_processes_with_a_micro_batch_each_are_one_with_two_to_the_bit(lab, 
     assert (
         "bits a byte" in (lab / f"out.{first.pid}").read_text()
         and not (lab / f"out.{second.pid}").read_text()
-        and not said(lab, second)
+        and not error_output(lab, second)
     )
 
 
@@ -114,7 +114,7 @@ def test_rows_that_cannot_be_shared_are_refused(lab):
     running = [start(lab, "train", *ARGV, "--batch_size=3", "--out_dir=odd", **env) for env in ranks(2)]
     assert [finish(p) for p in running] == [2, 2]
     assert (
-        all("2 processes cannot share the 3 rows" in said(lab, p) for p in running)
+        all("2 processes cannot share the 3 rows" in error_output(lab, p) for p in running)
         and not (lab / "odd").exists()
     )
 
