@@ -1,4 +1,4 @@
-"""A real Chromium without a window, driven through the DevTools protocol over a pipe (--remote-debugging-pipe).
+"""A real Chromium without a window, driven through the DevTools protocol over a pipe.
 
 Nothing has to be installed beside it.
 """
@@ -101,7 +101,7 @@ class Browser:
             self.urls.append(params["request"]["url"])
 
     def write(self, session, method, **params):
-        """Writes a message to a session, or to the browser itself where that is None; returns its number."""
+        """Writes a message to a session, or to the browser where that is None; returns its number."""
         number = next(self.numbers)
         message = {"id": number, "method": method, "params": params}
         if session:

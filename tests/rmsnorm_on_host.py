@@ -50,7 +50,7 @@ def exact(x, kind):
 
 
 def placed(x, offset):
-    """Copies x to an address that is a multiple of 16 plus offset numbers, in memory of exactly its size."""
+    """Copies x to an address of a multiple of 16 plus offset numbers, in memory of exactly its size."""
     memory = np.empty(x.nbytes + 16 + offset * x.itemsize, np.uint8)
     start = -memory.ctypes.data % 16 + offset * x.itemsize
     copy = memory[start : start + x.nbytes].view(x.dtype).reshape(x.shape)
@@ -121,7 +121,7 @@ class Kernels:
 
 
 def expected(x, weight, dy):
-    """Returns (1 / rms, y, dx, dy * x / rms, whose sum is dweight, and the scale of dx's terms) in float64."""
+    """Returns (1 / rms, y, dx, the rows that add up to dweight, the scale of dx's terms) in float64."""
     inv_rms = 1 / np.sqrt((x**2).mean(1, keepdims=True) + EPS)
     normed = x * inv_rms
     gradient = dy * weight
@@ -131,7 +131,7 @@ def expected(x, weight, dy):
 
 
 def check(kernels, dim, rows, kinds, offset, add, scale):
-    """One case, with the threads in one order and in the other: the same bits, and those near float64's."""
+    """One case, with the threads in both orders: the same bits, and those near float64's."""
     rng = np.random.default_rng((dim, rows, *kinds, offset, add))
     x_kind, a_kind, weight_kind = kinds
     shape = (rows, dim)
@@ -207,7 +207,7 @@ def check_no_rows(kernels, dim=48):
 
 
 def check_far(kernels, dim=4096, last=3):
-    """Rows past element 2^31: only the last blocks run, on memory that is only there where it is touched."""
+    """Rows past element 2^31: the last blocks alone run, on memory that exists where it is touched."""
     rows = 2**31 // dim + last
     x, y, dy, dx = (
         np.frombuffer(mmap.mmap(-1, 2 * rows * dim), np.float16).reshape(rows, dim) for _ in range(4)

@@ -1,6 +1,9 @@
-"""rmsnorm_kernel.cu, in three ways: its kernels on the processor (host; see cuda_on_host.h), compiled (nvcc), and on a GPU (device).
+"""rmsnorm_kernel.cu, in three ways: on the processor, compiled, and on a GPU.
 
-Which of them ran is said at the end of a run. The ops that torch sees are tested on the GPU where there is one, else on the kernels on the processor.
+test_host* run its kernels on the processor (see cuda_on_host.h), test_nvcc* compile it, and
+test_device* need a GPU. The others test the ops that torch sees, on the GPU where there is one, else by
+the kernels on the processor.
+Which of them ran is printed at the end.
 """
 
 import itertools
@@ -10,11 +13,12 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
+from torch.utils import cpp_extension
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.cpp_extension import COMMON_NVCC_FLAGS
 
 import rmsnorm
 import train
@@ -26,58 +30,50 @@ from optim import make_optimizers
 from rmsnorm import use_rmsnorm
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(rmsnorm.SOURCE)
 TORCH = os.path.dirname(torch.__file__)
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 CXX = shutil.which("g++")
+EPS = 1e-5
+# of x, a and the weight
 DTYPES = [
-    (torch.float32,) * 3,
+    (torch.float32, torch.float32, torch.float32),
     (torch.float32, torch.bfloat16, torch.float32),
-    (torch.float16,) * 3,
-    (torch.bfloat16,) * 3,
+    (torch.float16, torch.float16, torch.float16),
+    (torch.bfloat16, torch.bfloat16, torch.bfloat16),
     (torch.bfloat16, torch.bfloat16, torch.float32),
-]  # of x, a and the weight
+]
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+needs_cxx = pytest.mark.skipif(not CXX, reason="no g++")
+needs_nvcc = pytest.mark.skipif(not NVCC, reason="no nvcc")
 
 
-def on_host(out, *flags, source=rmsnorm.SOURCE):
-    """The .cu as a library for the processor."""
-    command = [
-        CXX,
-        "-std=c++17",
-        "-x",
-        "c++",
-        "-include",
-        f"{HERE}/cuda_on_host.h",
-        f"-I{TORCH}/include",
-        "-fPIC",
-        "-shared",
-        source,
-        "-o",
-        out,
-        *flags,
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
+def names(dtypes):
+    return "-".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def build_for_host(path, *flags, source=rmsnorm.SOURCE):
+    """Compiles the .cu into a library for the processor; returns its path."""
+    header = ["-include", f"{HERE}/cuda_on_host.h", f"-I{TORCH}/include"]
+    command = [CXX, "-std=c++17", "-x", "c++", *header, "-fPIC", "-shared", source, "-o", str(path)]
+    done = subprocess.run([*command, *flags], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    return out
+    return str(path)
 
 
 @pytest.fixture(scope="module")
 def device(tmp_path_factory):
-    """Where the ops run: loads them."""
+    """The device where the ops run; loads them."""
     if torch.cuda.is_available():
         missing = rmsnorm.load()
         assert not missing, missing
         return torch.device("cuda")
     if not CXX:
         pytest.skip("neither a GPU nor g++")
-    torch.ops.load_library(
-        on_host(
-            str(tmp_path_factory.mktemp("kernel") / "host.so"),
-            "-O1",
-            f"-L{TORCH}/lib",
-            "-ltorch_cpu",
-            "-lc10",
-        )
-    )
+    path = tmp_path_factory.mktemp("kernel") / "host.so"
+    library = build_for_host(path, "-O1", f"-L{TORCH}/lib", "-ltorch_cpu", "-lc10")
+    torch.ops.load_library(library)
     rmsnorm.register()
     return torch.device("cpu")
 
@@ -87,46 +83,67 @@ def draw(shape, dtype, device, seed):
     return x.requires_grad_()
 
 
-def run(ops, x, a, weight, dy, dsum):
-    """Outputs and gradients of a norm, or of a sum and its norm."""
+# -----------------------------------------------------------------------------------------------------
+# The ops
+
+
+def outputs_and_gradients(ops, x, a, weight, dy, dsum):
+    """Of a norm, (y, dx, dweight); of a sum and its norm, (sum, y, dx, da, dweight)."""
     if a is None:
-        y = ops.norm(x, weight, 1e-5)
+        y = ops.norm(x, weight, EPS)
         return [y, *torch.autograd.grad(y, [x, weight], dy)]
-    total, y = ops.add_norm(x, a, weight, 1e-5)
+    total, y = ops.add_norm(x, a, weight, EPS)
     return [total, y, *torch.autograd.grad([total, y], [x, a, weight], [dsum, dy])]
 
 
-def error(out, reference):
-    return ((out.double() - reference).norm() / reference.norm().clamp(min=1e-30)).item()
+def check_ops(device, shape, dtypes, add):
+    """Outputs and gradients are those of float64 within a rounding, and the same bits a second time."""
+    x_dtype, a_dtype, weight_dtype = dtypes
+    x = draw(shape, x_dtype, device, 0)
+    a = draw(shape, a_dtype, device, 1) if add else None
+    weight = draw(shape[-1], weight_dtype, device, 9)
+    dsum = x.detach()
+    dy = dsum.flip(0)
+    results = outputs_and_gradients(rmsnorm.CUDA, x, a, weight, dy, dsum)
+
+    # the gradient is taken at the sum as it was rounded
+    total = x + a if add else x
+    exact_total = total.detach().double().requires_grad_()
+    exact_weight = weight.detach().double().requires_grad_()
+    exact_y = rmsnorm.TORCH.norm(exact_total, exact_weight, EPS)
+    outputs = [exact_y]
+    gradients = [dy.double()]
+    if add:
+        outputs.append(exact_total * 1)
+        gradients.append(dsum.double())
+    dx, dweight = torch.autograd.grad(outputs, [exact_total, exact_weight], gradients)
+
+    if add:
+        references = [exact_total, exact_y, dx, dx, dweight]
+        peers = [x, x, x, a, weight]
+    else:
+        references = [exact_y, dx, dweight]
+        peers = [x, x, weight]
+    for result, reference, peer in zip(results, references, peers):
+        assert result.dtype == peer.dtype
+        assert result.shape == peer.shape
+        difference = (result.double() - reference.detach()).norm()
+        unit = torch.finfo(result.dtype).eps
+        tolerance = unit if unit > 1e-4 else 3e-6
+        assert difference / reference.detach().norm().clamp(min=1e-30) < tolerance
+    for result, repeated in zip(results, outputs_and_gradients(rmsnorm.CUDA, x, a, weight, dy, dsum)):
+        assert torch.equal(result, repeated)
 
 
 @pytest.mark.parametrize("dim", [1, 7, 33, 64, 384, 768, 1000, 4096, 16384])
-@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: "-".join(str(t)[6:] for t in d))
+@pytest.mark.parametrize("dtypes", DTYPES, ids=names)
 @pytest.mark.parametrize("add", [False, True])
-def test_ops_are_as_float64(device, dim, dtypes, add, shape=None):
-    shape = shape or ((2, 3, dim) if dim > 100 else (5, 27, dim))
-    x, a, dy, dsum = (draw(shape, dtypes[i], device, i) for i in (0, 1, 0, 0))
-    weight = draw(dim, dtypes[2], device, 9)
-    a, dsum, dy = a if add else None, dsum.detach(), dy.detach().flip(0)
-    results = run(rmsnorm.CUDA, x, a, weight, dy, dsum)
-    rounded = (
-        (x + a).detach().double() if add else x.detach().double()
-    )  # the sum's gradient is taken where the sum was rounded to
-    exact = rounded.requires_grad_(), weight.detach().double().requires_grad_()
-    y = rmsnorm.TORCH.norm(*exact, 1e-5)
-    dx, dweight = torch.autograd.grad(
-        [y, *([exact[0] * 1] if add else [])], exact, [dy.double(), *([dsum.double()] if add else [])]
-    )
-    expected = [exact[0], y, dx, dx, dweight] if add else [y, dx, dweight]
-    for out, reference, like in zip(results, expected, [x, x, x, a, weight] if add else [x, x, weight]):
-        assert out.dtype == like.dtype and out.shape == like.shape
-        unit = torch.finfo(out.dtype).eps
-        assert error(out, reference.detach()) < (unit if unit > 1e-4 else 3e-6)
-    for once, again in zip(results, run(rmsnorm.CUDA, x, a, weight, dy, dsum)):
-        assert torch.equal(once, again)
+def test_ops_are_as_float64(device, dim, dtypes, add):
+    shape = (2, 3, dim) if dim > 100 else (5, 27, dim)
+    check_ops(device, shape, dtypes, add)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+@needs_gpu
 @pytest.mark.parametrize(
     "rows, dim",
     [
@@ -140,96 +157,117 @@ def test_ops_are_as_float64(device, dim, dtypes, add, shape=None):
         (1500, 1025),
     ],
 )
-@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: "-".join(str(t)[6:] for t in d))
+@pytest.mark.parametrize("dtypes", DTYPES, ids=names)
 @pytest.mark.parametrize("add", [False, True])
 def test_device_with_many_rows_a_block(device, rows, dim, dtypes, add):
-    """So many that a block of the backward pass takes several; and rows that are longer than a block keeps."""
-    torch.full((8, rows, dim), torch.nan, device=device)  # what is freed here, the outputs will lie in
-    test_ops_are_as_float64(device, dim, dtypes, add, (rows, dim))
+    """Of the backward pass; and rows that are longer than a block keeps."""
+    # the outputs will lie in the memory that is freed here
+    torch.full((8, rows, dim), torch.nan, device=device)
+    check_ops(device, (rows, dim), dtypes, add)
 
 
 def test_shapes_strides_and_offsets(device):
     weight = draw(40, torch.float32, device, 1)
     flat = draw(6 * 40 + 1, torch.float32, device, 2)
-    whole = draw((40, 6), torch.float32, device, 3)
-    for x in flat[1:].view(6, 40), whole.T, whole[:, 0], whole[:, :0].T, flat[:0].view(2, 0, 40):
-        y, reference = (ops.norm(x, weight, 1e-5) for ops in (rmsnorm.CUDA, rmsnorm.TORCH))
+    columns = draw((40, 6), torch.float32, device, 3)
+    misaligned = flat[1:].view(6, 40)
+    no_rows = [columns[:, :0].T, flat[:0].view(2, 0, 40)]
+    for x in misaligned, columns.T, columns[:, 0], *no_rows:
+        y = rmsnorm.CUDA.norm(x, weight, EPS)
+        reference = rmsnorm.TORCH.norm(x, weight, EPS)
         torch.testing.assert_close(y, reference)
-        for one, other in zip(
-            torch.autograd.grad(y.sum(), [x, weight]), torch.autograd.grad(reference.sum(), [x, weight])
-        ):  # an expanded gradient
-            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+        # sum() has an expanded gradient, of stride 0
+        torch.testing.assert_close(
+            torch.autograd.grad(y.sum(), [x, weight]),
+            torch.autograd.grad(reference.sum(), [x, weight]),
+            rtol=1e-4,
+            atol=1e-5,
+        )
 
 
 def test_large_float16_does_not_overflow(device):
     x = torch.full((3, 512), 300.0, dtype=torch.float16, device=device)
-    assert torch.equal(rmsnorm.CUDA.norm(x, torch.ones(512, device=device), 1e-5), torch.ones_like(x))
-
-
-def test_frozen_weight_and_unused_outputs(device):
-    x, a = draw((4, 24), torch.float32, device, 1), draw((4, 24), torch.float32, device, 2)
-    frozen = draw(24, torch.float32, device, 3).detach()
-    for pick in (lambda total, y: total, lambda total, y: y, lambda total, y: total + y):
-        ours, peers = (
-            torch.autograd.grad(pick(*ops.add_norm(x, a, frozen, 1e-5)).square().sum(), [x, a])
-            for ops in (rmsnorm.CUDA, rmsnorm.TORCH)
-        )
-        for one, other in zip(ours, peers):
-            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-    questions = []
-
-    class Spy(TorchDispatchMode):
-        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-            if op is torch.ops.tinylm.rms_norm_backward.default:
-                questions.append(args[-1])
-            return op(*args, **(kwargs or {}))
-
-    for weight in frozen, frozen.clone().requires_grad_():
-        with Spy():
-            rmsnorm.CUDA.norm(x, weight, 1e-5).sum().backward()
-    assert questions == [False, True]  # a frozen weight's gradient is not even computed
-
-
-def test_what_has_no_gradient_says_so(device):
-    x, weight = draw((4, 24), torch.float32, device, 1), draw(24, torch.float32, device, 2)
-    assert not torch.ops.tinylm.rms_norm(x, weight, 1e-5)[1].requires_grad
-    with pytest.raises(NotImplementedError, match="--rmsnorm=torch"):
-        torch.autograd.grad(rmsnorm.CUDA.norm(x, weight, 1e-5).square().sum(), x, create_graph=True)
-
-
-def test_any_pair_of_dtypes_is_as_torchs(device):
-    for x_dtype, a_dtype, w_dtype in itertools.product(
-        (torch.float32, torch.float16, torch.bfloat16), repeat=3
-    ):
-        x, a, weight = (
-            draw((4, 24), x_dtype, device, 1),
-            draw((4, 24), a_dtype, device, 2),
-            draw(24, w_dtype, device, 3),
-        )
-        for one, other in zip(
-            *(ops.add_norm(x, a, weight, 1e-5) for ops in (rmsnorm.CUDA, rmsnorm.TORCH))
-        ):
-            torch.testing.assert_close(one, other)
-        torch.testing.assert_close(*(ops.norm(x, weight, 1e-5) for ops in (rmsnorm.CUDA, rmsnorm.TORCH)))
-
-
-def test_torch_accepts_the_ops(device):
-    x, a, weight = (
-        draw((3, 5, 24), torch.float32, device, 1),
-        draw((3, 5, 24), torch.float32, device, 2),
-        draw(24, torch.float32, device, 3),
-    )
-    torch.library.opcheck(torch.ops.tinylm.rms_norm, (x, weight, 1e-5))
-    torch.library.opcheck(torch.ops.tinylm.add_rms_norm, (x, a, weight, 1e-5))
-    x, inv_rms = x.detach(), torch.ones(3, 5, device=device)
-    for ds, weight_grad in (None, True), (x, False):
-        torch.library.opcheck(
-            torch.ops.tinylm.rms_norm_backward, (x, ds, x, weight.detach(), inv_rms, weight_grad)
-        )
+    weight = torch.ones(512, device=device)
+    assert torch.equal(rmsnorm.CUDA.norm(x, weight, EPS), torch.ones_like(x))
 
 
 @pytest.mark.parametrize(
-    "wrong, words",
+    "output",
+    [
+        lambda total, y: total,
+        lambda total, y: y,
+        lambda total, y: total + y,
+    ],
+    ids=["sum", "norm", "both"],
+)
+def test_gradients_beside_a_frozen_weight_and_unused_outputs(device, output):
+    x = draw((4, 24), torch.float32, device, 1)
+    a = draw((4, 24), torch.float32, device, 2)
+    frozen = draw(24, torch.float32, device, 3).detach()
+    gradients = []
+    for ops in rmsnorm.CUDA, rmsnorm.TORCH:
+        loss = output(*ops.add_norm(x, a, frozen, EPS)).square().sum()
+        gradients.append(torch.autograd.grad(loss, [x, a]))
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+
+
+def test_a_frozen_weights_gradient_is_not_computed(device):
+    x = draw((4, 24), torch.float32, device, 1)
+    frozen = draw(24, torch.float32, device, 3).detach()
+    weight_grads = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            if op is torch.ops.tinylm.rms_norm_backward.default:
+                weight_grads.append(args[-1])
+            return op(*args, **(kwargs or {}))
+
+    for weight in frozen, frozen.clone().requires_grad_():
+        with Recorder():
+            rmsnorm.CUDA.norm(x, weight, EPS).sum().backward()
+    assert weight_grads == [False, True]
+
+
+def test_a_second_derivative_is_refused(device):
+    x = draw((4, 24), torch.float32, device, 1)
+    weight = draw(24, torch.float32, device, 2)
+    assert not torch.ops.tinylm.rms_norm(x, weight, EPS)[1].requires_grad  # 1 / rms
+    loss = rmsnorm.CUDA.norm(x, weight, EPS).square().sum()
+    with pytest.raises(NotImplementedError, match="--rmsnorm=torch"):
+        torch.autograd.grad(loss, x, create_graph=True)
+
+
+def test_any_dtypes_of_x_a_and_weight_give_torchs_result(device):
+    for x_dtype, a_dtype, weight_dtype in itertools.product(rmsnorm.DTYPES, repeat=3):
+        x = draw((4, 24), x_dtype, device, 1)
+        a = draw((4, 24), a_dtype, device, 2)
+        weight = draw(24, weight_dtype, device, 3)
+        torch.testing.assert_close(
+            rmsnorm.CUDA.add_norm(x, a, weight, EPS), rmsnorm.TORCH.add_norm(x, a, weight, EPS)
+        )
+        torch.testing.assert_close(rmsnorm.CUDA.norm(x, weight, EPS), rmsnorm.TORCH.norm(x, weight, EPS))
+
+
+def test_torch_accepts_the_ops(device):
+    x = draw((3, 5, 24), torch.float32, device, 1)
+    a = draw((3, 5, 24), torch.float32, device, 2)
+    weight = draw(24, torch.float32, device, 3)
+    ops = torch.ops.tinylm
+    torch.library.opcheck(ops.rms_norm, (x, weight, EPS))
+    torch.library.opcheck(ops.add_rms_norm, (x, a, weight, EPS))
+    x = x.detach()
+    weight = weight.detach()
+    inv_rms = torch.ones(3, 5, device=device)
+    torch.library.opcheck(ops.rms_norm_backward, (x, None, x, weight, inv_rms, True))
+    torch.library.opcheck(ops.rms_norm_backward, (x, x, x, weight, inv_rms, False))
+
+
+# -----------------------------------------------------------------------------------------------------
+# What the ops refuse
+
+
+@pytest.mark.parametrize(
+    "change, message",
     [
         (lambda x, w: (x, w[1:]), "weight must be 1-D and as long"),
         (lambda x, w: (x, w[None]), "weight must be 1-D and as long"),
@@ -242,18 +280,16 @@ def test_torch_accepts_the_ops(device):
         (lambda x, w: (x, w.to("meta")), "on meta"),
     ],
 )
-def test_wrong_inputs_are_refused_before_a_launch(device, wrong, words):
-    x, weight = wrong(torch.ones(4, 24, device=device), torch.ones(24, device=device))
-    for call in (
-        (lambda: rmsnorm.CUDA.norm(x, weight, 1e-5)),
-        (lambda: rmsnorm.CUDA.add_norm(x, x, weight, 1e-5)),
-    ):
-        with pytest.raises(RuntimeError, match=words):
-            call()
+def test_wrong_inputs_are_refused_before_a_launch(device, change, message):
+    x, weight = change(torch.ones(4, 24, device=device), torch.ones(24, device=device))
+    with pytest.raises(RuntimeError, match=message):
+        rmsnorm.CUDA.norm(x, weight, EPS)
+    with pytest.raises(RuntimeError, match=message):
+        rmsnorm.CUDA.add_norm(x, x, weight, EPS)
 
 
 @pytest.mark.parametrize(
-    "wrong, words",
+    "change, message",
     [
         (lambda x: x[:2], "a must be of x's shape"),
         (lambda x: x[0], "a must be of x's shape"),
@@ -261,25 +297,29 @@ def test_wrong_inputs_are_refused_before_a_launch(device, wrong, words):
         (lambda x: x.to("meta"), "on meta"),
     ],
 )
-def test_a_wrong_summand_is_refused(device, wrong, words):
+def test_a_wrong_summand_is_refused(device, change, message):
     x = torch.ones(4, 24, device=device)
-    with pytest.raises(RuntimeError, match=words):
-        rmsnorm.CUDA.add_norm(x, wrong(x), torch.ones(24, device=device), 1e-5)
+    weight = torch.ones(24, device=device)
+    with pytest.raises(RuntimeError, match=message):
+        rmsnorm.CUDA.add_norm(x, change(x), weight, EPS)
 
 
-def test_a_wrong_gradient_is_refused(device):
-    y = rmsnorm.CUDA.norm(
-        torch.ones(4, 24, device=device, requires_grad=True), torch.ones(24, device=device), 1e-5
-    )
+def test_a_gradient_of_another_shape_is_refused(device):
+    x = torch.ones(4, 24, device=device, requires_grad=True)
+    y = rmsnorm.CUDA.norm(x, torch.ones(24, device=device), EPS)
     with pytest.raises(RuntimeError):
         y.backward(torch.ones(2, 24, device=device))
 
 
-def tiny(**more):
+# -----------------------------------------------------------------------------------------------------
+# A model with the ops, and the choice between them
+
+
+def tiny(norm_position="pre"):
     torch.manual_seed(1)
     return Transformer(
         ModelConfig(
-            **{"vocab_size": 50, "n_layer": 2, "n_embd": 48, "n_head": 4, "block_size": 16, **more}
+            vocab_size=50, n_layer=2, n_embd=48, n_head=4, block_size=16, norm_position=norm_position
         )
     )
 
@@ -295,73 +335,85 @@ def tiny(**more):
     ],
 )
 def test_a_model_trains_alike(device, norm_position, dtype, compiled):
-    """Three steps with the kernel and with torch: under autocast (a float32 stream, bfloat16 branches), and through torch.compile's fake tensors."""
-    losses = {}
-    for ops in rmsnorm.TORCH, rmsnorm.CUDA:
-        model = tiny(norm_position=norm_position).to(device)
+    """Three steps with the kernel and with torch.
+
+    In bfloat16 the stream is float32 and the branches are bfloat16, by autocast; torch.compile brings
+    fake tensors.
+    """
+    compute = resolve(device.type, dtype, "false")
+    cfg = configure(train.Config, ["--n_embd=48"])
+    ids = torch.randint(50, (2, 17), generator=torch.Generator().manual_seed(3))
+    batch = to(padded(ids, 16), device)
+    losses = []
+    for ops in rmsnorm.CUDA, rmsnorm.TORCH:
+        model = tiny(norm_position).to(device)
         use_rmsnorm(model, ops)
-        compute = resolve(device.type, dtype, "false")
-        cfg = configure(train.Config, ["--n_embd=48"])
+        # a checkpoint does not remember which
+        assert model.state_dict().keys() == tiny(norm_position).state_dict().keys()
         optimizers = make_optimizers(model, cfg, compute)
         step = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
-        idx = torch.randint(50, (2, 17), generator=torch.Generator().manual_seed(3))
-        batch = to(padded(idx, 16), device)
-        losses[ops] = [train.train_step(step, optimizers, [batch], compute) for _ in range(3)]
-        assert (
-            model.state_dict().keys() == tiny(norm_position=norm_position).state_dict().keys()
-        )  # a checkpoint does not know
-    torch.testing.assert_close(
-        torch.tensor(losses[rmsnorm.CUDA]),
-        torch.tensor(losses[rmsnorm.TORCH]),
-        rtol=3e-5 if dtype == "float32" else 2e-2,
-        atol=0,
-    )
+        steps = [train.train_step(step, optimizers, [batch], compute) for _ in range(3)]
+        losses.append(torch.tensor(steps))
+    tolerance = 3e-5 if dtype == "float32" else 2e-2
+    torch.testing.assert_close(*losses, rtol=tolerance, atol=0)
 
 
-def test_the_choice_is_explained(monkeypatch, tmp_path):
+def test_without_a_gpu_the_choice_is_torchs():
     cpu = torch.device("cpu")
-    assert rmsnorm.choose("torch", cpu) == rmsnorm.choose("auto", cpu) == (rmsnorm.TORCH, "")
-    ops, why = rmsnorm.choose("cuda", cpu)
-    assert ops is rmsnorm.TORCH and "device=cpu" in why
-    from torch.utils import cpp_extension
-
+    assert rmsnorm.choose("torch", cpu) == (rmsnorm.TORCH, "")
+    assert rmsnorm.choose("auto", cpu) == (rmsnorm.TORCH, "")
+    ops, reason = rmsnorm.choose("cuda", cpu)
+    assert ops is rmsnorm.TORCH
+    assert "device=cpu" in reason
     if not torch.cuda.is_available():
         assert rmsnorm.whats_missing(cpp_extension) == "there is no CUDA GPU"
-    bin = tmp_path / "bin"
-    bin.mkdir()
+
+
+@pytest.mark.parametrize(
+    "changes, word",
+    [
+        ({}, ""),
+        ({"capability": (7, 5)}, "8.0"),
+        ({"has_toolkit": False}, "nvcc"),
+        ({"has_nvcc": False}, "nvcc"),
+        ({"has_ninja": False}, "ninja"),
+        ({"cxx": "no-such-compiler"}, "no-such-compiler"),
+    ],
+)
+def test_what_a_build_lacks_is_named(changes, word, monkeypatch, tmp_path):
+    machine = {
+        "capability": (9, 0),
+        "has_toolkit": True,
+        "has_nvcc": True,
+        "has_ninja": True,
+        "cxx": "sh",
+        **changes,
+    }
+    if machine["has_nvcc"]:
+        nvcc = tmp_path / "bin/nvcc"
+        nvcc.parent.mkdir()
+        nvcc.touch(0o755)
+    home = str(tmp_path) if machine["has_toolkit"] else None
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for capability, home, ninja, cxx, word in [
-        ((7, 5), None, True, "sh", "8.0"),
-        ((9, 0), None, True, "sh", "nvcc"),
-        ((9, 0), tmp_path, True, "sh", "nvcc"),
-        ((9, 0), tmp_path, False, "sh", "ninja"),
-        ((9, 0), tmp_path, True, "no-such-compiler", "no-such-compiler"),
-        ((9, 0), tmp_path, True, "sh", ""),
-    ]:
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
-        monkeypatch.setattr(cpp_extension, "CUDA_HOME", home and str(home))
-        monkeypatch.setattr(cpp_extension, "is_ninja_available", lambda: ninja)
-        monkeypatch.setattr(cpp_extension, "get_cxx_compiler", lambda: cxx)
-        missing = rmsnorm.whats_missing(cpp_extension)
-        assert word in missing and bool(word) == bool(missing)
-        if home:  # from the second case with a folder on, there is an nvcc in it
-            (bin / "nvcc").write_text("")
-            (bin / "nvcc").chmod(0o755)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: machine["capability"])
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", home)
+    monkeypatch.setattr(cpp_extension, "is_ninja_available", lambda: machine["has_ninja"])
+    monkeypatch.setattr(cpp_extension, "get_cxx_compiler", lambda: machine["cxx"])
+    missing = rmsnorm.whats_missing(cpp_extension)
+    assert word in missing
+    assert bool(word) == bool(missing)
 
 
 def test_a_stale_lock_is_named_and_a_live_one_waited_for(tmp_path):
     lock = tmp_path / "lock"
     assert rmsnorm.locked(str(lock)) == ""
-    lock.write_text("")
-    os.utime(lock, (time.time() - rmsnorm.BUILD_SECONDS - 1,) * 2)
+    lock.touch()
+    long_ago = time.time() - rmsnorm.BUILD_SECONDS - 1
+    os.utime(lock, (long_ago, long_ago))
     assert str(lock) in rmsnorm.locked(str(lock))
     os.utime(lock)
-    waiting = subprocess.Popen(
-        [sys.executable, "-c", f"import rmsnorm; print(repr(rmsnorm.locked({str(lock)!r})))"],
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=os.path.dirname(rmsnorm.SOURCE),
-    )
+    code = f"import rmsnorm; print(repr(rmsnorm.locked({str(lock)!r})))"
+    waiting = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     with pytest.raises(subprocess.TimeoutExpired):
         waiting.wait(timeout=0.5)
     lock.unlink()
@@ -369,180 +421,160 @@ def test_a_stale_lock_is_named_and_a_live_one_waited_for(tmp_path):
 
 
 def test_importing_builds_nothing():
-    code = "import model, torch; assert not hasattr(torch.ops.tinylm, 'rms_norm'); import sys; assert 'torch.utils.cpp_extension' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=os.path.dirname(rmsnorm.SOURCE))
+    code = """
+import sys
+import torch
+import model
+assert not hasattr(torch.ops.tinylm, "rms_norm")
+assert "torch.utils.cpp_extension" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------
 # The kernels themselves
 
 
+def run_on_host(library, **env):
+    """Runs rmsnorm_on_host.py with a library of build_for_host(); returns the ended process."""
+    command = [sys.executable, f"{HERE}/rmsnorm_on_host.py", library]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **env})
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(not CXX, reason="no g++")
+@needs_cxx
 def test_host(tmp_path):
     """Every case under the sanitizers, threads in both orders: tests/rmsnorm_on_host.py."""
-    library = on_host(
-        str(tmp_path / "checked.so"),
-        "-O1",
-        "-g",
-        "-fsanitize=address,undefined",
-        "-fno-sanitize-recover=undefined",
-        "-DRMSNORM_KERNELS_ONLY",
-    )
+    sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+    library = build_for_host(tmp_path / "checked.so", "-O1", "-g", *sanitizers, "-DRMSNORM_KERNELS_ONLY")
     runtimes = [
-        subprocess.run(
-            [CXX, f"-print-file-name={name}.so"], capture_output=True, text=True
-        ).stdout.strip()
+        subprocess.check_output([CXX, f"-print-file-name={name}.so"], text=True).strip()
         for name in ("libasan", "libubsan")
     ]
-    done = subprocess.run(
-        [sys.executable, f"{HERE}/rmsnorm_on_host.py", library],
-        capture_output=True,
-        text=True,
-        env={
-            **os.environ,
-            "LD_PRELOAD": " ".join(runtimes),
-            "ASAN_OPTIONS": "detect_leaks=0",
-            "PYTHONPATH": "",
-        },
+    done = run_on_host(
+        library, LD_PRELOAD=" ".join(runtimes), ASAN_OPTIONS="detect_leaks=0", PYTHONPATH=""
     )
-    assert done.returncode == 0 and re.fullmatch(r"\d{3,} cases, \d{4,} launches\n", done.stdout), (
-        done.stdout + done.stderr[-3000:]
-    )
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert re.fullmatch(r"\d{3,} cases, \d{4,} launches\n", done.stdout)
+
+
+MISTAKES = {
+    "the sums are read before they are written": (
+        "  __syncthreads();\n  v = lane",
+        "  v = lane",
+    ),
+    "the sums are written before they are read": (
+        "  __syncthreads();  // everyone has read the last row's\n",
+        "",
+    ),
+    "not all threads reach the barrier": (
+        "const int chunks = row < rows ? dim / N : 0;\n    const float r",
+        "if (row >= rows) break;\n    const int chunks = dim / N;\n    const float r",
+    ),
+    "a gain is forgotten": (
+        "out.set(j, values.get(j) * r * w.get(j));",
+        "out.set(j, values.get(j) * r);",
+    ),
+}
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not CXX, reason="no g++")
-@pytest.mark.parametrize(
-    "right, wrong",
-    [
-        ("  __syncthreads();\n  v = lane", "  v = lane"),  # the sums are read before they are written
-        (
-            "  __syncthreads();  // everyone has read the last row's\n",
-            "",
-        ),  # ... and written before they are read
-        (
-            "const int chunks = row < rows ? dim / N : 0;\n    const float r",
-            "if (row >= rows) break;\n    const int chunks = dim / N;\n    const float r",
-        ),  # not all threads reach the barrier
-        ("out.set(j, values.get(j) * r * w.get(j));", "out.set(j, values.get(j) * r);"),
-    ],
-)
-def test_host_finds_mistakes(tmp_path, right, wrong):
-    with open(rmsnorm.SOURCE, encoding="utf-8") as f:
-        source = f.read()
-    assert right in source
-    (tmp_path / "wrong.cu").write_text(source.replace(right, wrong), encoding="utf-8")
-    library = on_host(
-        str(tmp_path / "wrong.so"), "-O1", "-DRMSNORM_KERNELS_ONLY", source=str(tmp_path / "wrong.cu")
-    )
-    done = subprocess.run(
-        [sys.executable, f"{HERE}/rmsnorm_on_host.py", library], capture_output=True, text=True
-    )
-    assert done.returncode != 0 and re.search("dim, rows, .* = |divergent barrier", done.stderr), (
-        done.stdout + done.stderr
-    )
+@needs_cxx
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_host_finds_mistakes(tmp_path, mistake):
+    right, wrong = MISTAKES[mistake]
+    code = Path(rmsnorm.SOURCE).read_text(encoding="utf-8")
+    assert right in code
+    source = tmp_path / "wrong.cu"
+    source.write_text(code.replace(right, wrong), encoding="utf-8")
+    library = build_for_host(tmp_path / "wrong.so", "-O1", "-DRMSNORM_KERNELS_ONLY", source=str(source))
+    done = run_on_host(library)
+    assert done.returncode != 0
+    assert re.search("dim, rows, .* = |divergent barrier", done.stderr), done.stdout + done.stderr
+
+
+def run_nvcc(path, *flags):
+    """Compiles the .cu to path; returns what the compiler wrote to stderr."""
+    command = [NVCC, *flags, rmsnorm.SOURCE, "-o", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stderr
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not NVCC, reason="no nvcc")
+@needs_nvcc
 @pytest.mark.parametrize("arch", ["80", "90"])
 def test_nvcc(tmp_path, arch):
-    """Nothing spilt, nothing in local memory, loads and stores of 16 bytes; with the flags that cpp_extension adds."""
-    done = subprocess.run(
-        [
-            NVCC,
-            "-c",
-            "-O3",
-            "-std=c++20",
-            "-DRMSNORM_KERNELS_ONLY",
-            *COMMON_NVCC_FLAGS,
-            "-gencode",
-            f"arch=compute_{arch},code=sm_{arch}",
-            "-Xptxas",
-            "-v",
-            rmsnorm.SOURCE,
-            "-o",
-            str(tmp_path / "k.o"),
-        ],
-        capture_output=True,
-        text=True,
+    """Nothing spilt, nothing in local memory, loads and stores of 16 bytes; by cpp_extension's flags."""
+    kernels = ["-O3", "-DRMSNORM_KERNELS_ONLY"]
+    target = ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
+    usage = run_nvcc(
+        tmp_path / "kernel.o",
+        "-c",
+        "-std=c++20",
+        *kernels,
+        *cpp_extension.COMMON_NVCC_FLAGS,
+        *target,
+        "-Xptxas",
+        "-v",
     )
-    assert done.returncode == 0, done.stderr[-3000:]
     frames = re.findall(
-        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", usage
     )
-    assert len(frames) == 27 and set(frames) == {("0", "0", "0")}, done.stderr
-    ptx = tmp_path / "k.ptx"
-    subprocess.run(
-        [
-            NVCC,
-            "-ptx",
-            "-O3",
-            "-std=c++17",
-            "-DRMSNORM_KERNELS_ONLY",
-            f"-arch=compute_{arch}",
-            rmsnorm.SOURCE,
-            "-o",
-            str(ptx),
-        ],
-        check=True,
-    )
+    assert len(frames) == 27, usage
+    assert set(frames) == {("0", "0", "0")}, usage
+
+    ptx = tmp_path / "kernel.ptx"
+    run_nvcc(ptx, "-ptx", "-std=c++17", *kernels, f"-arch=compute_{arch}")
     wide = [
         kernel
         for kernel in re.split(r"\.entry ", ptx.read_text())[1:]
         if re.match(r"\w*(forward|backward)_kernel\w*Li[48]E", kernel)
     ]
-    assert len(wide) == 12 and all(
-        "ld.global.nc.v4.u32" in kernel and "st.global.v4" in kernel for kernel in wide
-    )
+    assert len(wide) == 12
+    for kernel in wide:
+        assert "ld.global.nc.v4.u32" in kernel
+        assert "st.global.v4" in kernel
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not NVCC, reason="no nvcc")
+@needs_nvcc
 def test_nvcc_with_the_bindings(tmp_path):
-    """The stable ABI wants no CUDA headers of torch, so this compiles beside a CPU build of torch; for sm_90a, and as PTX for what comes later."""
-    subprocess.run(
-        [
-            NVCC,
-            "-c",
-            "-O1",
-            "-std=c++17",
-            "-gencode",
-            "arch=compute_90a,code=sm_90a",
-            "-gencode",
-            "arch=compute_90,code=compute_90",
-            f"-I{TORCH}/include",
-            rmsnorm.SOURCE,
-            "-o",
-            str(tmp_path / "k.o"),
-        ],
-        check=True,
-    )
+    """For sm_90a, and as PTX for what comes later.
+
+    The stable ABI wants no CUDA headers of torch, so this compiles beside a CPU build of torch.
+    """
+    targets = ["arch=compute_90a,code=sm_90a", "arch=compute_90,code=compute_90"]
+    flags = [flag for target in targets for flag in ("-gencode", target)]
+    run_nvcc(tmp_path / "bindings.o", "-c", "-O1", "-std=c++17", *flags, f"-I{TORCH}/include")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+@needs_gpu
 def test_device_takes_the_callers_stream(device):
-    x, weight = draw((300, 768), torch.bfloat16, device, 1), draw(768, torch.float32, device, 2)
-    expected, busy, side = rmsnorm.CUDA.norm(x, weight, 1e-5), torch.cuda.Event(), torch.cuda.Stream()
+    x = draw((300, 768), torch.bfloat16, device, 1)
+    weight = draw(768, torch.float32, device, 2)
+    expected = rmsnorm.CUDA.norm(x, weight, EPS)
+    default_stream_done = torch.cuda.Event()
+    side = torch.cuda.Stream()
     torch.cuda.synchronize()
     torch.cuda._sleep(10**9)  # about half a second of the default stream
-    busy.record()
+    default_stream_done.record()
     with torch.cuda.stream(side):
-        y = rmsnorm.CUDA.norm(x, weight, 1e-5).cpu()
-    assert not busy.query() and torch.equal(y, expected.cpu())
+        y = rmsnorm.CUDA.norm(x, weight, EPS).cpu()
+    assert not default_stream_done.query()
+    assert torch.equal(y, expected.cpu())
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+@needs_gpu
 def test_device_compiled(device):
     """By inductor, with blocks computed anew in the backward pass."""
-    losses = []
+    results = []
     for ops in rmsnorm.TORCH, rmsnorm.CUDA:
         model = tiny().to(device)
         use_rmsnorm(model, ops)
         model.gradient_checkpointing = True
-        idx = torch.arange(16, device=device)[None]
-        loss = torch.compile(model)(idx, idx)[1]
+        ids = torch.arange(16, device=device)[None]
+        loss = torch.compile(model)(ids, ids)[1]
         loss.backward()
-        losses.append(torch.stack([loss.detach(), model.wte.weight.grad.norm()]))
-    torch.testing.assert_close(*losses, rtol=1e-4, atol=0)
+        results.append(torch.stack([loss.detach(), model.wte.weight.grad.norm()]))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=0)
