@@ -1,4 +1,4 @@
-"""The model against Hugging Face's: the same weights give the same logits, and small mistakes would be seen."""
+"""The model against Hugging Face's: the same weights give the same logits, small mistakes do not."""
 
 import dataclasses
 
@@ -128,7 +128,7 @@ def test_a_setting_without_a_counterpart_is_named(name, changes, message):
 
 
 def test_rope_tables_are_float32_in_a_bfloat16_peer():
-    """Rounded to bfloat16, a frequency would be off by up to 0.2%, and an angle by that times its position."""
+    """In bfloat16 a frequency would be off by up to 0.2%, and an angle by that times its position."""
     peer = to_transformers(Transformer(preset("llama")).bfloat16())
     frequencies = peer.model.rotary_emb.inv_freq
     assert peer.lm_head.weight.dtype == torch.bfloat16
