@@ -32,6 +32,11 @@ def hf_name(value):
     return value.removeprefix("hf:")
 
 
+def new_lines(text):
+    """Returns an option's text with a new line for each \\n in it; any other backslash is one."""
+    return text.replace("\\n", "\n")
+
+
 class Refusal(Exception):
     """What the user has to know, in one line.
 

@@ -25,7 +25,7 @@ import folders
 import lora
 import toy_stories
 from checkpoint import DATA_KEYS, Checkpoint, RunState, inherit, open_checkpoint
-from config import Refusal, hf_name, run
+from config import Refusal, hf_name, new_lines, run
 from data import count_targets, evenly, micro_batches, prompt_ids, render, rows_each, to
 from device import Compute, check_memory, resolve
 from lenses import probes
@@ -48,7 +48,7 @@ class Config(TrainConfig, lora.LoRAConfig):
     val_fraction: float = 0.1               # of the rows; held out where val_dataset is empty
     template: str = ""                      # text with {prompt} in it, \n a new line; empty: the base's or the rows'
     merge: bool = False                     # write adapter and base as out_dir/ckpt.pt, and stop
-    start: str = ""                         # the prompt of the sample at each evaluation; empty: the first held-out one
+    start: str = ""                         # the prompt of the sample, \n a new line; empty: the first held-out one
     eval_interval: int = 50                 # steps between evaluations, samples and checkpoints
     eval_tokens: int = 0                    # of held-out rows looked at meanwhile, always the same ones; 0 = all
     max_length: int = 0                     # tokens a row, of which no example has more; 0 = the base's context
@@ -61,7 +61,7 @@ class Config(TrainConfig, lora.LoRAConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.template = self.template.replace("\\n", "\n")
+        self.template = new_lines(self.template)
         if self.template and "{prompt}" not in self.template:
             raise ValueError(
                 f"template must have {{prompt}} in it, where the prompt goes, not {self.template!r}"

@@ -9,6 +9,7 @@
 generate() is a Python generator that other scripts import.
 """
 
+import re
 import time
 from dataclasses import dataclass, field
 
@@ -18,7 +19,7 @@ import lora
 import onnx_model
 import rmsnorm
 from checkpoint import open_given
-from config import Refusal, run
+from config import Refusal, new_lines, run
 from data import prompt_ids, render
 from device import check_memory, resolve
 from model import kv_cache_bytes
@@ -32,7 +33,7 @@ class Config:
     adapter: str = ""                # the folder of a LoRA adapter, or its file
     onnx: str = ""                   # a folder that export_onnx.py wrote, or an .onnx file in it; no out_dir then
     raw: bool = False                # give --start as it is, without the template that the model was fine-tuned with
-    start: str = ""                  # the prompt, or FILE:path; "" starts a new document
+    start: str = ""                  # the prompt, \n a new line, or FILE:path; "" starts a new document
     num_samples: int = 1             # continuations of each prompt, written in one batch
     max_new_tokens: int = 500        # tokens at most, each
     temperature: float = 0.8         # 0 = always the likeliest token
@@ -232,14 +233,21 @@ def generate(
 # From the command line
 
 
+SEPARATOR = re.compile(r"^<\|endoftext\|>\n|<\|endoftext\|>", re.MULTILINE)
+
+
 def read_start(start):
-    """Returns the prompts that --start means. Raises Refusal for a file that cannot be read."""
+    """Returns the prompts that --start means, as they stand.
+
+    In a file <|endoftext|> stands between them, in a line of its own or not, and the newline that ends
+    a prompt's last line is not part of it. Raises Refusal for a file that cannot be read.
+    """
     if not start.startswith("FILE:"):
-        return [start]
+        return [new_lines(start)]
     path = start[5:]
     try:
         with open(path, encoding="utf-8-sig") as f:
-            return [text.strip() for text in f.read().split("<|endoftext|>")]
+            return [text.removesuffix("\n") for text in SEPARATOR.split(f.read())]
     except OSError as e:
         raise Refusal(f"cannot read {path}: {e.strerror}")
     except UnicodeDecodeError as e:

@@ -25,7 +25,7 @@ import folders
 import prepare
 import rmsnorm
 from checkpoint import RunState, inherit, open_checkpoint
-from config import Refusal, is_hf, run
+from config import Refusal, is_hf, new_lines, run
 from data import count_targets, micro_batches, prompt_ids, rows_each, to, training_rows
 from device import StopAfterStep, check_memory, name_of, peak_flops, resolve
 from log import Log, plot
@@ -78,12 +78,13 @@ class TrainConfig:
     compile: str = "auto"                   # torch.compile: auto | true | false
     rmsnorm: str = "auto"                   # RMSNorm by: auto | torch | cuda (our kernel); not kept on resume
     seed: int = 1337                        # of weights, batches and dropout
-    start: str = ""                         # what the sample at each evaluation starts from
+    start: str = ""                         # what the sample at each evaluation starts from, \n a new line
     wandb_log: bool = False                 # log to Weights & Biases too
     # fmt: on
 
     def __post_init__(self):
         super().__post_init__()
+        self.start = new_lines(self.start)
         if not self.out_dir:
             raise ValueError("out_dir is empty: name a folder")
         at_least_one = (

@@ -1,4 +1,4 @@
-"""Sampling by hand, by chi-square, and cached against the plain loop."""
+"""Prompts, sampling by hand, by chi-square, and cached against the plain loop."""
 
 import math
 
@@ -6,8 +6,47 @@ import pytest
 import torch
 from test_model import build, tokens
 
+import finetune_lora
+import train
+from config import configure
 from model import ModelConfig, Transformer
-from sample import generate, next_token, penalized
+from sample import generate, next_token, penalized, read_start
+
+
+@pytest.mark.parametrize(
+    "content, prompts",
+    [
+        ("A dog", ["A dog"]),
+        ("  A dog \n\n", ["  A dog \n"]),  # one final newline and no more
+        ("A dog\r\n", ["A dog"]),
+        ("\tdef f():\n\t\t", ["\tdef f():\n\t\t"]),
+        (" A<|endoftext|> B\n<|endoftext|>\n C \n", [" A", " B", " C "]),
+        ("A <|endoftext|>\nB", ["A ", "\nB"]),
+        ("A\n\n<|endoftext|>\n\nB\n", ["A\n", "\nB"]),
+        ("\\n", ["\\n"]),  # a file has new lines of its own
+        ("A<|endoftext|>", ["A", ""]),
+        ("", [""]),
+    ],
+)
+def test_a_files_prompts_are_taken_as_they_stand(content, prompts, tmp_path):
+    (tmp_path / "n.txt").write_bytes(content.encode())
+    assert read_start(f"FILE:{tmp_path}/n.txt") == prompts
+
+
+def test_a_prompt_is_taken_as_it_stands_but_for_its_new_lines():
+    """By one rule in all scripts, and the same where a config is read again."""
+    typed = " def f():\\n  \\t\\\\n "
+    meant = " def f():\n  \\t\\\n "
+    assert read_start(typed) == [meant]
+    for Config in train.Config, finetune_lora.Config:
+        cfg = configure(Config, [f"--start={typed}"])
+        assert cfg.start == meant
+        cfg.__post_init__()
+        assert cfg.start == meant
+    assert (
+        configure(finetune_lora.Config, [f"--template={{prompt}}{typed}"]).template
+        == f"{{prompt}}{meant}"
+    )
 
 
 def complete(steps):
