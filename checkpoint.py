@@ -22,6 +22,7 @@ import torch
 
 import lora
 from config import Refusal, convert, hf_name, is_hf
+from data import text_rule
 from device import check_memory
 from folders import write_atomic
 from interop import hf_folder, hf_layout
@@ -267,6 +268,11 @@ class Checkpoint:
     def template(self):
         """The text with {prompt} in it that the checkpoint was fine-tuned with, or ""."""
         return str(self.state["config"].get("template", ""))
+
+    @property
+    def text_rule(self):
+        """How what was trained last took its rows' and prompts' text; see data.text_rule."""
+        return text_rule(self.config)
 
     def crop(self, cfg):
         """Takes the shorter context and the dropout of a run that starts from it: only a position

@@ -101,6 +101,26 @@ def prompt_ids(tokenizer, text):
     return [tokenizer.bos, *ids]
 
 
+# -----------------------------------------------------------------------------------------------------
+# Templates of fine-tuned models, texts with {prompt} in them
+
+AS_IT_STANDS = "as it stands"
+STRIPPED = "stripped"  # without the space around it
+
+
+def text_rule(config):
+    """Returns how a model's config says that it learned its text: AS_IT_STANDS, or STRIPPED of those
+    that were fine-tuned before it was kept.
+    """
+    older = STRIPPED if config.get("template") else AS_IT_STANDS
+    return str(config.get("text_rule", older))
+
+
+def by_text_rule(text, rule):
+    """Returns a row's or a prompt's text as the model learned such texts."""
+    return text.strip() if rule == STRIPPED else text
+
+
 def render(template, prompt):
-    """Returns the text that a fine-tuned model expects: its template is a text with {prompt} in it."""
-    return template.replace("{prompt}", prompt.strip())
+    """Returns the text that a fine-tuned model expects, the prompt as it stands in its template."""
+    return template.replace("{prompt}", prompt)

@@ -6,10 +6,11 @@ of all its weights.
     python finetune_lora.py --out_dir=out/ts-lora --merge                        adapter and base as one checkpoint
     python sample.py --adapter=out/ts-lora --start="Why is the sky blue?"
 
-A row is an object with prompt and response; with instruction, output and perhaps input (Alpaca); or with
-messages, each with a role (system, user, assistant) and content: see rows.py. The loop is train.py's
-fit: --init_from=resume, signals, torchrun and log are as they are there. Another kind of tuning takes
-open_tuning and Tuning, and writes its own rows and loss.
+A row is an object with prompt and response; with instruction, output and perhaps input (Alpaca); with
+messages, each with a role (system, user, assistant) and content; with conversations (ShareGPT); or with
+prompt and completion, texts or lists of messages (TRL): see rows.py. Text is learned as it stands. The
+loop is train.py's fit: --init_from=resume, signals, torchrun and log are as they are there. Another kind
+of tuning takes open_tuning and Tuning, and writes its own rows and loss.
 """
 
 import hashlib
@@ -26,13 +27,24 @@ import lora
 import toy_stories
 from checkpoint import DATA_KEYS, Checkpoint, RunState, inherit, open_checkpoint
 from config import Refusal, hf_name, new_lines, run
-from data import count_targets, evenly, micro_batches, prompt_ids, render, rows_each, to
+from data import (
+    AS_IT_STANDS,
+    STRIPPED,
+    by_text_rule,
+    count_targets,
+    evenly,
+    micro_batches,
+    prompt_ids,
+    render,
+    rows_each,
+    to,
+)
 from device import Compute, check_memory, resolve
 from lenses import probes
 from log import plot
 from model import model_sizes
 from rmsnorm import choose_rmsnorm
-from rows import conversations, encode_rows, pack, packed_batch, split_rows, training_packs
+from rows import default_template, encode_rows, pack, packed_batch, split_rows, training_packs
 from sample import generate
 from score import completion_nats, floor_line, mean_nats, next_token_loss
 from train import TrainConfig, fit, is_in_the_way, training_bytes
@@ -226,7 +238,7 @@ def merge(cfg):
 # The built-in task: 200 stories with the moral as the answer, and 200 others held out
 
 
-def moral_lines(model, tokenizer, rows, template, compute):
+def moral_lines(model, tokenizer, held_out, template, compute):
     """Returns two lines: what a model knows of the held-out morals, by two accuracies, and how well it
     still tells stories.
     """
@@ -234,16 +246,16 @@ def moral_lines(model, tokenizer, rows, template, compute):
     prompts = []
     cases = []
     is_unsaid = []  # the story itself does not give the moral away
-    for _, row in rows:
-        context = render(template, row["prompt"])
-        answer = row["response"]
+    for conversation in held_out:
+        [(story, answer, _)] = conversation.turns
+        context = render(template, story)
         prompt = prompt_ids(tokenizer, context)
         if len(prompt) + most - 1 > model.config.block_size:
             continue
         wrong = [a for a in toy_stories.ANSWERS if a != answer]
         prompts.append(prompt)
         cases.append(probes.Case(context, [answer, *wrong]))
-        is_unsaid.append(answer.removeprefix("So ")[:-1] not in row["prompt"])
+        is_unsaid.append(answer.removeprefix("So ")[:-1] not in story)
     if not prompts:
         return f"block_size={model.config.block_size} is too short for a story and its moral"
     ranked = probes.ask(
@@ -283,15 +295,22 @@ class FineTuning:
         self.cfg = cfg = tuning.cfg
         self.compute = tuning.compute
         tokenizer = tuning.tokenizer
-        rows, self.held_out = split_rows(cfg)
-        train_turns, default_template = conversations(rows)
-        val_turns, _ = conversations(self.held_out)
-        cfg.template = cfg.template or tuning.base.template or default_template
+        # a run that goes on, and a model that is only looked at, keep the rule that they learned by
+        is_new = not tuning.resumed and not cfg.eval_only
+        self.text_rule = AS_IT_STANDS if is_new else tuning.base.text_rule
+        learned, self.held_out = split_rows(cfg, self.text_rule)
+        cfg.template = (
+            cfg.template or tuning.base.template or default_template([*learned, *self.held_out])
+        )
         self.examples, self.message = encode_rows(
-            train_turns, tokenizer, cfg.template, tuning.T, f"{cfg.dataset}, to learn from"
+            learned, tokenizer, cfg.template, tuning.T, f"{cfg.dataset}, to learn from"
         )
         self.val_examples, self.val_message = encode_rows(
-            val_turns, tokenizer, cfg.template, tuning.T, f"{cfg.val_dataset or cfg.dataset}, held out"
+            self.held_out,
+            tokenizer,
+            cfg.template,
+            tuning.T,
+            f"{cfg.val_dataset or cfg.dataset}, held out",
         )
         self.packs = pack([len(idx) for idx, _ in self.examples], tuning.T)
         self.val_packs = pack([len(idx) for idx, _ in self.val_examples], tuning.T)
@@ -303,8 +322,9 @@ class FineTuning:
                 f"{cfg.dataset} holds other rows than when {path} was begun: give another --out_dir"
             )
         try:
-            first_prompt = next(filter(None, val_turns))[0][0]
-            self.preview_text = render(cfg.template, cfg.start or first_prompt)
+            turns = next(c.turns for c in self.held_out if c.turns and not c.problem)
+            start = by_text_rule(cfg.start, self.text_rule) or turns[0].prompt
+            self.preview_text = render(cfg.template, start)
             self.preview_ids = prompt_ids(tokenizer, self.preview_text)
         except ValueError as e:
             raise Refusal(e)
@@ -332,7 +352,7 @@ class FineTuning:
 
     def save(self, name, state):
         """Writes the adapters or the checkpoint."""
-        self.tuning.save(name, state, {"rows_sha256": self.rows_sha256})
+        self.tuning.save(name, state, {"rows_sha256": self.rows_sha256, "text_rule": self.text_rule})
 
     def preview(self):
         """Returns the answer to the first held-out prompt."""
@@ -373,7 +393,8 @@ def main(cfg):
     if compute.is_main:
         learned, total = lora.trainable(tuning.model)
         print(f"{task.message}; in {len(task.packs):,} rows of {tuning.T} tokens\n{task.val_message}")
-        print(f"template: {cfg.template!r}")
+        stripped = ", text without the space around it" if task.text_rule == STRIPPED else ""
+        print(f"template: {cfg.template!r}{stripped}")
         print(f"{learned:,} of {total:,} parameters are trained, {learned / total:.2%}")
 
     if not tuning.resumed and not cfg.eval_only:

@@ -1,12 +1,16 @@
 """From rows of examples to batches for tuning: a file's or the hub's rows, conversations, ids, rows of
 the context.
 
-A row is an object with prompt and response; with instruction, output and perhaps input (Alpaca); or with
-messages, each with a role (system, user, assistant) and content. Responses and the end of text after
-each are learned, prompts are not. Examples share a row of the context, but none sees another.
+A row is an object with prompt and response; with instruction, output and perhaps input (Alpaca); with
+messages, each with a role (system, user, assistant) and content; with conversations, whose messages say
+from (human, gpt) and value (ShareGPT); or with prompt and completion, both texts or both lists of
+messages (TRL). Content may be a list of parts of type text. Text is taken as it stands. Responses and
+the end of text after each are learned, prompts are not. Examples share a row of the context, but none
+sees another.
 """
 
 import functools
+import itertools
 import json
 import os
 from bisect import bisect_left, insort
@@ -19,7 +23,7 @@ import torch
 import prepare
 import toy_stories
 from config import Refusal, hf_name, is_hf
-from data import prompt_ids, render
+from data import AS_IT_STANDS, STRIPPED, by_text_rule, prompt_ids, render
 
 MORAL_SEED = 0  # other stories than data/toy's: a test looks
 
@@ -38,7 +42,7 @@ def read_rows(dataset, split="train"):
         with prepare.hub_splits(hf_name(dataset)) as splits:
             if split not in splits:
                 return None
-            return [(dataset, row) for row in splits[split]]
+            return [(f"{dataset} row {n}", row) for n, row in enumerate(splits[split], 1)]
     readers = {".json": json_rows, ".jsonl": prepare.jsonl_rows, ".parquet": prepare.parquet_rows}
     suffix = os.path.splitext(dataset)[1].lower()
     if suffix not in readers:
@@ -62,93 +66,229 @@ def json_rows(path):
     return [(f"{path} row {n}", row) for n, row in enumerate(rows, 1)]
 
 
-def split_rows(cfg):
-    """Returns (rows to learn from, rows held out), each a list of (place, row). Raises Refusal."""
+def split_rows(cfg, text_rule=AS_IT_STANDS):
+    """Returns (what to learn from, what is held out), each a list of Conversations. Raises Refusal."""
     if cfg.dataset == "moral":
         rows = [(f"moral {n}", row) for n, row in enumerate(toy_stories.moral_rows(400, MORAL_SEED))]
-        return rows[:200], rows[200:]
+        learned = conversations(rows, text_rule)
+        return learned[:200], learned[200:]
     rows = read_rows(cfg.dataset)
     held_out = None
     if cfg.val_dataset:
         held_out = read_rows(cfg.val_dataset)
     elif is_hf(cfg.dataset):
         held_out = read_rows(cfg.dataset, "validation")
+    # converted before they are shuffled: a Refusal is of the first row that it is about
+    learned = conversations(rows, text_rule)
     if held_out is not None:
-        return rows, held_out
-    conversations(rows)  # what is wrong is said of the first row that it is wrong with
-    if len(rows) < 2:
+        return learned, conversations(held_out, text_rule)
+    if len(learned) < 2:
         raise Refusal(
-            f"{cfg.dataset} needs two rows, as one is held out, and has {len(rows)}; "
+            f"{cfg.dataset} needs two rows, as one is held out, and has {len(learned)}; "
             "--val_dataset names others to hold out"
         )
-    order = np.random.default_rng(cfg.seed).permutation(len(rows))
-    n = max(1, round(cfg.val_fraction * len(rows)))
-    return [rows[i] for i in order[n:]], [rows[i] for i in order[:n]]
+    order = np.random.default_rng(cfg.seed).permutation(len(learned))
+    n = max(1, round(cfg.val_fraction * len(learned)))
+    return [learned[i] for i in order[n:]], [learned[i] for i in order[:n]]
 
 
 # -----------------------------------------------------------------------------------------------------
-# Conversations: [(prompt, response), ...] of a row, its turns
+# Messages of a row, whatever its kind
 
 
-def turns_of_pair(row, text):
-    return [(text(row, "prompt"), text(row, "response"))]
+class Message(NamedTuple):
+    role: str  # system | user | assistant
+    text: str | None  # None where it has no content
+    is_learned: bool = True  # if it is an answer
+    has_calls: bool = False  # of tools
 
 
-def turns_of_alpaca(row, text):
-    parts = [text(row, key) for key in ("instruction", "input") if key in row]
-    return [("\n".join(filter(None, parts)), text(row, "output"))]
+# the names of chat formats and of ShareGPT
+ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+}
+ROW = (
+    "rows have prompt and response, instruction and output, messages, conversations, "
+    "or prompt and completion; here is"
+)
+MESSAGE = "a message has role and content, or from and value; here is"
+PART = "a part of a content has type and text; here is"
 
 
-def turns_of_chat(row, text):
-    """What stands before an answer is its prompt; what stands after the last one is left out."""
-    messages = row["messages"]
-    turns = []
-    prompt = []
-    for message in messages if isinstance(messages, list) else [messages]:
-        role = text(message, "role")
-        if role == "assistant":
-            turns.append(("\n".join(prompt), text(message, "content")))
-            prompt = []
-        elif role in ("system", "user"):
-            prompt.append(text(message, "content"))
-        else:
-            raise ValueError(f"a role is {role!r:.40}; system, user and assistant are known")
-    return turns
+def messages_of_texts(row, place, columns):
+    """The last of the columns has the answer."""
+    *prompts, answer = [prepare.field(row, column, place, ROW) for column in columns]
+    return [*(Message("user", prompt) for prompt in prompts), Message("assistant", answer)]
+
+
+def messages_of_alpaca(row, place, columns):
+    *prompts, answer = columns
+    optional = ["input"] if "input" in row else []
+    return messages_of_texts(row, place, [*prompts, *optional, answer])
+
+
+def messages_of_chat(row, place, columns):
+    """The answers of the last column are learned, those of one before are part of its prompt."""
+    messages = []
+    for column in columns:
+        if not isinstance(row[column], list):
+            value = "null" if row[column] is None else f"{row[column]!r:.60}"
+            raise Refusal(f"{place}: column {column!r} is not a list of messages but {value}")
+        for n, message in enumerate(row[column], 1):
+            name = f"{place}, message {n} of {column!r}"
+            messages.append(read_message(message, name, is_learned=column == columns[-1]))
+    return messages
+
+
+def read_message(message, place, is_learned):
+    """Returns the Message of an object with role and content, or from and value. Raises Refusal."""
+    role_key, content_key = "role", "content"
+    if isinstance(message, dict) and message.get("from") is not None:
+        role_key, content_key = "from", "value"
+    role = prepare.field(message, role_key, place, MESSAGE)
+    if role not in ROLES:
+        known = ", ".join(ROLES)
+        raise Refusal(f"{place}: a role is {role!r:.40}, which is not read; known are {known}")
+    has_calls = bool(message.get("tool_calls") or message.get("function_call"))
+    text = None
+    if content_key in message or not has_calls:
+        text = read_content(message, content_key, place)
+    return Message(ROLES[role], text, is_learned, has_calls)
+
+
+def read_content(message, key, place):
+    """Returns a message's text, None where it is null or has no part. Raises Refusal for other parts."""
+    content = message.get(key)
+    if content is None and key in message:
+        return None
+    if not isinstance(content, list):
+        return prepare.field(message, key, place, MESSAGE)
+    texts = []
+    for part in content:
+        kind = prepare.field(part, "type", place, PART)
+        if kind != "text":
+            raise Refusal(f"{place}: a part of its content is of type {kind!r:.40}; only text is read")
+        texts.append(prepare.field(part, "text", place, PART))
+    return "".join(texts) if texts else None
 
 
 class Kind(NamedTuple):
     columns: tuple  # by which rows of this kind are known
-    turns: Callable  # (row, text) -> its turns
+    type: type  # of what they hold
+    messages: Callable  # (row, place, columns) -> its Messages
     template: str  # where neither the user nor the base has one
 
 
+CHAT_TEMPLATE = "User:\n{prompt}\n\nAssistant:\n"
+ALPACA_TEMPLATE = "### Instruction:\n{prompt}\n\n### Response:\n"
 KINDS = [
-    Kind(("prompt", "response"), turns_of_pair, "{prompt}\n"),
-    Kind(("instruction", "output"), turns_of_alpaca, "### Instruction:\n{prompt}\n\n### Response:\n"),
-    Kind(("messages",), turns_of_chat, "User:\n{prompt}\n\nAssistant:\n"),
+    Kind(("prompt", "response"), str, messages_of_texts, "{prompt}\n"),
+    Kind(("instruction", "output"), str, messages_of_alpaca, ALPACA_TEMPLATE),
+    Kind(("messages",), list, messages_of_chat, CHAT_TEMPLATE),
+    Kind(("conversations",), list, messages_of_chat, CHAT_TEMPLATE),
+    Kind(("prompt", "completion"), str, messages_of_texts, "{prompt}"),  # as TRL joins them
+    Kind(("prompt", "completion"), list, messages_of_chat, CHAT_TEMPLATE),
 ]
-EXPECTED = "rows have prompt and response, instruction and output, or messages; here is"
 
 
-def field_text(place, row, key):
-    """Returns the text of a row's column, without space around it. Raises Refusal where there is none."""
-    return prepare.field(row, key, place, EXPECTED).strip()
+def kind_of(row):
+    """Returns the first Kind whose columns the row has, filled where there is one: tables have all
+    columns in all rows. KINDS[0] where there is none.
+    """
+    columns = row if isinstance(row, dict) else ()
+    kinds = [kind for kind in KINDS if all(column in columns for column in kind.columns)]
+    filled = [
+        kind for kind in kinds if all(isinstance(row[column], kind.type) for column in kind.columns)
+    ]
+    return (filled or kinds or KINDS)[0]
 
 
-def conversations(rows):
-    """Returns ([turns of each row], the default template of the first row's kind). Raises Refusal."""
+# -----------------------------------------------------------------------------------------------------
+# Conversations: the turns of a row
+
+
+class Turn(NamedTuple):
+    prompt: str
+    response: str
+    is_learned: bool = True
+
+
+class Conversation(NamedTuple):
+    place: str
+    kind: Kind
+    turns: list
+    problem: str = ""  # why it is left out, in words that follow a number of rows
+
+
+def turns_of(messages):
+    """What stands before an answer is its prompt; what stands after the last one is left out."""
     turns = []
-    template = ""
+    prompts = []
+    for message in messages:
+        if message.role == "assistant":
+            turns.append(Turn("\n".join(filter(None, prompts)), message.text or "", message.is_learned))
+            prompts = []
+        else:
+            prompts.append(message.text)
+    return turns
+
+
+NO_RESPONSE = "without a response"
+
+
+def problem_of(messages):
+    """Returns why messages are no conversation to learn from, or ""."""
+    roles = [message.role for message in messages]
+    if not messages:
+        return "without messages"
+    if roles[0] == "assistant":
+        return "that begin with an answer"
+    if ("assistant", "assistant") in itertools.pairwise(roles):
+        return "with two answers in a row"
+    if any(message.has_calls for message in messages):
+        return "with a call of a tool"
+    if any(message.text is None for message in messages):
+        return "with a message without content"
+    if any(message.role == "assistant" and not message.text.strip() for message in messages):
+        return NO_RESPONSE
+    return ""
+
+
+def conversations(rows, text_rule=AS_IT_STANDS):
+    """Returns the Conversation of each (place, row). Raises Refusal.
+
+    Runs from before text was learned as it stands go on with all of their rows, also those in which a
+    turn is missing.
+    """
+    result = []
     for place, row in rows:
-        columns = row.keys() if isinstance(row, dict) else ()
-        kinds = [kind for kind in KINDS if all(column in columns for column in kind.columns)]
-        kind = kinds[0] if kinds else KINDS[0]
-        try:
-            turns.append(kind.turns(row, functools.partial(field_text, place)))
-        except ValueError as e:
-            raise Refusal(f"{place}: {e}")
-        template = template or kind.template
-    return turns, template
+        kind = kind_of(row)
+        messages = kind.messages(row, place, kind.columns)
+        problem = "" if text_rule == STRIPPED else problem_of(messages)
+        messages = [
+            message._replace(text=by_text_rule(message.text or "", text_rule)) for message in messages
+        ]
+        result.append(Conversation(place, kind, turns_of(messages), problem))
+    return result
+
+
+def default_template(conversations):
+    """Returns the template of the conversations' kind. Raises Refusal where they have several."""
+    if not conversations:
+        return ""
+    first = conversations[0]
+    for other in conversations:
+        if other.kind.template != first.kind.template:
+            kinds = [" and ".join(conversation.kind.columns) for conversation in (first, other)]
+            raise Refusal(
+                f"{first.place} has {kinds[0]}, {other.place} has {kinds[1]}: each kind has another "
+                "template; --template=... is one for all rows"
+            )
+    return first.kind.template
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -156,21 +296,21 @@ def conversations(rows):
 
 
 def encode(turns, tokenizer, template):
-    """Returns (idx, targets), or None where no response has text. Prompt and response are encoded apart:
+    """Returns (idx, targets), or None where nothing is learned. Prompt and response are encoded apart:
     their boundary is one between tokens, and a prompt's ids are those that sample.py makes of it.
     """
     ids = []
-    is_learned = []
-    for prompt, response in turns:
+    is_target = []
+    for prompt, response, is_learned in turns:
         text = render(template, prompt)
         new_ids = tokenizer.encode_more(text) if ids else prompt_ids(tokenizer, text)
         response_ids = tokenizer.encode_more(response) + [tokenizer.eot] if response else []
         ids += new_ids + response_ids
-        is_learned += [False] * len(new_ids) + [True] * len(response_ids)
-    if not any(is_learned):
+        is_target += [False] * len(new_ids) + [is_learned] * len(response_ids)
+    if not any(is_target):
         return None
     ids = np.array(ids, np.int64)
-    return ids[:-1], np.where(is_learned, ids, -100)[1:]
+    return ids[:-1], np.where(is_target, ids, -100)[1:]
 
 
 def encode_rows(conversations, tokenizer, template, T, name):
@@ -181,21 +321,34 @@ def encode_rows(conversations, tokenizer, template, T, name):
         tokenizer.encode(template.replace("{prompt}", ""))
     except ValueError as e:
         raise Refusal(f"the template {template!r:.120}: {e}; --template=... is another")
-    try:
-        encoded = [encode(turns, tokenizer, template) for turns in conversations]
-    except ValueError as e:  # a character that a character model lacks
-        raise Refusal(f"{name}: {e}")
-    answered = [example for example in encoded if example]
-    examples = [example for example in answered if len(example[0]) <= T]
+    examples = []
+    left_out = {}  # the reason, in words: the places of the rows
+    for conversation in conversations:
+        try:
+            example = None if conversation.problem else encode(conversation.turns, tokenizer, template)
+        except ValueError as e:  # a character that a character model lacks
+            raise Refusal(f"{conversation.place}: {e}")
+        if example and len(example[0]) <= T:
+            examples.append(example)
+            continue
+        reason = conversation.problem or NO_RESPONSE
+        if example:
+            reason = f"that are longer than {T} tokens"
+        left_out.setdefault(reason, []).append(conversation.place)
+    reasons = "; left out: " if left_out else ""
+    reasons += ", ".join(
+        f"{len(places):,} {reason} ({first_places(places)})" for reason, places in left_out.items()
+    )
     if not examples:
-        raise Refusal(f"{name}: none of its {len(encoded)} rows has a response and fits in {T} tokens")
-    message = f"{name}: {len(examples):,} rows"
-    if len(encoded) > len(examples):
-        message += (
-            f"; left out: {len(answered) - len(examples):,} that are longer than {T} tokens, "
-            f"{len(encoded) - len(answered):,} without a response"
-        )
-    return examples, message
+        n = len(conversations)
+        raise Refusal(f"{name}: none of its {n} rows has a response and fits in {T} tokens{reasons}")
+    return examples, f"{name}: {len(examples):,} rows{reasons}"
+
+
+def first_places(places):
+    """Returns the first three places, in words."""
+    more = ", ..." if len(places) > 3 else ""
+    return ", ".join(places[:3]) + more
 
 
 # -----------------------------------------------------------------------------------------------------

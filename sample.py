@@ -20,7 +20,7 @@ import onnx_model
 import rmsnorm
 from checkpoint import open_given
 from config import Refusal, new_lines, run
-from data import prompt_ids, render
+from data import STRIPPED, by_text_rule, prompt_ids, render, text_rule
 from device import check_memory, resolve
 from model import kv_cache_bytes
 from rmsnorm import choose_rmsnorm
@@ -285,9 +285,10 @@ def main(cfg):
     if cfg.start:
         starts = read_start(cfg.start)
     template = "" if cfg.raw else str(config.get("template", ""))
+    rule = text_rule(config)
     if template:
         # an empty one starts a document, as ever
-        starts = [start and render(template, start) for start in starts]
+        starts = [start and render(template, by_text_rule(start, rule)) for start in starts]
     most = min(cfg.max_new_tokens, model.config.block_size)
     needs = kv_cache_bytes(model.config, cfg.num_samples * len(starts), most, compute.dtype.itemsize)
     check_memory(compute.device, needs, "try a smaller num_samples")
@@ -296,7 +297,8 @@ def main(cfg):
         prompts = [prompt_ids(tokenizer, text) for text in texts]
         print(message)
         if template and any(starts):
-            print(f"each prompt is put into {template!r}; --raw leaves it as it is")
+            stripped = ", without the space around it" if rule == STRIPPED else ""
+            print(f"each prompt is put into {template!r}{stripped}; --raw leaves it as it is")
         steps = generate(
             model,
             prompts,

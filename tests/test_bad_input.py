@@ -663,7 +663,7 @@ CASES = [
     (
         "finetune_lora",
         "--out_dir=n --dataset=other_rows.json",
-        "other_rows.json row 1 has no column 'prompt'; rows have prompt and response, instruction and output, or messages; here is: question",
+        "other_rows.json row 1 has no column 'prompt'; rows have prompt and response, instruction and output, messages, conversations, or prompt and completion; here is: question",
     ),
     (
         "finetune_lora",
@@ -673,7 +673,7 @@ CASES = [
     ("finetune_lora", "--out_dir=n --dataset=number.json", "not text but 5"),
     ("finetune_lora", "--out_dir=n --dataset=role.json", "a role is 'tool'"),
     ("finetune_lora", "--out_dir=n --dataset=no_role.json", "no column 'role'"),
-    ("finetune_lora", "--out_dir=n --dataset=no_list.json", "no column 'role'"),
+    ("finetune_lora", "--out_dir=n --dataset=no_list.json", "not a list of messages but 5"),
     ("finetune_lora", "--out_dir=n --dataset=scalar.json", "it is a int"),
     ("finetune_lora", "--out_dir=n --dataset=object.json", "not an array of rows but a dict"),
     ("finetune_lora", "--out_dir=n --dataset=none.json", "needs two rows"),

@@ -1,6 +1,7 @@
 """Fine-tuning: masks by hand, packing, resuming to the bit, adapters and their base, and the whole of it from the command line."""
 
 import contextlib
+import copy
 import json
 import os
 import shutil
@@ -32,8 +33,12 @@ from config import Refusal, configure
 from data import count_targets, prompt_ids, render
 from rows import (
     MORAL_SEED,
+    Turn,
     conversations,
+    default_template,
     encode,
+    encode_rows,
+    kind_of,
     pack,
     packed_batch,
     read_rows,
@@ -113,7 +118,7 @@ def shown(example):
     "row, template, read, learned",
     [
         ({"prompt": "ab", "response": "cd"}, "Q{prompt}A", "$QabAcd", "____cd$"),
-        ({"prompt": " ab\n", "response": " cd "}, "{prompt}\n", "$ab\ncd", "___cd$"),
+        ({"prompt": " ab\n", "response": "\tcd "}, "{prompt}\n", "$ ab\n\n\tcd ", "_____\tcd $"),
         ({"prompt": "", "response": "c"}, "Q{prompt}A", "$QAc", "__c$"),
         (
             {"prompt": "{x}{prompt}", "response": "c"},
@@ -123,6 +128,7 @@ def shown(example):
         ),  # braces in it are only braces
         ({"instruction": "ab", "input": "", "output": "cd"}, "Q{prompt}A", "$QabAcd", "____cd$"),
         ({"instruction": "ab", "output": "cd"}, "Q{prompt}A", "$QabAcd", "____cd$"),
+        ({"prompt": " ab", "completion": " cd"}, "{prompt}", "$ ab cd", "___ cd$"),
         (
             {"instruction": "ab", "input": "xy", "output": "cd", "text": 5},
             "Q{prompt}A",
@@ -152,28 +158,191 @@ def shown(example):
         ),
         (
             {
-                "messages": [
-                    {"role": "user", "content": "a"},
-                    {"role": "assistant", "content": ""},
-                    {"role": "user", "content": "b"},
-                    {"role": "assistant", "content": "c"},
+                "conversations": [
+                    {"from": "system", "value": ""},
+                    {"from": "human", "value": " a"},
+                    {"from": "gpt", "value": "bc\n"},
                 ]
             },
             "Q{prompt}A",
-            "$QaAQbAc",
-            "______c$",
+            "$Q aAbc\n",
+            "____bc\n$",
         ),
+        (
+            {
+                "messages": [
+                    {
+                        "role": "user",
+                        "content": [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}],
+                    },
+                    {"role": "assistant", "content": [{"type": "text", "text": "c"}]},
+                ]
+            },
+            "Q{prompt}A",
+            "$Qa bAc",
+            "_____c$",
+        ),
+        (
+            {
+                "prompt": [
+                    {"role": "user", "content": "a"},
+                    {"role": "assistant", "content": "b"},
+                    {"role": "user", "content": "c"},
+                ],
+                "completion": [{"role": "assistant", "content": "d"}],
+            },
+            "Q{prompt}A",
+            "$QaAb$QcAd",
+            "________d$",
+        ),  # an answer in the prompt is not learned
     ],
 )
 def test_masks_by_hand(row, template, read, learned):
-    [turns], _ = conversations([("here", row)])
-    assert shown(encode(turns, BYTES, template)) == [read, learned]
+    [conversation] = conversations([("here", row)])
+    assert shown(encode(conversation.turns, BYTES, template)) == [read, learned]
+    assert conversation.problem == ""
+
+
+def chat(*messages):
+    """A row with messages, given as role and content."""
+    return {"messages": [{"role": role, "content": content} for role, content in messages]}
+
+
+CALL = {"role": "assistant", "content": "I ask.", "tool_calls": [{"id": 1}]}
+
+
+@pytest.mark.parametrize(
+    "row, problem",
+    [
+        (chat(("user", "a"), ("assistant", "b"), ("assistant", "c")), "with two answers in a row"),
+        (chat(("user", "a"), ("assistant", None)), "with a message without content"),
+        (chat(("user", None), ("assistant", "b")), "with a message without content"),
+        (chat(("user", []), ("assistant", "b")), "with a message without content"),
+        (
+            chat(("user", "a"), ("assistant", " \n"), ("user", "b"), ("assistant", "c")),
+            "without a response",
+        ),
+        (chat(("user", "a")), "without a response"),
+        (chat(), "without messages"),
+        ({"prompt": [], "completion": []}, "without messages"),
+        (chat(("assistant", "a"), ("user", "b"), ("assistant", "c")), "that begin with an answer"),
+        ({"messages": [*chat(("user", "a"))["messages"], CALL]}, "with a call of a tool"),
+        (
+            {"messages": [*chat(("user", "a"))["messages"], CALL | {"content": None}]},
+            "with a call of a tool",
+        ),
+        ({"prompt": "a", "response": None}, "without a response"),
+        ({"prompt": "a", "response": "  "}, "without a response"),
+        ({"instruction": "a", "output": ""}, "without a response"),
+    ],
+)
+def test_rows_that_are_no_conversation_are_counted_with_their_places(row, problem):
+    good = {"prompt": "a", "response": "b"}
+    rows = [("r.jsonl line 1", good), ("r.jsonl line 2", row)]
+    examples, line = encode_rows(conversations(rows), BYTES, "{prompt}:", 48, "r.jsonl")
+    assert [shown(example) for example in examples] == [["$a:b", "__b$"]]
+    assert line == f"r.jsonl: 1 rows; left out: 1 {problem} (r.jsonl line 2)"
+    with pytest.raises(Refusal, match=f"none of its 5 rows .*; left out: 5 {problem} ") as e:
+        encode_rows(conversations([("x", row)] * 5), BYTES, "{prompt}:", 48, "r.jsonl")
+    assert str(e.value).endswith("(x, x, x, ...)")
+
+
+@pytest.mark.parametrize(
+    "row, words",
+    [
+        ({"messages": None}, "r line 3: column 'messages' is not a list of messages but null"),
+        ({"messages": "hello"}, "r line 3: column 'messages' is not a list of messages but 'hello'"),
+        ({"conversations": None}, "column 'conversations' is not a list of messages but null"),
+        (chat(("tool", "x")), "r line 3, message 1 of 'messages': a role is 'tool', which is not read"),
+        (chat(("user", "x"), ("developer", "y")), "message 2 of 'messages': a role is 'developer'"),
+        ({"conversations": [{"from": "function_call", "value": "x"}]}, "a role is 'function_call'"),
+        ({"messages": [{"role": "user"}]}, "no column 'content'; a message has role and content"),
+        ({"messages": [None]}, "no column 'role'; a message has .*: none, as it is a NoneType"),
+        (
+            chat(("user", [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {}}])),
+            "a part of its content is of type 'image_url'; only text is read",
+        ),
+        (chat(("user", ["a"])), "a part of a content has type and text"),
+        (chat(("user", 5)), "not text but 5"),
+        ({"prompt": "a", "completion": [{"role": "assistant", "content": "b"}]}, "not text but"),
+        ({"prompt": [], "completion": "b"}, "not text but"),
+        ({"prompt": [], "completion": None}, "not text but"),
+    ],
+)
+def test_rows_that_cannot_be_read_are_refused_with_their_places(row, words):
+    with pytest.raises(Refusal, match=words) as e:
+        conversations([("r line 1", {"prompt": "a", "response": "b"}), ("r line 3", row)])
+    assert str(e.value).startswith("r line 3")
+
+
+def test_rows_of_several_kinds_need_a_template_and_a_shuffle_does_not_choose_it(shop):
+    pair = {"prompt": "a", "response": "b"}
+    rows = [*[pair] * 5, *[chat(("user", "a"), ("assistant", "b"))] * 5]
+    (shop / "mixed.json").write_text(json.dumps(rows))
+    for seed in range(4):
+        with pytest.raises(
+            Refusal, match=r"mixed.json row \d+ has \w.* mixed.json row \d+ has .*--template"
+        ):
+            finetune(shop, "--dataset=mixed.json", "--out_dir=mixed", f"--seed={seed}")
+    (shop / "chat.json").write_text(json.dumps(rows[5:]))
+    with pytest.raises(
+        Refusal, match="rows.jsonl line .* has prompt and response, chat.json row 1 has m"
+    ):
+        finetune(shop, "--val_dataset=chat.json", "--out_dir=mixed")
+    finetune(shop, "--dataset=mixed.json", "--template={prompt}:", "--out_dir=mixed", "--max_iters=1")
+    # each row by its own kind: with one template all of these say the same
+    same_text = [
+        ("", row)
+        for row in (
+            rows[0],
+            rows[5],
+            {"prompt": "a", "completion": "b"},
+            {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+            {"instruction": "a", "input": "", "output": "b"},
+            # in a table each row has all columns
+            rows[5] | {"prompt": None, "response": None, "conversations": None},
+            {"prompt": "a", "response": None, "completion": "b", "messages": None},
+        )
+    ]
+    for conversation in conversations(same_text):
+        assert conversation.turns == [Turn("a", "b")] and not conversation.problem
+    chats = conversations([same_text[1], same_text[3], same_text[5]])
+    assert default_template(chats) == "User:\n{prompt}\n\nAssistant:\n"
+
+
+def test_rows_are_read_as_trl_reads_them():
+    """Roles and texts as maybe_convert_to_chatml makes them; prompt and completion joined as by SFTTrainer."""
+    data_utils = pytest.importorskip("trl.data_utils")
+    rows = [
+        chat(("system", "s"), ("user", " a"), ("assistant", "b\n"), ("user", "c"), ("assistant", "d")),
+        {"conversations": [{"from": "user", "value": "a "}, {"from": "assistant", "value": " b"}]},
+        {
+            "prompt": [{"role": "user", "content": "a"}],
+            "completion": [{"role": "assistant", "content": "b"}],
+        },
+        {
+            "prompt": [{"from": "user", "value": "a"}],
+            "completion": [{"from": "assistant", "value": "b"}],
+        },
+    ]
+    for row in rows:
+        expected = data_utils.maybe_convert_to_chatml(copy.deepcopy(row))
+        expected = expected.get("messages") or expected["prompt"] + expected["completion"]
+        kind = kind_of(row)
+        messages = kind.messages(row, "", kind.columns)
+        assert [{"role": message.role, "content": message.text} for message in messages] == expected
+    row = {"prompt": "The sky is", "completion": " blue."}
+    assert not data_utils.is_conversational(row)
+    [conversation] = conversations([("", row)])
+    idx, targets = encode(conversation.turns, BYTES, default_template([conversation]))
+    assert BYTES.decode(idx[1:]) == row["prompt"] + row["completion"]
+    assert BYTES.decode(targets[targets >= 0][:-1]) == row["completion"]
 
 
 def test_a_prompt_has_the_same_ids_in_training_and_in_sampling():
     """Also where joined texts would be merged over the boundary: the tokenizer has a token for "ab" and one for " cat"."""
     tokenizer = Tokenizer.train(["ab cat"] * 9, 263)
-    idx, targets = encode([("x a", "b cat")], tokenizer, "{prompt}")
+    idx, targets = encode([Turn("x a", "b cat")], tokenizer, "{prompt}")
     prompt = prompt_ids(tokenizer, render("{prompt}", "x a"))
     assert (
         idx[: len(prompt)].tolist() == prompt
@@ -190,24 +359,19 @@ def test_every_file_format_gives_the_same_rows(tmp_path, monkeypatch, hub):
     from pyarrow.parquet import write_table
 
     monkeypatch.chdir(tmp_path)
-    chat = [
-        {
-            "messages": [
-                {"role": "user", "content": p["prompt"]},
-                {"role": "assistant", "content": p["response"]},
-            ]
-        }
-        for p in PAIRS
-    ]
-    for rows in PAIRS, chat:
+    chats = [chat(("user", p["prompt"]), ("assistant", p["response"])) for p in PAIRS]
+    for rows in PAIRS, chats:
         Path("r.jsonl").write_text("".join(json.dumps(row) + "\n\n" for row in rows))
         Path("r.json").write_text(json.dumps(rows, indent=1))
         write_table(pa.Table.from_pylist(rows), "r.parquet")
         hub.splits = {"train": iter(rows)}
         for dataset in "r.jsonl", "r.json", "r.parquet", "hf:me/rows":
-            assert conversations(read_rows(dataset))[0] == [
-                [(p["prompt"], p["response"])] for p in PAIRS
+            assert [conversation.turns for conversation in conversations(read_rows(dataset))] == [
+                [Turn(p["prompt"], p["response"])] for p in PAIRS
             ], dataset
+    hub.splits = {"train": iter([PAIRS[0], {"messages": None}])}
+    with pytest.raises(Refusal, match="hf:me/rows row 2: column 'messages' is not a list"):
+        conversations(read_rows("hf:me/rows"))
 
 
 # Packing
@@ -275,8 +439,8 @@ def test_rows_that_do_not_fit_are_left_out_whole_and_counted(shop, capsys):
     finetune(shop, "--dataset=long.jsonl", "--val_dataset=rows.jsonl", "--out_dir=long", "--max_iters=1")
     out = capsys.readouterr().out
     assert (
-        f"long.jsonl, to learn from: {len(PAIRS)} rows; left out: 2 that are longer than 48 tokens, 1 without a response; in "
-        in out
+        f"long.jsonl, to learn from: {len(PAIRS)} rows; left out: 2 that are longer than 48 tokens "
+        "(long.jsonl line 21, long.jsonl line 23), 1 without a response (long.jsonl line 22); in " in out
     )
     assert f"rows.jsonl, held out: {len(PAIRS)} rows\n" in out
     (shop / "only.jsonl").write_text(json.dumps(long) + "\n")
@@ -291,14 +455,15 @@ def test_the_held_out_loss_is_that_of_each_response_token_once(shop, capsys):
         learn, held_out = split_rows(
             configure(ft.Config, ["--dataset=rows.jsonl", "--val_fraction=0.3"])
         )
-    assert len(held_out) == 6 and sorted(row["prompt"] for _, row in learn + held_out) == sorted(
+    turns = [turn for conversation in learn + held_out for turn in conversation.turns]
+    assert len(held_out) == 6 and sorted(turn.prompt for turn in turns) == sorted(
         p["prompt"] for p in PAIRS
     )
     nats = []
-    for _, row in held_out:
+    for turn in turns[-6:]:
         prompt, response = (
-            [tokenizer.eot, *tokenizer.encode(row["prompt"] + "\n")],
-            [*tokenizer.encode(row["response"]), tokenizer.eot],
+            [tokenizer.eot, *tokenizer.encode(turn.prompt + "\n")],
+            [*tokenizer.encode(turn.response), tokenizer.eot],
         )
         with torch.no_grad():
             logp = model(torch.tensor([prompt + response]))[0][0].log_softmax(-1)
@@ -347,6 +512,115 @@ def test_stop_and_resume_is_an_uninterrupted_run_to_the_bit(shop, rank, name, dt
         )
         with pytest.raises(Refusal, match="rank=2, which cannot become 4"):
             resume(shop, "parts2", "--rank=4")
+
+
+def test_a_run_from_before_text_was_learned_as_it_stands_goes_on_by_its_own_rule(shop, capsys):
+    """Of rows with space around their texts it learned what a run now learns of the same rows without it."""
+    plain = [
+        *PAIRS,
+        chat(
+            ("user", "Who is Tom?\nThe fox?"), ("assistant", "A fox."), ("user", "b"), ("assistant", "c")
+        ),
+    ]
+    older = [
+        *({"prompt": f"\n {p['prompt']}  ", "response": f"\t{p['response']}\n"} for p in PAIRS),
+        chat(
+            ("system", ""),
+            ("user", "Who is Tom?\n"),
+            ("user", " The fox?"),
+            ("assistant", " A fox.\n"),
+            ("user", "b "),
+            ("assistant", " c"),
+        ),
+    ]
+    args = ["--dataset=aged.json", "--template=Q: {prompt}\\n"]
+
+    def change_to(rows):
+        (shop / "aged.json").write_text(json.dumps(rows))
+
+    change_to(plain)
+    finetune(shop, *args, "--out_dir=unaged")
+    finetune(shop, *args, "--out_dir=aged", "--max_iters=4", "--lr_decay_iters=8")
+    assert adapter(shop, "aged")["config"]["text_rule"] == "as it stands"
+    change_to(older)
+    with pytest.raises(Refusal, match="other rows than when"):
+        resume(shop, "aged", "--max_iters=8")
+    for name in "adapter.pt", "adapter_best.pt":
+        content = adapter(shop, "aged", name)
+        del content["config"]["text_rule"]
+        torch.save(content, shop / "aged" / name)
+    capsys.readouterr()
+    resume(shop, "aged", "--max_iters=8")
+    assert "template: 'Q: {prompt}\\n', text without the space around it\n" in capsys.readouterr().out
+    unaged, aged = adapter(shop, "unaged"), adapter(shop, "aged")
+    for key in "adapters", "optimizers", "val_loss", "step":
+        assert same(unaged[key], aged[key]), key
+    assert aged["config"]["text_rule"] == "stripped"
+
+    # its prompts are put into the template by the same rule, also once it is merged
+    with contextlib.chdir(shop):
+        for out_dir in "aged", "unaged":
+            ft.main(configure(ft.Config, ["--merge", f"--out_dir={out_dir}"]))
+    for model, written in {
+        "--adapter=aged": "Q: Why\n",
+        "--out_dir=aged": "Q: Why\n",
+        "--adapter=unaged": "Q:  Why \n",
+        "--out_dir=unaged": "Q:  Why \n",
+    }.items():
+        capsys.readouterr()
+        with contextlib.chdir(shop):
+            keys = [model, "--start= Why ", "--max_new_tokens=1", "--device=cpu"]
+            sample.main(configure(sample.Config, keys))
+        out = capsys.readouterr().out
+        assert out.split("-" * 80)[1].startswith(f"\n{written}"), model
+        assert (", without the space around it;" in out) == ("unaged" not in model)
+    # what is only looked at is looked at by its own rule, what learns anew learns as text stands
+    figures = {}
+    for rows, out_dir, keys in (
+        (older, "aged", ["--eval_only"]),
+        (plain, "unaged", ["--eval_only"]),
+        (older, "aged", ["--max_iters=1"]),
+        (older, "unaged", ["--max_iters=1"]),
+    ):
+        change_to(rows)
+        finetune(
+            shop,
+            "--dataset=aged.json",
+            f"--init_from={out_dir}",
+            "--out_dir=looked",
+            "--overwrite",
+            *keys,
+        )
+        line = next(line for line in capsys.readouterr().out.splitlines() if "nats a token" in line)
+        figures.setdefault(keys[0], []).append(line)
+    for lines in figures.values():
+        assert lines[0] == lines[1]
+    assert figures["--eval_only"][0].partition(":")[2] != figures["--max_iters=1"][0].partition(":")[2]
+    assert adapter(shop, "looked")["config"]["text_rule"] == "as it stands"
+
+
+def test_code_is_learned_with_its_indentation(shop):
+    """Word for word, spaces first, from rows whose prompt ends in a newline too."""
+    rows = [
+        {"prompt": f"def {name}(a, b):\n", "completion": f"    return a {sign} b\n"}
+        for name, sign in (("add", "+"), ("sub", "-"))
+    ]
+    (shop / "code.json").write_text(json.dumps(rows))
+    finetune(
+        shop,
+        "--dataset=code.json",
+        "--val_dataset=code.json",
+        "--out_dir=code",
+        "--rank=8",
+        "--alpha=32",
+        "--max_iters=100",
+        "--eval_interval=100",
+    )
+    with contextlib.chdir(shop):
+        model, tokenizer = checkpoint.open_checkpoint("", adapter="code").restore()
+    prompts = [prompt_ids(tokenizer, row["prompt"]) for row in rows]
+    written, _ = complete(sample.generate(model, prompts, 30, temperature=0, stop=tokenizer.eot))
+    assert [tokenizer.decode_more(ids) for ids in written] == [row["completion"] for row in rows]
 
 
 def test_two_processes_are_one(shop):
@@ -529,7 +803,7 @@ def test_no_moral_story_is_in_two_places():
     rows = [row["prompt"] for row in toy_stories.moral_rows(400, MORAL_SEED)]
     learn, held_out = split_rows(ft.Config())
     assert (
-        [row["prompt"] for _, row in learn + held_out] == rows
+        [conversation.turns[0].prompt for conversation in learn + held_out] == rows
         and len(set(rows)) == 400
         and len(learn) == 200
     )
@@ -579,7 +853,8 @@ def test_the_morals_are_counted_right(shop, monkeypatch):
         for _, row in rows
         if row["response"][3:-1] not in row["prompt"]
     ]
-    line = ft.moral_lines(model, tokenizer, rows, "{prompt}\n", CPU).splitlines()[0]
+    held_out = conversations(rows)
+    line = ft.moral_lines(model, tokenizer, held_out, "{prompt}\n", CPU).splitlines()[0]
     assert line == (
         f"moral of 60 held-out stories: answered word for word {share:.1%} ({sum(unsaid)} of the {len(unsaid)} that leave it unsaid), "
         f"the likeliest of the 11 {share:.1%} (chance 9.1%)"

@@ -9,6 +9,7 @@ from test_model import build, tokens
 import finetune_lora
 import train
 from config import configure
+from data import AS_IT_STANDS, STRIPPED, text_rule
 from model import ModelConfig, Transformer
 from sample import generate, next_token, penalized, read_start
 
@@ -47,6 +48,12 @@ def test_a_prompt_is_taken_as_it_stands_but_for_its_new_lines():
         configure(finetune_lora.Config, [f"--template={{prompt}}{typed}"]).template
         == f"{{prompt}}{meant}"
     )
+
+
+def test_the_text_rule_of_configs_with_and_without_one():
+    assert text_rule({}) == text_rule({"template": ""}) == AS_IT_STANDS
+    assert text_rule({"template": "{prompt}"}) == STRIPPED
+    assert text_rule({"template": "{prompt}", "text_rule": AS_IT_STANDS}) == AS_IT_STANDS
 
 
 def complete(steps):
