@@ -637,7 +637,9 @@ def write_folder(cfg, model, tokenizer, ckpt, ids, folder):
     """
     start = str(ckpt.config.get("start", ""))
     fingerprint = checkpoint.fingerprint(ckpt.state)
-    description = onnx_model.describe(model.config, tokenizer, start, ckpt.template, fingerprint)
+    description = onnx_model.describe(
+        model.config, tokenizer, start, ckpt.template, fingerprint, ckpt.text_rule
+    )
     text = json.dumps(description, indent=1)
     tokenizer.save(folder / "tokenizer.json")
     write_atomic(str(folder / "config.json"), lambda f: f.write(text.encode()))

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import checkpoint
 from config import Refusal, hf_name, is_hf, run
+from data import text_rule
 from folders import new_folder
 from interop import hf_folder, hf_layout
 from tokenizer import bos_processor
@@ -101,9 +102,12 @@ def write_peft_adapter(folder, base, model, adapter):
     """Fills the folder with what PEFT reads, of our loaded adapter. Raises ValueError."""
     lora_config = checkpoint.lora_config(adapter)
     config, tensors = hf_layout.to_peft(model.config, lora_config, adapter["adapters"])
-    template = str(adapter["config"].get("template", ""))
-    sha256 = adapter["base_sha256"]
-    write_tensors(folder / "adapter_model.safetensors", tensors, base_sha256=sha256, template=template)
+    notes = {
+        "base_sha256": adapter["base_sha256"],
+        "template": str(adapter["config"].get("template", "")),
+        "text_rule": text_rule(adapter["config"]),
+    }
+    write_tensors(folder / "adapter_model.safetensors", tensors, **notes)
     config["base_model_name_or_path"] = hf_name(base) if is_hf(base) else None
     write_json(folder / "adapter_config.json", config)
 
@@ -113,6 +117,7 @@ def write_own_adapter(folder, name, ckpt, model):
     settings, tensors, peft_base, notes = hf_folder.load_adapter(hf_name(name), model.config)
     settings["base_dataset"] = ckpt.dataset
     settings["template"] = notes.get("template", ckpt.template)
+    settings["text_rule"] = text_rule(notes) if "template" in notes else ckpt.text_rule
     sha256 = notes.get("base_sha256") or checkpoint.fingerprint(ckpt.state)
     ckpt.adapter_path = name
     ckpt.adapter = {"config": settings, "adapters": tensors, "base": peft_base, "base_sha256": sha256}

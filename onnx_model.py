@@ -18,6 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from config import Refusal
+from data import AS_IT_STANDS, text_rule
 from folders import advice
 from interop.foreign_tokenizer import ForeignTokenizer
 from model import ModelConfig
@@ -26,7 +27,7 @@ from tokenizer import Tokenizer
 FORMAT = 4  # 1 had no fingerprint, 2 the keys and values of a row together, 3 no bos
 
 
-def describe(c, tokenizer, start, template, fingerprint):
+def describe(c, tokenizer, start, template, fingerprint, text_rule=AS_IT_STANDS):
     """Returns config.json, a dict: what a reader needs beside the weights and the tokenizer.
 
     fingerprint is that of the weights; the graphs carry it too.
@@ -45,6 +46,7 @@ def describe(c, tokenizer, start, template, fingerprint):
         "tokenizer_sha256": tokenizer.sha256,
         "start": start,
         "template": template,
+        "text_rule": text_rule,
         "fingerprint": fingerprint,
     }
 
@@ -281,7 +283,7 @@ def read_text(folder, name):
 
 def check_description(config, c, tokenizer):
     """Raises ValueError where config.json is not what describe() makes of its model and tokenizer."""
-    texts = [str(config[key]) for key in ("start", "template", "fingerprint")]
+    texts = [str(config[key]) for key in ("start", "template", "fingerprint", "text_rule")]
     for key, value in describe(c, tokenizer, *texts).items():
         if key != "model" and config[key] != value:  # model may lack a setting that came later
             message = f"{key} is {config[key]!r:.60}"
@@ -305,6 +307,7 @@ def load(path):
         if config["format"] != FORMAT:
             message = f"format {config['format']!r}; this version reads format {FORMAT}"
             raise ValueError(f"{message}: export the model again, with --overwrite")
+        config.setdefault("text_rule", text_rule(config))  # exports from before it was kept
         c = ModelConfig(**config["model"])
         kind = config["tokenizer"]
         eot = config["eot"]

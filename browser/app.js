@@ -63,13 +63,14 @@ function cut(n) {
 const lastHalf = () => Math.max(0, tokens.length - Math.max(1, Math.floor(config.block_size / 2)));
 
 const EDGES = /^[\p{White_Space}\x1c-\x1f]+|[\p{White_Space}\x1c-\x1f]+$/gu;  // what Python's strip() takes away
+const byTextRule = prompt => config.text_rule === "as it stands" ? prompt : prompt.replace(EDGES, "");  // as in data.py
 
 /** Makes this text the story; what begins alike stays, in the cache too. Throws for text that the tokenizer cannot encode. */
 function setText(now) {
   if (tokens.length && now === text()) return;
   let ids = tokenizer.encode(now), n = 0, m = 0;  // tokens alike at the start, and at the end
   if (config.template && ids[0] !== tokens.find((_, i) => !isStart(i))?.id)  // another story: its text is a prompt
-    ids = tokenizer.encode(config.template.split("{prompt}").join(now.replace(EDGES, "")));
+    ids = tokenizer.encode(config.template.split("{prompt}").join(byTextRule(now)));
   if (tokenizer.kind !== "char" || !ids.length) ids = [config.bos, ...ids];  // as prompt_ids in sample.py
   const old = ended() ? tokens.slice(0, -1) : [...tokens], most = Math.min(ids.length, old.length);
   while (n < most && old[n].id === ids[n]) n++;

@@ -287,7 +287,7 @@ def load_adapter(name, c):
 
 
 def read_notes(path):
-    """Returns what hf.py notes in an adapter that it writes, base_sha256 and template, or nothing."""
+    """Returns what hf.py notes in an adapter that it writes, base_sha256, template and text_rule, or nothing."""
     if not os.path.exists(path):
         return {}
     from safetensors import safe_open

@@ -44,7 +44,7 @@ import sample
 import serve
 import train
 from config import Refusal, configure
-from data import prompt_ids, render
+from data import AS_IT_STANDS, STRIPPED, by_text_rule, prompt_ids, render
 from model import Transformer
 from tokenizer import Tokenizer
 
@@ -916,13 +916,14 @@ def test_a_changed_word_leaves_the_rest_the_models(page):
 
 
 @pytest.mark.slow
-def test_a_fine_tuned_model_gets_its_template(browser, story_teller, folder_copy):
+@pytest.mark.parametrize("rule", [AS_IT_STANDS, STRIPPED])
+def test_a_fine_tuned_model_gets_its_template(browser, story_teller, folder_copy, rule):
     template = "Q: {prompt}\nA:"
-    edit_config(folder_copy, template=template, start="FILE:x")
+    edit_config(folder_copy, template=template, start="FILE:x", text_rule=rule)
     with opened(browser, folder_copy) as page:
         assert page.editor() == "FILE:x"  # a text, as any
         for prompt in "Why?", "\x85\x1f Why \ufeff", "  ":
-            rendered = render(template, prompt)
+            rendered = render(template, by_text_rule(prompt, rule))
             text, _ = generated(story_teller, rendered)
             assert page.write(prompt, temperature=0) == rendered + text
             page.new_story()

@@ -172,6 +172,7 @@ def test_the_folder_is_whole_and_says_what_it_is(lab):
         "tokenizer": "bpe",
         "start": "Once",
         "template": "Q: {prompt}",
+        "text_rule": "stripped",  # as the checkpoint has none
     }
     assert {key: config[key] for key in reference} == reference
     assert config["model"]["n_embd"] == 32
@@ -260,6 +261,7 @@ def test_generate_gives_the_models_text(lab, exported):
         "--start=Once --num_samples=2 --max_new_tokens=30",
         "--raw --temperature=0",
         "--start=FILE:prompts --seed=3 --top_k=5",
+        "--start=\\nOnce\\n --temperature=0",
     ],
 )
 def test_sample_writes_the_same_text(lab, settings, capsys, monkeypatch):
@@ -272,6 +274,19 @@ def test_sample_writes_the_same_text(lab, settings, capsys, monkeypatch):
         texts.append(lines)
     assert texts[0] == texts[1] == texts[2]
     assert len("".join(texts[0])) > 250
+
+
+@pytest.mark.parametrize(
+    "rule, shown", [(None, "Q: Why?"), ("stripped", "Q: Why?"), ("as it stands", "Q:  Why? ")]
+)
+def test_a_prompt_is_taken_by_the_rule_of_the_export(rule, shown, folder_copy, capsys):
+    """An export from before the rule was kept has none."""
+    change_config(folder_copy, lambda config: config.pop("text_rule"))
+    if rule:
+        change_config(folder_copy, lambda config: config.update(text_rule=rule))
+    keys = [f"--onnx={folder_copy}", "--start= Why? ", "--max_new_tokens=1"]
+    sample.main(configure(sample.Config, keys))
+    assert capsys.readouterr().out.split("-" * 80)[1].startswith(f"\n{shown}")
 
 
 def test_a_start_that_came_with_the_model_names_no_file(folder_copy, capsys, monkeypatch):

@@ -1161,12 +1161,13 @@ def test_our_adapter_in_peft_and_back(name, keys, tmp_path):
     plain = base(torch.arange(60)[None]).logits
     sha256 = checkpoint.fingerprint(checkpoint.load(str(tmp_path / "ckpt.pt")))
     adapted(model, cfg)
+    kept = {} if name == "gpt2" else {"text_rule": "as it stands"}
     checkpoint.save_adapters(
         str(tmp_path / "adapter.pt"),
         model,
         str(tmp_path / "ckpt.pt"),
         sha256,
-        asdict(cfg) | {"template": "A: {prompt}"},
+        asdict(cfg) | {"template": "A: {prompt}"} | kept,
         checkpoint.RunState(1, 2.0, 2.0),
     )
     export(tmp_path, "--adapter=.", "--to=theirs")
@@ -1179,6 +1180,7 @@ def test_our_adapter_in_peft_and_back(name, keys, tmp_path):
         "stories",
         "A: {prompt}",
     )  # the base's data, the adapter's template
+    assert foreign["text_rule"] == ("as it stands" if kept else "stripped")
     save(tmp_path / "other.pt", name, **({"norm_eps": 2e-5}))
     with pytest.raises(Refusal, match="trained over another base than other.pt"):
         export(tmp_path, "--out_dir=other.pt", "--adapter=hf:theirs", "--to=n")
