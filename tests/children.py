@@ -1,4 +1,4 @@
-"""Processes for tests that kill them, or that train together: forked from one that has imported torch."""
+"""Processes for tests that kill them or train together: forked from one that has imported torch."""
 
 import itertools
 import multiprocessing

@@ -1,4 +1,4 @@
-"""The page in browser/, in a real Chromium: the tokenizer's ids, the model's text, what a reader can do."""
+"""The page in browser/, in a real Chromium: Python's ids, the model's text, and nothing is lost."""
 
 import contextlib
 import email.utils
