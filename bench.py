@@ -19,6 +19,9 @@ import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from config import Refusal, read_toml, run
+
+# isort: split
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -27,7 +30,6 @@ import prepare
 import rmsnorm
 import toy_stories
 import train
-from config import Refusal, read_toml, run
 from data import padded, to, training_rows
 from device import DTYPES, fast_bfloat16, name_of, peak_flops, resolve
 from hf import to_transformers
@@ -65,6 +67,8 @@ LARGE = 1 << 26  # float32 numbers: 256 MB, more than caches hold
 @dataclass
 class Config(train.Config):
     """The keys of train.py, of which the shape depends on the device, and those of the bench."""
+
+    only_prints = True  # no key: see config.run
 
     n_layer: int = 0  # blocks; this and the next four: 0 = as in tiny.toml, on a GPU as in small.toml
     n_head: int = 0  # query heads

@@ -16,10 +16,26 @@ import os
 import re
 import sys
 import tomllib
+from contextlib import redirect_stderr, redirect_stdout
 
 BOOLS = {"true": True, "1": True, "false": False, "0": False}
 KINDS = {bool: "a boolean (true or false)", int: "an integer", float: "a finite number", str: "a string"}
 COMMAND_LINE = "command line"  # the source of a key that no file sets
+
+
+def is_script():
+    """Returns whether Python runs a script of this folder, not a test or a notebook that imports one."""
+    path = getattr(sys.modules["__main__"], "__file__", None)
+    folder = os.path.dirname(os.path.realpath(__file__))
+    return path is not None and os.path.dirname(os.path.realpath(path)) == folder
+
+
+if is_script():  # which imports this module before anything slow
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:  # closed: the next file would get its number, and what C code prints
+            os.open(os.devnull, os.O_RDWR)
 
 
 def is_hf(value):
@@ -83,7 +99,7 @@ def configure(Config, argv, words=()):
         arg = rest.pop(0)
         key, equals, value = arg.removeprefix("--").partition("=")
         if arg in ("-h", "--help"):
-            print(describe(Config, words))
+            print(describe(Config, words), flush=True)
             raise SystemExit(0)
         elif arg in paths:
             continue
@@ -190,20 +206,63 @@ def describe(Config, words=()):
     return "\n".join(lines)
 
 
+class Output:
+    """stdout or stderr while a script runs. Once it cannot be written to (closed, full, or a pipe that
+    nobody reads any more), what is printed is dropped; where is_needed, it ends the script instead, with
+    status 1.
+    """
+
+    def __init__(self, stream):
+        # None: closed before Python began. A file opened to be read takes no text either
+        self.stream = stream or open(os.devnull)
+        self.is_needed = False
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        try:
+            return self.stream.write(text)
+        except OSError as e:
+            self.drop(e)
+            return len(text)
+
+    def flush(self):
+        try:
+            self.stream.flush()
+        except OSError as e:
+            self.drop(e)
+
+    def drop(self, error):
+        """Sends to nowhere what is still to come, and what is buffered, which Python writes at exit."""
+        nowhere = open(os.devnull, "w", encoding="utf-8", errors="replace")
+        os.dup2(nowhere.fileno(), self.stream.fileno())
+        self.stream = nowhere
+        if not self.is_needed:
+            return
+        if isinstance(error, BrokenPipeError):  # of `python sample.py | head`
+            raise SystemExit(1)
+        raise Refusal(f"cannot print: {error.strerror or 'stdout is closed'}", status=1)
+
+
 def run(main, Config, words=()):
     """Runs main(cfg) with the arguments of the command line; a script's last line.
 
-    A Refusal becomes one line on stderr and its exit status.
+    A Refusal becomes one line on stderr and its exit status. The work does not depend on anybody who
+    reads what is printed, but where cfg.only_prints: then the text is all that there is.
     """
-    try:
-        main(configure(Config, sys.argv[1:], words))
-        sys.stdout.flush()
-    except Refusal as e:
-        print(f"{os.path.basename(sys.argv[0])}: {e}", file=sys.stderr)
-        raise SystemExit(e.status)
-    except KeyboardInterrupt:
-        raise SystemExit(130)
-    except BrokenPipeError:  # of `python sample.py | head`
-        # stdout is flushed once more at exit, and the interpreter would complain
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(1)
+    with redirect_stdout(Output(sys.stdout)) as output, redirect_stderr(Output(sys.stderr)):
+        try:
+            output.is_needed = True  # by -h
+            cfg = configure(Config, sys.argv[1:], words)
+            output.is_needed = getattr(cfg, "only_prints", False)
+            main(cfg)
+            output.flush()
+        except Refusal as e:
+            print(f"{os.path.basename(sys.argv[0])}: {e}", file=sys.stderr)
+            raise SystemExit(e.status)
+        except KeyboardInterrupt:
+            raise SystemExit(130)
+        finally:
+            output.is_needed = False
+            output.flush()

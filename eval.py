@@ -27,13 +27,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from config import Refusal, is_hf, run
+
+# isort: split
 import numpy as np
 from tqdm import tqdm
 
 import prepare
 import toy_stories
 from checkpoint import open_checkpoint
-from config import Refusal, is_hf, run
 from data import document_slices, prompt_ids
 from device import check_memory, resolve
 from lenses import judge, page, probes, reading, report

@@ -18,6 +18,9 @@ import math
 import os
 from dataclasses import asdict, dataclass, replace
 
+from config import Refusal, hf_name, new_lines, run
+
+# isort: split
 import numpy as np
 import torch
 
@@ -26,7 +29,6 @@ import folders
 import lora
 import toy_stories
 from checkpoint import DATA_KEYS, Checkpoint, RunState, inherit, open_checkpoint
-from config import Refusal, hf_name, new_lines, run
 from data import (
     AS_IT_STANDS,
     STRIPPED,

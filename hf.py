@@ -14,8 +14,10 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import checkpoint
 from config import Refusal, hf_name, is_hf, run
+
+# isort: split
+import checkpoint
 from data import text_rule
 from folders import new_folder
 from interop import hf_folder, hf_layout

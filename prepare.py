@@ -35,11 +35,13 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
+from config import Refusal, hf_name, is_hf, run
+
+# isort: split
 import numpy as np
 from tqdm import tqdm
 
 import toy_stories
-from config import Refusal, hf_name, is_hf, run
 from folders import new_folder, sync
 from interop.any_tokenizer import load_tokenizer
 from tokenizer import Tokenizer

@@ -13,13 +13,15 @@ import re
 import time
 from dataclasses import dataclass, field
 
+from config import Refusal, new_lines, run
+
+# isort: split
 import torch
 
 import lora
 import onnx_model
 import rmsnorm
 from checkpoint import open_given
-from config import Refusal, new_lines, run
 from data import STRIPPED, by_text_rule, prompt_ids, render, text_rule
 from device import check_memory, resolve
 from model import kv_cache_bytes
@@ -28,6 +30,8 @@ from rmsnorm import choose_rmsnorm
 
 @dataclass
 class Config:
+    only_prints = True  # no key: see config.run
+
     # fmt: off
     out_dir: str = "out"             # a model's folder, a checkpoint file or hf:FOLDER_OR_NAME; an adapter's base
     adapter: str = ""                # the folder of a LoRA adapter, or its file

@@ -32,6 +32,8 @@ from config import Refusal, run
 
 @dataclass
 class Config:
+    only_prints = True  # no key: see config.run
+
     n: int = 3  # how many stories to print
     seed: int = 0  # another seed, other stories
 

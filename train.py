@@ -16,6 +16,9 @@ import sys
 import time
 from dataclasses import asdict, dataclass, replace
 
+from config import Refusal, is_hf, new_lines, run
+
+# isort: split
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -25,7 +28,6 @@ import folders
 import prepare
 import rmsnorm
 from checkpoint import RunState, inherit, open_checkpoint
-from config import Refusal, is_hf, new_lines, run
 from data import count_targets, micro_batches, prompt_ids, rows_each, to, training_rows
 from device import StopAfterStep, check_memory, name_of, peak_flops, resolve
 from log import Log, plot
@@ -137,6 +139,11 @@ class TrainConfig:
             raise ValueError(
                 f"loss=chunked needs a torch with linear_cross_entropy (2.13); this is {torch.__version__}"
             )
+
+    @property
+    def only_prints(self):
+        """Whether a run writes nothing: see config.run."""
+        return self.eval_only
 
 
 @dataclass

@@ -278,10 +278,85 @@ def test_exit_status(tmp_path, body, argv, result):
     assert run_script(tmp_path, body, *argv) == result
 
 
-def test_a_closed_pipe_is_silent(tmp_path):
+def break_pipe(number):
     reader, writer = os.pipe()
     os.close(reader)
-    try:
-        assert run_script(tmp_path, "print('x')", stdout=writer) == (1, None, "")
-    finally:
-        os.close(writer)
+    os.dup2(writer, number)
+
+
+def fill(number):
+    os.dup2(os.open("/dev/full", os.O_WRONLY), number)
+
+
+SINKS = {"closed": os.close, "full": fill, "a pipe that nobody reads": break_pipe}
+STDOUT = 1
+STDERR = 2
+WORK = """
+import sys, warnings
+from dataclasses import dataclass
+from tqdm import tqdm
+from config import run
+
+@dataclass
+class Config:
+    only_prints = ONLY_PRINTS
+
+def main(cfg):
+    print("out", flush=FLUSH)
+    warnings.warn("err")
+    with tqdm(range(3)) as bar:
+        for i in bar:
+            bar.write("err", file=sys.stderr)
+    open("done", "w").close()
+
+run(main, Config)
+"""
+
+
+def run_into(folder, sink, numbers, **names):
+    """Returns (status, stdout, stderr, whether the work was done) of WORK with streams that cannot be written to."""
+    body = WORK
+    for name, value in names.items():
+        body = body.replace(name, repr(value))
+    (folder / "work.py").write_text(body, encoding="utf-8")
+    (folder / "done").unlink(missing_ok=True)
+    done = subprocess.run(
+        [sys.executable, "work.py"],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""},
+        preexec_fn=lambda: [SINKS[sink](number) for number in numbers],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    return done.returncode, done.stdout, done.stderr, (folder / "done").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/dev/full")
+@pytest.mark.parametrize("sink", SINKS)
+@pytest.mark.parametrize("flush", [True, False])
+def test_work_does_not_depend_on_a_reader(tmp_path, sink, flush):
+    for only_prints in False, True:
+        result = run_into(tmp_path, sink, [STDERR], FLUSH=flush, ONLY_PRINTS=only_prints)
+        assert result == (0, "out\n", "", True)
+    status, _, err, is_done = run_into(tmp_path, sink, [STDOUT], FLUSH=flush, ONLY_PRINTS=False)
+    assert (status, is_done) == (0, True) and err.count("err\n") == 4 and "3/3" in err
+    assert "Error" not in err and "ignored" not in err
+    result = run_into(tmp_path, sink, [STDOUT, STDERR], FLUSH=flush, ONLY_PRINTS=False)
+    assert result == (0, "", "", True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/dev/full")
+@pytest.mark.parametrize(
+    "sink, line",
+    [
+        ("closed", "work.py: cannot print: stdout is closed\n"),
+        ("full", "work.py: cannot print: No space left on device\n"),
+        ("a pipe that nobody reads", ""),  # of `| head`, which ends it on purpose
+    ],
+)
+def test_a_script_that_only_prints_ends_where_it_cannot(tmp_path, sink, line):
+    result = run_into(tmp_path, sink, [STDOUT], FLUSH=True, ONLY_PRINTS=True)
+    assert result == (1, "", line, False)
+    status, _, err, _ = run_into(tmp_path, sink, [STDOUT], FLUSH=False, ONLY_PRINTS=True)
+    assert status == 1 and err.endswith(line) and "ignored" not in err

@@ -5,6 +5,7 @@ import os
 import random
 import resource
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -18,6 +19,7 @@ import prepare
 import train
 from config import Refusal, configure
 
+ROOT = Path(__file__).parents[1]
 ARGV = [
     "--n_layer=2",
     "--n_embd=32",
@@ -135,6 +137,17 @@ def test_a_signal_ends_the_run_after_its_step_and_says_how_to_go_on(lab, number)
     for key in "model", "optimizers":
         assert same(load(lab, out_dir)[key], load(lab, whole)[key])
     assert [x for x in log(lab, out_dir) if "loss" in x] == [x for x in log(lab, whole) if "loss" in x]
+
+
+def test_a_run_goes_on_with_its_streams_closed(lab):
+    def close_streams():
+        os.close(1)
+        os.close(2)
+
+    whole = undisturbed(lab, 6)
+    command = [sys.executable, ROOT / "train.py", *ARGV, "--max_iters=6", "--out_dir=unread"]
+    assert subprocess.run(command, cwd=lab, preexec_fn=close_streams, timeout=120).returncode == 0
+    assert_same_run(lab, whole, "unread")
 
 
 def limited(folder, argv, limit):
