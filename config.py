@@ -14,6 +14,7 @@ import inspect
 import math
 import os
 import re
+import signal
 import sys
 import tomllib
 from contextlib import redirect_stderr, redirect_stdout
@@ -21,6 +22,13 @@ from contextlib import redirect_stderr, redirect_stdout
 BOOLS = {"true": True, "1": True, "false": False, "0": False}
 KINDS = {bool: "a boolean (true or false)", int: "an integer", float: "a finite number", str: "a string"}
 COMMAND_LINE = "command line"  # the source of a key that no file sets
+
+
+def end_at_once(number, frame):
+    """Handles Ctrl-C while a script imports, when there is nothing to clean up: torch would make other
+    errors of a KeyboardInterrupt.
+    """
+    os._exit(128 + number)
 
 
 def is_script():
@@ -31,6 +39,8 @@ def is_script():
 
 
 if is_script():  # which imports this module before anything slow
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, end_at_once)
     for number in (0, 1, 2):
         try:
             os.fstat(number)
@@ -251,8 +261,11 @@ def run(main, Config, words=()):
     A Refusal becomes one line on stderr and its exit status. The work does not depend on anybody who
     reads what is printed, but where cfg.only_prints: then the text is all that there is.
     """
+    handler = signal.getsignal(signal.SIGINT)
     with redirect_stdout(Output(sys.stdout)) as output, redirect_stderr(Output(sys.stderr)):
         try:
+            if handler is end_at_once:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
             output.is_needed = True  # by -h
             cfg = configure(Config, sys.argv[1:], words)
             output.is_needed = getattr(cfg, "only_prints", False)
@@ -264,5 +277,7 @@ def run(main, Config, words=()):
         except KeyboardInterrupt:
             raise SystemExit(130)
         finally:
+            if handler is end_at_once:
+                signal.signal(signal.SIGINT, end_at_once)
             output.is_needed = False
             output.flush()

@@ -1,6 +1,7 @@
 """config.py: the command line, the files, and what is refused."""
 
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass, fields
@@ -360,3 +361,51 @@ def test_a_script_that_only_prints_ends_where_it_cannot(tmp_path, sink, line):
     assert result == (1, "", line, False)
     status, _, err, _ = run_into(tmp_path, sink, [STDOUT], FLUSH=False, ONLY_PRINTS=True)
     assert status == 1 and err.endswith(line) and "ignored" not in err
+
+
+SLOW_TORCH = """
+import time
+print("importing", flush=True)
+try:
+    time.sleep(60)
+except BaseException:
+    raise ImportError("an error of another kind, as an extension module makes of it")
+"""
+
+
+def interrupt(command, is_time, folder, **env):
+    """Returns (status, stdout and stderr) of a process that gets a SIGINT once is_time(line) of a line that it prints."""
+    process = subprocess.Popen(
+        [sys.executable, *command],
+        cwd=folder,
+        env=os.environ | env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    with process:
+        while not is_time(process.stdout.readline()):
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        return process.wait(60), process.stdout.read()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a signal to a process")
+@pytest.mark.parametrize(
+    "script", ["train", "finetune_lora", "sample", "eval", "export_onnx", "hf", "bench"]
+)
+def test_ctrl_c_while_torch_is_imported_is_quiet(tmp_path, script):
+    (tmp_path / "torch.py").write_text(SLOW_TORCH, encoding="utf-8")
+    path = os.pathsep.join([str(tmp_path), os.environ["PYTHONPATH"]])
+    command = [ROOT / f"{script}.py", "-h"]
+    result = interrupt(command, lambda line: line == "importing\n", tmp_path, PYTHONPATH=path)
+    assert result == (130, "")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a signal to a process")
+@pytest.mark.parametrize("module", ["numpy._core.multiarray", "torch.types", "torch.nn.modules.linear"])
+def test_ctrl_c_anywhere_in_the_import_of_torch_is_quiet(tmp_path, module):
+    command = ["-X", "importtime", ROOT / "train.py", "-h"]
+    status, printed = interrupt(command, lambda line: line.rsplit("|")[-1].strip() == module, tmp_path)
+    assert status == 130
+    assert all(line.startswith("import time:") for line in printed.splitlines())
