@@ -19,11 +19,16 @@ import itertools
 import json
 import logging
 import math
+import signal
 import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from config import Refusal, end_at_once, hf_name, is_hf, run
+
+# isort: split
 import numpy as np
 import torch
 import torch.nn as nn
@@ -32,7 +37,6 @@ import torch.nn.functional as F
 import checkpoint
 import onnx_model
 import prepare
-from config import Refusal, hf_name, is_hf, run
 from device import resolve
 from folders import new_folder, write_atomic
 from measure import race
@@ -350,6 +354,30 @@ def tie_head(proto):
     replace(proto, [transpose, *proto.graph.node], removed={folded}, added={})
 
 
+@contextmanager
+def hold_back_ctrl_c():
+    """Ends the block before Ctrl-C is a KeyboardInterrupt, or the process when it comes twice.
+
+    While it traces, torch loses one that falls into a callback, or aborts with a core dump.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    was_pressed = False
+
+    def note(number, frame):
+        nonlocal was_pressed
+        was_pressed = True
+        signal.signal(number, end_at_once)
+
+    if handler is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if was_pressed:
+        raise KeyboardInterrupt
+
+
 def trace(model):
     """Returns the ONNX model that torch.onnx writes for a Transformer, with B, T and P as free sizes."""
     c = model.config
@@ -359,7 +387,7 @@ def trace(model):
     B = torch.export.Dim("B")
     T = torch.export.Dim("T", max=c.block_size)
     P = torch.export.Dim("P", max=c.block_size)
-    with warnings.catch_warnings():
+    with hold_back_ctrl_c(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of names that axes share, and torch's own deprecations
         registration = logging.getLogger("torch.onnx._internal.exporter._registration")
         registration.setLevel(logging.ERROR)  # it warns that torchvision is not installed

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 from typing import NamedTuple
 
@@ -503,3 +504,27 @@ def test_every_setting(settings, tmp_path):
     int8_path.write_bytes(int8_file.SerializeToString())
     int8 = onnx_model.open_session(str(int8_path), model.config)
     assert 1e-5 < int8_error(model, int8) < 0.15
+
+
+# -----------------------------------------------------------------------------------------------------
+# Ctrl-C
+
+
+def test_ctrl_c_while_torch_traces_ends_it_after_that(monkeypatch):
+    graph = export_onnx.Graph.forward
+
+    def interrupted(self, ids, past):
+        if not calls:
+            os.kill(os.getpid(), signal.SIGINT)
+        calls.append("begun")
+        logits = graph(self, ids, past)
+        calls.append("ended")
+        return logits
+
+    calls = []
+    handler = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(export_onnx.Graph, "forward", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        export_onnx.trace(build(block_size=16))
+    assert calls[:2] == ["begun", "ended"]
+    assert signal.getsignal(signal.SIGINT) is handler
