@@ -23,6 +23,7 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+SIGHUP = getattr(signal, "SIGHUP", None)  # Windows has none
 BFLOAT16_WIDTH = 192  # auto trains in bfloat16 on a CPU from this n_embd on
 
 
@@ -195,10 +196,11 @@ def choose_compile(device, compile):
 
 
 class StopAfterStep:
-    """Turns SIGTERM and SIGINT (Ctrl-C) into a wish that every process learns of at the same step.
+    """Turns SIGTERM, SIGINT (Ctrl-C) and SIGHUP (a terminal that is gone) into a wish that every process
+    learns of at the same step. SIGHUP stays ignored where it was, as under nohup.
 
-    The same signal again acts as usual, but not among several processes: there each comes from the
-    terminal and again from torchrun.
+    The same signal again acts as usual, but not SIGHUP, which the shell and the kernel both send, and
+    not among several processes: there each comes from the terminal and again from torchrun.
     """
 
     def __init__(self, compute):
@@ -206,14 +208,15 @@ class StopAfterStep:
         self.signal = 0  # the number of the one that came
 
     def __enter__(self):
-        self.handlers = {
-            number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if SIGHUP and signal.getsignal(SIGHUP) is not signal.SIG_IGN:
+            numbers.append(SIGHUP)
+        self.handlers = {number: signal.signal(number, self.note) for number in numbers}
         return self
 
     def note(self, number, frame):
         self.signal = number
-        if self.compute.world_size == 1:
+        if self.compute.world_size == 1 and number != SIGHUP:
             signal.signal(number, self.handlers[number])
 
     def is_due(self):

@@ -12,10 +12,11 @@ from folders import write_atomic
 class Log:
     """Writes out_dir/log.jsonl, from the first process alone.
 
-    Lines past the step that a run resumes from are dropped. Raises Refusal.
+    Lines past saved_step are dropped: that of the checkpoint that a run goes on from, -1 where it starts
+    anew. Raises Refusal.
     """
 
-    def __init__(self, cfg, step, compute):
+    def __init__(self, cfg, saved_step, compute):
         self.path = os.path.join(cfg.out_dir, "log.jsonl")
         self.is_main = compute.is_main
         self.wandb = None
@@ -25,7 +26,7 @@ class Log:
             self.wandb = start_wandb(cfg)
         for path in glob.glob(os.path.join(glob.escape(cfg.out_dir), "*.tmp")):
             os.remove(path)  # of a process that was killed while it wrote
-        lines = [json.dumps(line) + "\n" for line in read_log(self.path) if line["step"] <= step]
+        lines = [json.dumps(line) + "\n" for line in read_log(self.path) if line["step"] <= saved_step]
         write_atomic(self.path, lambda f: f.write("".join(lines).encode()))
 
     def write(self, line):

@@ -5,8 +5,8 @@
     python train.py --out_dir=out/ts --init_from=resume             goes on with a stopped run, to the bit
     torchrun --nproc_per_node=2 train.py                            the same run, its rows shared by two processes
 
-Ctrl-C and SIGTERM end a run after the step at hand, with a checkpoint. train_step() is one update, fit()
-is the loop, and Pretraining is the task that it trains on; finetune_lora.py has another one.
+Ctrl-C, SIGTERM and SIGHUP end a run after the step at hand, with a checkpoint. train_step() is one
+update, fit() is the loop, and Pretraining is the task that it trains on; finetune_lora.py has another.
 """
 
 import importlib.util
@@ -239,10 +239,10 @@ def fit(task, model, cfg, compute, resumed=None):
         state.best_val_loss = resumed["best_val_loss"]
         state.val_loss = resumed["val_loss"]
         state.losses = load_optimizers(optimizers, scaler, resumed, cfg)
-    log = Log(cfg, state.step, compute)
-    meter = Meter(task, compute)
     first_step = state.step
     saved_step = state.step if resumed else -1
+    log = Log(cfg, saved_step, compute)
+    meter = Meter(task, compute)
     unread = []  # (loss, norm) tensors of the steps since the last line of the log
 
     def read_steps():

@@ -122,7 +122,7 @@ def test_killed_at_each_point_of_a_save(lab, place, call):
     assert_same_run(lab, whole, out_dir)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_the_run_after_its_step_and_says_how_to_go_on(lab, number):
     whole, out_dir = undisturbed(lab, 120), f"stopped{number}"
     process = start(lab, "train", *ARGV, "--max_iters=120", "--eval_interval=50", f"--out_dir={out_dir}")
@@ -137,6 +137,44 @@ def test_a_signal_ends_the_run_after_its_step_and_says_how_to_go_on(lab, number)
     for key in "model", "optimizers":
         assert same(load(lab, out_dir)[key], load(lab, whole)[key])
     assert [x for x in log(lab, out_dir) if "loss" in x] == [x for x in log(lab, whole) if "loss" in x]
+
+
+def test_a_second_sighup_is_none_of_its_own(lab):
+    """A terminal that goes away sends two, one by the shell and one by the kernel."""
+    process = start(lab, "train", *ARGV, "--max_iters=100000", "--eval_interval=50", "--out_dir=twice")
+    wait_for(lab / "twice/log.jsonl", 2)
+    os.kill(process.pid, signal.SIGHUP)
+    os.kill(process.pid, signal.SIGHUP)
+    assert finish(process) == 128 + signal.SIGHUP
+    assert (
+        said(lab, process)
+        .splitlines()[-1]
+        .startswith(f"train.py: stopped at step {load(lab, 'twice')['step']} by SIGHUP; ")
+    )
+
+
+def test_a_run_under_nohup_goes_on(lab):
+    whole = undisturbed(lab, 120)
+    command = [sys.executable, ROOT / "train.py", *ARGV, "--max_iters=120", "--out_dir=nohup"]
+    with open(lab / "nohup.out", "w", encoding="utf-8") as out:
+        process = subprocess.Popen(["nohup", *command], cwd=lab, stdout=out, stderr=out)
+    wait_for(lab / "nohup/log.jsonl", 2)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(120) == 0, (lab / "nohup.out").read_text()
+    assert_same_run(lab, whole, "nohup")
+
+
+def test_a_run_that_starts_anew_starts_its_log_anew(lab):
+    """Killed before its first checkpoint, it leaves a log, which is not in the way."""
+    whole = undisturbed(lab, 6)
+    argv = [*ARGV, "--max_iters=6", "--out_dir=anew"]
+    process = start(lab, "train", *argv, fault=("write", 1))
+    assert finish(process) == -signal.SIGKILL
+    assert [line["step"] for line in log(lab, "anew")] == [0, 1]
+    for path in (lab / "anew").glob("*.tmp"):
+        path.unlink()
+    assert finish(start(lab, "train", *argv)) == 0
+    assert_same_run(lab, whole, "anew")
 
 
 def test_a_run_goes_on_with_its_streams_closed(lab):
