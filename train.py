@@ -55,6 +55,7 @@ class TrainConfig:
     overwrite: bool = False                 # move an out_dir that is in the way aside
     eval_only: bool = False                 # print the loss on the whole validation split and stop
     eval_interval: int = 100                # steps between evaluations, samples and checkpoints
+    save_minutes: float = 10.0              # a checkpoint between evaluations, where they are further apart
     eval_tokens: int = 65536                # validation tokens looked at meanwhile, always the same ones; 0 = all
     log_interval: int = 10                  # steps a line of log.jsonl
     batch_size: int = 16                    # rows of block_size tokens in a micro-batch
@@ -116,6 +117,8 @@ class TrainConfig:
         for key in ("beta1", "beta2", "momentum"):
             if not 0 <= getattr(self, key) < 1:
                 raise ValueError(f"{key} must be at least 0 and below 1, not {getattr(self, key)}")
+        if self.save_minutes <= 0:
+            raise ValueError(f"save_minutes must be above 0, not {self.save_minutes}")
         if self.embd_lr_scale <= 0:
             raise ValueError(f"embd_lr_scale must be above 0, not {self.embd_lr_scale}")
         if self.learning_rate <= 0 or self.min_lr > self.learning_rate:
@@ -241,6 +244,7 @@ def fit(task, model, cfg, compute, resumed=None):
         state.losses = load_optimizers(optimizers, scaler, resumed, cfg)
     first_step = state.step
     saved_step = state.step if resumed else -1
+    saved_at = time.monotonic()
     log = Log(cfg, saved_step, compute)
     meter = Meter(task, compute)
     unread = []  # (loss, norm) tensors of the steps since the last line of the log
@@ -257,6 +261,14 @@ def fit(task, model, cfg, compute, resumed=None):
             state.losses.append(loss)
         unread.clear()
         return results[-1][1] if results else None
+
+    def save():
+        """Writes the last checkpoint, from the first process alone."""
+        nonlocal saved_step, saved_at
+        if compute.is_main:
+            task.save("ckpt.pt", state)
+        saved_step = state.step
+        saved_at = time.monotonic()
 
     model.train()
     bar = tqdm(
@@ -285,17 +297,21 @@ def fit(task, model, cfg, compute, resumed=None):
                     # ckpt.pt last: whoever goes on from it finds the log and the best one as it says
                     if is_best and compute.is_main:
                         task.save("ckpt_best.pt", replace(state, optimizers=[], scaler=None))
-                    if compute.is_main:
-                        task.save("ckpt.pt", state)
-                    saved_step = state.step
+                    save()
                 if compute.is_main:
                     bar.write(evaluation_line(state.step, figures, meter.speed), file=sys.stderr)
                     bar.write(f"{task.preview()}\n", file=sys.stderr)
                 meter.start += time.perf_counter() - pause
+            is_late = time.monotonic() - saved_at >= 60 * cfg.save_minutes
+            if is_late and state.step > saved_step:
+                read_steps()
+                pause = time.perf_counter()
+                save()
+                meter.start += time.perf_counter() - pause
             if stop.is_due():
                 read_steps()
-                if state.step > saved_step and compute.is_main:
-                    task.save("ckpt.pt", state)
+                if state.step > saved_step:
+                    save()
                 compute.barrier()  # torchrun ends all processes soon after the first has ended
                 command = (
                     f"python {os.path.basename(sys.argv[0])} --out_dir={cfg.out_dir} --init_from=resume"

@@ -448,6 +448,7 @@ CASES = [
     ("train", "--max_iters=0", "max_iters must be at least 1"),
     ("train", "--gradient_accumulation_steps=-1", "gradient_accumulation_steps"),
     ("train", "--eval_interval=0", "eval_interval"),
+    ("train", "--save_minutes=0", "save_minutes must be above 0"),
     ("train", "--learning_rate=0", "learning_rate"),
     ("train", "--learning_rate=-1", "learning_rate"),
     ("train", "--min_lr=1", "at least min_lr"),

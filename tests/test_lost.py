@@ -139,6 +139,21 @@ def test_a_signal_ends_the_run_after_its_step_and_says_how_to_go_on(lab, number)
     assert [x for x in log(lab, out_dir) if "loss" in x] == [x for x in log(lab, whole) if "loss" in x]
 
 
+def test_a_checkpoint_by_the_clock_goes_on_to_the_bit(lab):
+    """Here after each step; what it says of the losses and the log is as when a signal stops the run."""
+    whole = undisturbed(lab, 120)
+    argv = [*ARGV, "--max_iters=120", "--eval_interval=100", "--save_minutes=1e-9", "--out_dir=clock"]
+    process = start(lab, "train", *argv)
+    wait_for(lab / "clock/log.jsonl", 5)
+    process.kill()
+    assert finish(process) == -signal.SIGKILL
+    assert 11 <= load(lab, "clock")["step"] < 100  # line 5 is that of step 12, which is saved next
+    go_on(lab, "clock", "--save_minutes=10")
+    for key in "model", "optimizers":
+        assert same(load(lab, "clock")[key], load(lab, whole)[key])
+    assert [x for x in log(lab, "clock") if "loss" in x] == [x for x in log(lab, whole) if "loss" in x]
+
+
 def test_a_second_sighup_is_none_of_its_own(lab):
     """A terminal that goes away sends two, one by the shell and one by the kernel."""
     process = start(lab, "train", *ARGV, "--max_iters=100000", "--eval_interval=50", "--out_dir=twice")
