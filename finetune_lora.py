@@ -49,7 +49,7 @@ from rmsnorm import choose_rmsnorm
 from rows import default_template, encode_rows, pack, packed_batch, split_rows, training_packs
 from sample import generate
 from score import completion_nats, floor_line, mean_nats, next_token_loss
-from train import TrainConfig, fit, is_in_the_way, training_bytes
+from train import TrainConfig, alone_in_out_dir, fit, is_in_the_way, training_bytes
 
 
 @dataclass
@@ -386,7 +386,14 @@ class FineTuning:
 
 def main(cfg):
     if cfg.merge:
-        return merge(cfg)
+        with folders.alone(cfg.out_dir, make=False):
+            merge(cfg)
+    else:
+        with alone_in_out_dir(cfg):
+            tune(cfg)
+
+
+def tune(cfg):
     tuning = open_tuning(cfg, "fine-tuning")
     cfg = tuning.cfg
     compute = tuning.compute
@@ -403,7 +410,7 @@ def main(cfg):
         task.report("before")
     compute.barrier()  # nothing is written to out_dir before everyone has looked at it
     if tuning.moves_aside and compute.is_main:
-        folders.move_aside(cfg.out_dir, folders.runs_in(cfg.out_dir))
+        folders.move_aside(cfg.out_dir, folders.others_in(cfg.out_dir))
     if not cfg.eval_only:
         fit(task, task.trained, cfg, compute, tuning.resumed)
     task.report("now" if cfg.eval_only else "after")

@@ -1,15 +1,20 @@
 """Folders and files that a script writes: whole or not at all, and never over what a user had."""
 
 import os
+import re
 import shutil
 import time
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from config import Refusal, is_hf
 
 RUN = ("ckpt.pt", "ckpt_best.pt", "adapter.pt", "adapter_best.pt")
+LOCK = ".lock"
+PID = ".pid"  # of the process that has the lock: where a lock is mandatory nobody else reads its file
 
 
 def holds_run(folder):
@@ -17,11 +22,15 @@ def holds_run(folder):
     return any(os.path.isfile(os.path.join(folder, name)) for name in RUN)
 
 
-def runs_in(folder):
-    """Returns the names of subfolders that hold runs of their own, as demo in out."""
+def others_in(folder):
+    """Returns the names in folder that are none of its own run's: subfolders that hold other runs, as
+    demo in out, or have one going on, and the lock's files.
+    """
     if not os.path.isdir(folder):
         return []
-    return [name for name in os.listdir(folder) if holds_run(os.path.join(folder, name))]
+    paths = {name: os.path.join(folder, name) for name in os.listdir(folder)}
+    runs = [name for name, path in paths.items() if holds_run(path) or os.path.exists(f"{path}/{LOCK}")]
+    return [*runs, LOCK, PID]
 
 
 def in_the_way(folder, overwrite, ways, keep=()):
@@ -41,9 +50,13 @@ def in_the_way(folder, overwrite, ways, keep=()):
 def move_aside(folder, keep=()):
     """Renames a folder, or all in it but the names in keep, to NAME.old-TIME and says so.
 
-    Raises Refusal where the system does not let it.
+    Raises Refusal where the system does not let it, or another process trains there.
     """
     folder = Path(folder)
+    if not keep:
+        for path in (folder, *folder.glob("*/")):
+            if os.path.exists(path / LOCK) and (held := acquire(path)):
+                held.release()
     old = folder.with_name(f"{folder.name}.old-{datetime.now():%Y%m%d-%H%M%S-%f}")
     try:
         if keep:
@@ -56,6 +69,78 @@ def move_aside(folder, keep=()):
     except OSError as e:
         raise Refusal(f"cannot move {folder} aside: {e.strerror}", status=1)
     print(f"what was {folder} is now {old}")
+
+
+def acquire(folder):
+    """Returns the FileLock of a folder, held; it ends with its process. None where nothing can be written
+    there, or the disk knows no locks.
+
+    Raises Refusal, which names the process that has it.
+    """
+    path = os.path.join(folder, LOCK)
+    try:
+        open(path, "a").close()
+    except OSError:  # what is written beside it says why
+        return None
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise Refusal(
+            f"{read_pid(folder)} is training in {folder}: wait until it has ended, or name another folder"
+        )
+    except (OSError, NotImplementedError) as e:
+        print(f"{folder} is on a disk without locks ({e}): nothing keeps a second run out of it")
+        return None
+    return lock
+
+
+def read_pid(folder):
+    try:
+        return f"process {int(Path(folder, PID).read_text())}"
+    except (OSError, ValueError):
+        return "another process"
+
+
+@contextmanager
+def alone(folder, make=True):
+    """Keeps other runs out of a folder until the block or its process ends, and removes from it what dead
+    ones had half written.
+
+    Without make, a folder that is missing stays so; one that stays empty is removed again. Raises Refusal.
+    """
+    folder = Path(folder)
+    made = [path for path in (folder, *folder.parents) if make and not os.path.exists(path)]
+    if make:
+        with suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+    lock = acquire(folder)
+    try:
+        if lock:
+            with suppress(OSError):
+                (folder / PID).write_text(str(os.getpid()))
+            remove_temporaries(folder)
+        yield
+    finally:
+        if lock:
+            for name in (PID, LOCK):
+                with suppress(OSError):  # Windows keeps a file that is open: it is in nobody's way
+                    (folder / name).unlink()
+            lock.release()
+        for path in made:
+            with suppress(OSError):
+                path.rmdir()
+
+
+def remove_temporaries(folder):
+    """Removes the files of write_atomic that a run's killed process left in folder, and no file of the
+    user's.
+    """
+    names = "|".join(map(re.escape, (*RUN, "log.jsonl", "loss.png")))
+    for path in folder.iterdir():
+        if re.fullmatch(rf"({names})\.\d+\.tmp", path.name):
+            with suppress(OSError):
+                path.unlink()
 
 
 def sync(f):

@@ -1,6 +1,5 @@
 """log.jsonl, a JSON object a line with the step it is about, and loss.png, which draws it."""
 
-import glob
 import json
 import os
 from dataclasses import asdict
@@ -24,8 +23,6 @@ class Log:
             return
         if cfg.wandb_log:  # before anything is written, as it may fail
             self.wandb = start_wandb(cfg)
-        for path in glob.glob(os.path.join(glob.escape(cfg.out_dir), "*.tmp")):
-            os.remove(path)  # of a process that was killed while it wrote
         lines = [json.dumps(line) + "\n" for line in read_log(self.path) if line["step"] <= saved_step]
         write_atomic(self.path, lambda f: f.write("".join(lines).encode()))
 

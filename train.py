@@ -9,6 +9,7 @@ Ctrl-C, SIGTERM and SIGHUP end a run after the step at hand, with a checkpoint. 
 update, fit() is the loop, and Pretraining is the task that it trains on; finetune_lora.py has another.
 """
 
+import contextlib
 import importlib.util
 import math
 import os
@@ -29,7 +30,7 @@ import prepare
 import rmsnorm
 from checkpoint import RunState, inherit, open_checkpoint
 from data import count_targets, micro_batches, prompt_ids, rows_each, to, training_rows
-from device import StopAfterStep, check_memory, name_of, peak_flops, resolve
+from device import StopAfterStep, check_memory, name_of, peak_flops, resolve, torchrun_ranks
 from log import Log, plot
 from model import (
     HAS_CHUNKED_LOSS,
@@ -471,13 +472,20 @@ def is_in_the_way(cfg):
         return False
     if os.path.exists(cfg.out_dir) and not os.path.isdir(cfg.out_dir):
         raise Refusal(f"{cfg.out_dir} is a file, and out_dir a folder to write")
-    harmless = folders.runs_in(cfg.out_dir)
+    harmless = folders.others_in(cfg.out_dir)
     ways = "--overwrite moves it aside, --out_dir=OTHER writes elsewhere"
     if folders.holds_run(cfg.out_dir):
         ways = f"--init_from=resume goes on with it, {ways}"
     else:
         harmless = [*harmless, "log.jsonl"]
     return folders.in_the_way(cfg.out_dir, cfg.overwrite, ways, harmless)
+
+
+def alone_in_out_dir(cfg):
+    """Returns the context in which no other run writes to out_dir; the first process takes it for all."""
+    if cfg.eval_only or torchrun_ranks()[0] > 0:
+        return contextlib.nullcontext()
+    return folders.alone(cfg.out_dir, make=cfg.init_from != "resume")
 
 
 def open_start(cfg):
@@ -560,6 +568,11 @@ def check_training_memory(cfg, compute):
 
 
 def main(cfg):
+    with alone_in_out_dir(cfg):
+        pretrain(cfg)
+
+
+def pretrain(cfg):
     start, cfg = open_start(cfg)
     resume = cfg.init_from == "resume"
     moves_aside = is_in_the_way(cfg)
@@ -601,7 +614,7 @@ def main(cfg):
     trained = torch.compile(model) if compute.compile else model
     task = Pretraining(cfg, model, trained, tokenizer, meta, data, compute)
     if moves_aside and compute.is_main:
-        folders.move_aside(cfg.out_dir, folders.runs_in(cfg.out_dir))
+        folders.move_aside(cfg.out_dir, folders.others_in(cfg.out_dir))
     if not cfg.eval_only:
         fit(task, trained, cfg, compute, start.state if resume else None)
 

@@ -1,9 +1,12 @@
 """Nothing is lost: runs that are killed, told to stop, or out of disk go on as if nothing had been."""
 
 import contextlib
+import errno
+import fcntl
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,10 +14,11 @@ import time
 from pathlib import Path
 
 import pytest
-from children import error_output, finish, fork, start
+from children import error_output, finish, fork, ranks, start
 from test_train import lab, load, log, same  # noqa: F401  (lab is a fixture)
 
 import checkpoint
+import folders
 import prepare
 import train
 from config import Refusal, configure
@@ -162,7 +166,7 @@ def test_a_second_sighup_is_none_of_its_own(lab):
     os.kill(process.pid, signal.SIGHUP)
     assert finish(process) == 128 + signal.SIGHUP
     assert (
-        said(lab, process)
+        error_output(lab, process)
         .splitlines()[-1]
         .startswith(f"train.py: stopped at step {load(lab, 'twice')['step']} by SIGHUP; ")
     )
@@ -186,8 +190,7 @@ def test_a_run_that_starts_anew_starts_its_log_anew(lab):
     process = start(lab, "train", *argv, fault=("write", 1))
     assert finish(process) == -signal.SIGKILL
     assert [line["step"] for line in log(lab, "anew")] == [0, 1]
-    for path in (lab / "anew").glob("*.tmp"):
-        path.unlink()
+    assert list((lab / "anew").glob("ckpt_best.pt.*.tmp"))
     assert finish(start(lab, "train", *argv)) == 0
     assert_same_run(lab, whole, "anew")
 
@@ -201,6 +204,106 @@ def test_a_run_goes_on_with_its_streams_closed(lab):
     command = [sys.executable, ROOT / "train.py", *ARGV, "--max_iters=6", "--out_dir=unread"]
     assert subprocess.run(command, cwd=lab, preexec_fn=close_streams, timeout=120).returncode == 0
     assert_same_run(lab, whole, "unread")
+
+
+@pytest.fixture
+def living(lab):
+    """A run that goes on in out_dir=living until it is told to stop, and a file of the user's beside it."""
+    shutil.rmtree(lab / "living", ignore_errors=True)
+    process = start(
+        lab, "train", *ARGV, "--max_iters=100000", "--eval_interval=5", "--out_dir=living/run"
+    )
+    wait_for(lab / "living/run/log.jsonl", 5)
+    (lab / "living/run/ckpt.pt.mine.tmp").write_text("notes")
+    yield process
+    process.kill()
+
+
+def listed(lab, out_dir):
+    return sorted(os.listdir(lab / out_dir))
+
+
+def test_a_second_run_in_an_out_dir_is_refused_with_the_pid_of_the_first(lab, living):
+    line = f"process {living.pid} is training in living/run: wait until it has ended, or name another folder\n"
+    again = [*ARGV, "--max_iters=2", "--out_dir=living/run"]
+    first_of_two = dict(ranks(2)[0])
+    for script, argv, env in [
+        ("train", again, {}),
+        ("train", [*again, "--overwrite"], {}),
+        ("train", ["--out_dir=living/run", "--init_from=resume"], {}),
+        ("train", again, first_of_two),
+        ("finetune_lora", ["--init_from=living/run", "--out_dir=living/run", "--overwrite"], {}),
+        ("finetune_lora", ["--out_dir=living/run", "--merge"], {}),
+    ]:
+        process = start(lab, script, *argv, **env)
+        assert finish(process) == 2, (script, argv)
+        assert error_output(lab, process) == f"{script}.py: {line}"
+    with pytest.raises(Refusal, match=f"process {living.pid} is training in living/run: "):
+        with contextlib.chdir(lab), folders.new_folder("living", True, ""):
+            pass
+    with contextlib.chdir(lab):  # to look on is allowed
+        train.main(
+            configure(train.Config, ["--out_dir=living/run", "--init_from=resume", "--eval_only"])
+        )
+
+    os.kill(living.pid, signal.SIGTERM)
+    assert finish(living) == 128 + signal.SIGTERM, error_output(lab, living)
+    files = ["ckpt.pt", "ckpt.pt.mine.tmp", "ckpt_best.pt", "log.jsonl"]
+    assert listed(lab, "living/run") == files and listed(lab, "living") == ["run"]
+    go_on(lab, "living/run", f"--max_iters={load(lab, 'living/run')['step'] + 1}")
+
+
+def test_a_lock_dies_with_its_process(lab, living):
+    living.kill()
+    assert finish(living) == -signal.SIGKILL
+    assert {".lock", ".pid"} < set(listed(lab, "living/run"))
+    argv = [*ARGV, "--max_iters=1", "--out_dir=living/run", "--overwrite"]
+    assert finish(start(lab, "train", *argv)) == 0
+    assert listed(lab, "living/run") == ["ckpt.pt", "ckpt_best.pt", "log.jsonl", "loss.png"]
+    old = next((lab / "living").glob("run.old-*"))
+    assert {"ckpt.pt.mine.tmp", "ckpt.pt", "log.jsonl"} <= set(os.listdir(old))
+
+
+def test_a_run_that_goes_on_is_not_moved_aside_with_the_folder_around_it(lab, living):
+    (lab / "living/ckpt.pt").write_bytes(b"of a run")
+    for path in (lab / "living/run").glob("ckpt*.pt"):
+        path.unlink()  # as before its first checkpoint
+    argv = [*ARGV, "--max_iters=1", "--out_dir=living", "--overwrite"]
+    process = start(lab, "train", *argv)
+    assert finish(process) == 0, error_output(lab, process)
+    assert "run" in listed(lab, "living") and living.is_alive()
+    assert os.listdir(next(lab.glob("living.old-*"))) == ["ckpt.pt"]
+
+
+def test_only_what_a_dead_run_half_wrote_is_removed(tmp_path):
+    ours = ["ckpt.pt.1.tmp", "adapter_best.pt.22.tmp", "log.jsonl.3.tmp", "loss.png.4.tmp"]
+    users = ["ckpt.pt.tmp", "notes.tmp", "notes.1.tmp", "ckpt.pt.1.tmp.txt", "my_ckpt.pt.1.tmp"]
+    for name in [*ours, *users]:
+        (tmp_path / name).touch()
+    with folders.alone(tmp_path):
+        assert sorted(os.listdir(tmp_path)) == sorted([*users, ".lock", ".pid"])
+    assert sorted(os.listdir(tmp_path)) == sorted(users)
+
+
+def test_a_disk_without_locks_is_one_line_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
+    def flock(handle, operation):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    (tmp_path / "ckpt.pt.1.tmp").touch()  # of a run that may be going on
+    with folders.alone(tmp_path):
+        (tmp_path / "ckpt.pt").touch()
+    out, _ = capsys.readouterr()
+    assert out.startswith(f"{tmp_path} is on a disk without locks (") and out.count("\n") == 1
+    assert {"ckpt.pt", "ckpt.pt.1.tmp"} <= set(os.listdir(tmp_path))
+
+
+def test_a_folder_that_is_locked_for_nothing_is_gone_again(tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(Refusal), folders.alone(tmp_path / "out/a/b"):
+        raise Refusal("there is no such dataset")
+    with folders.alone(tmp_path / "out/c", make=False):
+        assert os.listdir(tmp_path / "out") == []
 
 
 def limited(folder, argv, limit):

@@ -583,7 +583,7 @@ def test_other_runs_and_a_run_without_a_checkpoint_are_not_in_the_way(tmp_path):
         moving()
     assert moving("--overwrite")
     (out / "onnx").mkdir()
-    folders.move_aside(out, folders.runs_in(out))
+    folders.move_aside(out, folders.others_in(out))
     assert sorted(os.listdir(out)) == ["demo", "lora"] and sorted(
         os.listdir(next(tmp_path.glob("out.old-*")))
     ) == ["ckpt.pt", "log.jsonl", "onnx"]
