@@ -1,9 +1,11 @@
 """Folders and files that a script writes: whole or not at all, and never over what a user had."""
 
 import os
+import platform
 import re
 import shutil
 import time
+import zlib
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -177,13 +179,51 @@ def write_atomic(path, write):
             os.remove(temporary)
 
 
+def is_alive(pid):
+    """Returns whether a process of this machine has the number pid; True where that cannot be told."""
+    if os.name == "nt":  # os.kill(pid, 0) ends a process there
+        import _winapi
+
+        try:
+            handle = _winapi.OpenProcess(_winapi.SYNCHRONIZE, False, pid)
+        except OSError as e:
+            return e.winerror != 87  # ERROR_INVALID_PARAMETER: no such process
+        try:
+            return _winapi.WaitForSingleObject(handle, 0) == _winapi.WAIT_TIMEOUT
+        finally:
+            _winapi.CloseHandle(handle)
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return True
+
+
+def machine():
+    """Returns a short name of this machine, whose pids say nothing of another one's on a shared disk."""
+    return f"{zlib.crc32(platform.node().encode()):08x}"
+
+
+def sweep(to):
+    """Removes the temporary folders for `to` of this machine's processes that are no longer alive."""
+    # before this function came, names had no machine
+    name = re.compile(rf"\.{re.escape(to.name)}\.tmp-(?:{machine()}-)?(\d{{1,9}})-\d+")
+    with suppress(FileNotFoundError):  # there is no parent yet
+        for path in list(to.parent.iterdir()):
+            match = name.fullmatch(path.name)
+            if match and not is_alive(int(match[1])):
+                shutil.rmtree(path, ignore_errors=True)
+
+
 @contextmanager
 def new_folder(to, overwrite, ways, reads=()):
     """Gives an empty folder to fill, which becomes `to` on success and is removed on failure.
 
     With overwrite, what stood at `to` is moved aside. Raises Refusal, also where `to` holds the current
-    folder or a path in `reads`. A run that is killed leaves a .NAME.tmp-* beside `to`, which nothing
-    reads.
+    folder or a path in `reads`. A run that is killed leaves a .NAME.tmp-MACHINE-PID-TIME beside `to`,
+    which nothing reads and the next run for the same `to` removes.
     """
     to = Path(os.path.realpath(to) if os.path.islink(to) else to)
     moving = in_the_way(to, overwrite, ways)
@@ -191,8 +231,9 @@ def new_folder(to, overwrite, ways, reads=()):
         if os.path.exists(path) and Path(path).resolve().is_relative_to(to.resolve()):
             name = "the current folder" if path == "." else path
             raise Refusal(f"{to} cannot be written: {name} is in it")
-    tmp = to.with_name(f".{to.name}.tmp-{os.getpid()}-{time.time_ns()}")
+    tmp = to.with_name(f".{to.name}.tmp-{machine()}-{os.getpid()}-{time.time_ns()}")
     try:
+        sweep(to)
         tmp.mkdir(parents=True)
         yield tmp
         if moving:

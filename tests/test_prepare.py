@@ -21,6 +21,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import folders
 import prepare
 import toy_stories
 from config import Refusal, describe
@@ -502,6 +503,44 @@ def test_a_killed_run_leaves_nothing_under_the_name(target, call, overwrite):
         assert not Path("data/d").exists()
         assert "there is no dataset data/d" in refusal(load, "data/d")
         assert make()  # and what is left is in nobody's way
+        assert [p.name for p in Path("data").iterdir()] == ["d"]  # nor does it stay
+
+
+def test_the_next_run_sweeps_what_dead_processes_left_and_nothing_else():
+    write_txt("c.txt", DOCS)
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    living = os.getppid()
+    swept = [f".d.tmp-{ended.pid}-1", f".d.tmp-{folders.machine()}-{ended.pid}-1234567890123456789"]
+    left = [
+        f".d.tmp-{folders.machine()}-{living}-1",
+        f".d.tmp-{living}-1",
+        f".d.tmp-{folders.machine()}-{os.getpid()}-1",  # of another thread
+        f".d.tmp-0badcafe-{ended.pid}-1",  # of another machine on a shared disk
+        f".dd.tmp-{ended.pid}-1",  # of other names
+        f".d.x.tmp-{ended.pid}-1",
+        f".d.tmp-{ended.pid}-1.tmp-{ended.pid}-1",
+        f".d.tmp-{ended.pid}",
+        f".d.tmp-me-{ended.pid}-1",
+        f"d.tmp-{ended.pid}-1",
+    ]
+    for name in swept + left:
+        write(f"data/{name}/train.bin", "half a split")
+    make()
+    assert sorted(p.name for p in Path("data").iterdir()) == sorted([*left, "d"])
+    for name in swept:
+        write(f"data/{name}/train.bin", "half a split")
+    make("toy", name="d[1]", num_stories=120)  # a name is no pattern
+    make(overwrite=True)
+    names = sorted(p.name for p in Path("data").iterdir() if ".old-" not in p.name)
+    assert names == sorted([*left, "d", "d[1]"])
+
+
+def test_processes_alive_and_dead():
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    assert folders.is_alive(os.getpid()) and folders.is_alive(process.pid)
+    process.communicate(b"\n")
+    assert not folders.is_alive(process.pid)
 
 
 @pytest.mark.parametrize(
