@@ -21,10 +21,11 @@ import hashlib
 import heapq
 import json
 import os
+from array import array
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from itertools import zip_longest
+from itertools import pairwise, zip_longest
 from math import inf
 from pathlib import Path
 
@@ -102,45 +103,70 @@ def merge_word(ids, merges):
     return ids
 
 
-def learn_merges(words, counts, first, stop):
-    """Returns {(left, right): id} for ids first to stop - 1.
+def learn_merges(words, counts, first, stop, progress=iter):
+    """Returns {(left, right): id} for ids first to stop - 1, or fewer where no pair is left.
 
-    Each merges the most frequent pair by then, among equals the smallest. words (lists of ids) are
-    merged in place. A merge touches only the words that hold its pair, so the counts are kept up to
-    date instead of taken again. A pair is never more frequent than when it was born (a merge makes
-    only pairs with the new id), so it has one heap entry, never too low; one found too high goes
-    back with today's count.
+    words: lists of ids, counts: how often each word is there. Each id merges the most frequent pair by
+    then, among equals the smallest. progress: a function from an iterable to one that shows how far it
+    is, such as tqdm.
+
+    The words stand in one linked list, and a merge visits only the places of its pair, so a word as
+    long as the text takes no longer than many short ones. A pair is never more frequent than when it
+    was born (a merge makes only pairs with the new id), so it has one heap entry, never too low; one
+    found too high goes back with today's count.
     """
+    ids = []  # None between words, and where an id was merged into the one before it
+    weights = []
+    for word, count in zip(words, counts):
+        ids += [*word, None]
+        weights += [count] * (len(word) + 1)
+    before = array("q", range(-1, len(ids) - 1))  # ids[-1] is None, too
+    after = array("q", range(1, len(ids) + 1))
     pair_count = defaultdict(int)
-    pair_words = defaultdict(set)
-    for w, ids in enumerate(words):
-        for pair in zip(ids, ids[1:]):
-            pair_count[pair] += counts[w]
-            pair_words[pair].add(w)
+    pair_places = defaultdict(list)  # of the left id, in order; the pair may be gone from some
+    for i, pair in enumerate(pairwise(ids)):
+        if None not in pair:
+            pair_count[pair] += weights[i]
+            pair_places[pair].append(i)
     heap = [(-n, pair) for pair, n in pair_count.items()]
     heapq.heapify(heap)
     merges = {}
-    while heap and first + len(merges) < stop:
-        n, pair = heapq.heappop(heap)
-        if -n != pair_count[pair]:
+    for new in progress(range(first, min(stop, first + len(ids)))):
+        while heap and -heap[0][0] != pair_count[heap[0][1]]:
+            _, pair = heapq.heappop(heap)
             if pair_count[pair]:
                 heapq.heappush(heap, (-pair_count[pair], pair))
-            continue
-        new = first + len(merges)
+        if not heap:
+            break
+        _, pair = heapq.heappop(heap)
         merges[pair] = new
+        left, right = pair
         born = set()
-        for w in pair_words.pop(pair):
-            before = words[w]
-            words[w] = merge_pair(before, pair, new)
-            for p in zip(before, before[1:]):
-                pair_count[p] -= counts[w]
-            for p in zip(words[w], words[w][1:]):
-                pair_count[p] += counts[w]
-                if new in p:
-                    pair_words[p].add(w)
-                    born.add(p)
+        for i in pair_places.pop(pair):
+            j = after[i]
+            if ids[i] != left or ids[j] != right:
+                continue
+            count = weights[i]
+            h, k = before[i], after[j]
+            previous, following = ids[h], ids[k]
+            if previous is not None:
+                pair_count[previous, left] -= count
+                p = previous, new
+                pair_count[p] += count
+                pair_places[p].append(h)
+                born.add(p)
+            if following is not None:
+                pair_count[right, following] -= count
+                p = new, following
+                pair_count[p] += count
+                pair_places[p].append(i)
+                born.add(p)
+            ids[i], ids[j] = new, None
+            after[i], before[k] = k, i
+        pair_count[pair] = 0
         for p in born:
-            heapq.heappush(heap, (-pair_count[p], p))
+            if pair_count[p]:  # in a run of new, a pair may be gone already
+                heapq.heappush(heap, (-pair_count[p], p))
     return merges
 
 
@@ -338,12 +364,13 @@ class Tokenizer:
         self.ids = {token: i for i, token in enumerate(tokens) if i != eot}
 
     @classmethod
-    def train(cls, docs, vocab_size=4096):
+    def train(cls, docs, vocab_size=4096, progress=iter):
         """Learns from an iterable of str, read once, keeping only word counts.
 
         This is algorithm 1 of Sennrich et al. 2016. <|endoftext|> is id 0, then the 256 bytes, then
         the merges: exactly those of Hugging Face's BpeTrainer. Fewer than vocab_size where the text
-        has no more pairs. ValueError: vocab_size below 257, no text, docs one str.
+        has no more pairs. progress as in learn_merges. ValueError: vocab_size below 257, no text, docs
+        one str.
         """
         if vocab_size < 257:
             needed = f"{EOT} and the 256 bytes already make 257"
@@ -359,7 +386,7 @@ class Tokenizer:
         tokens = [EOT.encode(), *(bytes([b]) for b in BYTE_CHAR)]
         byte_id = {b: i for i, b in enumerate(BYTE_CHAR, 1)}
         word_ids = [[byte_id[b] for b in word.encode()] for word in words]
-        merges = learn_merges(word_ids, list(words.values()), len(tokens), vocab_size)
+        merges = learn_merges(word_ids, words.values(), len(tokens), vocab_size, progress)
         for left, right in merges:
             tokens.append(tokens[left] + tokens[right])
         return cls("bpe", tokens, 0, merges)

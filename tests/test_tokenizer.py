@@ -5,6 +5,7 @@ python -m pytest tests/test_tokenizer.py -q
 
 import json
 import random
+import time
 import unicodedata
 
 import pytest
@@ -102,6 +103,11 @@ def corpora():
         "one document": (["low low low low low lower lower newest newest newest widest widest"], 300),
         "long runs": (["a" * n for n in range(1, 40)] + [" " * n + "b" for n in range(30)], 320),
         "empty documents": (["", "ab ab", ""], 300),
+        "one long word": (["".join(rng.choices("ACGT", k=20_000))], 1500),
+        "long words among short ones": (
+            ["".join(rng.choices("ab" if i % 2 else "aab ", k=i * i)) for i in range(60)] * 2,
+            900,
+        ),
     }
     for i in range(60):  # nearly every count ties with others here
         alphabets = rng.choices(["ab", "abc", "ab ", "zyx ", "aAé ", "\n a"], k=4)
@@ -181,6 +187,32 @@ def test_training_ends_when_no_pair_is_left():
     tokenizer = Tokenizer.train(["ab ab"], 5000)
     assert tokenizer.vocab_size == 257 + 2
     assert tokenizer.encode("ab ab") == [257, 258] == tokenizer.encode_plain("ab ab")
+
+
+def test_one_long_word_takes_no_longer_than_hugging_face():
+    text = "".join(random.Random(0).choices("ACGT", k=50_000))
+    seconds = []
+    for learn in Tokenizer.train, hf_train:
+        began = time.process_time()
+        learn([text], 4096)
+        seconds.append(time.process_time() - began)
+    assert seconds[0] < seconds[1]
+
+
+def test_progress_sees_each_merge_and_changes_none():
+    docs = CORPORA["made up"][0]
+    ids = []
+
+    def progress(new_ids):
+        for new in new_ids:
+            ids.append(new)
+            yield new
+
+    tokenizer = Tokenizer.train(docs, 700, progress)
+    assert ids == list(range(257, 700)) and tokenizer.sha256 == Tokenizer.train(docs, 700).sha256
+    total = []
+    Tokenizer.train(["ab ab"], 10**30, lambda new_ids: total.append(len(new_ids)) or new_ids)
+    assert total[0] <= 8  # no more than there are places, so a bar has an end
 
 
 def test_training_is_deterministic_and_sha256_tells_vocabularies_apart():
