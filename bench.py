@@ -224,11 +224,6 @@ def relative_errors(functions, exact, inputs, gradients):
     return errors
 
 
-def store(results, key, function, *arguments):
-    """Calls a function and keeps its result under the key."""
-    results[key] = function(*arguments)
-
-
 def to_megabytes(size):
     return None if size is None else size / 1e6
 
@@ -420,17 +415,14 @@ def decode_rows(model, hf_model, large, batch_size, seconds):
     ids = torch.randint(model.config.vocab_size, (batch_size, n_prompt))
     prompts = ids.tolist()
     ids = ids.to(device)
-    results = {}
     prefill = functools.partial(prefilled_steps, model, prompts, n_new)
     rivals = {
         "prefill": prefill,
         "decode": (prefill, list),
-        "generate": functools.partial(store, results, "ours", generate_cached, model, prompts, n_new),
+        "generate": functools.partial(generate_cached, model, prompts, n_new),
     }
     if hf_model:
-        rivals["transformers generate"] = functools.partial(
-            store, results, "transformers", generate_hf, hf_model, ids, n_new
-        )
+        rivals["transformers generate"] = functools.partial(generate_hf, hf_model, ids, n_new)
     rivals["memory"] = large.sum  # last, where no rival finds caches that it emptied
     times = race(rivals, seconds, device)
     memory_speed = large.nbytes / times.pop("memory")["median"]
@@ -456,7 +448,7 @@ def decode_rows(model, hf_model, large, batch_size, seconds):
             row["memory_gb_per_s"] = memory_speed / 1e9
             row["of_memory"] = weights_speed / memory_speed
         if name == "transformers generate":
-            row["same_ids"] = results["transformers"] == results["ours"]
+            row["same_ids"] = rivals[name]() == rivals["generate"]()
         rows.append(row)
     return rows
 
@@ -469,12 +461,11 @@ def cached_and_uncached_rows(cfg, compute, model):
     shifts = (3, 2, 1, 0) if compute.device.type == "cuda" else (4, 3, 2, 1)
     lengths = [cfg.block_size >> shift for shift in shifts]
     generators = {"cached": generate_cached, "uncached": generate_uncached}
-    ids = {}
     rivals = {}
-    for name, generator in generators.items():
-        for n in lengths:
-            rivals[name, n] = functools.partial(store, ids, (name, n), generator, model, [[0]], n)
+    for (name, generator), n in itertools.product(generators.items(), lengths):
+        rivals[name, n] = functools.partial(generator, model, [[0]], n)
     times = race(rivals, cfg.seconds / 2, compute.device)
+    same_ids = {n: rivals["cached", n]() == rivals["uncached", n]() for n in lengths}
     rows = []
     for (name, n), rival_times in times.items():
         growth = None
@@ -486,11 +477,11 @@ def cached_and_uncached_rows(cfg, compute, model):
                 "tokens": n,
                 **ms_columns(rival_times),
                 "against_half": growth,
-                "same_ids": ids["cached", n] == ids["uncached", n],
+                "same_ids": same_ids[n],
             }
         )
     verdict = "equal"
-    if not all(row["same_ids"] for row in rows):
+    if not all(same_ids.values()):
         verdict = f"NOT equal, which in {name_of(compute.dtype)} may be rounding"
     print(f"greedy ids with and without a cache: {verdict}")
     draw(cfg, compute.device, "decode", rows, x="tokens", y="ms", by=("what",))
@@ -847,21 +838,6 @@ def train_hf_tokenizer(docs, vocab_size):
     return hf_tokenizer
 
 
-def tokenizer_rows(task, megabytes, times, same):
-    """Returns the table's rows for a task. same: whether Hugging Face's result is ours."""
-    return [
-        {
-            "what": task,
-            "by": name,
-            "mb": megabytes,
-            "mb_per_s": megabytes / rival_times["median"],
-            **ms_columns(rival_times),
-            "same": same if name == "tokenizers" else None,
-        }
-        for name, rival_times in times.items()
-    ]
-
-
 def bench_tokenizer(cfg, compute):
     """Times learning a vocabulary and encoding with it, in MB/s of text, beside Hugging Face's."""
     if cfg.text:
@@ -872,29 +848,35 @@ def bench_tokenizer(cfg, compute):
         tokenizer = Tokenizer.train(docs, cfg.vocab_size)
     except ValueError as e:
         raise Refusal(e)
+    tasks = {
+        "learning": {"ours": functools.partial(Tokenizer.train, docs, cfg.vocab_size)},
+        "encoding": {"ours": functools.partial(tokenizer.encode_batch, docs)},
+    }
     hf_tokenizer = convert_to_tokenizers(tokenizer)
-    learned = {}
-    encoded = {}
-    learners = {"ours": functools.partial(Tokenizer.train, docs, cfg.vocab_size)}
-    encoders = {"ours": functools.partial(store, encoded, "ours", tokenizer.encode_batch, docs)}
     if hf_tokenizer:
-        learners["tokenizers"] = functools.partial(
-            store, learned, "tokenizers", train_hf_tokenizer, docs, cfg.vocab_size
-        )
-        encoders["tokenizers"] = functools.partial(
-            store, encoded, "tokenizers", hf_tokenizer.encode_batch_fast, docs
-        )
+        learn = functools.partial(train_hf_tokenizer, docs, cfg.vocab_size)
+        tasks["learning"]["tokenizers"] = learn
+        tasks["encoding"]["tokenizers"] = functools.partial(hf_tokenizer.encode_batch_fast, docs)
     cpu = torch.device("cpu")
-    learning_times = race(learners, cfg.seconds / 2, cpu)
-    encoding_times = race(encoders, cfg.seconds / 2, cpu)
-    same_vocabulary = None
-    same_ids = None
+    times = {task: race(rivals, cfg.seconds / 2, cpu) for task, rivals in tasks.items()}
+    same = {}  # whether Hugging Face's result is ours
     if hf_tokenizer:
-        same_vocabulary = learned["tokenizers"].get_vocab() == hf_tokenizer.get_vocab()
-        same_ids = [encoding.ids for encoding in encoded["tokenizers"]] == encoded["ours"]
+        hf_ids = [encoding.ids for encoding in hf_tokenizer.encode_batch_fast(docs)]
+        same["encoding", "tokenizers"] = hf_ids == tokenizer.encode_batch(docs)
+        same["learning", "tokenizers"] = learn().get_vocab() == hf_tokenizer.get_vocab()
     megabytes = sum(len(text.encode()) for text in docs) / 1e6
-    rows = tokenizer_rows("learning", megabytes, learning_times, same_vocabulary)
-    return rows + tokenizer_rows("encoding", megabytes, encoding_times, same_ids)
+    return [
+        {
+            "what": task,
+            "by": name,
+            "mb": megabytes,
+            "mb_per_s": megabytes / rival_times["median"],
+            **ms_columns(rival_times),
+            "same": same.get((task, name)),
+        }
+        for task in tasks
+        for name, rival_times in times[task].items()
+    ]
 
 
 # -----------------------------------------------------------------------------------------------------
