@@ -42,7 +42,6 @@ from measure import (
     peak_memory,
     print_tables,
     race,
-    synchronize,
 )
 from model import (
     KVCache,
@@ -157,13 +156,14 @@ def rmsnorm_kinds(device):
 
     Prints, once, why a GPU does without the CUDA kernel.
     """
-    if device.type != "cuda":
-        return {"torch": rmsnorm.TORCH}
-    missing = rmsnorm.load()
-    if missing:
-        print(f"without the CUDA kernel: {missing}")
-        return {"torch": rmsnorm.TORCH}
-    return {"torch": rmsnorm.TORCH, "cuda": rmsnorm.CUDA}
+    kinds = {"torch": rmsnorm.TORCH}
+    if device.type == "cuda":
+        missing = rmsnorm.load()
+        if missing:
+            print(f"without the CUDA kernel: {missing}")
+        else:
+            kinds["cuda"] = rmsnorm.CUDA
+    return kinds
 
 
 def race_both_ways(functions, inputs, gradients, seconds, device):
@@ -173,21 +173,20 @@ def race_both_ways(functions, inputs, gradients, seconds, device):
     """
     import torch._functorch.config
 
-    forward = {}
-    for name, function in functions.items():
-        forward[name] = functools.partial(function, *inputs)
+    times = {}
     # A compiled backward pass that may reuse its buffers refuses to run twice
     with torch._functorch.config.patch(donated_buffer=False):
-        forward_times = race(forward, seconds / 2, device)
-        backward = {}
-        for name, function in functions.items():
-            outputs = function(*inputs)
-            backward[name] = functools.partial(
-                torch.autograd.grad, outputs, inputs, gradients, retain_graph=True
-            )
-        backward_times = race(backward, seconds / 2, device)
-    times = {("forward", name): forward_times[name] for name in functions}
-    return times | {("backward", name): backward_times[name] for name in functions}
+        for way in "forward", "backward":
+            rivals = {}
+            for name, function in functions.items():
+                rival = functools.partial(function, *inputs)
+                if way == "backward":
+                    rival = functools.partial(
+                        torch.autograd.grad, rival(), inputs, gradients, retain_graph=True
+                    )
+                rivals[way, name] = rival
+            times |= race(rivals, seconds / 2, device)
+    return times
 
 
 def forward_and_backward(function, inputs, gradients):
@@ -222,6 +221,17 @@ def relative_errors(functions, exact, inputs, gradients):
         tensors = forward_and_backward(function, inputs, gradients)
         errors[name] = max(map(relative_error, tensors, references))
     return errors
+
+
+def convert(to_hf, ours):
+    """Returns what of ours to_hf makes Hugging Face's, or None, and prints why."""
+    try:
+        return to_hf(ours)
+    except ImportError as e:
+        print(f"without {e.name}: pip install {e.name}")
+    except ValueError as e:
+        print(e)
+    return None
 
 
 def to_megabytes(size):
@@ -284,32 +294,8 @@ def count_state_bytes(model, optimizers):
     return count_bytes(tensors)
 
 
-def train_row(cfg, key, rival, times, matmul_flops):
-    """Returns a row of the table. matmul_flops: {dtype: FLOP/s of a large matrix product}."""
-    settings, dtype, compiled, kind = key
-    compute, step, model, optimizers = rival
-    tokens = cfg.batch_size * cfg.block_size * cfg.gradient_accumulation_steps
-    tokens_per_s = tokens / times["median"]
-    flops = flops_per_token(model, cfg.block_size) * tokens_per_s
-    data_sheet_flops = peak_flops(compute)
-    peak = peak_memory(compute.device, step)
-    if peak is not None:
-        peak += count_state_bytes(model, optimizers)
-    return {
-        "settings": settings,
-        "dtype": dtype,
-        "compiled": compiled,
-        "rmsnorm": kind,
-        "tokens_per_s": tokens_per_s,
-        **ms_columns(times),
-        "mfu": flops / data_sheet_flops if data_sheet_flops else None,
-        "of_matmul": flops / matmul_flops[dtype],
-        "peak_mb": to_megabytes(peak),
-        "parameters": num_params(model),
-    }
-
-
 def train_rows(cfg, compute, dtypes):
+    """Yields the table's rows."""
     rivals = train_rivals(cfg, compute, dtypes)
     steps = {key: step for key, (_, step, _, _) in rivals.items()}
     n = 8192 if compute.device.type == "cuda" else 1024
@@ -318,8 +304,28 @@ def train_rows(cfg, compute, dtypes):
         square = torch.randn(n, n, device=compute.device).to(DTYPES[dtype])
         products[dtype] = functools.partial(torch.matmul, square, square)
     times = race(steps | products, cfg.seconds, compute.device)
-    matmul_flops = {dtype: 2 * n**3 / times[dtype]["median"] for dtype in dtypes}
-    return [train_row(cfg, key, rivals[key], times[key], matmul_flops) for key in rivals]
+    tokens = cfg.batch_size * cfg.block_size * cfg.gradient_accumulation_steps
+    for key, (compute, step, model, optimizers) in rivals.items():
+        settings, dtype, compiled, kind = key
+        tokens_per_s = tokens / times[key]["median"]
+        flops = flops_per_token(model, cfg.block_size) * tokens_per_s
+        matmul_flops = 2 * n**3 / times[dtype]["median"]
+        data_sheet_flops = peak_flops(compute)
+        peak = peak_memory(compute.device, step)
+        if peak is not None:
+            peak += count_state_bytes(model, optimizers)
+        yield {
+            "settings": settings,
+            "dtype": dtype,
+            "compiled": compiled,
+            "rmsnorm": kind,
+            "tokens_per_s": tokens_per_s,
+            **ms_columns(times[key]),
+            "mfu": flops / data_sheet_flops if data_sheet_flops else None,
+            "of_matmul": flops / matmul_flops,
+            "peak_mb": to_megabytes(peak),
+            "parameters": num_params(model),
+        }
 
 
 def bench_train(cfg, compute):
@@ -331,27 +337,14 @@ def bench_train(cfg, compute):
 
     # Many models share one forward, which is compiled anew for each
     with torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
-        return train_rows(cfg, compute, train_dtypes(cfg, compute))
+        return list(train_rows(cfg, compute, train_dtypes(cfg, compute)))
 
 
 # -----------------------------------------------------------------------------------------------------
 # decode
 
 
-def convert_to_transformers(model):
-    """Returns the same weights in transformers, or None, and prints why."""
-    try:
-        return to_transformers(model)
-    except ImportError:
-        print("without transformers: pip install transformers")
-    except ValueError as e:
-        print(e)
-    return None
-
-
-def greedy_steps(model, prompts, n):
-    """Returns an iterator of sample.generate, greedy: each step yields the rows."""
-    return generate(model, prompts, n, temperature=0)
+greedy_steps = functools.partial(generate, temperature=0)
 
 
 def prefilled_steps(model, prompts, n):
@@ -405,7 +398,7 @@ def count_bytes_a_step(model):
 
 
 def decode_rows(model, hf_model, large, batch_size, seconds):
-    """Returns the table's rows for one batch size.
+    """Yields the table's rows for one batch size.
 
     large: a tensor that no cache holds, whose sum shows the memory's speed.
     """
@@ -427,7 +420,6 @@ def decode_rows(model, hf_model, large, batch_size, seconds):
     times = race(rivals, seconds, device)
     memory_speed = large.nbytes / times.pop("memory")["median"]
     tokens_a_row = {"prefill": n_prompt, "decode": n_new - 1}
-    rows = []
     for name, rival_times in times.items():
         tokens = batch_size * tokens_a_row.get(name, n_new)
         row = {
@@ -449,8 +441,7 @@ def decode_rows(model, hf_model, large, batch_size, seconds):
             row["of_memory"] = weights_speed / memory_speed
         if name == "transformers generate":
             row["same_ids"] = rivals[name]() == rivals["generate"]()
-        rows.append(row)
-    return rows
+        yield row
 
 
 def cached_and_uncached_rows(cfg, compute, model):
@@ -495,7 +486,7 @@ def bench_decode(cfg, compute):
     the time with a cache against that without one.
     """
     model = build_model(cfg).to(compute.device, compute.dtype).eval()
-    hf_model = convert_to_transformers(model)
+    hf_model = convert(to_transformers, model)
     large = torch.ones(LARGE, device=compute.device)
     batch_sizes = (1, 8, 64) if compute.device.type == "cuda" else (1, 8)
     seconds = cfg.seconds / 2 / len(batch_sizes)
@@ -531,14 +522,11 @@ def kv_cache_row(shape, config, batch_size, tokens, dtype):
 
 def allocated_cache_row(cfg, compute):
     """Returns a row of the table with what a cache really stores, and what it takes from a GPU."""
-    device = compute.device
-    model = build_model(cfg).to(device, compute.dtype)
-    synchronize(device)
-    before = torch.cuda.memory_allocated(device) if device.type == "cuda" else None
-    cache = KVCache(model, cfg.batch_size, cfg.block_size)
-    allocated = None
-    if before is not None:
-        allocated = torch.cuda.memory_allocated(device) - before
+    model = build_model(cfg).to(compute.device, compute.dtype)
+    make_cache = functools.partial(KVCache, model, cfg.batch_size, cfg.block_size)
+    on_gpu = compute.device.type == "cuda"
+    allocated = peak_memory(compute.device, make_cache) if on_gpu else None
+    cache = make_cache()
     stored = sum(x.untyped_storage().nbytes() for x in cache.k + cache.v)
     shape = f"{cfg.n_layer} x {cfg.n_embd}"
     row = kv_cache_row(shape, model.config, cfg.batch_size, cfg.block_size, compute.dtype)
@@ -550,14 +538,12 @@ def bench_kvcache(cfg, compute):
 
     At the 7B shape they are those of the formula, at the shape here also those that are allocated.
     """
-    rows = []
     for heads in 32, 8, 1:
         config = ModelConfig(n_layer=32, n_head=32, n_kv_head=heads, n_embd=4096, block_size=2048)
-        rows.append(kv_cache_row("7B", config, 1, 2048, torch.float16))
+        yield kv_cache_row("7B", config, 1, 2048, torch.float16)
     for heads in range(cfg.n_head, 0, -1):
         if cfg.n_head % heads == 0:
-            rows.append(allocated_cache_row(replace(cfg, n_kv_head=heads), compute))
-    return rows
+            yield allocated_cache_row(replace(cfg, n_kv_head=heads), compute)
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -633,7 +619,7 @@ def norm_rivals(compute):
 
 
 def norm_rows(cfg, compute, n_rows, hidden, dtype, copy_speed, seconds):
-    """Returns the table's rows for one shape and dtype. copy_speed: bytes a second."""
+    """Yields the table's rows for one shape and dtype. copy_speed: bytes a second."""
     device = compute.device
     eps = cfg.norm_eps
     torch.manual_seed(cfg.seed)
@@ -658,29 +644,25 @@ def norm_rows(cfg, compute, n_rows, hidden, dtype, copy_speed, seconds):
         ("norm", norms, (x, weight), (dy,)),
         ("add", adds, (x, a, weight), (dh, dy)),
     )
-    rows = []
     for operation, functions, inputs, gradients in operations:
         times = race_both_ways(functions, inputs, gradients, seconds / 2, device)
         errors = relative_errors(functions, functions["ours, torch"], inputs, gradients)
         for (way, name), rival_times in times.items():
             size = traffic[operation, way]
             speed = size / rival_times["median"]
-            rows.append(
-                {
-                    "what": operation,
-                    "way": way,
-                    "rows": n_rows,
-                    "hidden": hidden,
-                    "dtype": name_of(dtype),
-                    "by": name,
-                    **ms_columns(rival_times),
-                    "bytes": size,
-                    "gb_per_s": speed / 1e9,
-                    "of_copy": speed / copy_speed,
-                    "error": errors[name],
-                }
-            )
-    return rows
+            yield {
+                "what": operation,
+                "way": way,
+                "rows": n_rows,
+                "hidden": hidden,
+                "dtype": name_of(dtype),
+                "by": name,
+                **ms_columns(rival_times),
+                "bytes": size,
+                "gb_per_s": speed / 1e9,
+                "of_copy": speed / copy_speed,
+                "error": errors[name],
+            }
 
 
 def bench_rmsnorm(cfg, compute):
@@ -768,10 +750,6 @@ def bench_attention(cfg, compute):
 # optimizer
 
 
-def torch_adamw(parameters):
-    return torch.optim.AdamW(parameters, lr=1e-7, foreach=True)
-
-
 def step_all(optimizers):
     for optimizer in optimizers:
         optimizer.step()
@@ -786,13 +764,13 @@ def bench_optimizer(cfg, compute):
     for name in "muon", "adamw":
         named = replace(cfg, optimizer=name)
         rivals[f"ours, {name}"] = make_slow_optimizers(model, named, compute)
-    rivals["torch AdamW foreach"] = [torch_adamw(model.parameters())]
+    adamw = functools.partial(torch.optim.AdamW, lr=1e-7, foreach=True)
+    rivals["torch AdamW foreach"] = [adamw(model.parameters())]
     if fast_bfloat16(compute.device):
         matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
-        matrix_ids = set(map(id, matrices))
-        remainder = [p for p in model.parameters() if id(p) not in matrix_ids]
+        remainder = set(model.parameters()).difference(matrices)
         muon = torch.optim.Muon(matrices, lr=1e-7)
-        rivals["torch Muon, AdamW foreach"] = [muon, torch_adamw(remainder)]
+        rivals["torch Muon, AdamW foreach"] = [muon, adamw(list(remainder))]
     else:
         print("torch's Muon is left out: it computes in bfloat16, which this device would emulate")
     steps = {name: functools.partial(step_all, optimizers) for name, optimizers in rivals.items()}
@@ -808,13 +786,10 @@ def bench_optimizer(cfg, compute):
 # tokenizer
 
 
-def convert_to_tokenizers(tokenizer):
-    """Returns our tokenizer in Hugging Face's library, or None, and prints why."""
-    try:
-        import tokenizers
-    except ImportError:
-        print("without tokenizers: pip install tokenizers")
-        return None
+def to_tokenizers(tokenizer):
+    """Returns our tokenizer in Hugging Face's library. Raises ImportError without it."""
+    import tokenizers
+
     hf_tokenizer = tokenizers.Tokenizer.from_str(tokenizer.to_str())
     # Text that spells a special token is text, as with ours
     hf_tokenizer.encode_special_tokens = True
@@ -852,7 +827,7 @@ def bench_tokenizer(cfg, compute):
         "learning": {"ours": functools.partial(Tokenizer.train, docs, cfg.vocab_size)},
         "encoding": {"ours": functools.partial(tokenizer.encode_batch, docs)},
     }
-    hf_tokenizer = convert_to_tokenizers(tokenizer)
+    hf_tokenizer = convert(to_tokenizers, tokenizer)
     if hf_tokenizer:
         learn = functools.partial(train_hf_tokenizer, docs, cfg.vocab_size)
         tasks["learning"]["tokenizers"] = learn
@@ -883,10 +858,11 @@ def bench_tokenizer(cfg, compute):
 # data
 
 
-def read_batch(cfg, data, first_rows, device):
-    """Returns the batch whose rows start at the next of first_rows, as train.py reads it."""
-    batch = training_rows(data, cfg.block_size, cfg.seed, next(first_rows), cfg.batch_size)
-    return to(batch, device)
+def read_batches(cfg, data, device):
+    """Yields batches of data as train.py reads them."""
+    for first in itertools.count(0, cfg.batch_size):
+        batch = training_rows(data, cfg.block_size, cfg.seed, first, cfg.batch_size)
+        yield to(batch, device)
 
 
 def bench_data(cfg, compute):
@@ -900,11 +876,10 @@ def bench_data(cfg, compute):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "train.bin")
         ids.tofile(path)
-        data = np.memmap(path, dtype, mode="r")
-        first_rows = itertools.count(0, cfg.batch_size)
-        reading = functools.partial(read_batch, cfg, data, first_rows, compute.device)
+        batches = read_batches(cfg, np.memmap(path, dtype, mode="r"), compute.device)
+        reading = functools.partial(next, batches)
         times = race({"reading": reading, "training": step}, cfg.seconds, compute.device)
-        del data, reading  # Windows removes no file that is open
+        del batches, reading  # Windows removes no file that is open
     tokens = cfg.batch_size * cfg.block_size
     speeds = {
         "reading": tokens / times["reading"]["median"],
@@ -949,7 +924,7 @@ def main(cfg):
         title = " ".join(bench.__doc__.split())
         print(f"\n{name}: {title}", flush=True)
         try:
-            figures[name] = bench(cfg, compute)
+            figures[name] = list(bench(cfg, compute))
         except torch.OutOfMemoryError:  # a GPU's
             message = f"{name} took more memory than {compute.device} has"
             raise Refusal(f"{message}: try a smaller model or batch_size", status=1)
