@@ -12,7 +12,7 @@ import re
 from config import Refusal
 from folders import write_atomic
 from lenses import reading
-from lenses.report import EQUAL, FACTS, between, facts, flags, sections, short
+from lenses.report import EQUAL, FACTS, facts, flags, sections, short
 
 MARK = "<!-- a report of eval.py -->"  # so that one may be replaced, and nothing else
 
@@ -20,138 +20,75 @@ e = html.escape
 
 STYLE = """
 :root {
-  color-scheme: light dark; --bg: #fdfdfc; --ink: #1d2025; --soft: #5d6570;
-  --line: #dfe2e6; --card: #f4f5f7; --good: #1a7f4b; --fair: #96690a; --poor: #b3382c;
-  --c0: #0b66b0; --c1: #c2540a; --c2: #0a8463; --c3: #a8478a; --c4: #8a6d00;
-  --c5: #4a6fa5;
+  color-scheme: light dark;
+  --bg: light-dark(#fdfdfc, #15171a); --card: light-dark(#f4f5f7, #1e2125);
+  --ink: light-dark(#1d2025, #e6e8eb); --soft: light-dark(#5d6570, #a0a8b3);
+  --line: light-dark(#dfe2e6, #33383f); --good: light-dark(#1a7f4b, #58c98e);
+  --fair: light-dark(#96690a, #e0b252); --poor: light-dark(#b3382c, #ef8378);
+  --c0: light-dark(#0b66b0, #62b0f0); --c1: light-dark(#c2540a, #f0975a);
+  --c2: light-dark(#0a8463, #4cc9a4); --c3: light-dark(#a8478a, #dd8ac4);
+  --c4: light-dark(#8a6d00, #d9bc4a); --c5: light-dark(#4a6fa5, #93b3e0);
 }
-@media (prefers-color-scheme: dark) {
-  :root {
-    --bg: #15171a; --ink: #e6e8eb; --soft: #a0a8b3; --line: #33383f; --card: #1e2125;
-    --good: #58c98e; --fair: #e0b252; --poor: #ef8378; --c0: #62b0f0; --c1: #f0975a;
-    --c2: #4cc9a4; --c3: #dd8ac4; --c4: #d9bc4a; --c5: #93b3e0;
-  }
-}
-* { box-sizing: border-box }
-body {
-  margin: 0; background: var(--bg); color: var(--ink);
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif;
-  -webkit-text-size-adjust: 100%;
-}
+body { margin: 0; background: var(--bg); color: var(--ink); font: 16px/1.55 system-ui, sans-serif }
 main { max-width: 62rem; margin: 0 auto; padding: 2rem 1.25rem 4rem }
-h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .25rem; overflow-wrap: anywhere }
-h2 {
-  font-size: 1.25rem; margin: 3rem 0 .4rem; padding-top: 1rem;
-  border-top: 1px solid var(--line);
-}
-h3 { font-size: 1rem; margin: 1.75rem 0 .5rem }
-p { margin: .4rem 0 .9rem; max-width: 46rem }
-.soft { color: var(--soft); overflow-wrap: anywhere }
+h1 { font-size: 1.6rem; margin: 0; overflow-wrap: anywhere }
+h2 { font-size: 1.25rem; margin: 3rem 0 0; padding-top: 1rem; border-top: 1px solid var(--line) }
+p { margin: .4rem 0; max-width: 46rem }
+.soft, small, summary, footer, figcaption { color: var(--soft); overflow-wrap: anywhere }
+small { font-weight: 400 }
 .verdict {
   background: var(--card); border-left: 4px solid var(--level); border-radius: 6px;
-  padding: .9rem 1.1rem; margin: 1.25rem 0;
+  padding: .5rem 1.1rem; margin: 1.25rem 0;
 }
-.verdict p { margin: 0 0 .6rem; font-size: 1.05rem; max-width: none }
-.verdict p:last-child { margin: 0 }
-.lenses {
-  display: grid; grid-template-columns: max-content max-content 1fr; gap: .3rem .9rem;
-  margin: 0;
-}
-.lenses .why { color: var(--soft) }
-.lenses.two { grid-template-columns: max-content 1fr }
 .good { --level: var(--good) }
 .fair { --level: var(--fair) }
 .poor { --level: var(--poor) }
 .mixed { --level: var(--soft) }
-.level { color: var(--level); font-weight: 650 }
-.wide { overflow-x: auto; margin: .75rem 0 1rem }
+.level { color: var(--level) }
+.wide { overflow-x: auto; margin: .75rem 0 }
 table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums }
 th, td {
-  padding: .42rem 0 .42rem 1.6rem; border-bottom: 1px solid var(--line);
+  padding: .42rem 1.6rem .42rem 0; border-bottom: 1px solid var(--line);
   text-align: right; vertical-align: baseline; white-space: nowrap;
 }
-th { font-weight: 600; color: var(--soft) }
-td:first-child, th:first-child { padding-left: 0 }
+th { color: var(--soft) }
 .l { text-align: left; white-space: normal; min-width: 9rem; max-width: 22rem }
-.many small { display: block }
-tr.top td { font-weight: 650 }
-small { color: var(--soft); font-size: .92em; font-weight: 400 }
-.probe {
-  display: grid; grid-template-columns: minmax(0, 18rem) minmax(0, 1fr); gap: .3rem 2rem;
-  padding: .6rem 0; border-bottom: 1px solid var(--line); font-size: .92rem;
-}
-.answer { display: flex; align-items: center; gap: 0 .9rem; font-variant-numeric: tabular-nums }
-.answer > small { flex: 0 0 7rem; overflow-wrap: anywhere }
-.answer > span:last-child { flex: none }
+tr:has(:nth-child(5)) small { display: block }
+.top { font-weight: 650 }
 .bar {
-  position: relative; flex: 0 1 14rem; min-width: 7rem; height: 1.5rem;
-  background: linear-gradient(var(--line), var(--line)) center / 100% 2px no-repeat;
+  display: block; height: 1.1rem; min-width: 7rem;
+  background:
+    radial-gradient(circle at var(--accuracy), var(--c) 5px, transparent 6px),
+    linear-gradient(var(--ink) 0 0) var(--chance) / 2px no-repeat,
+    linear-gradient(90deg, var(--line) var(--low), var(--c) 0 var(--high), var(--line) 0)
+    center / 100% 3px no-repeat;
 }
-.bar i { position: absolute; top: 50%; transform: translate(-50%, -50%); background: var(--c) }
-.bar .dot { width: .7rem; height: .7rem; border-radius: 50% }
-.bar .range { height: 4px; transform: translateY(-50%); opacity: .45; border-radius: 2px }
-.bar .chance { width: 2px; height: 1.1rem; background: var(--soft) }
 figure { margin: 1rem 0; max-width: 34rem }
-figcaption { color: var(--soft); font-size: .9rem }
-svg { display: block; width: 100%; height: auto; font: 12px system-ui, sans-serif }
+svg { display: block; width: 100%; font: 12px system-ui, sans-serif }
 svg text { fill: var(--soft) }
-.key { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; font-size: .9rem }
+.key { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem }
 .key b {
   display: inline-block; width: .8rem; height: .8rem; border-radius: 50%;
-  background: var(--c); margin-right: .4rem; vertical-align: -1px;
+  background: var(--c); margin-right: .4rem;
 }
 .samples {
   display: grid; grid-template-columns: repeat(auto-fit, minmax(min(19rem, 100%), 1fr));
-  gap: .9rem; align-items: start;
+  gap: .9rem; align-items: start; margin: .9rem 0;
 }
 .sample { background: var(--card); border-radius: 6px; padding: .8rem 1rem; min-width: 0 }
-.sample .story {
-  white-space: pre-wrap; overflow-wrap: anywhere;
-  font: 1rem/1.5 Georgia, "DejaVu Serif", serif; margin: 0; max-width: none;
-}
-.sample .head { font-size: .85rem; color: var(--soft); margin: 0 0 .45rem }
-.sample u { text-decoration: underline wavy var(--poor); text-underline-offset: 3px }
-.flag {
-  color: var(--poor); border: 1px solid; border-radius: 9px; padding: 0 .5rem;
-  font-size: .8rem; white-space: nowrap; margin-right: .3rem; display: inline-block;
-}
-.clean { color: var(--good) }
-details { margin: .9rem 0 }
-summary { cursor: pointer; color: var(--soft) }
-li { margin: .5rem 0 }
-ul { padding-left: 1.2rem }
-.right { color: var(--good) }
+.story { white-space: pre-wrap; overflow-wrap: anywhere; font-family: Georgia, serif }
+.head { font-size: .85rem; color: var(--soft) }
+u { text-decoration: underline wavy var(--poor) }
+.flag { color: var(--poor); border: 1px solid; border-radius: 9px; padding: 0 .5rem; margin-right: .3rem }
+.clean, .right { color: var(--good) }
 .wrong { color: var(--poor); text-decoration: line-through }
-pre {
-  white-space: pre-wrap; overflow-wrap: anywhere; font-size: .8rem;
-  background: var(--card); padding: .8rem; border-radius: 6px;
-}
-footer { margin-top: 3rem; font-size: .85rem; color: var(--soft) }
-@media (max-width: 560px) {
-  main { padding: 1.25rem .9rem 3rem }
-  .lenses { grid-template-columns: max-content 1fr }
-  .lenses .why { grid-column: 1 / -1; margin: -.3rem 0 .4rem }
-  table, .probe { font-size: .88rem }
-  td small { display: block }
-  .probe { grid-template-columns: minmax(0, 1fr) }
-  .answer { flex-wrap: wrap }
-  .bar { flex: 1 1 7rem }
-  .answer > small { flex: 1 0 100%; margin-top: .3rem }
-  th, td { padding-left: .7rem }
-  .l { min-width: 7rem }
-  .lenses.two .order { grid-column: auto }
-  h2 { margin-top: 2.2rem }
-}
+pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--card); padding: .8rem }
+footer { margin-top: 3rem }
 """
 
 
 def several(whole):
     return len(whole["checkpoints"]) > 1
-
-
-def colour(i):
-    """Returns the style that gives an element the colour of checkpoint i."""
-    return f'style="--c:var(--c{i % 6})"'
 
 
 # ---- tables and probes
@@ -162,76 +99,40 @@ def cell(text):
     return re.sub(r" (\(.*\)|± .*)$", r" <small>\1</small>", e(text))
 
 
-def table_row(cells, tag, left):
-    """Returns the cells of a row; the first `left` of them are aligned to the left."""
-    parts = []
-    for i, text in enumerate(cells):
-        aligned = " class=l" if i < left else ""
-        parts.append(f"<{tag}{aligned}>{cell(text)}</{tag}>")
-    return "".join(parts)
+def html_table(header, rows, left=1, top=None, drawings=None):
+    """Returns a table. The first `left` columns are text; a row whose title starts with top is bold.
 
-
-def html_table(header, rows, left=1, top=None):
-    """Returns a table. The first `left` columns are text; a row whose title starts with top is bold."""
-    body = ""
-    for row in rows:
-        bold = " class=top" if top and row[0].startswith(top) else ""
-        body += f"<tr{bold}>{table_row(row, 'td', left)}</tr>"
-    many = " class=many" if len(header) > 4 else ""
-    head = f"<thead><tr>{table_row(header, 'th', left)}</tr></thead>"
-    return f"<div class=wide><table{many}>{head}<tbody>{body}</tbody></table></div>"
+    drawings: {(i, j): HTML below the text of column j in row i}, where row 0 is the header.
+    """
+    drawings = drawings or {}
+    lines = ""
+    for i, row in enumerate([header, *rows]):
+        tag = "td" if i else "th"
+        lines += "<tr class=top>" if top and row[0].startswith(top) else "<tr>"
+        for j, text in enumerate(row):
+            aligned = " class=l" if j < left else ""
+            lines += f"<{tag}{aligned}>{cell(text)}{drawings.get((i, j), '')}</{tag}>"
+        lines += "</tr>"
+    return f"<div class=wide><table>{lines}</table></div>"
 
 
 def bar(probe, i):
     """Returns accuracy, interval and chance on a line from 0 to 100%, in the colour of checkpoint i."""
-    label = f"{probe['accuracy']:.0%}, chance {probe['chance']:.0%}"
-    width = probe["high"] - probe["low"]
-    return (
-        f'<span class=bar {colour(i)} role=img aria-label="{label}">'
-        f'<i class=range style="left:{probe["low"]:.1%};width:{width:.1%}"></i>'
-        f'<i class=chance style="left:{probe["chance"]:.1%}"></i>'
-        f'<i class=dot style="left:{probe["accuracy"]:.1%}"></i></span>'
-    )
+    places = [f"--{key}:{probe[key]:.1%}" for key in ("accuracy", "low", "high", "chance")]
+    return f'<i class=bar style="--c:var(--c{i % 6});{";".join(places)}"></i>'
 
 
-def probe_answer(result, value, low, high, whole, drawing=""):
-    """Returns how one checkpoint answered a probe, with its name if there are several checkpoints."""
-    name = f"<small>{e(result['out_dir'])}</small>" if several(whole) else ""
-    figure = cell(between(value, low, high, ".1%"))
-    return f"<div class=answer>{name}{drawing}<span>{figure}</span></div>"
-
-
-def probe_block(name, asks, answers):
-    title = f"<b>{e(name)}</b><br><small>{e(asks)}</small>"
-    return f"<div class=probe><div>{title}</div><div>{''.join(answers)}</div></div>"
-
-
-def probe_list(whole):
-    """Returns the probes, each with the answers of all checkpoints, and the mean of the probes."""
+def probe_table(header, rows, whole):
+    """Returns the table of the probes, with a bar below each accuracy."""
+    if not rows:
+        return "<p>nothing to ask</p>"
     results = whole["checkpoints"]
-    blocks = ""
-    for n, first in enumerate(results[0]["probes"]["probes"]):
-        answers = []
-        for i, result in enumerate(results):
-            probe = result["probes"]["probes"][n]
-            figures = probe["accuracy"], probe["low"], probe["high"]
-            answers.append(probe_answer(result, *figures, whole, bar(probe, i)))
-        asks = f"{first['asks']}; {first['n']} questions, chance {first['chance']:.1%}"
-        blocks += probe_block(first["name"], asks, answers)
-    means = []
-    for result in results:
-        skill = result["probes"]
-        figures = skill["skill"], skill["skill_low"], skill["skill_high"]
-        means.append(probe_answer(result, *figures, whole))
-    return blocks + probe_block("room above chance taken", "mean of the probes", means)
-
-
-def wrong_answer(name, probe, answer):
-    return (
-        f"<li><small>{name}{e(probe['name'])}</small><br>… {e(answer['context'])}"
-        f"<span class=right>{e(answer['right'])}</span> "
-        f"<span class=wrong>{e(answer['chosen'].strip())}</span></li>"
-    )
+    first = len(header) - len(results)  # the column of the first checkpoint
+    drawings = {}
+    for i, result in enumerate(results):
+        for n, probe in enumerate(result["probes"]["probes"], 1):
+            drawings[n, first + i] = bar(probe, i)
+    return html_table(header, rows, left=2, drawings=drawings)
 
 
 def wrong_answers(whole):
@@ -241,7 +142,11 @@ def wrong_answers(whole):
         name = f"{e(result['out_dir'])}, " if several(whole) else ""
         for probe in result["probes"]["probes"]:
             for answer in probe["wrong"]:
-                items += wrong_answer(name, probe, answer)
+                items += (
+                    f"<li><small>{name}{e(probe['name'])}</small><br>… {e(answer['context'])}"
+                    f"<span class=right>{e(answer['right'])}</span> "
+                    f"<span class=wrong>{e(answer['chosen'].strip())}</span></li>"
+                )
     if not items:
         return ""
     return f"<details><summary>Some wrong answers</summary><ul>{items}</ul></details>"
@@ -310,39 +215,34 @@ def key(whole):
         return ""
     entries = ""
     for i, result in enumerate(whole["checkpoints"]):
-        entries += f"<span><b {colour(i)}></b>{e(result['out_dir'])}</span>"
+        entries += f"<span><b style='--c:var(--c{i % 6})'></b>{e(result['out_dir'])}</span>"
     return f"<div class=key>{entries}</div>"
 
 
 # ---- the verdict
 
 
-def verdict_of(result, whole):
-    """Returns the box with the verdict on one checkpoint and the level of each lens."""
-    name = f"<p><b>{e(result['out_dir'])}</b></p>" if several(whole) else ""
-    lines = ""
-    for lens, (level, reason) in result["levels"].items():
-        lines += f"<b>{e(lens)}</b><span class='level {level}'>{level}</span>"
-        lines += f"<span class=why>{e(reason)}</span>"
-    overall, _ = result["levels"]["likelihood"]
-    kind = overall if result["agree"] else "mixed"
-    text = f"<p>{e(result['verdict'])}</p>"
-    return f"<div class='verdict {kind}'>{name}{text}<div class=lenses>{lines}</div></div>"
+def box(kind, lines):
+    """Returns paragraphs of HTML in a box. kind: good, fair, poor or mixed, which sets its colour."""
+    paragraphs = "".join(f"<p>{line}</p>" for line in lines)
+    return f"<div class='verdict {kind}'>{paragraphs}</div>"
 
 
 def verdict_box(whole):
     """Returns the verdict on each checkpoint, and before them on their ranking if there are several."""
-    boxes = "".join(verdict_of(result, whole) for result in whole["checkpoints"])
-    if not several(whole):
-        return boxes
-    lines = ""
-    for line in whole["ranking"]:
-        lens, order = line.split(": ", 1)
-        lines += f"<b>{e(lens)}</b><span class=order>{e(order)}</span>"
-    return (
-        f"<div class='verdict mixed'><p>{e(whole['verdict'])}</p><div class='lenses two'>{lines}</div>"
-        f"<p class=soft><small>{EQUAL}</small></p></div>{boxes}"
-    )
+    boxes = ""
+    if several(whole):
+        small = f"<small>{EQUAL}</small>"
+        boxes = box("mixed", [e(whole["verdict"]), *map(e, whole["ranking"]), small])
+    for result in whole["checkpoints"]:
+        name = f"<b>{e(result['out_dir'])}</b> " if several(whole) else ""
+        lines = [f"{name}{e(result['verdict'])}"]
+        for lens, (level, reason) in result["levels"].items():
+            mark = f"<b class='level {level}'>{level}</b>"
+            lines.append(f"{e(lens)} {mark} <small>{e(reason)}</small>")
+        overall, _ = result["levels"]["likelihood"]
+        boxes += box(overall if result["agree"] else "mixed", lines)
+    return boxes
 
 
 # ---- samples
@@ -384,17 +284,14 @@ def card_group(cards):
 
 
 def sample_cards(places, whole):
-    """Returns the samples at some places, those of several checkpoints side by side below the prompt."""
+    """Returns the samples at some places, those of several checkpoints side by side."""
     results = whole["checkpoints"]
-    first = results[0]["reading"]
     if not several(whole):
-        return card_group(card(first, i, "", whole) for i in places)
+        return card_group(card(results[0]["reading"], i, "", whole) for i in places)
     groups = ""
     for i in places:
-        prompt = first["texts"][i]["prompt"]
-        title = f"Prompt: {e(prompt)}" if prompt else "No prompt"
         cards = [card(result["reading"], i, result["out_dir"], whole) for result in results]
-        groups += f"<h3>{title}</h3>{card_group(cards)}"
+        groups += card_group(cards)
     return groups
 
 
@@ -431,31 +328,14 @@ def made_up_words(whole):
 # ---- the page
 
 
-def subtitle(whole):
-    """Returns what was evaluated on what; with several checkpoints their facts are in a table."""
-    line = f"Evaluated on {e(whole['text'])}"
-    if several(whole):
-        return line
-    result = whole["checkpoints"][0]
-    return (
-        f"{line}; {result['parameters']:,} parameters, step {result['step']:,}, "
-        f"vocabulary {result['vocab_size']:,}, context {result['block_size']:,}, "
-        f"trained on {e(result['dataset'])}"
-    )
-
-
 def page(whole):
     """Returns the report as HTML. whole: the figures as eval.py has them."""
     likelihood, probes, texts = sections(whole)
     title_1, about_1, header_1, rows_1 = likelihood
-    title_2, about_2, _, rows_2 = probes
+    title_2, about_2, header_2, rows_2 = probes
     title_3, about_3, header_3, rows_3 = texts
     names = e(", ".join(result["out_dir"] for result in whole["checkpoints"]))
     notes = "".join(f"<p class=soft>{e(note)}</p>" for note in whole["notes"])
-    checkpoints = html_table(FACTS, facts(whole), left=2) if several(whole) else ""
-    likelihood_table = html_table(header_1, rows_1, top="bits")
-    questions = probe_list(whole) if rows_2 else "<p>nothing to ask</p>"
-    reading_table = html_table(header_3, rows_3, top="mark")
     figures = e(json.dumps(short(whole), indent=1))
     return f"""<!doctype html>
 {MARK}
@@ -463,13 +343,15 @@ def page(whole):
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
 <title>{names}: evaluation</title><style>{STYLE}</style></head><body><main>
-<h1>{names}</h1><p class=soft>{subtitle(whole)}</p>
-{verdict_box(whole)}{notes}{checkpoints}
-<h2>{title_1}</h2><p class=soft>{e(about_1)}</p>{likelihood_table}{position_plot(whole)}
+<h1>{names}</h1><p class=soft>Evaluated on {e(whole["text"])}</p>
+{verdict_box(whole)}{notes}{html_table(FACTS, facts(whole), left=2)}
+<h2>{title_1}</h2><p class=soft>{e(about_1)}</p>
+{html_table(header_1, rows_1, top="bits")}{position_plot(whole)}
 <h2>{title_2}</h2>
 <p class=soft>{e(about_2)} The bars go from 0 to 100%, the upright line is chance.</p>
-{questions}{wrong_answers(whole)}
-<h2>{title_3}</h2><p class=soft>{e(about_3)}</p>{reading_table}{made_up_words(whole)}
+{probe_table(header_2, rows_2, whole)}{wrong_answers(whole)}
+<h2>{title_3}</h2><p class=soft>{e(about_3)}</p>
+{html_table(header_3, rows_3, top="mark")}{made_up_words(whole)}
 {samples(whole)}
 <footer><p>Seed {whole["seed"]}; {e(whole["computed"])}.</p>
 <details><summary>All figures as JSON</summary><pre>{figures}</pre></details></footer>
@@ -477,33 +359,19 @@ def page(whole):
 """
 
 
-def is_report(path):
-    """Returns whether eval.py wrote the file at path."""
-    with open(path, encoding="utf-8", errors="replace") as f:
-        return MARK in f.read(200)
-
-
 def check(path):
     """Makes a report's folder. Raises Refusal where path cannot be written or holds another file."""
-    try:
-        if is_report(path):
-            return
-    except FileNotFoundError:
-        make_folder(path)
-        return
-    except (OSError, ValueError) as problem:
-        raise Refusal(f"cannot write {path}: {getattr(problem, 'strerror', problem)}")
-    message = f"{path} is there already and was not written by eval.py"
-    raise Refusal(f"{message}; --report_dir=OTHER writes elsewhere")
-
-
-def make_folder(path):
-    """Makes the folder that path is in. Raises Refusal where that fails or it cannot be written to."""
     folder = os.path.dirname(path) or "."
     try:
         os.makedirs(folder, exist_ok=True)
-    except OSError as problem:
-        raise Refusal(f"cannot write {path}: {problem.strerror}")
+        if os.path.exists(path):
+            with open(path, encoding="utf-8", errors="replace") as f:
+                is_report = MARK in f.read(200)
+            if not is_report:
+                message = f"{path} is there already and was not written by eval.py"
+                raise Refusal(f"{message}; --report_dir=OTHER writes elsewhere")
+    except (OSError, ValueError) as problem:
+        raise Refusal(f"cannot write {path}: {getattr(problem, 'strerror', problem)}")
     if not os.access(folder, os.W_OK):
         raise Refusal(f"cannot write {path}: permission denied")
 
