@@ -5,6 +5,7 @@ python -m pytest tests/test_tokenizer.py -q
 
 import json
 import random
+import sys
 import time
 import unicodedata
 
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from tiktoken import load as tiktoken_load
 from tokenizers import models, pre_tokenizers, trainers
 
-from tokenizer import BYTE_CHAR, EOT, GAP, Tokenizer
+from tokenizer import BYTE_CHAR, EOT, GAP, Tokenizer, merge_by_heap, merge_word, recover_merges
 
 FUZZ = settings(max_examples=300, deadline=None, derandomize=True, database=None)
 
@@ -596,6 +597,40 @@ BAD = {  # what is done to SMALL's file -> words of the sentence
         "merge 4 .*'Ġab', 'ab'",
     ),
 }
+
+
+@given(seed=st.integers(0, 10**6))
+@settings(max_examples=200, deadline=None)
+def test_a_heap_merges_as_the_plain_rule_does(seed):
+    """Over merges of few letters, so that pairs overlap, tie and are taken apart by others."""
+    draw = random.Random(seed)
+    merges = {}
+    for new in range(3, 15):
+        pair = (draw.randrange(new), draw.randrange(new))
+        merges.setdefault(pair, new)
+    for length in 0, 1, 2, 3, 30:
+        ids = [draw.randrange(3) for _ in range(length)]
+        assert merge_by_heap(ids, merges) == merge_word(ids, merges)
+
+
+def test_reading_a_chain_of_merges_takes_steps_in_proportion_to_its_bytes():
+    """Tokens ab, abb, abbb and so on; counted are the calls that Python makes, a few for each byte."""
+    tokens = [EOT.encode(), *(bytes([b]) for b in BYTE_CHAR)]
+    ids = {token: i for i, token in enumerate(tokens)}
+    chain = [b"a" + b"b" * n for n in range(1, 101)]
+    calls = [0]
+
+    def count(*_):
+        calls[0] += 1
+
+    sys.setprofile(count)
+    try:
+        merges = recover_merges(tokens + chain, 0)
+    finally:
+        sys.setprofile(None)
+    assert calls[0] < 20 * sum(map(len, chain))
+    lefts = [ids[b"a"], *range(257, 356)]
+    assert merges == {(left, ids[b"b"]): 257 + n for n, left in enumerate(lefts)}
 
 
 def test_small_is_what_the_table_takes_it_for():
