@@ -143,12 +143,13 @@ def from_hf(kind, c, tensors, without):
     `without` has patterns of our tensors that may be absent, and are zero then: biases that only half of
     the Linears have. Raises ValueError for tensors that are missing, misshapen or have no place.
     """
+    if not c.tie_embeddings and "lm_head.weight" not in tensors:
+        problem = 'there is no lm_head.weight, and config.json does not have "tie_word_embeddings": true'
+        advice = "write that there if the head is the embedding; if not, the model was not saved whole"
+        raise ValueError(f"{problem}; {advice}")
     # before anything of that size is made
     if model_sizes(c).matrices > count_stored_numbers(tensors.values()):
-        hint = ""
-        if not c.tie_embeddings and "lm_head.weight" not in tensors:
-            hint = ": there is no lm_head.weight, and no tie_word_embeddings in config.json"
-        raise ValueError(f"the tensors have fewer numbers than config.json needs{hint}")
+        raise ValueError("the tensors have fewer numbers than config.json needs")
     with torch.device("meta"):
         meta_state = Transformer(c).state_dict()
     shapes = {name: tuple(x.shape) for name, x in tensors_to_hf(kind, meta_state).items()}

@@ -1008,8 +1008,8 @@ SPARE = {"spare": torch.zeros(9999)}
         ),
         (lambda weights: weights | {UP_PROJ: weights[UP_PROJ].to(torch.int8)}, "is int8"),
         (
-            lambda weights: {UP_PROJ: weights[UP_PROJ]},
-            "fewer numbers than config.json needs: there is no lm_head.weight",
+            lambda weights: {name: weights[name] for name in (UP_PROJ, "lm_head.weight")},
+            "fewer numbers than config.json needs",
         ),
     ],
     ids=["missing", "spare", "transposed", "float8", "int8", "one alone"],
@@ -1023,6 +1023,31 @@ def test_weights_are_refused_by_name(change, message, tmp_path):
     with pytest.raises(Refusal, match=message) as e:
         read_folder(tmp_path)
     assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "kind, edit",
+    [
+        ("llama", lambda config: config.update(tie_word_embeddings=False)),
+        ("llama", lambda config: config.pop("tie_word_embeddings")),
+        ("gpt2", lambda config: config.update(tie_word_embeddings=False)),
+    ],
+)
+def test_a_file_without_a_head_is_refused_with_the_way_out(kind, edit, tmp_path):
+    """transformers leaves a head that is the embedding out of the file."""
+    write_folder(tmp_path, kind, tie_word_embeddings=True)
+    whole, _ = read_folder(tmp_path)
+    edit_json(tmp_path / "config.json", edit)
+    message = 'there is no lm_head.weight, and config.json does not have "tie_word_embeddings": true; '
+    with pytest.raises(Refusal, match=message) as e:
+        read_folder(tmp_path)
+    assert "\n" not in str(e.value)
+    # what the message advises
+    edit_json(tmp_path / "config.json", lambda config: config.update(tie_word_embeddings=True))
+    again, _ = read_folder(tmp_path)
+    assert again.config == whole.config
+    for name, x in whole.state_dict().items():
+        assert torch.equal(x, again.state_dict()[name])
 
 
 def test_shards_are_refused_by_name(tmp_path):
