@@ -9,7 +9,8 @@ vLLM, llama.cpp and Ollama are such servers, and there are hosted ones.
     print(judge.mark('Tom ran.', 'http://127.0.0.1:8000/v1', 'NAME', timeout=60))"
 
 The key is sent to that server alone, by way of the proxy that the environment names if it names one. A
-redirect is an error.
+redirect is an error. A server may send the key back, whole or in part, in any encoding: where there is
+one, nothing of an answer is shown but its status and its marks.
 """
 
 import http.client
@@ -20,6 +21,7 @@ import re
 import threading
 import urllib.error
 import urllib.request
+from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
@@ -53,10 +55,28 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
+def api_key():
+    """Returns the key in the environment, or ""."""
+    return os.environ.get("JUDGE_API_KEY", "").strip()
+
+
+def quote(text):
+    """Returns ": " and the beginning of a server's text, to end a message with, or "" where there is a key.
+
+    Control characters, which would move a terminal's cursor, become spaces.
+    """
+    if api_key():
+        return ""
+    printable = "".join(c if c.isprintable() else " " for c in text[:80])
+    return f": {printable}"
+
+
 def build_request(url, body):
     """Returns the POST request to a server, with the key from the environment. Raises JudgeError."""
     headers = {"Content-Type": "application/json"}
-    key = os.environ.get("JUDGE_API_KEY", "").strip()
+    if urlsplit(url).username is not None:
+        raise JudgeError("judge_url cannot hold a name or a password: a key goes into JUDGE_API_KEY")
+    key = api_key()
     if key:
         if not re.fullmatch("[!-~]+", key):
             raise JudgeError("JUDGE_API_KEY holds characters that no key has")
@@ -99,29 +119,44 @@ def read(answer):
         text = json.loads(answer)["choices"][0]["message"]["content"]
         marks = json.loads(text)
     except (ValueError, KeyError, IndexError, TypeError, RecursionError):
-        message = f"an answer that is not the JSON asked for: {answer[:80]!r}"
-        raise JudgeError(message, bad_answer=True)
+        shown = quote(answer.decode("utf-8", "replace"))
+        message = f"an answer that is not the JSON asked for{shown}"
+        raise JudgeError(message, bad_answer=True) from None
     complete = isinstance(marks, dict) and marks.keys() == RUBRIC.keys()
     if not complete or not all(map(is_mark, marks.values())):
-        message = f"marks that are not the integers from 1 to 10 asked for: {text:.80}"
+        message = f"marks that are not the integers from 1 to 10 asked for{quote(text)}"
         raise JudgeError(message, bad_answer=True)
     return marks
 
 
+def failure(e):
+    """Returns why a server cannot be asked, from the exception: in the system's words where it has any."""
+    cause = getattr(e, "reason", e)
+    if isinstance(cause, OSError) and cause.errno is not None:
+        return cause.strerror
+    return f"{type(e).__name__}{quote(str(e))}"
+
+
 def ask_once(body, url, timeout):
-    """Returns the marks that the server answers. Raises JudgeError, whatever goes wrong."""
+    """Returns the marks that the server answers. Raises JudgeError, whatever goes wrong.
+
+    The exceptions behind it hold the server's words, which no traceback is to show: "from None".
+    """
     late = f"no answer within {timeout:g} s"
     try:
         return read(post(url, body, timeout))
+    except JudgeError:
+        raise
     except TimeoutError:
-        raise JudgeError(late)
+        raise JudgeError(late) from None
     except urllib.error.HTTPError as e:
         e.close()
-        raise JudgeError(f"the server says {e.code} {e.reason}")
-    except (OSError, ValueError, http.client.HTTPException) as e:  # refused, cut off, no HTTP, a bad URL
+        phrase = http.client.responses.get(e.code, "")  # e.reason is the server's
+        raise JudgeError(f"the server says {e.code} {phrase}") from None
+    except Exception as e:  # refused, cut off, no HTTP, a bad URL
         if isinstance(getattr(e, "reason", None), TimeoutError):
-            raise JudgeError(late)
-        raise JudgeError(f"cannot be asked ({e})")
+            raise JudgeError(late) from None
+        raise JudgeError(f"cannot be asked ({failure(e)})") from None
 
 
 def mark(text, url, model, timeout):

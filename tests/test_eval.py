@@ -1,5 +1,6 @@
 """The three lenses: intervals by closed forms, losses two ways, probes that only the context answers, rules by hand, a real judge server."""
 
+import base64
 import contextlib
 import html.parser
 import http.server
@@ -9,7 +10,9 @@ import re
 import socket
 import threading
 import time
+import traceback
 from collections import Counter
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -416,7 +419,7 @@ def test_what_is_copied_and_what_is_made_up(size, monkeypatch):
 
 
 class Judge(http.server.BaseHTTPRequestHandler):
-    """Answers as server.answers say, one after the other and the last for ever: text, a status, or seconds to hang."""
+    """Answers as server.answers say, one after the other and the last for ever: text, a status, seconds to hang, or bytes."""
 
     def do_POST(self):
         self.server.asked.append(
@@ -430,6 +433,9 @@ class Judge(http.server.BaseHTTPRequestHandler):
         if isinstance(answer, float):
             time.sleep(answer)
             return
+        if isinstance(answer, bytes):
+            self.wfile.write(answer)
+            return
         status, body = (
             (answer, b"no")
             if isinstance(answer, int)
@@ -437,7 +443,7 @@ class Judge(http.server.BaseHTTPRequestHandler):
         )
         if answer == "RAW":
             body = b"\x00\xff not json"
-        self.send_response(status)
+        self.send_response(status, f"{self.headers['Authorization']} \x1b[31m")
         if status == 302:
             self.send_header(
                 "Location", f"http://127.0.0.1:{self.server.server_port}/elsewhere/chat/completions"
@@ -557,6 +563,71 @@ def test_a_key_is_never_shown(server, monkeypatch, key):
         assert server.asked[0][1] == "Bearer sk-SECRET" and marks[0]
     else:
         assert not server.asked and "JUDGE_API_KEY" in printed
+
+
+KEY = "sk-Qv7+/aZ3-longer"
+AUTHORIZATION = f"Bearer {KEY}"
+# whole, cut short, and in other writings
+ECHOES = [
+    AUTHORIZATION,
+    AUTHORIZATION[:12],
+    KEY[-9:],
+    quote(KEY, safe=""),
+    base64.b64encode(AUTHORIZATION.encode()).decode(),
+    "".join(f"\\u{ord(c):04x}" for c in KEY),
+    KEY.encode().hex(),
+    KEY[::-1],
+]
+ANSWERS = {  # where a server may put them, and what the message says
+    "reason": ("HTTP/1.1 401 bad key {}\r\n\r\n", "the server says 401 Unauthorized"),
+    "unknown status": ("HTTP/1.1 799 {}\r\n\r\n", "the server says 799"),
+    "redirect": (
+        "HTTP/1.1 302 {0}\r\nLocation: http://127.0.0.1:9/{0}\r\n\r\n",
+        "the server says 302 Found",
+    ),
+    "status line": ("{} is none\r\n", "cannot be asked (BadStatusLine)"),
+    "status": ("HTTP/1.1 {} is none\r\n", "cannot be asked (BadStatusLine)"),
+    "chunk": (
+        "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n{}",
+        "cannot be asked (IncompleteRead)",
+    ),
+    "text": ("HTTP/1.1 200 OK\r\n\r\nbad key {}", "an answer that is not the JSON asked for"),
+    "JSON": ('HTTP/1.1 200 OK\r\n\r\n{{"error": "{}"}}', "an answer that is not the JSON asked for"),
+    "marks": (
+        'HTTP/1.1 200 OK\r\n\r\n{{"choices": [{{"message": {{"content": "{{\\"{}\\": 7}}"}}}}]}}',
+        "marks that are not the integers from 1 to 10 asked for",
+    ),
+}
+
+
+@pytest.mark.parametrize("place", ANSWERS)
+def test_a_key_that_comes_back_is_not_shown(server, monkeypatch, place):
+    """A message is the same one whatever the server sends, so that nothing of that is in it."""
+    answer, message = ANSWERS[place]
+    monkeypatch.setenv("JUDGE_API_KEY", KEY)
+    for echo in [*ECHOES, "no"]:
+        server.answers = [answer.format(echo).encode()]
+        with pytest.raises(judge.JudgeError) as e:
+            judge.mark("A.", server.url, "m", 5)
+        assert str(e.value) == message
+        assert echo == "no" or echo not in "".join(traceback.format_exception(e.value))
+    assert server.asked[0][1] == AUTHORIZATION
+
+
+def test_without_a_key_an_answer_is_shown_but_not_its_control_characters(server):
+    server.answers = ["Well,\x1b[2J\r\n\x07 I \u202elike it \x9b1m"]
+    with pytest.raises(judge.JudgeError) as e:
+        judge.mark("A.", server.url, "m", 5)
+    assert "Well," in str(e.value) and "like it" in str(e.value) and str(e.value).isprintable()
+    server.answers = ['{"grammar\x1b[2J": 7}']
+    _, message = judge.mark_all(["A."], server.url, "m", 5)
+    assert "not the" in message and message.isprintable()
+
+
+def test_a_password_in_the_address_is_not_shown(server):
+    marks, message = judge.mark_all(["A."], server.url.replace("//", "//me:hunter2@"), "m", 5)
+    assert marks == [None] and "JUDGE_API_KEY" in message and "hunter2" not in message
+    assert not server.asked
 
 
 def test_no_server_at_all():
@@ -797,14 +868,17 @@ def test_text_from_outside_is_escaped_and_a_file_can_be_evaluated(lab, server, c
     )
 
 
-def test_without_the_data_a_text_is_enough_and_without_both_it_is_refused(lab, tmp_path, server, capsys):
+def test_without_the_data_a_text_is_enough_and_without_both_it_is_refused(
+    lab, tmp_path, server, capsys, monkeypatch
+):
     (tmp_path / "out").symlink_to(lab / "out")
     (tmp_path / "t.txt").write_text(
         "\n\n".join(TOLD[:8]), encoding="utf-8"
     )  # one document: its paragraphs stand for documents
     with pytest.raises(Refusal, match="--text=FILE"):
         evaluate(tmp_path, "--out_dir=out/a")
-    server.answers = [500]
+    monkeypatch.setenv("JUDGE_API_KEY", KEY)
+    server.answers = [500]  # whose reason is the key
     evaluate(
         tmp_path,
         "--out_dir=out/a/ckpt_best.pt",
@@ -824,8 +898,11 @@ def test_without_the_data_a_text_is_enough_and_without_both_it_is_refused(lab, t
     assert (
         "training" not in results["reference"]
         and any("data/toy" in note for note in results["notes"])
-        and "judge: the server says 500" in out
+        and "judge: the server says 500 Internal Server Error; given up" in out
     )
+    assert server.asked[0][1] == AUTHORIZATION and KEY not in out and "\x1b" not in out
+    page_text = (tmp_path / "r/report.html").read_text(encoding="utf-8")
+    assert KEY not in page_text and "\x1b" not in page_text
     read_page(tmp_path / "r/report.html")
 
 
