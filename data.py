@@ -91,19 +91,22 @@ def document_slices(ids, tokenizer):
     return (ids[start + (ids[start] == tokenizer.bos) : end] for start, end in zip(starts, ends))
 
 
-def prompt_ids(tokenizer, text):
-    """Returns the ids to start from: documents start after end-of-text. A character model may never have
-    seen that token.
+def prompt_ids(tokenizer, text, special=False):
+    """Returns the ids to start from; with special, special tokens that the text spells are meant.
+
+    A text starts with the tokenizer's bos, which is our own's end-of-text; a character model may never
+    have seen that. An empty one without a bos is end-of-text, after which a document starts.
     """
-    ids = tokenizer.encode(text)
-    if tokenizer.kind == "char" and ids:
+    ids = tokenizer.encode_special(text) if special else tokenizer.encode(text)
+    if ids and (tokenizer.bos is None or tokenizer.kind == "char"):
         return ids
-    return [tokenizer.bos, *ids]
+    return [tokenizer.eot if tokenizer.bos is None else tokenizer.bos, *ids]
 
 
 # -----------------------------------------------------------------------------------------------------
 # Templates of fine-tuned models, texts with {prompt} in them
 
+MODELS_OWN = "{messages}"  # in a template's place: the chat template that came with the model
 AS_IT_STANDS = "as it stands"
 STRIPPED = "stripped"  # without the space around it
 

@@ -28,9 +28,11 @@ import checkpoint
 import folders
 import lora
 import toy_stories
+from chat import start_of_answer
 from checkpoint import DATA_KEYS, Checkpoint, RunState, inherit, open_checkpoint
 from data import (
     AS_IT_STANDS,
+    MODELS_OWN,
     STRIPPED,
     by_text_rule,
     count_targets,
@@ -76,7 +78,7 @@ class Config(TrainConfig, lora.LoRAConfig):
     def __post_init__(self):
         super().__post_init__()
         self.template = new_lines(self.template)
-        if self.template and "{prompt}" not in self.template:
+        if self.template not in ("", MODELS_OWN) and "{prompt}" not in self.template:
             raise ValueError(
                 f"template must have {{prompt}} in it, where the prompt goes, not {self.template!r}"
             )
@@ -263,7 +265,7 @@ def moral_lines(model, tokenizer, held_out, template, compute):
     ranked = probes.ask(
         probes.Probe("moral", "", cases), lambda pairs: completion_nats(model, tokenizer, pairs, compute)
     )
-    *_, answers = generate(model, prompts, most, temperature=0, stop=tokenizer.eot)
+    *_, answers = generate(model, prompts, most, temperature=0, stop=tokenizer.ends)
     is_exact = np.array(
         [tokenizer.decode_more(row.ids) == case.candidates[0] for row, case in zip(answers, cases)]
     )
@@ -301,9 +303,11 @@ class FineTuning:
         is_new = not tuning.resumed and not cfg.eval_only
         self.text_rule = AS_IT_STANDS if is_new else tuning.base.text_rule
         learned, self.held_out = split_rows(cfg, self.text_rule)
-        cfg.template = (
-            cfg.template or tuning.base.template or default_template([*learned, *self.held_out])
-        )
+        cfg.template = cfg.template or tuning.base.template
+        if not cfg.template and tokenizer.chat_template is not None and cfg.dataset != "moral":
+            cfg.template = MODELS_OWN
+        if not cfg.template:
+            cfg.template = default_template([*learned, *self.held_out])
         self.examples, self.message = encode_rows(
             learned, tokenizer, cfg.template, tuning.T, f"{cfg.dataset}, to learn from"
         )
@@ -326,8 +330,7 @@ class FineTuning:
         try:
             turns = next(c.turns for c in self.held_out if c.turns and not c.problem)
             start = by_text_rule(cfg.start, self.text_rule) or turns[0].prompt
-            self.preview_text = render(cfg.template, start)
-            self.preview_ids = prompt_ids(tokenizer, self.preview_text)
+            self.preview_text, self.preview_ids = start_of_answer(tokenizer, start, cfg.template)
         except ValueError as e:
             raise Refusal(e)
         self.trained = None  # what is trained, once it is prepared
@@ -364,7 +367,7 @@ class FineTuning:
             [self.preview_ids],
             min(tuning.T, 200),
             temperature=0,
-            stop=tuning.tokenizer.eot,
+            stop=tuning.tokenizer.ends,
             past_end="recompute",
         )
         return self.preview_text + tuning.tokenizer.decode_more(row.ids)
@@ -403,7 +406,8 @@ def tune(cfg):
         learned, total = lora.trainable(tuning.model)
         print(f"{task.message}; in {len(task.packs):,} rows of {tuning.T} tokens\n{task.val_message}")
         stripped = ", text without the space around it" if task.text_rule == STRIPPED else ""
-        print(f"template: {cfg.template!r}{stripped}")
+        template = "the model's own" if cfg.template == MODELS_OWN else repr(cfg.template)
+        print(f"template: {template}{stripped}")
         print(f"{learned:,} of {total:,} parameters are trained, {learned / total:.2%}")
 
     if not tuning.resumed and not cfg.eval_only:

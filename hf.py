@@ -6,7 +6,8 @@
 
 A whole model comes in without this script: "hf:FOLDER_OR_NAME" stands wherever a checkpoint does, as in
 train.py --init_from=hf:gpt2 or sample.py --out_dir=hf:out/demo-hf. A model becomes a LlamaForCausalLM,
-with qk_norm a Qwen3ForCausalLM, or a GPT2LMHeadModel; what has no counterpart is refused.
+with qk_norm a Qwen3ForCausalLM, with biases in q, k and v alone (Qwen2's) a Qwen2ForCausalLM, or a
+GPT2LMHeadModel; what has no counterpart is refused.
 """
 
 import json
@@ -75,32 +76,37 @@ def write_model(folder, model, tokenizer):
     config, tensors = hf_layout.to_hf(model.config, model.state_dict())
     if model.config.tie_embeddings:
         del tensors["lm_head.weight"]
-    ends = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eot}
     write_tensors(folder / "model.safetensors", tensors)
-    write_json(folder / "config.json", config | ends)
-    write_json(folder / "generation_config.json", ends | {"pad_token_id": tokenizer.eot})
-    write_tokenizer(folder, tokenizer, model.config.block_size)
+    ends = list(tokenizer.ends) if len(tokenizer.ends) > 1 else tokenizer.eot
+    ids = {"bos_token_id": tokenizer.bos, "eos_token_id": ends}
+    write_json(folder / "config.json", config | ids)
+    write_json(folder / "generation_config.json", ids | {"pad_token_id": tokenizer.eot})
+    if tokenizer.files:
+        tokenizer.save_files(folder)  # as they came in, a generation_config.json too
+    if not (folder / "tokenizer_config.json").exists():
+        write_tokenizer(folder, tokenizer, model.config.block_size)
 
 
 def write_tokenizer(folder, tokenizer, block_size):
-    bos = tokenizer.tokens[tokenizer.bos].decode()
+    """Writes the tokenizer.json and tokenizer_config.json of a tokenizer that has none."""
     eot = tokenizer.tokens[tokenizer.eot].decode()
-    add_bos = tokenizer.kind != "char"  # as sample.prompt_ids has it
-    data = json.loads(tokenizer.tokenizer_json())
-    data["post_processor"] = bos_processor(bos, tokenizer.bos) if add_bos else None
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": bos,
         "eos_token": eot,
-        "add_bos_token": add_bos,
         "model_max_length": block_size,
         "clean_up_tokenization_spaces": False,
     }
+    data = json.loads(tokenizer.tokenizer_json()) | {"post_processor": None}
+    add_bos = tokenizer.bos is not None and tokenizer.kind != "char"  # as data.prompt_ids has it
+    if tokenizer.bos is not None:
+        bos = tokenizer.tokens[tokenizer.bos].decode()
+        settings |= {"bos_token": bos, "add_bos_token": add_bos}
+        data["post_processor"] = bos_processor(bos, tokenizer.bos) if add_bos else None
     write_json(folder / "tokenizer.json", data)
     write_json(folder / "tokenizer_config.json", settings)
 
 
-def write_peft_adapter(folder, base, model, adapter):
+def write_peft_adapter(folder, base, model, tokenizer, adapter):
     """Fills the folder with what PEFT reads, of our loaded adapter. Raises ValueError."""
     lora_config = checkpoint.lora_config(adapter)
     config, tensors = hf_layout.to_peft(model.config, lora_config, adapter["adapters"])
@@ -112,6 +118,8 @@ def write_peft_adapter(folder, base, model, adapter):
     write_tensors(folder / "adapter_model.safetensors", tensors, **notes)
     config["base_model_name_or_path"] = hf_name(base) if is_hf(base) else None
     write_json(folder / "adapter_config.json", config)
+    if tokenizer.files:  # a chat template and the tokens that end a text, as PEFT's own have them
+        tokenizer.save_files(folder)
 
 
 def write_own_adapter(folder, name, ckpt, model):
@@ -143,7 +151,7 @@ def main(cfg):
             if is_hf(cfg.adapter):
                 write_own_adapter(tmp, cfg.adapter, ckpt, model)
             elif own_adapter:
-                write_peft_adapter(tmp, ckpt.path, model, ckpt.adapter)
+                write_peft_adapter(tmp, ckpt.path, model, tokenizer, ckpt.adapter)
             else:
                 write_model(tmp, model, tokenizer)
         except ValueError as e:

@@ -20,11 +20,12 @@ import torch.nn.functional as F
 from config import Refusal
 from data import AS_IT_STANDS, text_rule
 from folders import advice
-from interop.foreign_tokenizer import ForeignTokenizer
+from interop.foreign_tokenizer import FILES, ForeignTokenizer
 from model import ModelConfig
 from tokenizer import Tokenizer
 
-FORMAT = 4  # 1 had no fingerprint, 2 the keys and values of a row together, 3 no bos
+FORMAT = 5  # 1 had no fingerprint, 2 the keys and values of a row together, 3 no bos, 4 no ends
+READABLE = (4, FORMAT)
 
 
 def describe(c, tokenizer, start, template, fingerprint, text_rule=AS_IT_STANDS):
@@ -42,6 +43,7 @@ def describe(c, tokenizer, start, template, fingerprint, text_rule=AS_IT_STANDS)
         "vocab_size": c.vocab_size,
         "eot": tokenizer.eot,
         "bos": tokenizer.bos,
+        "ends": list(tokenizer.ends),
         "tokenizer": tokenizer.kind,
         "tokenizer_sha256": tokenizer.sha256,
         "start": start,
@@ -277,7 +279,7 @@ def refusing(folder, name, onnx_name):
 
 
 def read_text(folder, name):
-    with open(os.path.join(folder, name), encoding="utf-8") as f:
+    with open(os.path.join(folder, name), encoding="utf-8", newline="") as f:
         return f.read()
 
 
@@ -304,18 +306,23 @@ def load(path):
         folder, file = os.path.split(path)
     with refusing(folder, "config.json", file):
         config = json.loads(read_text(folder, "config.json"))
-        if config["format"] != FORMAT:
+        if config["format"] not in READABLE:
             message = f"format {config['format']!r}; this version reads format {FORMAT}"
             raise ValueError(f"{message}: export the model again, with --overwrite")
+        if config["format"] == 4:
+            config |= {"format": FORMAT, "ends": [config["eot"]]}
         config.setdefault("text_rule", text_rule(config))  # exports from before it was kept
         c = ModelConfig(**config["model"])
         kind = config["tokenizer"]
         eot = config["eot"]
         bos = config["bos"]
+        ends = config["ends"]
     with refusing(folder, "tokenizer.json", file):
         text = read_text(folder, "tokenizer.json")
-        if kind == "foreign":
-            tokenizer = ForeignTokenizer(json.loads(text), eot, bos)
+        if kind == "foreign" or kind == "bpe" and bos != eot:
+            names = [name for name in FILES if os.path.exists(os.path.join(folder, name))]
+            files = {name: read_text(folder, name) for name in names}
+            tokenizer = ForeignTokenizer(files, eot, bos, ends)
         else:
             tokenizer = Tokenizer.from_str(text)
     with refusing(folder, "config.json", file):

@@ -22,8 +22,9 @@ import torch
 
 import prepare
 import toy_stories
+from chat import encode_answers
 from config import Refusal, hf_name, is_hf
-from data import AS_IT_STANDS, STRIPPED, by_text_rule, prompt_ids, render
+from data import AS_IT_STANDS, MODELS_OWN, STRIPPED, by_text_rule, prompt_ids, render
 
 MORAL_SEED = 0  # other stories than data/toy's: a test looks
 
@@ -220,6 +221,7 @@ class Turn(NamedTuple):
 class Conversation(NamedTuple):
     place: str
     kind: Kind
+    messages: list
     turns: list
     problem: str = ""  # why it is left out, in words that follow a number of rows
 
@@ -272,7 +274,7 @@ def conversations(rows, text_rule=AS_IT_STANDS):
         messages = [
             message._replace(text=by_text_rule(message.text or "", text_rule)) for message in messages
         ]
-        result.append(Conversation(place, kind, turns_of(messages), problem))
+        result.append(Conversation(place, kind, messages, turns_of(messages), problem))
     return result
 
 
@@ -295,9 +297,23 @@ def default_template(conversations):
 # Examples: a conversation as (idx, targets), targets one token ahead and -100 where nothing is learned
 
 
-def encode(turns, tokenizer, template):
-    """Returns (idx, targets), or None where nothing is learned. Prompt and response are encoded apart:
-    their boundary is one between tokens, and a prompt's ids are those that sample.py makes of it.
+def encode(conversation, tokenizer, template):
+    """Returns (idx, targets), or None where nothing is learned."""
+    if template == MODELS_OWN:
+        messages = [{"role": m.role, "content": m.text} for m in conversation.messages]
+        is_learned = [message.is_learned for message in conversation.messages]
+        ids, is_target = encode_answers(tokenizer, messages, is_learned)
+    else:
+        ids, is_target = encode_turns(conversation.turns, tokenizer, template)
+    if not any(is_target):
+        return None
+    ids = np.array(ids, np.int64)
+    return ids[:-1], np.where(is_target, ids, -100)[1:]
+
+
+def encode_turns(turns, tokenizer, template):
+    """Returns (ids, whether each is learned). Prompt and response are encoded apart: their boundary is
+    one between tokens, and a prompt's ids are those that sample.py makes of it.
     """
     ids = []
     is_target = []
@@ -307,10 +323,7 @@ def encode(turns, tokenizer, template):
         response_ids = tokenizer.encode_more(response) + [tokenizer.eot] if response else []
         ids += new_ids + response_ids
         is_target += [False] * len(new_ids) + [is_learned] * len(response_ids)
-    if not any(is_target):
-        return None
-    ids = np.array(ids, np.int64)
-    return ids[:-1], np.where(is_target, ids, -100)[1:]
+    return ids, is_target
 
 
 def encode_rows(conversations, tokenizer, template, T, name):
@@ -325,8 +338,8 @@ def encode_rows(conversations, tokenizer, template, T, name):
     left_out = {}  # the reason, in words: the places of the rows
     for conversation in conversations:
         try:
-            example = None if conversation.problem else encode(conversation.turns, tokenizer, template)
-        except ValueError as e:  # a character that a character model lacks
+            example = None if conversation.problem else encode(conversation, tokenizer, template)
+        except ValueError as e:  # a character that a character model lacks, what a chat template refuses
             raise Refusal(f"{conversation.place}: {e}")
         if example and len(example[0]) <= T:
             examples.append(example)

@@ -5,15 +5,17 @@
     python sample.py --start=FILE:prompts.txt --max_new_tokens=100         prompts, <|endoftext|> between them
     python sample.py --adapter=out/lora --start="What is it?"              what finetune_lora.py has learned
     python sample.py --onnx=out/ts/onnx                                    what export_onnx.py wrote, run by onnxruntime
+    python sample.py --out_dir=hf:FOLDER --chat                            a conversation in the terminal
 
 generate() is a Python generator that other scripts import.
 """
 
 import re
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
-from config import Refusal, new_lines, run
+from config import Refusal, convert, new_lines, run
 
 # isort: split
 import torch
@@ -21,8 +23,9 @@ import torch
 import lora
 import onnx_model
 import rmsnorm
+from chat import Chat, start_of_answer, talk
 from checkpoint import open_given
-from data import STRIPPED, by_text_rule, prompt_ids, render, text_rule
+from data import MODELS_OWN, STRIPPED, by_text_rule, prompt_ids, text_rule
 from device import check_memory, resolve
 from model import kv_cache_bytes
 from rmsnorm import choose_rmsnorm
@@ -37,7 +40,10 @@ class Config:
     adapter: str = ""                # the folder of a LoRA adapter, or its file
     onnx: str = ""                   # a folder that export_onnx.py wrote, or an .onnx file in it; no out_dir then
     raw: bool = False                # give --start as it is, without the template that the model was fine-tuned with
+    chat: bool = False               # talk with it: a line, an answer; by the model's own chat template
+    system: str = ""                 # chat: what the model is told first
     start: str = ""                  # the prompt, \n a new line, or FILE:path; "" starts a new document
+    special: bool = False            # special tokens that --start spells, as <|im_start|>, are special
     num_samples: int = 1             # continuations of each prompt, written in one batch
     max_new_tokens: int = 500        # tokens at most, each
     temperature: float = 0.8         # 0 = always the likeliest token
@@ -77,6 +83,10 @@ class Config:
             and self.dtype in ("auto", "float32")
             and self.rmsnorm != "cuda"
         )
+        if self.chat and (self.start or self.num_samples != 1):
+            raise ValueError("chat reads what you type: leave out start and num_samples")
+        if self.system and not self.chat:
+            raise ValueError("system is what a chat begins with: --chat")
         if self.onnx and (self.adapter or not is_plain):
             raise ValueError(
                 "an ONNX file is whole and computed on the CPU, as it was written: "
@@ -156,14 +166,14 @@ def generate(
     top_k=200,
     top_p=1.0,
     repetition_penalty=1.0,
-    stop=None,
+    stop=(),
     seed=1337,
     past_end="stop",
 ):
     """Continues prompts (lists of ids, of any lengths) together; yields the list of their Rows after
     each step.
 
-    A row ends at the token `stop`, which is not among its ids, after max_new_tokens, or when block_size
+    A row ends at a token of `stop`, ids, which is not among its ids, after max_new_tokens, or when block_size
     tokens are in its context; past_end="recompute" then reads the last half of the window again and goes
     on. `*_, rows = generate(...)` has them as they ended: it is one list, which each step changes.
     Raises ValueError for a prompt that is empty or too long.
@@ -212,7 +222,7 @@ def generate(
             for row, id in zip(rows, ids.tolist()):
                 row.window.append(id)
                 row.new = None
-                if not row.end and id == stop:
+                if not row.end and id in stop:
                     row.end = "stop"
                 if row.end:
                     row.window = row.window[-1:]
@@ -283,26 +293,80 @@ def load(cfg):
     return model, tokenizer, ckpt.config, compute, f"{paths}: {compute.message}{rmsnorm_message}"
 
 
+GENERATION = ("temperature", "top_k", "top_p", "repetition_penalty")
+
+
+def model_defaults(cfg, tokenizer):
+    """Returns (cfg with what a model's generation_config.json says where the command line does not, a
+    line about it). Raises Refusal.
+    """
+    given = cfg.given
+    values = {}
+    for key in GENERATION:
+        value = tokenizer.generation.get(key)
+        if value is not None and key not in given:
+            kind = type(getattr(cfg, key))
+            values[key] = convert(value, kind, f"{key} in generation_config.json", parse=False)
+    try:
+        cfg = replace(cfg, **values)
+    except ValueError as e:
+        raise Refusal(f"generation_config.json: {e}")
+    cfg.given = given
+    texts = [f"{key} {value}" for key, value in values.items()]
+    return cfg, f"{', '.join(texts)}, as the model's generation_config.json says" if texts else ""
+
+
+def converse(cfg, model, tokenizer, template):
+    """Talks with a model in the terminal. Raises Refusal where it was never taught to."""
+    template = template or MODELS_OWN
+    if template == MODELS_OWN and tokenizer.chat_template is None:
+        raise Refusal(
+            "the model has no chat template, it writes texts: --start=TEXT begins one; "
+            "finetune_lora.py teaches a model to answer"
+        )
+    steps = partial(
+        generate,
+        model,
+        max_new_tokens=cfg.max_new_tokens,
+        temperature=cfg.temperature,
+        top_k=cfg.top_k,
+        top_p=cfg.top_p,
+        repetition_penalty=cfg.repetition_penalty,
+        stop=tokenizer.ends,
+        seed=cfg.seed,
+    )
+    talk(Chat(steps, tokenizer, model.config.block_size, template, cfg.system))
+
+
 def main(cfg):
     model, tokenizer, config, compute, message = load_onnx(cfg) if cfg.onnx else load(cfg)
+    cfg, generation_message = model_defaults(cfg, tokenizer)
     starts = [str(config.get("start", ""))]  # a model's own is text: it names no file here
     if cfg.start:
         starts = read_start(cfg.start)
     template = "" if cfg.raw else str(config.get("template", ""))
     rule = text_rule(config)
-    if template:
-        # an empty one starts a document, as ever
-        starts = [start and render(template, by_text_rule(start, rule)) for start in starts]
     most = min(cfg.max_new_tokens, model.config.block_size)
     needs = kv_cache_bytes(model.config, cfg.num_samples * len(starts), most, compute.dtype.itemsize)
     check_memory(compute.device, needs, "try a smaller num_samples")
-    texts = [start for start in starts for _ in range(cfg.num_samples)]
+    if cfg.chat:
+        print("\n".join(filter(None, (message, generation_message))))
+        converse(cfg, model, tokenizer, template)
+        return
+    texts = []
+    prompts = []
     try:
-        prompts = [prompt_ids(tokenizer, text) for text in texts]
-        print(message)
+        for start in starts:
+            text, ids = start, None
+            if template and start:  # an empty one starts a document, as ever
+                text, ids = start_of_answer(tokenizer, by_text_rule(start, rule), template)
+            texts += [text] * cfg.num_samples
+            prompts += [ids or prompt_ids(tokenizer, text, cfg.special)] * cfg.num_samples
+        print("\n".join(filter(None, (message, generation_message))))
         if template and any(starts):
+            shown = "the model's chat template" if template == MODELS_OWN else repr(template)
             stripped = ", without the space around it" if rule == STRIPPED else ""
-            print(f"each prompt is put into {template!r}{stripped}; --raw leaves it as it is")
+            print(f"each prompt is put into {shown}{stripped}; --raw leaves it as it is")
         steps = generate(
             model,
             prompts,
@@ -311,7 +375,7 @@ def main(cfg):
             cfg.top_k,
             cfg.top_p,
             cfg.repetition_penalty,
-            tokenizer.eot,
+            tokenizer.ends,
             cfg.seed,
             cfg.past_end,
         )

@@ -390,7 +390,8 @@ class Tokenizer:
         self.eot = eot
         self.merges = merges or {}  # (left id, right id) -> id, in the order learned, that of ids
         self.vocab_size = len(tokens)
-        self.bos = eot  # what a prompt starts with
+        self.bos = eot  # what a text starts with; None in a ForeignTokenizer: nothing
+        self.ends = (eot,)  # what generation stops at
         self.ids = {token: i for i, token in enumerate(tokens) if i != eot}
 
     @classmethod
@@ -491,10 +492,14 @@ class Tokenizer:
         partial.write_bytes(self.tokenizer_json().encode())
         os.replace(partial, path)
 
+    def save_files(self, folder):
+        """Writes what a model's folder holds of its tokenizer: tokenizer.json."""
+        self.save(Path(folder, "tokenizer.json"))
+
     @property
     def head(self):
         """The ids that a document starts with in data: bos, unless the end-of-text before it is that."""
-        return [] if self.bos == self.eot else [self.bos]
+        return [] if self.bos in (None, self.eot) else [self.bos]
 
     @cached_property
     def sha256(self):
@@ -514,6 +519,20 @@ class Tokenizer:
     def encode_more(self, text):
         """Encodes a text that goes on where another ended, to which a ForeignTokenizer has other ids."""
         return self.encode(text)
+
+    def encode_special(self, text):
+        """Returns the ids of a text in which special tokens are written out: <|endoftext|> is eot.
+
+        ValueError: as encode.
+        """
+        ids = []
+        for n, part in enumerate(text.split(EOT)):
+            if n > 0:
+                ids.append(self.eot)
+            ids += self.encode_more(part)
+        return ids
+
+    encode_special_more = encode_special  # of a text that goes on where another ended
 
     def encode_batch(self, texts, num_threads=os.cpu_count()):
         """Encodes each of texts, on num_threads threads (tiktoken lets go of the interpreter lock)."""
@@ -564,6 +583,10 @@ class Tokenizer:
 
     decode_more = decode  # of ids that go on where others ended
     prefix = 0  # bytes that encode puts before a text
+    # what a ForeignTokenizer's folder may have
+    files = {}
+    chat_template = None
+    generation = {}  # generation_config.json
 
     def stream(self):
         """Returns a function from the next id to the text it completes, which may be none yet.

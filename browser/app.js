@@ -43,18 +43,19 @@ function ask(message, heard) {
 const text = () => tokens.map(t => t.text).join("");
 const isStart = i => i === 0 && tokens[0].id === config.eot;  // a document starts after end-of-text
 const blank = () => !tokens.some((_, i) => !isStart(i));
-const ended = () => tokens.length > 1 && tokens.at(-1).id === config.eot;
+const isEnd = id => config.ends.includes(id);
+const ended = () => tokens.length > 1 && isEnd(tokens.at(-1).id);
 const full = () => tokens.length - from > config.block_size;
 
 function push(id, more) {
-  tokens.push({ id, text: id === config.eot ? "" : decode(id), ...more });
+  tokens.push({ id, text: isEnd(id) ? "" : decode(id), ...more });
 }
 
 /** Forgets the tokens from n on. The one before is read again, for what comes after it. */
 function cut(n) {
   tokens.splice(n);
   decode = tokenizer.stream();
-  for (const { id } of tokens) if (id !== config.eot) decode(id);
+  for (const { id } of tokens) if (!isEnd(id)) decode(id);
   if (lastHalf() < from) [from, cached] = [lastHalf(), 0];
   else cached = Math.max(0, Math.min(cached, n - 1 - from));
 }
@@ -71,7 +72,7 @@ function setText(now) {
   let ids = tokenizer.encode(now), n = 0, m = 0;  // tokens alike at the start, and at the end
   if (config.template && ids[0] !== tokens.find((_, i) => !isStart(i))?.id)  // another story: its text is a prompt
     ids = tokenizer.encode(config.template.split("{prompt}").join(byTextRule(now)));
-  if (tokenizer.kind !== "char" || !ids.length) ids = [config.bos, ...ids];  // as prompt_ids in sample.py
+  if (!ids.length || config.bos !== null && tokenizer.kind !== "char") ids = [config.bos ?? config.eot, ...ids];  // as data.prompt_ids
   const old = ended() ? tokens.slice(0, -1) : [...tokens], most = Math.min(ids.length, old.length);
   while (n < most && old[n].id === ids[n]) n++;
   while (m < most - n && old.at(-1 - m).id === ids.at(-1 - m)) m++;
@@ -276,7 +277,7 @@ function drawTokens() {
   if (chosen >= same) hideOthers();
   for (const { span } of spans.splice(same)) span.remove();
   for (const token of tokens.slice(same)) {
-    const span = document.createElement("span"), end = token.id === config.eot && spans.length > 0;
+    const span = document.createElement("span"), end = isEnd(token.id) && spans.length > 0;
     span.textContent = end ? "∎" : token.text;
     span.className = end ? "end" : /^\n+$/.test(token.text) ? "line" : "";
     span.classList.toggle("given", Boolean(token.given));
@@ -338,7 +339,7 @@ function showOthers(i, pin = false) {
   head.append(close);
   others.replaceChildren(head, ...(list ?? []).map(([other, p]) => {
     const button = document.createElement("button"), name = document.createElement("span"), share = document.createElement("span");
-    name.append(...(other === config.eot ? ["∎ the end"] : visible(tokenizer.show(other))));
+    name.append(...(isEnd(other) ? ["∎ the end"] : visible(tokenizer.show(other))));
     share.textContent = percent(p);
     button.append(name, share);
     button.style.setProperty("--p", p.toFixed(4));
@@ -532,10 +533,13 @@ async function getJson(name) {
 
 async function start() {
   config = await getJson("config.json");
-  if (config?.format !== 4) throw Error(`model/config.json has format ${JSON.stringify(config?.format)}; this page reads format 4: export the model again, with --overwrite.`);
+  if (![4, 5].includes(config?.format)) throw Error(`model/config.json has format ${JSON.stringify(config?.format)}; this page reads format 5: export the model again, with --overwrite.`);
+  config.ends ??= [config.eot];  // format 4
   for (const key of ["n_layer", "n_kv_head", "head_dim", "block_size", "vocab_size"])
     if (!(Number.isInteger(config[key]) && config[key] > 0)) throw Error(`model/config.json is damaged: its ${key} is ${JSON.stringify(config[key])}.`);
   config.template = String(config.template ?? "");
+  if (config.template === "{messages}")
+    throw Error("This model answers by its own chat template, which this page does not know: python sample.py --chat --onnx=FOLDER talks with it.");
   config.start = String(config.start ?? "");
   const file = await getJson("tokenizer.json");
   try {

@@ -75,7 +75,7 @@ async function read({ keep, ids, scored, settings, place, most }) {
   for (let n = 0; settings && n < most && !stopped; n++) {
     const id = draw(held, settings, place + n);
     postMessage({ next: { id, ...score(held, id) }, at: performance.now() });
-    if (id === config.eot || n + 1 === most) break;
+    if (config.ends.includes(id) || n + 1 === most) break;
     await tick();
     if (stopped) break;
     await forward([id], true);

@@ -12,40 +12,42 @@ def load_tokenizer(text):
         data = json.loads(text)
     except (ValueError, RecursionError):
         data = None
-    if isinstance(data, dict) and data.keys() == {"eot", "bos", "tokenizer"}:
-        return ForeignTokenizer(data["tokenizer"], data["eot"], data["bos"])
+    keys = set(data) if isinstance(data, dict) else set()
+    if keys == {"eot", "bos", "ends", "files"}:
+        return ForeignTokenizer(data["files"], data["eot"], data["bos"], data["ends"])
+    if keys == {"eot", "bos", "tokenizer"}:  # from before 2026-11-28
+        files = {"tokenizer.json": json.dumps(data["tokenizer"], ensure_ascii=False, indent=1)}
+        return ForeignTokenizer(files, data["eot"], data["bos"])
     return Tokenizer.from_str(text)
 
 
-def from_tokenizer_json(data, eot, bos=None):
-    """Returns the tokenizer of a parsed tokenizer.json: ours if of GPT-2's kind, else a foreign one.
+def from_files(files, eot, ends=()):
+    """Returns the tokenizer of a folder's files, {name: text}: ours if hf.py wrote it of ours, else a
+    foreign one. Raises ValueError.
 
-    eot and bos are ids. bos comes before each text; None stands for the one that the file's
-    post_processor puts there, which is eot where it puts none. Raises ValueError.
+    A text starts with what the post_processor of tokenizer.json puts there, as in transformers 5.
     """
-    if bos is None:
-        bos = find_bos(data, eot)
-    data = data | {"post_processor": None}
-    try:
-        tokenizer = Tokenizer.from_str(json.dumps(data))
-        if tokenizer.eot == eot == bos:
-            return tokenizer
-    except ValueError:
-        pass
-    return ForeignTokenizer(data, eot, bos)
+    data = json.loads(files["tokenizer.json"])
+    bos = find_bos(data, eot)
+    tokenizer = ForeignTokenizer(files, eot, bos, ends)
+    own = tokenizer.own
+    if own and own.eot == eot and bos == (None if own.kind == "char" else eot):
+        return own
+    return tokenizer
 
 
 def find_bos(data, eot):
+    """Returns the id that the post_processor puts before a text, or None. Raises ValueError."""
     post_processor = data.get("post_processor")
-    if post_processor in (None, bos_processor(EOT, eot)):
-        return eot
+    if post_processor == bos_processor(EOT, eot):
+        return eot  # ours: neither this nor the next needs the library
     parts = list_parts(post_processor)
-    if parts and all(part.get("type") == "ByteLevel" for part in parts):
-        return eot  # which needs no library
+    if post_processor is None or parts and all(part.get("type") == "ByteLevel" for part in parts):
+        return None
     library_tokenizer = make_library_tokenizer(data)
     plain = encode_text(library_tokenizer, "a")
     ids = encode_text(library_tokenizer, "a", add_special_tokens=True)
     if ids[-len(plain) :] != plain or len(ids) > len(plain) + 1:
         limit = "here at most one token is put before a text"
         raise ValueError(f"its post_processor makes {ids} of {plain}; {limit}")
-    return ids[0] if len(ids) > len(plain) else eot
+    return ids[0] if len(ids) > len(plain) else None

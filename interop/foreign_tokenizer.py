@@ -1,24 +1,40 @@
 """Tokenizers that are not ours (Llama's, SmolLM's, Qwen's ...), with the methods of Tokenizer.
 
-    tokenizer = ForeignTokenizer(data, eot, bos)    # data: a parsed tokenizer.json
+    tokenizer = ForeignTokenizer({"tokenizer.json": text}, eot=2, bos=1)
 
-They are run by Hugging Face's `tokenizers`. What is kept in checkpoints is {"eot": id, "bos": id,
-"tokenizer": the tokenizer.json, without the post_processor that bos stands for}. As with ours, special
-tokens are added by id only, and text that spells one is ordinary text.
+They are run by Hugging Face's `tokenizers`. What is kept in checkpoints is {"eot": id, "bos": id or null,
+"ends": ids, "files": {name: text}}: the folder's own texts, which go out as they came in. Checkpoints from
+before 2026-11-28 have {"eot", "bos", "tokenizer"} instead, the last a tokenizer.json without its
+post_processor, and bos is eot where the folder has none: they keep that rule. As with ours, special tokens
+are added by id only, and text that spells one is ordinary text, but for encode_special.
 
 Llama's kind writes a space before a text (text "a" is the token "▁a"), so that "a" at the start of a
 text and "a" going on after another are different ids. encode and decode are for whole texts; encode_more
 and decode_more for what goes on.
 """
 
+import hashlib
 import json
 import re
 from contextlib import contextmanager
 from functools import cached_property
+from pathlib import Path
 
+from interop.chat_template import ChatTemplate
 from tokenizer import CHAR_BYTE, Tokenizer, mend
 
 LARGEST_VOCABULARY = 10**7
+# what a folder says of text, and is kept
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 
 
 @contextmanager
@@ -36,10 +52,11 @@ def library_errors(task):
         raise ValueError(f"the tokenizers library does not {task} ({reason:.200})") from None
 
 
-def make_library_tokenizer(data):
+def make_library_tokenizer(data, encode_special_tokens=True):
     """Returns the tokenizers.Tokenizer of a parsed tokenizer.json. Raises ValueError.
 
-    It takes special tokens for text, cuts nothing and fills nothing up.
+    It takes special tokens for text unless encode_special_tokens is False, cuts nothing and fills
+    nothing up.
     """
     try:
         import tokenizers
@@ -50,7 +67,7 @@ def make_library_tokenizer(data):
         library_tokenizer = tokenizers.Tokenizer.from_str(json.dumps(data))
     library_tokenizer.no_truncation()
     library_tokenizer.no_padding()
-    library_tokenizer.encode_special_tokens = True
+    library_tokenizer.encode_special_tokens = encode_special_tokens
     return library_tokenizer
 
 
@@ -131,53 +148,117 @@ def drop_prefix(component):
     return component
 
 
-class ForeignTokenizer(Tokenizer):
-    """A parsed tokenizer.json, `data`, run by the library.
+def read_own(data):
+    """Returns the Tokenizer of ours that splits and merges as the file says, if it is of GPT-2's kind, else None."""
+    try:
+        return Tokenizer.from_str(json.dumps(data))
+    except ValueError:
+        return None
 
-    eot is the id that ends documents; bos the one that prompts start with, eot where there is no other.
+
+class ForeignTokenizer(Tokenizer):
+    """The tokenizer of a folder of Hugging Face's, run by ours where it is of GPT-2's kind, else by the library.
+
+    files: {name: text} of FILES, those that there are. eot is the id that ends documents, bos the one
+    that a text starts with, None where it starts with none; ends are all that generation stops at.
     ValueError: what `tokenizers` does not read or its absence, a kind whose tokens' bytes are not known
     here, ids outside.
     """
 
-    def __init__(self, data, eot, bos):
-        self.data = data
-        self.kind = "foreign"
-        self._whole = make_library_tokenizer(data)
-        vocab = self._whole.get_vocab(with_added_tokens=True)
-        self.vocab_size = 1 + max(vocab.values(), default=-1)
-        if self.vocab_size > LARGEST_VOCABULARY:
-            raise ValueError(f"its largest id is {self.vocab_size - 1}")
-        for name, i in ("eot", eot), ("bos", bos):
+    def __init__(self, files, eot, bos, ends=()):
+        self.files = files
+        self.data = parse_json(files["tokenizer.json"]) | {"post_processor": None}
+        self.own = read_own(self.data)
+        if self.own:
+            self.kind = self.own.kind
+            self.vocab_size = self.own.vocab_size
+            self.tokens = self.own.tokens
+        else:
+            self.kind = "foreign"
+            self._whole = make_library_tokenizer(self.data)
+            vocab = self._whole.get_vocab(with_added_tokens=True)
+            self.vocab_size = 1 + max(vocab.values(), default=-1)
+            if self.vocab_size > LARGEST_VOCABULARY:
+                raise ValueError(f"its largest id is {self.vocab_size - 1}")
+            self.tokens = token_bytes(self.data, vocab, self.vocab_size)
+        for name, i in ("eot", eot), ("bos", eot if bos is None else bos):
             if type(i) is not int or not 0 <= i < self.vocab_size:
                 raise ValueError(f"{name} is {i!r:.60}, which is no id of its {self.vocab_size} tokens")
         self.eot = eot
         self.bos = bos
-        self.tokens = token_bytes(data, vocab, self.vocab_size)
+        self.ends = tuple(sorted({eot, *(i for i in ends if 0 <= i < self.vocab_size)}))
         self.prefix = len(self.decode_bytes(self.encode("a"))) - 1
 
     @cached_property
     def _more(self):
         return make_library_tokenizer(without_prefix(self.data)) if self.prefix else self._whole
 
+    @cached_property
+    def _special(self):
+        return make_library_tokenizer(self.data, encode_special_tokens=False)
+
+    @cached_property
+    def _special_more(self):
+        if not self.prefix:
+            return self._special
+        return make_library_tokenizer(without_prefix(self.data), encode_special_tokens=False)
+
     def to_str(self):
         """Returns the text that load_tokenizer makes this tokenizer of again."""
-        content = {"eot": self.eot, "bos": self.bos, "tokenizer": self.data}
+        content = {"eot": self.eot, "bos": self.bos, "ends": self.ends, "files": self.files}
         return json.dumps(content, ensure_ascii=False)
+
+    @cached_property
+    def sha256(self):
+        """The fingerprint of what becomes of a document: equal where all ids are."""
+        if self.own and self.own.eot == self.eot and not self.head:
+            return self.own.sha256
+        # as in checkpoints from before there were files
+        bos = self.eot if self.bos is None else self.bos
+        content = {"eot": self.eot, "bos": bos, "tokenizer": self.data}
+        return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()
 
     def tokenizer_json(self):
         """Returns the text of tokenizer.json, as Hugging Face's libraries read it."""
-        return json.dumps(self.data, ensure_ascii=False, indent=1)
+        return self.files["tokenizer.json"]
+
+    def save_files(self, folder):
+        """Writes the files as they came in."""
+        for name, text in self.files.items():
+            with open(Path(folder, name), "w", encoding="utf-8", newline="") as f:
+                f.write(text)
 
     def encode(self, text):
         """Returns the ids of a whole text without special tokens, as tokenizer.json has them.
 
         transformers' LlamaTokenizer leaves out the space before a text where there is one already.
         """
+        if self.own:
+            return self.own.encode(text)
         return encode_text(self._whole, mend(text))
 
     def encode_more(self, text):
         """Returns the ids of a text that goes on where another ended."""
+        if self.own:
+            return self.own.encode(text)
         return encode_text(self._more, mend(text))
+
+    def encode_special(self, text):
+        """Returns the ids of a text in which special tokens are written out, as a chat template writes them."""
+        return encode_text(self._special, mend(text))
+
+    def encode_special_more(self, text):
+        """Returns the ids of such a text that goes on where another ended."""
+        return encode_text(self._special_more, mend(text))
+
+    def encode_batch(self, texts):
+        """Encodes each of texts, on the library's own threads."""
+        if self.own:
+            return self.own.encode_batch(texts)
+        texts = [mend(text) for text in texts]
+        with library_errors("take the texts"):
+            encodings = self._whole.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
 
     decode_more = Tokenizer.decode
 
@@ -188,3 +269,45 @@ class ForeignTokenizer(Tokenizer):
         """
         text = self.decode_more(ids)
         return text[self.prefix :] if text[: self.prefix].isspace() else text
+
+    @cached_property
+    def settings(self):
+        """What tokenizer_config.json says, a dict."""
+        return parse_json(self.files.get("tokenizer_config.json", "{}"))
+
+    @cached_property
+    def generation(self):
+        """What generation_config.json says, a dict."""
+        return parse_json(self.files.get("generation_config.json", "{}"))
+
+    @cached_property
+    def chat_template(self):
+        """The folder's ChatTemplate, None where it has none. ValueError: one that cannot be read."""
+        source = self.files.get("chat_template.jinja") or self.settings.get("chat_template")
+        if isinstance(source, list):  # several by name; the plain one is called default
+            named = {entry.get("name"): entry.get("template") for entry in source}
+            source = named.get("default")
+        if not isinstance(source, str):
+            return None
+        tokens = {}
+        for key, token in self.settings.items():
+            text = token_text(token)
+            if key.endswith("_token") and isinstance(text, str):
+                tokens[key] = text
+        return ChatTemplate(source, tokens)
+
+
+def parse_json(text):
+    """Returns a JSON object. Raises ValueError."""
+    try:
+        data = json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"it is not a JSON object but a {type(data).__name__}")
+    return data
+
+
+def token_text(token):
+    """Returns the text of a token as tokenizer_config.json has it: the text itself, or an object around it."""
+    return token.get("content") if isinstance(token, dict) else token

@@ -3,7 +3,7 @@
     ckpt = load("HuggingFaceTB/SmolLM2-135M")         # what checkpoint.load returns for "hf:NAME"
     tokenizer = read_tokenizer(find_folder("gpt2"))   # how prepare.py --tokenizer=hf:gpt2 does
 
-Llama, Qwen3 and GPT-2, with weights from safetensors, in one file or several, or from a .bin that is
+Llama, Qwen2, Qwen3, Mistral and GPT-2, with weights from safetensors, in one file or several, or from a .bin that is
 read with weights_only=True: no code runs. What our model does not have is refused by name
 (hf_layout.py). Everything here raises Refusal, in one line.
 """
@@ -19,19 +19,14 @@ import torch
 
 from config import Refusal
 from interop import hf_layout
-from interop.any_tokenizer import from_tokenizer_json
+from interop.any_tokenizer import from_files
+from interop.foreign_tokenizer import FILES, token_text
 from model import ModelConfig
 
 # rows of an embedding beyond its tokenizer's ids are taken for padding: so many, or such a share of all
 PADDING_ROWS = 128
 PADDING_SHARE = 0.02
-TEXTS = [
-    "config.json",
-    "generation_config.json",
-    "adapter_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-]
+TEXTS = ["config.json", "adapter_config.json", *FILES]
 
 
 def find_folder(name, weights="model"):
@@ -158,10 +153,6 @@ def load_tensors(path, suffix):
 # ---- tokenizer
 
 
-def token_text(token):
-    return token.get("content") if isinstance(token, dict) else token
-
-
 def token_id(data, text):
     """Returns the id of a token's text in a parsed tokenizer.json, or None."""
     added = {token["content"]: token["id"] for token in data.get("added_tokens") or []}
@@ -181,14 +172,6 @@ def find_eot(folder, data, settings):
     return eot
 
 
-def find_bos(data, settings, eot):
-    """Returns the id before each text, None where tokenizer_config.json does not say."""
-    add_bos = settings.get("add_bos_token")
-    if add_bos is None:
-        return None
-    return token_id(data, token_text(settings.get("bos_token"))) if add_bos else eot
-
-
 def read_tokenizer(folder):
     """Returns the Tokenizer or ForeignTokenizer of the folder.
 
@@ -200,9 +183,16 @@ def read_tokenizer(folder):
         raise Refusal(f"there is no tokenizer.json in {folder}; transformers writes one: {call}")
     data = read_json(folder, "tokenizer.json")
     settings = read_json(folder, "tokenizer_config.json", {})
+    files = {name: text for name in FILES if (text := read_text(folder, name)) is not None}
     with reading(path):
         eot = find_eot(folder, data, settings)
-        tokenizer = from_tokenizer_json(data, eot, find_bos(data, settings, eot))
+        tokenizer = from_files(files, eot, end_ids(folder))
+        add_bos = settings.get("add_bos_token")
+        if add_bos is not None and tokenizer.kind != "char" and add_bos != (tokenizer.bos is not None):
+            print(
+                f"hf:{folder}: add_bos_token is {add_bos!r:.60}, but as in transformers 5 the "
+                "post_processor of tokenizer.json decides what a text starts with"
+            )
         space = settings.get("add_prefix_space")
         if space is not None and space != bool(tokenizer.prefix):
             number = "a" if tokenizer.prefix else "no"
@@ -211,14 +201,24 @@ def read_tokenizer(folder):
         return tokenizer
 
 
+def read_text(folder, name):
+    """Returns the text of a file of the folder as it is, line ends too; None where there is none."""
+    path = os.path.join(folder, name)
+    if not os.path.exists(path):
+        return None
+    with reading(path), open(path, encoding="utf-8", newline="") as f:
+        return f.read()
+
+
 def end_ids(folder):
-    """Returns each id that transformers' generate stops at, as a set."""
-    ends = set()
-    for name in "config.json", "generation_config.json":
+    """Returns each id that transformers' generate stops at, as a set: generation_config.json's, else config.json's."""
+    for name in "generation_config.json", "config.json":
         ids = read_json(folder, name, {}).get("eos_token_id")
         ids = ids if isinstance(ids, list) else [ids]
-        ends |= {i for i in ids if type(i) is int}
-    return ends
+        ids = {i for i in ids if type(i) is int}
+        if ids:
+            return ids
+    return set()
 
 
 # ---- models and adapters
@@ -234,9 +234,9 @@ def load(name):
     with reading(os.path.join(folder, "config.json")):
         keys, without = hf_layout.read_config(data)
         c = ModelConfig(**keys)
+    report_unknown(name, data["model_type"], hf_layout.unknown_keys(data))
     tokenizer = read_tokenizer(folder)
     tensors = read_tensors(folder, "model")
-    report_ends(name, folder, tokenizer)
     with reading(folder):
         state = hf_layout.from_hf(data["model_type"], c, tensors, without)
         rows = c.vocab_size
@@ -263,13 +263,12 @@ def load(name):
     }
 
 
-def report_ends(name, folder, tokenizer):
-    ids = end_ids(folder) & set(range(tokenizer.vocab_size))
-    ids.discard(tokenizer.eot)
-    if ids:
-        eot = tokenizer.decode_more([tokenizer.eot])
-        names = ", ".join(repr(tokenizer.decode_more([i])) for i in sorted(ids))
-        print(f"hf:{name}: a text ends at {eot!r} alone here, in transformers at {names} too")
+def report_unknown(name, kind, keys):
+    if keys:
+        shown = ", ".join(f"{key!r:.60}" for key in keys[:5])
+        rest = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
+        passed_over = f"passed over: transformers does not have that for {kind} either"
+        print(f"hf:{name}: {shown}{rest} in config.json is {passed_over}")
 
 
 def load_adapter(name, c):

@@ -1,11 +1,12 @@
-"""Two layouts of one model: ours, and Hugging Face's Llama, Qwen3 or GPT-2; of adapters, PEFT's.
+"""Two layouts of one model: ours, and Hugging Face's Llama kinds or GPT-2; of adapters, PEFT's.
 
     data, tensors = to_hf(model.config, model.state_dict())     # config.json and its tensors
     keys, without = read_config(data)                           # ModelConfig's keys, and absent biases
     state = from_hf(data["model_type"], ModelConfig(**keys), tensors, without)
 
 Dicts in, dicts out. What has no counterpart on the other side is a ValueError that names it: nothing is
-ever ignored that would change a logit.
+ever ignored that would change a logit. Llama, Qwen2, Qwen3, Mistral and GPT-2 come in; Mistral goes out
+as Llama, which it is without windows.
 """
 
 import math
@@ -34,10 +35,20 @@ GPT2_NEEDS = {
 }
 NEEDS = {
     "llama": LLAMA_NEEDS,
+    "qwen2": LLAMA_NEEDS,
     "qwen3": LLAMA_NEEDS | {"qk_norm": True, "bias": False},
+    "mistral": LLAMA_NEEDS,
     "gpt2": GPT2_NEEDS,
 }
-CLASSES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM", "gpt2": "GPT2LMHeadModel"}
+CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "gpt2": "GPT2LMHeadModel",
+}
+# patterns of our biases that Qwen2 does not have: its q, k and v alone have some
+QWEN2_WITHOUT = [r"\.o_proj\.bias$", r"\.mlp\..*bias$"]
 
 
 def choose_kind(c):
@@ -109,7 +120,23 @@ def to_hf(c, state):
     Raises ValueError.
     """
     kind = choose_kind(c)
+    if kind == "llama" and has_qwen2_biases(c, state):
+        kind = "qwen2"
+        state = {key: x for key, x in state.items() if not is_absent(key, QWEN2_WITHOUT)}
     return write_config(kind, c), tensors_to_hf(kind, state)
+
+
+def has_qwen2_biases(c, state):
+    """Whether there are biases in q, k and v alone, and heads as wide as Qwen2's were before 4.48."""
+    if not c.bias or c.n_embd != c.n_head * c.head_dim:
+        return False
+    biases = [key for key in state if key.endswith("_proj.bias")]
+    used = [key for key in biases if state[key].any()]
+    return bool(used) and not any(is_absent(key, QWEN2_WITHOUT) for key in used)
+
+
+def is_absent(key, without):
+    return any(re.search(pattern, key) for pattern in without)
 
 
 def tensors_to_hf(kind, state):
@@ -157,7 +184,7 @@ def from_hf(kind, c, tensors, without):
     if c.tie_embeddings:
         tie_head(kind, tensors)
     for key, x in meta_state.items():
-        if any(re.search(pattern, key) for pattern in without):
+        if is_absent(key, without):
             tensors.setdefault(locate(kind, key)[0], torch.zeros(x.shape, device="cpu"))
     check_tensors(tensors, shapes)
     state = {}
@@ -226,7 +253,24 @@ GPT2_SIZES = {
     "block_size": "n_positions",
     "vocab_size": "vocab_size",
 }
-SIZES = {"llama": LLAMA_SIZES, "qwen3": LLAMA_SIZES, "gpt2": GPT2_SIZES}
+SIZES = dict.fromkeys(CLASSES, LLAMA_SIZES) | {"gpt2": GPT2_SIZES}
+# names that GPT2Config takes for its own
+GPT2_ALIASES = {
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}
+
+# what a missing key amounts to, as in the kind's config class, where that is not what all of them have
+QWEN_DEFAULTS = {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28}
+DEFAULTS = {
+    "llama": {},
+    "qwen2": QWEN_DEFAULTS,
+    "qwen3": QWEN_DEFAULTS | {"head_dim": 128},
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "gpt2": {},
+}
 
 # keys that may have one value only; any other would compute something that our model does not
 COMMON_FIXED = {
@@ -236,50 +280,92 @@ COMMON_FIXED = {
     "tie_encoder_decoder": False,
     "use_bfloat16": False,
 }
-QWEN3_FIXED = {
+ROPE_FIXED = {
     **COMMON_FIXED,
     "hidden_act": "silu",
     "attention_dropout": 0,
     "partial_rotary_factor": 1,
-}
-LLAMA_FIXED = {
-    **QWEN3_FIXED,
-    "pretraining_tp": 1,
     "rope_interleaved": False,
+    "use_mrope": False,
 }
-GPT2_FIXED = {
-    **COMMON_FIXED,
-    "activation_function": "gelu_new",
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
+FIXED = {
+    "llama": ROPE_FIXED | {"pretraining_tp": 1, "use_sliding_window": False},
+    "qwen2": ROPE_FIXED | {"attention_bias": True, "mlp_bias": False},
+    "qwen3": ROPE_FIXED | {"mlp_bias": False},
+    "mistral": ROPE_FIXED | {"attention_bias": False, "mlp_bias": False, "use_sliding_window": False},
+    "gpt2": {
+        **COMMON_FIXED,
+        "activation_function": "gelu_new",
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+    },
 }
-FIXED = {"llama": LLAMA_FIXED, "qwen3": QWEN3_FIXED, "gpt2": GPT2_FIXED}
 
 # keys that are read one by one
-LLAMA_READ = set(
-    """num_key_value_heads head_dim rms_norm_eps tie_word_embeddings attention_bias mlp_bias rope_theta
-    rope_scaling rope_parameters""".split()
+ROPE_READ = set(
+    """num_key_value_heads head_dim rms_norm_eps tie_word_embeddings rope_theta rope_scaling
+    rope_parameters layer_types sliding_window""".split()
 )
-QWEN3_READ = LLAMA_READ - {"mlp_bias"} | {"layer_types", "use_sliding_window", "sliding_window"}
-GPT2_READ = {"layer_norm_epsilon", "tie_word_embeddings", "resid_pdrop", "embd_pdrop", "attn_pdrop"}
-READ = {"llama": LLAMA_READ, "qwen3": QWEN3_READ, "gpt2": GPT2_READ}
+READ = {
+    "llama": ROPE_READ | {"attention_bias", "mlp_bias"},
+    "qwen2": ROPE_READ | {"use_sliding_window"},
+    "qwen3": ROPE_READ | {"use_sliding_window", "attention_bias"},
+    "mistral": ROPE_READ,
+    "gpt2": {
+        "layer_norm_epsilon",
+        "tie_word_embeddings",
+        "resid_pdrop",
+        "embd_pdrop",
+        "attn_pdrop",
+        *GPT2_ALIASES,
+    },
+}
 
 # what changes no logit: about training, other heads, generation and the program that wrote the file
 HARMLESS = set(
-    """model_type architectures _name_or_path name_or_path torch_dtype dtype transformers_version
+    """model_type architectures _name_or_path _model_name_or_path name_or_path torch_dtype dtype
+    transformers_version unk_token_id
     use_cache initializer_range bos_token_id eos_token_id pad_token_id sep_token_id
     decoder_start_token_id id2label label2id num_labels _num_labels problem_type finetuning_task
-    chunk_size_feed_forward return_dict use_return_dict output_past output_attentions
-    output_hidden_states torchscript is_decoder is_llama_config task_specific_params n_ctx n_special
-    predict_special_tokens tokenizer_class max_sequence_length max_window_layers summary_type
-    summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout
-    transformers.js_config gradient_checkpointing reorder_and_upcast_attn unsloth_fixed
-    unsloth_version tf_legacy_loss _attn_implementation_autoset _flash_attn_2_enabled max_length
-    min_length max_new_tokens do_sample early_stopping num_beams num_beam_groups diversity_penalty
-    temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
-    encoder_no_repeat_ngram_size num_return_sequences return_dict_in_generate output_scores
-    remove_invalid_values""".split()
+    classifier_dropout hidden_dropout chunk_size_feed_forward return_dict use_return_dict output_past
+    output_attentions output_hidden_states tie_last_hidden_states torchscript is_decoder is_llama_config
+    task_specific_params n_ctx n_special predict_special_tokens tokenizer_class max_sequence_length
+    model_max_length max_window_layers summary_type summary_use_proj summary_activation
+    summary_proj_to_labels summary_first_dropout summary_last_dropout transformers.js_config
+    gradient_checkpointing reorder_and_upcast_attn neftune_noise_alpha unsloth_fixed unsloth_version
+    tf_legacy_loss _attn_implementation attn_implementation _attn_implementation_autoset
+    _flash_attn_2_enabled use_flash_attn max_length min_length max_new_tokens do_sample early_stopping
+    num_beams num_beam_groups diversity_penalty temperature top_k top_p min_p typical_p
+    repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size
+    num_return_sequences return_dict_in_generate output_scores remove_invalid_values bad_words_ids
+    suppress_tokens begin_suppress_tokens forced_bos_token_id forced_eos_token_id
+    exponential_decay_length_penalty prefix generation_config""".split()
 )
+
+# Words in the names of other keys, and why a key with one is refused: transformers ignores most of them
+# in these kinds, but the author of the model may have meant them.
+WORDS = """act(?!ual) adapter alibi alpha attention attn bias cap(_|$|ping) causal clamp clip config(_|$)
+    conv(?!er) cycle decoder drop emb encoder eps(_|$|ilon) feed_forward ffn gat(e|ing)(_|$) glu
+    groups head hidden hybrid kv latent layer limit linear logit loop (^|_)lora mamba mlp mult mup
+    norm parallel pos(_|i|$) qk query rank ratio(?!n) recurr rel_ residual rope rot(ary|at) scal
+    shar sink skip softmax sparse ssm state tie_ topk yarn"""
+REASONS = {
+    "auto_map": "its author's own code computes it, which is not run here",
+    "quant|compress": "weights of fewer bits are not read here",
+    "expert|moe|router": "there are no experts here",
+    "window|chunk": "there are no windows here",
+    "no_rope|nope": "layers without positions among others are not here",
+    "|".join(WORDS.split()): "it may change what is computed; take it out of config.json if it does not",
+}
+KIND_REASONS = {
+    "moe|mixtral|olmoe|gpt_oss|deepseek|dbrx|jamba": "it has experts",
+    "smollm3": "one layer in four has no positions",
+    "gemma": "its norms multiply by 1 + weight and its embedding is scaled; Gemma 2 and 3 have windows",
+    "phi3": "its q, k and v are one tensor, and it has windows",
+    "phi": "it rotates only a part of each head, and attention and MLP stand side by side",
+    "cohere|olmo2": "its blocks have another order",
+    "mamba|rwkv": "it has no attention",
+}
 MOST_LAYERS = 10**7
 
 
@@ -306,25 +392,52 @@ def read_config(data):
     """
     kind = data.get("model_type")
     if kind not in tuple(CLASSES):
-        raise ValueError(f"model_type is {kind!r:.60}; only {', '.join(CLASSES)} are read here")
+        reasons = [reason for words, reason in KIND_REASONS.items() if re.search(words, str(kind))]
+        problem = ": ".join([f"model_type is {kind!r:.60}", *reasons[:1]])
+        raise ValueError(f"{problem}; only {', '.join(CLASSES)} are read here")
     check_keys(kind, data)
+    data = DEFAULTS[kind] | data
+    if kind == "gpt2":
+        data = rename_aliases(data)
     sizes = read_sizes(kind, data)
     if kind == "gpt2":
         return sizes | GPT2_NEEDS | read_gpt2_settings(data), []
     return read_llama_config(kind, data, sizes)
 
 
+def unknown_keys(data):
+    """Returns the keys of a config.json that are known to nobody: neither here nor to its class.
+
+    read_config passes over those that it does not refuse for a word in their names.
+    """
+    kind = data["model_type"]
+    known = HARMLESS | READ[kind] | FIXED[kind].keys() | set(SIZES[kind].values())
+    return [key for key, value in data.items() if key not in known and value not in (None, {}, [], "")]
+
+
 def check_keys(kind, data):
-    fixed = FIXED[kind]
-    known = HARMLESS | READ[kind] | fixed.keys() | set(SIZES[kind].values())
-    for key, value in data.items():
-        if key not in known and value not in (None, {}, [], ""):
-            raise ValueError(f"{key!r:.60} is {value!r:.60}, which is not known here for {kind}")
-        if key not in fixed or value is None:
+    for key in unknown_keys(data):
+        for words, reason in REASONS.items():
+            if re.search(words, key.lower()):
+                problem = f"{key!r:.60} is {data[key]!r:.60}, which is not known here for {kind}"
+                raise ValueError(f"{problem}: {reason}")
+    for key, expected in FIXED[kind].items():
+        value = data.get(key)
+        if value is None:
             continue
         # to Python, True == 1
-        if value != fixed[key] or isinstance(value, bool) != isinstance(fixed[key], bool):
-            raise ValueError(f"{key} is {value!r:.60}; here it can only be {fixed[key]!r}")
+        if value != expected or isinstance(value, bool) != isinstance(expected, bool):
+            raise ValueError(f"{key} is {value!r:.60}; here it can only be {expected!r}")
+
+
+def rename_aliases(data):
+    """Returns config.json with GPT-2's own names. Raises ValueError where both have a value."""
+    data = dict(data)
+    for alias, key in GPT2_ALIASES.items():
+        value = data.pop(alias, None)
+        if value is not None and data.setdefault(key, value) != value:
+            raise ValueError(f"{alias} is {value!r:.60} beside {key} {data[key]!r:.60}")
+    return data
 
 
 def read_sizes(kind, data):
@@ -354,20 +467,22 @@ def read_gpt2_settings(data):
 def read_llama_config(kind, data, sizes):
     keys = sizes | NEEDS[kind]
     if kind == "qwen3" or data.get("head_dim") is not None:
-        keys["head_dim"] = read_number(data, "head_dim", 128, kind=int)  # Qwen3Config's default
+        keys["head_dim"] = read_number(data, "head_dim", kind=int)
         if keys["head_dim"] < 1:
             raise ValueError(f"head_dim is {keys['head_dim']}")
-    check_attention(kind, data, keys["n_layer"])
+    check_windows(kind, data, sizes)
     theta, scaling = read_rope(data)
-    attention_bias = read_flag(data, "attention_bias")
-    mlp_bias = read_flag(data, "mlp_bias")
     if data.get("num_key_value_heads") is not None:
         keys["n_kv_head"] = read_number(data, "num_key_value_heads", kind=int)
     keys["norm_eps"] = float(read_number(data, "rms_norm_eps", 1e-6))
     keys["tie_embeddings"] = read_flag(data, "tie_word_embeddings")
-    keys["bias"] = attention_bias or mlp_bias
     keys["rope_theta"] = float(theta)
     keys["rope_scaling"] = scaling
+    if kind == "qwen2":
+        return keys | {"bias": True}, QWEN2_WITHOUT
+    attention_bias = read_flag(data, "attention_bias")
+    mlp_bias = read_flag(data, "mlp_bias")
+    keys["bias"] = attention_bias or mlp_bias
     without = []
     if not attention_bias:
         without.append(r"\.attn\..*bias$")
@@ -376,14 +491,29 @@ def read_llama_config(kind, data, sizes):
     return keys, without
 
 
-def check_attention(kind, data, n_layer):
-    window = data.get("sliding_window")
-    if kind == "qwen3" and data.get("use_sliding_window", window is not None):
-        raise ValueError(f"sliding_window is {window!r:.60}: there are no sliding windows here")
+def check_windows(kind, data, sizes):
+    """Raises ValueError for attention that does not see the whole context.
+
+    Qwen has windows only with use_sliding_window, in layers from max_window_layers on. In a Llama
+    attention ignores sliding_window, but transformers' cache obeys it.
+    """
+    n_layer = sizes["n_layer"]
     layer_types = data.get("layer_types")
     if layer_types not in (None, ["full_attention"] * n_layer):
         expected = f"here it is full_attention in each of the {n_layer} layers"
         raise ValueError(f"layer_types is {layer_types!r:.60}; {expected}")
+    if kind.startswith("qwen"):
+        is_used = read_flag(data, "use_sliding_window") and layer_types is None
+        if not is_used or read_number(data, "max_window_layers", kind=int) >= n_layer:
+            return
+    if data.get("sliding_window") is None:
+        return
+    window = read_number(data, "sliding_window", kind=int)
+    context = sizes["block_size"]
+    if window < context:
+        problem = f"sliding_window is {window} in a context of {context}: there are no windows here"
+        advice = f"with max_position_embeddings {window} in config.json there is none"
+        raise ValueError(f"{problem}; {advice}" if window > 0 else problem)
 
 
 SCALINGS = {
@@ -396,37 +526,40 @@ SCALINGS = {
 def read_rope(data):
     """Returns (rope_theta, rope_scaling) from transformers' keys. Raises ValueError.
 
-    Version 4 of transformers has rope_theta and rope_scaling, version 5 rope_parameters.
+    Version 4 of transformers has rope_theta and rope_scaling, version 5 rope_parameters; both may be
+    there if they agree.
     """
-    params = read_rope_params(data)
-    theta = read_number(params | data, "rope_theta", 10000.0)
-    if params.pop("rope_theta", theta) != theta:
-        raise ValueError(f"rope_theta is {theta} beside another one in rope_parameters")
-    rope_type = params.pop("rope_type", None)
-    old_type = params.pop("type", None)
-    kind = rope_type or old_type or "default"
+    scalings = []
+    thetas = [read_number(data, "rope_theta")] if data.get("rope_theta") is not None else []
+    for key in "rope_scaling", "rope_parameters":
+        params = data.get(key) or {}
+        if not isinstance(params, dict):
+            raise ValueError(f"{key} is {params!r:.60}, where an object was expected")
+        if params.get("rope_theta") is not None:
+            thetas.append(read_number(params, "rope_theta"))
+        if params:
+            scalings.append(read_scaling(params))
+    if len(set(scalings)) > 1:
+        shown = f"rope_scaling is {scalings[0]} and rope_parameters {scalings[1]}"
+        raise ValueError(f"{shown}, of which only one can be meant")
+    if len(set(thetas)) > 1:
+        raise ValueError(f"rope_theta is {' beside another one, '.join(map(str, thetas))}")
+    return thetas[0] if thetas else 10000.0, scalings[0] if scalings else "none"
+
+
+def read_scaling(params):
+    """Returns our rope_scaling, as "linear:4", of transformers' settings. Raises ValueError."""
+    kind = params.get("rope_type") or params.get("type") or "default"
     if not isinstance(kind, str) or kind not in SCALINGS:
         raise ValueError(f"rope_type is {kind!r:.60}; only {', '.join(SCALINGS)} are read here")
     for key, value in params.items():
-        if key in SCALINGS[kind] or value is None or key == "partial_rotary_factor" and value == 1:
+        if key in ("rope_type", "type", "rope_theta", *SCALINGS[kind]) or value is None:
             continue
-        setting = f"{key} is {value!r:.60} in the rope settings"
-        raise ValueError(f"{setting}, which rope_type {kind} does not have here")
-    numbers = [read_number(params, key) for key in SCALINGS[kind]]
-    if not numbers:
-        return theta, "none"
-    return theta, f"{kind}:{','.join(format_number(n) for n in numbers)}"
-
-
-def read_rope_params(data):
-    old = data.get("rope_scaling") or {}
-    new = data.get("rope_parameters") or {}
-    shown = f"rope_scaling is {old!r:.60} and rope_parameters {new!r:.60}"
-    if not isinstance(old, dict) or not isinstance(new, dict):
-        raise ValueError(f"{shown}, where objects were expected")
-    if old and new and old != new:
-        raise ValueError(f"{shown}, of which only one can be meant")
-    return dict(new or old)
+        if key != "partial_rotary_factor" or value != 1:
+            setting = f"{key} is {value!r:.60} in the rope settings"
+            raise ValueError(f"{setting}, which rope_type {kind} does not have here")
+    numbers = [format_number(read_number(params, key)) for key in SCALINGS[kind]]
+    return f"{kind}:{','.join(numbers)}" if numbers else "none"
 
 
 def format_number(n):
@@ -438,7 +571,8 @@ def format_number(n):
 def write_config(kind, c):
     """Returns config.json as a dict for our config.
 
-    RoPE's keys are version 4's, which version 5, vLLM and llama.cpp read too; n_ctx is for llama.cpp.
+    RoPE's settings stand there twice, as version 4 of transformers and mlx-lm read them and as version 5
+    does; n_ctx is for llama.cpp.
     """
     data = {
         "architectures": [CLASSES[kind]],
@@ -452,17 +586,20 @@ def write_config(kind, c):
     }
     data |= {hf_key: getattr(c, key) for key, hf_key in SIZES[kind].items()}
     if kind == "gpt2":
-        return data | GPT2_FIXED | write_gpt2_settings(c)
+        return data | FIXED["gpt2"] | write_gpt2_settings(c)
+    scaling = write_rope_scaling(c.rope_scaling)
     data |= {
         "num_key_value_heads": c.n_kv_head,
         "head_dim": c.head_dim,
         "rms_norm_eps": c.norm_eps,
         "hidden_act": "silu",
-        "attention_bias": c.bias,
         "attention_dropout": 0.0,
         "rope_theta": c.rope_theta,
-        "rope_scaling": write_rope_scaling(c.rope_scaling),
+        "rope_scaling": scaling,
+        "rope_parameters": {"rope_theta": c.rope_theta, **(scaling or {"rope_type": "default"})},
     }
+    if kind != "qwen2":
+        data["attention_bias"] = c.bias
     if kind == "llama":
         data["mlp_bias"] = c.bias
     return data

@@ -258,7 +258,7 @@ def shop(tmp_path_factory):
 
         for name, config in {
             "empty_hf": None,
-            "mistral": {"model_type": "mistral"},
+            "gemma3": {"model_type": "gemma3"},
             "no_sizes": {"model_type": "llama"},
             "list_hf": [1],
             "moe": {"model_type": "llama", "num_local_experts": 8},
@@ -757,7 +757,7 @@ CASES = [
     ("hf", "--to=n --adapter=a_shape", "damaged"),
     ("hf", "--to=n --adapter=a_gone", "moved/ckpt.pt"),
     ("hf", "--to=n --out_dir=hf:nowhere/at/all", "no folder"),
-    ("hf", "--to=n --out_dir=hf:mistral", "model_type is 'mistral'"),
+    ("hf", "--to=n --out_dir=hf:gemma3", "model_type is 'gemma3'"),
     ("hf", "--to=n --adapter=hf:ia3", "peft_type is 'IA3'"),
     ("hf", "--to=n --adapter=hf:dora", "use_dora is True"),
     ("hf", "--to=n --adapter=hf:rank_9", "lora_A.weight is (2, 32)"),
@@ -775,8 +775,8 @@ CASES = [
     ("sample", "--out_dir=hf:no_tokenizer_hf", "no tokenizer.json"),
     ("sample", "--adapter=hf:good_peft", "python hf.py"),
     ("eval", "--out_dir=hf:good_hf", "--text=FILE"),
-    ("eval", "--out_dir=out,hf:mistral", "model_type is 'mistral'"),
-    ("train", "--out_dir=n --init_from=hf:mistral", "model_type is 'mistral'"),
+    ("eval", "--out_dir=out,hf:gemma3", "model_type is 'gemma3'"),
+    ("train", "--out_dir=n --init_from=hf:gemma3", "model_type is 'gemma3'"),
     ("train", "--out_dir=n --init_from=hf:good_hf --n_layer=3", "n_layer=2, which cannot become 3"),
     (
         "train",
@@ -784,7 +784,7 @@ CASES = [
         "block_size=32, which cannot become 64",
     ),
     ("train", "--out_dir=n --init_from=hf:good_hf --dataset=chars", "--tokenizer=hf:good_hf"),
-    ("finetune_lora", "--out_dir=n --init_from=hf:mistral", "model_type is 'mistral'"),
+    ("finetune_lora", "--out_dir=n --init_from=hf:gemma3", "model_type is 'gemma3'"),
     ("finetune_lora", "--out_dir=n --max_length=-1", "max_length"),
     (
         "finetune_lora",

@@ -162,7 +162,7 @@ def test_the_folder_is_whole_and_says_what_it_is(lab):
     check_file(folder / "model.onnx", lab.model)
     config = json.loads((folder / "config.json").read_text())
     reference = {
-        "format": 4,
+        "format": 5,
         "n_layer": 2,
         "n_kv_head": 2,
         "head_dim": 8,
@@ -242,7 +242,7 @@ def test_generate_gives_the_models_text(lab, exported):
     prompts = [draw_ids(model.config, 1, n, seed=n)[0].tolist() for n in (3, 9, 3, 1)]
     greedy = complete(generate(model, prompts, 40, temperature=0))
     first_row = greedy[0][1]
-    stop = first_row[7]  # ends a row, or several, before the others
+    stop = [first_row[7]]  # ends a row, or several, before the others
     for batch in prompts, prompts[:1], [prompts[0]] * 3:
         for n, settings in (
             (70, {"temperature": 0}),

@@ -792,7 +792,7 @@ def test_it_learns(shop, argv):
                 path, ckpt, "learned/adapter.pt", adapter(shop, "learned")
             ).restore_adapters(model)
     prompts = [prompt_ids(tokenizer, p["prompt"] + "\n") for p in PAIRS]
-    written, _ = complete(sample.generate(model, prompts, 20, temperature=0, stop=tokenizer.eot))
+    written, _ = complete(sample.generate(model, prompts, 20, temperature=0, stop=tokenizer.ends))
     assert np.mean([tokenizer.decode(row) == p["response"] for row, p in zip(written, PAIRS)]) > 0.9
 
 

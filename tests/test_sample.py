@@ -128,7 +128,7 @@ def test_each_row_has_its_own_stop_and_the_others_go_on_as_if_alone():
     prompts = [tokens(1, n, seed=n)[0].tolist() for n in (3, 9, 5, 2)]
     alone = [greedy(model, p, 14) for p in prompts]
     stop = alone[1][2]
-    rows, ended = complete(generate(model, prompts, 14, temperature=0, stop=stop))
+    rows, ended = complete(generate(model, prompts, 14, temperature=0, stop=[stop]))
     for row, end, want in zip(rows, ended, alone):
         assert row == (want[: want.index(stop)] if stop in want else want)
         assert end == ("stop" if stop in want else "length")

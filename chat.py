@@ -1,0 +1,181 @@
+"""Conversations: their ids, by the chat template that came with a model, and one in the terminal.
+
+    python sample.py --out_dir=hf:FOLDER --chat --system="You are brief."
+
+A message is {"role": system | user | assistant, "content": text}. A model of the hub brings its own
+template (interop/chat_template.py); one that was fine-tuned here has a text with {prompt} in it.
+"""
+
+from data import MODELS_OWN, prompt_ids, render
+
+HELP = "/reset starts anew, /quit or Ctrl-D leaves, Ctrl-C stops an answer"
+
+
+def conversation_ids(tokenizer, messages, template=MODELS_OWN):
+    """Returns the ids of a conversation up to where the assistant's next answer starts.
+
+    template: a text with {prompt} in it, or MODELS_OWN. ValueError: messages that the model's own
+    refuses.
+    """
+    if template == MODELS_OWN:
+        return tokenizer.encode_special(own_template(tokenizer).render(messages, True))
+    ids = []
+    prompts = []  # since the last answer
+    for message in messages:
+        if message["role"] != "assistant":
+            prompts.append(message["content"])
+            continue
+        ids += turn_ids(tokenizer, ids, template, prompts)
+        ids += [*tokenizer.encode_more(message["content"]), tokenizer.eot]
+        prompts = []
+    return ids + turn_ids(tokenizer, ids, template, prompts)
+
+
+def start_of_answer(tokenizer, prompt, template):
+    """Returns (the text that a model reads before it answers a prompt, its ids). ValueError: as there."""
+    if template == MODELS_OWN:
+        text = own_template(tokenizer).render([{"role": "user", "content": prompt}], True)
+        return text, tokenizer.encode_special(text)
+    text = render(template, prompt)
+    return text, prompt_ids(tokenizer, text)
+
+
+def turn_ids(tokenizer, ids, template, prompts):
+    text = render(template, "\n".join(prompts))
+    return tokenizer.encode_more(text) if ids else prompt_ids(tokenizer, text)
+
+
+def own_template(tokenizer):
+    """Returns the model's ChatTemplate. Raises ValueError where it has none."""
+    if tokenizer.chat_template is None:
+        raise ValueError("the model's tokenizer has no chat template")
+    return tokenizer.chat_template
+
+
+def encode_answers(tokenizer, messages, is_learned):
+    """Returns (ids of a conversation by the model's own chat template, whether each is learned).
+
+    An answer and the token that ends it are learned where is_learned, a flag a message, says so. What
+    comes after the last answer is left out. ValueError: messages that the template refuses, or a
+    template that writes an earlier turn otherwise once another follows.
+    """
+    template = own_template(tokenizer)
+    ids = []
+    is_target = []
+    text = ""
+    for n, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = template.render(messages[:n], add_generation_prompt=True)
+        after = template.render(messages[: n + 1])
+        if not before.startswith(text) or not after.startswith(before):
+            raise ValueError("its chat template writes earlier turns otherwise once others follow")
+        prompt = added_ids(tokenizer, ids, text, before)
+        answer = added_ids(tokenizer, ids + prompt, before, after)
+        ends = [place for place, id in enumerate(answer, 1) if id in tokenizer.ends]
+        if not ends:
+            raise ValueError("its chat template puts no token that ends a text after an answer")
+        n_learned = ends[-1] if is_learned[n] else 0
+        ids += prompt + answer
+        is_target += [False] * len(prompt)
+        is_target += [place < n_learned for place in range(len(answer))]
+        text = after
+    return ids, is_target
+
+
+def added_ids(tokenizer, ids, text, longer):
+    """Returns the ids that a longer text adds to those of a text that it starts with."""
+    whole = tokenizer.encode_special(longer)
+    if whole[: len(ids)] == ids:
+        return whole[len(ids) :]
+    return tokenizer.encode_special_more(
+        longer[len(text) :]
+    )  # the last token of the text would be another
+
+
+class Chat:
+    """A conversation with a model: its messages, and what it answers.
+
+    generate: from ids to the steps of sample.generate, of one row.
+    """
+
+    def __init__(self, generate, tokenizer, block_size, template=MODELS_OWN, system=""):
+        self.generate = generate
+        self.tokenizer = tokenizer
+        self.block_size = block_size
+        self.template = template
+        self.first = [{"role": "system", "content": system}] if system else []
+        self.messages = list(self.first)
+
+    def reset(self):
+        self.messages = list(self.first)
+
+    def answer(self, text):
+        """Yields the answer to a message in pieces, as it is written; both are messages from then on.
+
+        Where the consumer stops, what it has had so far is the answer. ValueError: a conversation that
+        does not fit in the context, of which the message is no part then.
+        """
+        messages = [*self.messages, {"role": "user", "content": text}]
+        ids = conversation_ids(self.tokenizer, messages, self.template)
+        if len(ids) >= self.block_size:
+            raise ValueError(
+                f"the conversation has {len(ids):,} tokens with this and the context {self.block_size:,}: "
+                "/reset starts anew, or say less"
+            )
+        stream = self.tokenizer.stream()
+        pieces = []
+        end = ""
+        try:
+            for [row] in self.generate([ids]):
+                end = row.end
+                if row.new is not None:
+                    pieces.append(stream(row.new))
+                    yield pieces[-1]
+            pieces.append(stream(None))  # of a character that was not finished
+            yield pieces[-1]
+        finally:
+            self.messages = [*messages, {"role": "assistant", "content": "".join(pieces)}]
+        if end == "block_size":
+            yield f"\n[the context of {self.block_size:,} tokens is full: /reset starts anew]"
+        if end == "length":
+            yield "\n[stopped; --max_new_tokens=N allows more tokens]"
+
+
+def talk(chat):
+    """Reads messages from the terminal, or lines of another stdin, and prints the answers."""
+    try:
+        import readline  # noqa: F401  (input() then edits and remembers lines; Windows has none)
+    except ImportError:
+        pass
+    print(HELP)
+    while True:
+        try:
+            text = input("\n> ")
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            print(f"\n[{HELP}]")
+            continue
+        if text.strip() == "/quit":
+            return
+        if text.strip() == "/reset":
+            chat.reset()
+            print("[a new conversation]")
+        elif text.strip():
+            write_answer(chat, text)
+
+
+def write_answer(chat, text):
+    answer = chat.answer(text)
+    try:
+        for piece in answer:
+            print(piece, end="", flush=True)
+        print()
+    except KeyboardInterrupt:
+        print(" [stopped]")
+    except ValueError as e:
+        print(f"[{e}]")
+    finally:
+        answer.close()
