@@ -24,6 +24,7 @@ import math
 import os
 import re
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -43,7 +44,7 @@ from lenses.stats import bits, bootstrap, mean_interval, ratio
 from lenses.verdict import compare, grade, verdict
 from model import HAS_CHUNKED_LOSS, Transformer, kv_cache_bytes, num_params
 from sample import generate
-from score import above_floor, completion_nats, evaluate, token_nats
+from score import above_floor, completion_nats, context_lengths, document_nats
 from tokenizer import Tokenizer
 
 FEW = 30  # documents; with fewer, text is resampled in slices, and paragraphs stand for documents
@@ -265,28 +266,22 @@ def shuffled(items, seed, n):
 # Lens 1: likelihood
 
 
-def token_bytes(ids, tokenizer):
-    """Returns how many bytes of the text each token is, int64 (n,); none for end-of-text and bos."""
-    marks = tokenizer.eot, tokenizer.bos
-    lengths = np.array([0 if id in marks else len(token) for id, token in enumerate(tokenizer.tokens)])
-    lengths = lengths[ids]
-    is_first = np.r_[True, np.isin(ids[:-1], marks)]
-    lengths[is_first & (lengths > 0)] -= tokenizer.prefix  # which is not in the text
-    return lengths
-
-
-def units(ids, tokenizer, few):
+def units(documents, tokenizer, few):
     """Returns the unit that each token belongs to, and each token's bytes, both int64 (n,).
 
-    A unit is a document with the end-of-text after it or, where documents are few, a slice of SLICE
-    bytes. Another tokenizer has the same units on the same text.
+    documents: lists of ids. A unit is a document or, where documents are few, a slice of SLICE bytes.
+    Another tokenizer has the same units on the same text.
     """
-    lengths = token_bytes(ids, tokenizer)
+    sizes = np.array([len(token) for token in tokenizer.tokens])
+    lengths = [sizes[ids] for ids in documents]
+    for document in lengths:
+        document[0] -= tokenizer.prefix  # which is not in the text
+    n_tokens = [len(document) for document in lengths]
+    lengths = np.concatenate(lengths)
     if few:  # the slice of its last byte, which is the last of a token in other tokenizers too
         last_byte = (np.cumsum(lengths) - 1).clip(0)
         return last_byte // SLICE, lengths
-    is_end = ids == tokenizer.eot
-    return np.cumsum(is_end) - is_end, lengths
+    return np.repeat(np.arange(len(documents)), n_tokens), lengths
 
 
 def unigram_nats(targets):
@@ -301,77 +296,85 @@ def perplexity(loss):
 
 
 def likelihood(subject, documents, closed, compute, cfg):
-    """Returns the figures of the likelihood lens, and what to resample: float64 (units, 4).
+    """Returns the figures of the likelihood lens, and what to resample: float64 (units, 3).
 
-    Its columns are nats, targets, tokens and bytes. Raises Refusal.
+    Its columns are nats, tokens and bytes: of the text alone, each document from its own start, so that
+    models with any tokenizer are compared on the same bytes. What the ends cost stands beside it.
+    Raises Refusal.
     """
     model, tokenizer = subject.model, subject.tokenizer
     T = model.config.block_size
     rows = LOGITS // (T * model.config.vocab_size)  # 0: even one row's logits are too many
     model.chunked_loss = rows == 0 and HAS_CHUNKED_LOSS
     batch_size = min(32, max(1, rows))
-    ids = encode(documents, closed, tokenizer)
-    if len(ids) < 2:
-        raise Refusal(f"the text has {len(ids)} tokens and needs 2")
-    targets = ids[1:]
-    nats = token_nats(model, ids, T, compute, batch_size).astype(np.float64)
+    encoded = tokenizer.encode_batch(documents)
+    document_losses = document_nats(model, encoded, tokenizer, compute, batch_size)
+    nats = np.concatenate([losses[:-1] for losses in document_losses])
+    ends = np.array([losses[-1] for losses in document_losses[: len(documents) - (not closed)]])
     if not np.isfinite(nats).all():
         raise Refusal(f"{subject.path}: its loss is not finite; it was damaged in training", status=1)
-    if tokenizer.head:
-        nats[targets == tokenizer.bos] = 0  # what is known to follow end-of-text is not predicted
 
     few = len(documents) < FEW
-    unit, lengths = units(ids, tokenizer, few)
-    n_units = unit[-1] + 1
-    unit_nats = np.bincount(unit[1:], nats, n_units)
-    unit_targets = np.bincount(unit[1:], minlength=n_units)
-    unit_bytes = np.bincount(unit, lengths)
-    columns = np.column_stack([unit_nats, unit_targets, np.bincount(unit), unit_bytes])
-
+    unit, lengths = units(encoded, tokenizer, few)
+    columns = np.column_stack([np.bincount(unit, nats), np.bincount(unit), np.bincount(unit, lengths)])
     loss = nats.mean()
     loss_low, loss_high = bootstrap(columns, ratio, cfg.resamples, cfg.seed)
     bits_low, bits_high = bootstrap(columns, bits, cfg.resamples, cfg.seed)
-    unigram = unigram_nats(targets)
+    unigram = unigram_nats(np.concatenate(encoded))
+    context = np.concatenate([context_lengths(len(ids) + 1, T)[:-1] for ids in encoded])
     figures = {
         "loss": loss,
         "loss_low": loss_low,
         "loss_high": loss_high,
-        "bits_per_byte": loss * len(ids) / lengths.sum() / math.log(2),
-        "tokens": len(ids),
+        "bits_per_byte": nats.sum() / lengths.sum() / math.log(2),
+        "tokens": len(nats),
         "bytes": int(lengths.sum()),
         "units": len(columns),
         "unit": f"slices of {SLICE:,} bytes" if few else "documents",
         "unigram": unigram,
         "explained": 1 - loss / unigram if unigram else 0.0,
-        "by_position": by_position(nats, T),
+        "by_position": by_position(nats, context),
         "perplexity": perplexity(loss),
         "perplexity_low": perplexity(loss_low),
         "perplexity_high": perplexity(loss_high),
         "bits_low": bits_low,
         "bits_high": bits_high,
     }
+    if len(ends):
+        figures["end"] = ends.mean()
     if subject.has_training:
-        training_ids, _ = subject.training
-        figures["training_loss"] = evaluate(model, training_ids, T, batch_size, compute, TRAINING_TOKENS)
-    return figures | toy_gap(subject, documents, closed, ids, compute), columns
+        figures["training_loss"] = training_loss(subject, batch_size, compute)
+    return figures | toy_gap(subject, documents, closed, compute), columns
 
 
-def by_position(nats, T):
-    """Returns the loss over the tokens of context, from 1 to T: [[first, last, mean nats, targets]].
+def training_loss(subject, batch_size, compute):
+    """Returns the loss on documents of the training text, evenly spaced, of about TRAINING_TOKENS together."""
+    ids, tokenizer = subject.training
+    ends = np.count_nonzero(ids == tokenizer.eot)
+    if ends:
+        every = max(1, len(ids) // TRAINING_TOKENS)
+        documents = islice(document_slices(ids, tokenizer), 0, None, every)
+    else:
+        documents = [ids]
+    documents = [document[:TRAINING_TOKENS].tolist() for document in documents if len(document)]
+    nats = document_nats(subject.model, documents, tokenizer, compute, batch_size)
+    return np.concatenate([losses[:-1] for losses in nats]).mean()
 
-    nats: of each target (n,), in blocks of T. There are at most BINS bins, narrow ones first.
+
+def by_position(nats, context):
+    """Returns the loss over the tokens of context, from 1 on: [[first, last, mean nats, targets]].
+
+    nats, context: of each target (n,). There are at most BINS bins, narrow ones first.
     """
-    position = np.arange(len(nats)) % T
-    sums = np.bincount(position, nats)
-    counts = np.bincount(position)
-    end = len(counts) + 1
+    sums = np.bincount(context, nats)
+    counts = np.bincount(context)
+    end = len(counts)
     edges = np.geomspace(1, end, BINS + 1).astype(int)
     edges = np.unique(np.r_[edges, end])
     bins = []
     for first, after in zip(edges, edges[1:]):
-        within = slice(first - 1, after - 1)
-        targets = counts[within].sum()
-        mean = sums[within].sum() / targets
+        targets = counts[first:after].sum()
+        mean = sums[first:after].sum() / targets
         bins.append([int(first), int(after - 1), float(mean), int(targets)])
     return bins
 
@@ -381,15 +384,14 @@ def is_toy(documents):
     return all(toy_stories.log_prob(text) > -math.inf for text in documents[:20])
 
 
-def toy_gap(subject, documents, closed, ids, compute):
+def toy_gap(subject, documents, closed, compute):
     """Returns the nats a story above the exact entropy of toy stories, with their standard error.
 
     Returns nothing for other texts, or where a story is longer than the context.
     """
     if not is_toy(documents):
         return {}
-    if not closed:
-        ids = np.r_[ids, subject.tokenizer.eot]
+    ids = encode(documents, True, subject.tokenizer)
     try:
         floor, gap = above_floor(subject.model, subject.tokenizer, ids, compute)
     except ValueError:
@@ -453,7 +455,7 @@ def write(subject, prompts, most, compute, cfg):
             most,
             cfg.temperature,
             cfg.top_k,
-            stop=tokenizer.eot,
+            stop=tokenizer.ends,
             seed=cfg.seed,
             past_end="recompute",
         ):

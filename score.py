@@ -62,36 +62,50 @@ def mean_nats(model, rows, make_batch, batch_size, compute):
     return nats / targets
 
 
-def token_nats(model, data, T, compute, batch_size=32):
-    """Returns -log p of each token of data (1-D array of ids) but the first, in the blocks of T that
-    evaluate takes: float32 (len(data) - 1,). Target i has i % T + 1 tokens of context.
+def document_nats(model, documents, tokenizer, compute, batch_size=32):
+    """Returns -log p of each token of each document and of its end, in nats: a list of float64 (n + 1,).
+
+    documents: lists of n ids. Each is read from its own start. One that is longer than the context is
+    read in windows that overlap by half (document_windows).
     """
-    nats = np.empty(len(data) - 1, np.float32)
+    T = model.config.block_size
+    head = prompt_ids(tokenizer, "")  # what a text starts with, or follows
+    texts = [[*head, *ids, tokenizer.eot] for ids in documents]
+    nats = [np.zeros(len(text) - 1) for text in texts]
+    windows = [
+        (i, *window) for i, text in enumerate(texts) for window in document_windows(len(text) - 1, T)
+    ]
+    windows.sort(key=lambda window: window[3] - window[1])  # alike in length, so that little is padding
+    batches = [windows[i : i + batch_size] for i in range(0, len(windows), batch_size)]
     with evaluating(model):
-        for start in tqdm(
-            range(0, len(nats), T * batch_size), "likelihood", unit="batch", disable=None, leave=False
-        ):
-            starts = range(start, min(start + T * batch_size, len(nats)), T)
-            batch = to(blocks(data, starts, T), compute.device)
+        for batch in tqdm(batches, "likelihood", unit="batch", disable=None, leave=False):
+            pieces = [texts[i][start : end + 1] for i, start, _, end in batch]
+            longest = max(map(len, pieces)) - 1
             with compute.autocast():
-                losses = model(**batch, reduction="none")[1].flatten().cpu().numpy()
-            nats[start : start + len(losses)] = losses[: len(nats) - start]
+                losses = model(**to(padded(pieces, longest), compute.device), reduction="none")[1]
+            losses = losses.cpu().double().numpy()
+            for row, (i, start, first, end) in zip(losses, batch):
+                nats[i][first:end] = row[first - start : end - start]
     return nats
 
 
-def document_nats(model, documents, bos, eot, compute, batch_size=32):
-    """Returns -log p of each document (a list of ids, shorter than block_size) and its end, from its own
-    start after bos: float64 (n,).
+def document_windows(n, T):
+    """Returns (start, first, end) of each window over n targets: a model of context T reads from target
+    start's place on, and first .. end are the targets that no window before has predicted. All but the
+    first window's have half a context or more before them.
     """
-    longest = max(map(len, documents)) + 1
-    nats = []
-    with evaluating(model):
-        for start in range(0, len(documents), batch_size):
-            pieces = [[bos, *ids, eot] for ids in documents[start : start + batch_size]]
-            batch = to(padded(pieces, longest), compute.device)
-            with compute.autocast():
-                nats.append(model(**batch, reduction="none")[1].cpu().double().sum(1))
-    return torch.cat(nats).numpy()
+    windows = [(0, 0, min(n, T))]
+    while windows[-1][2] < n:
+        start = windows[-1][0] + max(1, T // 2)
+        windows.append((start, windows[-1][2], min(n, start + T)))
+    return windows
+
+
+def context_lengths(n, T):
+    """Returns how many tokens each of n targets is predicted from, int64 (n,)."""
+    return np.concatenate(
+        [np.arange(first, end) - start + 1 for start, first, end in document_windows(n, T)]
+    )
 
 
 def completion_nats(model, tokenizer, pairs, compute):
@@ -156,8 +170,8 @@ def above_floor(model, tokenizer, ids, compute, n=500):
             f"they have up to {longest} tokens, and block_size is {model.config.block_size}"
         )
     floor = -np.array([toy_stories.log_prob(tokenizer.decode(document)) for document in documents])
-    nats = document_nats(model, documents, tokenizer.bos, tokenizer.eot, compute)
-    return floor, nats - floor
+    nats = document_nats(model, documents, tokenizer, compute)
+    return floor, np.array([document.sum() for document in nats]) - floor
 
 
 def floor_line(model, tokenizer, ids, compute, n=500):

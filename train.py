@@ -455,7 +455,7 @@ class Pretraining:
         prompt = prompt_ids(self.tokenizer, cfg.start)
         max_new_tokens = min(cfg.block_size, 200)
         *_, [row] = generate(
-            self.model, [prompt], max_new_tokens, stop=self.tokenizer.eot, seed=cfg.seed
+            self.model, [prompt], max_new_tokens, stop=self.tokenizer.ends, seed=cfg.seed
         )
         return cfg.start + self.tokenizer.decode_more(row.ids)
 
@@ -621,7 +621,7 @@ def pretrain(cfg):
     figures = task.validate(tokens=0)
     if compute.is_main:
         print(
-            f"whole validation split: {figures['val_loss']:.4f} nats a token, "
+            f"whole validation split, in windows of {cfg.block_size} tokens: {figures['val_loss']:.4f} nats a token, "
             f"{figures['val_bits_per_byte']:.4f} bits a byte"
         )
         if meta["source"] == "toy":

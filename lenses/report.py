@@ -77,6 +77,7 @@ def likelihood_section(whole):
     about = (
         f"On {whole['text']}: {first['bytes']:,} bytes, {first['units']:,} {first['unit']}; "
         "in brackets 95% of the bootstrap over them. "
+        "Each document is read from its own start, and what its end costs stands apart. "
         "Bits a byte is the figure that does not depend on the tokenizer."
     )
     highest = max(likelihood["perplexity"] for likelihood in lens)
@@ -88,6 +89,7 @@ def likelihood_section(whole):
     add_row(rows, "perplexity", intervals(lens, "perplexity", form))
     add_row(rows, "bits a byte", intervals(lens, "bits_per_byte", ".4f", "bits"))
     add_row(rows, explained, figures(lens, "explained", ".1%"))
+    add_row(rows, "end of a document, nats", figures(lens, "end", ".4f"))
     add_row(rows, "loss on training text", figures(lens, "training_loss", ".4f"))
     add_row(rows, "tokens", figures(lens, "tokens", ","))
     add_row(rows, entropy, [above_floor(likelihood) for likelihood in lens])

@@ -65,9 +65,6 @@ def ratio(sums):
 
 
 def bits(sums):
-    """Returns bits a byte from sums (resamples, 4) of nats, targets, tokens and bytes.
-
-    The bytes are those of all tokens, also of the first one, which is no target.
-    """
-    nats, targets, tokens, n_bytes = sums.T
-    return nats / targets * tokens / n_bytes / math.log(2)
+    """Returns bits a byte from sums (resamples, 3) of nats, tokens and bytes."""
+    nats, _, n_bytes = sums.T
+    return nats / n_bytes / math.log(2)

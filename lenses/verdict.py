@@ -138,7 +138,7 @@ def verdict(grades):
 
 def bits_gap(sums):
     """Returns bits a byte of the second checkpoint minus those of the first. sums: (resamples, 8)."""
-    return bits(sums[:, 4:]) - bits(sums[:, :4])
+    return bits(sums[:, 3:]) - bits(sums[:, :3])
 
 
 def text_scores(result):
@@ -210,7 +210,7 @@ def contradictions(signs):
 def compare(results, columns, unseen, resamples, seed):
     """Returns whether the lenses rank checkpoints alike, a sentence, and the ranking by each lens.
 
-    columns: each checkpoint's likelihood, (units, 4) of nats, targets, tokens and bytes, to resample.
+    columns: each checkpoint's likelihood, (units, 3) of nats, tokens and bytes, to resample.
     """
     signs = preferences(results, columns, unseen, resamples, seed)
     rankings = [ranking(lens, pairs, results) for lens, pairs in signs.items() if pairs]

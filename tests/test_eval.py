@@ -32,7 +32,7 @@ from lenses import judge, page, probes, reading
 from lenses.stats import bits, bootstrap, mean_interval, resampled, wilson
 from lenses.verdict import compare, grade, verdict
 from model import ModelConfig, Transformer
-from score import completion_nats, document_nats, token_nats
+from score import completion_nats, context_lengths, document_nats, document_windows
 from tokenizer import Tokenizer
 
 CPU = resolve("cpu", "float32", "false")
@@ -135,52 +135,72 @@ def test_equal_seeds_resample_equal_units_so_that_differences_are_paired():
 # Likelihood
 
 
-def test_token_nats_average_to_evaluate_and_by_position_to_both():
-    data, model = tokens(1, 500)[0].numpy().astype(np.uint16), build()
-    nats = token_nats(model, data, 24, CPU, batch_size=5).astype(np.float64)
-    assert len(nats) == 499 and nats.mean() == pytest.approx(
-        score.evaluate(model, data, 24, 7, CPU), rel=1e-6
-    )
-    bins = evaluation.by_position(nats, 24)
-    assert sum(mean * n for *_, mean, n in bins) / sum(n for *_, n in bins) == pytest.approx(
-        nats.mean(), rel=1e-12
-    )
-    assert [a for a, *_ in bins] + [25] == [1] + [b + 1 for _, b, *_ in bins]  # every position, once
-    with torch.no_grad():  # position 3 of the block that starts at 48, by itself
-        logp = model(torch.from_numpy(data[48:51].astype(np.int64))[None])[0][0, -1].log_softmax(-1)
-    assert nats[50] == pytest.approx(-logp[int(data[51])].item(), rel=1e-5)
+def test_document_nats_are_those_of_each_token_after_its_window():
+    """Documents shorter than the context of 24, as long, and longer: then the last half of a window goes on."""
+    model = build()
+    tokenizer = Tokenizer.train(["ab"], 257)
+    documents = [(tokens(1, n, seed=n)[0] % 60 + 1).tolist() for n in (1, 22, 23, 24, 25, 36, 80)]
+    nats = document_nats(model, documents, tokenizer, CPU, batch_size=3)
+    for ids, losses in zip(documents, nats):
+        text = [tokenizer.eot, *ids, tokenizer.eot]
+        for target, loss in enumerate(losses):
+            start = 12 * max(0, math.ceil((target + 1 - 24) / 12))
+            with torch.no_grad():
+                logits = model(torch.tensor([text[start : target + 1]]))[0][0, -1]
+            assert loss == pytest.approx(-logits.log_softmax(-1)[text[target + 1]].item(), rel=1e-5)
 
 
-def test_document_nats_are_evaluate_where_the_windows_coincide():
-    """Documents of 23 tokens after end-of-text fill blocks of 24 exactly."""
-    model, documents = build(), [(tokens(1, 23, seed=i)[0] % 60 + 1).tolist() for i in range(6)]
-    stream = np.array([0] + [i for d in documents for i in (*d, 0)])
-    whole = score.evaluate(model, stream, 24, 4, CPU) * (len(stream) - 1)
-    assert document_nats(model, documents, 0, 0, CPU).sum() == pytest.approx(whole, rel=1e-6)
+def test_every_target_is_in_one_window_and_has_half_a_context_before_it():
+    for T in 1, 2, 3, 24:
+        for n in range(1, 100):
+            windows = document_windows(n, T)
+            counted = [target for _, first, end in windows for target in range(first, end)]
+            assert counted == list(range(n))
+            context = context_lengths(n, T)
+            assert len(context) == n and context.max() == min(n, T)
+            assert (context[T:] >= T / 2).all()
 
 
-def test_the_text_is_what_prepare_wrote_and_the_loss_what_train_says(lab, capsys):
+def test_by_position_has_every_target_once():
+    model = build()
+    tokenizer = Tokenizer.train(["ab"], 257)
+    documents = [tokens(1, n, seed=n)[0].tolist() for n in (5, 24, 70)]
+    nats = np.concatenate(document_nats(model, documents, tokenizer, CPU))
+    context = np.concatenate([context_lengths(len(ids) + 1, 24) for ids in documents])
+    bins = evaluation.by_position(nats, context)
+    assert sum(n for *_, n in bins) == len(nats)
+    assert sum(mean * n for *_, mean, n in bins) == pytest.approx(nats.sum(), rel=1e-12)
+    assert [first for first, *_ in bins] + [25] == [1] + [last + 1 for _, last, *_ in bins]
+    assert bins[0][2] == pytest.approx(nats[[0, 6, 31]].mean(), rel=1e-12)  # the documents' first tokens
+
+
+def test_the_text_is_what_prepare_wrote_and_the_figures_are_of_its_bytes_alone(lab, capsys):
     with contextlib.chdir(lab):
         meta, data, tokenizer = prepare.load("data/toy")
         documents, closed = evaluation.split_documents(data["val"], tokenizer)
         assert np.array_equal(evaluation.encode(documents, closed, tokenizer), data["val"])
         model, _ = checkpoint.restore(checkpoint.load("out/a/ckpt_best.pt"), "a")
-        loss = score.evaluate(model, data["val"], 192, 8, CPU)
+    nats = []
+    ends = []
+    for text in documents:
+        ids = torch.tensor([[tokenizer.eot, *tokenizer.encode(text), tokenizer.eot]])
+        with torch.no_grad():
+            losses = model(ids[:, :-1], ids[:, 1:], reduction="none")[1][0].double()
+        nats += losses[:-1].tolist()
+        ends.append(losses[-1].item())
+    loss = np.mean(nats)
     evaluate(lab, "--out_dir=out/a")
     results = json.loads(capsys.readouterr().out.splitlines()[-1])["checkpoints"][0]["likelihood"]
     made = meta["splits"]["val"]
-    assert results["loss"] == pytest.approx(loss, rel=1e-5) and results["perplexity"] == pytest.approx(
-        math.exp(loss), rel=1e-4
-    )
-    assert (
-        results["bits_per_byte"]
-        == pytest.approx(loss * made["tokens"] / made["bytes"] / math.log(2), rel=1e-5)
-        and results["bytes"] == made["bytes"]
-    )
-    assert results["loss_low"] < loss < results["loss_high"] and results["units"] == made["documents"]
-    assert results["bits_low"] / results["bits_per_byte"] == pytest.approx(
-        results["loss_low"] / loss, rel=0.02
-    )
+    assert results["loss"] == pytest.approx(loss, rel=1e-5)
+    assert results["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
+    assert results["bits_per_byte"] == pytest.approx(sum(nats) / made["bytes"] / math.log(2), rel=1e-5)
+    assert results["end"] == pytest.approx(np.mean(ends), rel=1e-5)
+    assert results["bytes"] == made["bytes"] and results["units"] == made["documents"]
+    assert results["tokens"] == made["tokens"] - made["documents"]
+    assert results["loss_low"] < loss < results["loss_high"]
+    low = results["bits_low"] / results["bits_per_byte"]
+    assert low == pytest.approx(results["loss_low"] / loss, rel=0.02)
     assert results["above_floor"] > 0 and results["stories"] == min(500, made["documents"])
 
 
@@ -193,8 +213,7 @@ def test_another_tokenizer_has_the_same_units_and_bytes(few):
         Tokenizer.train(documents, 600),
         Tokenizer.char(documents),
     ):
-        ids = evaluation.encode(documents, True, tokenizer)
-        unit, lengths = evaluation.units(ids, tokenizer, few)
+        unit, lengths = evaluation.units(tokenizer.encode_batch(documents), tokenizer, few)
         sums.append(np.bincount(unit, lengths))
     if few:
         assert (
@@ -213,14 +232,13 @@ def test_a_token_across_the_end_of_a_slice_makes_no_slice_more():
         Tokenizer.train([document, "zebras zebras zebras zebras"], 300),
         Tokenizer.char([document]),
     ):
-        ids = evaluation.encode([document], False, tokenizer)
-        counts.append(evaluation.units(ids, tokenizer, True)[0][-1])
+        counts.append(evaluation.units([tokenizer.encode(document)], tokenizer, True)[0][-1])
     assert counts == [1, 1]
 
 
 def test_bits_a_byte_of_sums():
-    """100 nats over 50 targets, 60 tokens of 120 bytes: 2 nats a token, half a token a byte."""
-    assert bits(np.array([[100, 50, 60, 120.0]]))[0] == pytest.approx(1 / math.log(2))
+    """100 nats over 60 tokens of 50 bytes: 2 nats a byte."""
+    assert bits(np.array([[100, 60, 50.0]]))[0] == pytest.approx(2 / math.log(2))
 
 
 # Probes
@@ -696,7 +714,7 @@ def test_rankings_agree_or_contradict():
                 "probes": {"skill": 2 * np.mean(answers[0]["right"]) - 1, "probes": answers},
                 "reading": {"score": score, "copied": 0, "texts": [{"marks": {"a": score}}] * 20},
             },
-            np.column_stack([nats + rng.normal(0, 0.01, 50), np.ones((50, 3))]),
+            np.column_stack([nats + rng.normal(0, 0.01, 50), np.ones((50, 2))]),
         )
 
     (a, x), (b, y), (c, z) = made("a", 1.0, 0.9, 0.9), made("b", 2.0, 0.5, 0.5), made("c", 1.0, 0.9, 0.2)
