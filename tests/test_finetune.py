@@ -199,7 +199,7 @@ def shown(example):
 )
 def test_masks_by_hand(row, template, read, learned):
     [conversation] = conversations([("here", row)])
-    assert shown(encode(conversation.turns, BYTES, template)) == [read, learned]
+    assert shown(encode(conversation, BYTES, template)) == [read, learned]
     assert conversation.problem == ""
 
 
@@ -334,7 +334,7 @@ def test_rows_are_read_as_trl_reads_them():
     row = {"prompt": "The sky is", "completion": " blue."}
     assert not data_utils.is_conversational(row)
     [conversation] = conversations([("", row)])
-    idx, targets = encode(conversation.turns, BYTES, default_template([conversation]))
+    idx, targets = encode(conversation, BYTES, default_template([conversation]))
     assert BYTES.decode(idx[1:]) == row["prompt"] + row["completion"]
     assert BYTES.decode(targets[targets >= 0][:-1]) == row["completion"]
 
@@ -342,7 +342,8 @@ def test_rows_are_read_as_trl_reads_them():
 def test_a_prompt_has_the_same_ids_in_training_and_in_sampling():
     """Also where joined texts would be merged over the boundary: the tokenizer has a token for "ab" and one for " cat"."""
     tokenizer = Tokenizer.train(["ab cat"] * 9, 263)
-    idx, targets = encode([Turn("x a", "b cat")], tokenizer, "{prompt}")
+    [conversation] = conversations([("here", {"prompt": "x a", "response": "b cat"})])
+    idx, targets = encode(conversation, tokenizer, "{prompt}")
     prompt = prompt_ids(tokenizer, render("{prompt}", "x a"))
     assert (
         idx[: len(prompt)].tolist() == prompt
@@ -619,7 +620,7 @@ def test_code_is_learned_with_its_indentation(shop):
     with contextlib.chdir(shop):
         model, tokenizer = checkpoint.open_checkpoint("", adapter="code").restore()
     prompts = [prompt_ids(tokenizer, row["prompt"]) for row in rows]
-    written, _ = complete(sample.generate(model, prompts, 30, temperature=0, stop=tokenizer.eot))
+    written, _ = complete(sample.generate(model, prompts, 30, temperature=0, stop=tokenizer.ends))
     assert [tokenizer.decode_more(ids) for ids in written] == [row["completion"] for row in rows]
 
 
