@@ -76,7 +76,7 @@ class Config(train.Config):
     batch_size: int = 0  # rows of block_size tokens in a micro-batch
     vocab_size: int = 4096  # tokens
     seconds: float = 10.0  # time for each bench's rounds, of which there are at least three
-    text: str = ""  # tokenizer: a .txt .md .jsonl or .parquet file instead of toy stories
+    text: str = ""  # tokenizer: a file as prepare.py reads it instead of toy stories
     out_dir: str = "out/bench"  # where drawings go
     plot: bool = False  # draw decode, rmsnorm and attention
     json: bool = False  # end with a line of JSON
@@ -97,8 +97,7 @@ class Config(train.Config):
         if not 0 <= self.seconds <= 3600:
             raise ValueError(f"seconds must be between 0 and 3600, not {self.seconds}")
         if self.text:
-            is_readable = Path(self.text).suffix.lower() in prepare.READERS
-            if not is_readable or not os.path.isfile(self.text):
+            if not prepare.file_kind(self.text) or not os.path.isfile(self.text):
                 endings = " ".join(prepare.READERS)
                 raise ValueError(f"text must be a file that ends in {endings}, not {self.text!r}")
         if self.plot and not importlib.util.find_spec("matplotlib"):
@@ -816,7 +815,7 @@ def train_hf_tokenizer(docs, vocab_size):
 def bench_tokenizer(cfg, compute):
     """Times learning a vocabulary and encoding with it, in MB/s of text, beside Hugging Face's."""
     if cfg.text:
-        docs = list(prepare.documents([Path(cfg.text)], prepare.Config(dataset=cfg.text)))
+        docs = list(prepare.documents([cfg.text], prepare.Config(dataset=cfg.text)))
     else:
         docs = [text for text, _ in toy_stories.stories(9000, cfg.seed)]
     try:

@@ -25,7 +25,6 @@ import os
 import re
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from urllib.parse import urlsplit
 
 from config import Refusal, is_hf, run
@@ -71,7 +70,7 @@ LIMITS = [
 @dataclass
 class Config:
     out_dir: str = "out"  # a run's folder, a checkpoint file or hf:FOLDER_OR_NAME; A,B,C compares them
-    text: str = ""  # a .txt .md .jsonl .parquet file; "" = the validation split of the first's data
+    text: str = ""  # a file as prepare.py reads it; "" = the validation split of the first's data
     report_dir: str = ""  # where report.html goes; "" = out_dir, or out/compare for several and for hf:
     num_samples: int = 6  # texts for each of the 8 prompts
     max_new_tokens: int = 300  # tokens at most, each; where tokenizers differ as many bytes
@@ -212,15 +211,12 @@ def read_file(path):
     Raises Refusal for a file that is no text.
     """
     cfg = prepare.Config(dataset=path, name="text")
-    endings = tuple(prepare.READERS)
     if not os.path.isfile(path):
         raise Refusal(f"there is no file {path}")
-    if not path.lower().endswith(endings):
-        raise Refusal(f"{path}: no text file by its name, which should end in {' '.join(endings)}")
-    try:
-        documents = list(prepare.documents([Path(path)], cfg))
-    except OSError as e:
-        raise Refusal(f"cannot read {path}: {e.strerror}")
+    if not prepare.file_kind(path):
+        endings = " ".join(prepare.READERS)
+        raise Refusal(f"{path}: no text file by its name, which should end in {endings}")
+    documents = list(prepare.documents([path], cfg))
     if not documents:
         raise Refusal(f"{path}: there is no text in it")
     return documents, len(documents) > 1

@@ -59,7 +59,7 @@ class Config(TrainConfig, lora.LoRAConfig):
     # fmt: off
     init_from: str = "out"                  # a checkpoint to start from, hf:FOLDER_OR_NAME | resume (from out_dir)
     out_dir: str = "out/lora"               # where adapter.pt, log.jsonl and loss.png go; with --rank=0 ckpt.pt
-    dataset: str = "moral"                  # moral (made here) | a .json .jsonl .parquet file | hf:NAME
+    dataset: str = "moral"                  # moral (made here) | a .json .jsonl .csv .parquet file | hf:NAME
     val_dataset: str = ""                   # held-out rows, where they are a file of their own, or a dataset of the hub
     val_fraction: float = 0.1               # of the rows; held out where val_dataset is empty
     template: str = ""                      # text with {prompt} in it, \n a new line; empty: the base's or the rows'

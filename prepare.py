@@ -7,10 +7,11 @@
     python prepare.py --dataset=tinyshakespeare.txt --tokenizer=char --name=shakespeare_char  # nanoGPT's
     python prepare.py --dataset=stories.txt --tokenizer=hf:gpt2  # for train.py --init_from=hf:gpt2
 
-Your own text is a .txt, .md, .jsonl or .parquet file, or a folder of them. A .txt or .md file is cut
-into documents at the separator; a line of .jsonl and a row of .parquet hold one each. White space
-around a document is dropped, and so is an empty document. Text is UTF-8; in .txt and .md files "\\r\\n"
-and "\\r" become "\\n", as Python's open() has it and so nanoGPT.
+Your own text is a .txt, .md, .json, .jsonl, .csv or .parquet file, each also packed as .gz or .zst, or a
+folder of them. A .txt or .md file is cut into documents at the separator; a row of the others holds one
+each: a line of .jsonl, an item of the array in .json, which may be a mere text. White space around a
+document is dropped, and so is an empty document. Text is UTF-8; in .txt and .md files "\\r\\n" and "\\r"
+become "\\n", as Python's open() has it and so nanoGPT.
 
 From 100 documents on, random ones are the validation split, and end-of-text follows every document.
 With fewer, the last part of the text is the validation split (nanoGPT's cut), end-of-text stands
@@ -23,11 +24,15 @@ vocabulary that is there already twice, and only the document at hand is held. *
 uint16, or uint32 past 65,536 tokens.
 """
 
+import csv
+import gzip
 import hashlib
+import io
 import json
 import os
 import re
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -51,6 +56,7 @@ FEW = 100  # documents; a random tenth of fewer is a poor sample
 SPLITS = ("train", "val")
 CHUNK = 1 << 20  # characters that a thread encodes at a time
 HASH_CHUNK = 1 << 24  # ids that load checks at a time
+PACKINGS = (".gz", ".zst")  # what may follow the suffix of each kind of file
 
 # Where a text may be cut: before white space, as no token of GPT-2's split runs into it from the left.
 # With any other tokenizer only after a letter or a digit: to Qwen's, ".\n" is one word.
@@ -60,12 +66,12 @@ BREAK_FOREIGN = re.compile(r"(?<=[^\W_])[ \n]")
 
 @dataclass
 class Config:
-    dataset: str = "toy"  # toy | tinystories | hf:NAME | a .txt .md .jsonl .parquet file or a folder
+    dataset: str = "toy"  # toy | tinystories | hf:NAME | a file or a folder
     name: str = ""  # the result is data/NAME; empty: the dataset's own name
     tokenizer: str = "bpe"  # bpe | char | gpt2 | gpt2:FOLDER | hf:FOLDER_OR_NAME | FILE.json to reuse
     vocab_size: int = 4096  # bpe: at most so many tokens, end-of-text and the 256 bytes among them
     separator: str = "<|endoftext|>"  # between documents of .txt and .md; empty: a file is one
-    column: str = "text"  # where .jsonl, .parquet and hub rows have their text
+    column: str = "text"  # where .json, .jsonl, .csv, .parquet and hub rows have their text
     val_fraction: float = 0.1  # of the documents, or of the text where they are fewer than 100
     num_stories: int = 30000  # toy
     num_proc: int = 0  # threads that encode; 0: one a core
@@ -109,22 +115,65 @@ def dataset_name(dataset):
         repo = hf_name(dataset).partition(":")[0]
         return repo.rpartition("/")[2]
     path = Path(os.path.abspath(dataset))
-    return path.stem if path.suffix.lower() in READERS else path.name
+    return unpacked(path).stem if file_kind(path) else path.name
 
 
 # ---- reading documents
 
 
+def unpacked(path):
+    """Returns the path without .gz or .zst."""
+    path = Path(path)
+    return path.with_suffix("") if path.suffix.lower() in PACKINGS else path
+
+
+def file_kind(path):
+    """Returns the suffix in READERS that a file's name ends in, before .gz or .zst; "" for any other."""
+    suffix = unpacked(path).suffix.lower()
+    return suffix if suffix in READERS else ""
+
+
+@contextmanager
+def opened_bytes(path):
+    """Opens a file to read its bytes, of .gz and .zst those inside. Raises Refusal, also in the with."""
+    packing = Path(path).suffix.lower()
+    try:
+        if packing == ".gz":
+            f = gzip.open(path)
+        elif packing == ".zst":
+            f = open_zstd(path)
+        else:
+            f = open(path, "rb")
+        with f:
+            yield f
+    except (OSError, EOFError, zlib.error) as e:
+        raise Refusal(f"cannot read {path}: {getattr(e, 'strerror', None) or e}")
+
+
+def open_zstd(path):
+    """Opens a .zst file to read the bytes inside; one that is cut off is an OSError.
+
+    pyarrow has that, which is there for .parquet; the package zstandard takes what is cut off for the end.
+    """
+    try:
+        import pyarrow
+    except ImportError:
+        raise Refusal(f"reading {path} needs pyarrow: pip install pyarrow")
+    return pyarrow.input_stream(str(path), compression="zstd")
+
+
 @contextmanager
 def opened(path, newline=None):
     """Opens a file of text without its byte-order mark. Raises Refusal where it is not UTF-8."""
-    with open(path, encoding="utf-8-sig", newline=newline) as f:
+    with opened_bytes(path) as binary, io.TextIOWrapper(binary, "utf-8-sig", newline=newline) as f:
         try:
             yield f
         except UnicodeDecodeError as e:
-            byte = e.object[e.start]
-            offset = f.buffer.tell() - len(e.object) + e.start  # e.object ends where the file is read to
-            raise Refusal(f"{path} is not UTF-8: byte 0x{byte:02x} at offset {offset}; save it as UTF-8")
+            place = f"byte 0x{e.object[e.start]:02x}"
+            if binary.seekable():
+                # e.object ends where the file is read to
+                place += f" at offset {binary.tell() - len(e.object) + e.start}"
+            raise Refusal(f"{path} is not UTF-8: {place}; save it as UTF-8")
 
 
 def split_text(chunks, separator):
@@ -164,8 +213,56 @@ def jsonl_rows(path):
 
 
 def read_jsonl(path, cfg):
-    for place, row in jsonl_rows(path):
-        yield field(row, cfg.column, place)
+    return column_texts(jsonl_rows(path), cfg.column)
+
+
+def json_rows(path):
+    """Returns (place, row) of the rows of a .json file. Raises Refusal."""
+    with opened(path) as f:
+        text = f.read()
+    try:
+        rows = json.loads(text)
+    except (ValueError, RecursionError) as e:
+        advice = "; one row a line is .jsonl" if "Extra data" in str(e) else ""
+        raise Refusal(f"{path} is not JSON ({e}){advice}")
+    if not isinstance(rows, list):
+        raise Refusal(f"{path} is not an array of rows but a {type(rows).__name__}")
+    return [(f"{path} row {n}", row) for n, row in enumerate(rows, 1)]
+
+
+def read_json(path, cfg):
+    for place, row in json_rows(path):
+        yield check_text(row, place) if isinstance(row, str) else field(row, cfg.column, place)
+
+
+def csv_rows(path, column=None):
+    """Yields (place, row) of each row below the header, a dict of str; place is for messages.
+
+    Raises Refusal, also where a column is given that is not there.
+    """
+    csv.field_size_limit(2**31 - 1)  # instead of 131,072 characters: a field is a document
+    n = 0
+    with opened(path, newline="") as f:
+        rows = csv.reader(f, strict=True)
+        try:
+            header = next(rows, [])
+            if column and header:
+                field(dict.fromkeys(header), column, path)
+            for values in rows:
+                if not values:  # a blank line
+                    continue
+                n += 1
+                place = f"{path} row {n}"
+                if len(values) != len(header):
+                    problem = f"{len(values)} columns where the header has {len(header)}"
+                    raise Refusal(f'{place} has {problem}; a text with commas stands in "quotes"')
+                yield place, dict(zip(header, values))
+        except csv.Error as e:
+            raise Refusal(f"{path} row {n + 1} is not CSV ({e})")
+
+
+def read_csv(path, cfg):
+    return column_texts(csv_rows(path, cfg.column), cfg.column)
 
 
 def parquet_rows(path, column=None):
@@ -178,23 +275,43 @@ def parquet_rows(path, column=None):
         from pyarrow.parquet import ParquetFile
     except ImportError:
         raise Refusal(f"reading {path} needs pyarrow: pip install pyarrow")
+    source = path
+    if unpacked(path) != Path(path):
+        with opened_bytes(path) as f:
+            source = io.BytesIO(f.read())  # it is not read from front to back
+    n = 0
     try:
-        with ParquetFile(path) as f:
+        with ParquetFile(source) as f:
             if column:  # refuse one that is not there, before pyarrow does
                 field(dict.fromkeys(f.schema_arrow.names), column, path)
             for batch in f.iter_batches(100, columns=[column] if column else None):
                 for row in batch.to_pylist():
-                    yield path, row
+                    n += 1
+                    yield f"{path} row {n}", row
     except (OSError, ValueError, pyarrow.ArrowException) as e:
         raise Refusal(f"cannot read {path} as parquet: {e}")
 
 
 def read_parquet(path, cfg):
-    for place, row in parquet_rows(path, cfg.column):
-        yield field(row, cfg.column, place)
+    return column_texts(parquet_rows(path, cfg.column), cfg.column)
 
 
-READERS = {".txt": read_text, ".md": read_text, ".jsonl": read_jsonl, ".parquet": read_parquet}
+READERS = {
+    ".txt": read_text,
+    ".md": read_text,
+    ".json": read_json,
+    ".jsonl": read_jsonl,
+    ".csv": read_csv,
+    ".parquet": read_parquet,
+}
+
+
+ROW_READERS = {".json": json_rows, ".jsonl": jsonl_rows, ".csv": csv_rows, ".parquet": parquet_rows}
+
+
+def column_texts(rows, column):
+    for place, row in rows:
+        yield field(row, column, place)
 
 
 def field(row, column, place, advice="prepare.py --column= chooses from"):
@@ -208,18 +325,22 @@ def field(row, column, place, advice="prepare.py --column= chooses from"):
     if column not in row:
         columns = ", ".join(map(str, row))
         raise Refusal(f"{place} has no column {column!r}; {advice}: {columns}")
-    text = "" if row[column] is None else row[column]
+    return check_text("" if row[column] is None else row[column], f"{place}: column {column!r}")
+
+
+def check_text(text, place):
+    """Returns text. Raises Refusal for a number, for half of a surrogate pair."""
     try:
         text.encode()
-    except (AttributeError, UnicodeEncodeError):  # a number, half of a surrogate pair
-        raise Refusal(f"{place}: column {column!r} is not text but {text!r:.60}")
+    except (AttributeError, UnicodeEncodeError):
+        raise Refusal(f"{place} is not text but {text!r:.60}")
     return text
 
 
 def documents(files, cfg, exact=False):
     """Yields the documents of all files in order; exact keeps the white space around them."""
     for path in files:
-        read = READERS[path.suffix.lower()]
+        read = READERS[file_kind(path)]
         for text in read(path, cfg):
             if text and not text.isspace():
                 yield text if exact else text.strip()
@@ -246,9 +367,10 @@ def find_files(cfg, tmp):
             f"there is no file or folder {path}; a dataset of the Hugging Face hub is --dataset=hf:NAME"
         )
     paths = sorted(path.rglob("*"), key=lambda p: p.parts) if path.is_dir() else [path]
-    files = [p for p in paths if p.suffix.lower() in READERS and p.is_file()]
+    files = [p for p in paths if file_kind(p) and p.is_file()]
     if not files:
-        raise Refusal(f"{path}: no file here ends in {' '.join(READERS)}")
+        endings = f"{' '.join(READERS)}, also with {' '.join(PACKINGS)}"
+        raise Refusal(f"{path}: no file here ends in {endings}")
     return files, []
 
 

@@ -11,8 +11,6 @@ sees another.
 
 import functools
 import itertools
-import json
-import os
 from bisect import bisect_left, insort
 from collections.abc import Callable
 from typing import NamedTuple
@@ -44,27 +42,11 @@ def read_rows(dataset, split="train"):
             if split not in splits:
                 return None
             return [(f"{dataset} row {n}", row) for n, row in enumerate(splits[split], 1)]
-    readers = {".json": json_rows, ".jsonl": prepare.jsonl_rows, ".parquet": prepare.parquet_rows}
-    suffix = os.path.splitext(dataset)[1].lower()
-    if suffix not in readers:
-        raise Refusal(f"dataset must be moral, a .json .jsonl .parquet file or hf:NAME, not {dataset!r}")
-    try:
-        return list(readers[suffix](dataset))
-    except OSError as e:
-        raise Refusal(f"cannot read {dataset}: {e.strerror}")
-
-
-def json_rows(path):
-    """Returns (place, row) of the rows of a .json file. Raises Refusal."""
-    with prepare.opened(path) as f:
-        text = f.read()
-    try:
-        rows = json.loads(text)
-    except (ValueError, RecursionError) as e:
-        raise Refusal(f"{path} is not JSON ({e})")
-    if not isinstance(rows, list):
-        raise Refusal(f"{path} is not an array of rows but a {type(rows).__name__}")
-    return [(f"{path} row {n}", row) for n, row in enumerate(rows, 1)]
+    readers = prepare.ROW_READERS
+    kind = prepare.file_kind(dataset)
+    if kind not in readers:
+        raise Refusal(f"dataset must be moral, a {' '.join(readers)} file or hf:NAME, not {dataset!r}")
+    return list(readers[kind](dataset))
 
 
 def split_rows(cfg, text_rule=AS_IT_STANDS):

@@ -61,6 +61,7 @@ def shop(tmp_path_factory):
         write("blank.txt", " \n<|endoftext|>\n")
         write("short.txt", "abcdefghij")
         write("x.csv", "a,b")
+        write("x.xml", "<a/>")
         Path("folder").mkdir()
         Path("latin.txt").write_bytes(b"caf\xe9 " * 10)
         Path("latin.toml").write_bytes(b'out_dir = "caf\xe9"')
@@ -353,8 +354,9 @@ CASES = [
     ("prepare", "--vocab_size=big", "must be an integer"),
     ("prepare", "good.txt", "expected FILE.toml or --key=value"),
     ("prepare", "--dataset=nowhere.txt", "no file or folder nowhere.txt"),
-    ("prepare", "--dataset=x.csv", ".jsonl .parquet"),
-    ("prepare", "--dataset=folder", ".jsonl .parquet"),
+    ("prepare", "--dataset=x.csv", "--column= chooses from: a, b"),
+    ("prepare", "--dataset=x.xml", ".csv .parquet, also with .gz .zst"),
+    ("prepare", "--dataset=folder", ".csv .parquet, also with .gz .zst"),
     ("prepare", "--dataset=", "dataset is empty"),
     ("prepare", "--dataset=empty.txt", "no text"),
     ("prepare", "--dataset=blank.txt", "no text"),
@@ -544,7 +546,7 @@ CASES = [
     ("bench", "--n_embd=1000000 --n_head=1000", "GiB"),
     ("bench", "--text=nowhere.txt", "text must be a file"),
     ("bench", "--text=folder", "text must be a file"),
-    ("bench", "--text=x.csv", ".jsonl .parquet"),
+    ("bench", "--text=x.xml", ".csv .parquet"),
     ("bench", "tokenizer --text=latin.txt", "not UTF-8"),
     ("bench", "tokenizer --text=empty.txt", "no text"),
     ("bench", "tokenizer --text=good.txt --vocab_size=100", "257"),
@@ -567,7 +569,7 @@ CASES = [
     ("eval", "--out_dir=start", "--text=FILE"),
     ("eval", "--text=nowhere.txt", "no file nowhere.txt"),
     ("eval", "--text=folder", "no file folder"),
-    ("eval", "--text=x.csv", ".jsonl .parquet"),
+    ("eval", "--text=x.xml", ".csv .parquet"),
     ("eval", "--text=empty.txt", "no text"),
     ("eval", "--text=blank.txt", "no text"),
     ("eval", "--text=latin.txt", "not UTF-8"),
@@ -652,7 +654,11 @@ CASES = [
     ("finetune_lora", "--init_from=resume --out_dir=n", "no adapter in n"),
     ("finetune_lora", "--init_from=lora --out_dir=n", "holds an adapter"),
     ("finetune_lora", "--init_from=code --out_dir=n", "holds code"),
-    ("finetune_lora", "--out_dir=n --dataset=toy", "moral, a .json .jsonl .parquet file or hf:NAME"),
+    (
+        "finetune_lora",
+        "--out_dir=n --dataset=toy",
+        "moral, a .json .jsonl .csv .parquet file or hf:NAME",
+    ),
     ("finetune_lora", "--out_dir=n --dataset=nowhere.jsonl", "cannot read nowhere.jsonl"),
     ("finetune_lora", "--out_dir=n --dataset=nowhere.json", "cannot read nowhere.json"),
     ("finetune_lora", "--out_dir=n --dataset=nowhere.parquet", "nowhere.parquet"),

@@ -1,6 +1,7 @@
 """prepare.py: what goes in comes out, the splits are right, and nothing half done or damaged is ever accepted."""
 
 import contextlib
+import gzip
 import hashlib
 import json
 import os
@@ -69,6 +70,24 @@ def write_parquet(path, docs, column="text"):
     pq.write_table(pa.table({"id": list(range(len(docs))), column: docs}), path, row_group_size=40)
 
 
+def write_csv(path, docs, column="text"):
+    """As in RFC 4180: each text in quotes, in which a quote is two."""
+    quoted = (text.replace('"', '""') for text in docs)
+    write(path, f"id,{column}\r\n" + "".join(f'{i},"{text}"\r\n' for i, text in enumerate(quoted)))
+
+
+def zstd(data, size=1000):
+    """Returns data as Zstandard frames of one raw block each (RFC 8878, 3.1.1): nothing is compressed."""
+    frames = []
+    for i in range(0, len(data), size):
+        block = data[i : i + size]
+        head = b"\x28\xb5\x2f\xfd" + b"\x60" + (len(block) - 256 & 0xFFFF).to_bytes(2, "little")
+        if len(block) < 256:
+            head = b"\x28\xb5\x2f\xfd" + b"\x20" + len(block).to_bytes(1, "little")
+        frames += [head, (len(block) << 3 | 1).to_bytes(3, "little"), block]
+    return b"".join(frames)
+
+
 def make(dataset="c.txt", name="d", vocab_size=400, **kwargs):
     return load(prepare.prepare(Config(dataset=dataset, name=name, vocab_size=vocab_size, **kwargs)))
 
@@ -102,11 +121,20 @@ def test_every_format_gives_back_the_documents_and_the_same_bytes():
     write_jsonl("folder/a/2.JSONL", DOCS[30:70])
     write_parquet("folder/b.parquet", DOCS[70:100])
     write_txt("folder/c/d/0.md", DOCS[100:])
-    write("folder/a/1.csv", "not,read")
+    write("folder/a/1.xml", "not,read")
+    write("json.json", json.dumps([{"text": d} for d in DOCS]))
+    write("texts.json", json.dumps(DOCS))
+    write_csv("csv.csv", DOCS)
+    packed = []
+    for path in sorted(Path().glob("*.*")):
+        packed += [f"{path}.gz", f"{path}.ZST"]
+        Path(f"{path}.gz").write_bytes(gzip.compress(path.read_bytes()))
+        Path(f"{path}.ZST").write_bytes(zstd(path.read_bytes()))
+    plain = "txt.txt", "md.md", "jsonl.jsonl", "json.json", "texts.json", "csv.csv", "parquet.parquet"
     made = set()
-    for dataset in "txt.txt", "md.md", "jsonl.jsonl", "parquet.parquet", "folder":
-        meta, data, tokenizer = make(dataset, name="")
-        assert meta["name"] == Path(dataset).stem
+    for dataset in *plain, *packed, "folder":
+        meta, data, tokenizer = make(dataset, name="", overwrite=True)
+        assert meta["name"] == dataset.partition(".")[0]
         train, val = texts(data["train"], tokenizer), texts(data["val"], tokenizer)
         assert (len(train), len(val)) == (135, 15)
         assert sorted(train + val) == sorted(DOCS)
@@ -327,6 +355,79 @@ def test_what_main_prints(capsys):
         )
         assert f"{entry['bytes'] / entry['tokens']:.3f} bytes a token" in out
     assert re.search(r"vocabulary of 300 \(bpe\), [\d.]+ s, [\d.]+ MB/s\n$", out)
+
+
+# ---- .json, .csv, .gz, .zst and rows that are wrong
+
+
+def test_what_csv_holds():
+    long = 'x, "y"\nnext line ' * 20_000  # beyond the csv module's own limit of 131,072
+    write_csv("c.csv", ["  a\r\nb ", long, "", "é日"], "story")
+    rows = list(prepare.csv_rows("c.csv"))
+    assert rows[1] == ("c.csv row 2", {"id": "1", "story": long})
+    cfg = Config(dataset="c.csv", column="story")
+    assert list(prepare.documents(["c.csv"], cfg)) == ["a\r\nb", long.strip(), "é日"]
+    write("c.csv", "\ufeffid,text\n\n1,one\n\n2,two")
+    assert list(prepare.documents(["c.csv"], Config(dataset="c.csv"))) == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    "file, text, message",
+    [
+        ("c.csv", "id,text\n1,a\n2,Hello, world\n", "c.csv row 2 has 3 columns where the header has 2"),
+        ("c.csv", "id,text\n1\n", "c.csv row 1 has 1 columns where the header has 2"),
+        ("c.csv", 'id,text\n1,a\n2,"b\n3,c\n', "c.csv row 2 is not CSV (unexpected end of data)"),
+        ("c.csv", 'id,text\n1,"a"b\n', "c.csv row 1 is not CSV ("),
+        (
+            "c.csv",
+            "id,words\n1,a\n",
+            "c.csv has no column 'text'; prepare.py --column= chooses from: id, words",
+        ),
+        ("c.csv", "", "c.csv: there is no text in it"),
+        ("c.json", '{"text": "a"}', "c.json is not an array of rows but a dict"),
+        ("c.json", '{"text": "a"}\n{"text": "b"}\n', "; one row a line is .jsonl"),
+        ("c.json", '["a", 5]', "c.json row 2 has no column 'text'"),
+        ("c.json", '["a", "\\ud83d"]', "c.json row 2 is not text but '\\ud83d'"),
+        ("c.json", '[{"text": "a"}, {"text": 5}]', "c.json row 2: column 'text' is not text but 5"),
+        ("c.json", "[", "c.json is not JSON ("),
+    ],
+)
+def test_rows_that_are_wrong_are_named(file, text, message):
+    write(file, text)
+    assert message in refusal(make, file)
+    Path(f"{file}.gz").write_bytes(gzip.compress(text.encode()))
+    assert message.replace(file, f"{file}.gz") in refusal(make, f"{file}.gz")
+
+
+def test_a_parquet_refusal_names_the_row():
+    write_parquet("c.parquet", DOCS)
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    texts = pa.array([b"a"] * 130 + [b"\xff"] + [b"b"], pa.binary())
+    pq.write_table(pa.table({"text": texts}), "c.parquet")
+    assert refusal(make, "c.parquet").startswith("c.parquet row 1: column 'text' is not text but b'a'")
+    rows = list(prepare.parquet_rows("c.parquet"))
+    assert rows[130] == ("c.parquet row 131", {"text": b"\xff"})
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, zstd])
+def test_a_packed_file_that_is_cut_off_or_damaged_is_refused(pack):
+    suffix = ".gz" if pack is gzip.compress else ".zst"
+    plain = "".join(json.dumps({"text": d}) + "\n" for d in DOCS).encode()
+    packed = pack(plain)
+    for name, data in {
+        "cut": packed[:-1],
+        "half": packed[: len(packed) // 2],
+        "head": packed[:3],
+        "plain": plain,
+        "more": packed + b"more",
+    }.items():
+        Path(f"{name}.jsonl{suffix}").write_bytes(data)
+        assert f"cannot read {name}.jsonl{suffix}: " in refusal(make, f"{name}.jsonl{suffix}")
+    Path(f"twice.jsonl{suffix}").write_bytes(packed + packed)
+    assert len(list(prepare.documents([f"twice.jsonl{suffix}"], Config()))) == 300
+    Path(f"bad.txt{suffix}").write_bytes(pack(b"caf\xe9 " * 10))
+    place = "byte 0xe9 at offset 3;" if suffix == ".gz" else "byte 0xe9;"
+    assert f"bad.txt{suffix} is not UTF-8: {place}" in refusal(make, f"bad.txt{suffix}")
 
 
 # ---- memory
