@@ -13,15 +13,22 @@ each: a line of .jsonl, an item of the array in .json, which may be a mere text.
 document is dropped, and so is an empty document. Text is UTF-8; in .txt and .md files "\\r\\n" and "\\r"
 become "\\n", as Python's open() has it and so nanoGPT.
 
-From 100 documents on, random ones are the validation split, and end-of-text follows every document.
-With fewer, the last part of the text is the validation split (nanoGPT's cut), end-of-text stands
-between documents only, and a document that is alone keeps its white space. Where prompts start with
-another token than end-of-text (Llama's <s>), so does each document.
+A folder's own splits are known as in the library datasets, by a word in the name of a file or a folder:
+train or training; val, valid, validation or dev for the validation split; test, testing, eval or
+evaluation, which is left out. Files without such a word are left out where others are named train, else
+they are trained on. Left out, too, are README.md beside data, and hidden files. --val_dataset= names
+another validation split, with all that --dataset= takes; where it has splits, its validation, else its
+test, else its training split.
+
+Where there is none, from 100 documents on, random ones are the validation split, and end-of-text follows
+every document. With fewer, the last part of the text is the validation split (nanoGPT's cut), end-of-text
+stands between documents only, and a document that is alone keeps its white space. Where prompts start
+with another token than end-of-text (Llama's <s>), so does each document.
 
 bpe is learned from the training split; char takes the characters of both, as nanoGPT. gpt2 is GPT-2's
 own, gpt2:FOLDER one like it, of encoder.json and vocab.bpe. The text is read three times, with a
-vocabulary that is there already twice, and only the document at hand is held. *.bin is little-endian
-uint16, or uint32 past 65,536 tokens.
+vocabulary that is there already twice, and only the document at hand is held (of .json and of packed
+.parquet the file). *.bin is little-endian uint16, or uint32 past 65,536 tokens.
 """
 
 import csv
@@ -31,6 +38,7 @@ import io
 import json
 import os
 import re
+import shutil
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -54,6 +62,7 @@ from tokenizer import Tokenizer
 FORMAT = 1
 FEW = 100  # documents; a random tenth of fewer is a poor sample
 SPLITS = ("train", "val")
+FILES_SHOWN = 10
 CHUNK = 1 << 20  # characters that a thread encodes at a time
 HASH_CHUNK = 1 << 24  # ids that load checks at a time
 PACKINGS = (".gz", ".zst")  # what may follow the suffix of each kind of file
@@ -63,10 +72,21 @@ PACKINGS = (".gz", ".zst")  # what may follow the suffix of each kind of file
 BREAK = re.compile(r"(?<=\S)[ \n]")
 BREAK_FOREIGN = re.compile(r"(?<=[^\W_])[ \n]")
 
+# By these words the library `datasets` knows the splits of a folder (its data_files.py), and these files
+# it leaves out. A name with words of two splits is one to hold out: what is held out is never trained on.
+SPLIT_WORDS = {
+    "test": ("test", "testing", "eval", "evaluation"),
+    "val": ("val", "valid", "validation", "dev"),
+    "train": ("train", "training"),
+}
+CARDS = ("readme.md", "config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json")
+HELD_OUT = ("val", "test", "train")  # which split of --val_dataset is taken: the first that is there
+
 
 @dataclass
 class Config:
     dataset: str = "toy"  # toy | tinystories | hf:NAME | a file or a folder
+    val_dataset: str = ""  # the same for the validation split; empty: the dataset's own or a share of it
     name: str = ""  # the result is data/NAME; empty: the dataset's own name
     tokenizer: str = "bpe"  # bpe | char | gpt2 | gpt2:FOLDER | hf:FOLDER_OR_NAME | FILE.json to reuse
     vocab_size: int = 4096  # bpe: at most so many tokens, end-of-text and the 256 bytes among them
@@ -84,6 +104,8 @@ class Config:
                 "dataset is empty: give a file, a folder, toy, tinystories or hf:NAME, "
                 "such as hf:roneneldan/TinyStories"
             )
+        if self.val_dataset and not hf_name(self.val_dataset):
+            raise ValueError("val_dataset is hf: without a NAME")
         if not self.name:
             self.name = dataset_name(self.dataset)
         name = self.name
@@ -350,48 +372,139 @@ def documents(files, cfg, exact=False):
 
 
 def find_files(cfg, tmp):
-    """Returns (training files, validation files); without the latter split_documents decides.
+    """Returns ({"train": files, "val": files}, {split: words that say where it comes from}).
 
-    What is not a local file becomes one in tmp. Raises Refusal.
+    Without files for val split_documents decides. What is no local file becomes one in tmp. Prints what
+    is read of a folder. Raises Refusal.
     """
-    if cfg.dataset == "toy":
+    splits = find_splits("dataset", cfg, tmp, [["train"]] if cfg.val_dataset else [["train"], ["val"]])
+    files = {"train": splits.pop("train")}
+    files["val"] = [] if cfg.val_dataset else splits.pop("val", [])
+    origins = {}
+    for split, paths in files.items():
+        if paths:
+            origins[split] = origin(cfg.dataset, paths)
+            list_files(cfg.dataset, split if files["val"] or cfg.val_dataset else "train and val", paths)
+    left_out = [path for paths in splits.values() for path in paths]
+    list_files(cfg.dataset, "left out", left_out)
+    if cfg.val_dataset:
+        splits = find_splits("val_dataset", cfg, tmp, [HELD_OUT])
+        files["val"] = next(splits[split] for split in HELD_OUT if splits.get(split))
+        origins["val"] = origin(cfg.val_dataset, files["val"])
+        list_files(cfg.val_dataset, "val", files["val"])
+    return files, origins
+
+
+def find_splits(key, cfg, tmp, wanted):
+    """Returns {split: files} of the source that the key (dataset or val_dataset) names.
+
+    wanted: lists of splits; of a hub dataset the first of each that is there is fetched. What is no
+    local file becomes one in tmp. Raises Refusal.
+    """
+    dataset = getattr(cfg, key)
+    if dataset == "toy":
         texts = (text for text, _ in toy_stories.stories(cfg.num_stories, cfg.seed))
-        return [spool(texts, tmp / "toy.jsonl", cfg)], []
-    if cfg.dataset == "tinystories":
-        return fetch_from_hub("roneneldan/TinyStories", cfg, tmp)
-    if is_hf(cfg.dataset):
-        return fetch_from_hub(hf_name(cfg.dataset), cfg, tmp)
-    path = Path(cfg.dataset)
+        return {"train": [spool(texts, tmp / key / "toy.jsonl", cfg)]}
+    if dataset == "tinystories":
+        return fetch_from_hub("roneneldan/TinyStories", cfg, tmp / key, wanted)
+    if is_hf(dataset):
+        return fetch_from_hub(hf_name(dataset), cfg, tmp / key, wanted)
+    path = Path(dataset)
     if not path.exists():
         raise Refusal(
-            f"there is no file or folder {path}; a dataset of the Hugging Face hub is --dataset=hf:NAME"
+            f"there is no file or folder {path}; a dataset of the Hugging Face hub is --{key}=hf:NAME"
         )
-    paths = sorted(path.rglob("*"), key=lambda p: p.parts) if path.is_dir() else [path]
-    files = [p for p in paths if file_kind(p) and p.is_file()]
-    if not files:
+    splits = folder_splits(path) if path.is_dir() else {"train": [path] if file_kind(path) else []}
+    if not any(splits.values()):
         endings = f"{' '.join(READERS)}, also with {' '.join(PACKINGS)}"
         raise Refusal(f"{path}: no file here ends in {endings}")
-    return files, []
+    if key == "dataset" and not splits["train"]:
+        names = file_names(path, [file for files in splits.values() for file in files])
+        raise Refusal(f"{path}: no file to train on, only {names}; name a file or a folder in it")
+    return splits
+
+
+def folder_splits(folder):
+    """Returns {split: files} of a folder: train, val, test, "card" and "" for the others.
+
+    As in `datasets`, files that are in no split are training data unless there are files named so, and
+    what is hidden is not looked at.
+    """
+    splits = {"train": [], "val": [], "test": [], "": [], "card": []}
+    for path in sorted(folder.rglob("*"), key=lambda p: p.parts):
+        name = path.relative_to(folder)
+        is_hidden = name.name.startswith(".") or any(p.startswith((".", "__")) for p in name.parts[:-1])
+        if is_hidden or not file_kind(path) or not path.is_file():
+            continue
+        split = "card" if name.name.lower() in CARDS else named_split(name)
+        splits[split].append(path)
+    if not splits["train"]:
+        splits["train"], splits[""] = splits[""], []
+    if not any(splits[split] for split in SPLITS + ("test",)):  # a README.md is all there is
+        splits["train"], splits["card"] = splits["card"], []
+    return splits
+
+
+def named_split(path):
+    """Returns "train", "val" or "test" where a relative path has a word for it, else "".
+
+    The innermost folder with such a word counts, then the file's name.
+    """
+    *folders, name = path.parts
+    for part in (*reversed(folders), name):
+        words = re.split("[-._ 0-9]", part.lower())
+        for split, names in SPLIT_WORDS.items():
+            if not set(names).isdisjoint(words):
+                return split
+    return ""
+
+
+def file_names(folder, files):
+    """Returns "2 files: a.txt, b/c.txt"; of more than ten the first ten and how many more there are."""
+    names = [path.relative_to(folder).as_posix() for path in files[:FILES_SHOWN]]
+    text = ", ".join(name if name.isprintable() else ascii(name) for name in names)
+    rest = len(files) - len(names)
+    more = f" and {rest:,} more" if rest else ""
+    return f"{len(files):,} file{'' if len(files) == 1 else 's'}: {text}{more}"
+
+
+def list_files(dataset, title, files):
+    """Prints which files of a folder are of a split or left out; nothing of what is no folder."""
+    if files and os.path.isdir(dataset) and Path(dataset) in files[0].parents:
+        print(f"{dataset}: {title}, {file_names(dataset, files)}")
+
+
+def origin(dataset, files):
+    """Returns the words for meta.json that say where the files of a split come from."""
+    if is_hf(dataset) or dataset == "tinystories":
+        return f"{dataset}, split {files[0].stem}"
+    if os.path.isdir(dataset) and dataset != "toy":
+        return f"{dataset}, {file_names(dataset, files)}"
+    return dataset
 
 
 def spool(texts, path, cfg):
     """Writes texts to a .jsonl file as they arrive; returns its path."""
     desc = f"fetching {path.stem}"
+    path.parent.mkdir(exist_ok=True)
     with open(path, "w", encoding="utf-8") as f:
         for text in tqdm(texts, desc, unit=" documents", disable=None, leave=False):
             f.write(json.dumps({cfg.column: text}) + "\n")
     return path
 
 
-def fetch_from_hub(name, cfg, tmp):
-    """Streams a hub dataset to disk, once; returns (training files, validation files) as find_files."""
-    files = []
+def fetch_from_hub(name, cfg, folder, wanted):
+    """Streams splits of a hub dataset to files in folder, once; returns {split: [file]} as find_splits."""
+    files = {}
     with hub_splits(name) as splits:
-        for split in ("train", "validation"):
-            if split in splits:
-                texts = (field(row, cfg.column, name) for row in splits[split])
-                files.append(spool(texts, tmp / f"{split}.jsonl", cfg))
-    return files[:1], files[1:]
+        for choices in wanted:
+            for split in choices:
+                full_name = "validation" if split == "val" else split
+                if full_name in splits:
+                    texts = (field(row, cfg.column, name) for row in splits[full_name])
+                    files[split] = [spool(texts, folder / f"{full_name}.jsonl", cfg)]
+                    break
+    return files
 
 
 @contextmanager
@@ -436,13 +549,13 @@ def hub_splits(name):
 # of a row in the same form, and then whether the row's text begins here.
 
 
-def count_documents(docs):
-    """Returns (documents, characters); white space around a document counts only if it is alone."""
+def count_documents(docs, exact):
+    """Returns (documents, characters); white space around a document counts only if exact and alone."""
     n = 0
     chars = 0
     for n, text in with_progress(enumerate(docs, 1), "reading"):
         chars += len(text.strip())
-    return (1, len(text)) if n == 1 else (n, chars)
+    return (1, len(text)) if n == 1 and exact else (n, chars)
 
 
 def split_documents(cfg, files, val_files, n, chars):
@@ -485,10 +598,14 @@ def pieces(rows, cuts=BREAK):
             start = stop
 
 
+def progress_bar(desc, total=None):
+    """Returns a progress bar of characters, to be seen where stderr is a terminal."""
+    return tqdm(desc=desc, total=total, unit=" characters", unit_scale=True, disable=None, leave=False)
+
+
 def with_progress(rows, desc, total=None):
-    """Yields the rows, with a progress bar of characters where stderr is a terminal."""
-    bar = tqdm(desc=desc, total=total, unit=" characters", unit_scale=True, disable=None, leave=False)
-    with bar:
+    """Yields the rows, with a progress bar."""
+    with progress_bar(desc, total) as bar:
         for row in rows:
             yield row
             bar.update(len(row[1]))
@@ -538,7 +655,7 @@ def encode_chunk(chunk, tokenizer):
 
 
 def encode_in_threads(rows, tokenizer, threads):
-    """Yields encode_chunk of all chunks of the pieces, in order, and reads only so far ahead.
+    """Yields each chunk of the pieces and encode_chunk of it, in order, and reads only so far ahead.
 
     Threads, since tiktoken works without the interpreter's lock: 18 MB/s on 2 cores, where processes
     did 16 and start slower.
@@ -546,18 +663,26 @@ def encode_in_threads(rows, tokenizer, threads):
     todo = chunks(rows)
     with ThreadPoolExecutor(threads) as pool:
         while batch := list(islice(todo, 4 * threads)):  # pool.map would read all of todo at once
-            yield from pool.map(partial(encode_chunk, tokenizer=tokenizer), batch)
+            yield from zip(batch, pool.map(partial(encode_chunk, tokenizer=tokenizer), batch))
 
 
-def encode(rows, tokenizer, tmp, num_proc):
-    """Writes the pieces to tmp/train.bin and tmp/val.bin; returns what meta.json says of them."""
+def encode(rows, tokenizer, tmp, num_proc, chars=None):
+    """Writes the pieces, of chars characters, to tmp/train.bin and tmp/val.bin.
+
+    Returns what meta.json says of them.
+    """
     stats = {}
     for split in SPLITS:
         stats[split] = {"file": f"{split}.bin", "tokens": 0, "documents": 0, "characters": 0, "bytes": 0}
     hashes = {split: hashlib.sha256() for split in SPLITS}
     threads = num_proc or os.cpu_count() or 1
-    with open(tmp / "train.bin", "wb") as train, open(tmp / "val.bin", "wb") as val:
-        for ids in encode_in_threads(with_counts(rows, stats), tokenizer, threads):
+    with (
+        open(tmp / "train.bin", "wb") as train,
+        open(tmp / "val.bin", "wb") as val,
+        progress_bar("encoding", chars) as bar,
+    ):
+        for chunk, ids in encode_in_threads(with_counts(rows, stats), tokenizer, threads):
+            bar.update(sum(len(text) for _, text, *_ in chunk))
             for split, f in (("train", train), ("val", val)):
                 f.write(ids[split])
                 hashes[split].update(ids[split])
@@ -591,32 +716,66 @@ def choose_tokenizer(cfg):
     return None
 
 
+def check_text_of_splits(cfg, files, origins):
+    """Returns (documents, characters) of all files, with the shares of the splits put into origins.
+
+    Raises Refusal where a split gets no text.
+    """
+    n, chars = count_documents(documents(files["train"], cfg, exact=True), exact=not files["val"])
+    if n == 0:
+        raise Refusal(f"{origins['train']}: there is no text in it")
+    if files["val"]:
+        n_val, val_chars = count_documents(documents(files["val"], cfg), exact=False)
+        if n_val == 0:
+            raise Refusal(f"{origins['val']}: there is no text in it")
+        return n + n_val, chars + val_chars
+
+    percent = f"{100 * cfg.val_fraction:g}%"
+    if n < FEW:
+        train = int(chars * (1 - cfg.val_fraction))
+        total = chars
+        unit = "characters"
+        part = f"the last {percent} of the text"
+        print(f"fewer than {FEW} documents ({n}): {part} is the validation split")
+    else:
+        train = n - round(cfg.val_fraction * n)
+        total = n
+        unit = "documents"
+        part = f"{percent} of the documents"
+    for split, share in (("train", train), ("val", total - train)):
+        if share == 0:
+            problem = f"{percent} for validation leave the {split} split none of its {total:,} {unit}"
+            raise Refusal(f"{origins['train']}: {problem}: {more_text(files)}")
+    origins["val"] = f"{origins['train']}; {part}"
+    origins["train"] += "; the rest"
+    return n, chars
+
+
+def more_text(files):
+    return "give more text" if files["val"] else "give more text or another --val_fraction"
+
+
 def build(cfg, tmp):
     """Fills the folder tmp, meta.json last. Raises Refusal."""
     tokenizer = choose_tokenizer(cfg)
     is_foreign = tokenizer is not None and tokenizer.kind == "foreign"
     cuts = BREAK_FOREIGN if is_foreign else BREAK
-    files, val_files = find_files(cfg, tmp)
-    n, chars = count_documents(documents(files + val_files, cfg, exact=True))
-    if n == 0:
-        raise Refusal(f"{cfg.dataset}: there is no text in it")
-    if n < FEW and not val_files:
-        part = f"the last {100 * cfg.val_fraction:g}% of the text"
-        print(f"fewer than {FEW} documents ({n}): {part} is the validation split")
+    files, origins = find_files(cfg, tmp)
+    n, chars = check_text_of_splits(cfg, files, origins)
 
-    def read_pieces(desc):
-        rows = split_documents(cfg, files, val_files, n, chars)
-        return with_progress(pieces(rows, cuts), desc, chars)
+    def read_pieces():
+        return pieces(split_documents(cfg, files["train"], files["val"], n, chars), cuts)
 
     try:
         if cfg.tokenizer == "char":
-            rows = read_pieces("collecting characters")
+            rows = with_progress(read_pieces(), "collecting characters", chars)
             tokenizer = Tokenizer.char(text for _, text, *_ in rows)
         elif cfg.tokenizer == "bpe":
-            rows = read_pieces("learning words")
+            rows = with_progress(read_pieces(), "learning words", chars)
             texts = (text for split, text, *_ in rows if split == "train")
-            tokenizer = Tokenizer.train(texts, cfg.vocab_size)
-        splits = encode(read_pieces("encoding"), tokenizer, tmp, cfg.num_proc)
+            progress = partial(tqdm, desc="learning merges", unit=" merges", disable=None, leave=False)
+            tokenizer = Tokenizer.train(texts, cfg.vocab_size, progress)
+        splits = encode(read_pieces(), tokenizer, tmp, cfg.num_proc, chars)
     except ValueError as e:  # the tokenizer's, such as a character that it does not have
         raise Refusal(e)
 
@@ -625,16 +784,16 @@ def build(cfg, tmp):
         raise Refusal(message, status=1)
     for split, stats in splits.items():
         if stats["tokens"] < 2:
-            raise Refusal(
-                f"the {split} split has {stats['tokens']} tokens and needs 2: "
-                "give more text or another --val_fraction"
-            )
-    for path in tmp.glob("*.jsonl"):
-        path.unlink()
+            problem = f"the {split} split has {stats['tokens']} tokens and needs 2"
+            raise Refusal(f"{origins[split]}: {problem}: {more_text(files)}")
+        stats["source"] = origins[split]
+    for key in ("dataset", "val_dataset"):
+        shutil.rmtree(tmp / key, ignore_errors=True)
     meta = {
         "format": FORMAT,
         "name": cfg.name,
         "source": cfg.dataset,
+        "val_source": cfg.val_dataset,
         "separator": cfg.separator,
         "column": cfg.column,
         "val_fraction": cfg.val_fraction,

@@ -357,6 +357,172 @@ def test_what_main_prints(capsys):
     assert re.search(r"vocabulary of 300 \(bpe\), [\d.]+ s, [\d.]+ MB/s\n$", out)
 
 
+# ---- a folder's own splits
+
+PEER_NAMES = [
+    "train.txt",
+    "train-00000-of-00002.txt",
+    "my_train_file.txt",
+    "training.txt",
+    "train2.txt",
+    "validation-00000-of-00001.txt",
+    "a.valid.txt",
+    "val.txt",
+    "dev 1.txt",
+    "test.txt",
+    "x-testing.txt",
+    "eval_9.txt",
+    "evaluation.txt",
+    "trained.txt",
+    "tests.txt",
+    "devel.txt",
+    "story.txt",
+    "latest.txt",
+    "README.md",
+    ".train.txt",
+]
+PEER_FOLDERS = [
+    "train",
+    "a/my-dev",
+    "valid_1/b",
+    "test/deep/er",
+    ".git/train",
+    "__MACOSX/train",
+    "tests/training",
+]
+
+
+def splits_of_datasets(folder):
+    """{split: paths} as the library datasets finds them."""
+    peer = pytest.importorskip("datasets.data_files")
+    patterns = peer.get_data_patterns(str(folder))
+    found = peer.DataFilesDict.from_patterns(patterns, str(folder))
+    return {split: {Path(file) for file in files} for split, files in found.items()}
+
+
+def test_each_name_is_in_the_split_that_datasets_puts_it_in():
+    for i, name in enumerate([n for n in PEER_NAMES if n not in ("README.md", ".train.txt")]):
+        folder = Path(f"{i}").resolve()
+        write(folder / name, "x")
+        [(split, _)] = splits_of_datasets(folder).items()
+        ours = prepare.named_split(Path(name))
+        assert {"": "train", "val": "validation"}.get(ours, ours) == split, name
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_folders_are_split_as_datasets_splits_them(seed):
+    rng = random.Random(seed)
+    folder = Path("f").resolve()
+    if seed % 2:  # the files' names say it
+        names = ["train.txt", *rng.sample(PEER_NAMES, 9)]
+        names += [f"sub/{name}" for name in rng.sample(PEER_NAMES, 4)]
+    else:  # the folders' names do
+        names = ["train/0.txt"] + [
+            f"{part}/{i}.txt" for part in PEER_FOLDERS for i in range(rng.randrange(3))
+        ]
+    for name in names:
+        write(folder / name, "x")
+    peer = splits_of_datasets(folder)
+    ours = prepare.folder_splits(folder)
+    for split, full_name in ("train", "train"), ("val", "validation"), ("test", "test"):
+        assert set(ours[split]) == peer.get(full_name, set())
+
+
+def test_where_datasets_is_of_no_help():
+    assert prepare.named_split(Path("Test/A.TXT")) == "test"
+    assert prepare.named_split(Path("train_dev.txt")) == "val"  # in both splits for datasets
+    assert prepare.named_split(Path("train-test-split/train/a.txt")) == "train"
+    assert prepare.named_split(Path("train/test.txt")) == "train"
+    for name in "story.txt", "val.txt", "README.md":  # datasets would have no training data
+        write(f"a/{name}", "x")
+    names = {split: [p.name for p in paths] for split, paths in prepare.folder_splits(Path("a")).items()}
+    assert names == {
+        "train": ["story.txt"],
+        "val": ["val.txt"],
+        "test": [],
+        "": [],
+        "card": ["README.md"],
+    }
+    write("b/README.md", "a text")
+    assert prepare.folder_splits(Path("b"))["train"] == [Path("b/README.md")]
+
+
+def test_a_cloned_dataset(capsys):
+    write("wiki/README.md", "the card")
+    write("wiki/dataset_infos.json", "{}")
+    write("wiki/.git/x.txt", "hidden")
+    write("wiki/notes.txt", "in no split")
+    for i in range(12):
+        write_parquet(f"wiki/data/train-{i:05}-of-00012.parquet", DOCS[i * 10 : i * 10 + 10])
+    write_jsonl("wiki/data/validation-00000-of-00001.jsonl", DOCS[120:130])
+    write_jsonl("wiki/data/test-00000-of-00001.jsonl", DOCS[130:])
+    meta, data, tokenizer = make("wiki")
+    assert (
+        texts(data["train"], tokenizer) == DOCS[:120] and texts(data["val"], tokenizer) == DOCS[120:130]
+    )
+    assert tokenizer.sha256 == Tokenizer.train(DOCS[:120], 400).sha256
+    names = ", ".join(f"data/train-{i:05}-of-00012.parquet" for i in range(10))
+    train = f"12 files: {names} and 2 more"
+    val = "1 file: data/validation-00000-of-00001.jsonl"
+    left_out = "4 files: data/test-00000-of-00001.jsonl, notes.txt, README.md, dataset_infos.json"
+    lines = f"wiki: train, {train}\nwiki: val, {val}\nwiki: left out, {left_out}\n"
+    assert capsys.readouterr().out == lines
+    assert [meta["splits"][s]["source"] for s in prepare.SPLITS] == [f"wiki, {train}", f"wiki, {val}"]
+
+
+def test_val_dataset_is_the_validation_split(capsys, hub):
+    for i, part in enumerate(("train", "dev", "test")):
+        write_txt(f"own/{part}.txt", DOCS[i * 20 : i * 20 + 20])
+    write_txt("tested/test.txt", DOCS[60:70])
+    write_txt("tested/train.txt", DOCS[70:80])
+    write_txt("plain/a.txt", DOCS[80:90])
+    write_csv("val.csv", DOCS[90:100])
+    hub.splits = {"train": rows(DOCS[:3]), "validation": rows(DOCS[100:110]), "test": rows(DOCS[:4])}
+    cases = [
+        ("own", DOCS[20:40], "own, 1 file: dev.txt"),
+        ("tested", DOCS[60:70], "tested, 1 file: test.txt"),
+        ("plain", DOCS[80:90], "plain, 1 file: a.txt"),
+        ("val.csv", DOCS[90:100], "val.csv"),
+        ("hf:me/thing", DOCS[100:110], "hf:me/thing, split validation"),
+    ]
+    for val_dataset, docs, source in cases:
+        meta, data, tokenizer = make("own", name="d", val_dataset=val_dataset, overwrite=True)
+        assert texts(data["train"], tokenizer) == DOCS[:20] and texts(data["val"], tokenizer) == docs
+        assert meta["splits"]["val"]["source"] == source and meta["val_source"] == val_dataset
+    out = capsys.readouterr().out
+    assert "own: left out, 2 files: dev.txt, test.txt" in out and "tested: val, 1 file: test.txt" in out
+    assert sorted(p.name for p in Path("data/d").iterdir()) == sorted(
+        p.name for p in Path("data/d").glob("*.*")
+    )
+    assert (
+        "no file or folder nowhere; a dataset of the Hugging Face hub is --val_dataset=hf:NAME"
+        in refusal(make, "own", name="e", val_dataset="nowhere")
+    )
+    write("empty.txt", " ")
+    assert refusal(make, "own", name="e", val_dataset="empty.txt") == "empty.txt: there is no text in it"
+
+
+def test_where_the_split_is_a_share_meta_says_which():
+    write_txt("c.txt", DOCS)
+    write_txt("few/a.txt", DOCS[:9])
+    source = {s: entry["source"] for s, entry in make()[0]["splits"].items()}
+    assert source == {"train": "c.txt; the rest", "val": "c.txt; 10% of the documents"}
+    source = {
+        s: entry["source"] for s, entry in make("few", name="e", val_fraction=0.25)[0]["splits"].items()
+    }
+    files = "few, 1 file: a.txt"
+    assert source == {"train": f"{files}; the rest", "val": f"{files}; the last 25% of the text"}
+
+
+def test_a_folder_without_a_text_to_train_on():
+    write("f/val.txt", "a")
+    write("f/b/test.txt", "a")
+    message = "f: no file to train on, only 2 files: val.txt, b/test.txt; name a file or a folder in it"
+    assert refusal(make, "f") == message
+    write("f/none/a.xml", "a")
+    assert "f/none: no file here ends in .txt" in refusal(make, "f/none")
+
+
 # ---- .json, .csv, .gz, .zst and rows that are wrong
 
 
@@ -428,6 +594,64 @@ def test_a_packed_file_that_is_cut_off_or_damaged_is_refused(pack):
     Path(f"bad.txt{suffix}").write_bytes(pack(b"caf\xe9 " * 10))
     place = "byte 0xe9 at offset 3;" if suffix == ".gz" else "byte 0xe9;"
     assert f"bad.txt{suffix} is not UTF-8: {place}" in refusal(make, f"bad.txt{suffix}")
+
+
+# ---- next to nothing
+
+
+@pytest.mark.parametrize("tokenizer", ["bpe", "char"])
+@pytest.mark.parametrize(
+    "docs, fraction, message",
+    [
+        (
+            ["a"],
+            0.1,
+            "c.txt: 10% for validation leave the train split none of its 1 characters: give more",
+        ),
+        (
+            ["ab cd ef gh"],
+            0.001,
+            "c.txt; the last 0.1% of the text: the val split has 1 tokens and needs 2: give",
+        ),
+        (DOCS[:100], 0.001, "c.txt: 0.1% for validation leave the val split none of its 100 documents"),
+        (
+            DOCS[:100],
+            0.999,
+            "c.txt: 99.9% for validation leave the train split none of its 100 documents",
+        ),
+    ],
+)
+def test_a_text_that_leaves_next_to_nothing(tokenizer, docs, fraction, message):
+    write_txt("c.txt", docs)
+    assert message in refusal(make, tokenizer=tokenizer, val_fraction=fraction)
+    assert list(Path("data").iterdir()) == []
+
+
+def test_next_to_nothing_in_a_split_of_its_own():
+    write_txt("f/train.txt", DOCS)
+    write("f/val.txt", " \n")
+    assert refusal(make, "f") == "f, 1 file: val.txt: there is no text in it"
+    write("f/val.txt", "a")
+    assert make("f")[0]["splits"]["val"]["tokens"] == 2  # the letter and end-of-text
+
+
+def test_the_progress_bar_covers_learning_and_encoding():
+    pty, termios = pytest.importorskip("pty"), pytest.importorskip("termios")
+    write("c.txt", "".join(random.Random(0).choices("ACGT", k=50_000)))
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 100))  # tqdm has no room for a bar in the 0 that it starts with
+    process = subprocess.Popen(
+        [sys.executable, SCRIPT, "--dataset=c.txt", "--vocab_size=400"], stderr=theirs
+    )
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # of Linux, at the end
+        while data := os.read(ours, 10_000):
+            shown += data
+    os.close(ours)
+    assert process.wait() == 0
+    for bar in b"learning words: ", b"learning merges: ", b"encoding: ":
+        assert bar in shown
 
 
 # ---- memory
@@ -711,8 +935,8 @@ def test_a_text_that_changes_meanwhile(monkeypatch):
     write_txt("c.txt", DOCS)
     train = Tokenizer.train
 
-    def train_and_append(texts, vocab_size):
-        made = train(texts, vocab_size)
+    def train_and_append(*args):
+        made = train(*args)
         with open("c.txt", "a", encoding="utf-8") as f:
             f.write(" still downloading")
         return made
