@@ -845,6 +845,11 @@ def load(folder):
         meta = json.loads(path.read_text(encoding="utf-8"))
         tokens = {split: meta["splits"][split]["tokens"] for split in SPLITS}
         sha256 = {split: meta["splits"][split]["sha256"] for split in SPLITS}
+        for split in SPLITS:
+            for key, least in (("tokens", 2), ("documents", 1), ("characters", 1), ("bytes", 1)):
+                number = meta["splits"][split][key]
+                if type(number) is not int or number < least:
+                    raise ValueError(f"{key} of {split} is {number!r}, and at least {least} is needed")
         vocab_size = meta["vocab_size"]
         tokenizer_sha256 = meta["tokenizer"]["sha256"]
         dtype = id_type(vocab_size)

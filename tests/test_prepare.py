@@ -709,6 +709,23 @@ DAMAGE = {
         lambda p: edit(p, splits=[]),
         lambda p: edit(p, splits={"train": {}, "val": {}}),
         lambda p: edit(p, tokenizer=None),
+        *(
+            lambda p, key=key, number=number: edit_val(p, key, number)
+            for key, number in [
+                ("tokens", 0),
+                ("tokens", 1),
+                ("tokens", -7),
+                ("documents", 0),
+                ("characters", 0),
+                ("bytes", 0),
+                ("bytes", -1),
+                ("bytes", 1.5),
+                ("bytes", float("inf")),
+                ("bytes", True),
+                ("bytes", "7"),
+                ("bytes", None),
+            ]
+        ),
     ],
     "tokenizer.json": [lambda p: p.unlink(), lambda p: p.write_text("{}"), lambda p: TOKENIZER.save(p)],
     "train.bin": [
@@ -724,6 +741,9 @@ DAMAGE = {
             splits={
                 s: {
                     "tokens": 7,
+                    "documents": 1,
+                    "characters": 7,
+                    "bytes": 7,
                     "sha256": hashlib.sha256(p.with_name(f"{s}.bin").read_bytes()).hexdigest(),
                 }
                 for s in prepare.SPLITS
@@ -740,6 +760,11 @@ DAMAGE = {
 
 def edit(path, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_val(path, key, number):
+    splits = json.loads(path.read_text())["splits"]
+    edit(path, splits=splits | {"val": splits["val"] | {key: number}})
 
 
 def large_id(path):
