@@ -132,11 +132,21 @@ def find(out_dir, prefer="ckpt_best.pt"):
             f"{out_dir} holds no checkpoint of ours; what transformers wrote there is read as hf:{out_dir}, "
             "to sample, evaluate or start from"
         )
+    if os.path.isfile(os.path.join(out_dir, last.replace(".pt", "_best.pt"))):
+        ways = f"--init_from={out_dir} --out_dir=OTHER starts from its best one"
+        if last == "adapter.pt":
+            ways = f"sample.py --adapter={out_dir} reads its best one, --overwrite moves it aside"
+        raise Refusal(f"the run in {out_dir} was killed before its first {last}: {ways}")
+    if last == "adapter.pt" and os.path.isfile(os.path.join(out_dir, "ckpt.pt")):
+        raise Refusal(
+            f"{out_dir} holds a whole checkpoint, not an adapter: sample.py --out_dir={out_dir} reads it"
+        )
     if last == "adapter.pt":
         raise Refusal(
             f"there is no adapter in {out_dir}; python finetune_lora.py --out_dir={out_dir} makes one"
         )
-    if os.path.isfile(os.path.join(out_dir, "adapter.pt")):
+    adapters = (os.path.join(out_dir, name) for name in ("adapter.pt", "adapter_best.pt"))
+    if any(map(os.path.isfile, adapters)):
         raise Refusal(
             f"{out_dir} holds an adapter: sample.py --adapter={out_dir} reads it, "
             f"finetune_lora.py --merge --out_dir={out_dir} makes a checkpoint of it and its base"

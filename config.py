@@ -255,6 +255,12 @@ class Output:
         raise Refusal(f"cannot print: {error.strerror or 'stdout is closed'}", status=1)
 
 
+def is_out_of_memory(error):
+    """Returns whether an error is Python's, torch's or the C++ library's for want of memory."""
+    words = ("not enough memory", "out of memory", "bad alloc", "bad_alloc", "cannot allocate memory")
+    return isinstance(error, MemoryError) or any(text in str(error).lower() for text in words)
+
+
 def run(main, Config, words=()):
     """Runs main(cfg) with the arguments of the command line; a script's last line.
 
@@ -276,6 +282,12 @@ def run(main, Config, words=()):
             raise SystemExit(e.status)
         except KeyboardInterrupt:
             raise SystemExit(130)
+        except (MemoryError, RuntimeError) as e:
+            if not is_out_of_memory(e):
+                raise
+            advice = "a smaller batch_size, block_size or model takes less"
+            print(f"{os.path.basename(sys.argv[0])}: out of memory: {advice}", file=sys.stderr)
+            raise SystemExit(1)
         finally:
             if handler is end_at_once:
                 signal.signal(signal.SIGINT, end_at_once)

@@ -4,6 +4,7 @@ reason; and with whom.
 
 import contextlib
 import ctypes
+import math
 import os
 import re
 import shutil
@@ -248,15 +249,34 @@ def keep_freed_memory():
             libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep what is free at the end of the heap
 
 
+def machine_memory():
+    """Returns the bytes that this process can have: of the machine, of its container, or by ulimit -v;
+    inf where that cannot be told, as on Windows.
+    """
+    limits = [math.inf]
+    try:
+        import resource
+
+        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+        if limit != resource.RLIM_INFINITY:
+            limits.append(limit)
+    except (ImportError, AttributeError, ValueError, OSError):
+        pass
+    try:
+        with open("/sys/fs/cgroup/memory.max") as f:
+            limits.append(int(f.read()))
+    except (OSError, ValueError):  # no container, or "max"
+        pass
+    return min(limits)
+
+
 def check_memory(device, needs, advice):
     """Raises Refusal when `needs` bytes are more than the device has in all."""
     if device.type == "cuda":
         memory = torch.cuda.mem_get_info(device)[1]
     else:
-        try:
-            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        except (AttributeError, ValueError, OSError):  # Windows: it cannot be told
-            return
+        memory = machine_memory()
     if needs > memory:
         raise Refusal(
             f"this needs more than {needs / 2**30:,.0f} GiB and {device} has {memory / 2**30:,.0f}: {advice}"

@@ -24,6 +24,11 @@ def holds_run(folder):
     return any(os.path.isfile(os.path.join(folder, name)) for name in RUN)
 
 
+def can_go_on(folder):
+    """Returns whether a run in folder was saved whole, so that --init_from=resume goes on with it."""
+    return any(os.path.isfile(os.path.join(folder, name)) for name in ("ckpt.pt", "adapter.pt"))
+
+
 def others_in(folder):
     """Returns the names in folder that are none of its own run's: subfolders that hold other runs, as
     demo in out, or have one going on, and the lock's files.

@@ -2,6 +2,7 @@
 
 import math
 from collections import defaultdict
+from types import SimpleNamespace
 
 import torch
 
@@ -130,6 +131,44 @@ def get_lr(step, cfg):
     else:
         height = min(1, (end - step) / (cfg.decay_frac * (end - cfg.warmup_iters)))
     return height * cfg.learning_rate + (1 - height) * cfg.min_lr
+
+
+RATE_KEYS = (
+    "learning_rate",
+    "min_lr",
+    "warmup_iters",
+    "lr_decay_iters",
+    "max_iters",
+    "schedule",
+    "decay_frac",
+)
+
+
+def rate_notes(cfg, resumed=None):
+    """Returns lines about what a user may not expect of the learning rate: steps that learn nothing, and
+    a jump where a resumed run (a loaded checkpoint) has other settings than before.
+
+    A finished run is lengthened by --init_from=resume and a larger --max_iters: it goes back to the
+    stable rate and decays from there (warm-up, stable, decay; Hu et al. 2024).
+    """
+    notes = []
+    end = cfg.lr_decay_iters
+    if 0 < end < cfg.max_iters and cfg.min_lr == 0:
+        notes.append(
+            f"steps {end + 1} to {cfg.max_iters} learn nothing: the rate is min_lr=0 from lr_decay_iters={end} on"
+        )
+    step = resumed["step"] if resumed else 0
+    if 0 < step < cfg.max_iters:
+        settings = {key: resumed["config"].get(key, getattr(cfg, key)) for key in RATE_KEYS}
+        before = get_lr(step - 1, SimpleNamespace(**settings))
+        after = get_lr(step, cfg)
+        changed = [key for key in RATE_KEYS if settings[key] != getattr(cfg, key)]
+        if changed:
+            notes.append(
+                f"the learning rate goes from {before:.3g} to {after:.3g} at step {step}: "
+                f"{', '.join(changed)} changed"
+            )
+    return notes
 
 
 class Muon(torch.optim.Muon):

@@ -41,7 +41,15 @@ from model import (
     model_sizes,
     num_params,
 )
-from optim import get_lr, load_optimizers, make_optimizers, make_scaler, muon_dtype, step_unless
+from optim import (
+    get_lr,
+    load_optimizers,
+    make_optimizers,
+    make_scaler,
+    muon_dtype,
+    rate_notes,
+    step_unless,
+)
 from rmsnorm import choose_rmsnorm
 from sample import generate
 from score import evaluate, floor_line, next_token_loss
@@ -122,6 +130,8 @@ class TrainConfig:
             raise ValueError(f"save_minutes must be above 0, not {self.save_minutes}")
         if self.embd_lr_scale <= 0:
             raise ValueError(f"embd_lr_scale must be above 0, not {self.embd_lr_scale}")
+        if self.learning_rate * max(1, self.embd_lr_scale) > 1e6:
+            raise ValueError("learning_rate, and that times embd_lr_scale, can be a million at most")
         if self.learning_rate <= 0 or self.min_lr > self.learning_rate:
             raise ValueError("learning_rate must be above 0 and at least min_lr")
         if not 0 < self.decay_frac <= 1:
@@ -474,9 +484,11 @@ def is_in_the_way(cfg):
         raise Refusal(f"{cfg.out_dir} is a file, and out_dir a folder to write")
     harmless = folders.others_in(cfg.out_dir)
     ways = "--overwrite moves it aside, --out_dir=OTHER writes elsewhere"
-    if folders.holds_run(cfg.out_dir):
+    if folders.can_go_on(cfg.out_dir):
         ways = f"--init_from=resume goes on with it, {ways}"
-    else:
+    elif os.path.exists(os.path.join(cfg.out_dir, "ckpt_best.pt")):
+        ways = f"--init_from={cfg.out_dir} --out_dir=OTHER starts from its best checkpoint, {ways}"
+    elif not folders.holds_run(cfg.out_dir):
         harmless = [*harmless, "log.jsonl"]
     return folders.in_the_way(cfg.out_dir, cfg.overwrite, ways, harmless)
 
@@ -549,12 +561,18 @@ def open_data(cfg, compute):
 
 def training_bytes(cfg, c, sizes, learned):
     """Returns less than training a model of config c takes, in bytes: its weights and tables, gradients
-    and a moment of those that are learned, a micro-batch's logits and their gradient, a step's
-    tokens.
+    and a moment of those that are learned, a micro-batch's logits and their gradient, what a block keeps
+    for the backward pass (in 16 bits), biases of scores, a step's tokens.
     """
     tokens = cfg.batch_size * c.block_size
     logits = 8 * tokens * c.vocab_size if cfg.loss == "plain" else 0
-    return sizes.bytes + 8 * learned + logits + 16 * tokens * cfg.gradient_accumulation_steps
+    kept = (
+        1 if cfg.gradient_checkpointing else 6
+    )  # vectors of n_embd a token: residuals, q, k, v, the MLP's
+    activations = 2 * kept * c.n_embd * c.n_layer * tokens
+    biases = 4 * c.n_head * c.block_size**2 if c.pos == "alibi" else 0
+    token_bytes = 16 * tokens * cfg.gradient_accumulation_steps
+    return sizes.bytes + 8 * learned + logits + activations + biases + token_bytes
 
 
 def check_training_memory(cfg, compute):
@@ -565,6 +583,18 @@ def check_training_memory(cfg, compute):
         raise Refusal(e)
     needs = training_bytes(cfg, cfg, sizes, sizes.parameters)
     check_memory(compute.device, needs, "try a smaller model or batch_size")
+
+
+def check_start(tokenizer, cfg):
+    """Raises Refusal where the sample at each evaluation has no room in the context, or cannot be encoded."""
+    try:
+        n = len(prompt_ids(tokenizer, cfg.start))
+    except ValueError as e:
+        raise Refusal(f"start: {e}")
+    if n > cfg.block_size:
+        raise Refusal(
+            f"start has {n} tokens and the context {cfg.block_size}: shorten it, or leave it out with --start="
+        )
 
 
 def main(cfg):
@@ -611,6 +641,10 @@ def pretrain(cfg):
         if resume and not cfg.eval_only and start.state["step"] >= cfg.max_iters:
             print(f"{start.path} is at step {start.state['step']} already; a larger --max_iters goes on")
 
+    check_start(tokenizer, cfg)
+    if compute.is_main and not cfg.eval_only:
+        for note in rate_notes(cfg, start.state if resume else None):
+            print(note)
     trained = torch.compile(model) if compute.compile else model
     task = Pretraining(cfg, model, trained, tokenizer, meta, data, compute)
     if moves_aside and compute.is_main:

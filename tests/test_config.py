@@ -7,10 +7,14 @@ import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import config
+import train
 from config import Refusal, configure
 
 ROOT = Path(__file__).parents[1]
@@ -409,3 +413,30 @@ def test_ctrl_c_anywhere_in_the_import_of_torch_is_quiet(tmp_path, module):
     status, printed = interrupt(command, lambda line: line.rsplit("|")[-1].strip() == module, tmp_path)
     assert status == 130
     assert all(line.startswith("import time:") for line in printed.splitlines())
+
+
+def test_want_of_memory_is_one_line_wherever_it_comes(monkeypatch, capsys):
+    """numpy's and torch's own errors of sizes that no machine has."""
+
+    def by_numpy(cfg):
+        np.empty(2**60, dtype=np.int8)
+
+    def by_torch(cfg):
+        torch.empty(2**60, dtype=torch.int8)
+
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    for main in by_numpy, by_torch:
+        with pytest.raises(SystemExit) as e:
+            config.run(main, train.Config)
+        assert e.value.code == 1
+        error = capsys.readouterr().err
+        assert error.startswith("train.py: out of memory: ") and error.count("\n") == 1
+
+
+def test_another_error_is_not_taken_for_want_of_memory(monkeypatch):
+    def main(cfg):
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    with pytest.raises(RuntimeError, match="shapes"):
+        config.run(main, train.Config)
