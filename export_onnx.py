@@ -49,7 +49,7 @@ MAX_BYTES = 2**31 - 2**24  # of parameters: a protobuf ends at 2^31
 # Of a tensor's largest number: some 50 times what the demo model shows, and less than an epsilon of 1e-6
 # in place of 1e-5 would make
 MAX_DIFFERENCE = 3e-5
-LONGEST = 1024  # tokens of context that PyTorch and onnxruntime are compared at
+LONGEST = 512  # tokens of context that PyTorch and onnxruntime are compared at
 MAX_LOSS_INCREASE = 0.01  # of the validation loss, by int8
 INT8_LARGEST = 64  # a CPU without VNNI adds two products in 16 bits and saturates: 2 * 255 * 64 < 2^15
 

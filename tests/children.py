@@ -1,5 +1,6 @@
 """Processes for tests that kill them or train together: forked from one that has imported torch."""
 
+import importlib
 import itertools
 import multiprocessing
 import os
@@ -12,19 +13,17 @@ import matplotlib.figure  # noqa: F401  this and the next would take each child 
 import torch
 import torch._dynamo  # noqa: F401
 
-import finetune_lora
-import prepare
-import train
+import finetune_lora  # noqa: F401  as these
+import prepare  # noqa: F401
+import train  # noqa: F401
 from config import run
-
-SCRIPTS = {"train": train, "prepare": prepare, "finetune_lora": finetune_lora}
 
 fork = multiprocessing.get_context("forkserver")
 fork.set_forkserver_preload(["children"])
 
 
 def start(folder, script, *argv, fault=None, **env):
-    """Starts a script of SCRIPTS with its arguments in folder; fault is a place and a call for inject().
+    """Starts a script, by its name, with its arguments in folder; fault is a place and a call for inject().
 
     Returns the process. It prints into out.PID and err.PID in folder.
     """
@@ -42,7 +41,7 @@ def run_script(folder, script, argv, fault, env):
     sys.argv = [f"{script}.py", *argv]
     if fault:
         inject(*fault)
-    module = SCRIPTS[script]
+    module = importlib.import_module(script)
     run(module.main, module.Config)
 
 
