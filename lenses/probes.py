@@ -102,6 +102,15 @@ def skill_interval(skills, resamples, seed):
     return low, high
 
 
+def lend(group):
+    """Returns the cases of a group of (context, completion), which lend each other the wrong answers."""
+    cases = []
+    for context, right in group:
+        wrong = [completion for _, completion in group if completion != right]
+        cases.append(Case(context, [right, *wrong]))
+    return cases
+
+
 def is_spelled(case, tokenizers):
     """Returns whether character tokenizers can spell a case. Other kinds can spell anything."""
     try:
@@ -129,11 +138,7 @@ def askable(probes, tokenizers):
 LAST_WORD = re.compile(r"(\S+) ([^\W\d_]+)[.!?](?=\s|\Z)")
 
 
-def never(context, completion):
-    return False
-
-
-def cloze(passages, n, seed, allowed=never):
+def cloze(passages, n, seed, allowed=lambda context, completion: False):
     """Returns a probe of about n cases about the last word of a sentence, at most one a passage.
 
     Five passages lend each other the wrong answers. Their words differ, but neither the word before
@@ -158,7 +163,7 @@ def cloze(passages, n, seed, allowed=never):
         group.append((context, completion))
         if len(group) == CLOZE:
             groups.remove(group)
-            cases += [cloze_case(pair, group) for pair in group]
+            cases += lend(group)
     asks = f"the last word of a sentence, or that of {CLOZE - 1} others with the same word before it"
     return Probe("cloze", asks, cases)
 
@@ -171,12 +176,6 @@ def fits(context, completion, group, allowed):
         if allowed(context, group_completion) or allowed(group_context, completion):
             return False
     return True
-
-
-def cloze_case(pair, group):
-    context, right = pair
-    wrong = [completion for _, completion in group if completion != right]
-    return Case(context, [right, *wrong])
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -254,10 +253,11 @@ def name_cases(n, seed):
     for pair, thing, frame in in_random_order(seed, name_pairs(), THINGS[:7], frames(NAMES)):
         a, b, his, him = pair
         context, answer, whose = frame
+        group = []
         for a, b in (a, b), (b, a):  # the same story with the names swapped
             story = context.format(a=a, b=b, thing=thing, his=his, him=him)
-            right, wrong = (a, b) if whose == "a" else (b, a)
-            cases[story] = Case(story, [" " + answer.format(x=name) for name in (right, wrong)])
+            group.append((story, " " + answer.format(x=a if whose == "a" else b)))
+        cases |= {case.context: case for case in lend(group)}
         if len(cases) >= n - 1:
             break
     return list(cases.values())
@@ -267,13 +267,12 @@ def pronoun_cases(n, seed):
     cases = []
     triples = list(zip(BOYS, GIRLS, THINGS))
     for (boy, girl, thing), frame in in_random_order(seed, triples, frames(PRONOUNS))[: n // 3]:
-        between = frame[0]
-        completions = [" " + completion for completion in frame[1:]]
-        heroes = f"boy named {boy}", f"girl named {girl}", thing
-        for i, hero in enumerate(heroes):
+        between, *completions = frame
+        group = []
+        for hero, completion in zip((f"boy named {boy}", f"girl named {girl}", thing), completions):
             story = f"Once upon a time, there was a little {hero}. {between}".rstrip()
-            wrong = completions[:i] + completions[i + 1 :]
-            cases.append(Case(story, [completions[i], *wrong]))
+            group.append((story, " " + completion))
+        cases += lend(group)
     return cases
 
 
@@ -281,12 +280,10 @@ def number_cases(n, seed):
     cases = []
     pairs = list(zip(NOUNS, NOUNS[5:] + NOUNS[:5]))
     for (noun, neighbour), frame in in_random_order(seed, pairs, frames(NUMBERS))[: n // 2]:
-        context, *completions = frame
-        one, several = [" " + completion for completion in completions]
+        context, one, several = frame
         about_one = context.format(n=noun, other=plural(neighbour))
         about_several = context.format(n=plural(noun), other=neighbour)
-        cases.append(Case(about_one, [one, several]))
-        cases.append(Case(about_several, [several, one]))
+        cases += lend([(about_one, " " + one), (about_several, " " + several)])
     return cases
 
 
