@@ -19,8 +19,8 @@ from lenses.stats import bits, bootstrap, mean_interval
 # TinyStories, tiny.toml 0.61.
 EXPLAINED = 0.35, 0.50
 
-# Toy stories: nats above their entropy, as a share of it. make demo ends at 0.08.
-ABOVE_FLOOR = 0.30, 0.10
+# Toy stories: minus the nats above their entropy, as a share of it. make demo ends at -0.08.
+ABOVE_FLOOR = -0.30, -0.10
 
 # Of the room above chance, mean of the probes. 0.25 is seven standard errors above guessing; from 0.6
 # most is known.
@@ -62,20 +62,15 @@ ADVICE = {
 
 
 def level(value, thresholds):
-    """Returns "poor", "fair" or "good". Where good is below fair in thresholds, low values are good."""
-    fair, good = thresholds
-    if good < fair:
-        value, fair, good = -value, -fair, -good
-    if value >= good:
-        return "good"
-    return "fair" if value >= fair else "poor"
+    """Returns "poor", "fair" or "good"."""
+    return LEVELS[sum(value >= threshold for threshold in thresholds)]
 
 
 def grade_likelihood(figures):
     """Returns the level of the likelihood lens and the figure behind it."""
     if "above_floor" in figures:
         share = figures["above_floor"] / figures["floor"]
-        return level(share, ABOVE_FLOOR), f"{share:.1%} above the stories' entropy"
+        return level(-share, ABOVE_FLOOR), f"{share:.1%} above the stories' entropy"
     explained = figures["explained"]
     reason = f"explains {explained:.0%} of what token frequencies leave open"
     return level(explained, EXPLAINED), reason
@@ -197,16 +192,6 @@ def ranking(lens, pairs, results):
     return line
 
 
-def contradictions(signs):
-    """Returns the pairs of checkpoints about which two lenses say the opposite."""
-    opposed = []
-    for pair in signs["likelihood"]:
-        opinions = {pairs.get(pair) for pairs in signs.values()}
-        if {1, -1} <= opinions:
-            opposed.append(pair)
-    return opposed
-
-
 def compare(results, columns, unseen, resamples, seed):
     """Returns whether the lenses rank checkpoints alike, a sentence, and the ranking by each lens.
 
@@ -214,7 +199,10 @@ def compare(results, columns, unseen, resamples, seed):
     """
     signs = preferences(results, columns, unseen, resamples, seed)
     rankings = [ranking(lens, pairs, results) for lens, pairs in signs.items() if pairs]
-    opposed = contradictions(signs)
+    opposed = []  # the pairs about which two lenses say the opposite
+    for pair in signs["likelihood"]:
+        if {1, -1} <= {pairs.get(pair) for pairs in signs.values()}:
+            opposed.append(pair)
     if not opposed:
         if not any(any(pairs.values()) for pairs in signs.values()):
             return True, "No lens finds a difference that is more than chance.", rankings
