@@ -408,7 +408,7 @@ def toy_gap(subject, documents, closed, compute):
 
 def answer(subject, questions, compute, cfg):
     """Returns the results of probes, and the share of the room above chance that they take."""
-    score = functools.partial(nats_of_pairs, subject, compute)
+    score = functools.partial(completion_nats, subject.model, subject.tokenizer, compute=compute)
     results = [probes.ask(probe, score) for probe in questions]
     if not results:
         return {"probes": []}
@@ -416,10 +416,6 @@ def answer(subject, questions, compute, cfg):
     low, high = probes.skill_interval(skills, cfg.resamples, cfg.seed)
     mean = float(np.mean([skill.mean() for skill in skills]))
     return {"skill": mean, "skill_low": low, "skill_high": high, "probes": results}
-
-
-def nats_of_pairs(subject, compute, pairs):
-    return completion_nats(subject.model, subject.tokenizer, pairs, compute)
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -484,20 +480,17 @@ def real_training(subject, n, most, seed):
     return real(shuffled(passages(documents), seed, n), tokenizer, n, most)
 
 
-def mark_text(text, made_up, rules):
-    """Returns the mark of each rule that applies to a text."""
-    ended = text["ended"] if rules.ends else None
-    made_up = made_up if rules.known else None
-    return reading.marks(text["text"], ended, made_up, rules.toy)
-
-
 def read(texts, rules, cfg, copied=None, made_up=None):
     """Returns a column: the mean of each rule, the score (their mean) with its interval, and the texts.
 
     copied: the share of each text that the training text has, (texts,), and made_up: the words that it
     lacks; None where there is no training text.
     """
-    marked = [mark_text(text, made_up, rules) for text in texts]
+    unknown = made_up if rules.known else None
+    marked = []
+    for text in texts:
+        ended = text["ended"] if rules.ends else None
+        marked.append(reading.marks(text["text"], ended, unknown, rules.toy))
     scores = [float(np.mean(list(marks.values()))) for marks in marked]
     low, high = mean_interval(scores, cfg.resamples, cfg.seed)
     shares = [None] * len(texts) if copied is None else copied.tolist()
@@ -547,24 +540,22 @@ def read_all(subjects, prompts, passages, rules, bytes_a_token, compute, cfg):
     """
     budget = cfg.max_new_tokens * max(bytes_a_token)  # bytes
     most = [round(budget / size) for size in bytes_a_token]
-    trainings = {}  # by source: a dataset, and whether it is here
-    groups_of = {}  # the texts to read beside each, so that it is read once
+    sources = {}  # training texts, and the groups to read beside each, so that it is read once
     for i, subject in enumerate(subjects):
         source = subject.dataset, subject.has_training
-        trainings.setdefault(source, subject.training)
-        groups = groups_of.setdefault(source, {})
+        _, groups = sources.setdefault(source, (subject.training, {}))
         groups[i] = write(subject, prompts, most[i], compute, cfg)
 
     first = subjects[0]
     n = len(prompts) * cfg.num_samples
-    groups = groups_of[first.dataset, first.has_training]
+    _, groups = sources[first.dataset, first.has_training]
     groups["unseen"] = real(passages, first.tokenizer, n, most[0])
     if first.has_training:
         groups["training"] = real_training(first, n, most[0], cfg.seed)
 
     columns = {}
-    for source, groups in groups_of.items():
-        columns |= read_beside(groups, trainings[source], rules, cfg)
+    for training, groups in sources.values():
+        columns |= read_beside(groups, training, rules, cfg)
     reference = {key: columns[key] for key in ("unseen", "training") if key in columns}
     return [columns[i] for i in range(len(subjects))], reference
 
