@@ -156,14 +156,13 @@ def wrong_answers(whole):
 
 
 def ticks(low, high):
-    """Returns about five round numbers from low to high, and their decimal places."""
+    """Returns about five round numbers from low to high."""
     width = high - low
     unit = 10 ** math.floor(math.log10(max(width, 1e-9) / 5))
     step = unit * next(k for k in (1, 2, 5, 10) if width / (unit * k) <= 5)
     first = math.ceil(low / step)
     last = math.floor(high / step)
-    places = max(0, -math.floor(math.log10(step) + 1e-9))
-    return [step * i for i in range(first, last + 1)], places
+    return [step * i for i in range(first, last + 1)]
 
 
 def position_plot(whole):
@@ -187,11 +186,10 @@ def position_plot(whole):
         return f"{top + (bottom - top) * (high - y) / (high - low):.1f}"
 
     drawing = ""
-    values, places = ticks(low, high)
-    for value in values:
+    for value in ticks(low, high):
         y = place_y(value)
         drawing += f'<path d="M{place_x(1)},{y}H{right}" stroke="var(--line)"/>'
-        drawing += f'<text x="{left - 8}" y="{y}" dy="4" text-anchor="end">{value:.{places}f}</text>'
+        drawing += f'<text x="{left - 8}" y="{y}" dy="4" text-anchor="end">{value:g}</text>'
     for n in (4**k for k in range(12)):
         if n <= math.exp(log_end):
             drawing += f'<text x="{place_x(n)}" y="{bottom + 20}" text-anchor="middle">{n:,}</text>'
@@ -250,32 +248,25 @@ def verdict_box(whole):
 
 def underline(text, made_up):
     """Returns a text as HTML, with its made-up words underlined."""
-    parts = ""
-    for part in re.split(f"({reading.WORD.pattern})", text):
+    parts = re.split(f"({reading.WORD.pattern})", text)
+    for i, part in enumerate(parts):
+        parts[i] = e(part)
         if part.lower() in made_up:
-            parts += f"<u title='not in the training text'>{e(part)}</u>"
-        else:
-            parts += e(part)
-    return parts
-
-
-def story(text, made_up):
-    """Returns a sample as HTML: its prompt bold, made-up words underlined."""
-    prompt = text["prompt"]
-    if not prompt or not text["text"].startswith(prompt):
-        return underline(text["text"], made_up)
-    rest = text["text"][len(prompt) :]
-    return f"<b>{underline(prompt, made_up)}</b>{underline(rest, made_up)}"
+            parts[i] = f"<u title='not in the training text'>{e(part)}</u>"
+    return "".join(parts)
 
 
 def card(column, i, name, whole):
-    """Returns text i of a column with its faults, and the name of its checkpoint unless that is ""."""
+    """Returns text i of a column with its faults, its prompt bold, and the name of its checkpoint unless that is ""."""
     text = column["texts"][i]
     faults = "".join(f"<span class=flag>{e(fault)}</span>" for fault in flags(text, whole))
     if not faults:
         faults = "<span class=clean>no fault found</span>"
     writer = f"{e(name)} · " if name else ""
-    body = story(text, set(column.get("made_up", ())))
+    prompt = text["prompt"]
+    made_up = set(column.get("made_up", ()))
+    rest = underline(text["text"].removeprefix(prompt), made_up)
+    body = f"<b>{underline(prompt, made_up)}</b>{rest}"
     return f"<div class=sample><p class=head>{writer}{faults}</p><p class=story>{body}</p></div>"
 
 
