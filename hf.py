@@ -76,6 +76,8 @@ def write_model(folder, model, tokenizer):
     config, tensors = hf_layout.to_hf(model.config, model.state_dict())
     if model.config.tie_embeddings:
         del tensors["lm_head.weight"]
+        # GPT-2's as on the hub: mlx-lm reads no others
+        tensors = {name.removeprefix("transformer."): x for name, x in tensors.items()}
     write_tensors(folder / "model.safetensors", tensors)
     ends = list(tokenizer.ends) if len(tokenizer.ends) > 1 else tokenizer.eot
     ids = {"bos_token_id": tokenizer.bos, "eos_token_id": ends}
