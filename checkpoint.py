@@ -25,9 +25,10 @@ from config import Refusal, convert, hf_name, is_hf
 from data import text_rule
 from device import check_memory
 from folders import write_atomic
-from interop import hf_folder, hf_layout
+from interop import hf_folder
 from interop.any_tokenizer import load_tokenizer
 from model import MODEL_KEYS, ModelConfig, Transformer, model_sizes
+from tensors import check_tensors, count_stored_numbers
 
 FORMAT = 1
 
@@ -61,6 +62,7 @@ class RunState:
 
 # what a file must hold, and of which type
 RUN_KEYS = {"format": int, "config": dict} | {f.name: f.type for f in dataclasses.fields(RunState)}
+RUN_KEYS["scaler"] = dict
 KEYS = RUN_KEYS | {"model": dict, "model_config": dict, "tokenizer": str, "tokenizer_sha256": str}
 ADAPTER_KEYS = RUN_KEYS | {"adapters": dict, "base": str, "base_sha256": str}
 
@@ -191,8 +193,33 @@ def load(path, keys=KEYS):
         )
     for key, kind in keys.items():
         if not isinstance(ckpt.get(key), kind):
-            raise Refusal(f"{path} is damaged: {key} is missing or not a {kind.__name__}")
+            raise damaged(path, f"{key} is missing or not a {kind.__name__}")
+    try:
+        check_numbers(ckpt)
+        check_tensors(ckpt["model" if keys is KEYS else "adapters"])
+    except ValueError as e:
+        raise damaged(path, e)
     return ckpt
+
+
+def damaged(path, reason):
+    """Returns the Refusal of a file of ours that is not as it was written: not the command is wrong."""
+    return Refusal(f"{path} is damaged: {reason}", status=1)
+
+
+def check_numbers(ckpt):
+    """Raises ValueError where the numbers of a run cannot be: how far it is, and its losses."""
+    step = ckpt["step"]
+    if type(step) is not int or step < 0:
+        raise ValueError(f"step is {step!r:.60}")
+    for key in ("val_loss", "best_val_loss"):
+        loss = ckpt[key]
+        # infinite where nothing was evaluated yet, which happens before the first step
+        if not 0 <= loss < math.inf and not (loss == math.inf and step == 0):
+            raise ValueError(f"{key} is {loss} at step {step}")
+    for loss in ckpt["losses"]:
+        if type(loss) is not float or not math.isfinite(loss):
+            raise ValueError(f"losses has {loss!r:.60}, which is no finite number")
 
 
 def restore(ckpt, path, device="cpu"):
@@ -205,13 +232,13 @@ def restore(ckpt, path, device="cpu"):
         if tokenizer.sha256 != ckpt["tokenizer_sha256"] or tokenizer.vocab_size != config.vocab_size:
             raise ValueError("its tokenizer is not the one it was trained with")
         sizes = model_sizes(config)
-        if sizes.matrices > hf_layout.count_stored_numbers(ckpt["model"].values()):
+        if sizes.matrices > count_stored_numbers(ckpt["model"].values()):
             raise ValueError("its weights are fewer than its model_config needs")
         check_memory(torch.device("cpu"), sizes.bytes, f"{path} is for a larger machine")
         model = Transformer(config)
         model.load_state_dict(ckpt["model"])
     except (ValueError, TypeError, AttributeError, RuntimeError) as e:
-        raise Refusal(f"{path} is damaged: {str(e).splitlines()[0]}")
+        raise damaged(path, str(e).splitlines()[0])
     return model.to(device).eval(), tokenizer
 
 
@@ -312,7 +339,7 @@ class Checkpoint:
             lora.inject(model, lora_config(adapter))
             lora.load_state_dict(model, adapter["adapters"])
         except (ValueError, TypeError, AttributeError, RuntimeError, KeyError, ArithmeticError) as e:
-            raise Refusal(f"{self.adapter_path} is damaged: {e!r}")
+            raise damaged(self.adapter_path, repr(e))
 
 
 def open_checkpoint(out_dir, prefer="ckpt_best.pt", adapter="", prefer_adapter="adapter_best.pt"):

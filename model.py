@@ -85,8 +85,8 @@ class ModelConfig:
             raise ValueError(f"sinusoidal positions need an even n_embd, not {self.n_embd}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
-        if self.norm_eps <= 0 or self.rope_theta <= 0:
-            raise ValueError("norm_eps and rope_theta must be above 0")
+        if not 0 < self.norm_eps < math.inf or not 0 < self.rope_theta < math.inf:
+            raise ValueError("norm_eps and rope_theta must be above 0, and finite")
         rope_frequencies(self)  # raises for a rope_scaling that it cannot read
         if not self.n_inner:
             inner_width = getattr(MLPS[self.mlp], "inner_width", None)

@@ -22,6 +22,7 @@ from interop import hf_layout
 from interop.any_tokenizer import from_files
 from interop.foreign_tokenizer import FILES, token_text
 from model import ModelConfig
+from tensors import NotFinite
 
 # rows of an embedding beyond its tokenizer's ids are taken for padding: so many, or such a share of all
 PADDING_ROWS = 128
@@ -74,6 +75,8 @@ def reading(path):
         yield
     except Refusal:
         raise
+    except NotFinite as e:
+        raise Refusal(f"{path} is damaged: {e}", status=1)
     except OSError as e:
         raise Refusal(f"cannot read {path}: {e.strerror or e}")
     except ImportError as e:

@@ -16,6 +16,7 @@ import torch
 
 from lora import LINEARS, LoRAConfig, inject
 from model import Transformer, model_sizes
+from tensors import check_finite, check_tensor, count_stored_numbers
 
 # What a kind cannot express otherwise: settings that must be so
 LLAMA_NEEDS = {
@@ -92,7 +93,6 @@ GPT2_NAMES = {
     "down_proj": "c_proj",
 }
 BUFFERS = r"\.rotary_emb\.inv_freq$|(^|\.)h\.\d+\.attn\.(masked_)?bias$"
-FLOATS = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
 
 def locate(kind, key):
@@ -149,19 +149,6 @@ def tensors_to_hf(kind, state):
             x = torch.cat([tensors[name], x], dim=-1)
         tensors[name] = x
     return tensors
-
-
-def count_stored_numbers(tensors):
-    """Returns how many numbers the memory of tensors holds, which is no more than their file has.
-
-    A tensor that repeats itself (stride 0) or is on the meta device has more elements than that.
-    """
-    counts = {}
-    for x in tensors:
-        if x.device.type == "cpu":
-            storage = x.untyped_storage()
-            counts[storage.data_ptr()] = storage.nbytes() // x.element_size()
-    return sum(counts.values())
 
 
 def from_hf(kind, c, tensors, without):
@@ -229,10 +216,8 @@ def check_tensors(tensors, shapes):
         shape = tuple(x.shape)
         if shape != shapes[name]:
             raise ValueError(f"tensor {name} is {shape} and not {shapes[name]}, as config.json has it")
-        if x.dtype not in FLOATS:
-            dtype = str(x.dtype).removeprefix("torch.")
-            readable = "only float32, bfloat16, float16 and float64 are read"
-            raise ValueError(f"tensor {name} is {dtype}: {readable}")
+        check_tensor(name, x)
+    check_finite(tensors)
 
 
 # ---- config.json
@@ -740,6 +725,7 @@ def read_peft_module(data, tensors, module, n_in, n_out):
             raise ValueError(f"tensor {name} is missing")
         if tuple(x.shape) != shape or not x.is_floating_point():
             raise ValueError(f"tensor {name} is {tuple(x.shape)} {x.dtype} and not {shape}")
+        check_finite({name: x})
     scale = alpha / (rank**0.5 if data.get("use_rslora") else rank)
     return tensors[name_A].float(), tensors[name_B].float(), scale
 

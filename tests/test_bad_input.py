@@ -93,6 +93,7 @@ def shop(tmp_path_factory):
         Path("truncated.pt").write_bytes(Path("out/ckpt.pt").read_bytes()[:5000])
         good = checkpoint.load("out/ckpt.pt")
         good_model = good["model_config"]
+        down = "blocks.1.mlp.down_proj.weight"
         changes = {
             "version": {"format": 99},
             "shape": {"model_config": good["model_config"] | {"n_layer": 3}},
@@ -123,6 +124,12 @@ def shop(tmp_path_factory):
             "tuned": {"config": good["config"] | {"rows_sha256": "0", "task": "fine-tuning"}},
             "logged": {"config": good["config"] | {"wandb_log": True}},
             "nan": {"model": {k: w * torch.nan for k, w in good["model"].items()}},
+            "infinite": {"model": good["model"] | {down: good["model"][down] / 0}},
+            "integer": {"model": good["model"] | {"norm.weight": good["model"]["norm.weight"].long()}},
+            "complex": {"model": good["model"] | {"norm.weight": good["model"]["norm.weight"] + 0j}},
+            "negative": {"step": -5},
+            "nan_loss": {"val_loss": torch.nan},
+            "no_loss": {"best_val_loss": torch.inf},
         }
         for name, change in changes.items():
             Path(name).mkdir()
@@ -208,6 +215,8 @@ def shop(tmp_path_factory):
             "a_base": {"base_sha256": "0" * 64},
             "a_gone": {"base": "moved/ckpt.pt"},
             "a_key": {"adapters": 5},
+            "a_nan": {"adapters": good["adapters"] | {name: good["adapters"][name] * torch.nan}},
+            "a_integer": {"adapters": good["adapters"] | {name: good["adapters"][name].long()}},
             "a_code": {"config": Evil()},
         }.items():
             Path(change).mkdir()
@@ -280,6 +289,9 @@ def shop(tmp_path_factory):
         )
         Path("no_tokenizer_hf/tokenizer.json").unlink()
         hf.main(configure(hf.Config, ["--adapter=lora", "--to=good_peft"]))
+        spoil("good_hf", "nan_hf", "model.safetensors", "model.norm.weight")
+        lora_B = "base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight"
+        spoil("good_peft", "nan_peft", "adapter_model.safetensors", lora_B)
         for name, change in {
             "ia3": {"peft_type": "IA3"},
             "dora": {"use_dora": True},
@@ -299,6 +311,16 @@ def shop(tmp_path_factory):
             checkpoint.RunState(1, 1.0, 1.0),
         )
     return folder
+
+
+def spoil(good, name, file, tensor):
+    """Copies a folder, but for one number of a tensor, which becomes nan."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(good, name)
+    tensors = {key: x.clone() for key, x in load_file(f"{good}/{file}").items()}
+    tensors[tensor].view(-1)[-1] = torch.nan
+    save_file(tensors, f"{name}/{file}")
 
 
 def onnx_folder(name, about, tokenizer):
@@ -497,10 +519,9 @@ CASES = [
     ("train", "--init_from=resume --dataset=chars", "dataset='toy'"),
     ("train", "--init_from=resume --optimizer=adamw", "another optimizer"),
     ("train", "--out_dir=optimizers --init_from=resume --max_iters=3", "damaged"),
+    ("train", "--out_dir=moments --init_from=resume --max_iters=3", "parameter's shape"),
     ("train", "--out_dir=config --init_from=resume", "batch_size must be an integer"),
     ("train", "--out_dir=start --init_from=resume", "start must be a string"),
-    ("train", "--out_dir=losses --init_from=resume --max_iters=3", "damaged"),
-    ("train", "--out_dir=moments --init_from=resume --max_iters=3", "parameter's shape"),
     ("train", "--init_from=resume --pos=alibi", "pos='rope'"),
     ("train", "--out_dir=huge --init_from=resume", "GiB"),
     ("sample", "--temprature=1", "did you mean temperature?"),
@@ -525,12 +546,6 @@ CASES = [
     ("sample", "--out_dir=pickle.pt", "pickle.pt"),
     ("sample", "--out_dir=code", "holds code"),
     ("sample", "--out_dir=version", "format 99"),
-    ("sample", "--out_dir=shape", "damaged"),
-    ("sample", "--out_dir=step", "step"),
-    ("sample", "--out_dir=huge", "damaged"),
-    ("sample", "--out_dir=model", "damaged"),
-    ("sample", "--out_dir=other_tokenizer", "damaged"),
-    ("sample", "--out_dir=hash", "damaged"),
     ("sample", "--device=cuda:99", "cuda:99"),
     ("sample", "--dtype=float16 --device=cpu", "float16"),
     ("sample", "--start=FILE:nowhere.txt", "cannot read nowhere.txt"),
@@ -565,7 +580,6 @@ CASES = [
     ("eval", "--out_dir=folder", "no checkpoint in folder"),
     ("eval", "--out_dir=text.pt", "not a checkpoint that is safe to read"),
     ("eval", "--out_dir=out,code", "holds code"),
-    ("eval", "--out_dir=shape", "damaged"),
     ("eval", "--out_dir=gone", "--text=FILE"),
     ("eval", "--out_dir=broken_data", "sha256"),
     ("eval", "--out_dir=other_data", "another tokenizer"),
@@ -626,11 +640,6 @@ CASES = [
     ("eval", "--out_dir=merged", "trained elsewhere"),
     ("prepare", "--dataset=good.txt --name=n --tokenizer=tokenizer.json", "--tokenizer=hf:FOLDER"),
     ("sample", "--adapter=a_version", "format 9"),
-    ("sample", "--adapter=a_shape", "damaged"),
-    ("sample", "--adapter=a_layers", "damaged"),
-    ("sample", "--adapter=a_rank", "damaged"),
-    ("sample", "--adapter=a_config", "damaged"),
-    ("sample", "--adapter=a_key", "damaged"),
     ("sample", "--adapter=a_base", "another base"),
     ("sample", "--adapter=a_gone", "moved/ckpt.pt"),
     ("sample", "--adapter=lora --out_dir=nowhere", "no checkpoint in nowhere"),
@@ -694,7 +703,6 @@ CASES = [
     ("finetune_lora", "--out_dir=n --dataset=pairs.json --batch_size=1000000000", "GiB"),
     ("finetune_lora", "--out_dir=lora --init_from=resume --rank=3", "rank=2, which cannot become 3"),
     ("finetune_lora", "--out_dir=a_base --init_from=resume", "another base"),
-    ("finetune_lora", "--out_dir=a_shape --init_from=resume", "damaged"),
     ("finetune_lora", "--out_dir=a_gone --init_from=resume", "moved/ckpt.pt"),
     ("finetune_lora", "--merge --out_dir=out", "holds a whole checkpoint, not an adapter"),
     ("sample", "--onnx=nowhere", "no nowhere/config.json"),
@@ -741,7 +749,6 @@ CASES = [
     ("export_onnx", "--out_dir=lora", "holds an adapter"),
     ("export_onnx", "--out_dir=text.pt", "not a checkpoint that is safe to read"),
     ("export_onnx", "--out_dir=code", "holds code"),
-    ("export_onnx", "--out_dir=shape", "damaged"),
     ("export_onnx", "--to=.", "to is a folder"),
     ("export_onnx", "--to=a.onnx", "to is a folder"),
     ("export_onnx", "--to=foreign", "--overwrite moves it aside"),
@@ -763,7 +770,6 @@ CASES = [
     ("hf", "--to=n --out_dir=lora", "holds an adapter"),
     ("hf", "--to=n --adapter=nowhere", "no adapter in nowhere"),
     ("hf", "--to=n --adapter=a_base", "another base"),
-    ("hf", "--to=n --adapter=a_shape", "damaged"),
     ("hf", "--to=n --adapter=a_gone", "moved/ckpt.pt"),
     ("hf", "--to=n --out_dir=hf:nowhere/at/all", "no folder"),
     ("hf", "--to=n --out_dir=hf:gemma3", "model_type is 'gemma3'"),
@@ -812,13 +818,62 @@ CASES = [
     ("serve", "--model=nowhere.onnx", "nowhere.onnx"),
 ]
 
+# a file that is not as it was written: exit status 1
+DAMAGED = [
+    ("train", "--out_dir=losses --init_from=resume --max_iters=3", "damaged"),
+    ("sample", "--out_dir=shape", "damaged"),
+    ("sample", "--out_dir=huge", "damaged"),
+    ("sample", "--out_dir=model", "damaged"),
+    ("sample", "--out_dir=other_tokenizer", "damaged"),
+    ("sample", "--out_dir=hash", "damaged"),
+    ("eval", "--out_dir=shape", "damaged"),
+    ("sample", "--adapter=a_shape", "damaged"),
+    ("sample", "--adapter=a_layers", "damaged"),
+    ("sample", "--adapter=a_rank", "damaged"),
+    ("sample", "--adapter=a_config", "damaged"),
+    ("sample", "--adapter=a_key", "damaged"),
+    ("finetune_lora", "--out_dir=a_shape --init_from=resume", "damaged"),
+    ("export_onnx", "--out_dir=shape", "damaged"),
+    ("hf", "--to=n --adapter=a_shape", "damaged"),
+    ("sample", "--out_dir=step", "step"),
+    ("sample", "--out_dir=nan", "nan/ckpt.pt is damaged: tensor wte.weight holds nan"),
+    ("eval", "--out_dir=nan", "tensor wte.weight holds nan"),
+    ("export_onnx", "--out_dir=nan --to=n", "tensor wte.weight holds nan"),
+    ("hf", "--out_dir=nan --to=n", "tensor wte.weight holds nan"),
+    ("train", "--out_dir=nan --init_from=resume --eval_only", "tensor wte.weight holds nan"),
+    ("train", "--out_dir=n --init_from=nan", "tensor wte.weight holds nan"),
+    (
+        "finetune_lora",
+        "--out_dir=n --init_from=nan --dataset=pairs.json",
+        "tensor wte.weight holds nan",
+    ),
+    ("sample", "--out_dir=infinite", "tensor blocks.1.mlp.down_proj.weight holds nan or infinity"),
+    ("sample", "--out_dir=integer", "tensor norm.weight is int64: only float32"),
+    ("sample", "--out_dir=complex", "tensor norm.weight is complex64: only float32"),
+    ("sample", "--out_dir=negative", "step is -5"),
+    ("train", "--out_dir=negative --init_from=resume", "step is -5"),
+    ("sample", "--out_dir=nan_loss", "val_loss is nan at step 1"),
+    ("sample", "--out_dir=no_loss", "best_val_loss is inf at step 1"),
+    ("sample", "--out_dir=losses", "losses has 'a'"),
+    (
+        "sample",
+        "--adapter=a_nan",
+        "a_nan/adapter.pt is damaged: tensor blocks.0.attn.q_proj.A holds nan",
+    ),
+    ("finetune_lora", "--out_dir=a_nan --init_from=resume", "tensor blocks.0.attn.q_proj.A holds nan"),
+    ("finetune_lora", "--merge --out_dir=a_nan", "tensor blocks.0.attn.q_proj.A holds nan"),
+    ("hf", "--to=n --adapter=a_integer", "tensor blocks.0.attn.q_proj.A is int64"),
+    ("sample", "--out_dir=hf:nan_hf", "nan_hf is damaged: tensor model.norm.weight holds nan"),
+    ("hf", "--to=n --adapter=hf:nan_peft", "layers.1.self_attn.v_proj.lora_B.weight holds nan"),
+]
+
 
 def contents(folder):
     return {p: p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
 
 
 @pytest.mark.parametrize("script, args, says", CASES)
-def test_bad_input_is_one_line(script, args, says, shop, monkeypatch, capfd):
+def test_bad_input_is_one_line(script, args, says, shop, monkeypatch, capfd, status=2):
     monkeypatch.chdir(shop)
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *shlex.split(args)])
     before = contents(shop)
@@ -826,10 +881,18 @@ def test_bad_input_is_one_line(script, args, says, shop, monkeypatch, capfd):
         run(SCRIPTS[script].main, SCRIPTS[script].Config, WORDS.get(script, ()))
     out, err = capfd.readouterr()
     assert (
-        e.value.code == 2 and err.startswith(f"{script}.py: ") and err.count("\n") == 1 and says in err
+        e.value.code == status
+        and err.startswith(f"{script}.py: ")
+        and err.count("\n") == 1
+        and says in err
     ), err
     assert len(err) < 400
     assert contents(shop) == before
+
+
+@pytest.mark.parametrize("script, args, says", DAMAGED)
+def test_a_damaged_file_is_one_line(script, args, says, shop, monkeypatch, capfd):
+    test_bad_input_is_one_line(script, args, says, shop, monkeypatch, capfd, status=1)
 
 
 @pytest.mark.parametrize("script, args, says", CASES[:1] + CASES[50:51] + CASES[-1:])

@@ -1,5 +1,6 @@
 """Checkpoints: whole, safe, atomic."""
 
+import math
 import os
 import pickle
 import subprocess
@@ -13,6 +14,7 @@ from test_model import redraw
 import checkpoint
 from config import Refusal
 from model import ModelConfig, Transformer
+from tensors import is_finite
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -72,8 +74,6 @@ def test_code_in_a_checkpoint_is_refused_and_does_not_run(saved, tmp_path):
 @pytest.mark.parametrize(
     "change, words",
     [
-        (lambda c: c.update(format=99), "format 99"),
-        (lambda c: c.pop("format"), "not a TinyLM checkpoint"),
         (lambda c: c.pop("model"), "model"),
         (lambda c: c.update(step="7"), "step"),
         (lambda c: c["model"].pop("norm.weight"), "norm.weight|Error"),
@@ -81,6 +81,28 @@ def test_code_in_a_checkpoint_is_refused_and_does_not_run(saved, tmp_path):
         (lambda c: c["model_config"].update(color=3), "color"),
         (lambda c: c.update(tokenizer_sha256="0" * 64), "tokenizer"),
         (lambda c: c.update(tokenizer="{}"), "damaged"),
+        (lambda c: c.update(step=-1), "step is -1"),
+        (lambda c: c.update(step=True), "step is True"),
+        (lambda c: c.update(val_loss=-0.5), "val_loss is -0.5 at step 7"),
+        (lambda c: c.update(val_loss=math.nan), "val_loss is nan at step 7"),
+        (lambda c: c.update(best_val_loss=math.inf), "best_val_loss is inf at step 7"),
+        (lambda c: c.update(losses=[2.5, "2.5"]), "losses has '2.5', which is no finite number"),
+        (lambda c: c.update(losses=[2.5, math.inf]), "losses has inf, which is no finite number"),
+        (lambda c: c.update(losses=[10**400]), "losses has 1000"),
+        (lambda c: c.update(scaler=None), "scaler is missing or not a dict"),
+        (lambda c: c["model_config"].update(norm_eps=math.nan), "norm_eps"),
+        (lambda c: c["model_config"].update(n_layer=-1), "n_layer must be at least 1"),
+        (lambda c: c["model_config"].update(n_layer=10**400), "n_layer must be at least 1"),
+        (lambda c: c["model_config"].update(dropout=True), "dropout must be of type float"),
+        (lambda c: c["model"].update({5: torch.ones(1)}), "5 is a Tensor, where tensors by name"),
+        (lambda c: c["model"].update(more=None), "'more' is a NoneType, where tensors by name"),
+        (lambda c: c["model"].update(more=torch.ones(1).to("meta")), "tensor more .strided, on meta."),
+        (
+            lambda c: c["model"].update(more=torch.ones(2).to_sparse()),
+            "tensor more .sparse_coo, on cpu.",
+        ),
+        # a file of kilobytes, which would be read for hours
+        (lambda c: c["model"].update(more=torch.ones(1).expand(10**13)), "more numbers than it holds"),
     ],
 )
 def test_damage_is_one_line(saved, change, words):
@@ -90,7 +112,63 @@ def test_damage_is_one_line(saved, change, words):
     torch.save(ckpt, path)
     with pytest.raises(Refusal, match=words) as e:
         checkpoint.restore(checkpoint.load(path), path)
-    assert "\n" not in str(e.value) and e.value.status == 2
+    assert "\n" not in str(e.value) and e.value.status == 1
+
+
+def test_another_format_is_refused_as_no_file_of_ours(saved):
+    path = saved[0]
+    whole = checkpoint.load(path)
+    for change, words in ({"format": 99}, "format 99"), ({"format": None}, "format None"):
+        torch.save(whole | change, path)
+        with pytest.raises(Refusal, match=words) as e:
+            checkpoint.load(path)
+        assert e.value.status == 2
+    del whole["format"]
+    torch.save(whole, path)
+    with pytest.raises(Refusal, match="not a TinyLM checkpoint"):
+        checkpoint.load(path)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.int8, torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn]
+)
+def test_weights_of_other_kinds_are_refused(saved, dtype):
+    path = saved[0]
+    whole = checkpoint.load(path)
+    name = "blocks.0.mlp.up_proj.weight"
+    whole["model"][name] = whole["model"][name].to(dtype)
+    torch.save(whole, path)
+    shown = str(dtype).removeprefix("torch.")
+    with pytest.raises(Refusal, match=f"is damaged: tensor {name} is {shown}: only float32") as e:
+        checkpoint.load(path)
+    assert e.value.status == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_one_number_that_is_not_finite_is_found_in_each_tensor(saved, dtype):
+    path = saved[0]
+    whole = checkpoint.load(path)
+    weights = {name: x.to(dtype) for name, x in whole["model"].items()}
+    torch.save(whole | {"model": weights}, path)
+    checkpoint.restore(checkpoint.load(path), path)
+    bad_numbers = [math.nan, math.inf, -math.inf]
+    if dtype == torch.float64:
+        bad_numbers.append(1e300)  # which is infinite in float32
+    for i, (name, x) in enumerate(weights.items()):
+        spoiled = x.clone()
+        spoiled.view(-1)[i % x.numel()] = bad_numbers[i % len(bad_numbers)]
+        torch.save(whole | {"model": weights | {name: spoiled}}, path)
+        with pytest.raises(Refusal, match=f"is damaged: tensor {name} holds nan or infinity") as e:
+            checkpoint.load(path)
+        assert e.value.status == 1 and "\n" not in str(e.value)
+
+
+def test_large_numbers_whose_sum_overflows_are_finite():
+    largest = torch.finfo(torch.float32).max
+    assert is_finite(torch.full((1000,), largest)) and is_finite(torch.full((1000,), -largest))
+    assert is_finite(torch.empty(0))
+    both = torch.tensor([math.inf, -math.inf])
+    assert not is_finite(both) and not is_finite(torch.cat([torch.full((1000,), largest), both]))
 
 
 def test_truncated_empty_and_foreign_files_are_one_line(saved, tmp_path):

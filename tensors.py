@@ -1,0 +1,63 @@
+"""Tensors that were read from a file: which of them are taken, and whether their numbers are finite."""
+
+import torch
+
+FLOATS = torch.float32, torch.bfloat16, torch.float16, torch.float64
+
+
+class NotFinite(ValueError):
+    """A tensor holds nan or infinity: its file is damaged, and whatever is computed with it will be nan."""
+
+
+def check_tensor(name, x):
+    """Raises ValueError where x is not a tensor of floating-point numbers on the CPU."""
+    if not isinstance(name, str) or not isinstance(x, torch.Tensor):
+        raise ValueError(f"{name!r:.60} is a {type(x).__name__}, where tensors by name were expected")
+    if x.dtype not in FLOATS:
+        dtype = str(x.dtype).removeprefix("torch.")
+        readable = "only float32, bfloat16, float16 and float64 are read"
+        raise ValueError(f"tensor {name} is {dtype}: {readable}")
+    if x.layout is not torch.strided or x.is_nested or x.device.type != "cpu":
+        layout = str(x.layout).removeprefix("torch.")
+        raise ValueError(f"tensor {name} ({layout}, on {x.device}) does not hold its numbers one by one")
+
+
+def count_stored_numbers(tensors):
+    """Returns how many numbers the memory of tensors holds, which is no more than their file has.
+
+    A tensor that repeats itself (stride 0) or is on the meta device has more elements than that.
+    """
+    counts = {}
+    for x in tensors:
+        if x.device.type == "cpu":
+            storage = x.untyped_storage()
+            counts[storage.data_ptr()] = storage.nbytes() // x.element_size()
+    return sum(counts.values())
+
+
+def is_finite(x):
+    """Returns whether all numbers of a tensor are finite in float32.
+
+    One that is not would make the sum so, which is read off in one pass and without a second tensor;
+    only where a sum is not finite, as it may also overflow, each number is looked at.
+    """
+    x = x.detach().float()
+    return bool(x.sum().isfinite()) or bool(x.isfinite().all())
+
+
+def check_finite(tensors):
+    """Raises NotFinite, which names the first tensor that is not finite."""
+    for name, x in tensors.items():
+        if not is_finite(x):
+            advice = "take an earlier copy, or train anew"
+            raise NotFinite(f"tensor {name} holds nan or infinity, in float32; {advice}")
+
+
+def check_tensors(tensors):
+    """Raises ValueError where tensors by name are not floating-point numbers, all finite."""
+    for name, x in tensors.items():
+        check_tensor(name, x)
+    # a head that is the embedding too counts twice; without a bound, a tiny file would be summed for hours
+    if sum(x.numel() for x in tensors.values()) > 2 * count_stored_numbers(tensors.values()):
+        raise ValueError("its tensors have more numbers than it holds")
+    check_finite(tensors)
