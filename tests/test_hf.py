@@ -543,7 +543,7 @@ def test_a_foreign_tokenizer_goes_out_to_onnx(tokenizer, tmp_path, monkeypatch, 
     reference = tokenizers.Tokenizer.from_file("b/tokenizer.json")
     reference.encode_special_tokens = True
     for text in texts(20):
-        assert reference.encode(text).ids == foreign.encode(text)
+        assert reference.encode(text, add_special_tokens=False).ids == foreign.encode(text)
 
 
 def test_a_character_model_goes_out(tmp_path):
