@@ -130,8 +130,8 @@ class TrainConfig:
             raise ValueError(f"save_minutes must be above 0, not {self.save_minutes}")
         if self.embd_lr_scale <= 0:
             raise ValueError(f"embd_lr_scale must be above 0, not {self.embd_lr_scale}")
-        if self.learning_rate * max(1, self.embd_lr_scale) > 1e6:
-            raise ValueError("learning_rate, and that times embd_lr_scale, can be a million at most")
+        if self.learning_rate * max(1, self.embd_lr_scale) > 1e36:  # float32 ends at 3e38
+            raise ValueError("learning_rate, and that times embd_lr_scale, can be 1e36 at most")
         if self.learning_rate <= 0 or self.min_lr > self.learning_rate:
             raise ValueError("learning_rate must be above 0 and at least min_lr")
         if not 0 < self.decay_frac <= 1:

@@ -704,7 +704,7 @@ def test_an_adapter_is_no_checkpoint_and_the_other_way_round(tuned):
             (["--out_dir=tuned/adapter.pt"], "is an adapter, not a checkpoint"),
             (["--out_dir=tuned"], "holds an adapter"),
             (["--adapter=base/ckpt.pt"], "is a whole checkpoint"),
-            (["--adapter=base"], "no adapter in base"),
+            (["--adapter=base"], "holds a whole checkpoint, not an adapter"),
         ):
             with pytest.raises(Refusal, match=words):
                 sample.main(configure(sample.Config, args))

@@ -72,6 +72,7 @@ def test_zero_b_changes_no_bit_and_merged_is_unmerged(mlp, n_kv_head, norm_posit
 
 
 def test_a_half_precision_weight_is_merged_in_float32():
+    torch.manual_seed(0)
     base = torch.nn.Linear(64, 64, bias=False, dtype=torch.bfloat16)
     weight, layer = base.weight.detach().double(), lora.LoRALinear(base, 4, 8.0, 0.0)
     layer.B.data.normal_(generator=torch.Generator().manual_seed(0))
