@@ -96,7 +96,7 @@ def folder_copy(story_teller, tmp_path):
 def generated(teller, prompt, **settings):
     """Returns sample.py's text after a prompt, and why it ended."""
     _, model, tokenizer = teller
-    greedy = {"max_new_tokens": 10**6, "temperature": 0, "stop": tokenizer.eot}
+    greedy = {"max_new_tokens": 10**6, "temperature": 0, "stop": tokenizer.ends}
     rows, ends = complete(sample.generate(model, [prompt_ids(tokenizer, prompt)], **(greedy | settings)))
     return tokenizer.decode(rows[0]), ends[0]
 
