@@ -641,7 +641,8 @@ def pretrain(cfg):
         if resume and not cfg.eval_only and start.state["step"] >= cfg.max_iters:
             print(f"{start.path} is at step {start.state['step']} already; a larger --max_iters goes on")
 
-    check_start(tokenizer, cfg)
+    if not cfg.eval_only:  # which writes no samples
+        check_start(tokenizer, cfg)
     if compute.is_main and not cfg.eval_only:
         for note in rate_notes(cfg, start.state if resume else None):
             print(note)

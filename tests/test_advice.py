@@ -6,6 +6,7 @@ import shlex
 import shutil
 
 import pytest
+import torch
 from test_train import SMALL, lab  # noqa: F401  (lab is a fixture)
 
 import eval as evaluation
@@ -140,3 +141,11 @@ def test_a_start_longer_than_the_context_is_refused_before_training(states, monk
     tokenizer = Tokenizer.load("data/toy/tokenizer.json")
     n = len(prompt_ids(tokenizer, "once upon"))
     run("train", *TRAIN, f"--block_size={n}", "--start=once upon", "--out_dir=fits")
+    # --eval_only writes no samples
+    ckpt = torch.load("fits/ckpt.pt")
+    ckpt["config"]["start"] = start
+    torch.save(ckpt, "fits/ckpt.pt")
+    run("train", "--out_dir=fits", "--init_from=resume", "--eval_only")
+    with pytest.raises(Refusal, match="leave it out with --start="):
+        run("train", "--out_dir=fits", "--init_from=resume")
+    run("train", "--out_dir=fits", "--init_from=resume", "--start=")
