@@ -109,8 +109,9 @@ class TrainConfig:
         for key in at_least_one:
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} must be at least 1, not {getattr(self, key)}")
-        if self.seed >= 2**63:
-            raise ValueError("seed must be below 2^63")
+        for key in (*at_least_one, "eval_tokens", "warmup_iters", "lr_decay_iters", "seed"):
+            if getattr(self, key) >= 2**63:
+                raise ValueError(f"{key} must be below 2^63")
         never_negative = (
             "eval_tokens",
             "min_lr",
@@ -130,8 +131,11 @@ class TrainConfig:
             raise ValueError(f"save_minutes must be above 0, not {self.save_minutes}")
         if self.embd_lr_scale <= 0:
             raise ValueError(f"embd_lr_scale must be above 0, not {self.embd_lr_scale}")
-        if self.learning_rate * max(1, self.embd_lr_scale) > 1e36:  # float32 ends at 3e38
-            raise ValueError("learning_rate, and that times embd_lr_scale, can be 1e36 at most")
+        rate = self.learning_rate * max(1, self.embd_lr_scale)
+        if rate * max(1, self.weight_decay) > 1e36:  # float32 ends at 3e38
+            raise ValueError(
+                "learning_rate, that times embd_lr_scale, and that times weight_decay, can be 1e36 at most"
+            )
         if self.learning_rate <= 0 or self.min_lr > self.learning_rate:
             raise ValueError("learning_rate must be above 0 and at least min_lr")
         if not 0 < self.decay_frac <= 1:

@@ -647,6 +647,7 @@ CASES = [
     ("finetune_lora", "--rank=-1", "rank"),
     ("finetune_lora", "--rank=33 --out_dir=n --dataset=pairs.json", "rank 33 is more than"),
     ("finetune_lora", "--alpha=0", "alpha"),
+    ("finetune_lora", "--alpha=1e308", "alpha must be above 0 and at most 1e36"),
     ("finetune_lora", "--lora_dropout=1", "lora_dropout"),
     ("finetune_lora", "--target=head", "takes no adapter"),
     ("finetune_lora", "--target=wte", "takes no adapter"),

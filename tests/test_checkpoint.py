@@ -213,6 +213,17 @@ except config.Refusal as e:
     assert Path(path).read_bytes() == before and os.listdir(os.path.dirname(path)) == ["ckpt.pt"]
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_not_finite_are_not_written(saved, value):
+    """Of a run that is told to stop just after the step that spoiled them."""
+    path, model, tokenizer = saved
+    before = Path(path).read_bytes()
+    model.blocks[0].attn.q_proj.weight.data[3, 4] = value
+    with pytest.raises(Refusal, match="blocks.0.attn.q_proj.weight holds nan or infinity") as e:
+        checkpoint.save(path, model, tokenizer, {}, checkpoint.RunState(8, 1.0, 1.0))
+    assert e.value.status == 1 and Path(path).read_bytes() == before
+
+
 def test_best_is_preferred_for_reading_and_last_for_resuming(tmp_path):
     for name in "ckpt.pt", "ckpt_best.pt":
         (tmp_path / name).touch()

@@ -497,6 +497,38 @@ def test_a_run_that_blows_up_says_the_step_and_keeps_the_last_good_checkpoint(la
     assert e.value.status == 1 and (lab / "n/ckpt.pt").read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    "argv, refusal",
+    [
+        (["--learning_rate=1e308"], "1e36 at most"),
+        (["--embd_lr_scale=1e308"], "1e36 at most"),
+        (["--learning_rate=1e200", "--embd_lr_scale=1e200"], "1e36 at most"),
+        (["--weight_decay=1e308"], "1e36 at most"),
+        ([f"--warmup_iters={2**63}"], "warmup_iters must be below 2\\^63"),
+        ([f"--max_iters={10**400}"], "max_iters must be below 2\\^63"),
+        (["--learning_rate=1e35", "--embd_lr_scale=1", "--grad_clip=0"], "at step [012]"),
+        (["--weight_decay=1e36"], "at step [012]"),
+        (["--learning_rate=5e-324"], None),
+        (["--beta1=0.9999999999999999", "--beta2=0.9999999999999999"], None),
+        (["--momentum=0.9999999999999999", "--optimizer=muon"], None),
+        (["--grad_clip=1e308"], None),
+        (["--grad_clip=5e-324", "--decay_frac=5e-324"], None),
+        ([f"--warmup_iters={2**63 - 1}", f"--lr_decay_iters={2**63 - 1}"], None),
+        ([f"--eval_tokens={2**63 - 1}", f"--eval_interval={2**63 - 1}"], None),
+    ],
+)
+def test_numbers_at_the_edge_are_refused_or_work(lab, argv, refusal):
+    argv = ["--max_iters=3", "--warmup_iters=0", *argv, "--out_dir=edge", "--overwrite"]
+    if refusal:
+        with pytest.raises(Refusal, match=refusal):
+            run_train(lab, *argv)
+    else:
+        run_train(lab, *argv)
+        assert load(lab, "edge")["step"] == 3
+    for path in (lab / "edge").glob("*.pt"):
+        assert all(weight.isfinite().all() for weight in checkpoint.load(str(path))["model"].values())
+
+
 def test_the_log_the_best_checkpoint_and_the_plot(lab):
     pytest.importorskip("matplotlib")
     run_train(lab, "--out_dir=p")
