@@ -28,7 +28,7 @@ from folders import write_atomic
 from interop import hf_folder
 from interop.any_tokenizer import load_tokenizer
 from model import MODEL_KEYS, ModelConfig, Transformer, model_sizes
-from tensors import check_tensors, count_stored_numbers, is_finite
+from tensors import check_tensors, count_stored_numbers, find_not_finite
 
 FORMAT = 1
 
@@ -90,10 +90,10 @@ def save_adapters(path, model, base, base_sha256, config, state):
 
 
 def write_checkpoint(path, weights, config, state):
-    for name, x in (weights.get("model") or weights["adapters"]).items():
-        if not is_finite(x):
-            problem = f"tensor {name} holds nan or infinity"
-            raise Refusal(f"{path} is not written: {problem}; what was there is as it was", status=1)
+    name = find_not_finite(weights.get("model") or weights["adapters"])
+    if name is not None:
+        problem = f"tensor {name} holds nan or infinity"
+        raise Refusal(f"{path} is not written: {problem}; what was there is as it was", status=1)
     content = weights | {"format": FORMAT, "config": config} | state.to_dict()
     write_atomic(path, lambda f: torch.save(content, f))
 

@@ -45,12 +45,17 @@ def is_finite(x):
     return bool(x.sum().isfinite()) or bool(x.isfinite().all())
 
 
+def find_not_finite(tensors):
+    """Returns the name of the first tensor that is not finite, or None."""
+    return next((name for name, x in tensors.items() if not is_finite(x)), None)
+
+
 def check_finite(tensors):
     """Raises NotFinite, which names the first tensor that is not finite."""
-    for name, x in tensors.items():
-        if not is_finite(x):
-            advice = "take an earlier copy, or train anew"
-            raise NotFinite(f"tensor {name} holds nan or infinity, in float32; {advice}")
+    name = find_not_finite(tensors)
+    if name is not None:
+        advice = "take an earlier copy, or train anew"
+        raise NotFinite(f"tensor {name} holds nan or infinity, in float32; {advice}")
 
 
 def check_tensors(tensors):

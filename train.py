@@ -407,9 +407,8 @@ def evaluation_line(step, figures, speed):
 
 def advice(cfg):
     """Returns what to do after a loss that is not finite."""
-    is_saved = any(os.path.exists(os.path.join(cfg.out_dir, name)) for name in ("ckpt.pt", "adapter.pt"))
     saved = f"{cfg.out_dir} has no checkpoint yet"
-    if is_saved:
+    if folders.can_go_on(cfg.out_dir):
         saved = f"the last checkpoint in {cfg.out_dir} is as it was"
     return f"try a lower --learning_rate or a longer --warmup_iters; {saved}"
 
@@ -570,9 +569,8 @@ def training_bytes(cfg, c, sizes, learned):
     """
     tokens = cfg.batch_size * c.block_size
     logits = 8 * tokens * c.vocab_size if cfg.loss == "plain" else 0
-    kept = (
-        1 if cfg.gradient_checkpointing else 6
-    )  # vectors of n_embd a token: residuals, q, k, v, the MLP's
+    # vectors of n_embd a token: residuals, q, k, v, the MLP's
+    kept = 1 if cfg.gradient_checkpointing else 6
     activations = 2 * kept * c.n_embd * c.n_layer * tokens
     biases = 4 * c.n_head * c.block_size**2 if c.pos == "alibi" else 0
     token_bytes = 16 * tokens * cfg.gradient_accumulation_steps
