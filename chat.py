@@ -18,30 +18,36 @@ def conversation_ids(tokenizer, messages, template=MODELS_OWN):
     refuses.
     """
     if template == MODELS_OWN:
-        return tokenizer.encode_special(own_template(tokenizer).render(messages, True))
+        _, ids = own_start(tokenizer, messages)
+        return ids
     ids = []
     prompts = []  # since the last answer
     for message in messages:
         if message["role"] != "assistant":
             prompts.append(message["content"])
             continue
-        ids += turn_ids(tokenizer, ids, template, prompts)
+        ids += turn_ids(tokenizer, ids, render(template, "\n".join(prompts)))
         ids += [*tokenizer.encode_more(message["content"]), tokenizer.eot]
         prompts = []
-    return ids + turn_ids(tokenizer, ids, template, prompts)
+    return ids + turn_ids(tokenizer, ids, render(template, "\n".join(prompts)))
 
 
 def start_of_answer(tokenizer, prompt, template):
     """Returns (the text that a model reads before it answers a prompt, its ids). ValueError: as there."""
     if template == MODELS_OWN:
-        text = own_template(tokenizer).render([{"role": "user", "content": prompt}], True)
-        return text, tokenizer.encode_special(text)
+        return own_start(tokenizer, [{"role": "user", "content": prompt}])
     text = render(template, prompt)
     return text, prompt_ids(tokenizer, text)
 
 
-def turn_ids(tokenizer, ids, template, prompts):
-    text = render(template, "\n".join(prompts))
+def own_start(tokenizer, messages):
+    """Returns what start_of_answer does, of a conversation in the model's own template."""
+    text = own_template(tokenizer).render(messages, add_generation_prompt=True)
+    return text, tokenizer.encode_special(text)
+
+
+def turn_ids(tokenizer, ids, text):
+    """Returns the ids of a prompt in its template, which comes after ids or begins a conversation."""
     return tokenizer.encode_more(text) if ids else prompt_ids(tokenizer, text)
 
 
@@ -88,9 +94,8 @@ def added_ids(tokenizer, ids, text, longer):
     whole = tokenizer.encode_special(longer)
     if whole[: len(ids)] == ids:
         return whole[len(ids) :]
-    return tokenizer.encode_special_more(
-        longer[len(text) :]
-    )  # the last token of the text would be another
+    # the last token of the text would be another
+    return tokenizer.encode_special_more(longer[len(text) :])
 
 
 class Chat:

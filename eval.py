@@ -43,7 +43,7 @@ from lenses.stats import bits, bootstrap, mean_interval, ratio
 from lenses.verdict import compare, grade, verdict
 from model import HAS_CHUNKED_LOSS, Transformer, kv_cache_bytes, num_params
 from sample import generate
-from score import above_floor, completion_nats, context_lengths, document_nats
+from score import STORIES, above_floor, completion_nats, context_lengths, document_nats
 from tokenizer import Tokenizer
 
 FEW = 30  # documents; with fewer, text is resampled in slices, and paragraphs stand for documents
@@ -231,19 +231,6 @@ def split_documents(ids, tokenizer):
     return [tokenizer.decode(document.tolist()) for document in documents], closed
 
 
-def encode(documents, closed, tokenizer):
-    """Returns the ids of documents as prepare.py has them, with end-of-text between documents.
-
-    There is one after the last document too if closed.
-    """
-    ids = []
-    for document in tokenizer.encode_batch(documents):
-        ids += [*tokenizer.head, *document, tokenizer.eot]
-    if not closed:
-        del ids[-1:]
-    return np.array(ids)
-
-
 def passages(documents):
     """Returns the documents or, where they are few, the paragraphs in them."""
     if len(documents) >= FEW:
@@ -340,7 +327,7 @@ def likelihood(subject, documents, closed, compute, cfg):
         figures["end"] = ends.mean()
     if subject.has_training:
         figures["training_loss"] = training_loss(subject, batch_size, compute)
-    return figures | toy_gap(subject, documents, closed, compute), columns
+    return figures | toy_gap(documents, encoded, document_losses, T), columns
 
 
 def training_loss(subject, batch_size, compute):
@@ -380,18 +367,16 @@ def is_toy(documents):
     return all(toy_stories.log_prob(text) > -math.inf for text in documents[:20])
 
 
-def toy_gap(subject, documents, closed, compute):
+def toy_gap(documents, encoded, nats, block_size):
     """Returns the nats a story above the exact entropy of toy stories, with their standard error.
 
-    Returns nothing for other texts, or where a story is longer than the context.
+    nats: what document_nats returns of the documents, encoded. Returns nothing for other texts, or where
+    a story is longer than the context.
     """
-    if not is_toy(documents):
+    longest = max(map(len, encoded[:STORIES]))
+    if not is_toy(documents) or longest >= block_size:
         return {}
-    ids = encode(documents, True, subject.tokenizer)
-    try:
-        floor, gap = above_floor(subject.model, subject.tokenizer, ids, compute)
-    except ValueError:
-        return {}
+    floor, gap = above_floor(documents[:STORIES], nats[:STORIES])
     if not np.isfinite(floor).all():  # stories of another kind among them
         return {}
     return {

@@ -20,9 +20,9 @@ import torch
 
 import prepare
 import toy_stories
-from chat import encode_answers
+from chat import encode_answers, turn_ids
 from config import Refusal, hf_name, is_hf
-from data import AS_IT_STANDS, MODELS_OWN, STRIPPED, by_text_rule, prompt_ids, render
+from data import AS_IT_STANDS, MODELS_OWN, STRIPPED, by_text_rule, render
 
 MORAL_SEED = 0  # other stories than data/toy's: a test looks
 
@@ -300,8 +300,7 @@ def encode_turns(turns, tokenizer, template):
     ids = []
     is_target = []
     for prompt, response, is_learned in turns:
-        text = render(template, prompt)
-        new_ids = tokenizer.encode_more(text) if ids else prompt_ids(tokenizer, text)
+        new_ids = turn_ids(tokenizer, ids, render(template, prompt))
         response_ids = tokenizer.encode_more(response) + [tokenizer.eot] if response else []
         ids += new_ids + response_ids
         is_target += [False] * len(new_ids) + [is_learned] * len(response_ids)

@@ -316,26 +316,17 @@ def model_defaults(cfg, tokenizer):
     return cfg, f"{', '.join(texts)}, as the model's generation_config.json says" if texts else ""
 
 
-def converse(cfg, model, tokenizer, template):
-    """Talks with a model in the terminal. Raises Refusal where it was never taught to."""
+def converse(steps, tokenizer, block_size, template, system):
+    """Talks with a model in the terminal; steps: from prompts to generate's. Raises Refusal where the
+    model was never taught to.
+    """
     template = template or MODELS_OWN
     if template == MODELS_OWN and tokenizer.chat_template is None:
         raise Refusal(
             "the model has no chat template, it writes texts: --start=TEXT begins one; "
             "finetune_lora.py teaches a model to answer"
         )
-    steps = partial(
-        generate,
-        model,
-        max_new_tokens=cfg.max_new_tokens,
-        temperature=cfg.temperature,
-        top_k=cfg.top_k,
-        top_p=cfg.top_p,
-        repetition_penalty=cfg.repetition_penalty,
-        stop=tokenizer.ends,
-        seed=cfg.seed,
-    )
-    talk(Chat(steps, tokenizer, model.config.block_size, template, cfg.system))
+    talk(Chat(steps, tokenizer, block_size, template, system))
 
 
 def main(cfg):
@@ -349,9 +340,21 @@ def main(cfg):
     most = min(cfg.max_new_tokens, model.config.block_size)
     needs = kv_cache_bytes(model.config, cfg.num_samples * len(starts), most, compute.dtype.itemsize)
     check_memory(compute.device, needs, "try a smaller num_samples")
+    steps = partial(
+        generate,
+        model,
+        max_new_tokens=cfg.max_new_tokens,
+        temperature=cfg.temperature,
+        top_k=cfg.top_k,
+        top_p=cfg.top_p,
+        repetition_penalty=cfg.repetition_penalty,
+        stop=tokenizer.ends,
+        seed=cfg.seed,
+    )
+    message = "\n".join(filter(None, (message, generation_message)))
     if cfg.chat:
-        print("\n".join(filter(None, (message, generation_message))))
-        converse(cfg, model, tokenizer, template)
+        print(message)
+        converse(steps, tokenizer, model.config.block_size, template, cfg.system)
         return
     texts = []
     prompts = []
@@ -362,24 +365,13 @@ def main(cfg):
                 text, ids = start_of_answer(tokenizer, by_text_rule(start, rule), template)
             texts += [text] * cfg.num_samples
             prompts += [ids or prompt_ids(tokenizer, text, cfg.special)] * cfg.num_samples
-        print("\n".join(filter(None, (message, generation_message))))
+        print(message)
         if template and any(starts):
             shown = "the model's chat template" if template == MODELS_OWN else repr(template)
             stripped = ", without the space around it" if rule == STRIPPED else ""
             print(f"each prompt is put into {shown}{stripped}; --raw leaves it as it is")
-        steps = generate(
-            model,
-            prompts,
-            cfg.max_new_tokens,
-            cfg.temperature,
-            cfg.top_k,
-            cfg.top_p,
-            cfg.repetition_penalty,
-            tokenizer.ends,
-            cfg.seed,
-            cfg.past_end,
-        )
-        write(steps, texts, prompts, tokenizer, model.config.block_size)
+        rows = steps(prompts, past_end=cfg.past_end)
+        write(rows, texts, prompts, tokenizer, model.config.block_size)
     except ValueError as e:
         raise Refusal(e)
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 import toy_stories
 from data import blocks, count_targets, document_slices, evenly, padded, prompt_ids, to
 
+STORIES = 500  # of the toy stories that the exact entropy is compared on
 COMPLETION_TOKENS = 8192  # of completions and their contexts in a batch
 
 
@@ -155,31 +156,30 @@ def batch_nats(model, rows, lengths, compute):
     return nats.sum(1).numpy()
 
 
-def above_floor(model, tokenizer, ids, compute, n=500):
-    """Returns (exact -log p of the first n toy stories in ids, how far the model's is above it), float64
-    (n,) in nats a story.
+def above_floor(stories, nats):
+    """Returns (exact -log p of toy stories, how far the model's is above it), float64 (n,) in nats a
+    story.
 
-    Raises ValueError where there is no story, or one is longer than the context.
+    stories: texts; nats: what document_nats returns of them.
     """
-    documents = [document.tolist() for document in islice(document_slices(ids, tokenizer), n)]
-    if not documents:
-        raise ValueError("no story is whole")
-    longest = max(map(len, documents))
-    if longest >= model.config.block_size:
-        raise ValueError(
-            f"they have up to {longest} tokens, and block_size is {model.config.block_size}"
-        )
-    floor = -np.array([toy_stories.log_prob(tokenizer.decode(document)) for document in documents])
-    nats = document_nats(model, documents, tokenizer, compute)
-    return floor, np.array([document.sum() for document in nats]) - floor
+    floor = -np.array([toy_stories.log_prob(text) for text in stories])
+    return floor, np.array([losses.sum() for losses in nats]) - floor
 
 
-def floor_line(model, tokenizer, ids, compute, n=500):
+def floor_line(model, tokenizer, ids, compute, n=STORIES):
     """Returns a line that says how far the model is above the exact entropy of the toy stories in ids,
     in nats a story.
     """
+    documents = [document.tolist() for document in islice(document_slices(ids, tokenizer), n)]
+    longest = max(map(len, documents), default=0)
+    block_size = model.config.block_size
     try:
-        floor, gap = above_floor(model, tokenizer, ids, compute, n)
+        if not documents:
+            raise ValueError("no story is whole")
+        if longest >= block_size:
+            raise ValueError(f"they have up to {longest} tokens, and block_size is {block_size}")
+        nats = document_nats(model, documents, tokenizer, compute)
+        floor, gap = above_floor([tokenizer.decode(document) for document in documents], nats)
         # of few stories the validation split is the end, which may begin within one
         is_whole = np.isfinite(floor)
         if not is_whole.any():

@@ -21,13 +21,13 @@ def load_tokenizer(text):
     return Tokenizer.from_str(text)
 
 
-def from_files(files, eot, ends=()):
+def from_files(files, data, eot, ends=()):
     """Returns the tokenizer of a folder's files, {name: text}: ours if hf.py wrote it of ours, else a
     foreign one. Raises ValueError.
 
-    A text starts with what the post_processor of tokenizer.json puts there, as in transformers 5.
+    data: their tokenizer.json, parsed, whose post_processor puts there what a text starts with, as in
+    transformers 5.
     """
-    data = json.loads(files["tokenizer.json"])
     bos = find_bos(data, eot)
     tokenizer = ForeignTokenizer(files, eot, bos, ends)
     own = tokenizer.own

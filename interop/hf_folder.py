@@ -8,7 +8,6 @@ read with weights_only=True: no code runs. What our model does not have is refus
 (hf_layout.py). Everything here raises Refusal, in one line.
 """
 
-import json
 import math
 import os
 import re
@@ -20,7 +19,7 @@ import torch
 from config import Refusal
 from interop import hf_layout
 from interop.any_tokenizer import from_files
-from interop.foreign_tokenizer import FILES, token_text
+from interop.foreign_tokenizer import FILES, parse_json, token_text
 from model import ModelConfig
 from tensors import NotFinite
 
@@ -94,13 +93,7 @@ def read_json(folder, name, default=None):
         return default
     with reading(path):
         with open(path, encoding="utf-8") as f:
-            try:
-                data = json.load(f)
-            except RecursionError:
-                raise ValueError("it is nested too deeply")
-        if not isinstance(data, dict):
-            raise ValueError(f"it is not a JSON object but a {type(data).__name__}")
-        return data
+            return parse_json(f.read())
 
 
 # ---- tensors
@@ -189,7 +182,7 @@ def read_tokenizer(folder):
     files = {name: text for name in FILES if (text := read_text(folder, name)) is not None}
     with reading(path):
         eot = find_eot(folder, data, settings)
-        tokenizer = from_files(files, eot, end_ids(folder))
+        tokenizer = from_files(files, data, eot, end_ids(folder))
         add_bos = settings.get("add_bos_token")
         if add_bos is not None and tokenizer.kind != "char" and add_bos != (tokenizer.bos is not None):
             print(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_hf import GPT2_SIZES, LLAMA_SIZES
 from test_model import redraw
 from test_parity import SCALE, preset
 from test_prepare import DOCS
@@ -488,17 +489,8 @@ def test_windows_that_reach_over_the_context_are_none(kind, keys):
 
 
 def small(kind):
-    if kind == "gpt2":
-        return {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 300}
-    return {
-        "hidden_size": 32,
-        "intermediate_size": 40,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        "vocab_size": 300,
-    }
+    sizes = GPT2_SIZES if kind == "gpt2" else LLAMA_SIZES
+    return {key: value for key, value in sizes.items() if key != "head_dim"} | {"vocab_size": 300}
 
 
 def write_folder(folder, kind, **keys):

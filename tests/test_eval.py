@@ -135,6 +135,19 @@ def test_equal_seeds_resample_equal_units_so_that_differences_are_paired():
 # Likelihood
 
 
+def stream(documents, closed, tokenizer):
+    """Returns the ids of documents as prepare.py has them, with end-of-text between documents.
+
+    There is one after the last document too if closed.
+    """
+    ids = []
+    for document in tokenizer.encode_batch(documents):
+        ids += [*tokenizer.head, *document, tokenizer.eot]
+    if not closed:
+        del ids[-1:]
+    return np.array(ids)
+
+
 def test_document_nats_are_those_of_each_token_after_its_window():
     """Documents shorter than the context of 24, as long, and longer: then the last half of a window goes on."""
     model = build()
@@ -178,7 +191,7 @@ def test_the_text_is_what_prepare_wrote_and_the_figures_are_of_its_bytes_alone(l
     with contextlib.chdir(lab):
         meta, data, tokenizer = prepare.load("data/toy")
         documents, closed = evaluation.split_documents(data["val"], tokenizer)
-        assert np.array_equal(evaluation.encode(documents, closed, tokenizer), data["val"])
+        assert np.array_equal(stream(documents, closed, tokenizer), data["val"])
         model, _ = checkpoint.restore(checkpoint.load("out/a/ckpt_best.pt"), "a")
     nats = []
     ends = []
@@ -417,7 +430,7 @@ def test_distinct_pairs_by_hand():
 @pytest.mark.parametrize("size", [64, 1 << 18])
 def test_what_is_copied_and_what_is_made_up(size, monkeypatch):
     tokenizer = Tokenizer.train(TOLD, 400)
-    ids = evaluation.encode(TOLD[:100], True, tokenizer).astype(np.uint16)
+    ids = stream(TOLD[:100], True, tokenizer).astype(np.uint16)
     whole = reading.pieces
     monkeypatch.setattr(reading, "pieces", lambda ids, tokenizer: whole(ids, tokenizer, size))
     fresh = " ".join(f"word{i}" for i in range(40))

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_eval import stream
 from test_parity import build_preset
 from test_prepare import DOCS
 from test_train import CPU, SMALL
@@ -172,7 +173,8 @@ def load_backend(make):
     """Returns the Tokenizer of this lab for one of the functions above."""
     backend, special_tokens = make()
     eot = backend.token_to_id(special_tokens["eos_token"])
-    return from_files({"tokenizer.json": backend.to_str()}, eot)
+    text = backend.to_str()
+    return from_files({"tokenizer.json": text}, json.loads(text), eot)
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -719,7 +721,7 @@ def test_the_bytes_of_a_foreign_tokenizers_tokens_are_those_of_the_text(make):
     """What bits a byte are counted with."""
     tokenizer = load_backend(make)
     documents = [text for text in texts(50) if text]
-    ids = evaluation.encode(documents, True, tokenizer)
+    ids = stream(documents, True, tokenizer)
     unit, lengths = evaluation.units(tokenizer.encode_batch(documents), tokenizer, few=False)
     assert np.bincount(unit, lengths).tolist() == [len(document.encode()) for document in documents]
     assert evaluation.split_documents(ids, tokenizer) == (documents, True)
@@ -746,7 +748,7 @@ def test_data_of_a_foreign_tokenizer_is_what_sample_and_eval_read(make, tmp_path
     assert train_documents[:4] == documents[:4]
     assert train_documents[4] + val_documents[0] == documents[4]
     train_ids = data["train"].tolist()
-    assert evaluation.encode(train_documents, False, foreign).tolist() == train_ids
+    assert stream(train_documents, False, foreign).tolist() == train_ids
     starts = np.r_[0, np.flatnonzero(data["train"] == foreign.eot) + 1]
     for start, document in zip(starts, documents[:3]):
         ids = prompt_ids(foreign, document)
