@@ -2,11 +2,22 @@
 
 import math
 from collections import defaultdict
-from types import SimpleNamespace
+from dataclasses import replace
 
 import torch
 
 from config import Refusal
+
+# the keys that get_lr reads
+SCHEDULE = (
+    "max_iters",
+    "learning_rate",
+    "min_lr",
+    "warmup_iters",
+    "lr_decay_iters",
+    "schedule",
+    "decay_frac",
+)
 
 
 def make_optimizers(model, cfg, compute):
@@ -120,7 +131,7 @@ def get_lr(step, cfg):
     Linear warm-up, which reaches learning_rate at warmup_iters, then down to min_lr at lr_decay_iters,
     along a cosine (Loshchilov & Hutter 2017) or constant first and then in a straight line.
     """
-    end = cfg.lr_decay_iters or cfg.max_iters
+    end = last_step(cfg)
     if step < cfg.warmup_iters:
         return cfg.learning_rate * (step + 1) / (cfg.warmup_iters + 1)
     if step >= end:
@@ -133,42 +144,50 @@ def get_lr(step, cfg):
     return height * cfg.learning_rate + (1 - height) * cfg.min_lr
 
 
-RATE_KEYS = (
-    "learning_rate",
-    "min_lr",
-    "warmup_iters",
-    "lr_decay_iters",
-    "max_iters",
-    "schedule",
-    "decay_frac",
-)
+def last_step(cfg):
+    """Returns the step where the rate is min_lr."""
+    return cfg.lr_decay_iters or cfg.max_iters
 
 
-def rate_notes(cfg, resumed=None):
-    """Returns lines about what a user may not expect of the learning rate: steps that learn nothing, and
-    a jump where a resumed run (a loaded checkpoint) has other settings than before.
-
-    A finished run is lengthened by --init_from=resume and a larger --max_iters: it goes back to the
-    stable rate and decays from there (warm-up, stable, decay; Hu et al. 2024).
+def saved_schedule(ckpt, cfg):
+    """Returns cfg with the schedule that a loaded checkpoint was trained by. Raises Refusal where that
+    is none.
     """
-    notes = []
-    end = cfg.lr_decay_iters
-    if 0 < end < cfg.max_iters and cfg.min_lr == 0:
-        notes.append(
-            f"steps {end + 1} to {cfg.max_iters} learn nothing: the rate is min_lr=0 from lr_decay_iters={end} on"
+    settings = {key: ckpt["config"][key] for key in SCHEDULE if key in ckpt["config"]}
+    try:
+        return replace(cfg, **settings)
+    except ValueError as e:
+        raise Refusal(f"the checkpoint's schedule: {e}")
+
+
+def plan_rates(step, saved, cfg):
+    """Settles the rates of a run from this step on; returns what a user should know of them, in lines.
+
+    saved: the settings until now where a run goes on, else None. A finished run that cfg makes longer
+    gets a new stage, the highest rate and then down again: warm-up, stable, decay (Hu et al. 2024), with
+    a cosine a warm restart. cfg keeps that as a warm-up which ends here, so that a stage that is
+    interrupted goes on to the bit. A warm-up that is given anew stays, and the rates are those of one run
+    of the whole length.
+    """
+    end = last_step(cfg)
+    lines = []
+    if saved and 0 < step < cfg.max_iters:
+        planned = get_lr(step, saved)
+        stage = ""
+        if last_step(saved) <= step < end and saved.warmup_iters == cfg.warmup_iters < step:
+            cfg.warmup_iters = step
+            stage = f", the highest, as a finished run is made longer, and falls again until step {end}"
+        rate = get_lr(step, cfg)
+        if rate != planned:
+            last = get_lr(step - 1, saved)
+            change = f"from {last:.3g} to {rate:.3g}{stage}"
+            lines.append(f"step {step + 1}: the learning rate goes {change}")
+    if cfg.min_lr == 0 and max(end, step) < cfg.max_iters:
+        lines.append(
+            f"steps {max(end, step) + 1} to {cfg.max_iters} have a learning rate of 0 and change nothing: "
+            f"lr_decay_iters={end} is below max_iters; --lr_decay_iters=0 goes down until the end"
         )
-    step = resumed["step"] if resumed else 0
-    if 0 < step < cfg.max_iters:
-        settings = {key: resumed["config"].get(key, getattr(cfg, key)) for key in RATE_KEYS}
-        before = get_lr(step - 1, SimpleNamespace(**settings))
-        after = get_lr(step, cfg)
-        changed = [key for key in RATE_KEYS if settings[key] != getattr(cfg, key)]
-        if changed:
-            notes.append(
-                f"the learning rate goes from {before:.3g} to {after:.3g} at step {step}: "
-                f"{', '.join(changed)} changed"
-            )
-    return notes
+    return lines
 
 
 class Muon(torch.optim.Muon):

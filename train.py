@@ -47,7 +47,8 @@ from optim import (
     make_optimizers,
     make_scaler,
     muon_dtype,
-    rate_notes,
+    plan_rates,
+    saved_schedule,
     step_unless,
 )
 from rmsnorm import choose_rmsnorm
@@ -252,11 +253,16 @@ def fit(task, model, cfg, compute, resumed=None):
     optimizers = make_optimizers(checkpoint.unwrap(model), cfg, compute)
     scaler = make_scaler(compute)
     state = RunState(optimizers=optimizers, scaler=scaler)
+    schedule = None
     if resumed:
         state.step = resumed["step"]
         state.best_val_loss = resumed["best_val_loss"]
         state.val_loss = resumed["val_loss"]
         state.losses = load_optimizers(optimizers, scaler, resumed, cfg)
+        schedule = saved_schedule(resumed, cfg)
+    for line in plan_rates(state.step, schedule, cfg):
+        if compute.is_main:
+            print(line)
     first_step = state.step
     saved_step = state.step if resumed else -1
     saved_at = time.monotonic()
@@ -645,9 +651,6 @@ def pretrain(cfg):
 
     if not cfg.eval_only:  # which writes no samples
         check_start(tokenizer, cfg)
-    if compute.is_main and not cfg.eval_only:
-        for note in rate_notes(cfg, start.state if resume else None):
-            print(note)
     trained = torch.compile(model) if compute.compile else model
     task = Pretraining(cfg, model, trained, tokenizer, meta, data, compute)
     if moves_aside and compute.is_main:

@@ -449,6 +449,26 @@ def test_rows_that_do_not_fit_are_left_out_whole_and_counted(shop, capsys):
         finetune(shop, "--dataset=only.jsonl", "--val_dataset=rows.jsonl", "--out_dir=n")
 
 
+def test_of_a_long_start_the_preview_answers_the_end(shop, capfd):
+    start = "why oh why " * 40  # 48 tokens are the context
+    finetune(shop, "--out_dir=long-start", "--max_iters=1", f"--start={start}")
+    assert start in capfd.readouterr().err
+    resume(shop, "long-start", "--max_iters=2")
+    assert adapter(shop, "long-start")["step"] == 2
+
+
+def test_rates_are_said_where_an_adapter_is_learned_too(shop, capsys):
+    rates = ["--learning_rate=1e-3", "--warmup_iters=0", "--lr_decay_iters=2", "--max_iters=4"]
+    finetune(shop, "--out_dir=rates", *rates)
+    assert "steps 3 to 4 have a learning rate of 0" in capsys.readouterr().out
+    resume(shop, "rates", "--max_iters=8", "--lr_decay_iters=0")
+    line = (
+        "step 5: the learning rate goes from 0 to 0.001, the highest, as a finished run is made longer"
+    )
+    assert line in capsys.readouterr().out
+    assert adapter(shop, "rates")["config"]["warmup_iters"] == 4
+
+
 def test_the_held_out_loss_is_that_of_each_response_token_once(shop, capsys):
     finetune(shop, "--out_dir=loss", "--max_iters=1", "--batch_size=3", "--val_fraction=0.3")
     with contextlib.chdir(shop):

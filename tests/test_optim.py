@@ -1,12 +1,9 @@
-"""Muon against torch's, and against the singular value decomposition; what is said of the rate."""
-
-from dataclasses import asdict
+"""Muon against torch's, and against the singular value decomposition."""
 
 import pytest
 import torch
 
-from optim import Muon, get_lr, orthogonalize, rate_notes
-from train import Config
+from optim import Muon, orthogonalize
 
 SHAPES = [(24, 32), (24, 32), (32, 24), (48, 16), (1, 8)]
 
@@ -44,27 +41,3 @@ def test_singular_values_move_to_about_one_and_directions_stay():
     assert 0.6 < values.min() and values.max() < 1.25
     assert (inside - torch.diag_embed(values)).abs().max() < 1e-4
     torch.testing.assert_close(orthogonalize(G.mT), orthogonalize(G).mT, rtol=0, atol=1e-5)
-
-
-def rates(**keys):
-    return Config(learning_rate=1e-3, warmup_iters=2, **keys)
-
-
-def test_a_rate_that_a_user_may_not_expect_is_named():
-    assert rate_notes(rates(max_iters=8)) == []
-    [note] = rate_notes(rates(max_iters=8, lr_decay_iters=4))
-    assert note.startswith("steps 5 to 8 learn nothing")
-    assert rate_notes(rates(max_iters=8, lr_decay_iters=4, min_lr=1e-5)) == []  # nanoGPT's habit
-    assert [get_lr(step, rates(max_iters=8, lr_decay_iters=4)) > 0 for step in (3, 4)] == [True, False]
-
-
-def test_a_run_that_is_lengthened_names_both_rates():
-    """Warm-up, stable, decay: it goes on at the stable rate and decays later."""
-    before = rates(max_iters=10)
-    after = rates(max_iters=100)
-    resumed = {"step": 10, "config": asdict(before)}
-    assert rate_notes(before, resumed) == rate_notes(after, {"step": 10, "config": asdict(after)}) == []
-    [note] = rate_notes(after, resumed)
-    old, new = get_lr(9, before), get_lr(10, after)
-    assert new == 1e-3 > old
-    assert note == f"the learning rate goes from {old:.3g} to {new:.3g} at step 10: max_iters changed"

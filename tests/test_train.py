@@ -24,6 +24,7 @@ from config import Refusal, configure
 from data import count_targets, epoch_starts, training_rows
 from device import resolve
 from model import ModelConfig
+from optim import plan_rates, saved_schedule
 from score import document_nats, evaluate, floor_line
 
 ROOT = Path(__file__).parents[1]
@@ -132,6 +133,76 @@ def test_learning_rate_at_the_ends(schedule):
     assert lr[550] == pytest.approx(middle)
     cfg.lr_decay_iters = 500
     assert train.get_lr(500, cfg) == train.get_lr(900, cfg) == 1e-3
+
+
+def test_a_finished_run_is_lengthened_at_the_highest_rate_and_to_the_bit(lab, capsys):
+    """In one stage, and in one that was interrupted; both by hand as well."""
+    short = ["--max_iters=4", "--warmup_iters=2", "--dropout=0.1"]
+
+    def resume(out_dir, *argv):
+        with contextlib.chdir(lab):
+            train.main(configure(train.Config, [f"--out_dir={out_dir}", "--init_from=resume", *argv]))
+        return [line for line in capsys.readouterr().out.splitlines() if "learning rate" in line]
+
+    for out_dir in "longer", "longer-in-parts":
+        run_train(lab, *short, f"--out_dir={out_dir}")
+    assert "learning rate" not in capsys.readouterr().out
+    message = (
+        "step 5: the learning rate goes from 0.00179 to 0.0025, the highest, as a finished run is made longer, "
+        "and falls again until step 12"
+    )
+    assert resume("longer", "--max_iters=12") == [message]
+    assert resume("longer-in-parts", "--max_iters=8", "--lr_decay_iters=12") == [message]
+    assert resume("longer-in-parts", "--max_iters=12") == []
+    assert resume("longer", "--max_iters=12") == []  # nothing is left to do
+    rates = [line["lr"] for line in log(lab, "longer") if "lr" in line]
+    heights = [1 / 3, 2 / 3, 1, 1 / 1.4, 1, 1, 1, 5 / 5.6, 4 / 5.6, 3 / 5.6, 2 / 5.6, 1 / 5.6]
+    assert rates == pytest.approx([2.5e-3 * height for height in heights])
+    a, b = load(lab, "longer"), load(lab, "longer-in-parts")
+    assert all(same(a[key], b[key]) for key in ("step", "model", "optimizers", "val_loss"))
+    assert log(lab, "longer") == log(lab, "longer-in-parts")
+
+
+def test_rates_that_change_on_resume_are_said_with_both(lab, capsys):
+    def lines(step, saved, **changes):
+        cfg = configure(train.Config, [f"--{key}={value}" for key, value in (saved | changes).items()])
+        ckpt = {"config": asdict(train.Config(**saved))}
+        return plan_rates(step, saved_schedule(ckpt, cfg), cfg), cfg
+
+    saved = {"max_iters": 100, "warmup_iters": 10, "schedule": "cosine", "min_lr": 1e-4}
+    for step in 0, 5, 50, 100, 110:
+        assert lines(step, saved)[0] == []
+    assert lines(5, saved, max_iters=200)[0] == []  # still warming up
+    # cos(40/190 pi) and cos(40/90 pi), from one of 49 to one of 50 steps
+    [line], cfg = lines(50, saved, max_iters=200)
+    before, after = (1e-4 + 2.4e-3 * (1 + math.cos(math.pi * done)) / 2 for done in (39 / 90, 40 / 190))
+    assert line == f"step 51: the learning rate goes from {before:.3g} to {after:.3g}"
+    assert cfg.warmup_iters == 10
+    # a restart, and with another warm-up one run of the whole length
+    [line], cfg = lines(100, saved, max_iters=200)
+    assert "to 0.0025, the highest" in line and cfg.warmup_iters == 100
+    [line], cfg = lines(100, saved, max_iters=200, warmup_iters=20)
+    assert "highest" not in line and cfg.warmup_iters == 20
+    [line], cfg = lines(50, saved, learning_rate=1e-3)
+    assert line.endswith(f"to {1e-4 + 9e-4 * (1 + math.cos(math.pi * 40 / 90)) / 2:.3g}")
+    with pytest.raises(Refusal, match="decay_frac must be above 0"):
+        saved_schedule({"config": {"decay_frac": 0.0}}, train.Config())
+
+
+def test_steps_at_a_rate_of_0_are_said(lab, capsys):
+    message = (
+        "steps 5 to 8 have a learning rate of 0 and change nothing: lr_decay_iters=4 is below max_iters; "
+        "--lr_decay_iters=0 goes down until the end"
+    )
+    run_train(lab, "--out_dir=zero", "--max_iters=8", "--lr_decay_iters=4", "--warmup_iters=2")
+    assert message in capsys.readouterr().out.splitlines()
+    rates = [line["lr"] for line in log(lab, "zero") if "lr" in line]
+    assert min(rates[:4]) > 0 and rates[4:] == [0] * 4
+    for argv in ["--min_lr=1e-4", "--lr_decay_iters=8"]:
+        cfg = configure(train.Config, ["--max_iters=8", "--lr_decay_iters=4", argv])
+        assert plan_rates(0, None, cfg) == []
+    cfg = configure(train.Config, ["--max_iters=8", "--lr_decay_iters=4"])
+    assert plan_rates(6, None, cfg)[0].startswith("steps 7 to 8 have") and plan_rates(8, None, cfg) == []
 
 
 # Optimizers and steps
