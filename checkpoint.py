@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 import torch
 
 import lora
-from config import Refusal, convert, hf_name, is_hf
+from config import Refusal, convert, hf_name, is_hf, is_out_of_memory
 from data import text_rule
 from device import check_memory
 from folders import write_atomic
@@ -179,7 +179,9 @@ def load(path, keys=KEYS):
         with f, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a foreign pickle's protocol; it is refused or fine
             ckpt = torch.load(f, map_location="cpu", weights_only=True)
-    except Exception:  # the unpickler raises whatever it stumbles over
+    except Exception as e:  # the unpickler raises whatever it stumbles over
+        if is_out_of_memory(e):
+            raise too_large(path)
         raise Refusal(
             f"{path} is not a checkpoint that is safe to read: it is damaged, foreign, or holds code"
         )
@@ -209,6 +211,11 @@ def load(path, keys=KEYS):
 def damaged(path, reason):
     """Returns the Refusal of a file of ours that is not as it was written: not the command is wrong."""
     return Refusal(f"{path} is damaged: {reason}", status=1)
+
+
+def too_large(path):
+    """Returns the Refusal of a file that memory does not hold."""
+    return Refusal(f"{path} takes more memory than there is", status=1)
 
 
 def check_numbers(ckpt):
@@ -241,7 +248,9 @@ def restore(ckpt, path, device="cpu"):
         check_memory(torch.device("cpu"), sizes.bytes, f"{path} is for a larger machine")
         model = Transformer(config)
         model.load_state_dict(ckpt["model"])
-    except (ValueError, TypeError, AttributeError, RuntimeError) as e:
+    except (ValueError, TypeError, AttributeError, RuntimeError, MemoryError) as e:
+        if is_out_of_memory(e):
+            raise too_large(path)
         raise damaged(path, str(e).splitlines()[0])
     return model.to(device).eval(), tokenizer
 

@@ -21,6 +21,17 @@ from contextlib import redirect_stderr, redirect_stdout
 
 BOOLS = {"true": True, "1": True, "false": False, "0": False}
 KINDS = {bool: "a boolean (true or false)", int: "an integer", float: "a finite number", str: "a string"}
+# keys that decide how much memory a script takes
+SIZES = (
+    "num_samples",
+    "max_new_tokens",
+    "batch_size",
+    "max_length",
+    "block_size",
+    "n_layer",
+    "n_embd",
+    "num_proc",
+)
 COMMAND_LINE = "command line"  # the source of a key that no file sets
 
 
@@ -261,6 +272,13 @@ def is_out_of_memory(error):
     return isinstance(error, MemoryError) or any(text in str(error).lower() for text in words)
 
 
+def out_of_memory(Config):
+    """Returns the line for one who has no memory left: the keys of this script that would take less."""
+    fields = {field.name for field in dataclasses.fields(Config)}
+    sizes = [key for key in SIZES if key in fields]
+    return f"out of memory: a smaller {' or '.join(sizes) or 'model'} takes less"
+
+
 def run(main, Config, words=()):
     """Runs main(cfg) with the arguments of the command line; a script's last line.
 
@@ -282,11 +300,10 @@ def run(main, Config, words=()):
             raise SystemExit(e.status)
         except KeyboardInterrupt:
             raise SystemExit(130)
-        except (MemoryError, RuntimeError) as e:
+        except (MemoryError, OSError, RuntimeError) as e:
             if not is_out_of_memory(e):
                 raise
-            advice = "a smaller batch_size, block_size or model takes less"
-            print(f"{os.path.basename(sys.argv[0])}: out of memory: {advice}", file=sys.stderr)
+            print(f"{os.path.basename(sys.argv[0])}: {out_of_memory(Config)}", file=sys.stderr)
             raise SystemExit(1)
         finally:
             if handler is end_at_once:

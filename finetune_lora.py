@@ -17,6 +17,7 @@ import hashlib
 import math
 import os
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 from config import Refusal, hf_name, new_lines, run
 
@@ -46,7 +47,6 @@ from data import (
 from device import Compute, check_memory, resolve
 from lenses import probes
 from log import plot
-from model import model_sizes
 from rmsnorm import choose_rmsnorm
 from rows import default_template, encode_rows, pack, packed_batch, split_rows, training_packs
 from sample import generate
@@ -136,11 +136,9 @@ class Tuning:
                 raise Refusal(e)
         learned, _ = lora.trainable(self.model)
         c = replace(self.model.config, block_size=self.T)
-        check_memory(
-            self.compute.device,
-            training_bytes(cfg, c, model_sizes(c), learned),
-            "try a smaller batch_size",
-        )
+        adapt = partial(lora.inject, c=cfg) if cfg.rank else None
+        needs = training_bytes(cfg, c, self.compute, learned, adapt, documents=True)
+        check_memory(self.compute.device, needs, "try a smaller batch_size")
         self.model = self.model.to(self.compute.device)
         rmsnorm_message = choose_rmsnorm(self.model, cfg.rmsnorm, self.compute)
         self.model.gradient_checkpointing = cfg.gradient_checkpointing

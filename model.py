@@ -585,6 +585,7 @@ class Sizes(NamedTuple):
     parameters: int  # a tied matrix once
     matrices: int  # of them in matrices: biases and gains left out
     buffers: int  # in tables that are never saved
+    hidden: int = 0  # of the matrices those in blocks
 
     @property
     def bytes(self):
@@ -604,7 +605,62 @@ def model_sizes(c):
         raise ValueError(f"a model of these sizes cannot be made: {str(e).splitlines()[0]}")
     whole = module_sizes(model)
     block = module_sizes(model.blocks[0])
-    return Sizes(*(w + (c.n_layer - 1) * b for w, b in zip(whole, block)))
+    sizes = Sizes(*(w + (c.n_layer - 1) * b for w, b in zip(whole, block)))
+    return sizes._replace(hidden=c.n_layer * block.matrices)
+
+
+def mask_bytes(c, batch_size=0):
+    """Returns less than the mask of a model of config c takes while it is made: the distances of tokens
+    and what comes of them. batch_size: of rows with documents in them; 0 for plain rows.
+
+    Raises ValueError where the numbers are too large to count.
+    """
+    T = c.block_size
+    try:
+        with torch.device("meta"):
+            model = Transformer(replace(model_config(c), n_layer=1))
+            doc = torch.zeros(batch_size, T) if batch_size else None
+            mask, _ = attention_mask(torch.arange(T), T, doc, model.score_bias)
+    except RuntimeError as e:
+        raise ValueError(f"a mask of these sizes cannot be made: {str(e).splitlines()[0]}")
+    return 0 if mask is None else mask.nbytes + 8 * T * T
+
+
+def activation_bytes(c, adapt=None):
+    """Returns the bytes that training a model of config c keeps of a token for the backward pass, in
+    float32, up to the head. adapt(model) changes the model first, as lora.inject does.
+
+    Measured by what autograd keeps on the meta device, so it is right for any class; 0 for one that
+    cannot do without numbers. Less than what is kept: a token sees itself alone, and query heads are
+    as many as key heads, which SDPA may repeat for them.
+    """
+    c = replace(model_config(c), n_head=c.n_kv_head, block_size=1)
+    kept = []
+    try:
+        for n_layer in (1, 2):
+            with torch.device("meta"):
+                model = Transformer(replace(c, n_layer=n_layer))
+            if adapt:
+                adapt(model)
+            kept.append(kept_bytes(model))
+    except RuntimeError:
+        return 0
+    return kept[0] + (c.n_layer - 1) * (kept[1] - kept[0])
+
+
+def kept_bytes(model):
+    """Returns the bytes that autograd keeps of each row of one token, on the meta device."""
+    rows = 2**30  # so many that what all of them share, as weights, is nothing of each
+    storages = {}
+
+    def keep(x):
+        storage = x.untyped_storage()
+        storages[storage._cdata] = storage  # that several functions keep counts once
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        model.hidden(torch.zeros(rows, 1, dtype=torch.long, device="meta"))
+    return sum(storage.nbytes() for storage in storages.values()) // rows
 
 
 def module_sizes(module):

@@ -36,7 +36,9 @@ from model import (
     HAS_CHUNKED_LOSS,
     ModelConfig,
     Transformer,
+    activation_bytes,
     flops_per_token,
+    mask_bytes,
     model_config,
     model_sizes,
     num_params,
@@ -568,28 +570,39 @@ def open_data(cfg, compute):
     return folder, meta, data, tokenizer
 
 
-def training_bytes(cfg, c, sizes, learned):
-    """Returns less than training a model of config c takes, in bytes: its weights and tables, gradients
-    and a moment of those that are learned, a micro-batch's logits and their gradient, what a block keeps
-    for the backward pass (in 16 bits), biases of scores, a step's tokens.
+def training_bytes(cfg, c, compute, learned=None, adapt=None, documents=False):
+    """Returns less than training a model of config c takes from its second step on, in bytes: weights,
+    tables, moments and a step's tokens; with them the gradients, or a mask, or what a micro-batch keeps
+    for its backward pass with its logits and their gradient.
+
+    learned: how many weights learn, None for all; adapt: what makes the others freeze (see
+    model.activation_bytes); documents: whether rows have documents in them. Of --eval_only, which may
+    have fewer rows than a micro-batch, only the weights and tables count. Raises ValueError where the
+    numbers are too large to count.
     """
-    tokens = cfg.batch_size * c.block_size
-    logits = 8 * tokens * c.vocab_size if cfg.loss == "plain" else 0
-    # vectors of n_embd a token: residuals, q, k, v, the MLP's
-    kept = 1 if cfg.gradient_checkpointing else 6
-    activations = 2 * kept * c.n_embd * c.n_layer * tokens
-    biases = 4 * c.n_head * c.block_size**2 if c.pos == "alibi" else 0
-    token_bytes = 16 * tokens * cfg.gradient_accumulation_steps
-    return sizes.bytes + 8 * learned + logits + activations + biases + token_bytes
+    sizes = model_sizes(c)
+    if cfg.eval_only:
+        return sizes.bytes
+    learned = sizes.parameters if learned is None else learned
+    moments = 8 * learned - (4 * sizes.hidden if cfg.optimizer == "muon" else 0)
+    rows = rows_each(cfg, compute)
+    batch_size = min(cfg.batch_size, rows)
+    tokens = batch_size * c.block_size
+    kept = 8 * tokens * c.vocab_size if cfg.loss == "plain" else 0
+    # a compiler keeps what it chooses; a GPU says by itself that it is full, where a CPU's process is killed
+    if compute.device.type == "cpu" and not (compute.compile or cfg.gradient_checkpointing):
+        kept += tokens * activation_bytes(c, adapt) * compute.dtype.itemsize // 4
+    mask = mask_bytes(c, batch_size if documents else 0)
+    step_tokens = 16 * rows * c.block_size
+    return sizes.bytes + moments + step_tokens + max(4 * learned, mask, kept)
 
 
 def check_training_memory(cfg, compute):
     """Raises Refusal where the device cannot hold what training all weights of the config's model takes."""
     try:
-        sizes = model_sizes(cfg)
+        needs = training_bytes(cfg, cfg, compute)
     except ValueError as e:
         raise Refusal(e)
-    needs = training_bytes(cfg, cfg, sizes, sizes.parameters)
     check_memory(compute.device, needs, "try a smaller model or batch_size")
 
 

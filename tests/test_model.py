@@ -17,8 +17,11 @@ from model import (
     ModelConfig,
     RoPE,
     Transformer,
+    activation_bytes,
+    attention_mask,
     flops_per_token,
     kv_cache_bytes,
+    mask_bytes,
     num_params,
     rope_frequencies,
     rotate,
@@ -232,6 +235,44 @@ def test_logits_stay_at_block_size_and_are_refused_past_it():
         model(tokens(1, 9), cache=cache)
     with pytest.raises(ValueError, match="rewind"):
         cache.rewind(1)
+
+
+def kept_on_a_cpu(model, rows):
+    """Bytes of the memory that autograd keeps of rows of T tokens, weights and all."""
+    storages = {}
+
+    def keep(x):
+        storages[x.untyped_storage().data_ptr()] = x.untyped_storage()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        model.hidden(tokens(rows))
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+@pytest.mark.parametrize("row", GRID[::7])
+def test_activations_are_foreseen_and_never_more_than_they_are(row):
+    """Of each token what one row more of T adds, to the byte where no scores are kept and no key is repeated."""
+    model = build(*row, n_layer=3).train()
+    kept = (kept_on_a_cpu(model, 3) - kept_on_a_cpu(model, 2)) / T
+    foreseen = activation_bytes(model.config)
+    assert 0.6 * kept < foreseen <= kept
+    if model.config.n_kv_head == 4 and model.score_bias is None:
+        assert foreseen == kept
+
+
+def test_a_mask_is_foreseen():
+    places = torch.arange(24)
+    for pos, heads in ("alibi", 4), ("rope", 1):
+        model = build(pos=pos)
+        doc = torch.zeros(3, 24, dtype=torch.long)
+        mask, _ = attention_mask(places, 24, doc, model.score_bias)
+        assert mask.shape == (3, heads, 24, 24)
+        assert mask_bytes(model.config, 3) == mask.numel() * mask.element_size() + 8 * 24 * 24
+    assert mask_bytes(build(pos="rope").config) == 0
+    assert mask_bytes(build(pos="alibi").config) == (4 * 4 + 8) * 24 * 24
+    with pytest.raises(ValueError, match="cannot be made"):
+        mask_bytes(ModelConfig(vocab_size=V, pos="alibi", n_head=2**20, n_embd=2**20, block_size=10**7))
 
 
 def test_the_cache_is_shaped_by_its_kv_heads_and_its_bytes_are_as_predicted():

@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ import train
 from config import Refusal, configure
 from data import count_targets, epoch_starts, training_rows
 from device import resolve
-from model import ModelConfig
+from model import ModelConfig, activation_bytes, model_sizes
 from optim import plan_rates, saved_schedule
 from score import document_nats, evaluate, floor_line
 
@@ -598,6 +598,51 @@ def test_numbers_at_the_edge_are_refused_or_work(lab, argv, refusal):
         assert load(lab, "edge")["step"] == 3
     for path in (lab / "edge").glob("*.pt"):
         assert all(weight.isfinite().all() for weight in checkpoint.load(str(path))["model"].values())
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--block_size=60000", "--batch_size=1", "--pos=alibi"], "this needs more than 54 GiB"),
+        (["--block_size=32", "--batch_size=100000"], "this needs more than"),
+        # what a step takes beyond what is foreseen: a third copy of the logits
+        (
+            ["--block_size=32", "--batch_size=7500", "--gradient_checkpointing"],
+            "out of memory: a smaller batch_size or block_size or n_layer or n_embd takes less",
+        ),
+    ],
+)
+def test_want_of_memory_is_one_line(lab, argv, message):
+    """Where 3 GiB are allowed, as by ulimit -v."""
+    resource = pytest.importorskip("resource")
+    done = subprocess.run(
+        [sys.executable, ROOT / "train.py", *SMALL, *argv, "--out_dir=small-machine"],
+        cwd=lab,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (3 * 2**30, 3 * 2**30)),
+    )
+    assert done.returncode in (1, 2)
+    error = done.stderr.splitlines()[-1]
+    assert error.startswith("train.py: ") and message in error and "Traceback" not in done.stderr
+
+
+def test_only_what_this_process_takes_is_counted():
+    cfg = train.Config(vocab_size=300, gradient_accumulation_steps=4)
+    bytes_of = {}
+    for world_size in 1, 8:
+        compute = replace(CPU, world_size=world_size)
+        bytes_of[world_size] = train.training_bytes(cfg, cfg, compute)
+    sizes = model_sizes(cfg)
+    kept = activation_bytes(cfg) + 8 * 300
+    moments = 8 * sizes.parameters - 4 * sizes.hidden
+    tokens = 16 * 128
+    assert bytes_of[1] == sizes.bytes + moments + 4 * 16 * tokens + tokens * kept
+    # of the 64 rows of a step 8 are each process's: half a micro-batch
+    assert bytes_of[8] == sizes.bytes + moments + 16 * tokens // 2 + tokens // 2 * kept
+    cfg.eval_only = True
+    assert train.training_bytes(cfg, cfg, CPU) == sizes.bytes
 
 
 def test_the_log_the_best_checkpoint_and_the_plot(lab):
