@@ -24,7 +24,7 @@ import lora
 from config import Refusal, convert, hf_name, is_hf, is_out_of_memory
 from data import text_rule
 from device import check_memory
-from folders import write_atomic
+from folders import holds_run, is_free, write_atomic
 from interop import hf_folder
 from interop.any_tokenizer import load_tokenizer
 from model import MODEL_KEYS, ModelConfig, Transformer, model_sizes
@@ -118,6 +118,10 @@ def find(out_dir, prefer="ckpt_best.pt"):
     folder = hf_name(out_dir)
     has_model = os.path.isfile(os.path.join(folder, "config.json"))
     has_peft = os.path.isfile(os.path.join(folder, "adapter_config.json"))
+    if is_hf(out_dir) and holds_run(folder) and not has_model and not has_peft:
+        raise Refusal(
+            f"{folder} is ours, not what transformers or PEFT wrote: it is read as {folder}, without hf:"
+        )
     if is_hf(out_dir) and last != "adapter.pt" and (has_model or not has_peft):
         return out_dir
     for name in (prefer, last):
@@ -130,6 +134,10 @@ def find(out_dir, prefer="ckpt_best.pt"):
         raise Refusal(
             f"{folder} holds a whole model, not an adapter: sample.py --out_dir=hf:{folder} reads it"
         )
+    if is_hf(out_dir) and os.path.isdir(folder) and not has_peft:
+        raise Refusal(
+            f"there is no adapter of PEFT in {folder}, which would have an adapter_config.json"
+        )
     if has_peft or is_hf(out_dir):
         command = f"python hf.py --out_dir=BASE --adapter=hf:{folder} --to=FOLDER"
         raise Refusal(f"hf:{folder} is not read as it is: {command} makes an adapter of ours of it")
@@ -138,21 +146,21 @@ def find(out_dir, prefer="ckpt_best.pt"):
             f"{out_dir} holds no checkpoint of ours; what transformers wrote there is read as hf:{out_dir}, "
             "to sample, evaluate or start from"
         )
-    if os.path.isfile(os.path.join(out_dir, last.replace(".pt", "_best.pt"))):
+    if holds_run(out_dir, [last.replace(".pt", "_best.pt")]):
         ways = f"--init_from={out_dir} --out_dir=OTHER starts from its best one"
         if last == "adapter.pt":
-            ways = f"sample.py --adapter={out_dir} reads its best one, --overwrite moves it aside"
+            command = f"finetune_lora.py --out_dir={out_dir} --overwrite"
+            ways = f"sample.py --adapter={out_dir} reads its best one, {command} begins anew"
         raise Refusal(f"the run in {out_dir} was killed before its first {last}: {ways}")
-    if last == "adapter.pt" and os.path.isfile(os.path.join(out_dir, "ckpt.pt")):
+    if last == "adapter.pt" and holds_run(out_dir, ["ckpt.pt", "ckpt_best.pt"]):
         raise Refusal(
             f"{out_dir} holds a whole checkpoint, not an adapter: sample.py --out_dir={out_dir} reads it"
         )
+    free = out_dir if is_free(out_dir) else "OTHER"
     if last == "adapter.pt":
-        raise Refusal(
-            f"there is no adapter in {out_dir}; python finetune_lora.py --out_dir={out_dir} makes one"
-        )
-    adapters = (os.path.join(out_dir, name) for name in ("adapter.pt", "adapter_best.pt"))
-    if any(map(os.path.isfile, adapters)):
+        command = f"python finetune_lora.py --init_from=BASE --out_dir={free}"
+        raise Refusal(f"there is no adapter in {out_dir}; {command} makes one")
+    if holds_run(out_dir, ["adapter.pt", "adapter_best.pt"]):
         raise Refusal(
             f"{out_dir} holds an adapter: sample.py --adapter={out_dir} reads it, "
             f"finetune_lora.py --merge --out_dir={out_dir} makes a checkpoint of it and its base"
@@ -161,7 +169,7 @@ def find(out_dir, prefer="ckpt_best.pt"):
     if not os.path.exists(out_dir):
         hint = f" (a folder or a name of the Hugging Face hub is hf:{out_dir})"
     raise Refusal(
-        f"there is no checkpoint in {out_dir}; python train.py --out_dir={out_dir} makes one{hint}"
+        f"there is no checkpoint in {out_dir}; python train.py --out_dir={free} makes one{hint}"
     )
 
 

@@ -707,7 +707,7 @@ def write_folder(cfg, model, tokenizer, ckpt, ids, folder):
 def main(cfg):
     ckpt = checkpoint.open_checkpoint(cfg.out_dir)
     if is_hf(ckpt.path) and not cfg.to:
-        raise Refusal("name the folder to write with --to")
+        raise Refusal("name the folder to write: --to=FOLDER")
     folder = Path(cfg.to) if cfg.to else Path(ckpt.path).parent / "onnx"
     ways = "--overwrite moves it aside, --to=OTHER writes elsewhere"
     with new_folder(folder, cfg.overwrite, ways, [hf_name(ckpt.path)]) as tmp:

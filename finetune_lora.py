@@ -174,7 +174,7 @@ def open_tuning(cfg, kind, fixed=FIXED):
         cfg = inherit(cfg, resumed, base.adapter_path or base.path, True, fixed)
     else:
         base = open_checkpoint(cfg.init_from)
-    moves_aside = is_in_the_way(cfg)
+    moves_aside = is_in_the_way(cfg, ("ckpt.pt", "adapter.pt"))
     base_path = os.path.realpath(hf_name(base.path)) + os.sep
     if moves_aside and base_path.startswith(os.path.realpath(cfg.out_dir) + os.sep):
         raise Refusal(

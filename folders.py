@@ -19,14 +19,9 @@ LOCK = ".lock"
 PID = ".pid"  # of the process that has the lock: where a lock is mandatory nobody else reads its file
 
 
-def holds_run(folder):
-    """Returns whether train.py or finetune_lora.py saved a run in folder."""
-    return any(os.path.isfile(os.path.join(folder, name)) for name in RUN)
-
-
-def can_go_on(folder):
-    """Returns whether a run in folder was saved whole, so that --init_from=resume goes on with it."""
-    return any(os.path.isfile(os.path.join(folder, name)) for name in ("ckpt.pt", "adapter.pt"))
+def holds_run(folder, names=RUN):
+    """Returns whether train.py or finetune_lora.py saved a run in folder, under one of these names."""
+    return any(os.path.isfile(os.path.join(folder, name)) for name in names)
 
 
 def others_in(folder):
@@ -40,14 +35,21 @@ def others_in(folder):
     return [*runs, LOCK, PID]
 
 
-def in_the_way(folder, overwrite, ways, keep=()):
-    """Returns whether folder holds anything that move_aside is to move: all but the names in keep.
+def is_free(folder):
+    """Returns whether a run can begin in folder as it is: nothing is there but other runs, and the log of
+    one that made no checkpoint.
+    """
+    if not os.path.isdir(folder):
+        return not os.path.exists(folder)
+    return set(os.listdir(folder)) <= {*others_in(folder), "log.jsonl"}
+
+
+def in_the_way(folder, overwrite, ways):
+    """Returns whether folder holds anything that move_aside is to move.
 
     Raises Refusal where it does and overwrite was not given; `ways` tells the ways out.
     """
-    if not os.path.exists(folder):
-        return False
-    if os.path.isdir(folder) and set(os.listdir(folder)) <= set(keep):
+    if not os.path.exists(folder) or os.path.isdir(folder) and not os.listdir(folder):
         return False
     if not overwrite:
         raise Refusal(f"{folder} is there already: {ways}")

@@ -485,23 +485,24 @@ class Pretraining:
 # From the command line
 
 
-def is_in_the_way(cfg):
+def is_in_the_way(cfg, last=("ckpt.pt",)):
     """Returns whether out_dir holds something that --overwrite is to move aside: other runs in it, and
     the log of one that made no checkpoint, are none. Raises Refusal where --overwrite was not given.
+
+    last: the names of checkpoints that the script goes on from.
     """
     if cfg.init_from == "resume" or cfg.eval_only:
         return False
     if os.path.exists(cfg.out_dir) and not os.path.isdir(cfg.out_dir):
         raise Refusal(f"{cfg.out_dir} is a file, and out_dir a folder to write")
-    harmless = folders.others_in(cfg.out_dir)
+    if folders.is_free(cfg.out_dir):
+        return False
     ways = "--overwrite moves it aside, --out_dir=OTHER writes elsewhere"
-    if folders.can_go_on(cfg.out_dir):
+    if folders.holds_run(cfg.out_dir, last):
         ways = f"--init_from=resume goes on with it, {ways}"
-    elif os.path.exists(os.path.join(cfg.out_dir, "ckpt_best.pt")):
+    elif folders.holds_run(cfg.out_dir, ["ckpt_best.pt"]):
         ways = f"--init_from={cfg.out_dir} --out_dir=OTHER starts from its best checkpoint, {ways}"
-    elif not folders.holds_run(cfg.out_dir):
-        harmless = [*harmless, "log.jsonl"]
-    return folders.in_the_way(cfg.out_dir, cfg.overwrite, ways, harmless)
+    return folders.in_the_way(cfg.out_dir, cfg.overwrite, ways)
 
 
 def alone_in_out_dir(cfg):
@@ -525,7 +526,13 @@ def open_start(cfg):
     )
     if resume and not cfg.eval_only:
         check_resumable(start, cfg)
-    return start, inherit(cfg, start.state, start.path, resume)
+    if not (resume and cfg.eval_only):
+        return start, inherit(cfg, start.state, start.path, resume)
+    dataset = cfg.dataset
+    cfg = inherit(cfg, start.state, start.path, resume, fixed=())  # which other data do not harm
+    if "dataset" not in cfg.given:  # one that was fine-tuned has its base's
+        cfg.dataset = start.dataset or dataset
+    return start, cfg
 
 
 def check_resumable(start, cfg):

@@ -2,7 +2,6 @@
 
 import contextlib
 import re
-import shlex
 import shutil
 
 import pytest
@@ -14,6 +13,7 @@ import export_onnx
 import finetune_lora
 import hf
 import sample
+import serve
 import train
 from config import Refusal, configure
 from data import prompt_ids
@@ -26,6 +26,7 @@ SCRIPTS = {
     "eval": evaluation,
     "export_onnx": export_onnx,
     "hf": hf,
+    "serve": serve,
 }
 TRAIN = [*SMALL, "--max_iters=2", "--eval_interval=2", "--block_size=64"]
 TUNE = ["--dataset=rows.jsonl", "--max_iters=1", "--rank=2", "--device=cpu", "--dtype=float32"]
@@ -33,36 +34,43 @@ SHORT = {
     "train": TRAIN,
     "finetune_lora": TUNE,
     "sample": ["--max_new_tokens=2"],
-    "eval": [],
+    "eval": ["--num_samples=1", "--max_new_tokens=5", "--num_cases=22", "--resamples=1000"],
     "export_onnx": ["--seconds=0"],
     "hf": [],
+    "serve": [],
 }
 
 
 @pytest.fixture(scope="module")
 def states(lab, tmp_path_factory):
-    """A folder with one folder for each state that a run can have left behind."""
+    """A folder with one folder for each state that a run can have left behind, and what is no run's."""
     with contextlib.chdir(lab):
         rows = '{"prompt": "Who?", "response": "The cat."}\n' * 8
         (lab / "rows.jsonl").write_text(rows)
+        (lab / "story.txt").write_text("Once upon a time there was a cat. " * 40)
         run("train", *TRAIN, "--out_dir=both")
         run("finetune_lora", *TUNE, "--init_from=both", "--out_dir=adapter")
+        run("finetune_lora", *TUNE, "--init_from=both", "--out_dir=tuned", "--rank=0")
         run("hf", "--out_dir=both", "--to=folder")
+        run("hf", "--adapter=adapter", "--to=peft")
+        run("export_onnx", "--out_dir=both", "--to=onnx", "--seconds=0")
         for name, files in {
-            "best": ["ckpt_best.pt", "log.jsonl"],
-            "last": ["ckpt.pt", "log.jsonl"],
-            "log": ["log.jsonl"],
+            "best": ["both/ckpt_best.pt", "both/log.jsonl"],
+            "last": ["both/ckpt.pt", "both/log.jsonl"],
+            "log": ["both/log.jsonl"],
+            "adapter-best": ["adapter/adapter_best.pt"],
+            "tuned-best": ["tuned/ckpt_best.pt"],
+            "empty": [],
         }.items():
             (lab / name).mkdir()
             for file in files:
-                (lab / name / file).write_bytes((lab / "both" / file).read_bytes())
-        (lab / "adapter-best").mkdir()
-        content = (lab / "adapter/adapter_best.pt").read_bytes()
-        (lab / "adapter-best/adapter_best.pt").write_bytes(content)
-        (lab / "empty").mkdir()
-        run("finetune_lora", "--out_dir=adapter", "--merge")
+                shutil.copy(file, name)
+        shutil.copytree("adapter", "adapter-merged")
+        run("finetune_lora", "--out_dir=adapter-merged", "--merge")
         (lab / "merged").mkdir()
-        (lab / "adapter/ckpt.pt").rename(lab / "merged/ckpt.pt")
+        shutil.copy("adapter-merged/ckpt.pt", "merged")
+        (lab / "foreign").mkdir()
+        (lab / "foreign/thesis.txt").write_text("somebody's")
     return lab
 
 
@@ -71,66 +79,137 @@ def run(script, *argv):
     module.main(configure(module.Config, list(argv)))
 
 
-def follow(script, argv, message):
-    """Returns (script, argv) of the first piece of advice in a refusal."""
-    command = re.search(r"(?:python )?(\w+)\.py((?: --[\w.]+(?:=[^\s,;)]+)?)+)", message)
-    if command:
-        script = command[1]
-        return script, [*shlex.split(command[2]), *SHORT[script]]
-    flags = re.search(r"--[\w.]+(?:=[^\s,;)]+)?(?: --[\w.]+(?:=[^\s,;)]+)?)*", message)
-    if not flags:
-        return None
-    keys = [flag.split("=")[0] for flag in shlex.split(flags[0])]
-    rest = [argument for argument in argv if argument.split("=")[0] not in keys]
-    if "--init_from=resume" in flags[0]:  # which takes all else from the run
-        rest = [argument for argument in rest if argument.startswith("--out_dir")]
-    return script, [*rest, *shlex.split(flags[0])]
-
-
-COMMANDS = {
-    "train": ["--out_dir={}"],
-    "train resume": ["--out_dir={}", "--init_from=resume"],
-    "train start": ["--init_from={}", "--out_dir=new"],
-    "finetune_lora": ["--init_from={}", "--out_dir=new"],
-    "finetune_lora into": ["--init_from=both", "--out_dir={}"],
-    "finetune_lora resume": ["--out_dir={}", "--init_from=resume"],
-    "sample": ["--out_dir={}"],
-    "sample adapter": ["--adapter={}"],
-    "sample hf": ["--out_dir=hf:{}"],
-    "hf": ["--out_dir={}", "--to=new"],
+FLAG = r"--[a-z_]+(?:=[^\s,;)]*[^\s,;:)])?"
+# what a reader puts in the place of a word in capitals
+WORDS = {
+    "--init_from=FOLDER": "--init_from=both",
+    "=FOLDER": "=to",
+    "another --out_dir": "--out_dir=other",
+    "OTHER": "other",
+    "BASE": "both",
+    "--out_dir=OUT ": "--out_dir=both ",
+    "FILE": "story.txt",
 }
-STATES = ["empty", "log", "best", "last", "both", "adapter", "adapter-best", "merged", "folder", "gone"]
+
+
+def read_advice(script, argv, message):
+    """Returns each (script, argv) that a refusal of script with argv advises: commands, flags for the same
+    command, and another name for the folder.
+    """
+    for word, value in WORDS.items():
+        message = message.replace(word, value)
+    steps = []
+    for command in re.finditer(rf"(?:python )?(\w+)\.py((?: {FLAG})+)", message):
+        steps.append((command[1], command[2].split()))
+    message = re.sub(rf"\w+\.py(?: {FLAG})+", "", message)
+    for match in re.finditer(rf"{FLAG}(?: {FLAG})*", message):
+        flags = match[0].split()
+        keys = [flag.split("=")[0] for flag in flags]
+        rest = [argument for argument in argv if argument.split("=")[0] not in keys]
+        if "--init_from=resume" in flags:  # which takes all else from the run
+            rest = [flag for flag in rest if flag.startswith("--out_dir") or flag == "--eval_only"]
+        steps.append((script, [*rest, *flags]))
+    for match in re.finditer(
+        r"(\S+) holds .* is read as (\S+?),|it is read as (\S+?), without", message
+    ):
+        old, new = (match[1], match[2]) if match[1] else (f"hf:{match[3]}", match[3])
+        steps.append((script, [argument.replace(f"={old}", f"={new}") for argument in argv]))
+    return [(script, with_short(script, argv)) for script, argv in steps]
+
+
+def with_short(script, argv):
+    """Returns argv with what makes the script quick, but where it takes its settings from a run."""
+    if "--init_from=resume" in argv or "--merge" in argv:
+        return argv
+    keys = {argument.split("=")[0] for argument in argv}
+    return [*argv, *(flag for flag in SHORT[script] if flag.split("=")[0] not in keys)]
+
+
+COMMANDS = [
+    "train --out_dir={}",
+    "train --out_dir={} --init_from=resume",
+    "train --init_from={} --out_dir=new",
+    "train --out_dir={} --init_from=resume --eval_only",
+    "train --out_dir={} --eval_only",
+    "finetune_lora --init_from={} --out_dir=new",
+    "finetune_lora --init_from=both --out_dir={}",
+    "finetune_lora --out_dir={} --init_from=resume",
+    "finetune_lora --out_dir={} --merge",
+    "sample --out_dir={}",
+    "sample --adapter={}",
+    "sample --out_dir=hf:{}",
+    "sample --adapter=hf:{}",
+    "hf --out_dir={} --to=new",
+    "hf --adapter={} --to=new",
+    "hf --adapter=hf:{} --to=new",
+]
+# exporting and evaluating take seconds
+SLOW_COMMANDS = {
+    "both": ["sample --onnx={}", "serve --model={}"],
+    "gone": ["sample --onnx={}", "serve --model={}", "eval --out_dir={}", "export_onnx --out_dir={}"],
+    "best": ["sample --onnx={}"],
+    "folder": ["eval --out_dir={}", "export_onnx --out_dir={}"],
+    "adapter": ["eval --out_dir={}", "export_onnx --out_dir={}"],
+}
+STATES = [
+    "empty",
+    "log",
+    "best",
+    "last",
+    "both",
+    "adapter",
+    "adapter-best",
+    "adapter-merged",
+    "merged",
+    "tuned",
+    "tuned-best",
+    "folder",
+    "peft",
+    "onnx",
+    "foreign",
+    "gone",
+]
 
 
 @pytest.mark.parametrize("state", STATES)
-@pytest.mark.parametrize("command", COMMANDS)
-def test_advice_that_is_followed_leads_to_something(states, command, state, tmp_path, monkeypatch):
-    """In two steps at most; where a refusal only says what is wrong, that is an end too."""
-    folder = tmp_path / "lab"
-    folder.mkdir()
-    for path in states.iterdir():
-        if path.name in (*STATES, "rows.jsonl"):
-            copy = shutil.copytree if path.is_dir() else shutil.copy
-            copy(path, folder / path.name)
-    (folder / "data").symlink_to(states / "data")
-    monkeypatch.chdir(folder)
-    script = command.split()[0]
-    short = [] if "resume" in command else SHORT[script]
-    argv = [*(part.format(state) for part in COMMANDS[command]), *short]
-    messages = []
-    for _ in range(4):
-        try:
-            run(script, *argv)
-            return
-        except Refusal as e:
-            messages.append(str(e))
-        advice = follow(script, argv, messages[-1].replace("OTHER", "other").replace("FOLDER", "to"))
-        if advice is None:
-            return
-        script, argv = advice
-        if any("BASE" in argument for argument in argv):
-            argv = [argument.replace("BASE", "both") for argument in argv]
-    raise AssertionError(f"advice in a circle: {messages}")
+def test_advice_that_is_followed_leads_to_something(states, state, tmp_path):
+    """Each piece of advice works, or what the next refusal advises does; each from the same state."""
+    refusals = {}
+
+    def refusal(script, argv):
+        """Returns what a command is refused with, or None, in a fresh copy of all states."""
+        key = (script, *argv)
+        if key not in refusals:
+            folder = tmp_path / str(len(refusals))
+            folder.mkdir()
+            for path in states.iterdir():
+                if path.name in STATES:
+                    shutil.copytree(path, folder / path.name)
+            for name in "data", "rows.jsonl", "story.txt":
+                (folder / name).symlink_to(states / name)
+            with contextlib.chdir(folder):
+                try:
+                    refusals[key] = run(script, *argv)
+                except Refusal as e:
+                    refusals[key] = str(e)
+            shutil.rmtree(folder)
+        return refusals[key]
+
+    for command in [*COMMANDS, *SLOW_COMMANDS.get(state, [])]:
+        if state == "gone" and "hf:" in command:  # a name of the hub then
+            continue
+        script, *argv = command.format(state).split()
+        argv = with_short(script, argv)
+        message = refusal(script, argv)
+        for first in read_advice(script, argv, message or ""):
+            second_message = refusal(*first)
+            if second_message is None:
+                continue
+            seconds = read_advice(*first, second_message)
+            story = f"{command}: {message} -> {first}: {second_message}"
+            assert seconds, story
+            for second in seconds:
+                assert refusal(*second) is None, f"{story} -> {second}: {refusal(*second)}"
 
 
 def test_a_start_longer_than_the_context_is_refused_before_training(states, monkeypatch):
