@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from config import Refusal
+from tensors import check_tensor, is_finite
 
 # the keys that get_lr reads
 SCHEDULE = (
@@ -85,37 +86,102 @@ def step_unless(optimizers, is_skipped):
             optimizer.step()
 
 
+# what the config decides anew of a saved group of parameters
+CHANGEABLE = {"lr", "lr_scale", "weight_decay", "betas", "momentum"}
+# what an optimizer keeps of each parameter after its first step
+MOMENTS = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "Muon": {"momentum_buffer"}}
+
+
 def load_optimizers(optimizers, scaler, ckpt, cfg):
-    """Gives optimizers, and a loss scaler or None, the state in a loaded checkpoint; its settings stay
+    """Gives optimizers, and a loss scaler or None, the state in a loaded checkpoint; their settings stay
     the config's, which may be given anew. Returns the losses since the last line of the log. Raises
-    Refusal where the state does not fit.
+    Refusal where the checkpoint is of another optimizer, or its state is not what these would have
+    saved.
     """
     if len(optimizers) != len(ckpt["optimizers"]):
         raise Refusal(f"the checkpoint was trained with another optimizer than {cfg.optimizer}")
     try:
-        for optimizer, state in zip(optimizers, ckpt["optimizers"]):
-            settings = [
-                {
-                    key: group[key]
-                    for key in ("weight_decay", "betas", "momentum", "lr_scale")
-                    if key in group
-                }
-                for group in optimizer.param_groups
-            ]
-            for saved_group, group in zip(state["param_groups"], optimizer.param_groups):
-                if "fused" in group:  # this device's, not that of the device which saved it
-                    saved_group["fused"] = group["fused"]
-            optimizer.load_state_dict(state)
-            for group, group_settings in zip(optimizer.param_groups, settings):
-                group.update(group_settings)
-            for p, moments in optimizer.state.items():
-                if any(moment.dim() and moment.shape != p.shape for moment in moments.values()):
-                    raise ValueError("a moment is not of its parameter's shape")
+        for optimizer, saved in zip(optimizers, ckpt["optimizers"]):
+            if not isinstance(saved, dict):
+                raise ValueError(f"it is a {type(saved).__name__}")
+            groups = optimizer.state_dict()["param_groups"]
+            check_groups(groups, saved["param_groups"])
+            # with a loss scaler the first steps may have been left out
+            if saved["state"] or ckpt["step"] > 0 and not ckpt["scaler"]:
+                check_moments(optimizer, saved["state"], ckpt["step"])
+            optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
         if scaler and ckpt["scaler"]:
+            check_scaler(scaler.state_dict(), ckpt["scaler"])
             scaler.load_state_dict(ckpt["scaler"])
-        return [float(loss) for loss in ckpt["losses"]]
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise Refusal(f"the checkpoint's optimizer state is damaged: {e!r}")
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as e:
+        reason = str(e) if type(e) is ValueError else repr(e)
+        problem = f"the checkpoint's optimizer state is damaged: {reason}"
+        raise Refusal(f"{problem}; its weights are whole, and a new run can start from them", status=1)
+    return list(ckpt["losses"])
+
+
+def check_groups(groups, saved_groups):
+    """Raises ValueError where saved groups hold other parameters, or are set otherwise, than an
+    optimizer's own. A setting that only another release of torch has is left out.
+    """
+    if len(groups) != len(saved_groups):
+        raise ValueError(f"it has {len(saved_groups)} groups of parameters and not {len(groups)}")
+    for group, saved in zip(groups, saved_groups):
+        for key, value in group.items():
+            # fused is this device's, not that of the device which saved it
+            if key == "fused" or key not in saved and key != "params":
+                continue
+            is_other = key not in CHANGEABLE and saved[key] != value
+            if type(saved[key]) is not type(value) or is_other:
+                raise ValueError(f"{key} is {saved[key]!r:.60} and not {value!r:.60}")
+
+
+def check_moments(optimizer, state, steps):
+    """Raises ValueError where a saved state is not that of an optimizer after at most so many steps."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    if state.keys() != set(range(len(params))):
+        raise ValueError(f"it is not the state of {len(params)} parameters")
+    names = MOMENTS[type(optimizer).__name__]
+    storages = set()
+    for i, p in enumerate(params):
+        if state[i].keys() != names:
+            shown = ", ".join(sorted(map(str, state[i]))) or "nothing"
+            raise ValueError(f"parameter {i} has {shown:.60} and not {', '.join(sorted(names))}")
+        for name, x in state[i].items():
+            check_moment(name, f"{name} of parameter {i}", x, p, steps)
+            # each is changed in place
+            storage = x.untyped_storage().data_ptr()
+            if storage in storages or not x.is_contiguous():
+                raise ValueError(f"{name} of parameter {i} shares its memory")
+            storages.add(storage)
+
+
+def check_moment(name, title, x, p, steps):
+    """Raises ValueError where x cannot be the moment `name` of a parameter p; title is its name in messages."""
+    check_tensor(title, x)
+    shape = () if name == "step" else p.shape
+    if x.shape != shape or x.dtype != p.dtype:
+        raise ValueError(f"{title} is {tuple(x.shape)} {x.dtype} and not {tuple(shape)} {p.dtype}")
+    if not is_finite(x):
+        raise ValueError(f"{title} holds nan or infinity")
+    if name == "exp_avg_sq" and x.min() < 0:
+        raise ValueError(f"{title}, a mean of squares, is negative")
+    if name == "step" and not (0 <= x.item() <= steps and x.item().is_integer()):
+        raise ValueError(f"{title} is {x:g} after {steps} steps")
+
+
+def check_scaler(state, saved):
+    """Raises ValueError where a loss scaler's saved state cannot be that of one with this state."""
+    if saved.keys() != state.keys():
+        raise ValueError(f"the loss scaler has {', '.join(map(str, saved)):.60}")
+    for key, value in state.items():
+        is_good = type(saved[key]) is type(value) and saved[key] == value
+        if key == "scale":
+            is_good = type(saved[key]) is float and 0 < saved[key] < math.inf
+        elif key == "_growth_tracker":
+            is_good = type(saved[key]) is int and 0 <= saved[key] < state["growth_interval"]
+        if not is_good:
+            raise ValueError(f"the loss scaler's {key} is {saved[key]!r:.60}")
 
 
 def muon_dtype(compute):

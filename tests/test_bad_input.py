@@ -518,8 +518,6 @@ CASES = [
     ("train", "--init_from=resume --seed=7", "seed=1337"),
     ("train", "--init_from=resume --dataset=chars", "dataset='toy'"),
     ("train", "--init_from=resume --optimizer=adamw", "another optimizer"),
-    ("train", "--out_dir=optimizers --init_from=resume --max_iters=3", "damaged"),
-    ("train", "--out_dir=moments --init_from=resume --max_iters=3", "parameter's shape"),
     ("train", "--out_dir=config --init_from=resume", "batch_size must be an integer"),
     ("train", "--out_dir=start --init_from=resume", "start must be a string"),
     ("train", "--init_from=resume --pos=alibi", "pos='rope'"),
@@ -821,7 +819,13 @@ CASES = [
 
 # a file that is not as it was written: exit status 1
 DAMAGED = [
+    ("train", "--out_dir=optimizers --init_from=resume --max_iters=3", "damaged"),
     ("train", "--out_dir=losses --init_from=resume --max_iters=3", "damaged"),
+    (
+        "train",
+        "--out_dir=moments --init_from=resume --max_iters=3",
+        "32) torch.float32; its weights are whole",
+    ),
     ("sample", "--out_dir=shape", "damaged"),
     ("sample", "--out_dir=huge", "damaged"),
     ("sample", "--out_dir=model", "damaged"),

@@ -5,6 +5,7 @@ import os
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,11 @@ import torch
 from test_model import redraw
 
 import checkpoint
+import train
 from config import Refusal
-from model import ModelConfig, Transformer
+from device import resolve
+from model import ModelConfig, Transformer, model_config
+from optim import load_optimizers, make_optimizers, step_unless
 from tensors import is_finite
 from tokenizer import Tokenizer
 
@@ -169,6 +173,143 @@ def test_large_numbers_whose_sum_overflows_are_finite():
     assert is_finite(torch.empty(0))
     both = torch.tensor([math.inf, -math.inf])
     assert not is_finite(both) and not is_finite(torch.cat([torch.full((1000,), largest), both]))
+
+
+# Optimizers
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """The path of a checkpoint after two steps with AdamW and Muon in float16, and the config."""
+    path = str(tmp_path_factory.mktemp("stopped") / "ckpt.pt")
+    cfg = train.Config(vocab_size=270, n_layer=1, n_embd=32, n_head=2, block_size=8)
+    model, optimizers, scaler = make_run(cfg)
+    for _ in range(2):
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        step_unless(optimizers, torch.tensor(False))
+    state = checkpoint.RunState(2, 2.5, 2.25, [2.5], optimizers, scaler)
+    tokenizer = Tokenizer.train(["the cat sat on the mat"] * 3, 270)
+    checkpoint.save(path, model, tokenizer, {}, state)
+    return path, cfg
+
+
+def make_run(cfg):
+    torch.manual_seed(0)
+    model = Transformer(model_config(cfg))
+    compute = resolve("cpu", "float32", "false")
+    scaler = torch.amp.GradScaler("cpu")
+    return model, make_optimizers(model, cfg, compute), scaler
+
+
+def test_an_optimizers_state_comes_back_and_settings_are_the_configs(stopped):
+    path, cfg = stopped
+    ckpt = checkpoint.load(path)
+    again = replace(cfg, weight_decay=0.3, beta1=0.5, momentum=0.6, embd_lr_scale=2.0)
+    _, optimizers, scaler = make_run(again)
+    assert load_optimizers(optimizers, scaler, ckpt, again) == [2.5]
+    assert scaler.state_dict() == ckpt["scaler"]
+    for optimizer, saved in zip(optimizers, ckpt["optimizers"]):
+        state = optimizer.state_dict()["state"]
+        assert state.keys() == saved["state"].keys()
+        for i, moments in saved["state"].items():
+            assert state[i].keys() == moments.keys()
+            assert all(torch.equal(state[i][name], x) for name, x in moments.items())
+    adamw, muon = optimizers
+    assert adamw.param_groups[0]["betas"] == (0.5, 0.95) and adamw.param_groups[0]["lr_scale"] == 2.0
+    assert [group["weight_decay"] for group in adamw.param_groups] == [0.3, 0.0]
+    assert muon.param_groups[0]["momentum"] == 0.6 and muon.param_groups[0]["weight_decay"] == 0.3
+
+
+def moments(ckpt):
+    return ckpt["optimizers"][0]["state"][0]
+
+
+def momentum(ckpt):
+    return ckpt["optimizers"][1]["state"][0]
+
+
+def group(ckpt):
+    return ckpt["optimizers"][0]["param_groups"][0]
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (
+            lambda c: moments(c).pop("exp_avg"),
+            "parameter 0 has exp_avg_sq, step and not exp_avg, exp_avg",
+        ),
+        (
+            lambda c: moments(c).update(max_exp_avg_sq=0),
+            "parameter 0 has exp_avg, exp_avg_sq, max_exp_avg",
+        ),
+        (lambda c: momentum(c).clear(), "parameter 0 has nothing and not momentum_buffer"),
+        (lambda c: group(c).update(amsgrad=True), "amsgrad is True and not False"),
+        (lambda c: group(c).update(eps="x"), "eps is 'x' and not 1e-08"),
+        (lambda c: group(c).update(eps=math.nan), "eps is nan and not 1e-08"),
+        (lambda c: group(c).update(eps=torch.ones(3)), "eps is tensor"),
+        (lambda c: group(c).update(betas=0.9), "betas is 0.9 and not"),
+        (lambda c: group(c).update(params=[1]), r"params is \[1\] and not \[0\]"),
+        (lambda c: c["optimizers"][1]["param_groups"][0].update(ns_steps=0), "ns_steps is 0 and not 5"),
+        (lambda c: c["optimizers"][0]["param_groups"].pop(), "1 groups of parameters and not 2"),
+        (lambda c: c["optimizers"][0]["state"].pop(1), "not the state of"),
+        (lambda c: c["optimizers"][0]["state"].update({99: {}}), "not the state of"),
+        (lambda c: c["optimizers"][0].pop("state"), "state"),
+        (lambda c: c["optimizers"].reverse(), "groups of parameters"),
+        (lambda c: c.update(optimizers=[torch.ones(2), None]), "it is a Tensor"),
+        (lambda c: moments(c).update(exp_avg=moments(c)["exp_avg"].to("meta")), "strided, on meta"),
+        (
+            lambda c: momentum(c).update(momentum_buffer=torch.ones(32, 32).to("meta")),
+            "strided, on meta",
+        ),
+        (lambda c: moments(c).update(exp_avg=moments(c)["exp_avg"].int()), "is int32: only float32"),
+        (lambda c: moments(c).update(exp_avg=moments(c)["exp_avg"].double()), "torch.float64 and not"),
+        (
+            lambda c: moments(c).update(exp_avg=moments(c)["exp_avg"][1:]),
+            r"is \(269, 32\) .* and not \(270, 32\)",
+        ),
+        (lambda c: moments(c).update(exp_avg=torch.ones(1, 1).expand(270, 32)), "shares its memory"),
+        (lambda c: moments(c).update(exp_avg=moments(c)["exp_avg_sq"]), "shares its memory"),
+        (lambda c: moments(c)["exp_avg"][3].fill_(math.nan), "exp_avg of parameter 0 holds nan"),
+        (
+            lambda c: momentum(c)["momentum_buffer"][3].fill_(math.inf),
+            "momentum_buffer of parameter 0 holds",
+        ),
+        (lambda c: moments(c)["exp_avg_sq"][3].fill_(-1), "a mean of squares, is negative"),
+        (lambda c: moments(c)["step"].fill_(-5), "step of parameter 0 is -5 after 2 steps"),
+        (lambda c: moments(c)["step"].fill_(3), "step of parameter 0 is 3 after 2 steps"),
+        (lambda c: moments(c)["step"].fill_(1.5), "step of parameter 0 is 1.5 after 2 steps"),
+        (lambda c: moments(c).update(step=2), "'step of parameter 0' is a int"),
+        (lambda c: c["scaler"].pop("scale"), "the loss scaler has growth_factor"),
+        (lambda c: c["scaler"].update(scale=-1.0), "the loss scaler's scale is -1.0"),
+        (lambda c: c["scaler"].update(scale=math.nan), "the loss scaler's scale is nan"),
+        (lambda c: c["scaler"].update(scale="x"), "the loss scaler's scale is 'x'"),
+        (lambda c: c["scaler"].update(growth_factor=0.5), "the loss scaler's growth_factor is 0.5"),
+        (lambda c: c["scaler"].update(_growth_tracker=-1), "the loss scaler's _growth_tracker is -1"),
+    ],
+)
+def test_an_optimizers_damage_is_one_line(stopped, change, words):
+    path, cfg = stopped
+    ckpt = checkpoint.load(path)
+    change(ckpt)
+    _, optimizers, scaler = make_run(cfg)
+    with pytest.raises(Refusal, match=f"the checkpoint's optimizer state is damaged: .*{words}") as e:
+        load_optimizers(optimizers, scaler, ckpt, cfg)
+    assert e.value.status == 1 and "\n" not in str(e.value)
+
+
+def test_a_state_may_be_empty_where_no_step_was_taken(stopped):
+    path, cfg = stopped
+    ckpt = checkpoint.load(path)
+    for saved in ckpt["optimizers"]:
+        saved["state"] = {}
+    _, optimizers, scaler = make_run(cfg)
+    # a loss scaler leaves steps out
+    load_optimizers(optimizers, scaler, ckpt, cfg)
+    load_optimizers(optimizers, None, ckpt | {"scaler": {}, "step": 0}, cfg)
+    with pytest.raises(Refusal, match="not the state of"):
+        load_optimizers(optimizers, None, ckpt | {"scaler": {}}, cfg)
 
 
 def test_truncated_empty_and_foreign_files_are_one_line(saved, tmp_path):
