@@ -195,9 +195,9 @@ def load(path, keys=KEYS):
         )
     if not isinstance(ckpt, dict) or "format" not in ckpt:
         raise Refusal(f"{path} is not a TinyLM checkpoint")
-    if ckpt["format"] != FORMAT:
+    if type(ckpt["format"]) is not int or ckpt["format"] != FORMAT:
         raise Refusal(
-            f"{path} has checkpoint format {ckpt['format']!r}; this version reads format {FORMAT}"
+            f"{path} has checkpoint format {ckpt['format']!r:.60}; this version reads format {FORMAT}"
         )
     if "adapters" in ckpt and keys is KEYS:
         raise Refusal(f"{path} is an adapter, not a checkpoint: sample.py --adapter={path} reads it")

@@ -8,11 +8,13 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import Table
 from pyarrow.parquet import write_table
 from test_bad_input import onnx_folder
+from test_checkpoint import make_run, stopped
 from test_prepare import DOCS, write_jsonl, write_parquet, write_txt
 
 import bench
@@ -31,6 +33,7 @@ from config import Refusal, configure
 from interop import hf_folder
 from log import read_log
 from model import ModelConfig, Transformer
+from optim import load_optimizers
 from tokenizer import Tokenizer
 
 FUZZ = settings(
@@ -275,6 +278,60 @@ def test_any_value_of_any_key_is_read_or_refused(name, read, more, good):
         check()
     finally:
         (good / name).write_text(json.dumps(whole))
+
+
+def list_places(content, path=()):
+    """Returns the keys that lead to each value inside nested dicts and lists."""
+    places = [path] if path else []
+    if isinstance(content, dict | list):
+        keys = content.keys() if isinstance(content, dict) else range(len(content))
+        for key in keys:
+            places += list_places(content[key], (*path, key))
+    return places
+
+
+ODD = st.one_of(
+    JSON,
+    st.sampled_from([2**70, 10**400, b"x", (), {5: 5}, [None]]),
+    st.builds(
+        lambda shape, dtype, device: torch.ones(shape, dtype=dtype, device=device),
+        st.sampled_from([(), (0,), (2,), (32, 32), (270, 32)]),
+        st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.int8, torch.complex64]),
+        st.sampled_from(["cpu", "meta"]),
+    ),
+    st.sampled_from([torch.ones(1, 1).expand(270, 32), torch.ones(3).to_sparse(), torch.tensor(-5.0)]),
+)
+
+
+def test_any_value_in_any_place_of_a_checkpoint_is_read_or_refused(stopped, tmp_path):
+    path, cfg = stopped
+    changed_path = str(tmp_path / "ckpt.pt")
+    whole = checkpoint.load(path)
+    places = list_places(whole)
+
+    @FUZZ
+    @given(place=st.sampled_from(places), value=ODD, is_gone=st.booleans())
+    def check(place, value, is_gone):
+        changed = torch.load(path)
+        parent = changed
+        for key in place[:-1]:
+            parent = parent[key]
+        if is_gone:
+            del parent[place[-1]]
+        else:
+            parent[place[-1]] = value
+        torch.save(changed, changed_path)
+        _, optimizers, scaler = make_run(cfg)
+        try:
+            ckpt = checkpoint.load(changed_path)
+            checkpoint.restore(ckpt, changed_path)
+            load_optimizers(optimizers, scaler, ckpt, cfg)
+            for optimizer in optimizers:
+                optimizer.step()
+        except Refusal as e:
+            assert str(e) and "\n" not in str(e) and len(str(e)) <= 500
+
+    check()
 
 
 @FUZZ
