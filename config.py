@@ -202,6 +202,8 @@ def convert(value, kind, name, parse):
             value = BOOLS[value.lower()] if kind is bool else kind(value)
         elif kind is float and type(value) is int:
             value = float(value)
+        if kind is int and type(value) is int and not -(2**63) <= value < 2**63:
+            raise Refusal(f"{name} must be at least -2^63 and below 2^63, not {value!r:.60}")
         if type(value) is kind and (kind is not float or math.isfinite(value)):
             return value
     except (ValueError, KeyError, OverflowError):

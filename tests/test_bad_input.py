@@ -116,6 +116,7 @@ def shop(tmp_path_factory):
                     for o in good["optimizers"]
                 ]
             },
+            "large": {"config": good["config"] | {"eval_tokens": 10**400}},
             "start": {"config": {"start": 5, "given": 1}},
             "model": {"model": {"a": 1}},
             "gone": {"config": good["config"] | {"dataset": "nowhere"}},
@@ -421,6 +422,9 @@ CASES = [
     ("train", "--n_layer=three", "must be an integer"),
     ("train", "--n_layer=3.5", "must be an integer"),
     ("train", "--learning_rate=nan", "finite number"),
+    ("train", f"--eval_tokens={10**400}", "eval_tokens must be at least -2^63 and below 2^63, not 1000"),
+    ("train", f"--batch_size={2**63}", "batch_size must be at least"),
+    ("train", "--out_dir=large --init_from=resume", "large/ckpt.pt: eval_tokens must be at least"),
     ("train", "--learning_rate=inf", "finite number"),
     ("train", "--overwrite=perhaps", "true or false"),
     ("train", "missing.toml", "cannot read missing.toml"),

@@ -351,9 +351,8 @@ def test_optimizers_of_another_device_go_on(tmp_path):
     saved = [optimizer.state_dict() for optimizer in optimizers]
     for group in saved[0]["param_groups"]:
         group["fused"] = False
-    train.load_optimizers(
-        optimizers, None, {"optimizers": saved, "losses": []}, train.Config(optimizer="adamw")
-    )
+    ckpt = {"step": 0, "optimizers": saved, "losses": [], "scaler": {}}
+    train.load_optimizers(optimizers, None, ckpt, train.Config(optimizer="adamw"))
     train.train_step(model, optimizers, [{"idx": tokens(), "targets": tokens(seed=9)}], CPU)
 
 
