@@ -373,12 +373,7 @@ def generate_hf(hf_model, ids, n):
     """Returns n greedy ids a row, by transformers, after ids (B, T)."""
     mask = torch.ones_like(ids)
     new_ids = hf_model.generate(
-        ids,
-        attention_mask=mask,
-        do_sample=False,
-        max_new_tokens=n,
-        use_cache=True,
-        pad_token_id=0,
+        ids, attention_mask=mask, do_sample=False, max_new_tokens=n, pad_token_id=0
     )
     return new_ids[:, ids.size(1) :].tolist()
 
@@ -428,10 +423,7 @@ def decode_rows(model, hf_model, large, batch_size, seconds):
             "new": n_new,
             "tokens_per_s": tokens / rival_times["median"],
             **ms_columns(rival_times),
-            "weights_gb_per_s": None,
-            "memory_gb_per_s": None,
-            "of_memory": None,
-            "same_ids": None,
+            **dict.fromkeys(("weights_gb_per_s", "memory_gb_per_s", "of_memory", "same_ids")),
         }
         if name == "decode":
             weights_speed = count_bytes_a_step(model) * (n_new - 1) / rival_times["median"]
@@ -458,15 +450,13 @@ def cached_and_uncached_rows(cfg, compute, model):
     same_ids = {n: rivals["cached", n]() == rivals["uncached", n]() for n in lengths}
     rows = []
     for (name, n), rival_times in times.items():
-        growth = None
-        if n > lengths[0]:
-            growth = rival_times["median"] / times[name, n // 2]["median"]
+        half = times.get((name, n // 2))
         rows.append(
             {
                 "what": name,
                 "tokens": n,
                 **ms_columns(rival_times),
-                "against_half": growth,
+                "against_half": rival_times["median"] / half["median"] if half else None,
                 "same_ids": same_ids[n],
             }
         )
@@ -499,17 +489,12 @@ def bench_decode(cfg, compute):
 # kvcache
 
 
-def attention_kind(config):
-    if config.n_kv_head == config.n_head:
-        return "MHA"
-    return "MQA" if config.n_kv_head == 1 else "GQA"
-
-
 def kv_cache_row(shape, config, batch_size, tokens, dtype):
     size = kv_cache_bytes(config, batch_size, tokens, dtype.itemsize)
+    kinds = {1: "MQA", config.n_head: "MHA"}
     return {
         "shape": shape,
-        "attention": attention_kind(config),
+        "attention": kinds.get(config.n_kv_head, "GQA"),
         "n_kv_head": config.n_kv_head,
         "batch": batch_size,
         "tokens": tokens,
@@ -799,16 +784,9 @@ def train_hf_tokenizer(docs, vocab_size):
     """Returns a byte-level BPE like ours, learned by Hugging Face's library."""
     import tokenizers
 
-    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    hf_tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    hf_tokenizer.pre_tokenizer = byte_level
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[EOT],
-        initial_alphabet=byte_level.alphabet(),
-        show_progress=False,
-    )
-    hf_tokenizer.train_from_iterator(docs, trainer)
+    hf_tokenizer = tokenizers.ByteLevelBPETokenizer()
+    settings = {"vocab_size": vocab_size, "min_frequency": 0, "special_tokens": [EOT]}
+    hf_tokenizer.train_from_iterator(docs, show_progress=False, **settings)
     return hf_tokenizer
 
 

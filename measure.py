@@ -21,10 +21,8 @@ from folders import write_atomic
 
 def synchronize(device):
     """Waits until the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def time_rival(rival, device, calls=1):
@@ -159,15 +157,19 @@ def format_cell(value):
     return value
 
 
+def align(lines, justify):
+    """Returns lines of cells as a table in text. justify: str.ljust or str.rjust."""
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join(map(justify, line, widths)).rstrip() for line in lines)
+
+
 def print_tables(rows):
     """Prints dicts as tables, one for each run of dicts with the same keys."""
     for keys, group in itertools.groupby(rows, tuple):
         lines = [keys]
         for row in group:
             lines.append([format_cell(value) for value in row.values()])
-        widths = [max(map(len, column)) for column in zip(*lines)]
-        for line in lines:
-            print("  ".join(cell.rjust(width) for cell, width in zip(line, widths)))
+        print(align(lines, str.rjust))
 
 
 def draw(cfg, device, name, rows, x, y, by):

@@ -19,7 +19,6 @@ import toy_stories
 from tokenizer import EOT
 
 COPY = 12  # words in a row, the same as in the training text, that count as copied
-LOOP = 8  # longest phrase, in words, whose immediate repetition is looked for
 PHRASE = 4  # words of a phrase that is better not said twice
 DISTINCT_WORDS = 1000  # word pairs are counted in so many words, since longer texts repeat more of them
 HASH_FACTOR = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio (Knuth, multiplicative hashing)
@@ -35,15 +34,18 @@ WHOLE = regex.compile(
     r"[^\p{L}\p{N}]*[\p{Lu}\p{Lt}\p{Lo}\p{N}].*(?:[.!?…。！？][\"'”’»)\]*]*|:)",  # : opens a quotation
     regex.DOTALL,
 )
+# A phrase of up to eight words, three times in a row
+LOOPS = re.compile(r"(?<!\S)(\S+(?: \S+){0,7}) \1 \1(?!\S)")
 
+# What a rule asks of a text, and what is wrong with one that breaks it
 MARKS = {
-    "ends": "ends properly: end of text, after a full stop",
-    "whole": "sentences whole: a capital first, a full stop last",
-    "quotes": "quotation marks balanced in every paragraph",
-    "fresh": "four-word phrases that are not said twice",
-    "loops": "no phrase three times in a row",
-    "known": "words that the training text has",
-    "grammar": "toy stories: one that the grammar can write, word for word",
+    "ends": ("ends properly: end of text, after a full stop", "no end"),
+    "whole": ("sentences whole: a capital first, a full stop last", "broken sentence"),
+    "quotes": ("quotation marks balanced in every paragraph", "quotes open"),
+    "fresh": ("four-word phrases that are not said twice", "repeats"),
+    "loops": ("no phrase three times in a row", "loop"),
+    "known": ("words that the training text has", "made-up word"),
+    "grammar": ("toy stories: one that the grammar can write, word for word", "not in the grammar"),
 }
 
 
@@ -75,17 +77,6 @@ def repeated(words):
     return 1 - len(set(phrases)) / len(phrases)
 
 
-def loops(words):
-    """Returns whether a phrase of up to LOOP words is said three times in a row."""
-    for n in range(1, LOOP + 1):
-        run = 0  # words in a row that equal the one n words before
-        for before, word in zip(words, words[n:]):
-            run = run + 1 if word == before else 0
-            if run == 2 * n:
-                return True
-    return False
-
-
 def distinct(texts):
     """Returns the share of distinct pairs among all pairs of neighbouring words (Li et al. 2016).
 
@@ -112,7 +103,7 @@ def marks(text, ended, made_up=(), toy=False):
     results["whole"] = whole / max(1, len(parts))
     results["quotes"] = float(all(map(is_balanced, text.split("\n"))))
     results["fresh"] = 1 - repeated(words)
-    results["loops"] = float(not loops([word.lower() for word in words]))
+    results["loops"] = float(LOOPS.search(" ".join(words).lower()) is None)
     if made_up is not None:
         vocabulary = words_in(text)
         unknown = sum(word in made_up for word in vocabulary)

@@ -4,16 +4,8 @@ All are made from one dict of figures, here `whole`: {"checkpoints": [...], "ref
 """
 
 from lenses import judge, reading
+from measure import align
 
-RULES = {
-    "ends": "no end",
-    "whole": "broken sentence",
-    "quotes": "quotes open",
-    "fresh": "repeats",
-    "loops": "loop",
-    "known": "made-up word",
-    "grammar": "not in the grammar",
-}
 REFERENCES = {"unseen": "real, unseen", "training": "real, training"}
 EQUAL = "= where the difference is within chance, or copied text is in the way"
 FACTS = ["checkpoint", "trained on", "parameters", "step", "vocabulary", "context"]
@@ -131,7 +123,7 @@ def reading_section(whole):
     marks = [column["marks"] for column in columns]
     rows = []
     add_row(rows, mean, intervals(columns, "score", ".1%"))
-    for key, title in reading.MARKS.items():
+    for key, (title, _) in reading.MARKS.items():
         add_row(rows, title, figures(marks, key, ".1%"))
     add_row(rows, pairs, figures(columns, "distinct", ".1%"))
     add_row(rows, "words copied from the training text", figures(columns, "copied", ".1%"))
@@ -162,7 +154,8 @@ def flags(text, whole):
     for key, mark in text["marks"].items():
         enough = FRESH if key == "fresh" else 1
         if mark < enough:
-            flagged.append(RULES[key])
+            _, fault = reading.MARKS[key]
+            flagged.append(fault)
     usual = whole["reference"]["unseen"].get("copied", 0)
     copied = text["copied"] or 0
     if copied >= usual + MUCH_COPIED:
@@ -171,14 +164,6 @@ def flags(text, whole):
 
 
 # ---- text
-
-
-def table(header, rows):
-    """Returns a table as text, its columns aligned."""
-    lines = [header, *rows]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    padded = [map(str.ljust, line, widths) for line in lines]
-    return "\n".join("  ".join(cells).rstrip() for cells in padded)
 
 
 def samples_text(result, whole):
@@ -192,30 +177,23 @@ def samples_text(result, whole):
     return "\n\n".join(parts)
 
 
-def verdict_text(result):
-    lines = [f"Verdict on {result['out_dir']}: {result['verdict']}"]
-    lines += [f"  {lens}: {level} ({reason})" for lens, (level, reason) in result["levels"].items()]
-    return "\n".join(lines)
-
-
-def ranking_text(whole):
-    lines = [f"Verdict: {whole['verdict']}"]
-    lines += [f"  {line}" for line in [*whole["ranking"], EQUAL]]
-    return "\n".join(lines)
-
-
 def text(whole):
     """Returns the report as text."""
     results = whole["checkpoints"]
-    parts = [table(FACTS, facts(whole))]
+    parts = [align([FACTS, *facts(whole)], str.ljust)]
     for title, about, header, rows in sections(whole):
-        body = table(header, rows) if rows else "nothing to ask"
+        body = align([header, *rows], str.ljust) if rows else "nothing to ask"
         parts.append(f"{title}\n{about}\n\n{body}")
     parts += [samples_text(result, whole) for result in results]
     parts += [f"Note: {note}" for note in whole["notes"]]
-    parts += [verdict_text(result) for result in results]
+    for result in results:
+        lines = [f"Verdict on {result['out_dir']}: {result['verdict']}"]
+        for lens, (level, reason) in result["levels"].items():
+            lines.append(f"  {lens}: {level} ({reason})")
+        parts.append("\n".join(lines))
     if len(results) > 1:
-        parts.append(ranking_text(whole))
+        lines = [f"Verdict: {whole['verdict']}", *whole["ranking"], EQUAL]
+        parts.append("\n  ".join(lines))
     return "\n\n".join(parts)
 
 
