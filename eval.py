@@ -108,12 +108,10 @@ def is_url(text):
     """Returns whether a text is the address of a web server."""
     try:
         url = urlsplit(text)
-        port = url.port
+        is_server = url.scheme in ("http", "https") and url.hostname and url.port != 0
     except ValueError:
         return False
-    if url.scheme not in ("http", "https") or not url.hostname or port == 0:
-        return False
-    return re.fullmatch(r"[!-~]+", text) is not None
+    return bool(is_server and re.fullmatch(r"[!-~]+", text))
 
 
 @dataclass

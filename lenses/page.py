@@ -37,14 +37,9 @@ p { margin: .4rem 0; max-width: 46rem }
 .soft, small, summary, footer, figcaption { color: var(--soft); overflow-wrap: anywhere }
 small { font-weight: 400 }
 .verdict {
-  background: var(--card); border-left: 4px solid var(--level); border-radius: 6px;
+  background: var(--card); border-left: 4px solid; border-radius: 6px;
   padding: .5rem 1.1rem; margin: 1.25rem 0;
 }
-.good { --level: var(--good) }
-.fair { --level: var(--fair) }
-.poor { --level: var(--poor) }
-.mixed { --level: var(--soft) }
-.level { color: var(--level) }
 .wide { overflow-x: auto; margin: .75rem 0 }
 table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums }
 th, td {
@@ -67,10 +62,6 @@ figure { margin: 1rem 0; max-width: 34rem }
 svg { display: block; width: 100%; font: 12px system-ui, sans-serif }
 svg text { fill: var(--soft) }
 .key { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem }
-.key b {
-  display: inline-block; width: .8rem; height: .8rem; border-radius: 50%;
-  background: var(--c); margin-right: .4rem;
-}
 .samples {
   display: grid; grid-template-columns: repeat(auto-fit, minmax(min(19rem, 100%), 1fr));
   gap: .9rem; align-items: start; margin: .9rem 0;
@@ -213,17 +204,17 @@ def key(whole):
         return ""
     entries = ""
     for i, result in enumerate(whole["checkpoints"]):
-        entries += f"<span><b style='--c:var(--c{i % 6})'></b>{e(result['out_dir'])}</span>"
+        entries += f'<span style="color:var(--c{i % 6})">● {e(result["out_dir"])}</span>'
     return f"<div class=key>{entries}</div>"
 
 
 # ---- the verdict
 
 
-def box(kind, lines):
-    """Returns paragraphs of HTML in a box. kind: good, fair, poor or mixed, which sets its colour."""
+def box(level, lines):
+    """Returns paragraphs of HTML in a box, whose edge has the colour of the level."""
     paragraphs = "".join(f"<p>{line}</p>" for line in lines)
-    return f"<div class='verdict {kind}'>{paragraphs}</div>"
+    return f'<div class=verdict style="border-color:var(--{level})">{paragraphs}</div>'
 
 
 def verdict_box(whole):
@@ -231,15 +222,15 @@ def verdict_box(whole):
     boxes = ""
     if several(whole):
         small = f"<small>{EQUAL}</small>"
-        boxes = box("mixed", [e(whole["verdict"]), *map(e, whole["ranking"]), small])
+        boxes = box("soft", [e(whole["verdict"]), *map(e, whole["ranking"]), small])
     for result in whole["checkpoints"]:
         name = f"<b>{e(result['out_dir'])}</b> " if several(whole) else ""
         lines = [f"{name}{e(result['verdict'])}"]
         for lens, (level, reason) in result["levels"].items():
-            mark = f"<b class='level {level}'>{level}</b>"
+            mark = f'<b style="color:var(--{level})">{level}</b>'
             lines.append(f"{e(lens)} {mark} <small>{e(reason)}</small>")
         overall, _ = result["levels"]["likelihood"]
-        boxes += box(overall if result["agree"] else "mixed", lines)
+        boxes += box(overall if result["agree"] else "soft", lines)
     return boxes
 
 

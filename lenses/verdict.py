@@ -172,18 +172,17 @@ def preferences(results, columns, unseen, resamples, seed):
     return signs
 
 
-def badness(lens, result):
-    """Returns a figure by which a lens sorts checkpoints, the best first."""
-    if lens == "likelihood":
-        return result["likelihood"]["bits_per_byte"]
-    if lens == "probes":
-        return -result["probes"]["skill"]
-    return -result["reading"]["score"]
+# By what a lens sorts checkpoints, the best first
+BADNESS = {
+    "likelihood": lambda result: result["likelihood"]["bits_per_byte"],
+    "probes": lambda result: -result["probes"]["skill"],
+    "reading": lambda result: -result["reading"]["score"],
+}
 
 
 def ranking(lens, pairs, results):
     """Returns a line such as "probes: out/a > out/b = out/c"."""
-    order = sorted(range(len(results)), key=lambda i: badness(lens, results[i]))
+    order = sorted(range(len(results)), key=lambda i: BADNESS[lens](results[i]))
     line = f"{lens}: {results[order[0]]['out_dir']}"
     for before, i in zip(order, order[1:]):
         pair = min(before, i), max(before, i)
