@@ -582,12 +582,7 @@ def stock_norm(x, weight, eps):
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
-def stock_add_norm(x, a, weight, eps):
-    x = x + a
-    return x, stock_norm(x, weight, eps)
-
-
-STOCK = rmsnorm.Ops(stock_norm, stock_add_norm)
+STOCK = rmsnorm.separate(stock_norm)
 
 
 def norm_rivals(compute):

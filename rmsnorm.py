@@ -37,13 +37,19 @@ class Ops(NamedTuple):
     add_norm: Callable
 
 
-def add_norm(x, a, weight, eps):
-    """Returns (x + a, its norm), as a block without the kernel computes them."""
-    x = x + a
-    return x, rms_norm(x, weight, eps)
+def separate(norm):
+    """Returns the Ops of a norm before which the sum is a step of its own, as in a block without the
+    kernel.
+    """
+
+    def add_norm(x, a, weight, eps):
+        x = x + a
+        return x, norm(x, weight, eps)
+
+    return Ops(norm, add_norm)
 
 
-TORCH = Ops(rms_norm, add_norm)
+TORCH = separate(rms_norm)
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -53,13 +59,23 @@ LONGEST = 1 << 26  # the last dimension: what the kernel counts in 32 bits
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def check(x, weight):
-    """Raises RuntimeError, as torch's own operators do, for what the kernel does not take.
+def check(weight, **summands):
+    """Raises RuntimeError, as torch's own operators do, for what the kernel does not take. The summands
+    are x and, if there is one, a, which is not broadcast.
 
     Here and not in the operator: with torch 2.11 on a GPU an exception that left it ended the process.
     """
-    if x.dtype not in DTYPES:
-        raise RuntimeError(f"rms_norm: x must be float32, float16 or bfloat16, not {x.dtype}")
+    x = summands["x"]
+    for name, summand in summands.items():
+        if summand.dtype not in DTYPES:
+            raise RuntimeError(
+                f"rms_norm: {name} must be float32, float16 or bfloat16, not {summand.dtype}"
+            )
+        if summand.shape != x.shape or summand.device != x.device:
+            raise RuntimeError(
+                "rms_norm: a must be of x's shape and on its device; "
+                f"they are {tuple(summand.shape)} on {summand.device} and {tuple(x.shape)} on {x.device}"
+            )
     if not weight.is_floating_point():
         raise RuntimeError(f"rms_norm: the weight must be of floating point, not {weight.dtype}")
     if x.dim() < 1 or weight.dim() != 1 or weight.size(0) != x.size(-1):
@@ -75,30 +91,18 @@ def check(x, weight):
         raise RuntimeError(f"rms_norm: x is on {x.device} and the weight on {weight.device}")
 
 
-def check_summand(x, a):
-    """Raises RuntimeError where a cannot be added to x by the kernel, which does not broadcast."""
-    if a.dtype not in DTYPES:
-        raise RuntimeError(f"rms_norm: a must be float32, float16 or bfloat16, not {a.dtype}")
-    if a.shape != x.shape or a.device != x.device:
-        raise RuntimeError(
-            "rms_norm: a must be of x's shape and on its device; "
-            f"they are {tuple(a.shape)} on {a.device} and {tuple(x.shape)} on {x.device}"
-        )
-
-
 def gain(weight, dtype):
     """The weight in a dtype that the kernel takes beside x's."""
     return (weight if weight.dtype == dtype else weight.float()).contiguous()
 
 
 def cuda_norm(x, weight, eps):
-    check(x, weight)
+    check(weight, x=x)
     return torch.ops.tinylm.rms_norm(x.contiguous(), gain(weight, x.dtype), eps)[0]
 
 
 def cuda_add_norm(x, a, weight, eps):
-    check(x, weight)
-    check_summand(x, a)
+    check(weight, x=x, a=a)
     dtype = torch.promote_types(x.dtype, a.dtype)  # the sum's, as x + a has it
     total, y, _ = torch.ops.tinylm.add_rms_norm(
         x.to(dtype).contiguous(), a.contiguous(), gain(weight, dtype), eps
