@@ -1,7 +1,7 @@
 """Questions with one right answer: which of several completions does a model find the likeliest?
 
     from lenses import probes
-    for probe in probes.story_probes([], n=150, seed=0):
+    for probe in probes.story_probes([], n=150, seed=0)[1:]:  # the cloze needs passages
         print(probe.name, probe.chance, probe.cases[0])
 
 Every set of candidates is asked with each of them being the right one, equally often. So a scorer that
@@ -287,10 +287,6 @@ def number_cases(n, seed):
     return cases
 
 
-def without_empty(probes):
-    return [probe for probe in probes if probe.cases]
-
-
 def story_probes(passages, n, seed):
     """Returns probes of at most n cases, none twice, for a model of stories.
 
@@ -299,13 +295,12 @@ def story_probes(passages, n, seed):
     names = "who of two is meant; each story also with the names swapped"
     pronouns = "he, she or it: the same sentence after a boy, a girl, a thing"
     number = "was or were, is or are, has or have, after one or several"
-    probes = [
+    return [
         cloze(passages, n, seed),
         Probe("names", names, name_cases(n, seed)),
         Probe("pronouns", pronouns, pronoun_cases(n, seed)),
         Probe("number", number, number_cases(n, seed)),
     ]
-    return without_empty(probes)
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -402,11 +397,10 @@ def toy_probes(passages, n, seed):
     pronouns = "he or she, him or her, it or he ..."
     number = "was or were, is or are, it or them"
     moral = f"the lesson of a story, among {len(toy_stories.MORALS)}"
-    probes = [
+    return [
         cloze(passages, n, seed, allowed=goes_on),
         Probe("names", names, word_cases(stories, TOY_NAMES, n, rng)),
         Probe("pronouns", pronouns, word_cases(stories, TOY_PRONOUNS, n, rng)),
         Probe("number", number, word_cases(stories, TOY_NUMBERS, n, rng)),
         Probe("moral", moral, moral_cases(n, rng.random)),
     ]
-    return without_empty(probes)
