@@ -46,6 +46,7 @@ from sample import generate
 from score import STORIES, above_floor, completion_nats, context_lengths, document_nats
 from tokenizer import Tokenizer
 
+ELSEWHERE = "data elsewhere"  # of a checkpoint that was trained on what is not here
 FEW = 30  # documents; with fewer, text is resampled in slices, and paragraphs stand for documents
 SLICE = 1000  # bytes
 BINS = 24  # at most, of the loss by position
@@ -118,7 +119,7 @@ def is_url(text):
 class Subject:
     """A checkpoint under evaluation.
 
-    dataset: the folder of its data, or "data elsewhere".
+    dataset: the folder of its data, or ELSEWHERE.
     training: (ids, tokenizer) of its training text, or the sentence that says why there is none.
     """
 
@@ -152,16 +153,9 @@ class Rules:
 # What is evaluated, on what
 
 
-def data_folder(ckpt):
-    """Returns the folder of a checkpoint's data, or None if it was trained elsewhere."""
-    if is_hf(ckpt.path) or not ckpt.dataset:
-        return None
-    return os.path.join("data", ckpt.dataset)
-
-
 def load_data(folder, ckpt, load):
     """Returns the splits and the tokenizer that a checkpoint was trained with. Raises Refusal."""
-    if folder is None:
+    if folder == ELSEWHERE:
         raise Refusal("it was trained elsewhere, on what is not here")
     _, data, tokenizer = load(folder)
     if tokenizer.sha256 != ckpt.state["tokenizer_sha256"]:
@@ -185,10 +179,11 @@ def load_subjects(cfg, compute):
     for name in names:
         ckpt = open_checkpoint(name)
         model, tokenizer = ckpt.restore(compute.device)
-        folder = data_folder(ckpt)
-        dataset = folder or "data elsewhere"
+        dataset = ELSEWHERE
+        if ckpt.dataset and not is_hf(ckpt.path):
+            dataset = os.path.join("data", ckpt.dataset)
         try:
-            data, data_tokenizer = load_data(folder, ckpt, load)
+            data, data_tokenizer = load_data(dataset, ckpt, load)
             training = data["train"], data_tokenizer
             if not subjects:
                 validation = data["val"], data_tokenizer
@@ -407,13 +402,12 @@ def answer(subject, questions, compute, cfg):
 
 def openings(texts, documents):
     """Returns the prompts: the first words of texts, and the beginning of a document."""
-    long_texts = [text for text in texts if len(text.split()) > 2 * PROMPT_WORDS]
-    beginnings = [" ".join(text.split(" ")[:PROMPT_WORDS]) for text in long_texts]
-    prompts = [beginning.split("\n")[0] for beginning in beginnings]
-    prompts = list(dict.fromkeys(prompts))
-    if len(documents) >= FEW:
-        prompts = ["", *prompts]
-    return prompts[:PROMPTS] or [""]
+    prompts = [""] if len(documents) >= FEW else []
+    for text in texts:
+        if len(text.split()) > 2 * PROMPT_WORDS:
+            beginning = " ".join(text.split(" ")[:PROMPT_WORDS])
+            prompts.append(beginning.split("\n")[0])
+    return list(dict.fromkeys(prompts))[:PROMPTS] or [""]
 
 
 def write(subject, prompts, most, compute, cfg):

@@ -64,9 +64,7 @@ def sentences(text):
 
 def is_balanced(paragraph):
     """Returns whether each quotation mark of a paragraph has its counterpart."""
-    if paragraph.count("“") != paragraph.count("”"):
-        return False
-    return paragraph.count('"') % 2 == 0
+    return paragraph.count("“") == paragraph.count("”") and paragraph.count('"') % 2 == 0
 
 
 def repeated(words):

@@ -74,17 +74,15 @@ def likelihood_section(whole):
     )
     highest = max(likelihood["perplexity"] for likelihood in lens)
     form = ",.2f" if highest < 1e9 else ".3g"
-    explained = "explained of what token frequencies leave open"
-    entropy = "nats a story above the exact entropy"
     rows = []
     add_row(rows, "loss, nats a token", intervals(lens, "loss", ".4f"))
     add_row(rows, "perplexity", intervals(lens, "perplexity", form))
     add_row(rows, "bits a byte", intervals(lens, "bits_per_byte", ".4f", "bits"))
-    add_row(rows, explained, figures(lens, "explained", ".1%"))
+    add_row(rows, "explained of what token frequencies leave open", figures(lens, "explained", ".1%"))
     add_row(rows, "end of a document, nats", figures(lens, "end", ".4f"))
     add_row(rows, "loss on training text", figures(lens, "training_loss", ".4f"))
     add_row(rows, "tokens", figures(lens, "tokens", ","))
-    add_row(rows, entropy, [above_floor(likelihood) for likelihood in lens])
+    add_row(rows, "nats a story above the exact entropy", list(map(above_floor, lens)))
     return "1 Likelihood", about, ["", *names_of(whole)], rows
 
 
