@@ -417,18 +417,10 @@ def write(subject, prompts, most, compute, cfg):
     ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     cache = kv_cache_bytes(model.config, len(prompts), model.config.block_size, 4)
     check_memory(compute.device, cache, "try a smaller num_samples")
-    with compute.autocast(), tqdm(total=most, desc="samples", disable=None, leave=False) as bar:
-        for rows in generate(
-            model,
-            ids,
-            most,
-            cfg.temperature,
-            cfg.top_k,
-            stop=tokenizer.ends,
-            seed=cfg.seed,
-            past_end="recompute",
-        ):
-            bar.update()
+    settings = {"stop": tokenizer.ends, "seed": cfg.seed, "past_end": "recompute"}
+    steps = generate(model, ids, most, cfg.temperature, cfg.top_k, **settings)
+    with compute.autocast():
+        *_, rows = tqdm(steps, "samples", most, disable=None, leave=False)
     texts = []
     for prompt, row in zip(prompts, rows):
         text = prompt + tokenizer.decode_more(row.ids)
@@ -465,23 +457,24 @@ def read(texts, rules, cfg, copied=None, made_up=None):
     """
     unknown = made_up if rules.known else None
     marked = []
-    for text in texts:
+    for i, text in enumerate(texts):
         ended = text["ended"] if rules.ends else None
-        marked.append(reading.marks(text["text"], ended, unknown, rules.toy))
-    scores = [float(np.mean(list(marks.values()))) for marks in marked]
+        marks = reading.marks(text["text"], ended, unknown, rules.toy)
+        share = None if copied is None else float(copied[i])
+        marked.append(text | {"marks": marks, "copied": share})
+    scores = [float(np.mean(list(text["marks"].values()))) for text in marked]
     low, high = mean_interval(scores, cfg.resamples, cfg.seed)
-    shares = [None] * len(texts) if copied is None else copied.tolist()
     column = {
         "score": float(np.mean(scores)),
         "score_low": low,
         "score_high": high,
-        "marks": {key: float(np.mean([marks[key] for marks in marked])) for key in marked[0]},
+        "marks": {},
         "n": len(texts),
         "distinct": reading.distinct([text["text"] for text in texts]),
-        "texts": [],
+        "texts": marked,
     }
-    for text, marks, share in zip(texts, marked, shares):
-        column["texts"].append(text | {"marks": marks, "copied": share})
+    for key in marked[0]["marks"]:
+        column["marks"][key] = float(np.mean([text["marks"][key] for text in marked]))
     if copied is not None:
         words = {word for text in texts for word in reading.words_in(text["text"])}
         column["copied"] = float(np.mean(copied))
@@ -496,15 +489,12 @@ def read_beside(groups, training, rules, cfg):
     """
     if isinstance(training, str):
         return {key: read(texts, rules, cfg) for key, texts in groups.items()}
-    ids, tokenizer = training
     flat = [text["text"] for texts in groups.values() for text in texts]
-    copied, made_up = reading.against_training(flat, ids, tokenizer)
+    copied, made_up = reading.against_training(flat, *training)
+    shares = np.split(copied, np.cumsum([len(texts) for texts in groups.values()]))
     columns = {}
-    start = 0
-    for key, texts in groups.items():
-        end = start + len(texts)
-        columns[key] = read(texts, rules, cfg, copied[start:end], made_up)
-        start = end
+    for (key, texts), group_shares in zip(groups.items(), shares):
+        columns[key] = read(texts, rules, cfg, group_shares, made_up)
     return columns
 
 
