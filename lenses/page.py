@@ -58,7 +58,7 @@ tr:has(:nth-child(5)) small { display: block }
     linear-gradient(90deg, var(--line) var(--low), var(--c) 0 var(--high), var(--line) 0)
     center / 100% 3px no-repeat;
 }
-figure { margin: 1rem 0; max-width: 34rem }
+figure { margin: 0; max-width: 34rem }
 svg { display: block; width: 100%; font: 12px system-ui, sans-serif }
 svg text { fill: var(--soft) }
 .key { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem }
@@ -74,7 +74,6 @@ u { text-decoration: underline wavy var(--poor) }
 .clean, .right { color: var(--good) }
 .wrong { color: var(--poor); text-decoration: line-through }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--card); padding: .8rem }
-footer { margin-top: 3rem }
 """
 
 
@@ -272,8 +271,7 @@ def sample_cards(places, whole):
         return card_group(card(results[0]["reading"], i, "", whole) for i in places)
     groups = ""
     for i in places:
-        cards = [card(result["reading"], i, result["out_dir"], whole) for result in results]
-        groups += card_group(cards)
+        groups += card_group(card(result["reading"], i, result["out_dir"], whole) for result in results)
     return groups
 
 
