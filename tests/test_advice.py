@@ -6,7 +6,8 @@ import shlex
 import shutil
 
 import pytest
-from test_train import SMALL, lab  # noqa: F401  (lab is a fixture)
+from scripts import call
+from test_train import SMALL, lab  # lab is a fixture
 
 import eval as evaluation
 import export_onnx
@@ -14,7 +15,7 @@ import finetune_lora
 import hf
 import sample
 import train
-from config import Refusal, configure
+from config import Refusal
 from data import prompt_ids
 from tokenizer import Tokenizer
 
@@ -66,8 +67,7 @@ def states(lab, tmp_path_factory):
 
 
 def run(script, *argv):
-    module = SCRIPTS[script]
-    module.main(configure(module.Config, list(argv)))
+    call(SCRIPTS[script], *argv)
 
 
 def follow(script, argv, message):
