@@ -1,9 +1,12 @@
-// As much of CUDA as rmsnorm_kernel.cu uses, on the processor: g++ -x c++ -include cuda_on_host.h rmsnorm_kernel.cu. For tests alone.
+// As much of CUDA as rmsnorm_kernel.cu uses, on the processor, for tests alone:
+// g++ -x c++ -include cuda_on_host.h rmsnorm_kernel.cu
 //
-// The threads of a block are fibers of one thread, which run in turn from barrier to barrier: runs are deterministic, and switching is quick. Each warp goes as
-// far as it can before the next one starts, in ascending or in descending order (cuda_on_host_reverse), so that a missing barrier gives wrong values; a barrier
-// that not all threads reach ends the program. Dynamic shared memory is new for each block, full of nan, and as large as was asked for, so that
-// -fsanitize=address sees its end. What it cannot show: lanes of one warp in different shuffles, wrong masks, and what depends on the memory model.
+// The threads of a block are fibers of one thread, which run in turn from barrier to barrier: runs are
+// deterministic, and switching is quick. Each warp goes as far as it can before the next one starts, in
+// ascending or in descending order (cuda_on_host_reverse), so that a missing barrier gives wrong values;
+// a barrier that not all threads reach ends the program. Dynamic shared memory is new for each block,
+// full of nan, and as large as the launch asks for, so that -fsanitize=address sees its end. It does not
+// show lanes of one warp in different shuffles, wrong masks, and what depends on the memory model.
 #pragma once
 #include <cmath>
 #include <csetjmp>
@@ -27,7 +30,8 @@
 #define UNROLL
 #define ONE_BY_ONE
 #define DYNAMIC_SHARED(type, name) type* name = static_cast<type*>(cuda_on_host::shared)
-#define LAUNCH(kernel, grid, block, shared, stream, ...) cuda_on_host::launch(grid, block, shared, [&] { kernel(__VA_ARGS__); })
+#define LAUNCH(kernel, grid, block, shared, stream, ...) \
+  cuda_on_host::launch(grid, block, shared, [&] { kernel(__VA_ARGS__); })
 
 using __half = c10::Half;
 using __nv_bfloat16 = c10::BFloat16;
@@ -49,7 +53,8 @@ struct dim3 {
 
 inline dim3 gridDim, blockDim, blockIdx, threadIdx;
 
-// What a test may set: the order of threads, the number of SMs, and the block to begin with, so that the end of a huge grid can be run alone.
+// A test may set the order of threads, the number of SMs, and the block to begin with, so that the end
+// of a huge grid can be run alone.
 extern "C" {
 inline __attribute__((used, visibility("default"))) int cuda_on_host_reverse = 0;
 inline __attribute__((used, visibility("default"))) int cuda_on_host_sms = 1;
@@ -60,7 +65,11 @@ inline __attribute__((used, visibility("default"))) int64_t cuda_on_host_launche
 enum cudaError_t { cudaSuccess, cudaErrorInvalidConfiguration };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
 inline cudaError_t cuda_on_host_error = cudaSuccess;
-inline cudaError_t cudaGetLastError() { cudaError_t error = cuda_on_host_error; cuda_on_host_error = cudaSuccess; return error; }
+inline cudaError_t cudaGetLastError() {
+  cudaError_t error = cuda_on_host_error;
+  cuda_on_host_error = cudaSuccess;
+  return error;
+}
 inline const char* cudaGetErrorString(cudaError_t) { return "invalid configuration argument"; }
 inline void cudaGetDevice(int* device) { *device = 0; }
 inline void cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { *value = cuda_on_host_sms; }
@@ -86,9 +95,11 @@ inline int current;
 inline float exchanged[1024];
 inline void* shared;
 
-// The C library's own jump: a checked one (_FORTIFY_SOURCE) refuses to change stacks, and -fsanitize=address's sweeps the stack first, for milliseconds.
+// The C library's own jump: a checked one (_FORTIFY_SOURCE) refuses to change stacks, and that of
+// -fsanitize=address sweeps the stack first, for milliseconds.
 inline void jump(jmp_buf to) {
-  static const auto longjmp_ = reinterpret_cast<void (*)(jmp_buf, int)>(dlsym(dlopen("libc.so.6", RTLD_LAZY), "_longjmp"));
+  static const auto longjmp_ =
+      reinterpret_cast<void (*)(jmp_buf, int)>(dlsym(dlopen("libc.so.6", RTLD_LAZY), "_longjmp"));
   longjmp_(to, 1);
 }
 
@@ -137,10 +148,14 @@ inline void run_block() {
   const int warps = (n + 31) / 32;
   do {
     for (int k = 0; k < warps; ++k) {  // each warp goes as far as it can before the next one starts
-      const int warp = cuda_on_host_reverse ? warps - 1 - k : k, from = 32 * warp, to = from + 32 < n ? from + 32 : n;
+      const int warp = cuda_on_host_reverse ? warps - 1 - k : k;
+      const int from = 32 * warp;
+      const int to = from + 32 < n ? from + 32 : n;
       do {
-        for (int j = from; j < to; ++j)
-          if (const int i = cuda_on_host_reverse ? from + to - 1 - j : j; fibers[i].state == READY) resume(i);
+        for (int j = from; j < to; ++j) {
+          const int i = cuda_on_host_reverse ? from + to - 1 - j : j;
+          if (fibers[i].state == READY) resume(i);
+        }
       } while (release(from, to, AT_WARP));
     }
   } while (release(0, n, AT_BLOCK));

@@ -6,7 +6,8 @@ import shutil
 
 import pytest
 import torch
-from test_train import SMALL, lab  # noqa: F401  (lab is a fixture)
+from scripts import call
+from test_train import SMALL, lab  # lab is a fixture
 
 import eval as evaluation
 import export_onnx
@@ -15,7 +16,7 @@ import hf
 import sample
 import serve
 import train
-from config import Refusal, configure
+from config import Refusal
 from data import prompt_ids
 from tokenizer import Tokenizer
 
@@ -75,8 +76,7 @@ def states(lab, tmp_path_factory):
 
 
 def run(script, *argv):
-    module = SCRIPTS[script]
-    module.main(configure(module.Config, list(argv)))
+    call(SCRIPTS[script], *argv)
 
 
 FLAG = r"--[a-z_]+(?:=[^\s,;)]*[^\s,;:)])?"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from scripts import ROOT
 from test_model import redraw
 
 import checkpoint
@@ -21,33 +22,31 @@ from optim import load_optimizers, make_optimizers, step_unless
 from tensors import is_finite
 from tokenizer import Tokenizer
 
-ROOT = Path(__file__).parents[1]
-
 
 @pytest.fixture
 def saved(tmp_path):
+    """The path of a checkpoint, and the model and the tokenizer in it."""
     tokenizer = Tokenizer.train(["the cat sat on the mat"] * 3, 270)
-    model = redraw(
-        Transformer(ModelConfig(vocab_size=tokenizer.vocab_size, n_layer=1, n_embd=32, n_head=2))
-    )
+    config = ModelConfig(vocab_size=tokenizer.vocab_size, n_layer=1, n_embd=32, n_head=2)
+    model = redraw(Transformer(config))
     path = str(tmp_path / "ckpt.pt")
     checkpoint.save(path, model, tokenizer, {"seed": 1}, checkpoint.RunState(7, 2.5, 2.25))
     return path, model, tokenizer
 
 
-def test_what_is_saved_comes_back(saved):
+def test_a_checkpoint_restores_model_tokenizer_and_state(saved):
     path, model, tokenizer = saved
     ckpt = checkpoint.load(path)
-    again, tok = checkpoint.restore(ckpt, path)
-    assert (ckpt["step"], ckpt["val_loss"], ckpt["best_val_loss"], ckpt["config"]) == (
-        7,
-        2.5,
-        2.25,
-        {"seed": 1},
-    )
+    assert ckpt["step"] == 7
+    assert ckpt["val_loss"] == 2.5
+    assert ckpt["best_val_loss"] == 2.25
+    assert ckpt["config"] == {"seed": 1}
+    restored, restored_tokenizer = checkpoint.restore(ckpt, path)
     idx = torch.arange(20)[None]
-    assert torch.equal(again(idx)[0], model.eval()(idx)[0]) and tok.to_str() == tokenizer.to_str()
-    assert again.head.weight is again.wte.weight and not again.training
+    assert torch.equal(restored(idx)[0], model.eval()(idx)[0])
+    assert restored.head.weight is restored.wte.weight
+    assert not restored.training
+    assert restored_tokenizer.to_str() == tokenizer.to_str()
     assert os.listdir(os.path.dirname(path)) == ["ckpt.pt"]
 
 
@@ -58,17 +57,18 @@ def test_a_compiled_model_is_saved_unwrapped(saved):
 
 
 def test_code_in_a_checkpoint_is_refused_and_does_not_run(saved, tmp_path):
-    path, mark = saved[0], tmp_path / "ran"
+    path, *_ = saved
+    mark = tmp_path / "ran"
 
-    class Evil:
+    class Touch:
         def __reduce__(self):
             return os.system, (f"touch {mark}",)
 
+    with_code = checkpoint.load(path) | {"config": Touch()}
     for write in (
-        lambda: torch.save({**checkpoint.load(path), "config": Evil()}, path),
-        lambda: Path(path).write_bytes(pickle.dumps(Evil())),
+        lambda: torch.save(with_code, path),
+        lambda: Path(path).write_bytes(pickle.dumps(Touch())),
     ):
-        checkpoint.save(path, saved[1], saved[2], {}, checkpoint.RunState(1, 1, 1))
         write()
         with pytest.raises(Refusal, match="not a checkpoint that is safe to read"):
             checkpoint.load(path)
@@ -76,7 +76,7 @@ def test_code_in_a_checkpoint_is_refused_and_does_not_run(saved, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change, words",
+    "change, message",
     [
         (lambda c: c.pop("model"), "model"),
         (lambda c: c.update(step="7"), "step"),
@@ -109,14 +109,15 @@ def test_code_in_a_checkpoint_is_refused_and_does_not_run(saved, tmp_path):
         (lambda c: c["model"].update(more=torch.ones(1).expand(10**13)), "more numbers than it holds"),
     ],
 )
-def test_damage_is_one_line(saved, change, words):
-    path = saved[0]
+def test_damage_is_one_line(saved, change, message):
+    path, *_ = saved
     ckpt = checkpoint.load(path)
     change(ckpt)
     torch.save(ckpt, path)
-    with pytest.raises(Refusal, match=words) as e:
+    with pytest.raises(Refusal, match=message) as e:
         checkpoint.restore(checkpoint.load(path), path)
-    assert "\n" not in str(e.value) and e.value.status == 1
+    assert e.value.status == 1
+    assert "\n" not in str(e.value)
 
 
 def test_another_format_is_refused_as_no_file_of_ours(saved):
@@ -314,6 +315,7 @@ def test_a_state_may_be_empty_where_no_step_was_taken(stopped):
 
 def test_truncated_empty_and_foreign_files_are_one_line(saved, tmp_path):
     whole = Path(saved[0]).read_bytes()
+    path = tmp_path / "bad.pt"
     for content in (
         whole[: len(whole) // 2],
         whole[:100],
@@ -322,9 +324,9 @@ def test_truncated_empty_and_foreign_files_are_one_line(saved, tmp_path):
         b"\x80\x02.",
         pickle.dumps([1, 2]),
     ):
-        (tmp_path / "bad.pt").write_bytes(content)
+        path.write_bytes(content)
         with pytest.raises(Refusal) as e:
-            checkpoint.load(str(tmp_path / "bad.pt"))
+            checkpoint.load(str(path))
         assert "\n" not in str(e.value)
     with pytest.raises(Refusal, match="cannot read"):
         checkpoint.load(str(tmp_path / "none.pt"))
@@ -334,7 +336,7 @@ def test_truncated_empty_and_foreign_files_are_one_line(saved, tmp_path):
 
 def test_a_write_that_fails_leaves_the_old_file(saved):
     """A full disk, by a limit on the size of files: torch then raises RuntimeError."""
-    path = saved[0]
+    path, *_ = saved
     before = Path(path).read_bytes()
     code = f"""
 import resource, signal, sys
@@ -349,9 +351,11 @@ try:
 except config.Refusal as e:
     print(e.status, e)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.startswith("1 cannot write") and len(done.stdout.splitlines()) == 1, done.stderr
-    assert Path(path).read_bytes() == before and os.listdir(os.path.dirname(path)) == ["ckpt.pt"]
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.startswith("1 cannot write"), result.stderr
+    assert result.stdout.count("\n") == 1
+    assert Path(path).read_bytes() == before
+    assert os.listdir(os.path.dirname(path)) == ["ckpt.pt"]
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -366,10 +370,11 @@ def test_weights_that_are_not_finite_are_not_written(saved, value):
 
 
 def test_best_is_preferred_for_reading_and_last_for_resuming(tmp_path):
-    for name in "ckpt.pt", "ckpt_best.pt":
-        (tmp_path / name).touch()
-    assert checkpoint.find(str(tmp_path)).endswith("ckpt_best.pt")
-    assert checkpoint.find(str(tmp_path), "ckpt.pt").endswith("/ckpt.pt")
-    assert checkpoint.find(str(tmp_path / "ckpt.pt")).endswith("/ckpt.pt")
-    (tmp_path / "ckpt_best.pt").unlink()
-    assert checkpoint.find(str(tmp_path)).endswith("/ckpt.pt")
+    last, best = tmp_path / "ckpt.pt", tmp_path / "ckpt_best.pt"
+    last.touch()
+    best.touch()
+    assert checkpoint.find(str(tmp_path)) == str(best)
+    assert checkpoint.find(str(tmp_path), "ckpt.pt") == str(last)
+    assert checkpoint.find(str(last)) == str(last)
+    best.unlink()
+    assert checkpoint.find(str(tmp_path)) == str(last)

@@ -5,19 +5,17 @@ import signal
 import subprocess
 import sys
 from dataclasses import dataclass, fields
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from scripts import ROOT
 
 import config
 import train
 from config import Refusal, configure
-
-ROOT = Path(__file__).parents[1]
 
 
 @dataclass
@@ -39,6 +37,7 @@ class Config(Base):
 
 
 def refusal(argv):
+    """Returns the message of the Refusal of a command line."""
     with pytest.raises(Refusal) as e:
         configure(Config, argv)
     assert e.value.status == 2
@@ -52,9 +51,10 @@ def toml(folder, text, name="a.toml"):
     return str(path)
 
 
-def test_defaults():
+def test_without_arguments_all_is_default():
     cfg = configure(Config, [])
-    assert cfg == Config() and cfg.given == {}
+    assert cfg == Config()
+    assert cfg.given == {}
 
 
 def test_files_left_to_right_then_keys(tmp_path):
@@ -89,18 +89,20 @@ def test_booleans(argv, compile, bias):
     assert (cfg.compile, cfg.bias) == (compile, bias)
 
 
-def test_both_forms_and_values_that_look_like_something_else():
-    cfg = configure(
-        Config, ["--out_dir", "my.toml", "--n_layer", "-3", "--dtype=--compile", "--learning_rate=1e-3"]
-    )
-    assert (cfg.out_dir, cfg.n_layer, cfg.dtype, cfg.learning_rate) == ("my.toml", -3, "--compile", 1e-3)
+def test_both_forms_and_values_that_look_like_files_and_keys():
+    argv = ["--out_dir", "my.toml", "--n_layer", "-3", "--dtype=--compile", "--learning_rate=1e-3"]
+    cfg = configure(Config, argv)
+    assert cfg.out_dir == "my.toml"
+    assert cfg.n_layer == -3
+    assert cfg.dtype == "--compile"
+    assert cfg.learning_rate == 1e-3
     assert configure(Config, ["--out_dir=my.toml"]).out_dir == "my.toml"
     assert configure(Config, ["--out_dir=a=b"]).out_dir == "a=b"
     assert configure(Config, ["--out_dir="]).out_dir == ""
 
 
 @pytest.mark.parametrize(
-    "argv, says",
+    "argv, message",
     [
         (["--n_layers=3"], "did you mean n_layer?"),
         (["--n-layer=3"], "did you mean n_layer?"),
@@ -126,12 +128,12 @@ def test_both_forms_and_values_that_look_like_something_else():
         (["--n_layer=13"], "n_layer 13 is unlucky: take 12"),
     ],
 )
-def test_refused_on_the_command_line(argv, says):
-    assert says in refusal(argv)
+def test_mistakes_on_the_command_line_are_refused(argv, message):
+    assert message in refusal(argv)
 
 
 @pytest.mark.parametrize(
-    "text, says",
+    "text, message",
     [
         ("n_layer = 3.0", "n_layer must be an integer, not 3.0"),
         ('n_layer = "3"', "n_layer must be an integer, not '3'"),
@@ -156,13 +158,14 @@ def test_refused_on_the_command_line(argv, says):
         ("n_layer = " + "[" * 100000, "not a TOML file"),
     ],
 )
-def test_refused_in_a_file(tmp_path, text, says):
+def test_mistakes_in_a_file_are_refused(tmp_path, text, message):
     path = toml(tmp_path, text)
-    message = refusal([path])
-    assert says in message and path in message
+    line = refusal([path])
+    assert message in line
+    assert path in line
 
 
-def test_refused_files(tmp_path):
+def test_unreadable_files_are_refused(tmp_path):
     (tmp_path / "latin.toml").write_bytes(b'out_dir = "\xe9"')
     assert "not a TOML file" in refusal([str(tmp_path / "latin.toml")])
     (tmp_path / "folder.toml").mkdir()
@@ -175,12 +178,13 @@ def test_help_lists_every_key_with_default_and_comment(argv, capsys):
         configure(Config, argv)
     assert e.value.code == 0
     out, err = capsys.readouterr()
-    assert err == "" and __doc__ in out
+    assert err == ""
+    assert __doc__ in out
     lines = [line.strip() for line in out.splitlines() if line.startswith("  --")]
-    assert [line.split("  ")[0] for line in lines] == [
-        f"--{f.name}={f.default!r}" for f in fields(Config)
-    ]
-    assert [line.split("  ")[-1].strip() for line in lines] == [
+    keys = [line.split("  ")[0] for line in lines]
+    comments = [line.split("  ")[-1].strip() for line in lines]
+    assert keys == [f"--{field.name}={field.default!r}" for field in fields(Config)]
+    assert comments == [
         "how deep",
         "of the optimizer",
         "where to",
@@ -192,32 +196,29 @@ def test_help_lists_every_key_with_default_and_comment(argv, capsys):
 
 def test_words_stand_anywhere_and_an_unknown_one_names_the_nearest(tmp_path, capsys):
     a = toml(tmp_path, "n_layer = 2")
-    cfg = configure(
-        Config,
-        ["fry", "--compile", "bake", a, "--out_dir", "bake", "--n_layer=3", "fry"],
-        words=("bake", "fry"),
-    )
-    assert cfg.words == ["fry", "bake", "fry"] and (cfg.compile, cfg.out_dir, cfg.n_layer) == (
-        True,
-        "bake",
-        3,
-    )
-    assert configure(Config, [], words=("bake",)).words == configure(Config, []).words == []
-    for argv, says in (
-        (["bke"], "did you mean bake?"),
-        (["xyzzy"], "expected bake, fry, FILE.toml or --key=value; -h lists them all"),
-        (["--bake"], "no key 'bake'"),
+    argv = ["fry", "--compile", "bake", a, "--out_dir", "bake", "--n_layer=3", "fry"]
+    cfg = configure(Config, argv, words=("bake", "fry"))
+    assert cfg.words == ["fry", "bake", "fry"]
+    assert cfg.compile
+    assert cfg.out_dir == "bake"
+    assert cfg.n_layer == 3
+    assert configure(Config, [], words=("bake",)).words == []
+    assert configure(Config, []).words == []
+    for word, message in (
+        ("bke", "did you mean bake?"),
+        ("xyzzy", "expected bake, fry, FILE.toml or --key=value; -h lists them all"),
+        ("--bake", "no key 'bake'"),
     ):
         with pytest.raises(Refusal) as e:
-            configure(Config, argv, words=("bake", "fry"))
-        assert says in str(e.value)
+            configure(Config, [word], words=("bake", "fry"))
+        assert message in str(e.value)
     assert "expected FILE.toml or --key=value" in refusal(["bake"])
     with pytest.raises(SystemExit):
         configure(Config, ["-h"], words=("bake", "fry"))
     assert "\nwords: bake fry\n" in capsys.readouterr().out
 
 
-words = st.one_of(
+ARGUMENTS = st.one_of(
     st.text(),
     st.sampled_from(["--", "-h", "x.toml", "--no-", "--no-bias", "3", "true", "-1", "--no_no_bias"]),
     st.builds(
@@ -231,23 +232,25 @@ words = st.one_of(
 
 
 @settings(max_examples=500, deadline=None)
-@given(st.lists(words, max_size=5))
+@given(st.lists(ARGUMENTS, max_size=5))
 @example(["--out_dir", "--out_dir", "x.toml"])
 @example(["x.toml", "--compile", "x.toml"])
 def test_any_arguments_give_a_config_a_refusal_or_help(argv):
     try:
         cfg = configure(Config, argv)
     except Refusal as e:
-        assert str(e) and "\n" not in str(e)
+        assert str(e)
+        assert "\n" not in str(e)
     except SystemExit as e:
-        assert e.code == 0 and {"-h", "--help"} & set(argv)
+        assert e.code == 0
+        assert "-h" in argv or "--help" in argv
     else:
-        assert isinstance(cfg, Config) and all(
-            type(getattr(cfg, f.name)) is f.type for f in fields(Config)
-        )
+        assert isinstance(cfg, Config)
+        assert all(type(getattr(cfg, field.name)) is field.type for field in fields(Config))
 
 
 def run_script(folder, body, *argv, stdout=subprocess.PIPE):
+    """Returns exit status, stdout and stderr of a script whose main has this body."""
     script = folder / "script.py"
     script.write_text(
         "import sys\nfrom dataclasses import dataclass\nfrom config import Refusal, run\n"
@@ -255,7 +258,7 @@ def run_script(folder, body, *argv, stdout=subprocess.PIPE):
         f"def main(cfg):\n    {body}\nrun(main, Config)\n",
         encoding="utf-8",
     )
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, script, *argv],
         env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""},
         text=True,
@@ -263,7 +266,7 @@ def run_script(folder, body, *argv, stdout=subprocess.PIPE):
         stderr=subprocess.PIPE,
         timeout=60,
     )
-    return done.returncode, done.stdout, done.stderr
+    return result.returncode, result.stdout, result.stderr
 
 
 @pytest.mark.parametrize(
@@ -279,7 +282,7 @@ def run_script(folder, body, *argv, stdout=subprocess.PIPE):
         ("raise KeyboardInterrupt", [], (130, "", "")),
     ],
 )
-def test_exit_status(tmp_path, body, argv, result):
+def test_a_script_ends_with_its_status_and_one_line(tmp_path, body, argv, result):
     assert run_script(tmp_path, body, *argv) == result
 
 

@@ -1,18 +1,18 @@
-"""The one rule for dtype=auto on both sorts of processor, what a run keeps of it, and what a GPU's name says."""
+"""The rule for dtype=auto on both sorts of processor, the dtype of a resumed run, and GPUs by name."""
 
-import contextlib
 from types import SimpleNamespace
 
 import pytest
 import torch
+from scripts import printed, written
 from test_model import build
-from test_train import lab, load, run_train  # noqa: F401  (lab is a fixture)
+from test_train import lab, load, resume, run_train  # lab is a fixture
 
 import checkpoint
 import device
 import sample
 import train
-from config import Refusal, configure
+from config import Refusal
 from device import BFLOAT16_WIDTH, peak_flops, resolve
 from optim import make_optimizers
 
@@ -21,38 +21,44 @@ needs_bfloat16 = pytest.mark.skipif(
 )
 
 
+def pretend(monkeypatch, fast):
+    """Lets the processor have instructions for bfloat16, or not."""
+    monkeypatch.setattr(device, "fast_bfloat16", lambda _: fast)
+
+
 @pytest.fixture(params=[False, True], ids=["no bfloat16", "bfloat16"])
 def fast(request, monkeypatch):
-    """Whether the processor has instructions for bfloat16: each test runs on both sorts, whatever the machine is."""
-    monkeypatch.setattr(device, "fast_bfloat16", lambda _: request.param)
+    """Both sorts of processor, on any machine."""
+    pretend(monkeypatch, request.param)
     return request.param
 
 
 @pytest.mark.parametrize("width", [0, 128, BFLOAT16_WIDTH - 1, BFLOAT16_WIDTH, 768])
 def test_auto_is_bfloat16_where_a_wide_model_is_trained_on_a_fast_processor(fast, width):
+    dtype = "bfloat16" if fast and width >= BFLOAT16_WIDTH else "float32"
     compute = resolve("cpu", "auto", "false", train_width=width)
-    assert compute.dtype_name == ("bfloat16" if fast and width >= BFLOAT16_WIDTH else "float32")
-    assert (
-        compute.dtype is getattr(torch, compute.dtype_name)
-        and f"dtype={compute.dtype_name} (" in compute.message
-    )
+    assert compute.dtype_name == dtype
+    assert compute.dtype is getattr(torch, dtype)
+    assert f"dtype={dtype} (" in compute.message
 
 
-def test_a_dtype_that_was_asked_for_rules(fast):
+def test_a_given_dtype_rules(fast):
     for name, dtype in ("float32", torch.float32), ("bfloat16", torch.bfloat16):
         compute = resolve("cpu", name, "false", train_width=768)
         assert (compute.dtype, compute.dtype_name) == (dtype, name)
-        assert ("slow" in compute.message) == (name == "bfloat16" and not fast)
+        is_slow = name == "bfloat16" and not fast
+        assert ("slow" in compute.message) == is_slow
         _, muon = make_optimizers(build(), train.Config(), compute)
         assert muon.dtype == dtype
 
 
 def test_float16_leaves_muon_in_float32():
     compute = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float16)
-    assert make_optimizers(build(), train.Config(), compute)[1].dtype == torch.float32
+    _, muon = make_optimizers(build(), train.Config(), compute)
+    assert muon.dtype == torch.float32
 
 
-def test_tf32_is_a_word_of_its_own():
+def test_tf32_is_refused_on_a_cpu():
     with pytest.raises(Refusal, match="use --dtype=float32"):
         resolve("cpu", "tf32", "false")
 
@@ -70,10 +76,9 @@ def test_float32_is_float32_on_a_gpu():
     x = torch.randn(512, 512, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     errors = {}
     for name in "float32", "tf32":
-        place = resolve("cuda", name, "false").device
-        errors[name] = (
-            ((x.float().to(place) @ x.float().to(place)).double().cpu() - x @ x).abs().max().item()
-        )
+        x_gpu = x.float().to(resolve("cuda", name, "false").device)
+        product = (x_gpu @ x_gpu).double().cpu()
+        errors[name] = (product - x @ x).abs().max().item()
     resolve("cuda", "float32", "false")
     assert errors["float32"] < 1e-3 < errors["tf32"]
 
@@ -88,58 +93,36 @@ def test_a_resumed_run_keeps_its_dtype_on_another_processor(lab, monkeypatch, ca
         "--eval_tokens=16",
     ]
     for fast, dtype in (True, "bfloat16"), (False, "float32"):
-        monkeypatch.setattr(device, "fast_bfloat16", lambda _, fast=fast: fast)
-        run_train(lab, *argv, "--dtype=auto", "--max_iters=1", f"--out_dir=kept-{dtype}")
-        assert (
-            load(lab, f"kept-{dtype}")["config"]["dtype"] == dtype
-            and f"Muon in {dtype}" in capsys.readouterr().out
-        )
-        monkeypatch.setattr(device, "fast_bfloat16", lambda _, fast=fast: not fast)
-        with contextlib.chdir(lab):
-            train.main(
-                configure(
-                    train.Config, [f"--out_dir=kept-{dtype}", "--init_from=resume", "--max_iters=2"]
-                )
-            )
-        assert (
-            load(lab, f"kept-{dtype}")["config"]["dtype"] == dtype
-            and f"dtype={dtype}" in capsys.readouterr().out
-        )
-    with contextlib.chdir(lab):  # given anew, it changes
-        train.main(
-            configure(
-                train.Config,
-                ["--out_dir=kept-bfloat16", "--init_from=resume", "--max_iters=3", "--dtype=float32"],
-            )
-        )
+        out_dir = f"kept-{dtype}"
+        pretend(monkeypatch, fast)
+        run_train(lab, *argv, "--dtype=auto", "--max_iters=1", f"--out_dir={out_dir}")
+        assert load(lab, out_dir)["config"]["dtype"] == dtype
+        assert f"Muon in {dtype}" in capsys.readouterr().out
+        pretend(monkeypatch, not fast)
+        resume(lab, out_dir, "--max_iters=2")
+        assert load(lab, out_dir)["config"]["dtype"] == dtype
+        assert f"dtype={dtype}" in capsys.readouterr().out
+    resume(lab, "kept-bfloat16", "--max_iters=3", "--dtype=float32")  # given anew, it changes
     assert load(lab, "kept-bfloat16")["config"]["dtype"] == "float32"
 
 
-def test_a_checkpoint_of_auto_goes_on_by_the_rule(lab, monkeypatch):
-    """Runs from before their dtype was kept."""
+def test_a_checkpoint_of_auto_goes_on_by_the_rule(lab):
+    """Checkpoints from before runs kept their dtype."""
     run_train(lab, "--max_iters=1", "--out_dir=older")
     path = str(lab / "older/ckpt.pt")
     ckpt = checkpoint.load(path)
     ckpt["config"]["dtype"] = "auto"
     torch.save(ckpt, path)
-    with contextlib.chdir(lab):
-        train.main(configure(train.Config, ["--out_dir=older", "--init_from=resume", "--max_iters=2"]))
-    assert checkpoint.load(path)["config"]["dtype"] == "float32"
+    resume(lab, "older", "--max_iters=2")
+    assert load(lab, "older")["config"]["dtype"] == "float32"
 
 
 def test_a_sample_is_the_same_text_on_both_sorts(fast, lab, capsys):
     run_train(lab, "--max_iters=1", "--overwrite", "--out_dir=text")
-    capsys.readouterr()
-    with contextlib.chdir(lab):
-        for dtype in "auto", "float32":
-            sample.main(
-                configure(
-                    sample.Config,
-                    ["--out_dir=text", "--max_new_tokens=40", "--device=cpu", f"--dtype={dtype}"],
-                )
-            )
+    argv = ["--out_dir=text", "--max_new_tokens=40", "--device=cpu"]
     auto, float32 = (
-        text.split("-" * 80)[1] for text in capsys.readouterr().out.split("text/ckpt_best.pt: ")[1:]
+        written(printed(capsys, sample, *argv, f"--dtype={dtype}", folder=lab))
+        for dtype in ("auto", "float32")
     )
     assert auto == float32
 
@@ -148,10 +131,11 @@ def test_a_sample_is_the_same_text_on_both_sorts(fast, lab, capsys):
 def test_bfloat16_learns_as_float32_does(lab):
     losses = {}
     for dtype in "float32", "bfloat16":
+        out_dir = f"learns-{dtype}"
         run_train(
-            lab, "--max_iters=40", "--eval_interval=40", f"--dtype={dtype}", f"--out_dir=learns-{dtype}"
+            lab, "--max_iters=40", "--eval_interval=40", f"--dtype={dtype}", f"--out_dir={out_dir}"
         )
-        losses[dtype] = load(lab, f"learns-{dtype}")["val_loss"]
+        losses[dtype] = load(lab, out_dir)["val_loss"]
     assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.01)
 
 

@@ -1,4 +1,4 @@
-"""Fine-tuning: masks by hand, packing, resuming to the bit, adapters and their base, and the whole of it from the command line."""
+"""Fine-tuning: masks, packing, resuming to the bit, adapters and their base, and the command line."""
 
 import contextlib
 import copy
@@ -6,21 +6,21 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from children import error_output, finish, ranks, start
+from children import error_output, finish, start
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scripts import call, printed, shell, written
 from test_lost import wait_for
 from test_model import build, tokens
-from test_prepare import hub  # noqa: F401  (a fixture)
+from test_prepare import hub, write_rows  # hub is a fixture
+from test_processes import run_together
 from test_sample import complete
-from test_train import CPU, SMALL, lab, log, same  # noqa: F401  (lab is a fixture)
+from test_train import CPU, SMALL, lab, log, same  # lab is a fixture
 
 import checkpoint
 import eval as evaluation
@@ -47,7 +47,6 @@ from rows import (
 )
 from tokenizer import Tokenizer
 
-ROOT = Path(__file__).parents[1]
 BYTES = Tokenizer.train(["abc"], 257)  # no merges: a token a byte
 PAIRS = [
     {"prompt": f"Why is {a} {b}?", "response": f"{b.capitalize()} it is."}
@@ -69,33 +68,20 @@ TINY = [
 
 @pytest.fixture(scope="module")
 def shop(lab):
-    """data/toy, a tiny model in base, another in other, and rows."""
-    with contextlib.chdir(lab):
-        for out_dir, seed in ("base", 1), ("other", 2):
-            train.main(
-                configure(
-                    train.Config,
-                    [
-                        *SMALL,
-                        "--max_iters=1",
-                        "--block_size=48",
-                        f"--seed={seed}",
-                        f"--out_dir={out_dir}",
-                    ],
-                )
-            )
-        Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
+    """A folder with data/toy, a tiny model in base, another in other, and rows.jsonl."""
+    for out_dir, seed in ("base", 1), ("other", 2):
+        argv = [*SMALL, "--max_iters=1", "--block_size=48", f"--seed={seed}", f"--out_dir={out_dir}"]
+        call(train, *argv, folder=lab)
+    write_rows(lab / "rows.jsonl", PAIRS)
     return lab
 
 
 def finetune(shop, *argv):
-    with contextlib.chdir(shop):
-        ft.main(configure(ft.Config, [*TINY, "--init_from=base", "--dataset=rows.jsonl", *argv]))
+    call(ft, *TINY, "--init_from=base", "--dataset=rows.jsonl", *argv, folder=shop)
 
 
 def resume(shop, out_dir, *argv):
-    with contextlib.chdir(shop):
-        ft.main(configure(ft.Config, [f"--out_dir={out_dir}", "--init_from=resume", *argv]))
+    call(ft, f"--out_dir={out_dir}", "--init_from=resume", *argv, folder=shop)
 
 
 def adapter(shop, out_dir, name="adapter.pt"):
@@ -105,13 +91,15 @@ def adapter(shop, out_dir, name="adapter.pt"):
 # Rows
 
 
-def shown(example):
-    """What a model reads and what it learns at each place, as text: "_" for nothing, "$" for the end of text."""
+def chat(*turns):
+    """Returns messages of turns, each a role and its content."""
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
-    def text(i):
-        return "_" if i == -100 else "$" if i == BYTES.eot else BYTES.decode([i])
 
-    return ["".join(map(text, ids)) for ids in example]
+def spelled(ids):
+    """Returns ids of BYTES as text: "_" for a masked one, "$" for the end of text."""
+    signs = {-100: "_", BYTES.eot: "$"}
+    return "".join(signs[i] if i in signs else BYTES.decode([i]) for i in ids.tolist())
 
 
 @pytest.mark.parametrize(
@@ -120,12 +108,13 @@ def shown(example):
         ({"prompt": "ab", "response": "cd"}, "Q{prompt}A", "$QabAcd", "____cd$"),
         ({"prompt": " ab\n", "response": "\tcd "}, "{prompt}\n", "$ ab\n\n\tcd ", "_____\tcd $"),
         ({"prompt": "", "response": "c"}, "Q{prompt}A", "$QAc", "__c$"),
+        # braces in a prompt are only braces
         (
             {"prompt": "{x}{prompt}", "response": "c"},
             "{prompt}{}",
             "${x}{prompt}{}c",
             "_____________c$",
-        ),  # braces in it are only braces
+        ),
         ({"instruction": "ab", "input": "", "output": "cd"}, "Q{prompt}A", "$QabAcd", "____cd$"),
         ({"instruction": "ab", "output": "cd"}, "Q{prompt}A", "$QabAcd", "____cd$"),
         ({"prompt": " ab", "completion": " cd"}, "{prompt}", "$ ab cd", "___ cd$"),
@@ -135,23 +124,16 @@ def shown(example):
             "$Qab\nxyAcd",
             "_______cd$",
         ),
+        (chat(("user", "ab"), ("assistant", "cd")), "Q{prompt}A", "$QabAcd", "____cd$"),
         (
-            {"messages": [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"}]},
-            "Q{prompt}A",
-            "$QabAcd",
-            "____cd$",
-        ),
-        (
-            {
-                "messages": [
-                    {"role": "system", "content": "s"},
-                    {"role": "user", "content": "a"},
-                    {"role": "assistant", "content": "bc"},
-                    {"role": "user", "content": "d"},
-                    {"role": "assistant", "content": "e"},
-                    {"role": "user", "content": "left out"},
-                ]
-            },
+            chat(
+                ("system", "s"),
+                ("user", "a"),
+                ("assistant", "bc"),
+                ("user", "d"),
+                ("assistant", "e"),
+                ("user", "left out"),
+            ),
             "Q{prompt}A",
             "$Qs\naAbc$QdAe",
             "_____bc$___e$",
@@ -198,14 +180,11 @@ def shown(example):
     ],
 )
 def test_masks_by_hand(row, template, read, learned):
-    [conversation] = conversations([("here", row)])
-    assert shown(encode(conversation, BYTES, template)) == [read, learned]
+    [conversation] = conversations([("file line 1", row)])
+    idx, targets = encode(conversation, BYTES, template)
+    assert spelled(idx) == read
+    assert spelled(targets) == learned
     assert conversation.problem == ""
-
-
-def chat(*messages):
-    """A row with messages, given as role and content."""
-    return {"messages": [{"role": role, "content": content} for role, content in messages]}
 
 
 CALL = {"role": "assistant", "content": "I ask.", "tool_calls": [{"id": 1}]}
@@ -240,7 +219,9 @@ def test_rows_that_are_no_conversation_are_counted_with_their_places(row, proble
     good = {"prompt": "a", "response": "b"}
     rows = [("r.jsonl line 1", good), ("r.jsonl line 2", row)]
     examples, line = encode_rows(conversations(rows), BYTES, "{prompt}:", 48, "r.jsonl")
-    assert [shown(example) for example in examples] == [["$a:b", "__b$"]]
+    [(idx, targets)] = examples
+    assert spelled(idx) == "$a:b"
+    assert spelled(targets) == "__b$"
     assert line == f"r.jsonl: 1 rows; left out: 1 {problem} (r.jsonl line 2)"
     with pytest.raises(Refusal, match=f"none of its 5 rows .*; left out: 5 {problem} ") as e:
         encode_rows(conversations([("x", row)] * 5), BYTES, "{prompt}:", 48, "r.jsonl")
@@ -248,7 +229,7 @@ def test_rows_that_are_no_conversation_are_counted_with_their_places(row, proble
 
 
 @pytest.mark.parametrize(
-    "row, words",
+    "row, message",
     [
         ({"messages": None}, "r line 3: column 'messages' is not a list of messages but null"),
         ({"messages": "hello"}, "r line 3: column 'messages' is not a list of messages but 'hello'"),
@@ -269,8 +250,8 @@ def test_rows_that_are_no_conversation_are_counted_with_their_places(row, proble
         ({"prompt": [], "completion": None}, "not text but"),
     ],
 )
-def test_rows_that_cannot_be_read_are_refused_with_their_places(row, words):
-    with pytest.raises(Refusal, match=words) as e:
+def test_rows_that_cannot_be_read_are_refused_with_their_places(row, message):
+    with pytest.raises(Refusal, match=message) as e:
         conversations([("r line 1", {"prompt": "a", "response": "b"}), ("r line 3", row)])
     assert str(e.value).startswith("r line 3")
 
@@ -279,15 +260,13 @@ def test_rows_of_several_kinds_need_a_template_and_a_shuffle_does_not_choose_it(
     pair = {"prompt": "a", "response": "b"}
     rows = [*[pair] * 5, *[chat(("user", "a"), ("assistant", "b"))] * 5]
     (shop / "mixed.json").write_text(json.dumps(rows))
+    message = r"mixed.json row \d+ has \w.* mixed.json row \d+ has .*--template"
     for seed in range(4):
-        with pytest.raises(
-            Refusal, match=r"mixed.json row \d+ has \w.* mixed.json row \d+ has .*--template"
-        ):
+        with pytest.raises(Refusal, match=message):
             finetune(shop, "--dataset=mixed.json", "--out_dir=mixed", f"--seed={seed}")
     (shop / "chat.json").write_text(json.dumps(rows[5:]))
-    with pytest.raises(
-        Refusal, match="rows.jsonl line .* has prompt and response, chat.json row 1 has m"
-    ):
+    message = "rows.jsonl line .* has prompt and response, chat.json row 1 has m"
+    with pytest.raises(Refusal, match=message):
         finetune(shop, "--val_dataset=chat.json", "--out_dir=mixed")
     finetune(shop, "--dataset=mixed.json", "--template={prompt}:", "--out_dir=mixed", "--max_iters=1")
     # each row by its own kind: with one template all of these say the same
@@ -305,7 +284,8 @@ def test_rows_of_several_kinds_need_a_template_and_a_shuffle_does_not_choose_it(
         )
     ]
     for conversation in conversations(same_text):
-        assert conversation.turns == [Turn("a", "b")] and not conversation.problem
+        assert conversation.turns == [Turn("a", "b")]
+        assert not conversation.problem
     chats = conversations([same_text[1], same_text[3], same_text[5]])
     assert default_template(chats) == "User:\n{prompt}\n\nAssistant:\n"
 
@@ -340,19 +320,18 @@ def test_rows_are_read_as_trl_reads_them():
 
 
 def test_a_prompt_has_the_same_ids_in_training_and_in_sampling():
-    """Also where joined texts would be merged over the boundary: the tokenizer has a token for "ab" and one for " cat"."""
+    """Also where a token of the joined text, "ab", would lie across the boundary."""
     tokenizer = Tokenizer.train(["ab cat"] * 9, 263)
-    [conversation] = conversations([("here", {"prompt": "x a", "response": "b cat"})])
+    joined = tokenizer.encode("x ab cat")
+    assert len(joined) < len(tokenizer.encode("x a")) + len(tokenizer.encode("b cat"))
+    [conversation] = conversations([("file line 1", {"prompt": "x a", "response": "b cat"})])
     idx, targets = encode(conversation, tokenizer, "{prompt}")
     prompt = prompt_ids(tokenizer, render("{prompt}", "x a"))
-    assert (
-        idx[: len(prompt)].tolist() == prompt
-        and tokenizer.decode(targets[len(prompt) - 1 : -1]) == "b cat"
-    )
-    assert (targets[: len(prompt) - 1] == -100).all() and targets[-1] == tokenizer.eot
-    assert len(tokenizer.encode("x ab cat")) < len(tokenizer.encode("x a")) + len(
-        tokenizer.encode("b cat")
-    )
+    n = len(prompt)
+    assert idx[:n].tolist() == prompt
+    assert (targets[: n - 1] == -100).all()
+    assert tokenizer.decode(targets[n - 1 : -1]) == "b cat"
+    assert targets[-1] == tokenizer.eot
 
 
 def test_every_file_format_gives_the_same_rows(tmp_path, monkeypatch, hub):
@@ -360,16 +339,16 @@ def test_every_file_format_gives_the_same_rows(tmp_path, monkeypatch, hub):
     from pyarrow.parquet import write_table
 
     monkeypatch.chdir(tmp_path)
-    chats = [chat(("user", p["prompt"]), ("assistant", p["response"])) for p in PAIRS]
+    pairs = [(row["prompt"], row["response"]) for row in PAIRS]
+    chats = [chat(("user", prompt), ("assistant", response)) for prompt, response in pairs]
     for rows in PAIRS, chats:
         Path("r.jsonl").write_text("".join(json.dumps(row) + "\n\n" for row in rows))
         Path("r.json").write_text(json.dumps(rows, indent=1))
         write_table(pa.Table.from_pylist(rows), "r.parquet")
         hub.splits = {"train": iter(rows)}
         for dataset in "r.jsonl", "r.json", "r.parquet", "hf:me/rows":
-            assert [conversation.turns for conversation in conversations(read_rows(dataset))] == [
-                [Turn(p["prompt"], p["response"])] for p in PAIRS
-            ], dataset
+            dialogues = [conversation.turns for conversation in conversations(read_rows(dataset))]
+            assert dialogues == [[Turn(*pair)] for pair in pairs], dataset
     hub.splits = {"train": iter([PAIRS[0], {"messages": None}])}
     with pytest.raises(Refusal, match="hf:me/rows row 2: column 'messages' is not a list"):
         conversations(read_rows("hf:me/rows"))
@@ -382,49 +361,47 @@ def test_every_file_format_gives_the_same_rows(tmp_path, monkeypatch, hub):
 @given(lengths=st.lists(st.integers(1, 20), max_size=60))
 def test_packs_hold_each_example_once_and_no_two_packs_fit_in_one(lengths):
     packs = pack(lengths, 20)
-    assert sorted(i for p in packs for i in p) == list(range(len(lengths)))
-    sizes = sorted(sum(lengths[i] for i in p) for p in packs)
-    assert all(0 < n <= 20 for n in sizes) and (len(sizes) < 2 or sizes[0] + sizes[1] > 20)
+    assert sorted(i for members in packs for i in members) == list(range(len(lengths)))
+    sizes = sorted(sum(lengths[i] for i in members) for members in packs)
+    assert all(0 < n <= 20 for n in sizes)
+    if len(sizes) > 1:
+        assert sizes[0] + sizes[1] > 20
 
 
 def test_a_pack_depends_on_its_number_alone_and_an_epoch_has_each_once():
     packs = [[i] for i in range(13)]
     whole = training_packs(packs, 7, 0, 65)
-    assert whole == [p for first in range(0, 65, 5) for p in training_packs(packs, 7, first, 5)]
-    assert (
-        all(sorted(whole[i : i + 13]) == packs for i in range(0, 65, 13))
-        and whole[:13] != whole[13:26] != packs
-    )
+    parts = [training_packs(packs, 7, first, 5) for first in range(0, 65, 5)]
+    assert whole == [members for part in parts for members in part]
+    epochs = [whole[i : i + 13] for i in range(0, 65, 13)]
+    assert all(sorted(epoch) == packs for epoch in epochs)
+    assert epochs[0] != epochs[1] != packs
 
 
 def test_packed_examples_never_see_each_other():
     model = build()
-    data = [
-        (
-            tokens(1, n, seed=n)[0].numpy(),
-            np.where(np.arange(n) > 1, tokens(1, n, seed=9)[0].numpy(), -100),
-        )
-        for n in (5, 7, 3, 9)
-    ]
-    packs = pack([len(idx) for idx, _ in data], 24)
-    assert len(packs) == 1
-    batch = packed_batch(packs, data, 24)
+    lengths = [5, 7, 3, 9]
+    examples = []
+    for n in lengths:
+        idx, targets = tokens(1, n, seed=n)[0].numpy(), tokens(1, n, seed=9)[0].numpy()
+        targets[:2] = -100
+        examples.append((idx, targets))
+    packs = pack(lengths, 24)
+    [members] = packs
+    batch = packed_batch(packs, examples, 24)
+    idx, doc, targets = batch["idx"], batch["doc"][0], batch["targets"][0]
+    assert count_targets(batch) == sum(n - 2 for n in lengths)
+    assert (targets[doc == -1] == -100).all()
     with torch.no_grad():
-        together, (logits, _) = (
-            model(**batch, reduction="none")[1][0],
-            model(batch["idx"], doc=batch["doc"]),
-        )
-        for doc, i in enumerate(packs[0]):
-            alone = model(torch.from_numpy(data[i][0])[None])[0][0]
-            torch.testing.assert_close(logits[0][batch["doc"][0] == doc], alone, rtol=0, atol=1e-5)
-        other = batch | {"idx": torch.where(batch["doc"] == 1, (batch["idx"] + 1) % 61, batch["idx"])}
-        changed = (model(**other, reduction="none")[1][0] - together).abs() > 0
-        assert changed[batch["doc"][0] == 1].any() and not changed[batch["doc"][0] != 1].any()
-    targets = batch["targets"][0]
-    assert (
-        count_targets(batch) == sum(n - 2 for n in (5, 7, 3, 9))
-        and (targets[batch["doc"][0] == -1] == -100).all()
-    )
+        logits = model(idx, doc=batch["doc"])[0][0]
+        for place, i in enumerate(members):
+            alone = model(torch.from_numpy(examples[i][0])[None])[0][0]
+            torch.testing.assert_close(logits[doc == place], alone, rtol=0, atol=1e-5)
+        other = batch | {"idx": torch.where(doc == 1, (idx + 1) % 61, idx)}
+        nats, other_nats = (model(**b, reduction="none")[1][0] for b in (batch, other))
+        changed = nats != other_nats
+        assert changed[doc == 1].any()
+        assert not changed[doc != 1].any()
 
 
 # Whole runs
@@ -432,19 +409,17 @@ def test_packed_examples_never_see_each_other():
 
 def test_rows_that_do_not_fit_are_left_out_whole_and_counted(shop, capsys):
     long = {"prompt": "what is this? " * 20, "response": "A story."}
-    (shop / "long.jsonl").write_text(
-        "".join(
-            json.dumps(row) + "\n" for row in [*PAIRS, long, {"prompt": "why?", "response": " "}, long]
-        )
-    )
+    mute = {"prompt": "why?", "response": " "}
+    write_rows(shop / "long.jsonl", [*PAIRS, long, mute, long])
     finetune(shop, "--dataset=long.jsonl", "--val_dataset=rows.jsonl", "--out_dir=long", "--max_iters=1")
     out = capsys.readouterr().out
     assert (
-        f"long.jsonl, to learn from: {len(PAIRS)} rows; left out: 2 that are longer than 48 tokens "
-        "(long.jsonl line 21, long.jsonl line 23), 1 without a response (long.jsonl line 22); in " in out
-    )
+        f"long.jsonl, to learn from: {len(PAIRS)} rows; left out: "
+        "2 that are longer than 48 tokens (long.jsonl line 21, long.jsonl line 23), "
+        "1 without a response (long.jsonl line 22); in "
+    ) in out
     assert f"rows.jsonl, held out: {len(PAIRS)} rows\n" in out
-    (shop / "only.jsonl").write_text(json.dumps(long) + "\n")
+    write_rows(shop / "only.jsonl", [long])
     with pytest.raises(Refusal, match="none of its 1 rows has a response and fits in 48 tokens"):
         finetune(shop, "--dataset=only.jsonl", "--val_dataset=rows.jsonl", "--out_dir=n")
 
@@ -473,22 +448,18 @@ def test_the_held_out_loss_is_that_of_each_response_token_once(shop, capsys):
     finetune(shop, "--out_dir=loss", "--max_iters=1", "--batch_size=3", "--val_fraction=0.3")
     with contextlib.chdir(shop):
         model, tokenizer = checkpoint.restore(checkpoint.load("base/ckpt_best.pt"), "base")
-        learn, held_out = split_rows(
-            configure(ft.Config, ["--dataset=rows.jsonl", "--val_fraction=0.3"])
-        )
+        cfg = configure(ft.Config, ["--dataset=rows.jsonl", "--val_fraction=0.3"])
+        learn, held_out = split_rows(cfg)
+    assert len(held_out) == 6
     turns = [turn for conversation in learn + held_out for turn in conversation.turns]
-    assert len(held_out) == 6 and sorted(turn.prompt for turn in turns) == sorted(
-        p["prompt"] for p in PAIRS
-    )
+    assert sorted(turn.prompt for turn in turns) == sorted(row["prompt"] for row in PAIRS)
     nats = []
     for turn in turns[-6:]:
-        prompt, response = (
-            [tokenizer.eot, *tokenizer.encode(turn.prompt + "\n")],
-            [*tokenizer.encode(turn.response), tokenizer.eot],
-        )
+        prompt = [tokenizer.eot, *tokenizer.encode(turn.prompt + "\n")]
+        response = [*tokenizer.encode(turn.response), tokenizer.eot]
         with torch.no_grad():
             logp = model(torch.tensor([prompt + response]))[0][0].log_softmax(-1)
-        nats += [-logp[len(prompt) - 1 + i, id].item() for i, id in enumerate(response)]
+        nats += [-logp[i, id].item() for i, id in enumerate(response, start=len(prompt) - 1)]
     assert log(shop, "loss")[0]["val_loss"] == pytest.approx(np.mean(nats), rel=1e-5)
     assert f"before: {np.mean(nats):.4f} nats a token" in capsys.readouterr().out
 
@@ -498,7 +469,7 @@ def test_the_held_out_loss_is_that_of_each_response_token_once(shop, capsys):
     [(2, "adapter.pt", "float32"), (0, "ckpt.pt", "float32"), (2, "adapter.pt", "bfloat16")],
 )
 def test_stop_and_resume_is_an_uninterrupted_run_to_the_bit(shop, rank, name, dtype):
-    args = [
+    argv = [
         "--overwrite",
         f"--dtype={dtype}",
         f"--rank={rank}",
@@ -506,33 +477,27 @@ def test_stop_and_resume_is_an_uninterrupted_run_to_the_bit(shop, rank, name, dt
         "--gradient_accumulation_steps=2",
         "--template=Q: {prompt}\\nA: ",
     ]
-    finetune(shop, *args, f"--out_dir=whole{rank}")
-    finetune(shop, *args, f"--out_dir=parts{rank}", "--max_iters=4", "--lr_decay_iters=8")
+    whole_dir, parts_dir = f"whole{rank}", f"parts{rank}"
     base = (shop / "base/ckpt_best.pt").read_bytes()
-    resume(shop, f"parts{rank}", "--max_iters=8")
+    finetune(shop, *argv, f"--out_dir={whole_dir}")
+    finetune(shop, *argv, f"--out_dir={parts_dir}", "--max_iters=4", "--lr_decay_iters=8")
+    resume(shop, parts_dir, "--max_iters=8")
     keys = checkpoint.ADAPTER_KEYS if rank else checkpoint.KEYS
-    whole, parts = (
-        checkpoint.load(str(shop / f"{which}{rank}" / name), keys) for which in ("whole", "parts")
-    )
-    for key in ("adapters" if rank else "model"), "optimizers", "val_loss", "best_val_loss", "step":
+    whole = checkpoint.load(str(shop / whole_dir / name), keys)
+    parts = checkpoint.load(str(shop / parts_dir / name), keys)
+    weights = "adapters" if rank else "model"
+    for key in weights, "optimizers", "val_loss", "best_val_loss", "step":
         assert same(whole[key], parts[key]), key
-    assert (
-        log(shop, f"whole{rank}") == log(shop, f"parts{rank}")
-        and parts["config"]["template"] == "Q: {prompt}\nA: "
-    )
-    assert sorted(os.listdir(shop / f"whole{rank}")) == [
-        name,
-        name.replace(".pt", "_best.pt"),
-        "log.jsonl",
-        "loss.png",
-    ]
+    assert log(shop, whole_dir) == log(shop, parts_dir)
+    assert parts["config"]["template"] == "Q: {prompt}\nA: "
+    best = name.replace(".pt", "_best.pt")
+    assert sorted(os.listdir(shop / whole_dir)) == [name, best, "log.jsonl", "loss.png"]
     assert (shop / "base/ckpt_best.pt").read_bytes() == base
     if rank:
-        assert {k.rpartition(".")[2] for k in parts["adapters"]} == {"A", "B"} and all(
-            x.dtype == torch.float32 for x in parts["adapters"].values()
-        )
+        assert {key.rpartition(".")[2] for key in parts["adapters"]} == {"A", "B"}
+        assert {x.dtype for x in parts["adapters"].values()} == {torch.float32}
         with pytest.raises(Refusal, match="rank=2, which cannot become 4"):
-            resume(shop, "parts2", "--rank=4")
+            resume(shop, parts_dir, "--rank=4")
 
 
 def test_a_run_from_before_text_was_learned_as_it_stands_goes_on_by_its_own_rule(shop, capsys):
@@ -540,7 +505,10 @@ def test_a_run_from_before_text_was_learned_as_it_stands_goes_on_by_its_own_rule
     plain = [
         *PAIRS,
         chat(
-            ("user", "Who is Tom?\nThe fox?"), ("assistant", "A fox."), ("user", "b"), ("assistant", "c")
+            ("user", "Who is Tom?\nThe fox?"),
+            ("assistant", "A fox."),
+            ("user", "b"),
+            ("assistant", "c"),
         ),
     ]
     older = [
@@ -554,14 +522,14 @@ def test_a_run_from_before_text_was_learned_as_it_stands_goes_on_by_its_own_rule
             ("assistant", " c"),
         ),
     ]
-    args = ["--dataset=aged.json", "--template=Q: {prompt}\\n"]
+    argv = ["--dataset=aged.json", "--template=Q: {prompt}\\n"]
 
     def change_to(rows):
         (shop / "aged.json").write_text(json.dumps(rows))
 
     change_to(plain)
-    finetune(shop, *args, "--out_dir=unaged")
-    finetune(shop, *args, "--out_dir=aged", "--max_iters=4", "--lr_decay_iters=8")
+    finetune(shop, *argv, "--out_dir=unaged")
+    finetune(shop, *argv, "--out_dir=aged", "--max_iters=4", "--lr_decay_iters=8")
     assert adapter(shop, "aged")["config"]["text_rule"] == "as it stands"
     change_to(older)
     with pytest.raises(Refusal, match="other rows than when"):
@@ -579,41 +547,32 @@ def test_a_run_from_before_text_was_learned_as_it_stands_goes_on_by_its_own_rule
     assert aged["config"]["text_rule"] == "stripped"
 
     # its prompts are put into the template by the same rule, also once it is merged
-    with contextlib.chdir(shop):
-        for out_dir in "aged", "unaged":
-            ft.main(configure(ft.Config, ["--merge", f"--out_dir={out_dir}"]))
-    for model, written in {
+    for out_dir in "aged", "unaged":
+        call(ft, "--merge", f"--out_dir={out_dir}", folder=shop)
+    for model, prompt in {
         "--adapter=aged": "Q: Why\n",
         "--out_dir=aged": "Q: Why\n",
         "--adapter=unaged": "Q:  Why \n",
         "--out_dir=unaged": "Q:  Why \n",
     }.items():
-        capsys.readouterr()
-        with contextlib.chdir(shop):
-            keys = [model, "--start= Why ", "--max_new_tokens=1", "--device=cpu"]
-            sample.main(configure(sample.Config, keys))
-        out = capsys.readouterr().out
-        assert out.split("-" * 80)[1].startswith(f"\n{written}"), model
+        argv = [model, "--start= Why ", "--max_new_tokens=1", "--device=cpu"]
+        out = printed(capsys, sample, *argv, folder=shop)
+        assert written(out).startswith(f"\n{prompt}"), model
         assert (", without the space around it;" in out) == ("unaged" not in model)
+
     # what is only looked at is looked at by its own rule, what learns anew learns as text stands
     figures = {}
-    for rows, out_dir, keys in (
-        (older, "aged", ["--eval_only"]),
-        (plain, "unaged", ["--eval_only"]),
-        (older, "aged", ["--max_iters=1"]),
-        (older, "unaged", ["--max_iters=1"]),
+    for rows, out_dir, key in (
+        (older, "aged", "--eval_only"),
+        (plain, "unaged", "--eval_only"),
+        (older, "aged", "--max_iters=1"),
+        (older, "unaged", "--max_iters=1"),
     ):
         change_to(rows)
-        finetune(
-            shop,
-            "--dataset=aged.json",
-            f"--init_from={out_dir}",
-            "--out_dir=looked",
-            "--overwrite",
-            *keys,
-        )
+        argv = ["--dataset=aged.json", f"--init_from={out_dir}", "--out_dir=looked", "--overwrite"]
+        finetune(shop, *argv, key)
         line = next(line for line in capsys.readouterr().out.splitlines() if "nats a token" in line)
-        figures.setdefault(keys[0], []).append(line)
+        figures.setdefault(key, []).append(line)
     for lines in figures.values():
         assert lines[0] == lines[1]
     assert figures["--eval_only"][0].partition(":")[2] != figures["--max_iters=1"][0].partition(":")[2]
@@ -627,21 +586,13 @@ def test_code_is_learned_with_its_indentation(shop):
         for name, sign in (("add", "+"), ("sub", "-"))
     ]
     (shop / "code.json").write_text(json.dumps(rows))
-    finetune(
-        shop,
-        "--dataset=code.json",
-        "--val_dataset=code.json",
-        "--out_dir=code",
-        "--rank=8",
-        "--alpha=32",
-        "--max_iters=100",
-        "--eval_interval=100",
-    )
+    argv = ["--rank=8", "--alpha=32", "--max_iters=100", "--eval_interval=100"]
+    finetune(shop, *argv, "--dataset=code.json", "--val_dataset=code.json", "--out_dir=code")
     with contextlib.chdir(shop):
         model, tokenizer = checkpoint.open_checkpoint("", adapter="code").restore()
     prompts = [prompt_ids(tokenizer, row["prompt"]) for row in rows]
-    written, _ = complete(sample.generate(model, prompts, 30, temperature=0, stop=tokenizer.ends))
-    assert [tokenizer.decode_more(ids) for ids in written] == [row["completion"] for row in rows]
+    answers, _ = complete(sample.generate(model, prompts, 30, temperature=0, stop=tokenizer.ends))
+    assert [tokenizer.decode_more(ids) for ids in answers] == [row["completion"] for row in rows]
 
 
 def test_two_processes_are_one(shop):
@@ -652,136 +603,104 @@ def test_two_processes_are_one(shop):
         "--gradient_accumulation_steps=2",
         "--max_iters=4",
     ]
-    finetune(shop, *argv, "--out_dir=one")
-    running = [start(shop, "finetune_lora", *argv, "--out_dir=two", **env) for env in ranks(2)]
-    assert [finish(p) for p in running] == [0, 0], [error_output(shop, p) for p in running]
+    call(ft, *argv, "--out_dir=one", folder=shop)
+    run_together(shop, "finetune_lora", 2, *argv, "--out_dir=two")
+    one, two = adapter(shop, "one"), adapter(shop, "two")
     for key in "adapters", "optimizers", "val_loss":
-        assert same(adapter(shop, "one")[key], adapter(shop, "two")[key]), key
+        assert same(one[key], two[key]), key
     assert log(shop, "one") == log(shop, "two")
 
 
-def test_a_signal_ends_the_run_after_its_step_and_says_how_to_go_on(shop):
-    process = start(
-        shop,
-        "finetune_lora",
-        *TINY,
-        "--init_from=base",
-        "--dataset=rows.jsonl",
-        "--out_dir=stopped",
-        "--max_iters=100000",
-        "--eval_interval=1000",
-    )
+def test_a_signal_ends_the_run_after_its_step_with_advice_how_to_go_on(shop):
+    argv = ["--init_from=base", "--dataset=rows.jsonl", "--out_dir=stopped"]
+    process = start(shop, "finetune_lora", *TINY, *argv, "--max_iters=100000", "--eval_interval=1000")
     wait_for(shop / "stopped/log.jsonl", 5)
     os.kill(process.pid, signal.SIGTERM)
     assert finish(process) == 128 + signal.SIGTERM
     step = adapter(shop, "stopped")["step"]
     assert (
-        f"finetune_lora.py: stopped at step {step} by SIGTERM; python finetune_lora.py --out_dir=stopped --init_from=resume goes on"
-        in error_output(shop, process)
-    )
+        f"finetune_lora.py: stopped at step {step} by SIGTERM; "
+        "python finetune_lora.py --out_dir=stopped --init_from=resume goes on"
+    ) in error_output(shop, process)
     resume(shop, "stopped", f"--max_iters={step + 1}")
     assert adapter(shop, "stopped")["step"] == step + 1
 
 
 @pytest.fixture(scope="module")
 def tuned(shop):
+    """The shop, with adapters over base in tuned."""
     finetune(shop, "--out_dir=tuned", "--template=Question: {prompt}\\n")
     return shop
 
 
 def test_another_base_is_refused_whatever_differs(tuned):
-    with contextlib.chdir(tuned):
-        ckpt = checkpoint.load("base/ckpt_best.pt")
-        assert (
-            checkpoint.fingerprint(ckpt)
-            == adapter(tuned, "tuned")["base_sha256"]
-            == checkpoint.fingerprint(ckpt | {"step": 9, "config": {}})
-        )
-        before = {
-            key: value for key, value in ckpt["model_config"].items() if key != "head_dim"
-        }  # a setting that came later
-        assert checkpoint.fingerprint(ckpt | {"model_config": before}) == checkpoint.fingerprint(ckpt)
-        name = "blocks.1.mlp.up_proj.weight"
-        for change in (
-            {"model_config": ckpt["model_config"] | {"head_dim": 2}},
-            {"model": ckpt["model"] | {name: ckpt["model"][name] * 1.0001}},
-            {"model_config": ckpt["model_config"] | {"rope_theta": 5000.0}},
-            {"tokenizer_sha256": "0"},
-        ):
-            assert checkpoint.fingerprint(ckpt | change) != checkpoint.fingerprint(ckpt)
-        with pytest.raises(
-            Refusal, match="trained over another base than other/ckpt_best.pt: over base/ckpt_best.pt"
-        ):
-            sample.main(configure(sample.Config, ["--adapter=tuned", "--out_dir=other", "--device=cpu"]))
-        with pytest.raises(Refusal, match="another base"):
-            ft.main(configure(ft.Config, ["--merge", "--out_dir=tuned", "--init_from=other"]))
+    ckpt = checkpoint.load(str(tuned / "base/ckpt_best.pt"))
+    fingerprint = checkpoint.fingerprint(ckpt)
+    assert adapter(tuned, "tuned")["base_sha256"] == fingerprint
+    older = dict(ckpt["model_config"])
+    del older["head_dim"]  # a setting that came later
+    for change in {"step": 9, "config": {}}, {"model_config": older}:
+        assert checkpoint.fingerprint(ckpt | change) == fingerprint
+    name = "blocks.1.mlp.up_proj.weight"
+    for change in (
+        {"model_config": ckpt["model_config"] | {"head_dim": 2}},
+        {"model": ckpt["model"] | {name: ckpt["model"][name] * 1.0001}},
+        {"model_config": ckpt["model_config"] | {"rope_theta": 5000.0}},
+        {"tokenizer_sha256": "0"},
+    ):
+        assert checkpoint.fingerprint(ckpt | change) != fingerprint
+    message = "trained over another base than other/ckpt_best.pt: over base/ckpt_best.pt"
+    with pytest.raises(Refusal, match=message):
+        call(sample, "--adapter=tuned", "--out_dir=other", "--device=cpu", folder=tuned)
+    with pytest.raises(Refusal, match="another base"):
+        call(ft, "--merge", "--out_dir=tuned", "--init_from=other", folder=tuned)
     assert not (tuned / "tuned/ckpt.pt").exists()
 
 
 def test_an_adapter_is_no_checkpoint_and_the_other_way_round(tuned):
-    with contextlib.chdir(tuned):
-        for args, words in (
-            (["--out_dir=tuned/adapter.pt"], "is an adapter, not a checkpoint"),
-            (["--out_dir=tuned"], "holds an adapter"),
-            (["--adapter=base/ckpt.pt"], "is a whole checkpoint"),
-            (["--adapter=base"], "holds a whole checkpoint, not an adapter"),
-        ):
-            with pytest.raises(Refusal, match=words):
-                sample.main(configure(sample.Config, args))
+    for key, message in (
+        ("--out_dir=tuned/adapter.pt", "is an adapter, not a checkpoint"),
+        ("--out_dir=tuned", "holds an adapter"),
+        ("--adapter=base/ckpt.pt", "is a whole checkpoint"),
+        ("--adapter=base", "holds a whole checkpoint, not an adapter"),
+    ):
+        with pytest.raises(Refusal, match=message):
+            call(sample, key, folder=tuned)
 
 
 def test_from_the_command_line_to_a_merged_checkpoint_that_every_script_takes(shop, capsys):
-    done = subprocess.run(
-        [
-            sys.executable,
-            ROOT / "finetune_lora.py",
-            *TINY,
-            "--init_from=base",
-            "--dataset=rows.jsonl",
-            "--out_dir=cli",
-            "--template=Q {prompt}\\n",
-        ],
-        cwd=shop,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0 and "next: python sample.py --adapter=cli" in done.stdout, done.stderr
+    def output(script, *argv):
+        return printed(capsys, script, *argv, "--device=cpu", folder=shop)
 
-    def script(module, *argv):
-        capsys.readouterr()
-        with contextlib.chdir(shop):
-            module.main(configure(module.Config, [*argv, "--device=cpu"]))
-        return capsys.readouterr().out
+    argv = [*TINY, "--init_from=base", "--dataset=rows.jsonl", "--template=Q {prompt}\\n"]
+    result = shell("finetune_lora", *argv, "--out_dir=cli", folder=shop)
+    assert result.returncode == 0, result.stderr
+    assert "next: python sample.py --adapter=cli" in result.stdout
 
-    merged = script(ft, "--merge", "--out_dir=cli")
-    assert (
-        float(merged.split()[-1]) < 1e-4
-        and "cli/ckpt.pt: base/ckpt_best.pt with cli/adapter_best.pt merged" in merged
-    )
-    written = [
-        script(sample, place, "--start=Why is Tom sad?", "--temperature=0", "--max_new_tokens=10").split(
-            "-" * 80
-        )
-        for place in ("--adapter=cli", "--out_dir=cli")
-    ]
-    assert written[0][1] == written[1][1] and written[0][1].startswith("\nQ Why is Tom sad?\n")
-    assert "--raw leaves it as it is" in written[0][0] and "Q {prompt}" in written[0][0]
-    assert (
-        script(sample, "--adapter=cli", "--start=Why", "--raw", "--max_new_tokens=1")
-        .split("-" * 80)[1]
-        .startswith("\nWhy")
-    )
-    assert "nats a token" in script(train, "--init_from=cli", "--out_dir=n", "--eval_only")
-    assert (
-        '"loss"'
-        in script(evaluation, "--out_dir=cli", "--num_samples=1", "--max_new_tokens=20").splitlines()[-1]
-    )  # on the base's text
-    script(ft, *TINY, "--max_iters=1", "--init_from=cli", "--dataset=rows.jsonl", "--out_dir=cli2")
+    merged = output(ft, "--merge", "--out_dir=cli")
+    assert "cli/ckpt.pt: base/ckpt_best.pt with cli/adapter_best.pt merged" in merged
+    largest_difference = float(merged.split()[-1])
+    assert largest_difference < 1e-4
+
+    argv = ["--start=Why is Tom sad?", "--temperature=0", "--max_new_tokens=10"]
+    unmerged = output(sample, "--adapter=cli", *argv)
+    merged = output(sample, "--out_dir=cli", *argv)
+    assert written(unmerged) == written(merged)
+    assert written(unmerged).startswith("\nQ Why is Tom sad?\n")
+    assert "Q {prompt}" in unmerged
+    assert "--raw leaves it as it is" in unmerged
+    raw = output(sample, "--adapter=cli", "--start=Why", "--raw", "--max_new_tokens=1")
+    assert written(raw).startswith("\nWhy")
+
+    assert "nats a token" in output(train, "--init_from=cli", "--out_dir=n", "--eval_only")
+    figures = output(evaluation, "--out_dir=cli", "--num_samples=1", "--max_new_tokens=20")
+    assert '"loss"' in figures.splitlines()[-1]  # of the base's text
+    argv = [*TINY, "--max_iters=1", "--init_from=cli", "--dataset=rows.jsonl"]
+    output(ft, *argv, "--out_dir=cli2")
     assert adapter(shop, "cli2")["config"]["template"] == "Q {prompt}\n"  # the base's
     with pytest.raises(Refusal, match="--overwrite moves it aside"):
-        script(ft, "--merge", "--out_dir=cli")
-    script(ft, "--merge", "--out_dir=cli", "--overwrite")
+        output(ft, "--merge", "--out_dir=cli")
+    output(ft, "--merge", "--out_dir=cli", "--overwrite")
     assert len(list((shop / "cli").glob("ckpt.pt.old-*"))) == 1
 
 
@@ -794,105 +713,91 @@ def test_from_the_command_line_to_a_merged_checkpoint_that_every_script_takes(sh
 )
 def test_it_learns(shop, argv):
     """Answers that no story has, word for word, from a model that knows next to nothing."""
-    finetune(
-        shop,
-        "--out_dir=learned",
-        "--overwrite",
-        "--batch_size=8",
-        "--max_iters=150",
-        "--eval_interval=150",
-        "--val_dataset=rows.jsonl",
-        *argv,
-    )
-    with contextlib.chdir(shop):
-        path = "base/ckpt_best.pt" if "--rank=8" in argv else "learned/ckpt.pt"
-        ckpt = checkpoint.load(path)
-        model, tokenizer = checkpoint.restore(ckpt, path)
-        if "--rank=8" in argv:
-            checkpoint.Checkpoint(
-                path, ckpt, "learned/adapter.pt", adapter(shop, "learned")
-            ).restore_adapters(model)
-    prompts = [prompt_ids(tokenizer, p["prompt"] + "\n") for p in PAIRS]
-    written, _ = complete(sample.generate(model, prompts, 20, temperature=0, stop=tokenizer.ends))
-    assert np.mean([tokenizer.decode(row) == p["response"] for row, p in zip(written, PAIRS)]) > 0.9
+    argv = [*argv, "--batch_size=8", "--max_iters=150", "--eval_interval=150"]
+    finetune(shop, *argv, "--val_dataset=rows.jsonl", "--out_dir=learned", "--overwrite")
+    is_adapter = "--rank=8" in argv
+    path = str(shop / ("base/ckpt_best.pt" if is_adapter else "learned/ckpt.pt"))
+    ckpt = checkpoint.load(path)
+    model, tokenizer = checkpoint.restore(ckpt, path)
+    if is_adapter:
+        learned = checkpoint.Checkpoint(path, ckpt, "learned/adapter.pt", adapter(shop, "learned"))
+        learned.restore_adapters(model)
+    prompts = [prompt_ids(tokenizer, row["prompt"] + "\n") for row in PAIRS]
+    answers, _ = complete(sample.generate(model, prompts, 20, temperature=0, stop=tokenizer.ends))
+    exact = [tokenizer.decode(ids) == row["response"] for ids, row in zip(answers, PAIRS)]
+    assert np.mean(exact) > 0.9
 
 
 # The built-in task
 
 
-def test_no_moral_story_is_in_two_places():
-    rows = [row["prompt"] for row in toy_stories.moral_rows(400, MORAL_SEED)]
+def test_no_moral_story_is_in_two_splits():
+    """Nor among the stories that a model is pretrained on."""
+    prompts = [row["prompt"] for row in toy_stories.moral_rows(400, MORAL_SEED)]
     learn, held_out = split_rows(ft.Config())
-    assert (
-        [conversation.turns[0].prompt for conversation in learn + held_out] == rows
-        and len(set(rows)) == 400
-        and len(learn) == 200
-    )
-    pretrained = {
-        text for text, _ in toy_stories.stories(prepare.Config().num_stories, prepare.Config().seed)
-    }
-    for prompt in rows:
+    in_both_splits = [conversation.turns[0].prompt for conversation in learn + held_out]
+    assert in_both_splits == prompts
+    assert len(set(prompts)) == 400
+    assert len(learn) == 200
+    defaults = prepare.Config()
+    pretrained = {text for text, _ in toy_stories.stories(defaults.num_stories, defaults.seed)}
+    for prompt in prompts:
         story, _, question = prompt.rpartition("\n")
-        assert question == "What is the moral of this story?" and story not in pretrained
+        assert story not in pretrained
+        assert question == "What is the moral of this story?"
 
 
-def test_answers_are_exact_and_in_words_that_the_stories_have(shop):
+def test_answers_are_exact_and_of_tokens_that_the_stories_have(shop):
     for row in toy_stories.moral_rows(50, seed=3):
-        result = toy_stories.moral(row["prompt"].rpartition("\n")[0])
-        assert row["response"] == f"So {result[0].lower()}{result[1:]}" in toy_stories.ANSWERS
-    with contextlib.chdir(shop):
-        _, data, tokenizer = prepare.load("data/toy")
-    seen = set(np.unique(data["train"]).tolist())
-    assert all(seen.issuperset(tokenizer.encode(answer)) for answer in toy_stories.ANSWERS)
-    assert not all(
-        seen.issuperset(tokenizer.encode(moral)) for moral in toy_stories.MORALS
-    )  # why they are not the morals as such
+        story, _, _ = row["prompt"].rpartition("\n")
+        moral = toy_stories.moral(story)
+        assert row["response"] == f"So {moral[0].lower()}{moral[1:]}"
+        assert row["response"] in toy_stories.ANSWERS
+    _, data, tokenizer = prepare.load(shop / "data/toy")
+    ids = set(np.unique(data["train"]).tolist())
+    assert all(ids.issuperset(tokenizer.encode(answer)) for answer in toy_stories.ANSWERS)
+    # the morals themselves have others, which is why they are not the answers
+    assert not all(ids.issuperset(tokenizer.encode(moral)) for moral in toy_stories.MORALS)
 
 
 def test_the_morals_are_counted_right(shop, monkeypatch):
-    """Where every answer generated and every answer ranked first is a known one, the shares are those of the rows."""
-    with contextlib.chdir(shop):
-        tokenizer = prepare.load("data/toy")[2]
+    """A model that always gives one answer, and ranks it first, is right as often as rows have it."""
+    answer = toy_stories.ANSWERS[3]
+
+    def completion_nats(model, tokenizer, pairs, compute):
+        return [0.0 if completion == answer else 1.0 for _, completion in pairs]
+
+    def generate(model, prompts, n, temperature, stop):
+        yield [sample.Row([], tokenizer.encode(answer)) for _ in prompts]
+
+    monkeypatch.setattr(ft, "completion_nats", completion_nats)
+    monkeypatch.setattr(ft, "generate", generate)
+    _, _, tokenizer = prepare.load(shop / "data/toy")
     rows = [("", row) for row in toy_stories.moral_rows(60, seed=4)]
-    share = np.mean([row["response"] == toy_stories.ANSWERS[3] for _, row in rows])
-    ids = [*tokenizer.encode(toy_stories.ANSWERS[3]), tokenizer.eot]
+    right = [row["response"] == answer for _, row in rows]
+    unsaid = [row["response"][3:-1] not in row["prompt"] for _, row in rows]
+    right_and_unsaid = [a and b for a, b in zip(right, unsaid)]
+    share = f"{np.mean(right):.1%}"
     model = build(vocab_size=tokenizer.vocab_size, block_size=160)
-    monkeypatch.setattr(
-        ft,
-        "completion_nats",
-        lambda model, tokenizer, pairs, compute: [
-            completion != toy_stories.ANSWERS[3] for _, completion in pairs
-        ],
-    )
-    monkeypatch.setattr(
-        ft,
-        "generate",
-        lambda model, prompts, n, temperature, stop: iter([[sample.Row([], ids[:-1]) for _ in prompts]]),
-    )
-    unsaid = [
-        row["response"] == toy_stories.ANSWERS[3]
-        for _, row in rows
-        if row["response"][3:-1] not in row["prompt"]
-    ]
     held_out = conversations(rows)
     line = ft.moral_lines(model, tokenizer, held_out, "{prompt}\n", CPU).splitlines()[0]
     assert line == (
-        f"moral of 60 held-out stories: answered word for word {share:.1%} ({sum(unsaid)} of the {len(unsaid)} that leave it unsaid), "
-        f"the likeliest of the 11 {share:.1%} (chance 9.1%)"
+        f"moral of 60 held-out stories: answered word for word {share} "
+        f"({sum(right_and_unsaid)} of the {sum(unsaid)} that leave it unsaid), "
+        f"the likeliest of the 11 {share} (chance 9.1%)"
     )
 
 
 def test_a_run_goes_on_with_its_own_rows_and_its_own_kind(shop):
-    with contextlib.chdir(shop):
-        shutil.copy("rows.jsonl", "changing.jsonl")
-        finetune(shop, "--dataset=changing.jsonl", "--out_dir=changing", "--max_iters=1")
-        with open("changing.jsonl", "a", encoding="utf-8") as f:
-            f.write('{"prompt": "New?", "response": "Yes."}\n')
-        with pytest.raises(Refusal, match="other rows than when"):
-            resume(shop, "changing", "--max_iters=2")
-        with pytest.raises(Refusal, match="no run of finetune_lora.py"):
-            resume(shop, "base")
-        shutil.copy("base/ckpt_best.pt", "alone.pt")
-        with pytest.raises(Refusal, match="alone.pt is a file"):
-            finetune(shop, "--init_from=alone.pt", "--out_dir=alone.pt", "--overwrite")
-        assert os.path.isfile("alone.pt")
+    rows = shop / "changing.jsonl"
+    write_rows(rows, PAIRS)
+    finetune(shop, "--dataset=changing.jsonl", "--out_dir=changing", "--max_iters=1")
+    write_rows(rows, [*PAIRS, {"prompt": "New?", "response": "Yes."}])
+    with pytest.raises(Refusal, match="other rows than when"):
+        resume(shop, "changing", "--max_iters=2")
+    with pytest.raises(Refusal, match="no run of finetune_lora.py"):
+        resume(shop, "base")
+    shutil.copy(shop / "base/ckpt_best.pt", shop / "alone.pt")
+    with pytest.raises(Refusal, match="alone.pt is a file"):
+        finetune(shop, "--init_from=alone.pt", "--out_dir=alone.pt", "--overwrite")
+    assert (shop / "alone.pt").is_file()

@@ -1,4 +1,4 @@
-"""Every reader of a file, given files that something has happened to: it reads them or refuses them in one line. Nothing else."""
+"""Readers of files, given damaged ones: each reads them or refuses them in one line."""
 
 import contextlib
 import json
@@ -13,9 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import Table
 from pyarrow.parquet import write_table
+from scripts import call
 from test_bad_input import onnx_folder
 from test_checkpoint import make_run, stopped
-from test_prepare import DOCS, write_jsonl, write_parquet, write_txt
+from test_prepare import DOCS, write_jsonl, write_parquet, write_rows, write_txt
 
 import bench
 import checkpoint
@@ -41,80 +42,67 @@ FUZZ = settings(
 )
 
 
+JUNK = [
+    b"\x00" * 100,
+    b"\xff\xfe",
+    b'"',
+    b"}",
+    b"[" * 3000,
+    b"null",
+    b"-1",
+    b"1e999",
+    b"99999999999999999999",
+    b"\xed\xa0\x80",
+    b"NaN",
+    b"{}",
+]
+
+
 def damaged(whole):
-    """Bytes that were `whole`: cut, changed, doubled, or with something put in."""
-    place, junk = (
-        st.integers(0, len(whole)),
-        st.one_of(
-            st.binary(max_size=8),
-            st.sampled_from(
-                [
-                    b"\x00" * 100,
-                    b"\xff\xfe",
-                    b'"',
-                    b"}",
-                    b"[" * 3000,
-                    b"null",
-                    b"-1",
-                    b"1e999",
-                    b"99999999999999999999",
-                    b"\xed\xa0\x80",
-                    b"NaN",
-                    b"{}",
-                ]
-            ),
-        ),
-    )
+    """Draws bytes that were `whole`: cut, changed or doubled, or with junk in them."""
+    place = st.integers(0, len(whole))
+    junk = st.one_of(st.binary(max_size=8), st.sampled_from(JUNK))
     return st.one_of(
         st.builds(lambda i, j, junk: whole[:i] + junk + whole[j:], place, place, junk),
         st.builds(lambda i, n, junk: whole[:i] + junk + whole[i + n :], place, st.integers(0, 9), junk),
     )
 
 
+def is_one_line(refusal):
+    return str(refusal) and "\n" not in str(refusal)
+
+
+CONFIG = ModelConfig(vocab_size=300, n_layer=1, n_embd=8, n_head=1)
+
+
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
+    """A folder with a good file for each of the READERS."""
     folder = tmp_path_factory.mktemp("good")
     with contextlib.chdir(folder):
         write_txt("c.txt", DOCS)
         write_jsonl("c.jsonl", DOCS)
         write_parquet("c.parquet", DOCS)
-        prepare.prepare(configure(prepare.Config, ["--dataset=c.txt", "--name=d", "--vocab_size=300"]))
+        call(prepare, "--dataset=c.txt", "--name=d", "--vocab_size=300")
         tokenizer = Tokenizer.load("data/d/tokenizer.json")
-        checkpoint.save(
-            "ckpt.pt",
-            Transformer(ModelConfig(vocab_size=300, n_layer=1, n_embd=8, n_head=1)),
-            tokenizer,
-            {"seed": 1},
-            checkpoint.RunState(7, 2.5, 2.25),
-        )
-        model = Transformer(ModelConfig(vocab_size=300, n_layer=1, n_embd=8, n_head=1))
+        state = checkpoint.RunState(7, 2.5, 2.25)
+        model = Transformer(CONFIG)
+        checkpoint.save("ckpt.pt", model, tokenizer, {"seed": 1}, state)
+        fingerprint = checkpoint.fingerprint(checkpoint.load("ckpt.pt"))
         lora.inject(model, lora.LoRAConfig(rank=1))
-        checkpoint.save_adapters(
-            "adapter.pt",
-            model,
-            "ckpt.pt",
-            checkpoint.fingerprint(checkpoint.load("ckpt.pt")),
-            asdict(finetune_lora.Config(rank=1)),
-            checkpoint.RunState(7, 2.5, 2.25),
-        )
-        onnx_folder(
-            "o",
-            onnx_model.describe(
-                ModelConfig(vocab_size=300, n_layer=1, n_embd=8, n_head=1), tokenizer, "", "", "whose"
-            ),
-            tokenizer,
-        )
-        rows = [
-            {"prompt": "a", "response": "b"},
-            {"instruction": "a", "input": "", "output": "b"},
-            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
-        ]
-        Path("r.json").write_text(json.dumps(rows))
-        Path("r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        write_table(Table.from_pylist([rows[2]] * 3), "r.parquet")
-        hf.main(configure(hf.Config, ["--out_dir=ckpt.pt", "--to=h"]))
-        hf.main(configure(hf.Config, ["--adapter=adapter.pt", "--to=p"]))
-        Path("f").mkdir()  # a tokenizer that is not ours
+        tuning = asdict(finetune_lora.Config(rank=1))
+        checkpoint.save_adapters("adapter.pt", model, "ckpt.pt", fingerprint, tuning, state)
+        onnx_folder("o", onnx_model.describe(CONFIG, tokenizer, "", "", "whose"), tokenizer)
+        pair = {"prompt": "a", "response": "b"}
+        task = {"instruction": "a", "input": "", "output": "b"}
+        chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+        Path("r.json").write_text(json.dumps([pair, task, chat]))
+        write_rows("r.jsonl", [pair, task, chat])
+        write_table(Table.from_pylist([chat] * 3), "r.parquet")
+        call(hf, "--out_dir=ckpt.pt", "--to=h")
+        call(hf, "--adapter=adapter.pt", "--to=p")
+        # a tokenizer that is not ours
+        Path("f").mkdir()
         foreign = json.loads(tokenizer.to_str())
         foreign["pre_tokenizer"] = {
             "type": "Sequence",
@@ -124,13 +112,12 @@ def good(tmp_path_factory):
         Path("f/tokenizer_config.json").write_text(
             '{"eos_token": "<|endoftext|>", "add_bos_token": false}'
         )
-        model = json.loads(tokenizer.to_str())["model"]
-        Path("encoder.json").write_text(json.dumps(model["vocab"]))
-        Path("vocab.bpe").write_text("\n".join(["#version: 0.2", *model["merges"]]), encoding="utf-8")
+        # the tokenizer in GPT-2's two files
+        bpe = json.loads(tokenizer.to_str())["model"]
+        Path("encoder.json").write_text(json.dumps(bpe["vocab"]))
+        Path("vocab.bpe").write_text("\n".join(["#version: 0.2", *bpe["merges"]]), encoding="utf-8")
         Path("c.toml").write_text('n_layer = 3\nlearning_rate = 1e-3\nout_dir = "out/x"\nbias = true\n')
-        Path("log.jsonl").write_text(
-            "".join(json.dumps({"step": i, "loss": 1.5}) + "\n" for i in range(5))
-        )
+        write_rows("log.jsonl", [{"step": i, "loss": 1.5} for i in range(5)])
     return folder
 
 
@@ -165,9 +152,13 @@ def read_documents(suffix):
     )
 
 
-def read_tokenizer(folder, make=lambda folder: Tokenizer.load(folder / "data/d/tokenizer.json")):
+def load_tokenizer(folder):
+    return Tokenizer.load(folder / "data/d/tokenizer.json")
+
+
+def read_tokenizer(folder, load=load_tokenizer):
     try:
-        tokenizer = make(folder)
+        tokenizer = load(folder)
     except ValueError as e:
         raise Refusal(e)
     assert tokenizer.decode(tokenizer.encode("a cat sat")) == "a cat sat"
@@ -183,7 +174,7 @@ def read_folder(folder):
 
 
 def read_peft(folder):
-    hf_folder.load_adapter(str(folder / "p"), ModelConfig(vocab_size=300, n_layer=1, n_embd=8, n_head=1))
+    hf_folder.load_adapter(str(folder / "p"), CONFIG)
 
 
 def read_foreign(folder):
@@ -229,7 +220,8 @@ def test_a_damaged_file_is_read_or_refused_in_one_line(name, good):
         try:
             READERS[name](good)
         except Refusal as e:
-            assert str(e) and "\n" not in str(e) and len(str(e)) <= 500
+            assert is_one_line(e)
+            assert len(str(e)) <= 500
 
     try:
         check()
@@ -237,16 +229,13 @@ def test_a_damaged_file_is_read_or_refused_in_one_line(name, good):
         (good / name).write_bytes(whole)
 
 
+LEAVES = st.one_of(
+    st.none(), st.booleans(), st.integers(-9, 99), st.integers(), st.floats(), st.text(max_size=3)
+)
+KEYS = st.sampled_from(["rope_type", "type", "factor", "rope_theta", "x"])
 JSON = st.recursive(
-    st.one_of(
-        st.none(), st.booleans(), st.integers(-9, 99), st.integers(), st.floats(), st.text(max_size=3)
-    ),
-    lambda some: st.one_of(
-        st.lists(some, max_size=3),
-        st.dictionaries(
-            st.sampled_from(["rope_type", "type", "factor", "rope_theta", "x"]), some, max_size=3
-        ),
-    ),
+    LEAVES,
+    lambda values: st.one_of(st.lists(values, max_size=3), st.dictionaries(KEYS, values, max_size=3)),
     max_leaves=4,
 )
 
@@ -272,7 +261,8 @@ def test_any_value_of_any_key_is_read_or_refused(name, read, more, good):
         try:
             read(good)
         except Refusal as e:
-            assert str(e) and "\n" not in str(e) and "Error(" not in str(e)
+            assert is_one_line(e)
+            assert "Error(" not in str(e)
 
     try:
         check()
@@ -336,7 +326,7 @@ def test_any_value_in_any_place_of_a_checkpoint_is_read_or_refused(stopped, tmp_
 
 @FUZZ
 @given(content=st.binary(max_size=200))
-def test_any_prompt_file(content, tmp_path_factory):
+def test_any_prompt_file_is_read_or_refused(content, tmp_path_factory):
     path = tmp_path_factory.mktemp("p") / "prompt"
     path.write_bytes(content)
     with contextlib.suppress(Refusal):
@@ -381,7 +371,8 @@ def test_any_values_of_real_keys_give_a_config_or_one_line(script):
         try:
             cfg = configure(script.Config, [f"--{key}={value}" for key, value in keys.items()])
         except Refusal as e:
-            assert str(e) and "\n" not in str(e) and e.status == 2
+            assert is_one_line(e)
+            assert e.status == 2
         else:
             assert all(type(getattr(cfg, f.name)) is f.type for f in fields(cfg))
 
@@ -393,5 +384,5 @@ def test_the_network_is_off():
     code = "import socket; socket.create_connection(('192.0.2.1', 80), timeout=5)"
     with pytest.raises(ConnectionRefusedError, match="network off"):
         exec(code)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "network off" in done.stderr
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "network off" in result.stderr

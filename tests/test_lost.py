@@ -1,4 +1,4 @@
-"""Nothing is lost: runs that are killed, told to stop, or out of disk go on as if nothing had been."""
+"""Runs that are killed, stopped by a signal, or out of disk go on as if nothing had been."""
 
 import contextlib
 import errno
@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 from children import error_output, finish, fork, ranks, start
-from test_train import lab, load, log, same  # noqa: F401  (lab is a fixture)
+from scripts import ROOT, call
+from test_train import lab, load, log, resume, same  # lab is a fixture
 
 import checkpoint
 import folders
@@ -23,7 +24,6 @@ import prepare
 import train
 from config import Refusal, configure
 
-ROOT = Path(__file__).parents[1]
 ARGV = [
     "--n_layer=2",
     "--n_embd=32",
@@ -40,12 +40,8 @@ ARGV = [
 ]
 
 
-def go_on(lab, out_dir, *argv):
-    with contextlib.chdir(lab):
-        train.main(configure(train.Config, [f"--out_dir={out_dir}", "--init_from=resume", *argv]))
-
-
 def assert_same_run(lab, a, b):
+    """Asserts that out_dir b holds what a holds, to the bit."""
     for name in "ckpt.pt", "ckpt_best.pt":
         x, y = load(lab, a, name), load(lab, b, name)
         for key in "step", "model", "optimizers", "val_loss", "best_val_loss":
@@ -54,8 +50,8 @@ def assert_same_run(lab, a, b):
     assert sorted(os.listdir(lab / b)) == ["ckpt.pt", "ckpt_best.pt", "log.jsonl", "loss.png"]
 
 
-def wait_for(path, n=1):
-    """Until a file has n lines."""
+def wait_for(path, n):
+    """Waits until a file has n lines."""
     for _ in range(3000):
         if os.path.exists(path) and Path(path).read_bytes().count(b"\n") >= n:
             return
@@ -64,21 +60,26 @@ def wait_for(path, n=1):
 
 
 def undisturbed(lab, steps):
-    if not (lab / f"whole{steps}").exists():
-        assert finish(start(lab, "train", *ARGV, f"--max_iters={steps}", f"--out_dir=whole{steps}")) == 0
-    return f"whole{steps}"
+    """Returns the out_dir of a run that nothing happens to, which is made once."""
+    out_dir = f"whole{steps}"
+    if not (lab / out_dir).exists():
+        process = start(lab, "train", *ARGV, f"--max_iters={steps}", f"--out_dir={out_dir}")
+        assert finish(process) == 0, error_output(lab, process)
+    return out_dir
 
 
 @pytest.mark.slow
-def test_killed_at_20_random_moments(lab):
-    began, whole, moments, steps = time.time(), undisturbed(lab, 180), random.Random(0), []
-    a_step = (time.time() - began) / 180
+def test_a_run_killed_at_20_random_moments_is_the_undisturbed_one(lab):
+    began = time.time()
+    whole = undisturbed(lab, 180)
+    seconds_a_step = (time.time() - began) / 180
+    rng = random.Random(0)
+    steps = []
     process = start(lab, "train", *ARGV, "--max_iters=180", "--out_dir=killed")
     for _ in range(20):
-        wait_for(
-            lab / f"err.{process.pid}", 3
-        )  # an evaluation and its sample are printed once the step is saved
-        time.sleep(moments.uniform(0, 3 * a_step))
+        # an evaluation and its sample are printed once the step is saved
+        wait_for(lab / f"err.{process.pid}", 3)
+        time.sleep(rng.uniform(0, 3 * seconds_a_step))
         process.kill()
         assert finish(process) == -signal.SIGKILL, error_output(lab, process)
         for name in "ckpt.pt", "ckpt_best.pt":
@@ -86,12 +87,13 @@ def test_killed_at_20_random_moments(lab):
         steps.append(load(lab, "killed")["step"])
         process = start(lab, "train", "--out_dir=killed", "--init_from=resume")
     assert finish(process) == 0, error_output(lab, process)
-    assert steps == sorted(steps) and len(set(steps)) == 20 and steps[-1] < 180, steps
+    assert steps == sorted(set(steps)), steps
+    assert steps[-1] < 180
     assert_same_run(lab, whole, "killed")
 
 
 @pytest.mark.parametrize(
-    "place, call",
+    "place, count",
     [
         ("write", 1),
         ("write", 2),
@@ -109,38 +111,46 @@ def test_killed_at_20_random_moments(lab):
         ("renamed", 4),
     ],
 )
-def test_killed_at_each_point_of_a_save(lab, place, call):
-    whole, out_dir = undisturbed(lab, 6), f"{place}{call}"
-    process = start(lab, "train", *ARGV, "--max_iters=6", f"--out_dir={out_dir}", fault=(place, call))
+def test_a_run_killed_within_a_save_is_the_undisturbed_one(lab, place, count):
+    whole = undisturbed(lab, 6)
+    out_dir = f"{place}{count}"
+    argv = [*ARGV, "--max_iters=6", f"--out_dir={out_dir}"]
+    process = start(lab, "train", *argv, fault=(place, count))
     assert finish(process) == -signal.SIGKILL, error_output(lab, process)
     saved = [name for name in ("ckpt.pt", "ckpt_best.pt") if (lab / out_dir / name).exists()]
     for name in saved:
         checkpoint.restore(load(lab, out_dir, name), name)
     if "ckpt.pt" in saved:
-        go_on(lab, out_dir)
+        resume(lab, out_dir)
     else:  # killed before there was one: the run starts anew
-        assert (
-            finish(start(lab, "train", *ARGV, "--max_iters=6", f"--out_dir={out_dir}", "--overwrite"))
-            == 0
-        )
+        process = start(lab, "train", *argv, "--overwrite")
+        assert finish(process) == 0, error_output(lab, process)
     assert_same_run(lab, whole, out_dir)
 
 
+def training_losses(lab, out_dir):
+    return [line for line in log(lab, out_dir) if "loss" in line]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_ends_the_run_after_its_step_and_says_how_to_go_on(lab, number):
-    whole, out_dir = undisturbed(lab, 120), f"stopped{number}"
+def test_a_signal_ends_the_run_after_its_step_with_advice_how_to_go_on(lab, number):
+    whole = undisturbed(lab, 120)
+    out_dir = f"stopped{number}"
     process = start(lab, "train", *ARGV, "--max_iters=120", "--eval_interval=50", f"--out_dir={out_dir}")
     wait_for(lab / out_dir / "log.jsonl", 5)
     os.kill(process.pid, number)
     assert finish(process) == 128 + number
-    ckpt = load(lab, out_dir)
+    step = load(lab, out_dir)["step"]
+    assert 9 <= step < 120
     assert log(lab, out_dir)[-1]["step"] >= 9
-    line = f"train.py: stopped at step {ckpt['step']} by {number.name}; python train.py --out_dir={out_dir} --init_from=resume goes on"
-    assert error_output(lab, process).splitlines()[-1] == line and 9 <= ckpt["step"] < 120
-    go_on(lab, out_dir)
+    assert error_output(lab, process).splitlines()[-1] == (
+        f"train.py: stopped at step {step} by {number.name}; "
+        f"python train.py --out_dir={out_dir} --init_from=resume goes on"
+    )
+    resume(lab, out_dir)
     for key in "model", "optimizers":
-        assert same(load(lab, out_dir)[key], load(lab, whole)[key])
-    assert [x for x in log(lab, out_dir) if "loss" in x] == [x for x in log(lab, whole) if "loss" in x]
+        assert same(load(lab, out_dir)[key], load(lab, whole)[key]), key
+    assert training_losses(lab, out_dir) == training_losses(lab, whole)
 
 
 def test_a_checkpoint_by_the_clock_goes_on_to_the_bit(lab):
@@ -152,10 +162,10 @@ def test_a_checkpoint_by_the_clock_goes_on_to_the_bit(lab):
     process.kill()
     assert finish(process) == -signal.SIGKILL
     assert 11 <= load(lab, "clock")["step"] < 100  # line 5 is that of step 12, which is saved next
-    go_on(lab, "clock", "--save_minutes=10")
+    resume(lab, "clock", "--save_minutes=10")
     for key in "model", "optimizers":
-        assert same(load(lab, "clock")[key], load(lab, whole)[key])
-    assert [x for x in log(lab, "clock") if "loss" in x] == [x for x in log(lab, whole) if "loss" in x]
+        assert same(load(lab, "clock")[key], load(lab, whole)[key]), key
+    assert training_losses(lab, "clock") == training_losses(lab, whole)
 
 
 def test_a_second_sighup_is_none_of_its_own(lab):
@@ -165,11 +175,9 @@ def test_a_second_sighup_is_none_of_its_own(lab):
     os.kill(process.pid, signal.SIGHUP)
     os.kill(process.pid, signal.SIGHUP)
     assert finish(process) == 128 + signal.SIGHUP
-    assert (
-        error_output(lab, process)
-        .splitlines()[-1]
-        .startswith(f"train.py: stopped at step {load(lab, 'twice')['step']} by SIGHUP; ")
-    )
+    step = load(lab, "twice")["step"]
+    last_line = error_output(lab, process).splitlines()[-1]
+    assert last_line.startswith(f"train.py: stopped at step {step} by SIGHUP; ")
 
 
 def test_a_run_under_nohup_goes_on(lab):
@@ -210,9 +218,8 @@ def test_a_run_goes_on_with_its_streams_closed(lab):
 def living(lab):
     """A run that goes on in out_dir=living until it is told to stop, and a file of the user's beside it."""
     shutil.rmtree(lab / "living", ignore_errors=True)
-    process = start(
-        lab, "train", *ARGV, "--max_iters=100000", "--eval_interval=5", "--out_dir=living/run"
-    )
+    argv = [*ARGV, "--max_iters=100000", "--eval_interval=5", "--out_dir=living/run"]
+    process = start(lab, "train", *argv)
     wait_for(lab / "living/run/log.jsonl", 5)
     (lab / "living/run/ckpt.pt.mine.tmp").write_text("notes")
     yield process
@@ -220,6 +227,7 @@ def living(lab):
 
 
 def listed(lab, out_dir):
+    """Returns the names in a folder of the lab, sorted."""
     return sorted(os.listdir(lab / out_dir))
 
 
@@ -241,16 +249,15 @@ def test_a_second_run_in_an_out_dir_is_refused_with_the_pid_of_the_first(lab, li
     with pytest.raises(Refusal, match=f"process {living.pid} is training in living/run: "):
         with contextlib.chdir(lab), folders.new_folder("living", True, ""):
             pass
-    with contextlib.chdir(lab):  # to look on is allowed
-        train.main(
-            configure(train.Config, ["--out_dir=living/run", "--init_from=resume", "--eval_only"])
-        )
+    resume(lab, "living/run", "--eval_only")  # to look on is allowed
 
     os.kill(living.pid, signal.SIGTERM)
     assert finish(living) == 128 + signal.SIGTERM, error_output(lab, living)
     files = ["ckpt.pt", "ckpt.pt.mine.tmp", "ckpt_best.pt", "log.jsonl"]
-    assert listed(lab, "living/run") == files and listed(lab, "living") == ["run"]
-    go_on(lab, "living/run", f"--max_iters={load(lab, 'living/run')['step'] + 1}")
+    assert listed(lab, "living/run") == files
+    assert listed(lab, "living") == ["run"]
+    step = load(lab, "living/run")["step"]
+    resume(lab, "living/run", f"--max_iters={step + 1}")
 
 
 def test_a_lock_dies_with_its_process(lab, living):
@@ -260,8 +267,8 @@ def test_a_lock_dies_with_its_process(lab, living):
     argv = [*ARGV, "--max_iters=1", "--out_dir=living/run", "--overwrite"]
     assert finish(start(lab, "train", *argv)) == 0
     assert listed(lab, "living/run") == ["ckpt.pt", "ckpt_best.pt", "log.jsonl", "loss.png"]
-    old = next((lab / "living").glob("run.old-*"))
-    assert {"ckpt.pt.mine.tmp", "ckpt.pt", "log.jsonl"} <= set(os.listdir(old))
+    [aside] = (lab / "living").glob("run.old-*")
+    assert {"ckpt.pt.mine.tmp", "ckpt.pt", "log.jsonl"} <= set(os.listdir(aside))
 
 
 def test_a_run_that_goes_on_is_not_moved_aside_with_the_folder_around_it(lab, living):
@@ -271,8 +278,10 @@ def test_a_run_that_goes_on_is_not_moved_aside_with_the_folder_around_it(lab, li
     argv = [*ARGV, "--max_iters=1", "--out_dir=living", "--overwrite"]
     process = start(lab, "train", *argv)
     assert finish(process) == 0, error_output(lab, process)
-    assert "run" in listed(lab, "living") and living.is_alive()
-    assert os.listdir(next(lab.glob("living.old-*"))) == ["ckpt.pt"]
+    assert "run" in listed(lab, "living")
+    assert living.is_alive()
+    [aside] = lab.glob("living.old-*")
+    assert os.listdir(aside) == ["ckpt.pt"]
 
 
 def test_only_what_a_dead_run_half_wrote_is_removed(tmp_path):
@@ -294,7 +303,8 @@ def test_a_disk_without_locks_is_one_line_and_the_run_goes_on(tmp_path, monkeypa
     with folders.alone(tmp_path):
         (tmp_path / "ckpt.pt").touch()
     out, _ = capsys.readouterr()
-    assert out.startswith(f"{tmp_path} is on a disk without locks (") and out.count("\n") == 1
+    assert out.startswith(f"{tmp_path} is on a disk without locks (")
+    assert out.count("\n") == 1
     assert {"ckpt.pt", "ckpt.pt.1.tmp"} <= set(os.listdir(tmp_path))
 
 
@@ -306,8 +316,8 @@ def test_a_folder_that_is_locked_for_nothing_is_gone_again(tmp_path):
         assert os.listdir(tmp_path / "out") == []
 
 
-def limited(folder, argv, limit):
-    """A training run in a forked process that may write no file larger than limit bytes, as on a disk that is nearly full."""
+def train_on_a_full_disk(folder, argv, limit):
+    """Trains where no file may have more than limit bytes, and writes a Refusal to `refused`."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     os.chdir(folder)
@@ -324,21 +334,21 @@ def limited(folder, argv, limit):
 )
 def test_a_full_disk_is_one_line_and_the_old_checkpoint_stays(lab, limit, file):
     out_dir = f"full{limit}".replace(" ", "-")
-    with contextlib.chdir(lab):
-        train.main(configure(train.Config, [*ARGV, "--max_iters=4", f"--out_dir={out_dir}"]))
-    before = {name: (lab / out_dir / name).read_bytes() for name in ("ckpt.pt", "ckpt_best.pt")}
+    folder = lab / out_dir
+    call(train, *ARGV, "--max_iters=4", f"--out_dir={out_dir}", folder=lab)
+    before = {name: (folder / name).read_bytes() for name in ("ckpt.pt", "ckpt_best.pt")}
     if limit == "a line more":
-        limit = (lab / out_dir / "log.jsonl").stat().st_size + 50
+        limit = (folder / "log.jsonl").stat().st_size + 50
     argv = [f"--out_dir={out_dir}", "--init_from=resume", "--max_iters=8", "--lr_decay_iters=8"]
-    process = fork.Process(target=limited, args=(str(lab), argv, limit))
+    process = fork.Process(target=train_on_a_full_disk, args=(str(lab), argv, limit))
     process.start()
     assert finish(process) == 0
-    words = (lab / "refused").read_text()
-    assert (
-        words.startswith("1 cannot write ") and "\n" not in words and f"{out_dir}/{file}: " in words
-    ), words
-    assert before == {name: (lab / out_dir / name).read_bytes() for name in before}
-    go_on(lab, out_dir, "--max_iters=8")
+    message = (lab / "refused").read_text()
+    assert message.startswith("1 cannot write ")
+    assert f"{out_dir}/{file}: " in message
+    assert "\n" not in message
+    assert before == {name: (folder / name).read_bytes() for name in before}
+    resume(lab, out_dir, "--max_iters=8")
     assert load(lab, out_dir)["step"] == 8
 
 
@@ -346,34 +356,24 @@ def test_an_out_dir_that_cannot_be_made_is_one_line(lab):
     (lab / "file").write_text("in the way")
     process = start(lab, "train", *ARGV, "--max_iters=2", "--out_dir=file/out")
     assert finish(process) == 1
-    assert error_output(lab, process).count("\n") == 1 and error_output(lab, process).startswith(
-        "train.py: cannot write file/out/"
-    )
+    message = error_output(lab, process)
+    assert message.startswith("train.py: cannot write file/out/")
+    assert message.count("\n") == 1
 
 
-def test_two_prepares_of_one_name_at_once(tmp_path):
-    lost = []  # 1: at the rename, 2: the other had ended before this one began
+def test_of_two_prepares_of_one_name_at_once_one_is_whole_and_one_is_refused(tmp_path):
+    statuses = set()  # 1: lost at the rename, 2: the other had ended before this one began
     for i in range(4):
-        running = [
-            start(
-                tmp_path,
-                "prepare",
-                "--num_stories=300",
-                f"--seed={seed}",
-                f"--name=d{i}",
-                "--num_proc=1",
-            )
-            for seed in (1, 2)
-        ]
-        codes = [finish(process) for process in running]
-        lost.append(max(codes))
-        assert sorted(codes) in ([0, 1], [0, 2]), [
-            error_output(tmp_path, process) for process in running
-        ]
+        argv = ["--num_stories=300", f"--name=d{i}", "--num_proc=1"]
+        processes = [start(tmp_path, "prepare", *argv, f"--seed={seed}") for seed in (0, 1)]
+        codes = [finish(process) for process in processes]
+        messages = [error_output(tmp_path, process) for process in processes]
+        assert sorted(codes) in ([0, 1], [0, 2]), messages
+        winner = codes.index(0)
+        loser = 1 - winner
+        statuses.add(codes[loser])
+        assert messages[loser].count("\n") == 1
         meta, _, _ = prepare.load(tmp_path / f"data/d{i}")
-        assert meta["seed"] == codes.index(0) + 1  # the winner's, whole
-        loser = running[1 - codes.index(0)]
-        assert error_output(tmp_path, loser).count("\n") == 1
-    assert (
-        sorted(p.name for p in (tmp_path / "data").iterdir()) == ["d0", "d1", "d2", "d3"] and 1 in lost
-    )
+        assert meta["seed"] == winner
+    assert 1 in statuses
+    assert sorted(os.listdir(tmp_path / "data")) == ["d0", "d1", "d2", "d3"]

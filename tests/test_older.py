@@ -1,8 +1,9 @@
-"""What 65ab30d wrote, before the redesign, opens, writes the same text and goes on: tests/older has it.
+"""Files of 65ab30d, before the redesign, open, give the same text and go on: tests/older holds them.
 
-There: `prepare.py --dataset=old.txt --name=old --vocab_size=280` of 300 short stories, `train.py --dataset=old --n_layer=1
---n_embd=16 --n_head=2 --block_size=48 --batch_size=8 --max_iters=300`, `finetune_lora.py --dataset=rows.jsonl --rank=4`
-over it, and `export_onnx.py`. Its texts and losses, below, are those that 65ab30d itself wrote.
+They are from `prepare.py --dataset=old.txt --name=old --vocab_size=280` of 300 short stories, `train.py
+--dataset=old --n_layer=1 --n_embd=16 --n_head=2 --block_size=48 --batch_size=8 --max_iters=300`,
+`finetune_lora.py --dataset=rows.jsonl --rank=4` over it, and `export_onnx.py`. The texts and losses
+below are 65ab30d's own.
 """
 
 import contextlib
@@ -11,13 +12,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+from scripts import call, printed, written
 
 import finetune_lora
 import sample
 import train
-from config import configure
 
-GREEDY = ["--max_new_tokens=30", "--temperature=0"]
+STORY = "Tom was sad. So Lily went home and was sad no more."
 
 
 @pytest.fixture
@@ -29,19 +30,16 @@ def older(tmp_path):
 
 
 def last_figures(path):
-    return [
-        json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if "val_loss" in line
-    ][-1]
+    """Returns the last line of a log that has a val_loss."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return json.loads([line for line in lines if "val_loss" in line][-1])
 
 
 @pytest.mark.parametrize(
     "argv, text",
     [
-        (
-            ["--out_dir=out", "--start=Tom was", "--device=cpu"],
-            "Tom was sad. So Lily went home and was sad no more.",
-        ),
-        (["--onnx=out/onnx", "--start=Tom was"], "Tom was sad. So Lily went home and was sad no more."),
+        (["--out_dir=out", "--start=Tom was", "--device=cpu", "--max_new_tokens=30"], STORY),
+        (["--onnx=out/onnx", "--start=Tom was", "--max_new_tokens=30"], STORY),
         (
             ["--adapter=lora", "--start=Lily was", "--device=cpu", "--max_new_tokens=2"],
             "Lily was\n no no",
@@ -49,20 +47,19 @@ def last_figures(path):
     ],
 )
 def test_the_same_text(older, argv, text, capsys):
-    sample.main(configure(sample.Config, [*GREEDY, *argv]))
-    assert capsys.readouterr().out.split("-" * 80)[1].strip("\n") == text
+    assert written(printed(capsys, sample, "--temperature=0", *argv)).strip("\n") == text
 
 
 def test_a_run_goes_on(older):
     # another warm-up than 20 steps: the rates are those of one run of 310, as 65ab30d had them
-    argv = ["--out_dir=out", "--init_from=resume", "--max_iters=310", "--warmup_iters=21"]
-    train.main(configure(train.Config, argv))
+    call(train, "--out_dir=out", "--init_from=resume", "--max_iters=310", "--warmup_iters=21")
     figures = last_figures(older / "out/log.jsonl")
-    assert figures["step"] == 310 and figures["val_loss"] == pytest.approx(0.23945545, rel=1e-3)
+    assert figures["step"] == 310
+    assert figures["val_loss"] == pytest.approx(0.23945545, rel=1e-3)
 
 
 def test_fine_tuning_goes_on(older):
-    argv = ["--out_dir=lora", "--init_from=resume", "--max_iters=210", "--warmup_iters=21"]
-    finetune_lora.main(configure(finetune_lora.Config, argv))
+    call(finetune_lora, "--out_dir=lora", "--init_from=resume", "--max_iters=210", "--warmup_iters=21")
     figures = last_figures(older / "lora/log.jsonl")
-    assert figures["step"] == 210 and figures["val_loss"] == pytest.approx(0.7008724848429362, rel=1e-2)
+    assert figures["step"] == 210
+    assert figures["val_loss"] == pytest.approx(0.7008724848429362, rel=1e-2)

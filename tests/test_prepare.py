@@ -1,4 +1,4 @@
-"""prepare.py: what goes in comes out, the splits are right, and nothing half done or damaged is ever accepted."""
+"""prepare.py: documents come out as they go in, splits are right, and no damaged dataset is accepted."""
 
 import contextlib
 import gzip
@@ -31,16 +31,17 @@ from tokenizer import Tokenizer
 
 SCRIPT = Path(prepare.__file__)
 SEPARATOR = "<|endoftext|>"
-WORDS = "the a cat dog sat ran. Lily said, \"naïve café 日本語 🙂 42 don't can't\n and\n\nbut   x".split(
-    " "
-)
+WORDS = "the a cat dog sat ran. Lily said,".split()
+WORDS += ['"naïve', "café", "日本語", "🙂", "42", "don't", "can't\n", "and\n\nbut", "", "", "x"]
 
 
 def make_docs(n, seed=0):
-    r = random.Random(seed)
-    return [
-        f"{i} " + " ".join(r.choice(WORDS) for _ in range(r.randrange(1, 60))) + "." for i in range(n)
-    ]
+    rng = random.Random(seed)
+    docs = []
+    for i in range(n):
+        words = [rng.choice(WORDS) for _ in range(rng.randrange(1, 60))]
+        docs.append(f"{i} {' '.join(words)}.")
+    return docs
 
 
 DOCS = make_docs(150)
@@ -60,20 +61,29 @@ def write_txt(path, docs, separator=SEPARATOR):
     write(path, f"\n{separator}\n".join(docs))
 
 
-def write_jsonl(path, docs, column="text"):
-    write(path, "".join(json.dumps({"id": i, column: text}) + "\n" for i, text in enumerate(docs)))
+def write_rows(path, rows):
+    """Writes rows as JSON, one a line."""
+    write(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def write_parquet(path, docs, column="text"):
-    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+def write_jsonl(path, docs):
+    write_rows(path, rows(docs))
+
+
+def write_parquet(path, docs):
+    pa = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table({"id": list(range(len(docs))), column: docs}), path, row_group_size=40)
+    pq.write_table(pa.Table.from_pylist(list(rows(docs))), path, row_group_size=40)
 
 
 def write_csv(path, docs, column="text"):
-    """As in RFC 4180: each text in quotes, in which a quote is two."""
-    quoted = (text.replace('"', '""') for text in docs)
-    write(path, f"id,{column}\r\n" + "".join(f'{i},"{text}"\r\n' for i, text in enumerate(quoted)))
+    """Writes documents as in RFC 4180: each text in quotes, in which a quote is two."""
+    lines = [f"id,{column}\r\n"]
+    for i, text in enumerate(docs):
+        quoted = text.replace('"', '""')
+        lines.append(f'{i},"{quoted}"\r\n')
+    write(path, "".join(lines))
 
 
 def zstd(data, size=1000):
@@ -88,15 +98,27 @@ def zstd(data, size=1000):
     return b"".join(frames)
 
 
-def make(dataset="c.txt", name="d", vocab_size=400, **kwargs):
-    return load(prepare.prepare(Config(dataset=dataset, name=name, vocab_size=vocab_size, **kwargs)))
+def make(dataset="c.txt", name="d", vocab_size=400, **settings):
+    """Prepares a dataset; returns its meta.json, its splits and its tokenizer."""
+    return load(prepare.prepare(Config(dataset=dataset, name=name, vocab_size=vocab_size, **settings)))
 
 
 def texts(ids, tokenizer):
-    """The documents in ids, each of which must be followed by end-of-text."""
+    """Returns the documents in ids, each of which must be followed by end-of-text."""
     ends = np.flatnonzero(ids == tokenizer.eot)
-    assert len(ends) and ends[-1] == len(ids) - 1
+    assert len(ends)
+    assert ends[-1] == len(ids) - 1
     return [tokenizer.decode(part[:-1].tolist()) for part in np.split(ids, ends + 1)[:-1]]
+
+
+def all_texts(data, tokenizer):
+    """Returns the documents of both splits, sorted."""
+    return sorted(texts(data["train"], tokenizer) + texts(data["val"], tokenizer))
+
+
+def files(folder):
+    """Returns the names of the files in a folder, sorted."""
+    return sorted(path.name for path in Path(folder).iterdir())
 
 
 def bins(folder="data/d"):
@@ -104,6 +126,7 @@ def bins(folder="data/d"):
 
 
 def refusal(function, *args, **kwargs):
+    """Returns the message of the Refusal that function raises."""
     with pytest.raises(Refusal) as e:
         function(*args, **kwargs)
     return str(e.value)
@@ -122,7 +145,7 @@ def test_every_format_gives_back_the_documents_and_the_same_bytes():
     write_parquet("folder/b.parquet", DOCS[70:100])
     write_txt("folder/c/d/0.md", DOCS[100:])
     write("folder/a/1.xml", "not,read")
-    write("json.json", json.dumps([{"text": d} for d in DOCS]))
+    write("json.json", json.dumps([{"text": text} for text in DOCS]))
     write("texts.json", json.dumps(DOCS))
     write_csv("csv.csv", DOCS)
     packed = []
@@ -131,37 +154,28 @@ def test_every_format_gives_back_the_documents_and_the_same_bytes():
         Path(f"{path}.gz").write_bytes(gzip.compress(path.read_bytes()))
         Path(f"{path}.ZST").write_bytes(zstd(path.read_bytes()))
     plain = "txt.txt", "md.md", "jsonl.jsonl", "json.json", "texts.json", "csv.csv", "parquet.parquet"
-    made = set()
+    versions = set()
     for dataset in *plain, *packed, "folder":
         meta, data, tokenizer = make(dataset, name="", overwrite=True)
         assert meta["name"] == dataset.partition(".")[0]
-        train, val = texts(data["train"], tokenizer), texts(data["val"], tokenizer)
-        assert (len(train), len(val)) == (135, 15)
-        assert sorted(train + val) == sorted(DOCS)
-        assert train == [d for d in DOCS if d in set(train)] and val == [
-            d for d in DOCS if d in set(val)
-        ]  # in their order
-        for split, docs in ("train", train), ("val", val):
+        assert all_texts(data, tokenizer) == sorted(DOCS)
+        for split, n in ("train", 135), ("val", 15):
+            docs = texts(data[split], tokenizer)
+            assert len(docs) == n
+            assert docs == [doc for doc in DOCS if doc in set(docs)]  # in their order
             entry = meta["splits"][split]
-            assert entry["documents"] == len(docs) and entry["tokens"] == len(data[split])
-            assert entry["bytes"] == sum(len(d.encode()) for d in docs) and entry["characters"] == sum(
-                map(len, docs)
-            )
-        made.add(tuple(bins(f"data/{meta['name']}")))
-    assert len(made) == 1
+            assert entry["documents"] == n
+            assert entry["tokens"] == len(data[split])
+            assert entry["bytes"] == sum(len(doc.encode()) for doc in docs)
+            assert entry["characters"] == sum(len(doc) for doc in docs)
+        versions.add(tuple(bins(f"data/{meta['name']}")))
+    assert len(versions) == 1
 
 
 def test_the_toy_stories():
-    meta, data, tokenizer = make("toy", name="", num_stories=120, seed=5)
-    assert sorted(texts(data["train"], tokenizer) + texts(data["val"], tokenizer)) == sorted(
-        text for text, _ in toy_stories.stories(120, 5)
-    )
-    assert sorted(p.name for p in Path("data/toy").iterdir()) == [
-        "meta.json",
-        "tokenizer.json",
-        "train.bin",
-        "val.bin",
-    ]
+    _, data, tokenizer = make("toy", name="", num_stories=120, seed=5)
+    assert all_texts(data, tokenizer) == sorted(text for text, _ in toy_stories.stories(120, 5))
+    assert files("data/toy") == ["meta.json", "tokenizer.json", "train.bin", "val.bin"]
 
 
 def test_the_split_depends_on_the_seed_and_on_nothing_else():
@@ -170,23 +184,18 @@ def test_the_split_depends_on_the_seed_and_on_nothing_else():
     for name, seed in ("a", 1), ("b", 1), ("c", 2):
         _, data, tokenizer = make(name=name, seed=seed)
         vals[name] = texts(data["val"], tokenizer)
-    assert bins("data/a") == bins("data/b") and vals["a"] != vals["c"]
-    assert vals["a"] != DOCS[-15:] and vals["a"] != DOCS[:15]
+    assert bins("data/a") == bins("data/b")
+    for val in vals["c"], DOCS[-15:], DOCS[:15]:
+        assert vals["a"] != val
 
 
 def test_bpe_is_learned_from_the_training_split_alone():
     write_txt("c.txt", DOCS)
     meta, data, tokenizer = make()
-    assert (
-        meta["tokenizer"]["sha256"]
-        == tokenizer.sha256
-        == hashlib.sha256(Path("data/d/tokenizer.json").read_bytes()).hexdigest()
-    )
-    assert (
-        tokenizer.sha256
-        == Tokenizer.train(texts(data["train"], tokenizer), 400).sha256
-        != Tokenizer.train(DOCS, 400).sha256
-    )
+    file_sha256 = hashlib.sha256(Path("data/d/tokenizer.json").read_bytes()).hexdigest()
+    assert meta["tokenizer"]["sha256"] == tokenizer.sha256 == file_sha256
+    assert tokenizer.sha256 == Tokenizer.train(texts(data["train"], tokenizer), 400).sha256
+    assert tokenizer.sha256 != Tokenizer.train(DOCS, 400).sha256
 
 
 @pytest.mark.parametrize("n", [15, 5000, 54321])
@@ -199,65 +208,57 @@ def test_one_document_is_cut_as_nanogpt_does(n):
     cut = int(len(text) * 0.9)
     assert tokenizer.vocab_size == len(stoi) + 1
     for split, part in ("train", text[:cut]), ("val", text[cut:]):
-        assert data[split].dtype == np.uint16 and np.array_equal(
-            data[split] - 1, np.array([stoi[c] for c in part], dtype=np.uint16)
-        )
+        assert data[split].dtype == np.uint16
+        assert (data[split] - 1).tolist() == [stoi[c] for c in part]
 
 
 def test_a_few_documents_are_cut_by_characters_with_end_of_text_between_them():
     docs = make_docs(7)
     write_txt("c.txt", [f"  {d}\n" for d in docs])
-    for fraction in 0.1, 0.5, 1 - len(docs[0]) / sum(map(len, docs)):
+    whole = "".join(docs)
+    for fraction in 0.1, 0.5, 1 - len(docs[0]) / len(whole):
         meta, data, tokenizer = make(val_fraction=fraction, overwrite=True)
         ids = np.concatenate([data["train"], data["val"]])
-        assert (
-            tokenizer.decode(ids.tolist()) == SEPARATOR.join(docs) and (ids == tokenizer.eot).sum() == 6
-        )
-        assert meta["splits"]["train"]["characters"] == int(sum(map(len, docs)) * (1 - fraction))
-        assert sum(s["bytes"] for s in meta["splits"].values()) == len("".join(docs).encode())
+        assert tokenizer.decode(ids.tolist()) == SEPARATOR.join(docs)
+        assert (ids == tokenizer.eot).sum() == 6
+        train, val = meta["splits"]["train"], meta["splits"]["val"]
+        assert train["characters"] == int(len(whole) * (1 - fraction))
+        assert train["bytes"] + val["bytes"] == len(whole.encode())
 
 
 def test_from_100_documents_on_they_stay_whole(capsys):
     for n in 99, 100:
         write_txt("c.txt", DOCS[:n])
-        meta, data, tokenizer = make(name=f"n{n}")
-        assert (
-            "fewer than 100 documents (99): the last 10% of the text" in capsys.readouterr().out
-        ) == (n == 99)
-        assert (data["train"][-1] == tokenizer.eot) == (n == 100)
+        _, data, tokenizer = make(name=f"n{n}")
+        notice = "fewer than 100 documents (99): the last 10% of the text" in capsys.readouterr().out
+        ends_whole = data["train"][-1] == tokenizer.eot
+        assert notice == (n == 99)
+        assert ends_whole == (n == 100)
 
 
-def test_newlines_byte_order_marks_and_white_space():
+def test_newlines_byte_order_marks_and_white_space_change_nothing():
     docs = [f"line {i}\nline\n\n  indented" for i in range(100)]
     write_txt("c.txt", docs)
     make(name="plain")
-    write(
-        "c.txt",
-        f"\ufeff{SEPARATOR} \n\t"
-        + f"\n\u3000{SEPARATOR}{SEPARATOR}\n".join(docs).replace("\n", "\r\n")
-        + "\r\n ",
-    )
+    text = f"\n\u3000{SEPARATOR}{SEPARATOR}\n".join(docs).replace("\n", "\r\n")
+    write("c.txt", f"\ufeff{SEPARATOR} \n\t{text}\r\n ")
     make(name="odd")
     assert bins("data/plain") == bins("data/odd")
-    write(
-        "c.jsonl",
-        "\n".join(json.dumps({"text": d}) for d in docs + ["", " \n", None]).replace(": ", ":\r")
-        + "\n\n",
-    )
+    lines = "\n".join(json.dumps({"text": text}) for text in [*docs, "", " \n", None])
+    write("c.jsonl", lines.replace(": ", ":\r") + "\n\n")
     make("c.jsonl", name="json")
     assert bins("data/plain") == bins("data/json")
 
 
-def test_separators():
+def test_another_separator_and_none():
     write_txt("c.txt", DOCS, "-- cut here --")
     _, data, tokenizer = make(separator="-- cut here --")
-    assert sorted(texts(data["train"], tokenizer) + texts(data["val"], tokenizer)) == sorted(DOCS)
-    for i, text in enumerate(DOCS):
-        write(f"many/{i:03}.txt", text + SEPARATOR)
+    assert all_texts(data, tokenizer) == sorted(DOCS)
+    docs = [text + SEPARATOR for text in DOCS]
+    for i, text in enumerate(docs):
+        write(f"many/{i:03}.txt", text)
     _, data, tokenizer = make("many", separator="", overwrite=True)
-    assert sorted(texts(data["train"], tokenizer) + texts(data["val"], tokenizer)) == sorted(
-        d + SEPARATOR for d in DOCS
-    )
+    assert all_texts(data, tokenizer) == sorted(docs)
     assert (data["train"] == tokenizer.eot).sum() == 135  # text that spells end-of-text is text
 
 
@@ -269,9 +270,8 @@ def test_separators():
 def test_split_text_is_str_split(text, cuts, separator):
     cuts = [0, *sorted(cuts), len(text)]
     chunks = [text[i:j] for i, j in zip(cuts, cuts[1:])]
-    assert list(prepare.split_text(chunks, separator)) == (
-        text.split(separator) if separator else [text]
-    )
+    documents = text.split(separator) if separator else [text]
+    assert list(prepare.split_text(chunks, separator)) == documents
 
 
 @settings(max_examples=300, deadline=None)
@@ -279,16 +279,15 @@ def test_split_text_is_str_split(text, cuts, separator):
 @example("a  b", 1)
 @example("aaaa\n\n\nbbb \n bb", 2)
 def test_pieces_encode_as_the_whole(text, size):
-    whole = TOKENIZER.encode(text)
-    old, prepare.CHUNK = prepare.CHUNK, size
-    try:
-        rows = list(prepare.pieces([("val", text, True, True)]))
-    finally:
-        prepare.CHUNK = old
-    assert [i for _, part, *_ in rows for i in TOKENIZER.encode(part)] == whole
-    assert [row[2:] for row in rows] == [
-        (i == len(rows) - 1, i == len(rows) - 1, i == 0) for i in range(len(rows))
-    ] and bool(rows) == bool(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "CHUNK", size)
+        pieces = list(prepare.pieces([("val", text, True, True)]))
+    assert bool(pieces) == bool(text)
+    ids = [i for _, piece, *_ in pieces for i in TOKENIZER.encode(piece)]
+    assert ids == TOKENIZER.encode(text)
+    # closed and whole at the last piece alone, counted at the first
+    last = len(pieces) - 1
+    assert [piece[2:] for piece in pieces] == [(i == last, i == last, i == 0) for i in range(last + 1)]
 
 
 TOKENIZER = Tokenizer.train([" \n\n  a\u3000\u3000 b  'sa's 11,, \r\n\r\n é日  日"] * 2 + DOCS, 600)
@@ -297,34 +296,43 @@ TOKENIZER = Tokenizer.train([" \n\n  a\u3000\u3000 b  'sa's 11,, \r\n\r\n é日 
 def test_threads_and_chunks_change_nothing(monkeypatch):
     write_txt("c.txt", DOCS)
     write("one.txt", "\n".join(DOCS) * 3)
-    make(name="plain", num_proc=1), make("one.txt", name="one", num_proc=1)
+    make(name="plain", num_proc=1)
+    make("one.txt", name="one", num_proc=1)
     monkeypatch.setattr(prepare, "CHUNK", 1000)
-    make(name="small", num_proc=4), make("one.txt", name="pieces", num_proc=4)
-    assert bins("data/plain") == bins("data/small") and bins("data/one") == bins("data/pieces")
+    make(name="small", num_proc=4)
+    make("one.txt", name="pieces", num_proc=4)
+    assert bins("data/plain") == bins("data/small")
+    assert bins("data/one") == bins("data/pieces")
 
 
 def test_more_than_65536_tokens_take_uint32():
     text = "".join(map(chr, range(0x20000, 0x20000 + 70000)))
     write("c.txt", text)
     meta, data, tokenizer = make(tokenizer="char")
-    assert meta["dtype"] == "uint32" and data["val"].dtype == np.uint32 and tokenizer.vocab_size == 70001
-    assert tokenizer.decode(np.concatenate([data["train"], data["val"]]).tolist()) == text
-    assert [prepare.id_type(n).name for n in (65536, 65537)] == ["uint16", "uint32"]
+    assert tokenizer.vocab_size == 70001
+    assert meta["dtype"] == "uint32"
+    assert data["val"].dtype == np.uint32
+    ids = np.concatenate([data["train"], data["val"]])
+    assert tokenizer.decode(ids.tolist()) == text
+    assert prepare.id_type(65536).name == "uint16"
+    assert prepare.id_type(65537).name == "uint32"
 
 
 def test_a_tokenizer_can_be_reused():
     write_txt("c.txt", DOCS)
     _, _, tokenizer = make(name="a")
     write_txt("other.txt", make_docs(120, seed=1))
-    meta, data, again = make("other.txt", name="b", tokenizer="data/a/tokenizer.json")
-    assert meta["tokenizer"]["sha256"] == again.sha256 == tokenizer.sha256
-    model = json.loads(tokenizer.to_str())["model"]  # the same in GPT-2's two files
+    meta, _, reused = make("other.txt", name="b", tokenizer="data/a/tokenizer.json")
+    assert meta["tokenizer"]["sha256"] == reused.sha256 == tokenizer.sha256
+    # the same in GPT-2's two files
+    model = json.loads(tokenizer.to_str())["model"]
     write("gpt2/encoder.json", json.dumps(model["vocab"]))
     write("gpt2/vocab.bpe", "\n".join(["#version: 0.2", *model["merges"]]) + "\n")
-    assert make("other.txt", name="c", tokenizer="gpt2:gpt2")[2].sha256 == tokenizer.sha256
+    _, _, reused = make("other.txt", name="c", tokenizer="gpt2:gpt2")
+    assert reused.sha256 == tokenizer.sha256
 
 
-def test_names():
+def test_a_dataset_is_named_after_its_source_and_stays_in_data():
     for dataset, name in (
         ("toy", "toy"),
         ("tinystories", "tinystories"),
@@ -343,17 +351,15 @@ def test_names():
             Config(name=name)
 
 
-def test_what_main_prints(capsys):
+def test_main_prints_the_sizes_of_both_splits(capsys):
     write_txt("c.txt", DOCS)
     prepare.main(Config(dataset="c.txt", name="d", vocab_size=300))
     meta = json.loads(Path("data/d/meta.json").read_text(encoding="utf-8"))
     out = capsys.readouterr().out
     for entry in meta["splits"].values():
-        assert (
-            f"{entry['documents']} documents, {entry['tokens']:,} tokens, {entry['bytes']:,} bytes, "
-            in out
-        )
-        assert f"{entry['bytes'] / entry['tokens']:.3f} bytes a token" in out
+        documents, tokens, size = entry["documents"], entry["tokens"], entry["bytes"]
+        ratio = f"{size / tokens:.3f} bytes a token"
+        assert f"{documents} documents, {tokens:,} tokens, {size:,} bytes, {ratio}" in out
     assert re.search(r"vocabulary of 300 \(bpe\), [\d.]+ s, [\d.]+ MB/s\n$", out)
 
 
@@ -393,7 +399,7 @@ PEER_FOLDERS = [
 
 
 def splits_of_datasets(folder):
-    """{split: paths} as the library datasets finds them."""
+    """Returns {split: paths} as the library datasets finds them."""
     peer = pytest.importorskip("datasets.data_files")
     patterns = peer.get_data_patterns(str(folder))
     found = peer.DataFilesDict.from_patterns(patterns, str(folder))
@@ -401,7 +407,8 @@ def splits_of_datasets(folder):
 
 
 def test_each_name_is_in_the_split_that_datasets_puts_it_in():
-    for i, name in enumerate([n for n in PEER_NAMES if n not in ("README.md", ".train.txt")]):
+    names = [name for name in PEER_NAMES if name not in ("README.md", ".train.txt")]
+    for i, name in enumerate(names):
         folder = Path(f"{i}").resolve()
         write(folder / name, "x")
         [(split, _)] = splits_of_datasets(folder).items()
@@ -417,9 +424,9 @@ def test_folders_are_split_as_datasets_splits_them(seed):
         names = ["train.txt", *rng.sample(PEER_NAMES, 9)]
         names += [f"sub/{name}" for name in rng.sample(PEER_NAMES, 4)]
     else:  # the folders' names do
-        names = ["train/0.txt"] + [
-            f"{part}/{i}.txt" for part in PEER_FOLDERS for i in range(rng.randrange(3))
-        ]
+        names = ["train/0.txt"]
+        for part in PEER_FOLDERS:
+            names += [f"{part}/{i}.txt" for i in range(rng.randrange(3))]
     for name in names:
         write(folder / name, "x")
     peer = splits_of_datasets(folder)
@@ -435,7 +442,8 @@ def test_where_datasets_is_of_no_help():
     assert prepare.named_split(Path("train/test.txt")) == "train"
     for name in "story.txt", "val.txt", "README.md":  # datasets would have no training data
         write(f"a/{name}", "x")
-    names = {split: [p.name for p in paths] for split, paths in prepare.folder_splits(Path("a")).items()}
+    splits = prepare.folder_splits(Path("a"))
+    names = {split: [path.name for path in paths] for split, paths in splits.items()}
     assert names == {
         "train": ["story.txt"],
         "val": ["val.txt"],
@@ -445,6 +453,11 @@ def test_where_datasets_is_of_no_help():
     }
     write("b/README.md", "a text")
     assert prepare.folder_splits(Path("b"))["train"] == [Path("b/README.md")]
+
+
+def sources(meta):
+    """Returns {split: source} of a meta.json."""
+    return {split: entry["source"] for split, entry in meta["splits"].items()}
 
 
 def test_a_cloned_dataset(capsys):
@@ -457,9 +470,8 @@ def test_a_cloned_dataset(capsys):
     write_jsonl("wiki/data/validation-00000-of-00001.jsonl", DOCS[120:130])
     write_jsonl("wiki/data/test-00000-of-00001.jsonl", DOCS[130:])
     meta, data, tokenizer = make("wiki")
-    assert (
-        texts(data["train"], tokenizer) == DOCS[:120] and texts(data["val"], tokenizer) == DOCS[120:130]
-    )
+    assert texts(data["train"], tokenizer) == DOCS[:120]
+    assert texts(data["val"], tokenizer) == DOCS[120:130]
     assert tokenizer.sha256 == Tokenizer.train(DOCS[:120], 400).sha256
     names = ", ".join(f"data/train-{i:05}-of-00012.parquet" for i in range(10))
     train = f"12 files: {names} and 2 more"
@@ -467,7 +479,7 @@ def test_a_cloned_dataset(capsys):
     left_out = "4 files: data/test-00000-of-00001.jsonl, notes.txt, README.md, dataset_infos.json"
     lines = f"wiki: train, {train}\nwiki: val, {val}\nwiki: left out, {left_out}\n"
     assert capsys.readouterr().out == lines
-    assert [meta["splits"][s]["source"] for s in prepare.SPLITS] == [f"wiki, {train}", f"wiki, {val}"]
+    assert sources(meta) == {"train": f"wiki, {train}", "val": f"wiki, {val}"}
 
 
 def test_val_dataset_is_the_validation_split(capsys, hub):
@@ -487,17 +499,16 @@ def test_val_dataset_is_the_validation_split(capsys, hub):
     ]
     for val_dataset, docs, source in cases:
         meta, data, tokenizer = make("own", name="d", val_dataset=val_dataset, overwrite=True)
-        assert texts(data["train"], tokenizer) == DOCS[:20] and texts(data["val"], tokenizer) == docs
-        assert meta["splits"]["val"]["source"] == source and meta["val_source"] == val_dataset
+        assert texts(data["train"], tokenizer) == DOCS[:20]
+        assert texts(data["val"], tokenizer) == docs
+        assert meta["splits"]["val"]["source"] == source
+        assert meta["val_source"] == val_dataset
     out = capsys.readouterr().out
-    assert "own: left out, 2 files: dev.txt, test.txt" in out and "tested: val, 1 file: test.txt" in out
-    assert sorted(p.name for p in Path("data/d").iterdir()) == sorted(
-        p.name for p in Path("data/d").glob("*.*")
-    )
-    assert (
-        "no file or folder nowhere; a dataset of the Hugging Face hub is --val_dataset=hf:NAME"
-        in refusal(make, "own", name="e", val_dataset="nowhere")
-    )
+    assert "own: left out, 2 files: dev.txt, test.txt" in out
+    assert "tested: val, 1 file: test.txt" in out
+    assert files("data/d") == sorted(path.name for path in Path("data/d").glob("*.*"))
+    message = "no file or folder nowhere; a dataset of the Hugging Face hub is --val_dataset=hf:NAME"
+    assert message in refusal(make, "own", name="e", val_dataset="nowhere")
     write("empty.txt", " ")
     assert refusal(make, "own", name="e", val_dataset="empty.txt") == "empty.txt: there is no text in it"
 
@@ -505,13 +516,11 @@ def test_val_dataset_is_the_validation_split(capsys, hub):
 def test_where_the_split_is_a_share_meta_says_which():
     write_txt("c.txt", DOCS)
     write_txt("few/a.txt", DOCS[:9])
-    source = {s: entry["source"] for s, entry in make()[0]["splits"].items()}
-    assert source == {"train": "c.txt; the rest", "val": "c.txt; 10% of the documents"}
-    source = {
-        s: entry["source"] for s, entry in make("few", name="e", val_fraction=0.25)[0]["splits"].items()
-    }
-    files = "few, 1 file: a.txt"
-    assert source == {"train": f"{files}; the rest", "val": f"{files}; the last 25% of the text"}
+    meta, _, _ = make()
+    assert sources(meta) == {"train": "c.txt; the rest", "val": "c.txt; 10% of the documents"}
+    meta, _, _ = make("few", name="e", val_fraction=0.25)
+    few = "few, 1 file: a.txt"
+    assert sources(meta) == {"train": f"{few}; the rest", "val": f"{few}; the last 25% of the text"}
 
 
 def test_a_folder_without_a_text_to_train_on():
@@ -567,7 +576,8 @@ def test_rows_that_are_wrong_are_named(file, text, message):
 
 def test_a_parquet_refusal_names_the_row():
     write_parquet("c.parquet", DOCS)
-    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pa = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
     texts = pa.array([b"a"] * 130 + [b"\xff"] + [b"b"], pa.binary())
     pq.write_table(pa.table({"text": texts}), "c.parquet")
     assert refusal(make, "c.parquet").startswith("c.parquet row 1: column 'text' is not text but b'a'")
@@ -578,7 +588,7 @@ def test_a_parquet_refusal_names_the_row():
 @pytest.mark.parametrize("pack", [gzip.compress, zstd])
 def test_a_packed_file_that_is_cut_off_or_damaged_is_refused(pack):
     suffix = ".gz" if pack is gzip.compress else ".zst"
-    plain = "".join(json.dumps({"text": d}) + "\n" for d in DOCS).encode()
+    plain = "".join(json.dumps({"text": text}) + "\n" for text in DOCS).encode()
     packed = pack(plain)
     for name, data in {
         "cut": packed[:-1],
@@ -624,7 +634,7 @@ def test_a_packed_file_that_is_cut_off_or_damaged_is_refused(pack):
 def test_a_text_that_leaves_next_to_nothing(tokenizer, docs, fraction, message):
     write_txt("c.txt", docs)
     assert message in refusal(make, tokenizer=tokenizer, val_fraction=fraction)
-    assert list(Path("data").iterdir()) == []
+    assert files("data") == []
 
 
 def test_next_to_nothing_in_a_split_of_its_own():
@@ -632,11 +642,13 @@ def test_next_to_nothing_in_a_split_of_its_own():
     write("f/val.txt", " \n")
     assert refusal(make, "f") == "f, 1 file: val.txt: there is no text in it"
     write("f/val.txt", "a")
-    assert make("f")[0]["splits"]["val"]["tokens"] == 2  # the letter and end-of-text
+    meta, _, _ = make("f")
+    assert meta["splits"]["val"]["tokens"] == 2  # the letter and end-of-text
 
 
 def test_the_progress_bar_covers_learning_and_encoding():
-    pty, termios = pytest.importorskip("pty"), pytest.importorskip("termios")
+    pty = pytest.importorskip("pty")
+    termios = pytest.importorskip("termios")
     write("c.txt", "".join(random.Random(0).choices("ACGT", k=50_000)))
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 100))  # tqdm has no room for a bar in the 0 that it starts with
@@ -659,37 +671,38 @@ def test_the_progress_bar_covers_learning_and_encoding():
 
 def test_reading_holds_one_document(monkeypatch):
     monkeypatch.setattr(prepare, "CHUNK", 1 << 16)
-    doc = "x" * 99
-    write_txt("c.txt", [doc] * 30_000)
-    write_jsonl("c.jsonl", [doc] * 30_000)
+    docs = ["x" * 99] * 30_000
+    write_txt("c.txt", docs)
+    write_jsonl("c.jsonl", docs)
     for file in "c.txt", "c.jsonl":
         tracemalloc.start()
-        assert sum(1 for _ in prepare.documents([Path(file)], Config(dataset=file))) == 30_000
-        peak = tracemalloc.get_traced_memory()[1]
+        n = sum(1 for _ in prepare.documents([Path(file)], Config(dataset=file)))
+        _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
-        assert peak < 1e6, (file, peak)  # the files have 3 MB
+        assert n == 30_000
+        assert peak < 1e6, file  # the files have 3 MB
 
 
 def test_encoding_reads_only_so_far_ahead(monkeypatch, tmp_path):
     monkeypatch.setattr(prepare, "CHUNK", 1000)
-    ahead, read, done = [0], 0, 0
+    num_read = num_encoded = most_ahead = 0
 
-    def rows():
-        nonlocal read
+    def pieces():
+        nonlocal num_read, most_ahead
         for _ in range(2000):
-            read += 1
-            ahead[0] = max(ahead[0], read - done)
+            num_read += 1
+            most_ahead = max(most_ahead, num_read - num_encoded)
             yield "train", "x" * 100, True, True, True
 
     def encode(text):
-        nonlocal done
-        done += 1
+        nonlocal num_encoded
+        num_encoded += 1
         return [1]
 
-    made = prepare.encode(
-        rows(), SimpleNamespace(vocab_size=2, eot=0, head=[], encode=encode), tmp_path, num_proc=1
-    )
-    assert made["train"]["tokens"] == 4000 and ahead[0] <= 40
+    tokenizer = SimpleNamespace(vocab_size=2, eot=0, head=[], encode=encode)
+    splits = prepare.encode(pieces(), tokenizer, tmp_path, num_proc=1)
+    assert splits["train"]["tokens"] == 4000
+    assert most_ahead <= 40
 
 
 # ---- nothing half done is accepted
@@ -736,19 +749,7 @@ DAMAGE = {
         lambda p: p.write_bytes(p.read_bytes() + b"\0\0"),
         lambda p: p.write_bytes(b"\1" + p.read_bytes()[1:]),
         lambda p: large_id(p),
-        lambda p: edit(
-            p.with_name("meta.json"),
-            splits={
-                s: {
-                    "tokens": 7,
-                    "documents": 1,
-                    "characters": 7,
-                    "bytes": 7,
-                    "sha256": hashlib.sha256(p.with_name(f"{s}.bin").read_bytes()).hexdigest(),
-                }
-                for s in prepare.SPLITS
-            },
-        ),
+        lambda p: wrong_numbers_of_tokens(p),
     ],
     "val.bin": [
         lambda p: p.unlink(),
@@ -768,13 +769,29 @@ def edit_val(path, key, number):
 
 
 def large_id(path):
-    """An id past the vocabulary, and a meta.json that agrees with it."""
+    """Writes an id past the vocabulary, and a meta.json that agrees with it."""
     ids = np.fromfile(path, "<u2")
     ids[7] = 400
     path.write_bytes(ids.tobytes())
-    meta = json.loads(path.with_name("meta.json").read_text())
-    meta["splits"]["train"]["sha256"] = hashlib.sha256(ids.tobytes()).hexdigest()
-    path.with_name("meta.json").write_text(json.dumps(meta))
+    meta_path = path.with_name("meta.json")
+    splits = json.loads(meta_path.read_text())["splits"]
+    splits["train"]["sha256"] = hashlib.sha256(ids.tobytes()).hexdigest()
+    edit(meta_path, splits=splits)
+
+
+def wrong_numbers_of_tokens(path):
+    """Writes a meta.json with the right sums of the files but other numbers of tokens."""
+    splits = {}
+    for split in prepare.SPLITS:
+        data = path.with_name(f"{split}.bin").read_bytes()
+        splits[split] = {
+            "tokens": 7,
+            "documents": 1,
+            "characters": 7,
+            "bytes": 7,
+            "sha256": hashlib.sha256(data).hexdigest(),
+        }
+    edit(path.with_name("meta.json"), splits=splits)
 
 
 @pytest.mark.parametrize(
@@ -784,9 +801,9 @@ def test_damage_is_refused_by_name(file, case, prepared):
     assert load(prepared)
     DAMAGE[file][case](prepared / file)
     message = refusal(load, prepared)
-    assert (
-        message.startswith(f"{prepared / file}: ") and "--overwrite" in message and "\n" not in message
-    )
+    assert message.startswith(f"{prepared / file}: ")
+    assert "--overwrite" in message
+    assert "\n" not in message
 
 
 @pytest.fixture(scope="module")
@@ -841,19 +858,19 @@ def test_a_killed_run_leaves_nothing_under_the_name(target, call, overwrite):
         make()
         before = bins()
     code = KILL.format(root=str(SCRIPT.parent), target=target, call=call, overwrite=overwrite)
-    done = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert any(".d.tmp-" in p.name for p in Path("data").iterdir())
+    result = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    assert any(".d.tmp-" in name for name in files("data"))
     if overwrite:
-        remaining = [
-            p for p in Path("data").iterdir() if not p.name.startswith(".")
-        ]  # between the two renames it has its other name
-        assert len(remaining) == 1 and bins(remaining[0]) == before and load(remaining[0])
+        # between the two renames the older dataset has its other name
+        [older] = [path for path in Path("data").iterdir() if not path.name.startswith(".")]
+        assert bins(older) == before
+        assert load(older)
     else:
         assert not Path("data/d").exists()
         assert "there is no dataset data/d" in refusal(load, "data/d")
-        assert make()  # and what is left is in nobody's way
-        assert [p.name for p in Path("data").iterdir()] == ["d"]  # nor does it stay
+        assert make()  # the remains are not in the way
+        assert files("data") == ["d"]  # nor do they stay
 
 
 def test_the_next_run_sweeps_what_dead_processes_left_and_nothing_else():
@@ -861,11 +878,12 @@ def test_the_next_run_sweeps_what_dead_processes_left_and_nothing_else():
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     living = os.getppid()
-    swept = [f".d.tmp-{ended.pid}-1", f".d.tmp-{folders.machine()}-{ended.pid}-1234567890123456789"]
+    machine = folders.machine()
+    swept = [f".d.tmp-{ended.pid}-1", f".d.tmp-{machine}-{ended.pid}-1234567890123456789"]
     left = [
-        f".d.tmp-{folders.machine()}-{living}-1",
+        f".d.tmp-{machine}-{living}-1",
         f".d.tmp-{living}-1",
-        f".d.tmp-{folders.machine()}-{os.getpid()}-1",  # of another thread
+        f".d.tmp-{machine}-{os.getpid()}-1",  # of another thread
         f".d.tmp-0badcafe-{ended.pid}-1",  # of another machine on a shared disk
         f".dd.tmp-{ended.pid}-1",  # of other names
         f".d.x.tmp-{ended.pid}-1",
@@ -877,18 +895,19 @@ def test_the_next_run_sweeps_what_dead_processes_left_and_nothing_else():
     for name in swept + left:
         write(f"data/{name}/train.bin", "half a split")
     make()
-    assert sorted(p.name for p in Path("data").iterdir()) == sorted([*left, "d"])
+    assert files("data") == sorted([*left, "d"])
     for name in swept:
         write(f"data/{name}/train.bin", "half a split")
     make("toy", name="d[1]", num_stories=120)  # a name is no pattern
     make(overwrite=True)
-    names = sorted(p.name for p in Path("data").iterdir() if ".old-" not in p.name)
+    names = [name for name in files("data") if ".old-" not in name]
     assert names == sorted([*left, "d", "d[1]"])
 
 
 def test_processes_alive_and_dead():
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    assert folders.is_alive(os.getpid()) and folders.is_alive(process.pid)
+    assert folders.is_alive(os.getpid())
+    assert folders.is_alive(process.pid)
     process.communicate(b"\n")
     assert not folders.is_alive(process.pid)
 
@@ -898,22 +917,24 @@ def test_processes_alive_and_dead():
 )
 def test_a_failed_run_cleans_up(monkeypatch, error):
     write_txt("c.txt", DOCS)
+    texts_encoded = []
 
-    def fail(self, text, calls=[0]):
-        calls[0] += 1
-        if calls[0] == 70:
+    def fail_late(self, text):
+        texts_encoded.append(text)
+        if len(texts_encoded) == 70:
             raise error
         return [1]
 
-    monkeypatch.setattr(Tokenizer, "encode", fail)
+    monkeypatch.setattr(Tokenizer, "encode", fail_late)
     with pytest.raises(Refusal if isinstance(error, OSError) else error) as e:
         make()
-    assert list(Path("data").iterdir()) == []
+    assert files("data") == []
     if isinstance(error, OSError):
-        assert e.value.status == 1 and "No space left" in str(e.value)
+        assert e.value.status == 1
+        assert "No space left" in str(e.value)
 
 
-def test_what_exists_is_refused_or_moved_aside(capsys):
+def test_an_existing_dataset_is_refused_or_moved_aside(capsys):
     write_txt("c.txt", DOCS)
     make()
     before = bins()
@@ -922,49 +943,49 @@ def test_what_exists_is_refused_or_moved_aside(capsys):
     for n in 300, 350:
         make(vocab_size=n, overwrite=True)
     out = capsys.readouterr().out
-    aside = sorted(p for p in Path("data").iterdir() if p.name != "d")
-    assert len(aside) == 2 and all(p.name.startswith("d.old-") and str(p) in out for p in aside)
-    assert bins(aside[0]) == before and [load(p)[2].vocab_size for p in (*aside, "data/d")] == [
-        400,
-        300,
-        350,
-    ]
+    newest, oldest, older = sorted(Path("data").iterdir())
+    assert newest.name == "d"
+    for path in oldest, older:
+        assert path.name.startswith("d.old-")
+        assert str(path) in out
+    assert bins(oldest) == before
+    sizes = [load(path)[2].vocab_size for path in (oldest, older, newest)]
+    assert sizes == [400, 300, 350]
 
 
 def test_another_run_that_was_faster_is_not_overwritten(monkeypatch):
     write_txt("c.txt", DOCS)
     build = prepare.build
 
-    def slow(cfg, tmp):
+    def build_and_be_late(cfg, tmp):
         build(cfg, tmp)
-        write("data/d/meta.json", "theirs")
+        write("data/d/meta.json", "of the faster run")
 
-    monkeypatch.setattr(prepare, "build", slow)
+    monkeypatch.setattr(prepare, "build", build_and_be_late)
     assert "cannot write data" in refusal(make)
-    assert [str(p) for p in Path("data").rglob("*")] == [
-        str(Path("data/d")),
-        str(Path("data/d/meta.json")),
-    ]
+    assert files("data") == ["d"]
+    assert files("data/d") == ["meta.json"]
 
 
-def test_a_failed_overwrite_leaves_what_was_there():
+def test_a_failed_overwrite_leaves_the_older_dataset():
     write_txt("c.txt", DOCS)
     make()
     before = bins()
     write("c.txt", " ")
     assert "no text" in refusal(make, overwrite=True)
-    assert bins() == before and len(list(Path("data").iterdir())) == 1
+    assert bins() == before
+    assert files("data") == ["d"]
 
 
-def test_a_text_that_changes_meanwhile(monkeypatch):
+def test_a_text_that_changes_meanwhile_is_refused(monkeypatch):
     write_txt("c.txt", DOCS)
     train = Tokenizer.train
 
     def train_and_append(*args):
-        made = train(*args)
+        tokenizer = train(*args)
         with open("c.txt", "a", encoding="utf-8") as f:
             f.write(" still downloading")
-        return made
+        return tokenizer
 
     monkeypatch.setattr(Tokenizer, "train", train_and_append)
     assert "changed while it was read" in refusal(make)
@@ -973,9 +994,9 @@ def test_a_text_that_changes_meanwhile(monkeypatch):
 # ---- from a shell
 
 
-def start(*args, **env):
+def start(*argv, **env):
     return subprocess.Popen(
-        [sys.executable, SCRIPT, *args],
+        [sys.executable, SCRIPT, *argv],
         env=os.environ | env,
         text=True,
         stdout=subprocess.PIPE,
@@ -997,9 +1018,9 @@ def test_the_offset_of_a_bad_byte(before, bad):
 
 def test_every_key_has_a_comment():
     lines = describe(Config).split("keys:\n")[1].splitlines()
-    assert len(lines) == len(fields(Config)) and all(
-        re.fullmatch(r"  --\w+=.+?  +[^ ].*", line) for line in lines
-    )
+    assert len(lines) == len(fields(Config))
+    for line in lines:
+        assert re.fullmatch(r"  --\w+=.+?  +[^ ].*", line), line
 
 
 # ---- the hub
@@ -1007,24 +1028,24 @@ def test_every_key_has_a_comment():
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A pretended hub: hub.splits is the dataset's, hub.error is raised on the first request."""
-    pretended = SimpleNamespace(splits={}, error=None, asked=[])
+    """A stand-in for the hub: .splits are its dataset's, .error is raised on the first request."""
+    api = SimpleNamespace(splits={}, error=None, requests=[])
 
     class RepositoryNotFoundError(Exception):
         pass
 
     class HfApi:
         def dataset_info(self, name, timeout):
-            pretended.asked.append(name)
-            if pretended.error:
-                raise pretended.error
+            api.requests.append(name)
+            if api.error:
+                raise api.error
 
     def load_dataset(name, config, streaming):
         assert streaming
-        pretended.asked.append((name, config))
-        return pretended.splits
+        api.requests.append((name, config))
+        return api.splits
 
-    pretended.missing = RepositoryNotFoundError
+    api.missing = RepositoryNotFoundError
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(HfApi=HfApi))
     monkeypatch.setitem(
@@ -1032,25 +1053,22 @@ def hub(monkeypatch):
         "huggingface_hub.errors",
         SimpleNamespace(RepositoryNotFoundError=RepositoryNotFoundError),
     )
-    return pretended
+    return api
 
 
 def rows(docs, column="text"):
+    """Yields a row for each document, as the hub's datasets do."""
     return ({"id": i, column: text} for i, text in enumerate(docs))
 
 
 def test_a_hub_dataset_and_its_own_validation_split(hub):
     hub.splits = {"train": rows(DOCS[:20]), "validation": rows(DOCS[20:25]), "test": rows(["not this"])}
     _, data, tokenizer = make("tinystories", name="")
-    assert hub.asked == ["roneneldan/TinyStories", ("roneneldan/TinyStories", None)]
-    assert texts(data["train"], tokenizer) == DOCS[:20] and texts(data["val"], tokenizer) == DOCS[20:25]
+    assert hub.requests == ["roneneldan/TinyStories", ("roneneldan/TinyStories", None)]
+    assert texts(data["train"], tokenizer) == DOCS[:20]
+    assert texts(data["val"], tokenizer) == DOCS[20:25]
     assert tokenizer.sha256 == Tokenizer.train(DOCS[:20], 400).sha256
-    assert sorted(p.name for p in Path("data/tinystories").iterdir()) == [
-        "meta.json",
-        "tokenizer.json",
-        "train.bin",
-        "val.bin",
-    ]
+    assert files("data/tinystories") == ["meta.json", "tokenizer.json", "train.bin", "val.bin"]
 
 
 def test_a_hub_dataset_without_one_is_split_like_a_file(hub):
@@ -1058,10 +1076,11 @@ def test_a_hub_dataset_without_one_is_split_like_a_file(hub):
     make(name="file")
     hub.splits = {"train": rows(DOCS, "story")}
     make("hf:me/thing:small", name="hub", column="story")
-    assert hub.asked == ["me/thing", ("me/thing", "small")] and bins("data/file") == bins("data/hub")
+    assert hub.requests == ["me/thing", ("me/thing", "small")]
+    assert bins("data/file") == bins("data/hub")
 
 
-def test_hub_mistakes(hub):
+def test_mistakes_with_the_hub_are_refused(hub):
     hub.splits = {"test": rows(DOCS)}
     assert "no split train, only: test" in refusal(make, "hf:a/b")
     hub.splits = {"train": rows(DOCS)}
@@ -1071,14 +1090,13 @@ def test_hub_mistakes(hub):
     hub.error = hub.missing("404")
     assert "hub has no dataset a/b" in refusal(make, "hf:a/b")
     hub.error = RuntimeError("out\nof order")
-    assert "cannot read a/b from the Hugging Face hub (RuntimeError: out of order)" in refusal(
-        make, "hf:a/b"
-    )
-    assert list(Path("data").iterdir()) == []
+    message = "cannot read a/b from the Hugging Face hub (RuntimeError: out of order)"
+    assert message in refusal(make, "hf:a/b")
+    assert files("data") == []
 
 
 class NotFound(BaseHTTPRequestHandler):
-    """What the hub answers for a dataset that is not there."""
+    """Answers as the hub does for a dataset that it does not have."""
 
     def do_GET(self):
         self.send_response(404)
@@ -1094,25 +1112,25 @@ def test_no_network_and_no_such_dataset_are_told_apart_in_seconds():
     pytest.importorskip("datasets")
     server = HTTPServer(("127.0.0.1", 0), NotFound)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    here = f"http://127.0.0.1:{server.server_port}"
-    cases = [
-        ({"HF_HUB_OFFLINE": "1"}, "cannot read me/thing"),
-        ({"HF_ENDPOINT": "http://127.0.0.1:9"}, "cannot read me/thing"),
-        ({"HF_ENDPOINT": here}, "hub has no dataset me/thing"),
-    ]
-    running = [
-        (
-            says,
-            start(
-                "--dataset=hf:me/thing",
-                **{"HF_HUB_OFFLINE": "0", "HF_HOME": "hf", "no_proxy": "127.0.0.1"} | env,
+    online = {"HF_HUB_OFFLINE": "0", "HF_HOME": "hf", "no_proxy": "127.0.0.1"}
+    advice = "--dataset=FILE.txt", "--dataset=toy"
+    processes = [
+        (start("--dataset=hf:me/thing", **online | env), messages)
+        for env, messages in (
+            ({"HF_HUB_OFFLINE": "1"}, ("cannot read me/thing", *advice)),
+            ({"HF_ENDPOINT": "http://127.0.0.1:9"}, ("cannot read me/thing", *advice)),
+            (
+                {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"},
+                ("hub has no dataset me/thing",),
             ),
         )
-        for env, says in cases
     ]
-    for says, process in running:
-        out, err = process.communicate(timeout=60)
-        assert process.returncode == 2 and err.count("\n") == 1 and says in err, err
-        assert ("--dataset=FILE.txt" in err and "--dataset=toy" in err) == ("cannot" in says)
+    for process, messages in processes:
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 2, err
+        assert err.count("\n") == 1
+        assert all(message in err for message in messages), err
+        if advice[0] not in messages:
+            assert not all(words in err for words in advice)
     server.shutdown()
     server.server_close()

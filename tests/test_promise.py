@@ -1,7 +1,5 @@
-"""The promise: an idea is one class and one line. Strange ones go through every script, and sizes are right for all."""
+"""The promise: an idea is one class and one line; strange ones go through all scripts."""
 
-import contextlib
-import json
 import time
 from dataclasses import asdict
 
@@ -9,7 +7,9 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from test_model import GRID, build, tokens
+from scripts import call, printed, written
+from test_model import GRID, build, cached, exactly, tokens
+from test_prepare import write_rows
 from test_train import SMALL, same
 
 import checkpoint
@@ -21,8 +21,9 @@ import model
 import prepare
 import sample
 import train
-from config import Refusal, configure
+from config import Refusal
 from model import Attention, ModelConfig, RoPE, Transformer, model_sizes, num_params
+from tokenizer import Tokenizer
 
 PAIRS = [
     {"prompt": f"Why is Tom {mood}?", "response": f"{mood.capitalize()} he is."}
@@ -119,61 +120,44 @@ def registered(monkeypatch):
         monkeypatch.setitem(model.POSITIONS, name, position)
 
 
-def printed(capsys, module, *argv):
-    capsys.readouterr()
-    module.main(configure(module.Config, list(argv)))
-    return capsys.readouterr().out
-
-
 SLOW = [pytest.param(pos, marks=pytest.mark.slow) for pos in ("slowrope", "ramp")]
 
 
 @pytest.mark.parametrize("pos", ["slope", *SLOW])
-def test_strange_classes_go_through_every_script(pos, tmp_path, capsys):
-    arguments = [*SMALL, *STRANGE, f"--pos={pos}", "--block_size=48", "--n_head=4", "--n_kv_head=2"]
-    with contextlib.chdir(tmp_path):
-        prepare.prepare(configure(prepare.Config, ["--num_stories=400", "--num_proc=1"]))
-        printed(capsys, train, *arguments, "--max_iters=8", "--out_dir=whole")
-        printed(capsys, train, *arguments, "--max_iters=4", "--lr_decay_iters=8", "--out_dir=parts")
-        printed(capsys, train, "--out_dir=parts", "--init_from=resume", "--max_iters=8")
-        whole, parts = (checkpoint.load(f"{run}/ckpt.pt") for run in ("whole", "parts"))
-        assert same(whole["model"], parts["model"]) and same(whole["optimizers"], parts["optimizers"])
-        trained, _ = checkpoint.restore(whole, "whole")
-        assert type(trained.norm) is ScaleNorm and trained.config.n_inner == 96
-        strange = {"slope": "score_bias.slope", "ramp": "add_pos.direction", "slowrope": "norm.gain"}[
-            pos
-        ]
-        untrained = Transformer(trained.config).state_dict()
-        for name in (strange, "blocks.0.mlp.mix", "blocks.1.norm1.gain"):
-            assert not torch.equal(whole["model"][name], untrained[name]), name
+def test_strange_classes_go_through_every_script(pos, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    call(prepare, "--num_stories=400", "--num_proc=1")
+    shape = [*STRANGE, f"--pos={pos}", "--block_size=48", "--n_head=4", "--n_kv_head=2"]
+    call(train, *SMALL, *shape, "--max_iters=8", "--out_dir=whole")
+    call(train, *SMALL, *shape, "--max_iters=4", "--lr_decay_iters=8", "--out_dir=parts")
+    call(train, "--out_dir=parts", "--init_from=resume", "--max_iters=8")
+    whole = checkpoint.load("whole/ckpt.pt")
+    parts = checkpoint.load("parts/ckpt.pt")
+    assert same(whole["model"], parts["model"])
+    assert same(whole["optimizers"], parts["optimizers"])
+    trained, _ = checkpoint.restore(whole, "whole")
+    assert type(trained.norm) is ScaleNorm
+    assert trained.config.n_inner == 96
+    untrained = Transformer(trained.config).state_dict()
+    learned = {"slope": "score_bias.slope", "ramp": "add_pos.direction", "slowrope": "norm.gain"}
+    for name in learned[pos], "blocks.0.mlp.mix", "blocks.1.norm1.gain":
+        assert not torch.equal(whole["model"][name], untrained[name]), name
 
-        greedy = ["--temperature=0", "--start=Once", "--max_new_tokens=30"]
-        text = printed(capsys, sample, "--out_dir=whole", "--device=cpu", *greedy).split("-" * 80)[1]
-        printed(capsys, export_onnx, "--out_dir=whole", "--seconds=0")
-        assert printed(capsys, sample, "--onnx=whole/onnx", *greedy).split("-" * 80)[1] == text
-        line = printed(
-            capsys,
-            evaluation,
-            "--out_dir=whole",
-            "--device=cpu",
-            "--num_samples=1",
-            "--max_new_tokens=8",
-            "--num_cases=22",
-            "--resamples=1000",
-        )
-        assert '"loss"' in line.splitlines()[-1]
-        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
-        tune = [
-            "--init_from=whole",
-            "--dataset=rows.jsonl",
-            "--max_iters=2",
-            "--batch_size=2",
-            "--device=cpu",
-        ]
-        printed(capsys, finetune_lora, *tune, "--rank=2", "--out_dir=lora")
-        printed(capsys, sample, "--adapter=lora", "--device=cpu", "--start=Why?", "--max_new_tokens=4")
-        with pytest.raises(Refusal, match="scalenorm|relu2|parallel|pos=" + pos):
-            printed(capsys, hf, "--out_dir=whole", "--to=whole-hf")
+    greedy = ["--temperature=0", "--start=Once", "--max_new_tokens=30"]
+    text = written(printed(capsys, sample, "--out_dir=whole", "--device=cpu", *greedy))
+    call(export_onnx, "--out_dir=whole", "--seconds=0")
+    assert written(printed(capsys, sample, "--onnx=whole/onnx", *greedy)) == text
+
+    few = ["--num_samples=1", "--max_new_tokens=8", "--num_cases=22", "--resamples=1000"]
+    figures = printed(capsys, evaluation, "--out_dir=whole", "--device=cpu", *few)
+    assert '"loss"' in figures.splitlines()[-1]
+
+    write_rows("rows.jsonl", PAIRS)
+    brief = ["--max_iters=2", "--batch_size=2", "--rank=2", "--device=cpu"]
+    call(finetune_lora, "--init_from=whole", "--dataset=rows.jsonl", *brief, "--out_dir=lora")
+    call(sample, "--adapter=lora", "--device=cpu", "--start=Why?", "--max_new_tokens=4")
+    with pytest.raises(Refusal, match="scalenorm|relu2|parallel|pos=" + pos):
+        call(hf, "--out_dir=whole", "--to=whole-hf")
 
 
 @pytest.mark.parametrize("pos", ["slope", "slowrope", "ramp"])
@@ -181,34 +165,24 @@ def test_strange_classes_are_cached_as_exactly(pos):
     """The identities of the grid, for a model that it does not have."""
     strange = build("scalenorm", "parallel", pos, "relu2", 2).double()
     idx = tokens()
+    doc = torch.tensor([[0] * 6 + [1] * 10] * 2)
     with torch.no_grad():
-        logits = strange(idx)[0]
-        cache = strange.new_cache(2, 24)
-        cached = torch.cat([strange(part, cache=cache)[0] for part in idx.split((5, 1, 10), 1)], 1)
-        torch.testing.assert_close(cached, logits, rtol=0, atol=1e-12)
-        doc = torch.tensor([[0] * 6 + [1] * 10] * 2)
-        torch.testing.assert_close(
-            strange(idx, doc=doc)[0][:, 6:], strange(idx[:, 6:])[0], rtol=0, atol=1e-12
-        )
+        exactly(cached(strange, idx, [5, 1, 10], strange.new_cache(2, 24)), strange(idx)[0])
+        exactly(strange(idx, doc=doc)[0][:, 6:], strange(idx[:, 6:])[0])
 
 
-def test_sizes_are_counted_and_right_for_every_class():
-    settings = [
-        dict(zip(("norm", "norm_position", "pos", "mlp", "n_kv_head", "tie", "qk_norm"), row))
-        for row in GRID[::7]
-    ]
-    settings += [
-        dict(norm="scalenorm", norm_position="parallel", pos=pos, mlp="relu2")
-        for pos in ("slope", "slowrope", "ramp")
-    ]
-    for keys in settings:
-        whole = build(n_layer=3, **keys)
+def test_sizes_are_right_for_every_class():
+    combinations = [*GRID[::7]]
+    for pos in "slope", "slowrope", "ramp":
+        combinations.append(("scalenorm", "parallel", pos, "relu2", 4, True, True))
+    for combination in combinations:
+        whole = build(*combination, n_layer=3)
         sizes = model_sizes(whole.config)
-        assert sizes.parameters == num_params(whole), keys
-        assert sizes.buffers == sum(b.numel() for b in whole.buffers()), keys
+        assert sizes.parameters == num_params(whole), combination
+        assert sizes.buffers == sum(b.numel() for b in whole.buffers()), combination
 
 
-def test_a_position_that_does_not_say_where_it_acts_is_refused(monkeypatch):
+def test_a_position_without_a_part_is_refused(monkeypatch):
     monkeypatch.setitem(model.POSITIONS, "silent", nn.Identity)
     with pytest.raises(ValueError, match="must say its part"):
         Transformer(ModelConfig(vocab_size=10, pos="silent"))
@@ -222,18 +196,16 @@ def test_a_position_that_does_not_say_where_it_acts_is_refused(monkeypatch):
         {"block_size": 10**7, "head_dim": 10**6},
     ],
 )
-def test_a_hostile_size_is_refused_before_anything_is_made(hostile, tmp_path):
+def test_a_hostile_size_is_refused_before_anything_is_made(hostile):
     small = build()
+    tokenizer = Tokenizer.train(["abc"], 257)
     ckpt = {
         "model": small.state_dict(),
         "model_config": asdict(small.config) | {"vocab_size": 257} | hostile,
-        "tokenizer": TOKENIZER.to_str(),
-        "tokenizer_sha256": TOKENIZER.sha256,
+        "tokenizer": tokenizer.to_str(),
+        "tokenizer_sha256": tokenizer.sha256,
     }
     start = time.perf_counter()
     with pytest.raises(Refusal, match="fewer than|larger machine|cannot be made"):
         checkpoint.restore(ckpt, "hostile.pt")
-    assert time.perf_counter() - start < 30  # it took minutes, and all memory, where something was made
-
-
-TOKENIZER = prepare.Tokenizer.train(["abc"], 257)
+    assert time.perf_counter() - start < 30  # a model that is made takes minutes, and all memory

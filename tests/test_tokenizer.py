@@ -1,7 +1,4 @@
-"""tokenizer.py against Hugging Face's tokenizers (training, encoding, the file) and against itself.
-
-python -m pytest tests/test_tokenizer.py -q
-"""
+"""tokenizer.py against Hugging Face's tokenizers (training, encoding, the file) and against itself."""
 
 import json
 import random
@@ -20,13 +17,16 @@ from tokenizer import BYTE_CHAR, EOT, GAP, Tokenizer, merge_by_heap, merge_word,
 
 FUZZ = settings(max_examples=300, deadline=None, derandomize=True, database=None)
 
-# Unicode 3.2 is assigned in every version that the three regular-expression engines may have; the emoji are newer.
+# Unicode 3.2 is assigned in all versions of the three regular-expression engines; the emoji are newer.
 ASSIGNED = [
     chr(i) for i in range(0x110000) if unicodedata.ucd_3_2_0.category(chr(i)) not in ("Cn", "Cs")
 ]
 SPACES = " \n\t\r\x0b\x0c\x1c\x85\xa0\u2003\u2028\u3000"
 CHARS = st.one_of(
-    *map(st.sampled_from, ["etaoin 'sdmtlvr<|>", SPACES, "0123½Ⅷ٣.,!?-_👩🏽‍🚀😀é\u0301ß語ก", ASSIGNED])
+    st.sampled_from("etaoin 'sdmtlvr<|>"),
+    st.sampled_from(SPACES),
+    st.sampled_from("0123½Ⅷ٣.,!?-_👩🏽‍🚀😀é\u0301ß語ก"),
+    st.sampled_from(ASSIGNED),
 )
 PIECES = [
     "the",
@@ -59,12 +59,13 @@ TEXTS = st.text(CHARS, max_size=60) | st.lists(st.sampled_from(PIECES), max_size
 
 
 def sentences(rng, words, n):
+    """Returns n texts of one to eleven words, each with an end."""
     ends = [".", "!", " ", "\n", "'s"]
     return [" ".join(rng.choices(words, k=rng.randrange(1, 12))) + rng.choice(ends) for _ in range(n)]
 
 
 def corpora():
-    """name -> (documents, vocab_size)"""
+    """Returns a dict of documents and vocab_size by name."""
     rng = random.Random(0)
     english = (
         "once upon a time there was little girl named Lily she loved to play with her friend's dog "
@@ -109,7 +110,7 @@ def corpora():
             900,
         ),
     }
-    for i in range(60):  # nearly every count ties with others here
+    for i in range(60):  # nearly each count ties with others here
         alphabets = rng.choices(["ab", "abc", "ab ", "zyx ", "aAé ", "\n a"], k=4)
         docs = ["".join(rng.choices(alphabet, k=rng.randrange(60))) for alphabet in alphabets]
         result[f"ties {i}"] = (docs + ["a"], 257 + rng.randrange(60))
@@ -120,38 +121,36 @@ CORPORA = corpora()
 
 
 def hf_train(docs, vocab_size):
-    theirs = hf.Tokenizer(models.BPE())
-    theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    theirs.train_from_iterator(
-        docs,
-        trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=[EOT],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
+    """Returns the tokenizer that Hugging Face trains on docs."""
+    reference = hf.Tokenizer(models.BPE())
+    reference.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
-    return theirs
+    reference.train_from_iterator(docs, trainer)
+    return reference
 
 
 def hf_open(tokenizer):
-    theirs = hf.Tokenizer.from_str(tokenizer.to_str())
-    theirs.encode_special_tokens = True
-    return theirs
+    """Returns a tokenizer as Hugging Face reads its file."""
+    reference = hf.Tokenizer.from_str(tokenizer.to_str())
+    reference.encode_special_tokens = True
+    return reference
 
 
 @pytest.fixture(scope="module")
 def bpe():
-    docs = [
-        doc
-        for name in ("made up", "english", "unicode", "literal endoftext", "long runs")
-        for doc in CORPORA[name][0]
-    ]
+    docs = []
+    for name in "made up", "english", "unicode", "literal endoftext", "long runs":
+        docs += CORPORA[name][0]
     return Tokenizer.train(docs, 1200)
 
 
 @pytest.fixture(scope="module")
-def theirs(bpe):
+def reference(bpe):
     return hf_open(bpe)
 
 
@@ -161,25 +160,21 @@ def theirs(bpe):
 @pytest.mark.parametrize("name", CORPORA)
 def test_merges_and_ids_are_those_of_hugging_face(name):
     docs, vocab_size = CORPORA[name]
-    ours, model = (
-        Tokenizer.train(iter(docs), vocab_size),
-        json.loads(hf_train(docs, vocab_size).to_str())["model"],
-    )
-    ours_here = json.loads(ours.to_str())["model"]
-    assert [m.split(" ") for m in ours_here["merges"]] == model["merges"]
-    assert ours_here["vocab"] == model["vocab"]
-    assert ours.vocab_size == len(model["vocab"]) <= vocab_size
+    tokenizer = Tokenizer.train(iter(docs), vocab_size)
+    model = json.loads(tokenizer.to_str())["model"]
+    expected = json.loads(hf_train(docs, vocab_size).to_str())["model"]
+    assert [merge.split(" ") for merge in model["merges"]] == expected["merges"]
+    assert model["vocab"] == expected["vocab"]
+    assert tokenizer.vocab_size == len(expected["vocab"]) <= vocab_size
 
 
 def test_layout_of_ids():
     tokenizer = Tokenizer.train(["aaab aaab"], 259)
     assert (tokenizer.kind, tokenizer.eot, tokenizer.vocab_size) == ("bpe", 0, 259)
-    assert (
-        tokenizer.decode_bytes([1, 34, 221]) == b"!B "
-    )  # by code point of GPT-2's characters: the space is Ġ
-    assert (
-        tokenizer.decode_bytes([257]) == b"aa"
-    )  # 4 times; then a+b and aa+a are there twice each, and a+b is smaller
+    # bytes are in the order of GPT-2's characters, where the space is Ġ
+    assert tokenizer.decode_bytes([1, 34, 221]) == b"!B "
+    # aa comes 4 times; then ab and aaa come twice each, and ab is smaller
+    assert tokenizer.decode_bytes([257]) == b"aa"
     assert tokenizer.decode_bytes([258]) == b"ab"
 
 
@@ -190,7 +185,7 @@ def test_training_ends_when_no_pair_is_left():
 
 
 def test_progress_sees_each_merge_and_changes_none():
-    docs = CORPORA["made up"][0]
+    docs, _ = CORPORA["made up"]
     ids = []
 
     def progress(new_ids):
@@ -199,17 +194,25 @@ def test_progress_sees_each_merge_and_changes_none():
             yield new
 
     tokenizer = Tokenizer.train(docs, 700, progress)
-    assert ids == list(range(257, 700)) and tokenizer.sha256 == Tokenizer.train(docs, 700).sha256
-    total = []
-    Tokenizer.train(["ab ab"], 10**30, lambda new_ids: total.append(len(new_ids)) or new_ids)
-    assert total[0] <= 8  # no more than there are places, so a bar has an end
+    assert ids == list(range(257, 700))
+    assert tokenizer.sha256 == Tokenizer.train(docs, 700).sha256
+    totals = []
+
+    def count(new_ids):
+        totals.append(len(new_ids))
+        return new_ids
+
+    Tokenizer.train(["ab ab"], 10**30, count)
+    assert totals[0] <= 8  # no more than there are places, so a bar has an end
 
 
 def test_training_is_deterministic_and_sha256_tells_vocabularies_apart():
-    docs = CORPORA["made up"][0]
-    one, two, other = Tokenizer.train(docs, 500), Tokenizer.train(docs, 500), Tokenizer.train(docs, 501)
-    assert one.to_str() == two.to_str() and one.sha256 == two.sha256 != other.sha256
-    assert len(one.sha256) == 64
+    docs, _ = CORPORA["made up"]
+    first, second = Tokenizer.train(docs, 500), Tokenizer.train(docs, 500)
+    larger = Tokenizer.train(docs, 501)
+    assert first.to_str() == second.to_str()
+    assert first.sha256 == second.sha256 != larger.sha256
+    assert len(first.sha256) == 64
 
 
 # ---- encoding and decoding
@@ -217,10 +220,10 @@ def test_training_is_deterministic_and_sha256_tells_vocabularies_apart():
 
 @FUZZ
 @given(text=TEXTS)
-def test_plain_and_fast_and_hugging_face_agree_and_decode_inverts(bpe, theirs, text):
+def test_plain_and_fast_and_hugging_face_agree_and_decode_inverts(bpe, reference, text):
     ids = bpe.encode(text)
-    assert ids == bpe.encode_plain(text) == theirs.encode(text).ids
-    assert bpe.decode(ids) == text == theirs.decode(ids, skip_special_tokens=False)
+    assert ids == bpe.encode_plain(text) == reference.encode(text).ids
+    assert text == bpe.decode(ids) == reference.decode(ids, skip_special_tokens=False)
     assert bpe.decode_bytes(ids) == text.encode()
     assert bpe.eot not in ids
 
@@ -233,46 +236,45 @@ def test_plain_and_fast_and_hugging_face_agree_and_decode_inverts(bpe, theirs, t
 def test_they_agree_on_vocabularies_full_of_ties(docs, text):
     tokenizer = Tokenizer.train([*docs, "a"], 300)
     assert tokenizer.encode(text) == tokenizer.encode_plain(text) == hf_open(tokenizer).encode(text).ids
-    assert (
-        Tokenizer.from_str(tokenizer.to_str()).merges == tokenizer.merges
-    )  # reading recovers what training found
+    # reading a file recovers the merges, which are not in it as ids
+    assert Tokenizer.from_str(tokenizer.to_str()).merges == tokenizer.merges
 
 
-def test_every_assigned_character_is_split_alike(bpe, theirs):
+def test_every_assigned_character_is_split_alike(bpe, reference):
     for i in range(0, len(ASSIGNED), 1000):
         text = "".join(f"a{c}1{c}{c} {c}" for c in ASSIGNED[i : i + 1000 : 5])
-        assert bpe.encode(text) == bpe.encode_plain(text) == theirs.encode(text).ids
+        assert bpe.encode(text) == bpe.encode_plain(text) == reference.encode(text).ids
 
 
 def test_batch_is_encode_of_each(bpe):
-    texts = CORPORA["unicode"][0] + ["", EOT]
-    assert (
-        bpe.encode_batch(texts)
-        == bpe.encode_batch(iter(texts), num_threads=3)
-        == [bpe.encode(text) for text in texts]
-    )
+    texts = [*CORPORA["unicode"][0], "", EOT]
+    ids = [bpe.encode(text) for text in texts]
+    assert bpe.encode_batch(texts) == ids
+    assert bpe.encode_batch(iter(texts), num_threads=3) == ids
 
 
 def test_text_that_spells_the_special_token_is_ordinary(bpe):
-    assert len(bpe.encode(EOT)) > 1 and bpe.decode(bpe.encode(EOT)) == EOT == bpe.decode([bpe.eot])
+    ids = bpe.encode(EOT)
+    assert len(ids) > 1
+    assert bpe.decode(ids) == bpe.decode([bpe.eot]) == EOT
 
 
 def test_surrogates_count_as_replacement_characters(bpe):
-    for text, meant in [
+    for text, replaced in [
         ("a\ud800b", "a\ufffdb"),
         ("\udfff", "\ufffd"),
         ("\ud83d\ude00", "😀"),
         ("x \ude00\ud83d", "x \ufffd\ufffd"),
     ]:
-        assert bpe.encode(text) == bpe.encode_plain(text) == bpe.encode(meant)
-        assert Tokenizer.train([text], 300).to_str() == Tokenizer.train([meant], 300).to_str()
-        assert Tokenizer.char([text]).encode(text) == Tokenizer.char([meant]).encode(meant)
+        assert bpe.encode(text) == bpe.encode_plain(text) == bpe.encode(replaced)
+        assert Tokenizer.train([text], 300).to_str() == Tokenizer.train([replaced], 300).to_str()
+        assert Tokenizer.char([text]).encode(text) == Tokenizer.char([replaced]).encode(replaced)
 
 
-def test_whitespace_without_end_does_not_panic(bpe, theirs):
+def test_whitespace_without_end_does_not_panic(bpe, reference):
     for n in (GAP - 1, GAP, GAP + 1):
         for text in ("a" + " " * n + "a", "\n" * n):
-            assert bpe.encode(text) == theirs.encode(text).ids
+            assert bpe.encode(text) == reference.encode(text).ids
     text = "\n" * 1_000_002 + "a"  # tiktoken alone dies here
     assert bpe.decode(bpe.encode(text)) == text
 
@@ -298,19 +300,24 @@ def test_decode_refuses_ids_outside(bpe, wrong):
 @given(ids=st.lists(st.integers(0, 1199), max_size=30), text=TEXTS)
 def test_stream_joins_to_decode_and_never_splits_a_character(bpe, ids, text):
     stream = bpe.stream()
-    assert "".join([stream(i) for i in ids] + [stream(None)]) == bpe.decode(ids)
-    stream, seen = bpe.stream(), ""
+    parts = [stream(i) for i in [*ids, None]]
+    assert "".join(parts) == bpe.decode(ids)
+    stream = bpe.stream()
+    streamed = ""
     for i in bpe.encode(text):
-        seen += stream(i)
-        assert text.startswith(seen)  # half a character would be U+FFFD here
-    assert seen == text and stream(None) == ""
+        streamed += stream(i)
+        assert text.startswith(streamed)  # half a character would be U+FFFD here
+    assert streamed == text
+    assert stream(None) == ""
 
 
 def test_stream_holds_back_until_the_character_is_complete():
     tokenizer = Tokenizer.train(["x"], 257)
     stream = tokenizer.stream()
     assert [stream(i) for i in tokenizer.encode("é€")] == ["", "é", "", "", "€"]
-    assert stream(tokenizer.encode("€")[0]) == "" and stream(None) == "\ufffd"
+    first_byte = tokenizer.encode("€")[0]
+    assert stream(first_byte) == ""
+    assert stream(None) == "\ufffd"
 
 
 # ---- the file
@@ -319,20 +326,29 @@ def test_stream_holds_back_until_the_character_is_complete():
 def test_file_round_trip(bpe, tmp_path):
     path = tmp_path / "tokenizer.json"
     bpe.save(path)
-    assert path.read_bytes() == bpe.to_str().encode() and [p.name for p in tmp_path.iterdir()] == [
-        "tokenizer.json"
-    ]
+    assert path.read_bytes() == bpe.to_str().encode()
+    assert list(tmp_path.iterdir()) == [path]
     text = "the girl's 日本 \n\n"
-    for again in (Tokenizer.load(path), Tokenizer.load(str(path))):
-        assert again.to_str() == bpe.to_str() and again.sha256 == bpe.sha256
-        assert (again.kind, again.eot, again.vocab_size) == (bpe.kind, bpe.eot, bpe.vocab_size)
-        assert again.encode(text) == bpe.encode(text) == again.encode_plain(text)
+    for loaded in (Tokenizer.load(path), Tokenizer.load(str(path))):
+        assert loaded.to_str() == bpe.to_str()
+        assert loaded.sha256 == bpe.sha256
+        assert (loaded.kind, loaded.eot, loaded.vocab_size) == (bpe.kind, bpe.eot, bpe.vocab_size)
+        assert loaded.encode(text) == loaded.encode_plain(text) == bpe.encode(text)
+
+
+def raiser(error):
+    """Returns a function that raises error, whatever it is called with."""
+
+    def fail(*args):
+        raise error
+
+    return fail
 
 
 def test_a_save_that_fails_leaves_the_old_file(bpe, tmp_path, monkeypatch):
     path = tmp_path / "tokenizer.json"
     path.write_text("old")
-    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr("os.replace", raiser(OSError("disk full")))
     with pytest.raises(OSError):
         bpe.save(path)
     assert path.read_text() == "old"
@@ -347,34 +363,37 @@ def test_transformers_opens_the_file(kind, bpe, tmp_path):
     tokenizer.save(tmp_path / "tokenizer.json")
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOT}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    for theirs in (
+    ids = tokenizer.encode(text)
+    for reference in (
         AutoTokenizer.from_pretrained(tmp_path),
         PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json")),
     ):
-        assert theirs(text).input_ids == tokenizer.encode(text)
-        assert theirs.decode(tokenizer.encode(text)) == text
-        assert len(theirs) == tokenizer.vocab_size and theirs.convert_tokens_to_ids(EOT) == tokenizer.eot
-    again = tmp_path / "again"
-    theirs.save_pretrained(again)
-    assert Tokenizer.load(again / "tokenizer.json").to_str() == tokenizer.to_str()
+        assert reference(text).input_ids == ids
+        assert reference.decode(ids) == text
+        assert len(reference) == tokenizer.vocab_size
+        assert reference.convert_tokens_to_ids(EOT) == tokenizer.eot
+    saved = tmp_path / "saved"
+    reference.save_pretrained(saved)
+    assert Tokenizer.load(saved / "tokenizer.json").to_str() == tokenizer.to_str()
 
 
 def test_a_foreign_file_with_our_split_is_read():
     docs, vocab_size = CORPORA["english"]
-    theirs, ours = hf_train(docs, vocab_size), Tokenizer.train(docs, vocab_size)
-    for post in (
-        None,
+    foreign = hf_train(docs, vocab_size)
+    expected = Tokenizer.train(docs, vocab_size).to_str()
+    assert Tokenizer.from_str(foreign.to_str()).to_str() == expected
+    for post_processor in (
         hf.processors.ByteLevel(trim_offsets=False),
         hf.processors.TemplateProcessing(single="$A", pair="$A $B:1"),
     ):
-        if post:
-            theirs.post_processor = post
-        assert Tokenizer.from_str(theirs.to_str()).to_str() == ours.to_str()
-    data = json.loads(theirs.to_str())  # older files: no use_regex, and merges as text
+        foreign.post_processor = post_processor
+        assert Tokenizer.from_str(foreign.to_str()).to_str() == expected
+    # older files have no use_regex, and merges as text
+    data = json.loads(foreign.to_str())
     del data["pre_tokenizer"]["use_regex"]
-    data["model"]["merges"] = [" ".join(m) for m in data["model"]["merges"]]
+    data["model"]["merges"] = [" ".join(merge) for merge in data["model"]["merges"]]
     data["model"]["continuing_subword_prefix"] = ""
-    assert Tokenizer.from_str(json.dumps(data)).to_str() == ours.to_str()
+    assert Tokenizer.from_str(json.dumps(data)).to_str() == expected
 
 
 # ---- GPT-2's two files, in miniature
@@ -383,36 +402,33 @@ def test_a_foreign_file_with_our_split_is_read():
 @pytest.fixture
 def gpt2_folder(tmp_path):
     """A trained vocabulary as GPT-2 writes it: bytes from 0, merges, <|endoftext|> last."""
-    model = json.loads(Tokenizer.train(CORPORA["made up"][0] + CORPORA["unicode"][0], 600).to_str())[
-        "model"
-    ]
+    docs = CORPORA["made up"][0] + CORPORA["unicode"][0]
+    model = json.loads(Tokenizer.train(docs, 600).to_str())["model"]
     vocab = {token: i - 1 for token, i in model["vocab"].items() if token != EOT} | {EOT: 599}
+    merges = "\n".join(["#version: 0.2", *model["merges"], ""])
     (tmp_path / "encoder.json").write_text(json.dumps(vocab))
-    (tmp_path / "vocab.bpe").write_text(
-        "#version: 0.2\n" + "\n".join(model["merges"]) + "\n", encoding="utf-8"
-    )
+    (tmp_path / "vocab.bpe").write_text(merges, encoding="utf-8")
     return tmp_path
 
 
 def test_gpt2_from_its_files(gpt2_folder):
     from transformers import GPT2Tokenizer
 
-    theirs = GPT2Tokenizer(str(gpt2_folder / "encoder.json"), str(gpt2_folder / "vocab.bpe"))
-    bare = hf.ByteLevelBPETokenizer(str(gpt2_folder / "encoder.json"), str(gpt2_folder / "vocab.bpe"))
+    paths = str(gpt2_folder / "encoder.json"), str(gpt2_folder / "vocab.bpe")
+    reference = GPT2Tokenizer(*paths)
+    bare = hf.ByteLevelBPETokenizer(*paths)
     tokenizer = Tokenizer.gpt2(gpt2_folder)
+    opened = hf_open(tokenizer)
     assert (tokenizer.kind, tokenizer.eot, tokenizer.vocab_size) == ("bpe", 599, 600)
     for text in CORPORA["made up"][0][:50] + CORPORA["unicode"][0][:50] + ["", " \n\n x", "they're"]:
         ids = tokenizer.encode(text)
-        assert (
-            ids
-            == tokenizer.encode_plain(text)
-            == bare.encode(text).ids
-            == hf_open(tokenizer).encode(text).ids
-        )
+        assert ids == tokenizer.encode_plain(text)
+        assert ids == bare.encode(text).ids == opened.encode(text).ids
         assert tokenizer.decode(ids) == text
-    assert theirs("the girl").input_ids == tokenizer.encode("the girl")
-    again = Tokenizer.from_str(tokenizer.to_str())
-    assert again.to_str() == tokenizer.to_str() and again.eot == 599
+    assert reference("the girl").input_ids == tokenizer.encode("the girl")
+    loaded = Tokenizer.from_str(tokenizer.to_str())
+    assert loaded.to_str() == tokenizer.to_str()
+    assert loaded.eot == 599
 
 
 def test_gpt2_from_tiktoken(gpt2_folder, monkeypatch):
@@ -421,22 +437,13 @@ def test_gpt2_from_tiktoken(gpt2_folder, monkeypatch):
         vocab_bpe_file=str(gpt2_folder / "vocab.bpe"),
         encoder_json_file=str(gpt2_folder / "encoder.json"),
     )
-    monkeypatch.setattr(
-        tiktoken,
-        "get_encoding",
-        lambda name: tiktoken.Encoding(
-            name, pat_str=".", mergeable_ranks=ranks, special_tokens={EOT: 599}
-        ),
-    )
+    encoding = tiktoken.Encoding("gpt2", pat_str=".", mergeable_ranks=ranks, special_tokens={EOT: 599})
+    monkeypatch.setattr(tiktoken, "get_encoding", {"gpt2": encoding}.__getitem__)
     assert Tokenizer.gpt2().to_str() == Tokenizer.gpt2(gpt2_folder).to_str()
 
 
-def test_gpt2_without_network_or_files(gpt2_folder, monkeypatch):
-    monkeypatch.setattr(
-        tiktoken,
-        "get_encoding",
-        lambda name: (_ for _ in ()).throw(ConnectionError("no route\nto host")),
-    )
+def test_gpt2_without_network_or_files_is_refused(gpt2_folder, monkeypatch):
+    monkeypatch.setattr(tiktoken, "get_encoding", raiser(ConnectionError("no route\nto host")))
     with pytest.raises(ValueError, match=r"could not be downloaded.*encoder\.json and vocab\.bpe") as e:
         Tokenizer.gpt2()
     assert "\n" not in str(e.value)
@@ -464,21 +471,20 @@ def test_char_vocabulary():
     assert (tokenizer.kind, tokenizer.eot, tokenizer.vocab_size) == ("char", 0, 4)
     assert tokenizer.encode("ab\n") == [2, 3, 1] == tokenizer.encode_plain("ab\n")
     assert tokenizer.decode([3, 2, 0]) == "ba" + EOT
-    again = Tokenizer.from_str(tokenizer.to_str())
-    assert (
-        again.to_str() == tokenizer.to_str()
-        and again.encode("ab\n") == [2, 3, 1]
-        and again.kind == "char"
-    )
+    loaded = Tokenizer.from_str(tokenizer.to_str())
+    assert loaded.to_str() == tokenizer.to_str()
+    assert loaded.kind == "char"
+    assert loaded.encode("ab\n") == [2, 3, 1]
 
 
 @FUZZ
 @given(text=st.text(sorted(set("".join(CHAR_DOCS)))))
 def test_char_agrees_with_hugging_face(text):
     tokenizer = Tokenizer.char(CHAR_DOCS)
-    theirs, ids = hf_open(tokenizer), tokenizer.encode(text)
-    assert ids == theirs.encode(text).ids == tokenizer.encode_batch([text])[0]
-    assert tokenizer.decode(ids) == text == theirs.decode(ids)
+    reference = hf_open(tokenizer)
+    ids = tokenizer.encode(text)
+    assert ids == reference.encode(text).ids == tokenizer.encode_batch([text])[0]
+    assert text == tokenizer.decode(ids) == reference.decode(ids)
 
 
 def test_char_names_the_unknown_character():
@@ -490,17 +496,16 @@ def test_char_names_the_unknown_character():
     ):
         with pytest.raises(ValueError, match=r"'é' \(U\+00E9\)"):
             encode("abcé!")
-    with pytest.raises(
-        Exception, match="UNK"
-    ):  # Hugging Face refuses too; it does not drop the character
+    # Hugging Face refuses too; it does not drop the character
+    with pytest.raises(Exception, match="UNK"):
         hf_open(tokenizer).encode("abcé!")
 
 
-# ---- what is refused, and in what words
+# ---- refusals
 
 
 @pytest.mark.parametrize(
-    "make, words",
+    "make, message",
     [
         (lambda: Tokenizer.train(["a b"], 256), "256 is too small"),
         (lambda: Tokenizer.train(["a b"], 0), "0 is too small"),
@@ -511,12 +516,13 @@ def test_char_names_the_unknown_character():
         (lambda: Tokenizer.char([""]), "no text"),
     ],
 )
-def test_training_refuses(make, words):
-    with pytest.raises(ValueError, match=words):
+def test_training_refuses_too_few_tokens_and_no_text(make, message):
+    with pytest.raises(ValueError, match=message):
         make()
 
 
 def edited(tokenizer, edit):
+    """Returns a tokenizer's file after edit(data, data["model"]), which returns other data or None."""
     data = json.loads(tokenizer.to_str())
     return json.dumps(edit(data, data["model"]) or data)
 
@@ -526,7 +532,8 @@ def move(vocab, token, i):
 
 
 SMALL = Tokenizer.train(["abab abab abc"], 262)
-BAD = {  # what is done to SMALL's file -> words of the sentence
+# name -> an edit of SMALL's file, the message
+BAD = {
     "no model": (lambda d, m: d.pop("model") and None, "model"),
     "a list": (lambda d, m: [1], "no tokenizer.json"),
     "model is a list": (lambda d, m: d.update(model=[]), "no tokenizer.json"),
@@ -592,13 +599,13 @@ BAD = {  # what is done to SMALL's file -> words of the sentence
 @settings(max_examples=200, deadline=None)
 def test_a_heap_merges_as_the_plain_rule_does(seed):
     """Over merges of few letters, so that pairs overlap, tie and are taken apart by others."""
-    draw = random.Random(seed)
+    rng = random.Random(seed)
     merges = {}
     for new in range(3, 15):
-        pair = (draw.randrange(new), draw.randrange(new))
+        pair = (rng.randrange(new), rng.randrange(new))
         merges.setdefault(pair, new)
     for length in 0, 1, 2, 3, 30:
-        ids = [draw.randrange(3) for _ in range(length)]
+        ids = [rng.randrange(3) for _ in range(length)]
         assert merge_by_heap(ids, merges) == merge_word(ids, merges)
 
 
@@ -607,33 +614,35 @@ def test_reading_a_chain_of_merges_takes_steps_in_proportion_to_its_bytes():
     tokens = [EOT.encode(), *(bytes([b]) for b in BYTE_CHAR)]
     ids = {token: i for i, token in enumerate(tokens)}
     chain = [b"a" + b"b" * n for n in range(1, 101)]
-    calls = [0]
+    calls = 0
 
     def count(*_):
-        calls[0] += 1
+        nonlocal calls
+        calls += 1
 
     sys.setprofile(count)
     try:
         merges = recover_merges(tokens + chain, 0)
     finally:
         sys.setprofile(None)
-    assert calls[0] < 20 * sum(map(len, chain))
+    assert calls < 20 * sum(map(len, chain))
     lefts = [ids[b"a"], *range(257, 356)]
     assert merges == {(left, ids[b"b"]): 257 + n for n, left in enumerate(lefts)}
 
 
-def test_small_is_what_the_table_takes_it_for():
+def test_small_has_the_tokens_that_the_table_edits():
     assert SMALL.tokens[257:] == [b"ab", b" ab", b"abab", b" abc", b" abab"]
     assert Tokenizer.from_str(edited(SMALL, lambda d, m: None)).to_str() == SMALL.to_str()
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_a_bad_file_is_refused_in_one_line(name, tmp_path):
-    edit, words = BAD[name]
+    edit, message = BAD[name]
     text = edited(SMALL, edit)
-    with pytest.raises(ValueError, match=words) as e:
+    with pytest.raises(ValueError, match=message) as e:
         Tokenizer.from_str(text)
-    assert "\n" not in str(e.value) and len(str(e.value)) < 300
+    assert "\n" not in str(e.value)
+    assert len(str(e.value)) < 300
     (tmp_path / "bad.json").write_text(text)
     with pytest.raises(ValueError, match="bad.json: "):
         Tokenizer.load(tmp_path / "bad.json")
@@ -649,16 +658,17 @@ CHAR_BAD = {
 
 @pytest.mark.parametrize("name", CHAR_BAD)
 def test_a_bad_character_file_is_refused(name):
-    edit, words = CHAR_BAD[name]
-    with pytest.raises(ValueError, match=words):
-        Tokenizer.from_str(edited(Tokenizer.char(["abc"]), edit))
+    edit, message = CHAR_BAD[name]
+    text = edited(Tokenizer.char(["abc"]), edit)
+    with pytest.raises(ValueError, match=message):
+        Tokenizer.from_str(text)
 
 
 @pytest.mark.parametrize(
     "text",
     ["", "{", "null", "7", '"x"', "[]", "{}", "not json", "[" * 100_000, '{"model": {"type": "BPE"}}'],
 )
-def test_what_is_no_tokenizer_json_is_refused(text):
+def test_a_text_that_is_no_tokenizer_json_is_refused(text):
     with pytest.raises(ValueError):
         Tokenizer.from_str(text)
 
@@ -666,13 +676,10 @@ def test_what_is_no_tokenizer_json_is_refused(text):
 def test_truncated_and_binary_files_are_refused(tmp_path):
     whole = SMALL.to_str().encode()
     path = tmp_path / "tokenizer.json"
-    binary = [
-        b"\xff\xfe" + whole,
-        b"\x80\x02}q",
-        b"\xef\xbb\xbf" + whole,
-    ]  # UTF-16's mark, a pickle, UTF-8's mark
-    for data in [whole[:n] for n in range(0, len(whole) - 1, 97)] + binary:
-        path.write_bytes(data)
+    truncated = [whole[:n] for n in range(0, len(whole) - 1, 97)]
+    utf16_mark, utf8_mark, pickled = b"\xff\xfe", b"\xef\xbb\xbf", b"\x80\x02}q"
+    for content in [*truncated, utf16_mark + whole, utf8_mark + whole, pickled]:
+        path.write_bytes(content)
         with pytest.raises(ValueError, match="tokenizer.json: ") as e:
             Tokenizer.load(path)
         assert "\n" not in str(e.value)
@@ -680,22 +687,26 @@ def test_truncated_and_binary_files_are_refused(tmp_path):
         Tokenizer.load(tmp_path / "absent.json")
 
 
-def places(value, path=()):
-    """Every path into a JSON value, but only a few of the vocabulary's."""
-    yield path
-    items = (
-        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    )
-    for key, inner in list(items)[-20:]:
-        yield from places(inner, (*path, key))
+def paths_into(value, path=()):
+    """Yields the paths to the values in a JSON value, the last 20 of each object and list."""
+    items = []
+    if isinstance(value, dict):
+        items = list(value.items())
+    elif isinstance(value, list):
+        items = list(enumerate(value))
+    for key, inner in items[-20:]:
+        yield (*path, key)
+        yield from paths_into(inner, (*path, key))
 
 
 def test_any_one_wrong_value_is_refused_or_changes_nothing():
-    """Whatever stands in one place of the file: a ValueError, or a tokenizer that encodes as before."""
+    """A wrong value in one place of the file is a ValueError, or the tokenizer encodes as before."""
     text = "abab abc  ab's"
-    for path in list(places(json.loads(SMALL.to_str())))[1:]:
+    ids = SMALL.encode(text)
+    for path in paths_into(json.loads(SMALL.to_str())):
         for junk in (None, True, 3, -1, 0.5, "a", "", [], [1], {}, {"type": "a"}, "\ud800"):
-            data = inner = json.loads(SMALL.to_str())
+            data = json.loads(SMALL.to_str())
+            inner = data
             for key in path[:-1]:
                 inner = inner[key]
             inner[path[-1]] = junk
@@ -703,13 +714,12 @@ def test_any_one_wrong_value_is_refused_or_changes_nothing():
                 tokenizer = Tokenizer.from_str(json.dumps(data))
             except ValueError:
                 continue
-            assert tokenizer.encode(text) == tokenizer.encode_plain(text) == SMALL.encode(text), (
-                path,
-                junk,
-            )
+            assert ids == tokenizer.encode(text) == tokenizer.encode_plain(text), (path, junk)
 
 
 def test_byte_characters_are_gpt2s():
-    assert len(set(BYTE_CHAR.values())) == 256 and list(BYTE_CHAR.values()) == sorted(BYTE_CHAR.values())
-    assert set(BYTE_CHAR.values()) == set(pre_tokenizers.ByteLevel.alphabet())
+    characters = list(BYTE_CHAR.values())
+    assert len(set(characters)) == 256
+    assert characters == sorted(characters)
+    assert set(characters) == set(pre_tokenizers.ByteLevel.alphabet())
     assert "".join(BYTE_CHAR[b] for b in " \n!a\xad".encode("latin-1")) == "ĠĊ!aŃ"
