@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: browser demo finetune help install lint test test-all test-quick
+.PHONY: browser demo finetune help install lint test test-all test-quick torture
 
 demo: install  ## install, train the default model on the toy stories, and print some
 	$(BIN)/python train.py --out_dir=out/demo --overwrite
@@ -33,6 +33,9 @@ test: .venv/installed-dev  ## everything but the slow tests, offline
 
 test-all: test  ## and what takes a C++ compiler, nvcc, Chromium or minutes
 	$(BIN)/python -m pytest -q -m slow tests
+
+torture: .venv/installed-dev  ## 1,000 kills of running scripts and 500 damaged files: nothing may be lost; half an hour
+	$(BIN)/python tests/torture.py
 
 lint: .venv/installed-dev  ## ruff: what is wrong, and what `ruff format` would change
 	$(BIN)/ruff check .

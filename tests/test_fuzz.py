@@ -77,8 +77,13 @@ CONFIG = ModelConfig(vocab_size=300, n_layer=1, n_embd=8, n_head=1)
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
-    """A folder with a good file for each of the READERS."""
     folder = tmp_path_factory.mktemp("good")
+    make_files(folder)
+    return folder
+
+
+def make_files(folder):
+    """Makes a good file for each of the READERS."""
     with contextlib.chdir(folder):
         write_txt("c.txt", DOCS)
         write_jsonl("c.jsonl", DOCS)
@@ -118,7 +123,6 @@ def good(tmp_path_factory):
         Path("vocab.bpe").write_text("\n".join(["#version: 0.2", *bpe["merges"]]), encoding="utf-8")
         Path("c.toml").write_text('n_layer = 3\nlearning_rate = 1e-3\nout_dir = "out/x"\nbias = true\n')
         write_rows("log.jsonl", [{"step": i, "loss": 1.5} for i in range(5)])
-    return folder
 
 
 def read_data(folder):
