@@ -93,8 +93,8 @@ class Config:
                 raise ValueError(f"{key} must be at least {least} and at most {most:,}, not {value}")
         if self.temperature < 0:
             raise ValueError("temperature cannot be negative; 0 is greedy")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError("seed must be at least 0 and below 2^63")
+        if self.seed < 0:
+            raise ValueError("seed cannot be negative")
         if not 0 < self.judge_timeout <= 3600:
             limits = "above 0 and at most 3600 seconds"
             raise ValueError(f"judge_timeout must be {limits}, not {self.judge_timeout}")

@@ -70,8 +70,6 @@ class Config:
             raise ValueError(
                 f"repetition_penalty must be above 0 (1 is none), not {self.repetition_penalty}"
             )
-        if not -(2**63) <= self.seed < 2**63:
-            raise ValueError("seed must have at most 63 bits")
         if self.past_end not in ("stop", "recompute"):
             raise ValueError(f"past_end must be stop or recompute, not {self.past_end!r}")
         if self.rmsnorm not in rmsnorm.SETTINGS:

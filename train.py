@@ -112,9 +112,6 @@ class TrainConfig:
         for key in at_least_one:
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} must be at least 1, not {getattr(self, key)}")
-        for key in (*at_least_one, "eval_tokens", "warmup_iters", "lr_decay_iters", "seed"):
-            if getattr(self, key) >= 2**63:
-                raise ValueError(f"{key} must be below 2^63")
         never_negative = (
             "eval_tokens",
             "min_lr",
@@ -416,7 +413,7 @@ def evaluation_line(step, figures, speed):
 def advice(cfg):
     """Returns what to do after a loss that is not finite."""
     saved = f"{cfg.out_dir} has no checkpoint yet"
-    if folders.can_go_on(cfg.out_dir):
+    if folders.holds_run(cfg.out_dir, ["ckpt.pt", "adapter.pt"]):
         saved = f"the last checkpoint in {cfg.out_dir} is as it was"
     return f"try a lower --learning_rate or a longer --warmup_iters; {saved}"
 

@@ -457,6 +457,19 @@ def save_checkpoint(path, name="llama", tokenizer=TOKENIZER, config=None, **chan
     return model
 
 
+def save_adapter(folder, model, config):
+    """Saves the adapters of a model as adapter.pt, over the ckpt.pt in folder."""
+    base_path = str(folder / "ckpt.pt")
+    checkpoint.save_adapters(
+        str(folder / "adapter.pt"),
+        model,
+        base_path,
+        checkpoint.fingerprint(checkpoint.load(base_path)),
+        config,
+        checkpoint.RunState(1, 2.0, 2.0),
+    )
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_out_and_in_again(name, tmp_path):
     """Equal logits, ids and greedy text in transformers, and the same bits again here."""
@@ -616,13 +629,18 @@ def test_a_full_disk_leaves_nothing(occupied):
 def test_a_folder_that_the_model_is_read_from_is_not_overwritten(tmp_path):
     folder = tmp_path / "folder"
     (folder / "out/demo").mkdir(parents=True)
-    save_checkpoint(folder / "ckpt.pt")
     save_checkpoint(folder / "out/demo/ckpt.pt")
+    model = save_checkpoint(folder / "ckpt.pt")
+    export(folder, "--out_dir=ckpt.pt", "--to=out/hub")
+    cfg = lora.LoRAConfig(rank=1)
+    lora.inject(model, cfg)
+    save_adapter(folder, model, asdict(cfg))
+    export(folder, "--adapter=adapter.pt", "--to=out/peft")
     for argv in (
         ["--out_dir=out/demo", "--to=out"],
         ["--out_dir=out/demo", "--to=out/demo"],
-        ["--out_dir=hf:out/demo", "--to=out"],
-        ["--out_dir=ckpt.pt", "--adapter=hf:out/demo", "--to=out"],
+        ["--out_dir=hf:out/hub", "--to=out"],
+        ["--out_dir=ckpt.pt", "--adapter=hf:out/peft", "--to=out"],
         ["--out_dir=out/demo", f"--to={folder}"],
         ["--out_dir=ckpt.pt", f"--to={folder.parent}"],
     ):
@@ -1204,14 +1222,7 @@ def test_our_adapter_in_peft_and_back(name, keys, tmp_path):
     cfg = lora.LoRAConfig(rank=3, alpha=5.0, **keys)
     draw_adapters(model, cfg)
     rule = {} if name == "gpt2" else {"text_rule": AS_IT_STANDS}  # older adapters say none
-    checkpoint.save_adapters(
-        str(tmp_path / "adapter.pt"),
-        model,
-        base_path,
-        checkpoint.fingerprint(checkpoint.load(base_path)),
-        asdict(cfg) | {"template": "A: {prompt}"} | rule,
-        checkpoint.RunState(1, 2.0, 2.0),
-    )
+    save_adapter(tmp_path, model, asdict(cfg) | {"template": "A: {prompt}"} | rule)
 
     ids = torch.arange(60)[None]
     base_logits = base(ids).logits
