@@ -496,6 +496,7 @@ def kv_cache_row(shape, config, batch_size, tokens, dtype):
         "shape": shape,
         "attention": kinds.get(config.n_kv_head, "GQA"),
         "n_kv_head": config.n_kv_head,
+        "window": config.window,
         "batch": batch_size,
         "tokens": tokens,
         "dtype": name_of(dtype),
@@ -522,12 +523,67 @@ def bench_kvcache(cfg, compute):
 
     At the 7B shape they are those of the formula, at the shape here also those that are allocated.
     """
-    for heads in 32, 8, 1:
-        config = ModelConfig(n_layer=32, n_head=32, n_kv_head=heads, n_embd=4096, block_size=2048)
+    for heads, window in (32, 0), (8, 0), (1, 0), (8, 512):
+        config = ModelConfig(n_layer=32, n_head=32, n_kv_head=heads, n_embd=4096, window=window)
         yield kv_cache_row("7B", config, 1, 2048, torch.float16)
     for heads in range(cfg.n_head, 0, -1):
         if cfg.n_head % heads == 0:
             yield allocated_cache_row(replace(cfg, n_kv_head=heads), compute)
+    if not cfg.window:
+        yield allocated_cache_row(replace(cfg, window=cfg.block_size // 8), compute)
+
+
+# -----------------------------------------------------------------------------------------------------
+# windows
+
+
+def next_token_step(model, position):
+    """Returns what reads one token at a position, again and again."""
+    cache = model.new_cache(1, position + 1)
+    id = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    with torch.inference_mode():
+        model.hidden(id.expand(1, position), cache)
+
+    @torch.inference_mode()
+    def step():
+        logits = model.next_logits(id, cache)
+        cache.rewind(1)
+        return logits
+
+    return step
+
+
+def bench_windows(cfg, compute):
+    """Times windows in all layers (--window, an eighth of block_size) against full attention: a training
+    step, and the step of one token early and late in the context.
+    """
+    models = {"full": replace(cfg, window=0)}
+    models["windows"] = replace(cfg, window=cfg.window or cfg.block_size // 8)
+    steps = {name: make_training_step(model_cfg, compute)[0] for name, model_cfg in models.items()}
+    times = race(steps, cfg.seconds / 2, compute.device)
+    tokens = cfg.batch_size * cfg.block_size * cfg.gradient_accumulation_steps
+    for name, rival_times in times.items():
+        row = {"what": "training step", "attention": name, "window": models[name].window}
+        yield row | {
+            "tokens": tokens,
+            **ms_columns(rival_times),
+            "against_full": rival_times["median"] / times["full"]["median"],
+        }
+    positions = (max(1, cfg.block_size // 20), cfg.block_size - max(1, cfg.block_size // 40))
+    steps = {}
+    for name, model_cfg in models.items():
+        model = build_model(model_cfg).to(compute.device, compute.dtype).eval()
+        for position in positions:
+            steps[name, position] = next_token_step(model, position)
+    times = race(steps, cfg.seconds / 2, compute.device)
+    for (name, position), rival_times in times.items():
+        row = {"what": "one token", "attention": name, "window": models[name].window}
+        yield row | {
+            "tokens": position,
+            **ms_columns(rival_times),
+            "against_full": rival_times["median"] / times["full", position]["median"],
+            "against_early": rival_times["median"] / times[name, positions[0]]["median"],
+        }
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -874,6 +930,7 @@ BENCHES = {
     "train": bench_train,
     "decode": bench_decode,
     "kvcache": bench_kvcache,
+    "windows": bench_windows,
     "rmsnorm": bench_rmsnorm,
     "attention": bench_attention,
     "optimizer": bench_optimizer,

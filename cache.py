@@ -4,41 +4,63 @@
     logits, _ = model(idx, cache=cache)           # again and again: idx (B, T) comes after what is in it
     cache.rewind([0, 2])                          # the second row forgets its last two tokens
 
-Windows, speculation and captured graphs are to be other fillings of the same methods.
+A layer with a window keeps the last tokens alone, in a ring. Speculation and captured graphs are to be
+other fillings of the same methods.
 """
 
 import numbers
 
 import torch
 
+REWIND = 8  # tokens that a ring holds beyond its window, so that as many can be forgotten
+
+
+def positions(doc):
+    """Returns each token's place in its own document: (B, S) -> (B, S). A document is a run of equal numbers."""
+    place = torch.arange(doc.size(1), device=doc.device)
+    is_first = torch.ones_like(doc, dtype=torch.bool)
+    is_first[:, 1:] = doc[:, 1:] != doc[:, :-1]
+    return place - torch.where(is_first, place, 0).cummax(dim=1).values
+
+
+def capacity(window, max_len):
+    """Returns how many tokens a layer with this window (0: it sees all) keeps of max_len."""
+    return min(max_len, window + REWIND) if window else max_len
+
 
 class KVCache:
-    """Keys and values of the tokens seen so far: a buffer pair a layer [B, n_kv_head, max_len, D],
+    """Keys and values of the tokens seen so far: a buffer pair a layer [B, n_kv_head, capacity, D],
     written in place.
 
     One generation makes one. Each row has a length of its own, and its next tokens go to the places
-    after it: all layers `update` them there, then model.hidden lets the cache `advance`. Rows of equal
-    length, which is what all are until one is rewound further than another, are written and read as
-    slices. Capacity is fixed; nothing is ever copied or moved.
+    after it: all layers `update` them there, then model.hidden lets the cache `advance`. Place p of a
+    row is in slot p % capacity, so that a layer with a window, whose capacity is smaller than max_len,
+    writes over what it sees no more. Rows of equal length, which is what all are until one is rewound
+    further than another, are written and read as slices. Capacity is fixed; nothing ever grows.
 
         lengths   (B,) int64 on the model's device: tokens in each row
         length    of the longest row: the same knowledge without asking the device
-        doc       (B, max_len) int64 once documents or padding were named: the one that each token belongs to; else None
+        docs      {window: (B, 1, capacity, 2) int64} once documents or padding were named: each token's document and
+                  its position in it; else None
     """
 
     def __init__(self, model, batch_size, max_len):
         c = model.config
         embedding = model.wte.weight
-        shape = (batch_size, c.n_kv_head, max_len, c.head_dim)
-        self.k = [
-            torch.zeros(shape, dtype=embedding.dtype, device=embedding.device) for _ in range(c.n_layer)
-        ]
+        self.windows = [c.window_of(layer) for layer in range(c.n_layer)]
+        self.k = []
+        for window in self.windows:
+            shape = (batch_size, c.n_kv_head, capacity(window, max_len), c.head_dim)
+            self.k.append(torch.zeros(shape, dtype=embedding.dtype, device=embedding.device))
         self.v = [torch.zeros_like(k) for k in self.k]
         self.lengths = torch.zeros(batch_size, dtype=torch.long, device=embedding.device)
         self.length = 0
         self.max_len = max_len
         self.is_level = True  # all rows have the same length
-        self.doc = None
+        self.docs = None
+        self.longest = [
+            0
+        ] * batch_size  # of each row before it was rewound: what was written over is gone
 
     def places(self, T):
         """Returns where T new tokens go: (T,) where the rows are level, else (B, T). Raises ValueError
@@ -53,34 +75,91 @@ class KVCache:
             return torch.arange(self.length, self.length + T, device=device)
         return self.lengths[:, None] + torch.arange(T, device=device)
 
-    def update(self, layer, places, k, v):
-        """Stores k, v (B, n_kv_head, T, D) of new tokens; returns those of all tokens (B, n_kv_head, S,
-        D), as views.
-        """
-        end = self.length + k.size(2)
-        if self.is_level:
-            self.k[layer][:, :, self.length : end] = k
-            self.v[layer][:, :, self.length : end] = v
-        else:
-            index = places[:, None, :, None].expand_as(k)
-            self.k[layer].scatter_(2, index, k.type_as(self.k[layer]))
-            self.v[layer].scatter_(2, index, v.type_as(self.v[layer]))
-        return self.k[layer][:, :, :end], self.v[layer][:, :, :end]
+    def overtakes(self, size, T):
+        """Returns whether T new tokens in a ring of this size write over what the first of them see."""
+        return self.length + T > size and T > REWIND + 1
 
-    def update_doc(self, places, doc):
-        """Stores doc (B, T) of new tokens, None: each row goes on with its last. Returns that of all (B,
-        S), or None.
+    def slot_places(self, size, T):
+        """Returns the places of the tokens in the slots of a ring of this size, ([B,] S), when T new ones
+        are in it; negative for a slot that has none.
         """
-        B, T = self.lengths.size(0), places.size(-1)
-        if doc is None and self.doc is None:
-            return None
-        if self.doc is None:
-            self.doc = torch.zeros(B, self.max_len, dtype=torch.long, device=doc.device)
-        if doc is None:
-            last = (self.lengths - 1).clamp(min=0)
-            doc = self.doc.gather(1, last[:, None])
-        self.doc.scatter_(1, places.expand(B, T), doc.expand(B, T))
-        return self.doc[:, : self.length + T]
+        end = self.length + T
+        slots = torch.arange(min(end, size), device=self.lengths.device)
+        if self.is_level and end <= size:
+            return slots
+        ends = end if self.is_level else (self.lengths + T)[:, None]
+        return slots + size * ((ends - 1 - slots) // size)
+
+    def begin(self, T, doc=None):
+        """Makes room for T new tokens; doc (B, T) their documents, None: each row goes on with its last.
+
+        Returns (places, pos, doc, keys): where the tokens go and their positions in their documents, each
+        ([B,] T); their documents (B, T) or None; and for each window (places ([B,] S), documents or None)
+        of all tokens that `update` returns for its layers. Raises ValueError where they do not fit.
+        """
+        places = self.places(T)
+        sizes = {window: k.size(2) for window, k in zip(self.windows, self.k)}
+        keys = {}
+        for window, size in sizes.items():
+            if self.overtakes(size, T):
+                old = self.slot_places(size, 0)
+                new = places.expand(*old.shape[:-1], T)
+                keys[window] = (torch.cat((old, new), -1), None)
+            else:
+                keys[window] = (self.slot_places(size, T), None)
+        if doc is None and self.docs is None:
+            return places, places, None, keys
+
+        B = self.lengths.size(0)
+        if self.docs is None:  # what came before is one document
+            self.docs = {}
+            for window, size in sizes.items():
+                docs = torch.zeros(B, 1, size, 2, dtype=torch.long, device=doc.device)
+                old = self.slot_places(size, 0)
+                docs[:, 0, : old.size(-1), 1] = old
+                self.docs[window] = docs
+        window, docs = next(iter(self.docs.items()))
+        last_slots = (self.lengths - 1).clamp(min=0) % docs.size(2)
+        last_doc, last_pos = docs[torch.arange(B, device=docs.device), 0, last_slots].unbind(-1)  # (B,)
+        doc = last_doc[:, None].expand(B, T) if doc is None else doc
+        pos = positions(doc)
+        goes_on = (pos == torch.arange(T, device=doc.device)) & (doc == last_doc[:, None])
+        goes_on = goes_on & (self.lengths > 0)[:, None]
+        pos = pos + torch.where(goes_on, last_pos[:, None] + 1, 0)
+        for window, (key_places, _) in keys.items():
+            joined = self.join(self.docs[window], places, torch.stack((doc, pos), -1)[:, None])
+            keys[window] = (key_places, joined[:, 0, :, 0])
+        return places, pos, doc, keys
+
+    def update(self, layer, places, k, v):
+        """Stores k, v (B, n_kv_head, T, D) of new tokens; returns those of all tokens that they may see
+        (B, n_kv_head, S, D).
+        """
+        return self.join(self.k[layer], places, k), self.join(self.v[layer], places, v)
+
+    def join(self, buffer, places, x):
+        """Stores x (B, h, T, d) of new tokens; returns that of all tokens that they may see (B, h, S, d)."""
+        T, size = x.size(2), buffer.size(2)
+        x = x.type_as(buffer)
+        if not self.overtakes(size, T):
+            self.store(buffer, places, x, self.length)
+            return buffer[:, :, : self.length + T]
+        joined = torch.cat((buffer[:, :, : self.length], x), 2)
+        first = max(0, T - size)  # those before it have no slot any more
+        self.store(buffer, places[..., first:], x[:, :, first:], self.length + first)
+        return joined
+
+    def store(self, buffer, places, x, start):
+        """Writes x (B, h, T, d) into the slots of places, which are start and those after it where rows
+        are level.
+        """
+        T, size = x.size(2), buffer.size(2)
+        start = start % size
+        if self.is_level and start + T <= size:
+            buffer[:, :, start : start + T] = x
+        else:
+            slots = (places % size).view(-1, 1, T, 1)
+            buffer.scatter_(2, slots.expand_as(x), x)
 
     def advance(self, T):
         """Counts T new tokens, which every layer has stored."""
@@ -89,13 +168,21 @@ class KVCache:
 
     def rewind(self, n):
         """Forgets the last n tokens: of every row, or with a list of numbers so many of each. Raises
-        ValueError past the start.
+        ValueError past the start, and where a ring has written over what would be seen then.
         """
         counts = [n] * self.lengths.size(0) if isinstance(n, numbers.Integral) else list(n)
         lengths = [self.length] * len(counts) if self.is_level else self.lengths.tolist()
-        for count, length in zip(counts, lengths, strict=True):
+        size = min(k.size(2) for k in self.k)
+        longest = [max(pair) for pair in zip(self.longest, lengths)]
+        for count, length, most in zip(counts, lengths, longest, strict=True):
             if not 0 <= count <= length:
                 raise ValueError(f"cannot rewind {count} tokens: the cache holds {length}")
+            if most > size and most - (length - count) > REWIND:
+                raise ValueError(
+                    f"cannot rewind {count} tokens to {length - count} of once {most}: a window keeps {REWIND} "
+                    f"tokens more than it sees"
+                )
+        self.longest = longest
         lengths = [length - count for length, count in zip(lengths, counts)]
         self.length = max(lengths)
         self.is_level = min(lengths) == self.length

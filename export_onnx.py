@@ -40,7 +40,7 @@ import prepare
 from device import resolve
 from folders import new_folder, write_atomic
 from measure import race
-from model import attention_mask, num_params
+from model import ComputedTable, attention_mask, num_params
 from sample import generate
 from score import evaluate
 
@@ -78,18 +78,6 @@ class Config:
 
 # -----------------------------------------------------------------------------------------------------
 # The module that is traced
-
-
-class ComputedTable:
-    """Computes the rows of a table of cos or sin, at positions (T,), so that the file holds no table."""
-
-    def __init__(self, function, frequencies):
-        self.function = function
-        self.frequencies = frequencies
-
-    def __getitem__(self, pos):
-        ones = [1] * self.frequencies.dim()
-        return self.function(pos.view(-1, *ones) * self.frequencies)
 
 
 def compute_tables(tables, frequencies):
@@ -172,15 +160,16 @@ class JoinedSwiGLU(nn.Module):
         return self.down_proj(F.silu(gate) * up)
 
 
-def additive_mask(model, P, T):
-    """Returns what JoinedAttention adds to the scores of T new tokens after P: biases, and -inf.
+def additive_mask(model, P, T, window):
+    """Returns what JoinedAttention adds to the scores of T new tokens after P in a layer with this window:
+    biases, and -inf.
 
     The shape is (T, P + T), with ALiBi (H, T, P + T). Where H / G query heads share keys, their tokens
     follow each other: (H / G * T, P + T), with ALiBi (G, H / G * T, P + T).
     """
     c = model.config
     places = torch.arange(P, P + T)
-    mask, _ = attention_mask(places, P + T, bias=model.score_bias)
+    mask, _ = attention_mask(places, torch.arange(P + T), bias=model.score_bias, window=window)
     if mask.dtype == torch.bool:
         mask = torch.where(mask, 0.0, -torch.inf)
     if c.n_head == c.n_kv_head:
@@ -229,7 +218,7 @@ class Graph(nn.Module):
         B, T = ids.shape
         P = past[0].size(0)
         pos = torch.arange(P, P + T)
-        mask = additive_mask(model, P, T)
+        masks = {window: additive_mask(model, P, T, window) for window in model.windows}
         cos_sin = None
         if model.rotary is not None:
             cos, sin = model.rotary(pos)
@@ -244,6 +233,7 @@ class Graph(nn.Module):
         present = []
         for layer, block in enumerate(model.blocks):
             layer_past = past[2 * layer : 2 * layer + 2]
+            mask = masks[model.config.window_of(layer)]
             x = block(x, (cos_sin, mask, layer_past, present))
         x = model.norm(x).view(T, B, -1).transpose(0, 1)
         return model.head(x), *present

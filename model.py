@@ -19,7 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from cache import KVCache
+from cache import KVCache, capacity, positions
 
 HAS_CHUNKED_LOSS = hasattr(nn, "LinearCrossEntropyOptions")  # from torch 2.13 on
 
@@ -41,6 +41,8 @@ class ModelConfig:
     pos: str = "rope"            # learned | sinusoidal | rope | alibi | none
     rope_theta: float = 10000.0  # base of RoPE's wavelengths
     rope_scaling: str = "none"   # none | linear:FACTOR | llama3:FACTOR,LOW_FREQ,HIGH_FREQ,ORIGINAL_CONTEXT
+    window: int = 0              # tokens that a query of a windowed layer sees, itself included; 0 = all
+    window_pattern: str = "S"    # a letter a layer, from the first on and over again: S windowed | L full, as SSSL
     mlp: str = "swiglu"          # gelu | swiglu
     qk_norm: bool = True         # RMSNorm over each head's q and k, before rotation (as Qwen3)
     tie_embeddings: bool = True  # one matrix for the embedding and the output head
@@ -60,6 +62,7 @@ class ModelConfig:
             "block_size": 1,
             "n_inner": 0,
             "vocab_size": 0,
+            "window": 0,
         }
         for key, least in at_least.items():
             if not least <= getattr(self, key) <= 10**7:
@@ -83,6 +86,15 @@ class ModelConfig:
             raise ValueError(f"rope rotates pairs: head_dim={self.head_dim} must be even")
         if self.pos == "sinusoidal" and self.n_embd % 2:
             raise ValueError(f"sinusoidal positions need an even n_embd, not {self.n_embd}")
+        if not self.window_pattern or set(self.window_pattern) - set("SL"):
+            raise ValueError(
+                f"window_pattern has an S (windowed) or L (full) a layer, not {self.window_pattern!r:.60}"
+            )
+        if len(self.window_pattern) > self.n_layer:
+            raise ValueError(
+                f"window_pattern={self.window_pattern:.60} has {len(self.window_pattern)} letters and "
+                f"n_layer is {self.n_layer}"
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
         if not 0 < self.norm_eps < math.inf or not 0 < self.rope_theta < math.inf:
@@ -91,6 +103,23 @@ class ModelConfig:
         if not self.n_inner:
             inner_width = getattr(MLPS[self.mlp], "inner_width", None)
             self.n_inner = inner_width(self.n_embd) if inner_width else 4 * self.n_embd
+
+    def window_of(self, layer):
+        """Returns the window of a layer, 0 where it sees all tokens."""
+        letter = self.window_pattern[layer % len(self.window_pattern)]
+        return self.window if letter == "S" else 0
+
+    @property
+    def what_ends_a_text(self):
+        """Says why no text goes on past block_size; "" where one does, as no layer ever sees so far."""
+        position = POSITIONS[self.pos]
+        if not self.window:
+            return "window=0 lets all layers see the whole text"
+        if "L" in self.window_pattern:
+            return f"window_pattern={self.window_pattern} has layers that see the whole text"
+        if position is not None and not getattr(position, "endless", False):
+            return f"pos={self.pos} has no positions past block_size"
+        return ""
 
     def check_types(self):
         """Raises ValueError for a value of another type: a file that was not written here may hold anything."""
@@ -145,6 +174,7 @@ NORMS = {"layernorm": nn.LayerNorm, "rmsnorm": RMSNorm}
 #   "add"     forward(x, pos) returns the embeddings x (B, T, C) with positions pos (T,) or (B, T) added
 #   "rotate"  forward(pos) returns the cos and sin that `rotate` turns q and k by
 #   "bias"    forward(distance) returns what is added to scores, (H, T, S) or (B, H, T, S), for k's place minus q's
+# and by `endless = True` that it has positions past block_size too, for windows that never see so far
 
 
 class LearnedPositions(nn.Embedding):
@@ -159,14 +189,34 @@ class LearnedPositions(nn.Embedding):
         return x + super().forward(pos)
 
 
+class ComputedTable:
+    """Stands for a table of cos or sin without an end: its rows are computed where they are read, at
+    positions ([B,] T).
+    """
+
+    def __init__(self, function, frequencies):
+        self.function = function
+        self.frequencies = frequencies
+
+    def __getitem__(self, pos):
+        ones = [1] * self.frequencies.dim()
+        return self.function(pos.view(*pos.shape, *ones) * self.frequencies.to(pos.device))
+
+
 class Float32Tables(nn.Module):
     """Two float32 tables (block_size, n) of cos and sin: never saved, and float32 whatever
-    model.to(dtype) does.
+    model.to(dtype) does. A text without an end has computed ones.
     """
+
+    endless = True
 
     def __init__(self, c, frequencies):
         super().__init__()
         self.frequencies = frequencies
+        if not c.what_ends_a_text:
+            self.cos = ComputedTable(torch.cos, frequencies)
+            self.sin = ComputedTable(torch.sin, frequencies)
+            return
         # made on the CPU whatever the default device is, so that their bits are the same everywhere; on
         # meta nothing is made
         device = "meta" if torch.get_default_device().type == "meta" else "cpu"
@@ -176,6 +226,8 @@ class Float32Tables(nn.Module):
         self.register_buffer("sin", angles.sin_(), persistent=False)
 
     def _apply(self, fn, recurse=True):
+        if not self._buffers:
+            return super()._apply(fn, recurse)
         cos, sin = self.cos, self.sin
         super()._apply(fn, recurse)
         self.cos = cos.to(self.cos.device)
@@ -254,6 +306,7 @@ class ALiBi(nn.Module):
     """
 
     part = "bias"
+    endless = True
 
     def __init__(self, c):
         super().__init__()
@@ -280,46 +333,109 @@ POSITIONS = {
 # Attention
 
 
+class Sight(NamedTuple):
+    """Which tokens each query of a layer sees."""
+
+    mask: Any  # ([B, H,] T, S): boolean, or what is added to scores; None for none
+    is_causal: bool = False  # the mask is the plain causal one, which SDPA makes by itself
+    block: int = 0  # queries are taken in blocks of so many, with those before as keys; 0: all at once
+
+
 class Context(NamedTuple):
     """What the layers of one call share: where its tokens stand, and which of all tokens each may see."""
 
     rotation: Any = None  # (cos, sin) for rotate(), or None
-    mask: Any = None  # ([B, H,] T, S): boolean, or what is added to scores; None for none
-    is_causal: bool = False  # the mask is the plain causal one, which SDPA makes by itself
+    sights: Any = None  # {window: Sight}
     cache: Any = None  # a KVCache, or None
     places: Any = None  # where the new tokens go in it
 
 
-def attention_mask(places, S, doc=None, bias=None, dtype=torch.float32):
-    """The one mask rule: returns (mask, is_causal) for new tokens at places ([B,] T) among S tokens.
+def attention_mask(places, keys, doc=None, key_doc=None, bias=None, dtype=torch.float32, window=0):
+    """The one mask rule: returns (mask, is_causal) for queries at places ([B,] T) and keys at places
+    ([B,] S), negative where there is no key; doc (B, T) and key_doc (B, S) are their documents.
 
     SDPA's is_causal aligns queries and keys at the first token, so it is right only when there is
     nothing in the cache. A lone query sees everything. All else gets a mask from absolute places:
-    boolean, or a bias with -inf. A padding token (doc -1) sees the padding before it: nobody reads what
-    it computes, but it must not be nan.
+    boolean, or a bias with -inf. With a window a query sees so many tokens, itself included (Mistral).
+    A padding token (doc -1) sees the padding before it: nobody reads what it computes, but it must not
+    be nan.
     """
-    T = places.size(-1)
-    is_level = places.dim() == 1
-    if doc is None and bias is None and is_level and (T == 1 or S == T):
+    T, S = places.size(-1), keys.size(-1)
+    is_level = places.dim() == keys.dim() == 1
+    if isinstance(S, int) and S <= window:  # no number while it is traced
+        window = 0  # which hides nothing
+    if doc is None and bias is None and is_level and not window and (T == 1 or S == T):
         return None, T > 1
-    distance = torch.arange(S, device=places.device) - places[..., None]  # ([B,] T, S)
-    if not is_level:
-        distance = distance[:, None]  # (B, 1, T, S)
+    distance = keys[..., None, :] - places[..., None]  # ([B,] T, S)
     mask = distance <= 0
+    if window:
+        mask = mask & (distance > -window)
+    if not is_level:
+        mask = (mask & (keys >= 0)[..., None, :])[:, None]  # (B, 1, T, S)
+        distance = distance[:, None]
     if doc is not None:
-        own = doc.gather(1, places.expand(doc.size(0), T))
-        mask = mask & (own[:, :, None] == doc[:, None, :])[:, None]  # (B, 1, T, S)
+        mask = mask & (doc[:, :, None] == key_doc[:, None, :])[:, None]  # (B, 1, T, S)
     if bias is not None:
         mask = bias(distance).masked_fill(~mask, -math.inf).to(dtype)  # ([B,] H, T, S)
     return mask, False
 
 
-def positions(doc):
-    """Returns each token's place in its own document: (B, S) -> (B, S). A document is a run of equal numbers."""
-    place = torch.arange(doc.size(1), device=doc.device)
-    is_first = torch.ones_like(doc, dtype=torch.bool)
-    is_first[:, 1:] = doc[:, 1:] != doc[:, :-1]
-    return place - torch.where(is_first, place, 0).cummax(dim=1).values
+def in_blocks(x, width):
+    """Cuts tokens (B, T, ...) into blocks (B, n, width, ...), the last filled up with zeros."""
+    missing = -x.size(1) % width
+    x = F.pad(x, (*[0] * 2 * (x.dim() - 2), 0, missing))
+    return x.unflatten(1, (-1, width))
+
+
+def with_previous(blocks):
+    """Puts the block before in front of each of blocks (B, n, width, ...): (B, n, 2 width, ...); zeros
+    before the first.
+    """
+    previous = torch.cat((torch.zeros_like(blocks[:, :1]), blocks[:, :-1]), 1)
+    return torch.cat((previous, blocks), 2)
+
+
+def sight(places, keys, doc=None, key_doc=None, bias=None, dtype=torch.float32, window=0):
+    """Returns the Sight of a layer with this window; arguments as attention_mask's.
+
+    Where a text is much longer than the window, a block of as many queries as the window is wide sees
+    itself and the block before, and no more is computed.
+    """
+    T = places.size(-1)
+    if not window or keys is not places or T <= 2 * window:
+        return Sight(*attention_mask(places, keys, doc, key_doc, bias, dtype, window))
+    n = math.ceil(T / window)
+    places = torch.arange(n * window, device=places.device).view(n, window)
+    keys = with_previous(places[None])[0]
+    keys[0, :window] = -1
+    if doc is not None:
+        B = doc.size(0)
+        blocks = in_blocks(doc, window)
+        key_doc = with_previous(blocks).flatten(0, 1)
+        doc = blocks.flatten(0, 1)
+        places, keys = places.repeat(B, 1), keys.repeat(B, 1)
+    mask, _ = attention_mask(places, keys, doc, key_doc, bias, dtype, window)
+    return Sight(mask, False, window)
+
+
+def attend(q, k, v, sight, **settings):
+    """Returns what queries q (B, H, T, D) read from values v (B, n_kv_head, S, D) at keys k.
+
+    settings: F.scaled_dot_product_attention's.
+    """
+    if not sight.block:
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=sight.mask, is_causal=sight.is_causal, **settings
+        )
+    B, _, T, _ = q.shape
+    q, k, v = (in_blocks(x.transpose(1, 2), sight.block) for x in (q, k, v))  # (B, n, width, H, D)
+    k, v = with_previous(k), with_previous(v)
+    q, k, v = (x.flatten(0, 1).transpose(1, 2) for x in (q, k, v))  # (B n, H, width, D)
+    copies = q.size(0) // sight.mask.size(0)  # without documents one mask serves all rows
+    mask = sight.mask.repeat(copies, 1, 1, 1)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **settings)
+    y = y.transpose(1, 2).unflatten(0, (B, -1)).flatten(1, 2)  # (B, n width, H, D)
+    return y[:, :T].transpose(1, 2)
 
 
 class Attention(nn.Module):
@@ -330,6 +446,7 @@ class Attention(nn.Module):
     def __init__(self, c, layer):
         super().__init__()
         self.layer = layer
+        self.window = c.window_of(layer)
         self.head_dim = c.head_dim
         self.dropout = c.dropout
         self.is_grouped = c.n_kv_head != c.n_head
@@ -352,15 +469,9 @@ class Attention(nn.Module):
             k = rotate(k, *context.rotation)
         if context.cache is not None:
             k, v = context.cache.update(self.layer, context.places, k, v)  # (B, n_kv_head, S, D)
-        y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=context.mask,
-            is_causal=context.is_causal,
-            enable_gqa=self.is_grouped,
-            dropout_p=self.dropout if self.training else 0.0,
-        )
+        dropout = self.dropout if self.training else 0.0
+        sight = context.sights[self.window]
+        y = attend(q, k, v, sight, enable_gqa=self.is_grouped, dropout_p=dropout)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
@@ -457,6 +568,7 @@ class Transformer(nn.Module):
         self.config = c = config
         if c.vocab_size < 1:
             raise ValueError("vocab_size must be set: it is the tokenizer's")
+        self.windows = sorted({c.window_of(layer) for layer in range(len(c.window_pattern))})
         self.wte = nn.Embedding(c.vocab_size, c.n_embd)
         self.add_pos = self.build_position(c, "add")
         self.rotary = self.build_position(c, "rotate")
@@ -503,25 +615,30 @@ class Transformer(nn.Module):
         cache.
 
         doc (B, T) int: a token sees only tokens of its own document, positions restart in each, -1 is
-        padding. Raises ValueError past block_size or the end of the cache.
+        padding. Raises ValueError past block_size, unless the text has no end, or past the cache's end.
         """
         B, T = idx.shape
-        places = torch.arange(T, device=idx.device)
         S = T
-        if cache is not None:
-            places = cache.places(T)
-            doc = cache.update_doc(places, doc)
+        if cache is None:
+            places = torch.arange(T, device=idx.device)
+            pos = places if doc is None else positions(doc)
+            keys = dict.fromkeys(self.windows, (places, doc))
+        else:
+            places, pos, doc, keys = cache.begin(T, doc)
             S += cache.length
-        pos = places
-        if doc is not None:
-            pos = positions(doc).gather(1, places.expand(B, T))
         # with documents it asks the device, but only near the end of the context
-        if S > self.config.block_size and (doc is None or pos.max() >= self.config.block_size):
+        block_size = self.config.block_size
+        is_past = S > block_size and self.config.what_ends_a_text
+        if is_past and (doc is None or pos.max() >= block_size):
             longest = S if doc is None else int(pos.max()) + 1
-            raise ValueError(f"{longest} tokens do not fit in block_size={self.config.block_size}")
-        mask, is_causal = attention_mask(places, S, doc, self.score_bias, self.wte.weight.dtype)
+            raise ValueError(f"{longest} tokens do not fit in block_size={block_size}")
+        dtype = self.wte.weight.dtype
+        sights = {
+            window: sight(places, key_places, doc, key_doc, self.score_bias, dtype, window)
+            for window, (key_places, key_doc) in keys.items()
+        }
         rotation = self.rotary(pos) if self.rotary is not None else None
-        context = Context(rotation, mask, is_causal, cache, places)
+        context = Context(rotation, sights, cache, places)
 
         x = self.wte(idx)
         if self.add_pos is not None:
@@ -592,6 +709,11 @@ class Sizes(NamedTuple):
         return 4 * (self.parameters + self.buffers)
 
 
+def one_layer(c, letter="S"):
+    """Returns the ModelConfig of one layer of config c, S windowed or L full."""
+    return replace(model_config(c), n_layer=1, window_pattern=letter)
+
+
 def model_sizes(c):
     """Returns the Sizes of a model of config c without making it: one block on the meta device stands
     for all n_layer.
@@ -600,7 +722,7 @@ def model_sizes(c):
     """
     try:
         with torch.device("meta"):
-            model = Transformer(replace(model_config(c), n_layer=1))
+            model = Transformer(one_layer(c))
     except RuntimeError as e:
         raise ValueError(f"a model of these sizes cannot be made: {str(e).splitlines()[0]}")
     whole = module_sizes(model)
@@ -616,14 +738,17 @@ def mask_bytes(c, batch_size=0):
     Raises ValueError where the numbers are too large to count.
     """
     T = c.block_size
+    letter = "L" if "L" in c.window_pattern else "S"  # the larger one
     try:
         with torch.device("meta"):
-            model = Transformer(replace(model_config(c), n_layer=1))
+            model = Transformer(one_layer(c, letter))
             doc = torch.zeros(batch_size, T) if batch_size else None
-            mask, _ = attention_mask(torch.arange(T), T, doc, model.score_bias)
+            places = torch.arange(T)
+            whole = sight(places, places, doc, doc, model.score_bias, window=model.windows[0])
     except RuntimeError as e:
         raise ValueError(f"a mask of these sizes cannot be made: {str(e).splitlines()[0]}")
-    return 0 if mask is None else mask.nbytes + 8 * T * T
+    keys = 2 * whole.block or T
+    return 0 if whole.mask is None else whole.mask.nbytes + 8 * T * keys
 
 
 def activation_bytes(c, adapt=None):
@@ -634,7 +759,7 @@ def activation_bytes(c, adapt=None):
     cannot do without numbers. Less than what is kept: a token sees itself alone, and query heads are
     as many as key heads, which SDPA may repeat for them.
     """
-    c = replace(model_config(c), n_head=c.n_kv_head, block_size=1)
+    c = replace(model_config(c), n_head=c.n_kv_head, block_size=1, window=0, window_pattern="S")
     kept = []
     try:
         for n_layer in (1, 2):
@@ -685,9 +810,11 @@ def flops_per_token(model, T):
         multiplied -= num_params(model.wte)
     if model.add_pos is not None:
         multiplied -= num_params(model.add_pos)
-    return 6 * multiplied + 12 * c.n_layer * c.n_head * c.head_dim * T
+    keys = sum(min(T, c.window_of(layer) or T) for layer in range(c.n_layer))
+    return 6 * multiplied + 12 * c.n_head * c.head_dim * keys
 
 
 def kv_cache_bytes(c, batch_size, length, bytes_per_number=2):
-    """Returns the bytes of the keys and values of `length` tokens."""
-    return 2 * c.n_layer * batch_size * c.n_kv_head * length * c.head_dim * bytes_per_number
+    """Returns the bytes of the keys and values that a KVCache of `length` tokens has."""
+    places = sum(capacity(c.window_of(layer), length) for layer in range(c.n_layer))
+    return 2 * batch_size * c.n_kv_head * places * c.head_dim * bytes_per_number

@@ -10,6 +10,7 @@
 generate() is a Python generator that other scripts import.
 """
 
+import math
 import re
 import time
 from dataclasses import dataclass, field, replace
@@ -50,7 +51,7 @@ class Config:
     top_k: int = 200                 # keep the k likeliest tokens; 0 = all
     top_p: float = 1.0               # keep the likeliest tokens that make up this probability; 1 = all
     repetition_penalty: float = 1.0  # above 1 makes tokens that occurred less likely (Keskar et al. 2019)
-    past_end: str = "stop"           # at block_size: stop | recompute (go on from the last half of the window)
+    past_end: str = "stop"           # at block_size: stop | recompute (from its last half) | slide (windows alone)
     seed: int = 1337                 # the same seed, the same story: to the letter in float32 on one kind of processor
     device: str = "auto"             # auto | cpu | cuda | cuda:N | mps
     dtype: str = "auto"              # auto (float32 on a CPU) | float32 | tf32 | bfloat16 | float16
@@ -70,8 +71,10 @@ class Config:
             raise ValueError(
                 f"repetition_penalty must be above 0 (1 is none), not {self.repetition_penalty}"
             )
-        if self.past_end not in ("stop", "recompute"):
-            raise ValueError(f"past_end must be stop or recompute, not {self.past_end!r}")
+        if self.past_end not in ("stop", "recompute", "slide"):
+            raise ValueError(f"past_end must be stop, recompute or slide, not {self.past_end!r}")
+        if self.onnx and self.past_end == "slide":
+            raise ValueError("an ONNX file keeps a text whole, until block_size: no slide")
         if self.rmsnorm not in rmsnorm.SETTINGS:
             raise ValueError(
                 f"rmsnorm must be one of {' | '.join(rmsnorm.SETTINGS)}, not {self.rmsnorm!r}"
@@ -150,8 +153,10 @@ def prefill(model, windows, capacity):
     doc = None
     if min(lengths) < longest:
         doc = torch.tensor([[-1] * (longest - n) + [0] * n for n in lengths], device=device)
-    most = model.config.block_size + longest - min(lengths)
-    cache = model.new_cache(len(windows), min(longest + capacity, most))
+    capacity += longest
+    if model.config.what_ends_a_text:
+        capacity = min(capacity, model.config.block_size + longest - min(lengths))
+    cache = model.new_cache(len(windows), capacity)
     return model.next_logits(idx, cache, doc), cache
 
 
@@ -173,14 +178,19 @@ def generate(
 
     A row ends at a token of `stop`, ids, which is not among its ids, after max_new_tokens, or when block_size
     tokens are in its context; past_end="recompute" then reads the last half of the window again and goes
-    on. `*_, rows = generate(...)` has them as they ended: it is one list, which each step changes.
-    Raises ValueError for a prompt that is empty or too long.
+    on, "slide" just goes on, as a model can whose layers all have windows. `*_, rows = generate(...)` has
+    them as they ended: it is one list, which each step changes. Raises ValueError for a prompt that is
+    empty or too long, and where a text cannot slide.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
     block_size = model.config.block_size
     device = model.device
     half = max(1, block_size // 2)
+    if past_end == "slide":
+        block_size = math.inf
+        if model.config.what_ends_a_text:
+            raise ValueError(f"no text slides past block_size: {model.config.what_ends_a_text}")
     rows = []
     for prompt in prompts:
         if not prompt:
@@ -335,7 +345,8 @@ def main(cfg):
         starts = read_start(cfg.start)
     template = "" if cfg.raw else str(config.get("template", ""))
     rule = text_rule(config)
-    most = min(cfg.max_new_tokens, model.config.block_size)
+    context = math.inf if cfg.past_end == "slide" else model.config.block_size
+    most = min(cfg.max_new_tokens, context)
     needs = kv_cache_bytes(model.config, cfg.num_samples * len(starts), most, compute.dtype.itemsize)
     check_memory(compute.device, needs, "try a smaller num_samples")
     steps = partial(
@@ -348,11 +359,12 @@ def main(cfg):
         repetition_penalty=cfg.repetition_penalty,
         stop=tokenizer.ends,
         seed=cfg.seed,
+        past_end=cfg.past_end,
     )
     message = "\n".join(filter(None, (message, generation_message)))
     if cfg.chat:
         print(message)
-        converse(steps, tokenizer, model.config.block_size, template, cfg.system)
+        converse(steps, tokenizer, context, template, cfg.system)
         return
     texts = []
     prompts = []
@@ -368,14 +380,15 @@ def main(cfg):
             shown = "the model's chat template" if template == MODELS_OWN else repr(template)
             stripped = ", without the space around it" if rule == STRIPPED else ""
             print(f"each prompt is put into {shown}{stripped}; --raw leaves it as it is")
-        rows = steps(prompts, past_end=cfg.past_end)
-        write(rows, texts, prompts, tokenizer, model.config.block_size)
+        can_slide = not (cfg.onnx or model.config.what_ends_a_text)
+        advice = f"--past_end={'slide' if can_slide else 'recompute'} goes on"
+        write(steps(prompts), texts, prompts, tokenizer, context, advice)
     except ValueError as e:
         raise Refusal(e)
 
 
-def write(steps, texts, prompts, tokenizer, block_size):
-    """Prints the first row as it comes, then the others, then the speed."""
+def write(steps, texts, prompts, tokenizer, context, advice):
+    """Prints the first row as it comes, then the others, then the speed; advice: for a full context."""
     line = "-" * 80
     streams = [tokenizer.stream() for _ in texts]
     texts = list(texts)
@@ -395,9 +408,7 @@ def write(steps, texts, prompts, tokenizer, block_size):
         if i > 0:
             print(f"\n{line}\n{texts[i]}", end="")
         if row.end == "block_size":
-            print(
-                f"\n[the context of {block_size} tokens is full; --past_end=recompute goes on]", end=""
-            )
+            print(f"\n[the context of {context} tokens is full; {advice}]", end="")
     print(f"\n{line}\n{speed_line(prompts, rows, start, times)}")
 
 

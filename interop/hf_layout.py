@@ -5,8 +5,8 @@
     state = from_hf(data["model_type"], ModelConfig(**keys), tensors, without)
 
 Dicts in, dicts out. What has no counterpart on the other side is a ValueError that names it: nothing is
-ever ignored that would change a logit. Llama, Qwen2, Qwen3, Mistral and GPT-2 come in; Mistral goes out
-as Llama, which it is without windows.
+ever ignored that would change a logit. Llama, Qwen2, Qwen3, Mistral and GPT-2 come in; Mistral without a
+window goes out as Llama, which it is then.
 """
 
 import math
@@ -38,7 +38,7 @@ NEEDS = {
     "llama": LLAMA_NEEDS,
     "qwen2": LLAMA_NEEDS,
     "qwen3": LLAMA_NEEDS | {"qk_norm": True, "bias": False},
-    "mistral": LLAMA_NEEDS,
+    "mistral": LLAMA_NEEDS | {"bias": False},
     "gpt2": GPT2_NEEDS,
 }
 CLASSES = {
@@ -53,13 +53,19 @@ QWEN2_WITHOUT = [r"\.o_proj\.bias$", r"\.mlp\..*bias$"]
 
 
 def choose_kind(c):
-    """Returns llama, qwen3 or gpt2. Raises ValueError for settings that have no counterpart."""
+    """Returns llama, qwen3, mistral or gpt2. Raises ValueError for settings that have no counterpart."""
+    kind = "llama"
     if c.pos == "learned":
         kind = "gpt2"
-        needs = GPT2_NEEDS | {"n_kv_head": c.n_head, "n_embd": c.n_head * c.head_dim}
-    else:
-        kind = "qwen3" if c.qk_norm else "llama"
-        needs = NEEDS[kind]
+    elif c.qk_norm:
+        kind = "qwen3"
+    elif "sliding_attention" in layer_types(c):
+        kind = "mistral"
+    needs = NEEDS[kind]
+    if kind == "gpt2":
+        needs = needs | {"n_kv_head": c.n_head, "n_embd": c.n_head * c.head_dim, "window": 0}
+    if kind == "mistral" and "full_attention" in layer_types(c):
+        needs = needs | {"window_pattern": "S"}
     wrong = []
     for key, value in needs.items():
         if getattr(c, key) != value:
@@ -68,6 +74,13 @@ def choose_kind(c):
         nearest = f"{CLASSES[kind]} comes nearest, but for {', '.join(wrong)}"
         raise ValueError(f"transformers has no counterpart: {nearest}")
     return kind
+
+
+def layer_types(c):
+    """Returns the kind of attention of each layer, by transformers' names."""
+    return [
+        "sliding_attention" if c.window_of(layer) else "full_attention" for layer in range(c.n_layer)
+    ]
 
 
 # ---- tensors
@@ -338,15 +351,15 @@ REASONS = {
     "auto_map": "its author's own code computes it, which is not run here",
     "quant|compress": "weights of fewer bits are not read here",
     "expert|moe|router": "there are no experts here",
-    "window|chunk": "there are no windows here",
+    "window|chunk": "such windows are not here",
     "no_rope|nope": "layers without positions among others are not here",
     "|".join(WORDS.split()): "it may change what is computed; take it out of config.json if it does not",
 }
 KIND_REASONS = {
     "moe|mixtral|olmoe|gpt_oss|deepseek|dbrx|jamba": "it has experts",
     "smollm3": "one layer in four has no positions",
-    "gemma": "its norms multiply by 1 + weight and its embedding is scaled; Gemma 2 and 3 have windows",
-    "phi3": "its q, k and v are one tensor, and it has windows",
+    "gemma": "its norms multiply by 1 + weight and its embedding is scaled",
+    "phi3": "its q, k and v are one tensor",
     "phi": "it rotates only a part of each head, and attention and MLP stand side by side",
     "cohere|olmo2": "its blocks have another order",
     "mamba|rwkv": "it has no attention",
@@ -455,7 +468,7 @@ def read_llama_config(kind, data, sizes):
         keys["head_dim"] = read_number(data, "head_dim", kind=int)
         if keys["head_dim"] < 1:
             raise ValueError(f"head_dim is {keys['head_dim']}")
-    check_windows(kind, data, sizes)
+    keys |= read_windows(kind, data, sizes)
     theta, scaling = read_rope(data)
     if data.get("num_key_value_heads") is not None:
         keys["n_kv_head"] = read_number(data, "num_key_value_heads", kind=int)
@@ -476,29 +489,43 @@ def read_llama_config(kind, data, sizes):
     return keys, without
 
 
-def check_windows(kind, data, sizes):
-    """Raises ValueError for attention that does not see the whole context.
+def read_windows(kind, data, sizes):
+    """Returns our window and window_pattern, nothing where each layer sees the whole context. Raises
+    ValueError.
 
-    Qwen has windows only with use_sliding_window, in layers from max_window_layers on. In a Llama
-    attention ignores sliding_window, but transformers' cache obeys it.
+    All layers of a Mistral have the window. Qwen has one only with use_sliding_window, in the layers that
+    layer_types names, without it those from max_window_layers on. In a Llama attention ignores
+    sliding_window, but transformers' cache obeys it.
     """
-    n_layer = sizes["n_layer"]
-    layer_types = data.get("layer_types")
-    if layer_types not in (None, ["full_attention"] * n_layer):
-        expected = f"here it is full_attention in each of the {n_layer} layers"
-        raise ValueError(f"layer_types is {layer_types!r:.60}; {expected}")
-    if kind.startswith("qwen"):
-        is_used = read_flag(data, "use_sliding_window") and layer_types is None
-        if not is_used or read_number(data, "max_window_layers", kind=int) >= n_layer:
-            return
-    if data.get("sliding_window") is None:
-        return
+    n_layer, context = sizes["n_layer"], sizes["block_size"]
+    full, sliding = "full_attention", "sliding_attention"
+    is_qwen = kind.startswith("qwen")
+    is_used = not is_qwen or read_flag(data, "use_sliding_window")
+    types = data.get("layer_types")
+    if types is None:
+        first = 0
+        if is_qwen:
+            first = read_number(data, "max_window_layers", kind=int) if is_used else n_layer
+        types = [full if layer < first else sliding for layer in range(n_layer)]
+    elif not isinstance(types, list) or len(types) != n_layer or set(map(str, types)) - {full, sliding}:
+        raise ValueError(
+            f"layer_types is {types!r:.60}; here it is {full} or {sliding} for {n_layer} layers"
+        )
+    if sliding in types and not is_used:
+        raise ValueError(f"layer_types is {types!r:.60} without use_sliding_window")
+    if data.get("sliding_window") is None or is_qwen and sliding not in types:
+        return {}
     window = read_number(data, "sliding_window", kind=int)
-    context = sizes["block_size"]
-    if window < context:
-        problem = f"sliding_window is {window} in a context of {context}: there are no windows here"
+    if window >= context:
+        return {}
+    if kind == "llama" or window < 1 or full in types and not is_qwen:
+        problem = f"sliding_window is {window} in a context of {context}: not here in a {CLASSES[kind]}"
         advice = f"with max_position_embeddings {window} in config.json there is none"
         raise ValueError(f"{problem}; {advice}" if window > 0 else problem)
+    pattern = "".join("S" if name == sliding else "L" for name in types)
+    lengths = range(1, n_layer + 1)
+    period = next(n for n in lengths if (pattern[:n] * n_layer)[:n_layer] == pattern)
+    return {"window": window, "window_pattern": pattern[:period]}
 
 
 SCALINGS = {
@@ -583,10 +610,18 @@ def write_config(kind, c):
         "rope_scaling": scaling,
         "rope_parameters": {"rope_theta": c.rope_theta, **(scaling or {"rope_type": "default"})},
     }
-    if kind != "qwen2":
+    if kind in ("llama", "qwen3"):
         data["attention_bias"] = c.bias
     if kind == "llama":
         data["mlp_bias"] = c.bias
+    if kind == "mistral":
+        data["sliding_window"] = c.window
+    types = layer_types(c)
+    if kind == "qwen3" and "sliding_attention" in types:
+        # transformers before 4.53 knows no layer_types, only how many full layers come first
+        full_first = types.index("sliding_attention")
+        data |= {"use_sliding_window": True, "sliding_window": c.window}
+        data |= {"max_window_layers": full_first, "layer_types": types}
     return data
 
 

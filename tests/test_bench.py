@@ -184,11 +184,27 @@ def test_the_cache_table_from_a_shell():
         "GQA": (2 * 32 * 2048 * 8 * 128 * 2, 256),
         "MQA": (2 * 32 * 2048 * 128 * 2, 32),
     }
-    # two layers, two rows, 16 tokens, heads of 8 numbers, 4 bytes each
-    heads = [(row["n_kv_head"], row["attention"]) for row in rows[3:]]
-    assert heads == [(6, "MHA"), (3, "GQA"), (2, "GQA"), (1, "MQA")]
-    for row in rows[3:]:
-        assert row["stored_bytes"] == 2 * 2 * 2 * 16 * row["n_kv_head"] * 8 * 4
+    # of the 512 tokens in a window, and 8 more for a rewind
+    assert (rows[3]["window"], rows[3]["bytes"]) == (512, 2 * 32 * 520 * 8 * 128 * 2)
+    # two layers, two rows, 16 tokens, heads of 8 numbers, 4 bytes each; then a window of 2
+    heads = [(row["n_kv_head"], row["attention"]) for row in rows[4:]]
+    assert heads == [(6, "MHA"), (3, "GQA"), (2, "GQA"), (1, "MQA"), (6, "MHA")]
+    for row in rows[4:]:
+        places = 16 if row["window"] == 0 else 2 + 8
+        assert row["stored_bytes"] == 2 * 2 * 2 * places * row["n_kv_head"] * 8 * 4
+
+
+def test_the_table_of_windows_has_what_was_asked_for():
+    rows = list(bench.bench_windows(config("--window=4"), resolve("cpu", "float32", "false")))
+    steps = [(row["what"], row["attention"], row["window"], row["tokens"]) for row in rows]
+    assert steps == [
+        ("training step", "full", 0, 32),
+        ("training step", "windows", 4, 32),
+        ("one token", "full", 0, 1),
+        ("one token", "full", 0, 15),
+        ("one token", "windows", 4, 1),
+        ("one token", "windows", 4, 15),
+    ]
 
 
 @pytest.mark.parametrize(

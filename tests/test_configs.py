@@ -73,13 +73,8 @@ def keys_without_meaning(data):
 def test_the_default_config_of_each_version_is_known_key_by_key(version, kind):
     data = default_config(version, kind)
     assert keys_without_meaning(data) <= REFUSED_UNLESS_EMPTY
-    if kind == "mistral":
-        with pytest.raises(
-            ValueError, match="sliding_window is 4096 in a context of 131072: there are no"
-        ):
-            hf_layout.read_config(data)
-        data["sliding_window"] = None
-    open_config(data)
+    window = 4096 if kind == "mistral" else 0
+    assert open_config(data)[0].window == window
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -156,7 +151,7 @@ REFUSED = [
     ({"num_local_experts": 8}, "'num_local_experts' is 8.*: there are no experts"),
     ({"num_experts_per_tok": 0}, "'num_experts_per_tok' is 0.*: there are no experts"),
     ({"use_moe": False}, "'use_moe' is False.*: there are no experts"),
-    ({"attention_chunk_size": 8}, "'attention_chunk_size' is 8.*: there are no windows"),
+    ({"attention_chunk_size": 8}, "'attention_chunk_size' is 8.*: such windows are not here"),
     ({"no_rope_layers": [1, 0]}, r"'no_rope_layers' is \[1, 0\].*: layers without positions"),
     ({"pruned_heads": {"0": [1]}}, "'pruned_heads' is .* may change what is computed; take it out"),
     ({"per_layer_config": {"0": {"hidden_act": "relu"}}}, "'per_layer_config' is .* may change"),
@@ -203,6 +198,7 @@ def test_gpt2s_sizes_may_have_the_names_that_its_class_maps():
 
 WHOLE = {"num_hidden_layers": 4, "max_position_embeddings": 64}
 FULL = ["full_attention"] * 4
+MIXED = ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention"]
 QWENS = {"use_sliding_window": True, "sliding_window": 32}
 WINDOWS = [
     ("llama", {"sliding_window": None}, None),
@@ -210,47 +206,49 @@ WINDOWS = [
     (
         "llama",
         {"sliding_window": 63},
-        "sliding_window is 63 in a context of 64: there are no windows here",
+        "sliding_window is 63 in a context of 64: not here in a LlamaForCausalLM",
     ),
     ("llama", {"layer_types": FULL}, None),
     ("mistral", {"sliding_window": None}, None),
     ("mistral", {"sliding_window": 64}, None),
     ("mistral", {}, None),  # 4096 of its class
-    (
-        "mistral",
-        {"max_position_embeddings": 4097},
-        "with max_position_embeddings 4096 in config.json there is",
-    ),
-    (
-        "mistral",
-        {"sliding_window": 0},
-        "sliding_window is 0 in a context of 64: there are no windows here$",
-    ),
+    ("mistral", {"max_position_embeddings": 4097}, (4096, "S")),
+    ("mistral", {"sliding_window": 8}, (8, "S")),
+    ("mistral", {"sliding_window": 0}, "sliding_window is 0 in a context of 64: not here in a Mistral"),
     ("mistral", {"sliding_window": 8, "layer_types": FULL}, "sliding_window is 8"),
+    ("llama", {"sliding_window": 8}, "with max_position_embeddings 8 in config.json there is none"),
     ("mistral", {"sliding_window": "8"}, "sliding_window is '8', where a number"),
     ("qwen2", {"sliding_window": 32}, None),
     ("qwen3", {"sliding_window": 32, "use_sliding_window": False}, None),
     ("qwen2", QWENS, None),  # from layer 28 on, of its class
     ("qwen3", QWENS | {"max_window_layers": 4}, None),
-    ("qwen3", QWENS | {"max_window_layers": 3}, "sliding_window is 32 in a context of 64"),
+    ("qwen3", QWENS | {"max_window_layers": 3}, (32, "LLLS")),
+    ("qwen2", QWENS | {"max_window_layers": 0}, (32, "S")),
+    ("qwen3", QWENS | {"layer_types": MIXED}, (32, "SLS")),
+    ("qwen3", QWENS | {"layer_types": MIXED, "use_sliding_window": False}, "without use_sliding_window"),
+    ("qwen3", QWENS | {"layer_types": MIXED[:3]}, "for 4 layers"),
+    ("qwen3", QWENS | {"layer_types": [[], *FULL[1:]]}, "for 4 layers"),
+    ("qwen3", QWENS | {"layer_types": "full_attention"}, "for 4 layers"),
     ("qwen2", QWENS | {"max_window_layers": 0, "sliding_window": 64}, None),
     ("qwen2", QWENS | {"max_window_layers": 0, "sliding_window": None}, None),
     ("qwen2", QWENS | {"max_window_layers": 0, "layer_types": FULL}, None),
     ("qwen2", {"layer_types": ["sliding_attention", *FULL[1:]]}, "layer_types is"),
-    ("qwen3", {"layer_types": FULL[1:]}, "here it is full_attention in each of the 4 layers"),
+    ("qwen3", {"layer_types": FULL[1:]}, "here it is full_attention or sliding_attention for 4 layers"),
     ("qwen3", {"use_sliding_window": 1}, "use_sliding_window is 1, where true or false"),
 ]
 
 
-@pytest.mark.parametrize("kind, keys, message", WINDOWS)
-def test_windows_are_refused_where_they_are_shorter_than_the_context(kind, keys, message):
+@pytest.mark.parametrize("kind, keys, outcome", WINDOWS)
+def test_windows_are_read_or_refused_by_name(kind, keys, outcome):
+    """outcome: a message, or (window, window_pattern), None for no window."""
     data = installed_config(kind) | WHOLE
     data = {key: value for key, value in data.items() if "window" not in key and key != "layer_types"}
-    if message is None:
-        open_config(data | keys)
+    if isinstance(outcome, str):
+        with pytest.raises(ValueError, match=outcome):
+            hf_layout.read_config(data | keys)
         return
-    with pytest.raises(ValueError, match=message):
-        hf_layout.read_config(data | keys)
+    c = open_config(data | keys)[0]
+    assert (c.window, c.window_pattern) == (outcome or (0, "S"))
 
 
 @pytest.mark.parametrize(
@@ -260,7 +258,7 @@ def test_windows_are_refused_where_they_are_shorter_than_the_context(kind, keys,
             "smollm3",
             "model_type is 'smollm3': one layer in four has no positions; only llama, qwen2, qwen3",
         ),
-        ("gemma3_text", "its norms multiply by 1 .* windows"),
+        ("gemma3_text", "its norms multiply by 1"),
         ("phi", "it rotates only a part"),
         ("phi3", "its q, k and v are one tensor"),
         ("mixtral", "'mixtral': it has experts"),
@@ -471,11 +469,15 @@ def test_real_shapes_compute_what_transformers_does(name):
         ("qwen2", {}),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}),
         ("qwen3", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}),
         ("mistral", {"sliding_window": 64}),
+        ("mistral", {"sliding_window": 8}),
+        ("mistral", {"sliding_window": 1}),
         ("mistral", {"sliding_window": None, "head_dim": 24}),
     ],
 )
-def test_windows_that_reach_over_the_context_are_none(kind, keys):
+def test_windows_are_those_of_transformers(kind, keys):
     data = installed_config(kind, **small(kind), **keys)
     peer = random_peer(data)
     model = own_model(data, peer.state_dict())

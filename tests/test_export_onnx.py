@@ -36,9 +36,9 @@ from tokenizer import Tokenizer
 # Opset 18's, with nothing of onnxruntime's own; what a browser's runtime has too
 PLAIN_OPS = set(
     """
-    Add And Cast Concat Cos Div Equal Expand Gather GatherElements GatherND Gemm Identity
-    LayerNormalization Less LessOrEqual MatMul Mul Neg Not Pow Range ReduceMean Reshape Shape Sigmoid
-    Sin Slice Softmax Split Sqrt Squeeze Sub Tanh Tile Transpose Unsqueeze Where
+    Add And Cast Concat Cos Div Equal Expand Gather GatherElements GatherND Gemm Greater
+    Identity LayerNormalization Less LessOrEqual MatMul Mul Neg Not Pow Range ReduceMean Reshape Shape
+    Sigmoid Sin Slice Softmax Split Sqrt Squeeze Sub Tanh Tile Transpose Unsqueeze Where
     """.split()
 )
 
@@ -471,6 +471,8 @@ BEYOND_THE_GRID = [
     {"head_dim": 12, "n_kv_head": 2},
     {"head_dim": 6, "qk_norm": False},
     {"n_embd": 384},
+    {"window": 6, "n_kv_head": 2},
+    {"window": 6, "window_pattern": "SL", "pos": "alibi"},
 ]
 
 

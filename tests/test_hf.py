@@ -443,6 +443,17 @@ MODELS = {
         {"qk_norm": True, "head_dim": 24, "n_kv_head": 2},
         "Qwen3ForCausalLM",
     ),
+    "mistral": ("llama", {"window": 16, "n_kv_head": 2}, "MistralForCausalLM"),
+    "qwen3 with windows": (
+        "llama",
+        {"qk_norm": True, "window": 16, "window_pattern": "SL", "n_layer": 5},
+        "Qwen3ForCausalLM",
+    ),
+    "qwen3 with windows last": (
+        "llama",
+        {"qk_norm": True, "window": 16, "window_pattern": "LS"},
+        "Qwen3ForCausalLM",
+    ),
     "gpt2": ("gpt2", {"dropout": 0.1}, "GPT2LMHeadModel"),
     "gpt2 untied": ("gpt2", {"tie_embeddings": False}, "GPT2LMHeadModel"),
 }
@@ -982,16 +993,6 @@ def test_a_config_is_refused_by_name(keys, message, llama_folder):
         ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights is False"),
         ("gpt2", {"attn_pdrop": 0.2}, "there is one dropout"),
         ("gpt2", {"add_cross_attention": True}, "add_cross_attention is True"),
-        (
-            "qwen3",
-            {
-                "use_sliding_window": True,
-                "sliding_window": 8,
-                "max_window_layers": 1,
-                "layer_types": None,
-            },
-            "sliding_window is 8",
-        ),
         ("qwen3", {"layer_types": ["sliding_attention", "full_attention"]}, "layer_types is"),
         ("qwen3", {"head_dim": 4}, r"is \(8,\) and not \(4,\)"),
         ("qwen3", {"mlp_bias": True}, "mlp_bias is True"),

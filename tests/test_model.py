@@ -271,7 +271,7 @@ def test_a_mask_is_foreseen():
     for pos, heads in ("alibi", 4), ("rope", 1):
         model = build(pos=pos)
         doc = torch.zeros(3, 24, dtype=torch.long)
-        mask, _ = attention_mask(places, 24, doc, model.score_bias)
+        mask, _ = attention_mask(places, places, doc, doc, model.score_bias)
         assert mask.shape == (3, heads, 24, 24)
         assert mask_bytes(model.config, 3) == mask.numel() * mask.element_size() + 8 * 24 * 24
     assert mask_bytes(build(pos="rope").config) == 0
