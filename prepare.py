@@ -94,7 +94,7 @@ class Config:
     column: str = "text"  # where .json, .jsonl, .csv, .parquet and hub rows have their text
     val_fraction: float = 0.1  # of the documents, or of the text where they are fewer than 100
     num_stories: int = 30000  # toy
-    num_proc: int = 0  # threads that encode; 0: one a core
+    num_proc: int = 0  # threads that encode; 0: one a core; the tokenizers library adds its own to them
     seed: int = 1337  # of the split, and of toy
     overwrite: bool = False  # replace data/NAME; the old one is kept beside it
 
@@ -643,9 +643,11 @@ def id_type(vocab_size):
 def encode_chunk(chunk, tokenizer):
     """Returns {"train": ids, "val": ids} of a list of pieces, each a 1-D array."""
     ids = {split: [] for split in SPLITS}
+    beginnings = [text for _, text, _, _, text_begins in chunk if text_begins]
+    encoded = iter(tokenizer.encode_batch(beginnings, num_threads=1))  # the chunk has its own
     for split, text, add_eot, _, text_begins in chunk:
         if text_begins:
-            ids[split] += tokenizer.head + tokenizer.encode(text)
+            ids[split] += tokenizer.head + next(encoded)
         else:
             ids[split] += tokenizer.encode_more(text)
         if add_eot:

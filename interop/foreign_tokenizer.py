@@ -15,6 +15,7 @@ and decode_more for what goes on.
 
 import hashlib
 import json
+import os
 import re
 from contextlib import contextmanager
 from functools import cached_property
@@ -74,7 +75,9 @@ def make_library_tokenizer(data, encode_special_tokens=True):
 def encode_text(library_tokenizer, text, add_special_tokens=False):
     """Returns the ids of a text. Raises ValueError."""
     with library_errors(f"take the text {text[:20]!r}"):
-        return library_tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        # encode would hold the interpreter's lock
+        [encoding] = library_tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+    return encoding.ids
 
 
 def list_parts(component):
@@ -251,10 +254,13 @@ class ForeignTokenizer(Tokenizer):
         """Returns the ids of such a text that goes on where another ended."""
         return encode_text(self._special_more, mend(text))
 
-    def encode_batch(self, texts):
-        """Encodes each of texts, on the library's own threads."""
+    def encode_batch(self, texts, num_threads=os.cpu_count()):
+        """Encodes each of texts, on num_threads threads or, where the library does it, on its own.
+
+        It has one a core, or as many as RAYON_NUM_THREADS says.
+        """
         if self.own:
-            return self.own.encode_batch(texts)
+            return self.own.encode_batch(texts, num_threads)
         texts = [mend(text) for text in texts]
         with library_errors("take the texts"):
             encodings = self._whole.encode_batch_fast(texts, add_special_tokens=False)

@@ -778,6 +778,12 @@ def test_data_of_a_foreign_tokenizer_is_what_sample_and_eval_read(make, tmp_path
     assert train_documents[4] + val_documents[0] == documents[4]
     train_ids = data["train"].tolist()
     assert stream(train_documents, False, foreign).tolist() == train_ids
+    backend, _ = make()
+    expected = []
+    for document in documents[:4]:
+        library_ids = backend.encode(document, add_special_tokens=False).ids
+        expected += [*foreign.head, *library_ids, foreign.eot]
+    assert train_ids[: len(expected)] == expected
     starts = np.r_[0, np.flatnonzero(data["train"] == foreign.eot) + 1]
     for start, document in zip(starts, documents[:3]):
         ids = prompt_ids(foreign, document)

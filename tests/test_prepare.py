@@ -694,12 +694,12 @@ def test_encoding_reads_only_so_far_ahead(monkeypatch, tmp_path):
             most_ahead = max(most_ahead, num_read - num_encoded)
             yield "train", "x" * 100, True, True, True
 
-    def encode(text):
+    def encode_batch(texts, num_threads):
         nonlocal num_encoded
-        num_encoded += 1
-        return [1]
+        num_encoded += len(texts)
+        return [[1]] * len(texts)
 
-    tokenizer = SimpleNamespace(vocab_size=2, eot=0, head=[], encode=encode)
+    tokenizer = SimpleNamespace(vocab_size=2, eot=0, head=[], encode_batch=encode_batch)
     splits = prepare.encode(pieces(), tokenizer, tmp_path, num_proc=1)
     assert splits["train"]["tokens"] == 4000
     assert most_ahead <= 40
