@@ -3,10 +3,12 @@
     python bench.py                             everything
     python bench.py train decode --n_layer=8    two of them, another shape; configs/*.toml work too
     python bench.py rmsnorm --plot --json       bench_rmsnorm.png in out_dir, and a last line of JSON
+    python bench.py decode --init_from=hf:FOLDER    a model's shape and weights; a checkpoint's too
 
 Rivals take turns within one run, so that a machine whose speed drifts is fair to all. ms is a median,
 ms_min and ms_max its spread; first_ms is the first call, where compiling and allocating happen. Weights
-are random. Of train.py's keys those about data, files and the length of a run change nothing here.
+are random without init_from. Of train.py's keys those about data, files and the length of a run change
+nothing here.
 """
 
 import functools
@@ -26,6 +28,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import checkpoint
 import prepare
 import rmsnorm
 import toy_stories
@@ -108,8 +111,24 @@ class Config(train.Config):
 # What several benches need
 
 
+def take_shape(cfg):
+    """Returns cfg with the shape of init_from, where that is a model; texts are no longer than without."""
+    if cfg.init_from == "scratch":
+        return cfg
+    start = checkpoint.open_checkpoint(cfg.init_from)
+    longest = cfg.block_size
+    cfg = checkpoint.inherit(cfg, start.state, start.path, resume=False)
+    cfg.block_size = min(longest, cfg.block_size)
+    return cfg
+
+
 def build_model(cfg):
-    """Returns a model of the config's shape with random weights, on the CPU."""
+    """Returns the model of init_from, else one of the config's shape with random weights, on the CPU."""
+    if cfg.init_from != "scratch":
+        start = checkpoint.open_checkpoint(cfg.init_from)
+        start.crop(cfg)
+        model, _ = start.restore()
+        return model
     torch.manual_seed(cfg.seed)
     return Transformer(model_config(cfg))
 
@@ -940,6 +959,7 @@ BENCHES = {
 
 
 def main(cfg):
+    cfg = take_shape(cfg)
     compute = resolve(cfg.device, cfg.dtype, cfg.compile)
     train.check_training_memory(cfg, compute)
     print(f"{device_name(compute.device)}; {compute.message}; torch {torch.__version__}")

@@ -20,6 +20,7 @@ from config import Refusal, configure
 from device import resolve
 
 CPU = torch.device("cpu")
+PLAIN_CPU = ["--device=cpu", "--dtype=float32"]
 TINY = [
     "--n_layer=2",
     "--n_head=2",
@@ -28,8 +29,7 @@ TINY = [
     "--batch_size=2",
     "--vocab_size=300",
     "--seconds=0",
-    "--device=cpu",
-    "--dtype=float32",
+    *PLAIN_CPU,
 ]
 
 
@@ -299,6 +299,27 @@ def test_explicit_attention_is_attention():
         bench.explicit_attention(q, k, v),
         torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True),
     )
+
+
+@pytest.mark.parametrize("block_size", [16, 24])
+def test_a_folder_of_hugging_faces_is_decoded_beside_transformers(block_size, tmp_path, monkeypatch):
+    """Its weights, in a context that is shorter than its own, give the ids that its own class gives."""
+    pytest.importorskip("transformers")
+    from test_hf import smollm, write_folder
+
+    monkeypatch.setattr(bench, "LARGE", 1 << 16)
+    peer = write_folder(tmp_path, "llama", smollm)
+    argv = ["decode", f"--init_from=hf:{tmp_path}", f"--block_size={block_size}"]
+    cfg = bench.take_shape(configure(bench.Config, [*argv, "--seconds=0", *PLAIN_CPU], bench.BENCHES))
+    assert (cfg.n_layer, cfg.n_head, cfg.block_size) == (2, 4, block_size)
+    model = bench.build_model(cfg)
+    ids = torch.tensor([[5, 6, 7]])
+    assert bench.generate_cached(model, ids.tolist(), 12) == bench.generate_hf(peer, ids, 12)
+    rows = bench.bench_decode(cfg, resolve("cpu", "float32", "false"))
+    same = [row["same_ids"] for row in rows if row["what"] in ("transformers generate", "cached")]
+    assert same == [True] * 6
+    with pytest.raises(Refusal, match="has n_layer=2, which cannot become 3"):
+        bench.main(configure(bench.Config, [*argv, "--n_layer=3"], bench.BENCHES))
 
 
 def test_without_hugging_face_the_rest_is_measured(monkeypatch, capsys):
