@@ -214,6 +214,16 @@ def test_another_models_numbers_are_refused(lab, exported):
     assert export_onnx.parity(other, exported) == (np.inf, np.inf)
 
 
+def test_a_deep_models_rounding_is_measured_against_float64(lab, exported, monkeypatch, capsys):
+    monkeypatch.setattr(export_onnx, "MAX_DIFFERENCE", 1e-9)  # so that this model counts as a deep one
+    export_onnx.check(lab.model, exported, [0], 9)
+    assert "PyTorch differs from itself in float64 by" in capsys.readouterr().out
+    other = build(vocab_size=300, n_kv_head=2, block_size=64)
+    other.blocks[1].attn.k_norm.weight.data[3] *= 1 + 1e-4
+    with pytest.raises(Refusal, match="more than rounding"):
+        export_onnx.check(other, exported, [0], 9)
+
+
 def test_a_setting_that_came_later_has_its_default(lab, folder_copy):
     change_config(folder_copy, lambda config: config["model"].pop("head_dim"))
     assert onnx_model.load(str(folder_copy))[0].config == lab.model.config
