@@ -319,8 +319,9 @@ def load(path):
         ends = config["ends"]
     with refusing(folder, "tokenizer.json", file):
         text = read_text(folder, "tokenizer.json")
-        if kind == "foreign" or kind == "bpe" and bos != eot:
-            names = [name for name in FILES if os.path.exists(os.path.join(folder, name))]
+        names = [name for name in FILES if os.path.exists(os.path.join(folder, name))]
+        # ours has no file but tokenizer.json
+        if kind == "foreign" or kind == "bpe" and bos != eot or len(names) > 1:
             files = {name: read_text(folder, name) for name in names}
             tokenizer = ForeignTokenizer(files, eot, bos, ends)
         else:

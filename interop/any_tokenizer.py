@@ -22,8 +22,8 @@ def load_tokenizer(text):
 
 
 def from_files(files, data, eot, ends=()):
-    """Returns the tokenizer of a folder's files, {name: text}: ours if hf.py wrote it of ours, else a
-    foreign one. Raises ValueError.
+    """Returns the tokenizer of a folder's files, {name: text}: ours if hf.py wrote it of ours and nobody
+    gave it a chat template or another end since, else a foreign one. Raises ValueError.
 
     data: their tokenizer.json, parsed, whose post_processor puts there what a text starts with, as in
     transformers 5.
@@ -31,7 +31,8 @@ def from_files(files, data, eot, ends=()):
     bos = find_bos(data, eot)
     tokenizer = ForeignTokenizer(files, eot, bos, ends)
     own = tokenizer.own
-    if own and own.eot == eot and bos == (None if own.kind == "char" else eot):
+    is_whole = tokenizer.template_source is None and tokenizer.ends == (eot,)
+    if own and is_whole and own.eot == eot and bos == (None if own.kind == "char" else eot):
         return own
     return tokenizer
 

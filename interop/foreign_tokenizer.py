@@ -286,14 +286,20 @@ class ForeignTokenizer(Tokenizer):
         """What generation_config.json says, a dict."""
         return parse_json(self.files.get("generation_config.json", "{}"))
 
-    @cached_property
-    def chat_template(self):
-        """The folder's ChatTemplate, None where it has none. ValueError: one that cannot be read."""
+    @property
+    def template_source(self):
+        """The Jinja text of the folder's chat template, None where it has none."""
         source = self.files.get("chat_template.jinja") or self.settings.get("chat_template")
         if isinstance(source, list):  # several by name; the plain one is called default
             named = {entry.get("name"): entry.get("template") for entry in source}
             source = named.get("default")
-        if not isinstance(source, str):
+        return source if isinstance(source, str) else None
+
+    @cached_property
+    def chat_template(self):
+        """The folder's ChatTemplate, None where it has none. ValueError: one that cannot be read."""
+        source = self.template_source
+        if source is None:
             return None
         tokens = {}
         for key, token in self.settings.items():

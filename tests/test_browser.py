@@ -36,6 +36,7 @@ from test_tokenizer import (
     gpt2_folder,
 )
 
+import chat
 import checkpoint
 import export_onnx
 import onnx_model
@@ -44,7 +45,7 @@ import sample
 import serve
 import train
 from config import Refusal, configure
-from data import AS_IT_STANDS, STRIPPED, by_text_rule, prompt_ids, render
+from data import AS_IT_STANDS, MODELS_OWN, STRIPPED, by_text_rule, prompt_ids, render
 from model import Transformer
 from tokenizer import Tokenizer
 
@@ -935,6 +936,42 @@ def test_a_fine_tuned_model_gets_its_template(browser, story_teller, folder_copy
             page.rewrite(edited)
             page.click("change")
             assert page.settle() == text
+
+
+@pytest.mark.slow
+def test_an_instruct_model_writes_its_text_or_is_refused_by_name(browser, tmp_path):
+    """It is untuned and has GPT-2's splitting and two end tokens, which the exported folder carries."""
+    pytest.importorskip("transformers")
+    from test_chat import SYSTEM, conversations, instruct
+    from test_hf import smollm, tinylm
+
+    with contextlib.chdir(tmp_path):
+        instruct(tmp_path / "folder", tinylm, SYSTEM, eos_token_id=[0, 200])
+        export = ["--out_dir=hf:folder", "--to=onnx", "--seconds=0"]
+        export_onnx.main(configure(export_onnx.Config, export))
+        model, tokenizer = checkpoint.open_checkpoint("hf:folder").restore()
+    folder = tmp_path / "onnx"
+    _, exported_tokenizer, _ = onnx_model.load(str(folder))
+    assert exported_tokenizer.ends == tokenizer.ends == (0, 200)
+    for messages in conversations(9):
+        ids = chat.conversation_ids(tokenizer, messages)
+        assert chat.conversation_ids(exported_tokenizer, messages) == ids
+    teller = StoryTeller(folder, model, tokenizer)
+    with opened(browser, folder) as page:
+        for prompt in "the cat", "12 dogs":
+            text, _ = generated(teller, prompt)
+            assert page.write(prompt, temperature=0) == prompt + text
+            page.new_story()
+
+    # as after fine-tuning in its own template, and with another model's tokenizer
+    edit_config(folder, template=MODELS_OWN)
+    with opened(browser, folder) as page:
+        assert "its own chat template, which this page does not know" in page.error()
+    edit_config(folder, template="")
+    backend, _ = smollm()
+    (folder / "tokenizer.json").write_text(backend.to_str(), encoding="utf-8")
+    with opened(browser, folder) as page:
+        assert "it splits text in another way than GPT-2's" in page.error()
 
 
 @pytest.mark.slow
