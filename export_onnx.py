@@ -251,11 +251,11 @@ def make_node(op, inputs, outputs, **attributes):
     return onnx.helper.make_node(op, inputs, outputs, **attributes)
 
 
-def make_cast(name, output):
-    """Returns the node that makes numbers float32."""
+def make_cast(name, output, kind="FLOAT"):
+    """Returns the node that makes numbers float32, or of another type of ONNX."""
     import onnx
 
-    return make_node("Cast", [name], [output], to=onnx.TensorProto.FLOAT)
+    return make_node("Cast", [name], [output], to=onnx.TensorProto.DataType.Value(kind))
 
 
 def read_arrays(proto):
@@ -428,12 +428,14 @@ def export(model):
 # int8
 
 
-def quantize(proto):
+def quantize(proto, wide=False):
     """Rewrites the graph of export() so that it multiplies 8-bit integers.
 
     A matrix becomes int8 with a scale for each output; the embedding, and a head tied to it, with a
     scale for each token. The states that a matrix multiplies become uint8 at each call, with one scale
-    for the whole tensor, so the tokens and rows of a call change each other's logits a little.
+    for the whole tensor, so the tokens and rows of a call change each other's logits a little. Where a
+    few numbers are hundreds of times larger than all others, as in SmolLM2, little is left of those:
+    wide makes each state two bytes, with a scale for each token, and takes longer.
     onnxruntime has quantize_dynamic for this, which leaves a tied head in float32.
     """
     weights = read_arrays(proto)
@@ -444,7 +446,7 @@ def quantize(proto):
     matrices = {name for name in weights if not name.endswith("roll")} | transposed.keys()
     added = {}
     nodes = []
-    quantized = set()  # what already has its DynamicQuantizeLinear
+    quantized = set()  # the states that are integers already
     for node in proto.graph.node:
         output = node.output[0]
         if is_look_up(node):
@@ -463,12 +465,19 @@ def quantize(proto):
                 nodes.append(make_node("Transpose", [f"{weight}.q"], [integers], perm=[1, 0]))
             if x not in quantized:
                 quantized.add(x)
-                outputs = [f"{x}.q", f"{x}.scale", f"{x}.zero"]
-                nodes.append(make_node("DynamicQuantizeLinear", [x], outputs))
-            nodes += product_nodes(x, integers, f"{weight}.scale", bias, output)
+                nodes += wide_nodes(x) if wide else narrow_nodes(x)
+            if wide:
+                sums = added[f"{weight}.q"].sum(1 if by_row else 0, dtype=np.int32)
+                added[f"{weight}.sum"] = (sums * added[f"{weight}.scale"]).astype(np.float32)
+                nodes += wide_product_nodes(x, integers, weight, bias, output)
+            else:
+                nodes += product_nodes(x, integers, f"{weight}.scale", bias, output)
         elif output not in transposed:
             nodes.append(node)
     float_weights = {name.removesuffix(".q") for name in added}
+    if wide:
+        numbers = {"steps": 2**16 - 1, "byte": 2**8, "tiny": 1e-30}
+        added |= {"last": np.array([-1])} | {name: np.float32(x) for name, x in numbers.items()}
     replace(proto, nodes, removed=float_weights, added=added)
 
 
@@ -494,6 +503,53 @@ def look_up_nodes(table, output):
         make_node("Unsqueeze", [f"{output}.flat", "last"], [f"{output}.of_row"]),
         make_node("Mul", [f"{output}.float", f"{output}.of_row"], [output]),
     ]
+
+
+def narrow_nodes(x):
+    """Returns the node that makes states uint8: x is about (q - zero) * scale."""
+    return [make_node("DynamicQuantizeLinear", [x], [f"{x}.q", f"{x}.scale", f"{x}.zero"])]
+
+
+def wide_nodes(x):
+    """Returns the nodes that make states uint8, all high bytes before all low ones: x is about
+    (256 * high + low) * scale + lowest, the last two of each token.
+    """
+    return [
+        make_node("ReduceMin", [x, "last"], [f"{x}.lowest"]),
+        make_node("ReduceMax", [x, "last"], [f"{x}.highest"]),
+        make_node("Sub", [f"{x}.highest", f"{x}.lowest"], [f"{x}.range"]),
+        make_node("Max", [f"{x}.range", "tiny"], [f"{x}.positive"]),
+        make_node("Div", [f"{x}.positive", "steps"], [f"{x}.scale"]),
+        make_node("Sub", [x, f"{x}.lowest"], [f"{x}.above"]),
+        make_node("Div", [f"{x}.above", f"{x}.scale"], [f"{x}.real"]),
+        make_node("Round", [f"{x}.real"], [f"{x}.both"]),
+        make_node("Div", [f"{x}.both", "byte"], [f"{x}.quotient"]),
+        make_node("Floor", [f"{x}.quotient"], [f"{x}.high"]),
+        make_node("Mul", [f"{x}.high", "byte"], [f"{x}.high_part"]),
+        make_node("Sub", [f"{x}.both", f"{x}.high_part"], [f"{x}.low"]),
+        make_node("Concat", [f"{x}.high", f"{x}.low"], [f"{x}.bytes"], axis=0),
+        make_cast(f"{x}.bytes", f"{x}.q", "UINT8"),
+    ]
+
+
+def wide_product_nodes(x, integers, weight, bias, output):
+    """Returns the nodes of what product_nodes does: the product of the lowest is a sum of weights."""
+    product = f"{output}.product" if bias else output
+    halves = [f"{output}.of_high", f"{output}.of_low"]
+    nodes = [
+        make_node("MatMulInteger", [f"{x}.q", integers], [f"{output}.sum"]),
+        make_cast(f"{output}.sum", f"{output}.float"),
+        make_node("Split", [f"{output}.float"], halves, axis=0, num_outputs=2),
+        make_node("Mul", [halves[0], "byte"], [f"{output}.high_part"]),
+        make_node("Add", [f"{output}.high_part", halves[1]], [f"{output}.whole"]),
+        make_node("Mul", [f"{x}.scale", f"{weight}.scale"], [f"{output}.both"]),
+        make_node("Mul", [f"{output}.whole", f"{output}.both"], [f"{output}.steps"]),
+        make_node("Mul", [f"{x}.lowest", f"{weight}.sum"], [f"{output}.base"]),
+        make_node("Add", [f"{output}.steps", f"{output}.base"], [product]),
+    ]
+    if bias:
+        nodes.append(make_node("Add", [product, *bias], [output]))
+    return nodes
 
 
 def product_nodes(x, integers, scale, bias, output):
@@ -622,20 +678,10 @@ def load_validation(cfg, dataset, tokenizer):
     return data["val"]
 
 
-def compare_losses(exported, int8, ids, tokens):
-    """Prints the losses of a float32 and an int8 OnnxModel on ids. Returns the increase, a share."""
+def validation_loss(model, ids, tokens):
+    """Returns the nats a token of an OnnxModel on about so many ids."""
     compute = resolve("cpu", "float32", "false")
-    T = min(exported.config.block_size, LONGEST)
-    losses = []
-    for model in exported, int8:
-        losses.append(evaluate(model, ids, T, 4, compute, tokens))
-    float_loss, int8_loss = losses
-    increase = int8_loss / float_loss - 1
-    print(
-        f"validation loss: float32 {float_loss:.4f}, int8 {int8_loss:.4f} nats a token, "
-        f"{100 * increase:+.2f}%"
-    )
-    return increase
+    return evaluate(model, ids, min(model.config.block_size, LONGEST), 4, compute, tokens)
 
 
 def use_threads(model, threads):
@@ -665,6 +711,29 @@ def write_graph(proto, path):
     """Writes the file. Returns its bytes."""
     write_atomic(str(path), lambda f: f.write(proto.SerializeToString()))
     return path.stat().st_size
+
+
+def write_int8(cfg, proto, ids, float_loss, folder):
+    """Writes the float32 graph in int8, with states of two bytes where one is not enough. Returns its
+    OnnxModel, and the share by which it raises the loss on ids.
+    """
+    path = folder / "model_int8.onnx"
+    for wide in False, True:
+        integers = copy.deepcopy(proto)
+        quantize(integers, wide)
+        size = write_graph(integers, path)
+        int8, _, _ = onnx_model.load(str(path))
+        loss = validation_loss(int8, ids, cfg.eval_tokens)
+        increase = loss / float_loss - 1
+        states = "states of 2 bytes" if wide else "states of 1 byte"
+        print(f"{path.name}: {size / 1e6:.2f} MB, {states}")
+        print(
+            f"validation loss: float32 {float_loss:.4f}, int8 {loss:.4f} nats a token, "
+            f"{100 * increase:+.2f}%"
+        )
+        if increase <= MAX_LOSS_INCREASE:
+            break
+    return int8, increase
 
 
 def write_folder(cfg, model, tokenizer, ckpt, ids, folder):
@@ -698,13 +767,8 @@ def write_folder(cfg, model, tokenizer, ckpt, ids, folder):
     models = {"PyTorch": model, "onnxruntime": exported}
     increase = 0.0
     if cfg.quantize == "int8":
-        quantize(proto)
-        path = folder / "model_int8.onnx"
-        int8_size = write_graph(proto, path)
-        int8, _, _ = onnx_model.load(str(path))
-        print(f"{path.name}: {int8_size / 1e6:.2f} MB, {int8_size / size:.2f} of that")
-        increase = compare_losses(exported, int8, ids, cfg.eval_tokens)
-        models["int8"] = int8
+        float_loss = validation_loss(exported, ids, cfg.eval_tokens)
+        models["int8"], increase = write_int8(cfg, proto, ids, float_loss, folder)
     compare_speed(models, prompt, min(200, model.config.block_size), cfg.seconds)
     return increase
 

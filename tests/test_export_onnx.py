@@ -1,6 +1,7 @@
 """ONNX files against the model they come from: the same numbers at any batch, length and past."""
 
 import contextlib
+import copy
 import io
 import itertools
 import json
@@ -405,7 +406,43 @@ def test_int8_is_a_quarter_and_near(lab):
 
     int8 = onnx_model.load(str(folder / "model_int8.onnx"))[0]
     assert 1e-4 < int8_error(lab.model, int8) < 0.1
+    assert "states of 1 byte" in lab.output
     assert "validation loss: float32" in lab.output
+
+
+@pytest.mark.parametrize("settings", [{}, {"bias": True, "tie": False, "n_kv_head": 2}])
+def test_wide_states_leave_the_error_of_the_weights(settings, tmp_path):
+    """Two bytes a state are as good as float32 where the weights are the rounded ones."""
+    model = build(block_size=64, **settings)
+    proto = export_onnx.export(model)
+    errors = []
+    for wide in False, True:
+        integers = copy.deepcopy(proto)
+        export_onnx.quantize(integers, wide)
+        path = tmp_path / "model_int8.onnx"
+        path.write_bytes(integers.SerializeToString())
+        onnx.checker.check_model(integers, full_check=True)
+        int8 = onnx_model.open_session(str(path), model.config)
+        rounded = copy.deepcopy(model)
+        for weight in rounded.parameters():
+            if weight.ndim == 2:
+                scale = weight.data.abs().amax(1, keepdim=True) / 64
+                weight.data = (weight.data / scale).round() * scale
+        errors.append(int8_error(rounded, int8).item())
+    ops = {node.op_type for node in integers.graph.node}
+    assert ops <= PLAIN_OPS | {"Floor", "Max", "MatMulInteger", "ReduceMax", "ReduceMin", "Round"}
+    narrow_error, wide_error = errors
+    assert wide_error < 1e-4 < 1e-3 < narrow_error
+
+
+def test_states_are_wide_where_one_byte_costs_too_much(lab, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(export_onnx, "MAX_LOSS_INCREASE", -1)  # neither is good enough
+    monkeypatch.chdir(lab.folder)
+    with pytest.raises(Refusal, match="is written without it"):
+        export("--quantize=int8", "--seconds=0", "--eval_tokens=512", f"--to={tmp_path}/onnx")
+    output = capsys.readouterr().out
+    assert output.index("states of 1 byte\n") < output.index("states of 2 bytes\n")
+    assert not (tmp_path / "onnx/model_int8.onnx").exists()
 
 
 def test_int8_that_forgets_would_be_seen(lab, tmp_path):
