@@ -5,14 +5,15 @@
     state = from_hf(data["model_type"], ModelConfig(**keys), tensors, without)
 
 Dicts in, dicts out. What has no counterpart on the other side is a ValueError that names it: nothing is
-ever ignored that would change a logit. Llama, Qwen2, Qwen3, Mistral and GPT-2 come in; Mistral goes out
-as Llama, which it is without windows.
+ever ignored that would change a logit. Llama, Qwen2, Qwen3, Mistral, GPT-2 and, with experts, Mixtral
+and Qwen3-MoE come in; Mistral goes out as Llama, which it is without windows.
 """
 
 import math
 import re
 
 import torch
+import torch.nn as nn
 
 from lora import LINEARS, LoRAConfig, inject
 from model import Transformer, model_sizes
@@ -39,6 +40,8 @@ NEEDS = {
     "qwen2": LLAMA_NEEDS,
     "qwen3": LLAMA_NEEDS | {"qk_norm": True, "bias": False},
     "mistral": LLAMA_NEEDS,
+    "mixtral": LLAMA_NEEDS | {"mlp": "moe", "norm_topk_prob": True, "bias": False},
+    "qwen3_moe": LLAMA_NEEDS | {"mlp": "moe", "qk_norm": True},
     "gpt2": GPT2_NEEDS,
 }
 CLASSES = {
@@ -46,6 +49,8 @@ CLASSES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "mistral": "MistralForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
     "gpt2": "GPT2LMHeadModel",
 }
 # patterns of our biases that Qwen2 does not have: its q, k and v alone have some
@@ -53,12 +58,15 @@ QWEN2_WITHOUT = [r"\.o_proj\.bias$", r"\.mlp\..*bias$"]
 
 
 def choose_kind(c):
-    """Returns llama, qwen3 or gpt2. Raises ValueError for settings that have no counterpart."""
+    """Returns llama, qwen3, mixtral, qwen3_moe or gpt2. Raises ValueError for settings that have no
+    counterpart.
+    """
     if c.pos == "learned":
         kind = "gpt2"
         needs = GPT2_NEEDS | {"n_kv_head": c.n_head, "n_embd": c.n_head * c.head_dim}
     else:
-        kind = "qwen3" if c.qk_norm else "llama"
+        kinds = ("mixtral", "qwen3_moe") if c.mlp == "moe" else ("llama", "qwen3")
+        kind = kinds[c.qk_norm]
         needs = NEEDS[kind]
     wrong = []
     for key, value in needs.items():
@@ -92,6 +100,18 @@ GPT2_NAMES = {
     "up_proj": "c_fc",
     "down_proj": "c_proj",
 }
+QWEN3_MOE_NAMES = LLAMA_NAMES | {"router": "gate"}
+MIXTRAL_NAMES = QWEN3_MOE_NAMES | {
+    "mlp": "block_sparse_moe",
+    "gate_proj": "w1",
+    "up_proj": "w3",
+    "down_proj": "w2",
+}
+NAMES = dict.fromkeys(CLASSES, LLAMA_NAMES) | {
+    "gpt2": GPT2_NAMES,
+    "mixtral": MIXTRAL_NAMES,
+    "qwen3_moe": QWEN3_MOE_NAMES,
+}
 BUFFERS = r"\.rotary_emb\.inv_freq$|(^|\.)h\.\d+\.attn\.(masked_)?bias$"
 
 
@@ -104,9 +124,10 @@ def locate(kind, key):
     if key == "head.weight":
         return "lm_head.weight", None, False
     parts = key.split(".")
+    names = [NAMES[kind].get(part, part) for part in parts]
     if kind != "gpt2":
-        return ".".join(["model", *(LLAMA_NAMES.get(part, part) for part in parts)]), None, False
-    name = ".".join(["transformer", *(GPT2_NAMES.get(part, part) for part in parts)])
+        return ".".join(["model", *names]), None, False
+    name = ".".join(["transformer", *names])
     module, parameter = parts[-2:]
     if not module.endswith("_proj"):
         return name, None, False
@@ -123,7 +144,7 @@ def to_hf(c, state):
     if kind == "llama" and has_qwen2_biases(c, state):
         kind = "qwen2"
         state = {key: x for key, x in state.items() if not is_absent(key, QWEN2_WITHOUT)}
-    return write_config(kind, c), tensors_to_hf(kind, state)
+    return write_config(kind, c), tensors_to_hf(kind, split_experts(state))
 
 
 def has_qwen2_biases(c, state):
@@ -137,6 +158,33 @@ def has_qwen2_biases(c, state):
 
 def is_absent(key, without):
     return any(re.search(pattern, key) for pattern in without)
+
+
+def split_experts(state):
+    """Returns a state dict with a matrix an expert, "blocks.0.mlp.experts.3.up_proj.weight", as Hugging
+    Face's files have them, where ours has one tensor of all, "blocks.0.mlp.up_proj.weight".
+    """
+    matrices = {}
+    for key, x in state.items():
+        if x.dim() < 3:
+            matrices[key] = x
+            continue
+        mlp, projection, parameter = key.rsplit(".", 2)
+        for expert, matrix in enumerate(x):
+            matrices[f"{mlp}.experts.{expert}.{projection}.{parameter}"] = matrix
+    return matrices
+
+
+def join_experts(matrices):
+    """Returns our state dict of what split_experts returns."""
+    state = {}
+    for key, x in matrices.items():
+        joined = re.sub(r"\.experts\.\d+\.", ".", key)
+        if joined == key:
+            state[key] = x
+        else:
+            state.setdefault(joined, []).append(x)
+    return {key: torch.stack(x) if isinstance(x, list) else x for key, x in state.items()}
 
 
 def tensors_to_hf(kind, state):
@@ -165,7 +213,7 @@ def from_hf(kind, c, tensors, without):
     if model_sizes(c).matrices > count_stored_numbers(tensors.values()):
         raise ValueError("the tensors have fewer numbers than config.json needs")
     with torch.device("meta"):
-        meta_state = Transformer(c).state_dict()
+        meta_state = split_experts(Transformer(c).state_dict())
     shapes = {name: tuple(x.shape) for name, x in tensors_to_hf(kind, meta_state).items()}
     tensors = {full_name(kind, name): x for name, x in tensors.items() if not re.search(BUFFERS, name)}
     if c.tie_embeddings:
@@ -185,7 +233,7 @@ def from_hf(kind, c, tensors, without):
         state[key] = x.float().contiguous()
     if c.tie_embeddings:
         state["head.weight"] = state["wte.weight"]
-    return state
+    return join_experts(state)
 
 
 def full_name(kind, name):
@@ -238,13 +286,26 @@ GPT2_SIZES = {
     "block_size": "n_positions",
     "vocab_size": "vocab_size",
 }
-SIZES = dict.fromkeys(CLASSES, LLAMA_SIZES) | {"gpt2": GPT2_SIZES}
-# names that GPT2Config takes for its own
-GPT2_ALIASES = {
-    "hidden_size": "n_embd",
-    "max_position_embeddings": "n_positions",
-    "num_attention_heads": "n_head",
-    "num_hidden_layers": "n_layer",
+MIXTRAL_SIZES = LLAMA_SIZES | {
+    "n_expert": "num_local_experts",
+    "n_expert_per_token": "num_experts_per_tok",
+}
+# version 4 of transformers has n_expert under this name, and version 5 under Mixtral's
+QWEN3_MOE_SIZES = MIXTRAL_SIZES | {"n_inner": "moe_intermediate_size", "n_expert": "num_experts"}
+SIZES = dict.fromkeys(CLASSES, LLAMA_SIZES) | {
+    "mixtral": MIXTRAL_SIZES,
+    "qwen3_moe": QWEN3_MOE_SIZES,
+    "gpt2": GPT2_SIZES,
+}
+# names that a kind's config class takes for its own
+ALIASES = dict.fromkeys(CLASSES, {}) | {
+    "qwen3_moe": {"num_local_experts": "num_experts"},
+    "gpt2": {
+        "hidden_size": "n_embd",
+        "max_position_embeddings": "n_positions",
+        "num_attention_heads": "n_head",
+        "num_hidden_layers": "n_layer",
+    },
 }
 
 # what a missing key amounts to, as in the kind's config class, where that is not what all of them have
@@ -254,8 +315,21 @@ DEFAULTS = {
     "qwen2": QWEN_DEFAULTS,
     "qwen3": QWEN_DEFAULTS | {"head_dim": 128},
     "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "mixtral": {
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-5,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+    },
+    "qwen3_moe": {
+        "num_key_value_heads": 4,
+        "sliding_window": 4096,
+        "moe_intermediate_size": 768,
+        "num_experts_per_tok": 8,
+    },
     "gpt2": {},
 }
+DEFAULT_THETAS = {"mixtral": 1e6}  # of RoPE; 10,000 for all others
 
 # keys that may have one value only; any other would compute something that our model does not
 COMMON_FIXED = {
@@ -278,6 +352,9 @@ FIXED = {
     "qwen2": ROPE_FIXED | {"attention_bias": True, "mlp_bias": False},
     "qwen3": ROPE_FIXED | {"mlp_bias": False},
     "mistral": ROPE_FIXED | {"attention_bias": False, "mlp_bias": False, "use_sliding_window": False},
+    "mixtral": ROPE_FIXED | {"attention_bias": False, "mlp_bias": False, "use_sliding_window": False},
+    # experts in each layer
+    "qwen3_moe": ROPE_FIXED | {"mlp_bias": False, "decoder_sparse_step": 1, "mlp_only_layers": []},
     "gpt2": {
         **COMMON_FIXED,
         "activation_function": "gelu_new",
@@ -291,18 +368,24 @@ ROPE_READ = set(
     """num_key_value_heads head_dim rms_norm_eps tie_word_embeddings rope_theta rope_scaling
     rope_parameters layer_types sliding_window""".split()
 )
+# about training
+ROUTER_HARMLESS = {"output_router_logits", "router_aux_loss_coef", "router_jitter_noise"}
 READ = {
     "llama": ROPE_READ | {"attention_bias", "mlp_bias"},
     "qwen2": ROPE_READ | {"use_sliding_window"},
     "qwen3": ROPE_READ | {"use_sliding_window", "attention_bias"},
     "mistral": ROPE_READ,
+    "mixtral": ROPE_READ | ROUTER_HARMLESS,
+    # intermediate_size is of layers without experts, of which there are none
+    "qwen3_moe": ROPE_READ
+    | ROUTER_HARMLESS
+    | {"use_sliding_window", "attention_bias", "norm_topk_prob", "intermediate_size"},
     "gpt2": {
         "layer_norm_epsilon",
         "tie_word_embeddings",
         "resid_pdrop",
         "embd_pdrop",
         "attn_pdrop",
-        *GPT2_ALIASES,
     },
 }
 
@@ -337,13 +420,13 @@ WORDS = """act(?!ual) adapter alibi alpha attention attn bias cap(_|$|ping) caus
 REASONS = {
     "auto_map": "its author's own code computes it, which is not run here",
     "quant|compress": "weights of fewer bits are not read here",
-    "expert|moe|router": "there are no experts here",
+    "expert|moe|router": "there are no experts here, but of Mixtral and Qwen3-MoE",
     "window|chunk": "there are no windows here",
     "no_rope|nope": "layers without positions among others are not here",
     "|".join(WORDS.split()): "it may change what is computed; take it out of config.json if it does not",
 }
 KIND_REASONS = {
-    "moe|mixtral|olmoe|gpt_oss|deepseek|dbrx|jamba": "it has experts",
+    "moe|gpt_oss|deepseek|dbrx|jamba": "it has experts of another kind than Mixtral's and Qwen3-MoE's",
     "smollm3": "one layer in four has no positions",
     "gemma": "its norms multiply by 1 + weight and its embedding is scaled; Gemma 2 and 3 have windows",
     "phi3": "its q, k and v are one tensor, and it has windows",
@@ -382,8 +465,7 @@ def read_config(data):
         raise ValueError(f"{problem}; only {', '.join(CLASSES)} are read here")
     check_keys(kind, data)
     data = DEFAULTS[kind] | data
-    if kind == "gpt2":
-        data = rename_aliases(data)
+    data = rename_aliases(kind, data)
     sizes = read_sizes(kind, data)
     if kind == "gpt2":
         return sizes | GPT2_NEEDS | read_gpt2_settings(data), []
@@ -396,7 +478,7 @@ def unknown_keys(data):
     read_config passes over those that it does not refuse for a word in their names.
     """
     kind = data["model_type"]
-    known = HARMLESS | READ[kind] | FIXED[kind].keys() | set(SIZES[kind].values())
+    known = HARMLESS | READ[kind] | FIXED[kind].keys() | set(SIZES[kind].values()) | ALIASES[kind].keys()
     return [key for key, value in data.items() if key not in known and value not in (None, {}, [], "")]
 
 
@@ -415,10 +497,10 @@ def check_keys(kind, data):
             raise ValueError(f"{key} is {value!r:.60}; here it can only be {expected!r}")
 
 
-def rename_aliases(data):
-    """Returns config.json with GPT-2's own names. Raises ValueError where both have a value."""
+def rename_aliases(kind, data):
+    """Returns config.json with a kind's own names. Raises ValueError where both have a value."""
     data = dict(data)
-    for alias, key in GPT2_ALIASES.items():
+    for alias, key in ALIASES[kind].items():
         value = data.pop(alias, None)
         if value is not None and data.setdefault(key, value) != value:
             raise ValueError(f"{alias} is {value!r:.60} beside {key} {data[key]!r:.60}")
@@ -456,13 +538,15 @@ def read_llama_config(kind, data, sizes):
         if keys["head_dim"] < 1:
             raise ValueError(f"head_dim is {keys['head_dim']}")
     check_windows(kind, data, sizes)
-    theta, scaling = read_rope(data)
+    theta, scaling = read_rope(data, DEFAULT_THETAS.get(kind, 10000.0))
     if data.get("num_key_value_heads") is not None:
         keys["n_kv_head"] = read_number(data, "num_key_value_heads", kind=int)
     keys["norm_eps"] = float(read_number(data, "rms_norm_eps", 1e-6))
     keys["tie_embeddings"] = read_flag(data, "tie_word_embeddings")
     keys["rope_theta"] = float(theta)
     keys["rope_scaling"] = scaling
+    if kind == "qwen3_moe":
+        keys["norm_topk_prob"] = read_flag(data, "norm_topk_prob")
     if kind == "qwen2":
         return keys | {"bias": True}, QWEN2_WITHOUT
     attention_bias = read_flag(data, "attention_bias")
@@ -479,7 +563,8 @@ def read_llama_config(kind, data, sizes):
 def check_windows(kind, data, sizes):
     """Raises ValueError for attention that does not see the whole context.
 
-    Qwen has windows only with use_sliding_window, in layers from max_window_layers on. In a Llama
+    Qwen has windows only with use_sliding_window, in layers from max_window_layers on, Qwen3-MoE in all.
+    In a Llama
     attention ignores sliding_window, but transformers' cache obeys it.
     """
     n_layer = sizes["n_layer"]
@@ -489,7 +574,8 @@ def check_windows(kind, data, sizes):
         raise ValueError(f"layer_types is {layer_types!r:.60}; {expected}")
     if kind.startswith("qwen"):
         is_used = read_flag(data, "use_sliding_window") and layer_types is None
-        if not is_used or read_number(data, "max_window_layers", kind=int) >= n_layer:
+        first = 0 if kind == "qwen3_moe" else read_number(data, "max_window_layers", kind=int)
+        if not is_used or first >= n_layer:
             return
     if data.get("sliding_window") is None:
         return
@@ -508,7 +594,7 @@ SCALINGS = {
 }
 
 
-def read_rope(data):
+def read_rope(data, default_theta=10000.0):
     """Returns (rope_theta, rope_scaling) from transformers' keys. Raises ValueError.
 
     Version 4 of transformers has rope_theta and rope_scaling, version 5 rope_parameters; both may be
@@ -529,7 +615,7 @@ def read_rope(data):
         raise ValueError(f"{shown}, of which only one can be meant")
     if len(set(thetas)) > 1:
         raise ValueError(f"rope_theta is {' beside another one, '.join(map(str, thetas))}")
-    return thetas[0] if thetas else 10000.0, scalings[0] if scalings else "none"
+    return thetas[0] if thetas else default_theta, scalings[0] if scalings else "none"
 
 
 def read_scaling(params):
@@ -583,7 +669,15 @@ def write_config(kind, c):
         "rope_scaling": scaling,
         "rope_parameters": {"rope_theta": c.rope_theta, **(scaling or {"rope_type": "default"})},
     }
-    if kind != "qwen2":
+    if kind == "qwen3_moe":
+        data |= {
+            "num_local_experts": c.n_expert,
+            "intermediate_size": c.n_inner,
+            "norm_topk_prob": c.norm_topk_prob,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+        }
+    if kind not in ("qwen2", "mixtral"):
         data["attention_bias"] = c.bias
     if kind == "llama":
         data["mlp_bias"] = c.bias
@@ -631,6 +725,11 @@ def to_peft(c, lora, adapters):
     modules = {}  # name -> [(third, A, B)] of our Linears in it
     for key, A in adapters.items():
         linear, _, part = key.rpartition(".")
+        if A.dim() > 2:
+            raise ValueError(
+                f"{linear} has an adapter an expert, and PEFT's layout of those is not written here: "
+                "finetune_lora.py --merge makes a whole model, which hf.py writes"
+            )
         if part == "A":
             name, third, _ = locate(kind, f"{linear}.weight")
             module = name.removesuffix(".weight")
@@ -741,7 +840,11 @@ def from_peft(c, data, tensors):
     with torch.device("meta"):
         model = Transformer(c)
     modules = model.named_modules()
-    linears = {name: module for name, module in modules if name.rpartition(".")[2] in LINEARS}
+    linears = {
+        name: module
+        for name, module in modules
+        if name.rpartition(".")[2] in LINEARS and isinstance(module, nn.Linear)
+    }
     parts = {}  # our Linear's name -> (A, B, scale)
     names = set()
     for key, linear in linears.items():
