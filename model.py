@@ -462,7 +462,7 @@ class MoE(nn.Module):
             self.routings.append(routing)
         # a row is a token at one of its experts; token t has rows t top_k to (t + 1) top_k
         experts, order = routing.experts.flatten().sort(stable=True)
-        numbers = torch.arange(self.gate_proj.n_expert, device=x.device)
+        numbers = torch.arange(routing.probabilities.size(-1), device=x.device)
         ends = torch.searchsorted(experts, numbers, right=True, out_int32=True)
         inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
         rows = x.flatten(0, 1).repeat_interleave(self.top_k, 0)
@@ -492,25 +492,24 @@ class ExpertLinear(nn.Module):
 
     def __init__(self, n_expert, in_features, out_features):
         super().__init__()
-        self.n_expert = n_expert
         self.in_features = in_features
         self.out_features = out_features
         self.weight = nn.Parameter(torch.empty(n_expert, out_features, in_features))
 
     def forward(self, rows, ends):
-        return grouped_linear(rows, self.weight, ends)
+        return self.multiply(rows, self.weight, ends)
 
-
-def grouped_linear(rows, weight, ends):
-    """Returns rows (R, in), of which those of expert e end before ends[e] (int32), each times its
-    expert's matrix of weight (n_expert, out, in).
-    """
-    device_type = autocast_device(rows)
-    if torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
-        rows = rows.to(dtype)
-        weight = weight.to(dtype)
-    return GroupedProduct.apply(rows, weight.mT, ends)
+    @staticmethod
+    def multiply(rows, weight, ends):
+        """Returns rows (R, in), of which those of expert e end before ends[e] (int32), each times its
+        expert's matrix of weight (n_expert, out, in): what F.linear is to a Linear.
+        """
+        device_type = autocast_device(rows)
+        if torch.is_autocast_enabled(device_type):
+            dtype = torch.get_autocast_dtype(device_type)
+            rows = rows.to(dtype)
+            weight = weight.to(dtype)
+        return GroupedProduct.apply(rows, weight.mT, ends)
 
 
 def autocast_device(x):
@@ -923,13 +922,36 @@ def num_params(module):
     return sum(p.numel() for p in module.parameters())
 
 
+def num_active_params(model):
+    """Returns the number of parameters that a token uses: all but the experts that it does not go to."""
+    idle = 0
+    for moe in (module for module in model.modules() if isinstance(module, MoE)):
+        n_expert = moe.router.out_features
+        experts = num_params(moe) - num_params(moe.router)
+        idle += experts // n_expert * (n_expert - moe.top_k)
+    return num_params(model) - idle
+
+
+def size_text(model):
+    """Returns how large a model is, in words: with experts also what of it a token uses."""
+    params = num_params(model)
+    active = num_active_params(model)
+    if active == params:
+        return f"{params:,} parameters"
+    flops = flops_per_token(model, model.config.block_size)
+    return (
+        f"{params:,} parameters ({4 * params / 1e6:,.1f} MB), of which {active:,} are active for a token "
+        f"({flops / 1e6:,.1f} MFLOP to train on it)"
+    )
+
+
 def flops_per_token(model, T):
     """Returns the floating-point operations of training on one token at context T, forward and backward
     (PaLM, appendix B): 6 for each weight that is multiplied, 12 H D T a layer for scores, not halved for
     causality. Look-ups are no products: neither the embedding nor what is added for positions.
     """
     c = model.config
-    multiplied = num_params(model)
+    multiplied = num_active_params(model)
     if not c.tie_embeddings:
         multiplied -= num_params(model.wte)
     if model.add_pos is not None:

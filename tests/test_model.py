@@ -29,10 +29,12 @@ from model import (
     flops_per_token,
     kv_cache_bytes,
     mask_bytes,
+    num_active_params,
     num_params,
     recorded_routings,
     rope_frequencies,
     rotate,
+    size_text,
 )
 
 V, T = 61, 16
@@ -335,6 +337,21 @@ def test_num_params_by_hand():
     assert num_params(untied) == num_params(model) + V * C
     flops = 6 * num_params(model) + 12 * L * C * T
     assert flops_per_token(untied, T) == flops_per_token(model, T) == flops
+
+
+def test_num_active_params_by_hand():
+    """Of 8 experts a token uses 2, and the router."""
+    C, I, L = 32, 48, 2
+    model = build(mlp="moe")
+    swiglu = build(bias=False)
+    expert = 3 * C * I
+    assert num_params(model) == num_params(swiglu) + L * (7 * expert + 8 * C)
+    assert num_active_params(model) == num_params(swiglu) + L * (expert + 8 * C)
+    assert num_active_params(swiglu) == num_params(swiglu)
+    assert flops_per_token(model, T) == 6 * num_active_params(model) + 12 * L * C * T
+    assert f"{num_params(model):,} parameters" in size_text(model)
+    assert f"{num_active_params(model):,} are active" in size_text(model)
+    assert size_text(swiglu) == f"{num_params(swiglu):,} parameters"
 
 
 def test_n_inner_and_kv_heads_are_chosen():
