@@ -40,7 +40,7 @@ import prepare
 from device import resolve
 from folders import new_folder, write_atomic
 from measure import race
-from model import attention_mask, num_params
+from model import attention_mask, num_params, size_text
 from sample import generate
 from score import evaluate
 
@@ -683,7 +683,7 @@ def write_folder(cfg, model, tokenizer, ckpt, ids, folder):
     size = write_graph(proto, path)
     operators = " ".join(sorted({node.op_type for node in proto.graph.node}))
     print(
-        f"{path.name}: {size / 1e6:.2f} MB for {num_params(model):,} parameters, "
+        f"{path.name}: {size / 1e6:.2f} MB for {size_text(model)}, "
         f"{4 * num_params(model) / 1e6:.2f} MB; opset {OPSET}: {operators}"
     )
     exported, _, _ = onnx_model.load(str(folder))

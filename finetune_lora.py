@@ -143,6 +143,7 @@ class Tuning:
         rmsnorm_message = choose_rmsnorm(self.model, cfg.rmsnorm, self.compute)
         self.model.gradient_checkpointing = cfg.gradient_checkpointing
         self.model.chunked_loss = cfg.loss == "chunked"
+        self.model.balance = cfg.balance
         if self.compute.is_main:
             print(f"{self.base.path}: {self.compute.message}{rmsnorm_message}")
             merged = os.path.join(cfg.out_dir, "ckpt.pt")
