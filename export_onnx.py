@@ -717,11 +717,11 @@ def write_folder(cfg, model, tokenizer, ckpt, ids, folder):
     size = write_graph(proto, path)
     operators = " ".join(sorted({node.op_type for node in proto.graph.node}))
     print(
-        f"{path.name}: {size / 1e6:.2f} MB for {size_text(model)}, "
+        f"{path.name}: {size / 1e6:.2f} MB for {num_params(model):,} parameters, "
         f"{4 * num_params(model) / 1e6:.2f} MB; opset {OPSET}: {operators}"
     )
     if model.config.mlp == "moe":
-        print(f"experts are {DENSE}")
+        print(f"{size_text(model)}; in the file experts are {DENSE}")
     exported, _, _ = onnx_model.load(str(folder))
     prompt = [tokenizer.eot]
     check(model, exported, prompt, 200)

@@ -940,8 +940,8 @@ def size_text(model):
         return f"{params:,} parameters"
     flops = flops_per_token(model, model.config.block_size)
     return (
-        f"{params:,} parameters ({4 * params / 1e6:,.1f} MB), of which {active:,} are active for a token "
-        f"({flops / 1e6:,.1f} MFLOP to train on it)"
+        f"{params:,} parameters ({4 * params / 1e6:,.1f} MB of weights), of which {active:,} are active for "
+        f"a token ({flops / 1e6:,.1f} MFLOP to train on it)"
     )
 
 
