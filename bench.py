@@ -49,10 +49,12 @@ from measure import (
 from model import (
     KVCache,
     ModelConfig,
+    MoE,
     Transformer,
     flops_per_token,
     kv_cache_bytes,
     model_config,
+    num_active_params,
     num_params,
 )
 from optim import make_optimizers, make_scaler
@@ -149,6 +151,7 @@ def make_training_step(cfg, compute, ops=rmsnorm.TORCH):
     model = build_model(cfg).to(compute.device)
     model.gradient_checkpointing = cfg.gradient_checkpointing
     model.chunked_loss = cfg.loss == "chunked"
+    model.balance = cfg.balance
     use_rmsnorm(model, ops)
     optimizers = make_slow_optimizers(model, cfg, compute)
     scaler = make_scaler(compute)
@@ -342,8 +345,13 @@ def train_rows(cfg, compute, dtypes):
             "mfu": flops / data_sheet_flops if data_sheet_flops else None,
             "of_matmul": flops / matmul_flops,
             "peak_mb": to_megabytes(peak),
-            "parameters": num_params(model),
+            **parameter_columns(model),
         }
+
+
+def parameter_columns(model):
+    """Returns how many parameters a model has, and how many of them a token uses."""
+    return {"parameters": num_params(model), "active": num_active_params(model)}
 
 
 def bench_train(cfg, compute):
@@ -356,6 +364,46 @@ def bench_train(cfg, compute):
     # Many models share one forward, which is compiled anew for each
     with torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
         return list(train_rows(cfg, compute, train_dtypes(cfg, compute)))
+
+
+# -----------------------------------------------------------------------------------------------------
+# experts
+
+
+def bench_experts(cfg, compute):
+    """Times a training step of a mixture of experts against that of a dense model of the same active size.
+
+    Of n_expert SwiGLUs that are n_expert_per_token times as narrow a token goes through so many. against
+    is the time by the dense model's with the same optimizer; muon has all experts' matrices to turn.
+    """
+    dense = replace(cfg, mlp="swiglu")
+    experts = replace(cfg, mlp="moe", n_inner=max(1, cfg.n_inner // cfg.n_expert_per_token))
+    rivals = {}
+    for optimizer, (name, config) in itertools.product(
+        ("adamw", "muon"), {"dense": dense, "experts": experts}.items()
+    ):
+        training = make_training_step(replace(config, optimizer=optimizer), compute)
+        rivals[name, optimizer] = training
+    steps = {key: step for key, (step, _, _) in rivals.items()}
+    times = race(steps, cfg.seconds, compute.device)
+    tokens = cfg.batch_size * cfg.block_size * cfg.gradient_accumulation_steps
+    rows = []
+    for (name, optimizer), (_, model, _) in rivals.items():
+        median = times[name, optimizer]["median"]
+        flops = flops_per_token(model, cfg.block_size)
+        rows.append(
+            {
+                "what": name,
+                "optimizer": optimizer,
+                "tokens_per_s": tokens / median,
+                **ms_columns(times[name, optimizer]),
+                "against": median / times["dense", optimizer]["median"],
+                **parameter_columns(model),
+                "mflop_a_token": flops / 1e6,
+                "weights_mb": count_bytes(model.parameters()) / 1e6,
+            }
+        )
+    return rows
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -397,17 +445,20 @@ def generate_hf(hf_model, ids, n):
     return new_ids[:, ids.size(1) :].tolist()
 
 
-def count_bytes_a_step(model):
-    """Returns the bytes of weights that a decoding step reads: all but look-up tables.
-
-    Of those it reads a row or two.
+def count_bytes_a_step(model, batch_size):
+    """Returns the bytes of weights that a decoding step of so many rows reads: all but look-up tables, of
+    which it reads a row or two, and experts that no row can go to.
     """
     tables = []
     if not model.config.tie_embeddings:
         tables.append(model.wte.weight)
     if model.config.pos == "learned":
         tables.append(model.add_pos.weight)
-    return count_bytes(model.parameters()) - count_bytes(tables)
+    idle = 0.0
+    for moe in (module for module in model.modules() if isinstance(module, MoE)):
+        share = max(0, 1 - batch_size * moe.top_k / moe.router.out_features)
+        idle += share * (count_bytes(moe.parameters()) - count_bytes(moe.router.parameters()))
+    return count_bytes(model.parameters()) - count_bytes(tables) - idle
 
 
 def decode_rows(model, hf_model, large, batch_size, seconds):
@@ -445,7 +496,7 @@ def decode_rows(model, hf_model, large, batch_size, seconds):
             **dict.fromkeys(("weights_gb_per_s", "memory_gb_per_s", "of_memory", "same_ids")),
         }
         if name == "decode":
-            weights_speed = count_bytes_a_step(model) * (n_new - 1) / rival_times["median"]
+            weights_speed = count_bytes_a_step(model, batch_size) * (n_new - 1) / rival_times["median"]
             row["weights_gb_per_s"] = weights_speed / 1e9
             row["memory_gb_per_s"] = memory_speed / 1e9
             row["of_memory"] = weights_speed / memory_speed
@@ -947,6 +998,7 @@ def bench_data(cfg, compute):
 
 BENCHES = {
     "train": bench_train,
+    "experts": bench_experts,
     "decode": bench_decode,
     "kvcache": bench_kvcache,
     "windows": bench_windows,

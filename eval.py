@@ -41,7 +41,7 @@ from device import check_memory, resolve
 from lenses import judge, page, probes, reading, report
 from lenses.stats import bits, bootstrap, mean_interval, ratio
 from lenses.verdict import compare, grade, verdict
-from model import HAS_CHUNKED_LOSS, Transformer, kv_cache_bytes, num_params
+from model import HAS_CHUNKED_LOSS, Transformer, kv_cache_bytes, num_active_params, num_params
 from sample import generate
 from score import STORIES, above_floor, completion_nats, context_lengths, document_nats
 from tokenizer import Tokenizer
@@ -569,6 +569,7 @@ def measure(subject, documents, closed, questions, compute, cfg):
         "checkpoint": subject.path,
         "step": subject.step,
         "parameters": num_params(subject.model),
+        "active_parameters": num_active_params(subject.model),
         "vocab_size": subject.tokenizer.vocab_size,
         "block_size": subject.model.config.block_size,
         "dataset": subject.dataset,

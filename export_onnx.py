@@ -5,7 +5,8 @@
     python sample.py --onnx=out/ts/onnx                                 # or --onnx=story/model_int8.onnx
 
 The folder also has tokenizer.json and config.json. model.onnx is one file, as large as the parameters;
-model_int8.onnx is about a quarter of that.
+model_int8.onnx is about a quarter of that. Of a mixture of experts each computes each token, and a file
+says so in its metadata, as "experts": right, but slower than the model here.
 
 The graph takes ids (B, T) and the keys and values of the tokens before them, past_k.0 past_v.0
 past_k.1 ..., each (P, B, n_kv_head, head_dim). It returns logits (B, T, V) and present_k.0 present_v.0
@@ -40,7 +41,7 @@ import prepare
 from device import resolve
 from folders import new_folder, write_atomic
 from measure import race
-from model import ComputedTable, attention_mask, num_params
+from model import ComputedTable, attention_mask, num_params, size_text
 from sample import generate
 from score import evaluate
 
@@ -53,6 +54,7 @@ MAX_DIFFERENCE = 3e-5
 MAX_ROUNDING = 5
 LONGEST = 256  # tokens of context that PyTorch, onnxruntime and int8 are compared at
 MAX_LOSS_INCREASE = 0.01  # of the validation loss, by int8
+DENSE = "dense: each expert computes each token"
 INT8_LARGEST = 64  # a CPU without VNNI adds two products in 16 bits and saturates: 2 * 255 * 64 < 2^15
 
 
@@ -162,6 +164,32 @@ class JoinedSwiGLU(nn.Module):
         return self.down_proj(F.silu(gate) * up)
 
 
+class DenseMoE(nn.Module):
+    """Computes what model.MoE does with each expert on each token, most of them weighted by 0: two
+    products with all experts side by side, and nothing is sorted.
+    """
+
+    def __init__(self, moe):
+        super().__init__()
+        n_expert, n_inner, n_embd = moe.up_proj.weight.shape
+        self.n_expert = n_expert
+        self.route = moe.route
+        self.both_proj = nn.Linear(n_embd, 2 * n_expert * n_inner, bias=False)
+        self.down_proj = nn.Linear(n_expert * n_inner, n_embd, bias=False)
+        both = torch.cat((moe.gate_proj.weight.flatten(0, 1), moe.up_proj.weight.flatten(0, 1)))
+        self.both_proj.weight.data = both.detach()
+        self.down_proj.weight.data = moe.down_proj.weight.detach().transpose(0, 1).flatten(1)
+        self.router = moe.router  # a part of route
+
+    def forward(self, x):
+        """Maps states (T * B, C) to states (T * B, C)."""
+        routing, scores = self.route(x)
+        weights = torch.zeros_like(routing.probabilities).scatter(1, routing.experts, scores)
+        gate, up = self.both_proj(x).chunk(2, -1)
+        inner = (F.silu(gate) * up).view(-1, self.n_expert, gate.size(1) // self.n_expert)
+        return self.down_proj((inner * weights[..., None]).flatten(1))
+
+
 def additive_mask(model, P, T, window):
     """Returns what JoinedAttention adds to the scores of T new tokens after P in a layer with this window:
     biases, and -inf.
@@ -198,6 +226,8 @@ class Graph(nn.Module):
             block.attn = JoinedAttention(c, block.attn, roll)
             if c.mlp == "swiglu":
                 block.mlp = JoinedSwiGLU(block.mlp)
+            elif c.mlp == "moe":
+                block.mlp = DenseMoE(block.mlp)
         if c.pos == "rope":
             frequencies = self.model.rotary.frequencies
             rotated = frequencies.expand(c.n_head + c.n_kv_head, -1)
@@ -421,6 +451,8 @@ def export(model):
     if opsets != [("", OPSET)] or proto.functions:
         message = f"torch {torch.__version__} wrote other operators than opset {OPSET}'s"
         raise Refusal(f"{message}: {proto.opset_import}", status=1)
+    if c.mlp == "moe":
+        proto.metadata_props.add(key="experts", value=DENSE)
     return proto
 
 
@@ -436,14 +468,16 @@ def quantize(proto, wide=False):
     for the whole tensor, so the tokens and rows of a call change each other's logits a little. Where a
     few numbers are hundreds of times larger than all others, as in SmolLM2, little is left of those:
     wide makes each state two bytes, with a scale for each token, and takes longer.
-    onnxruntime has quantize_dynamic for this, which leaves a tied head in float32.
+    onnxruntime has quantize_dynamic for this, which leaves a tied head in float32. A router stays
+    float32: which experts a token gets must not depend on its neighbours.
     """
     weights = read_arrays(proto)
     transposed = {}  # the name of a transposed weight: the name of the weight
     for node in proto.graph.node:
         if node.op_type == "Transpose" and node.input[0] in weights:
             transposed[node.output[0]] = node.input[0]
-    matrices = {name for name in weights if not name.endswith("roll")} | transposed.keys()
+    matrices = {name for name in weights if not name.endswith(("roll", "router.weight"))}
+    matrices |= transposed.keys()
     added = {}
     nodes = []
     quantized = set()  # the states that are integers already
@@ -454,7 +488,7 @@ def quantize(proto, wide=False):
             add_integers(added, table, weights[table], axis=1)
             added["last"] = np.array([-1])
             nodes += look_up_nodes(table, output)
-        elif node.op_type == "Gemm" or (node.op_type == "MatMul" and node.input[1] in matrices):
+        elif node.op_type in ("Gemm", "MatMul") and node.input[1] in matrices:
             x, matrix, *bias = node.input
             weight = transposed.get(matrix, matrix)
             by_row = node.op_type == "Gemm" or matrix in transposed  # (out, in), as torch has it
@@ -760,6 +794,8 @@ def write_folder(cfg, model, tokenizer, ckpt, ids, folder):
         f"{path.name}: {size / 1e6:.2f} MB for {num_params(model):,} parameters, "
         f"{4 * num_params(model) / 1e6:.2f} MB; opset {OPSET}: {operators}"
     )
+    if model.config.mlp == "moe":
+        print(f"{size_text(model)}; in the file experts are {DENSE}")
     exported, _, _ = onnx_model.load(str(folder))
     prompt = [tokenizer.eot]
     check(model, exported, prompt, 200)

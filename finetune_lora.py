@@ -47,6 +47,7 @@ from data import (
 from device import Compute, check_memory, resolve
 from lenses import probes
 from log import plot
+from model import size_text
 from rmsnorm import choose_rmsnorm
 from rows import default_template, encode_rows, pack, packed_batch, split_rows, training_packs
 from sample import generate
@@ -143,6 +144,7 @@ class Tuning:
         rmsnorm_message = choose_rmsnorm(self.model, cfg.rmsnorm, self.compute)
         self.model.gradient_checkpointing = cfg.gradient_checkpointing
         self.model.chunked_loss = cfg.loss == "chunked"
+        self.model.balance = cfg.balance
         if self.compute.is_main:
             print(f"{self.base.path}: {self.compute.message}{rmsnorm_message}")
             merged = os.path.join(cfg.out_dir, "ckpt.pt")
@@ -407,6 +409,8 @@ def tune(cfg):
         template = "the model's own" if cfg.template == MODELS_OWN else repr(cfg.template)
         print(f"template: {template}{stripped}")
         print(f"{learned:,} of {total:,} parameters are trained, {learned / total:.2%}")
+        if tuning.model.config.mlp == "moe":
+            print(f"with adapters, {size_text(tuning.model)}")
 
     if not tuning.resumed and not cfg.eval_only:
         task.report("before")

@@ -6,8 +6,9 @@
 
 A whole model comes in without this script: "hf:FOLDER_OR_NAME" stands wherever a checkpoint does, as in
 train.py --init_from=hf:gpt2 or sample.py --out_dir=hf:out/demo-hf. A model becomes a LlamaForCausalLM,
-with qk_norm a Qwen3ForCausalLM, with biases in q, k and v alone (Qwen2's) a Qwen2ForCausalLM, or a
-GPT2LMHeadModel; what has no counterpart is refused.
+with qk_norm a Qwen3ForCausalLM, with biases in q, k and v alone (Qwen2's) a Qwen2ForCausalLM, with
+experts a MixtralForCausalLM or with qk_norm a Qwen3MoeForCausalLM, or a GPT2LMHeadModel; what has no
+counterpart is refused.
 """
 
 import json
@@ -51,7 +52,12 @@ def to_transformers(model):
     weight = model.wte.weight
     # .to(dtype) would round RoPE's frequencies too
     hf_model = AutoModelForCausalLM.from_config(hf_config, dtype=weight.dtype)
-    hf_model.load_state_dict(state)
+    if model.config.mlp == "moe":  # which only from_pretrained joins, of a matrix an expert
+        hf_model = type(hf_model).from_pretrained(
+            None, config=hf_config, state_dict=state, dtype=weight.dtype
+        )
+    else:
+        hf_model.load_state_dict(state)
     return hf_model.to(weight.device).eval()
 
 

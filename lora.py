@@ -5,8 +5,9 @@
     inject(model, LoRAConfig(rank=8))     # only the adapters learn; B starts at zero: the model computes what it did
     merge(model)                          # W becomes W + (alpha / rank) B A, and the model is an ordinary one again
 
-A model is any nn.Module whose Linears have the names in LINEARS. Of its other parts nothing is known
-here.
+A model is any nn.Module whose Linears have the names in LINEARS; among them may be Linears of experts,
+(n, out, in) matrices that `multiply` uses, which get an adapter an expert. Of its other parts nothing is
+known here.
 """
 
 import math
@@ -49,7 +50,7 @@ class LoRAConfig:
 
 class LoRALinear(nn.Module):
     """A Linear and its adapter: A (rank, in), drawn as nn.Linear draws its weight, and B (out, rank),
-    zero; both float32.
+    zero; both float32. For a Linear of n experts n of each.
     """
 
     def __init__(self, base, rank, alpha, dropout):
@@ -57,13 +58,17 @@ class LoRALinear(nn.Module):
         self.base = base
         self.scale = alpha / rank
         self.dropout = nn.Dropout(dropout)
+        self.multiply = getattr(base, "multiply", F.linear)
+        *n, n_out, n_in = base.weight.shape
         device = base.weight.device
-        self.A = nn.Parameter(torch.empty(rank, base.in_features, dtype=torch.float32, device=device))
-        self.B = nn.Parameter(torch.zeros(base.out_features, rank, dtype=torch.float32, device=device))
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))  # as peft, Hugging Face's, does
+        self.A = nn.Parameter(torch.empty(*n, rank, n_in, dtype=torch.float32, device=device))
+        self.B = nn.Parameter(torch.zeros(*n, n_out, rank, dtype=torch.float32, device=device))
+        for matrix in self.A.data.view(-1, rank, n_in):
+            nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))  # as peft, Hugging Face's, does
 
-    def forward(self, x):
-        return self.base(x) + self.scale * F.linear(F.linear(self.dropout(x), self.A), self.B)
+    def forward(self, x, *ends):
+        thin = self.multiply(self.dropout(x), self.A, *ends)
+        return self.base(x, *ends) + self.scale * self.multiply(thin, self.B, *ends)
 
     @torch.no_grad()
     def merged(self):

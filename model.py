@@ -11,6 +11,7 @@ may see (cache and new), C width, H heads, D head_dim, V vocabulary.
 """
 
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
@@ -43,10 +44,13 @@ class ModelConfig:
     rope_scaling: str = "none"   # none | linear:FACTOR | llama3:FACTOR,LOW_FREQ,HIGH_FREQ,ORIGINAL_CONTEXT
     window: int = 0              # tokens that a query of a windowed layer sees, itself included; 0 = all
     window_pattern: str = "S"    # a letter a layer, from the first on and over again: S windowed | L full, as SSSL
-    mlp: str = "swiglu"          # gelu | swiglu
+    mlp: str = "swiglu"          # gelu | swiglu | moe
+    n_expert: int = 8            # moe: MLPs in a layer, each a SwiGLU of width n_inner
+    n_expert_per_token: int = 2  # moe: of them those that a token goes through
+    norm_topk_prob: bool = True  # moe: scores of a token's experts sum to 1 (Mixtral), else to what softmax gave them
     qk_norm: bool = True         # RMSNorm over each head's q and k, before rotation (as Qwen3)
     tie_embeddings: bool = True  # one matrix for the embedding and the output head
-    bias: bool = False           # biases in every Linear but the head, and in LayerNorm
+    bias: bool = False           # biases in every Linear but the head and moe's, and in LayerNorm
     dropout: float = 0.0         # on embeddings, attention weights and both residual branches
     # fmt: on
 
@@ -61,6 +65,8 @@ class ModelConfig:
             "head_dim": 0,
             "block_size": 1,
             "n_inner": 0,
+            "n_expert": 1,
+            "n_expert_per_token": 1,
             "vocab_size": 0,
             "window": 0,
         }
@@ -82,6 +88,11 @@ class ModelConfig:
                 raise ValueError(
                     f"{key} must be one of {' | '.join(choices)}, not {getattr(self, key)!r}"
                 )
+        if self.n_expert_per_token > self.n_expert:
+            raise ValueError(
+                f"a token cannot go through n_expert_per_token={self.n_expert_per_token} of "
+                f"n_expert={self.n_expert} experts"
+            )
         if self.pos == "rope" and self.head_dim % 2:
             raise ValueError(f"rope rotates pairs: head_dim={self.head_dim} must be even")
         if self.pos == "sinusoidal" and self.n_embd % 2:
@@ -511,7 +522,215 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-MLPS = {"gelu": GELU, "swiglu": SwiGLU}
+class Routing(NamedTuple):
+    """Where one layer sends each token."""
+
+    probabilities: Any  # (B, T, n_expert), of all experts: at least float32
+    experts: Any  # (B, T, n_expert_per_token) int64, the likeliest of them
+
+
+class MoE(nn.Module):
+    """A mixture of experts (Shazeer et al. 2017): each token goes through the n_expert_per_token SwiGLUs
+    that a router finds likeliest, and gets the sum of what they return, weighted by their probabilities.
+
+    Tokens are sorted by expert, so that each matrix is multiplied once, whatever it got; nothing waits
+    for the device, and no token is left out. Which experts a token gets depends on that token alone.
+    """
+
+    inner_width = SwiGLU.inner_width
+    routings = None  # see recorded_routings
+
+    def __init__(self, c):
+        super().__init__()
+        self.top_k = c.n_expert_per_token
+        self.norm_topk_prob = c.norm_topk_prob
+        # Qwen3-MoE and OLMoE, which have qk_norm, round the scores to x's dtype; Mixtral's stay float32
+        self.rounds_scores = c.qk_norm
+        self.router = nn.Linear(c.n_embd, c.n_expert, bias=False)
+        self.gate_proj = ExpertLinear(c.n_expert, c.n_embd, c.n_inner)
+        self.up_proj = ExpertLinear(c.n_expert, c.n_embd, c.n_inner)
+        self.down_proj = ExpertLinear(c.n_expert, c.n_inner, c.n_embd)
+        self.down_proj.into_residual = True
+
+    def route(self, x):
+        """Returns the Routing of x (B, T, C) and the scores (B, T, top_k) of the experts in it, computed
+        in float32 at least.
+        """
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        with torch.autocast(autocast_device(x), enabled=False):
+            logits = F.linear(x.to(dtype), self.router.weight.to(dtype))
+        probabilities = logits.softmax(-1)
+        scores, experts = probabilities.topk(self.top_k)
+        if self.norm_topk_prob:
+            scores = scores / scores.sum(-1, keepdim=True)
+        if self.rounds_scores:
+            scores = scores.type_as(x)
+        return Routing(probabilities, experts), scores
+
+    def forward(self, x):
+        routing, scores = self.route(x)
+        if self.routings is not None:
+            self.routings.append(routing)
+        # a row is a token at one of its experts; token t has rows t top_k to (t + 1) top_k
+        experts, order = routing.experts.flatten().sort(stable=True)
+        numbers = torch.arange(routing.probabilities.size(-1), device=x.device)
+        ends = torch.searchsorted(experts, numbers, right=True, out_int32=True)
+        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
+        rows = x.flatten(0, 1).repeat_interleave(self.top_k, 0)
+        rows = Permute.apply(rows, order, inverse)
+        rows = F.silu(self.gate_proj(rows, ends)) * self.up_proj(rows, ends)
+        rows = Permute.apply(self.down_proj(rows, ends), inverse, order)
+        y = rows.view(*scores.shape, -1) * scores[..., None]
+        return y.sum(-2).type_as(rows)
+
+
+@contextmanager
+def recorded_routings(model):
+    """Returns the context in which each layer of experts adds its Routing to a list, which it gives."""
+    routings = []
+    layers = [module for module in model.modules() if isinstance(module, MoE)]
+    for layer in layers:
+        layer.routings = routings
+    try:
+        yield routings
+    finally:  # blocks that are computed anew in the backward pass record nothing
+        for layer in layers:
+            layer.routings = None
+
+
+class ExpertLinear(nn.Module):
+    """A Linear an expert, without biases: weight (n_expert, out_features, in_features)."""
+
+    def __init__(self, n_expert, in_features, out_features):
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.weight = nn.Parameter(torch.empty(n_expert, out_features, in_features))
+
+    def forward(self, rows, ends):
+        return self.multiply(rows, self.weight, ends)
+
+    @staticmethod
+    def multiply(rows, weight, ends):
+        """Returns rows (R, in), of which those of expert e end before ends[e] (int32), each times its
+        expert's matrix of weight (n_expert, out, in): what F.linear is to a Linear.
+        """
+        device_type = autocast_device(rows)
+        if torch.is_autocast_enabled(device_type):
+            dtype = torch.get_autocast_dtype(device_type)
+            rows = rows.to(dtype)
+            weight = weight.to(dtype)
+        return GroupedProduct.apply(rows, weight.mT, ends)
+
+
+def autocast_device(x):
+    """Returns what autocast calls x's device: it does not know meta, on which sizes are counted."""
+    return "cpu" if x.is_meta else x.device.type
+
+
+class Permute(torch.autograd.Function):
+    """Rows of x (R, C) in another order. The gradient takes the inverse order, where autograd, which
+    does not know that nothing is there twice, adds up: slowly, or on a GPU in an order of chance.
+    """
+
+    @staticmethod
+    def forward(ctx, x, order, inverse):
+        ctx.save_for_backward(inverse)
+        return x[order]
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (inverse,) = ctx.saved_tensors
+        return gradient[inverse], None, None
+
+
+class GroupedProduct(torch.autograd.Function):
+    """Rows (R, in) sorted by expert, each times its expert's matrix of (n_expert, in, out): (R, out)."""
+
+    @staticmethod
+    def forward(ctx, rows, matrices, ends):
+        ctx.save_for_backward(rows, matrices, ends)
+        return grouped_product(rows, matrices, ends)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        rows, matrices, ends = ctx.saved_tensors
+        gradient = gradient.contiguous()
+        return (
+            grouped_product(gradient, matrices.mT, ends),
+            grouped_outer(gradient, rows, ends).mT,
+            None,
+        )
+
+
+def grouped_product(rows, matrices, ends):
+    if has_grouped_mm(rows, matrices):
+        return F.grouped_mm(rows, matrices, offs=ends)
+    blocks = Blocks(rows.size(0), ends)
+    return blocks.join(torch.bmm(blocks.split(rows), matrices[blocks.experts]))
+
+
+def grouped_outer(a, b, ends):
+    """Returns the sum of the outer products of each expert's rows of a (R, m) and b (R, n): (n_expert, m, n)."""
+    if has_grouped_mm(a, b):
+        return F.grouped_mm(a.mT, b, offs=ends)
+    blocks = Blocks(a.size(0), ends)
+    products = torch.bmm(blocks.split(a).mT, blocks.split(b))
+    numbers = torch.arange(len(ends), device=a.device)
+    is_of = (numbers[:, None] == blocks.experts).type_as(products)
+    return (is_of @ products.flatten(1)).view(-1, *products.shape[1:])
+
+
+def has_grouped_mm(rows, other):
+    """Returns whether F.grouped_mm multiplies these without waiting for the device: on a GPU, and for the
+    compiler, that is in bfloat16 alone, and strides must be multiples of 16 bytes.
+    """
+    dtypes = [torch.bfloat16]
+    if rows.device.type == "cpu" and not torch.compiler.is_compiling():
+        dtypes += [torch.float32, torch.float16]
+    sizes = rows.size(-1), *other.shape[-2:]
+    is_aligned = all(size * rows.element_size() % 16 == 0 for size in sizes)
+    return rows.device.type in ("cpu", "cuda") and rows.dtype in dtypes and is_aligned
+
+
+class Blocks:
+    """Rows that are sorted by expert, in blocks of one size with one expert each: what stands in for
+    F.grouped_mm on any device, in any dtype and at any size.
+
+    The last block of an expert is filled up with zeros. The number of blocks is that of the worst case,
+    so that no size depends on where the tokens go.
+    """
+
+    LARGEST = 128  # rows
+
+    def __init__(self, R, ends):
+        device = ends.device
+        n_expert = len(ends)
+        self.size = min(self.LARGEST, -(-R // n_expert))
+        n = (R + n_expert * (self.size - 1)) // self.size
+        ends = ends.long()
+        counts = ends.diff(prepend=ends.new_zeros(1))
+        n_blocks = (counts + self.size - 1) // self.size
+        block_ends = n_blocks.cumsum(0)
+        # (n,); the blocks that are left over are zeros, for whichever expert
+        experts = torch.searchsorted(block_ends, torch.arange(n, device=device), right=True)
+        self.experts = experts.clamp(max=n_expert - 1)
+        # (R,): where each row stands in the blocks
+        rows = torch.arange(R, device=device)
+        shifts = self.size * (block_ends - n_blocks) - (ends - counts)
+        self.places = rows + shifts[torch.searchsorted(ends, rows, right=True)]
+
+    def split(self, rows):
+        """Returns rows (R, C) in blocks (n, size, C)."""
+        padded = rows.new_zeros(len(self.experts) * self.size, rows.size(1))
+        return padded.index_copy(0, self.places, rows).view(-1, self.size, rows.size(1))
+
+    def join(self, blocks):
+        """Returns the rows (R, C) in blocks (n, size, C)."""
+        return blocks.flatten(0, 1)[self.places]
+
+
+MLPS = {"gelu": GELU, "swiglu": SwiGLU, "moe": MoE}
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -554,14 +773,15 @@ BLOCKS = {"pre": PreNorm, "post": PostNorm}
 
 
 class Transformer(nn.Module):
-    """A decoder-only language model. Two run-time switches, not part of the architecture, are plain
+    """A decoder-only language model. Three run-time switches, not part of the architecture, are plain
     attributes: gradient_checkpointing (recompute each block in the backward pass: less memory, a third
-    more time) and chunked_loss (never hold all logits at once; then a call with targets returns no
-    logits).
+    more time), chunked_loss (never hold all logits at once; then a call with targets returns no logits)
+    and balance (how much of balance_loss is learned with the loss, in training mode).
     """
 
     gradient_checkpointing = False
     chunked_loss = False
+    balance = 0.0
 
     def __init__(self, config):
         super().__init__()
@@ -602,7 +822,7 @@ class Transformer(nn.Module):
         biases 0. Norms start by themselves: gains 1, biases 0.
         """
         for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
+            if isinstance(module, (nn.Linear, nn.Embedding, ExpertLinear)):
                 nn.init.normal_(module.weight, std=0.02)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
@@ -670,9 +890,11 @@ class Transformer(nn.Module):
         """Returns (logits, loss): logits (B, T, V); loss None without targets, else cross-entropy in
         nats over targets (B, T).
 
-        targets of -100 do not count. reduction: mean | sum | none, the last giving (B, T).
+        targets of -100 do not count. reduction: mean | sum | none, the last giving (B, T). What balance
+        adds to a mean or a sum changes its gradient alone, and never its value.
         """
-        x = self.hidden(idx, cache, doc)
+        with recorded_routings(self) as routings:
+            x = self.hidden(idx, cache, doc)
         if targets is None:
             return self.head(x), None
         logits = None
@@ -688,8 +910,34 @@ class Transformer(nn.Module):
             logits = self.head(x)
             loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction=reduction)
         if reduction == "none":
-            loss = loss.view_as(targets)
+            return logits, loss.view_as(targets)
+        if routings and self.balance and self.training:
+            balance = self.balance * balance_loss(routings, targets, doc, reduction)
+            loss = loss + (balance - balance.detach())
         return logits, loss
+
+
+def balance_loss(routings, targets, doc=None, reduction="mean"):
+    """Returns how unevenly rows of tokens go to experts: n_expert_per_token where each expert gets the
+    same share, up to n_expert where one gets all. A mean over layers and targets (B, T), or their sum.
+
+    As in the Switch Transformer (Fedus et al. 2021), n_expert times the sum over experts of their share
+    of the tokens and their mean probability; but of each row by itself (DeepSeek-V3, 2024, eq. 17), so
+    that it does not depend on which rows share a batch. Padding, of doc -1, is left out.
+    """
+    is_token = torch.ones_like(targets) if doc is None else doc != -1
+    weights = is_token / is_token.sum(1, keepdim=True).clamp(min=1)  # (B, T)
+    rows = 0.0
+    for probabilities, experts in routings:
+        n_expert = probabilities.size(-1)
+        numbers = torch.arange(n_expert, device=experts.device)
+        is_chosen = (experts[..., None] == numbers).sum(2)  # (B, T, n_expert)
+        shares = (weights[..., None] * is_chosen).sum(1)
+        means = (weights[..., None] * probabilities).sum(1)
+        rows = rows + n_expert * (shares * means).sum(-1)  # (B,)
+    n_targets = (targets != -100).sum(1)
+    total = (n_targets * rows).sum() / len(routings)
+    return total if reduction == "sum" else total / n_targets.sum()
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -799,13 +1047,36 @@ def num_params(module):
     return sum(p.numel() for p in module.parameters())
 
 
+def num_active_params(model):
+    """Returns the number of parameters that a token uses: all but the experts that it does not go to."""
+    idle = 0
+    for moe in (module for module in model.modules() if isinstance(module, MoE)):
+        n_expert = moe.router.out_features
+        experts = num_params(moe) - num_params(moe.router)
+        idle += experts // n_expert * (n_expert - moe.top_k)
+    return num_params(model) - idle
+
+
+def size_text(model):
+    """Returns how large a model is, in words: with experts also what of it a token uses."""
+    params = num_params(model)
+    active = num_active_params(model)
+    if active == params:
+        return f"{params:,} parameters"
+    flops = flops_per_token(model, model.config.block_size)
+    return (
+        f"{params:,} parameters ({4 * params / 1e6:,.1f} MB of weights), of which {active:,} are active for "
+        f"a token ({flops / 1e6:,.1f} MFLOP to train on it)"
+    )
+
+
 def flops_per_token(model, T):
     """Returns the floating-point operations of training on one token at context T, forward and backward
     (PaLM, appendix B): 6 for each weight that is multiplied, 12 H D T a layer for scores, not halved for
     causality. Look-ups are no products: neither the embedding nor what is added for positions.
     """
     c = model.config
-    multiplied = num_params(model)
+    multiplied = num_active_params(model)
     if not c.tie_embeddings:
         multiplied -= num_params(model.wte)
     if model.add_pos is not None:

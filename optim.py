@@ -22,7 +22,7 @@ SCHEDULE = (
 
 
 def make_optimizers(model, cfg, compute):
-    """Returns [AdamW], or [AdamW, Muon] with Muon on the matrices inside blocks.
+    """Returns [AdamW], or [AdamW, Muon] with Muon on the matrices inside blocks, each expert's by itself.
 
     By role: what has two dimensions or more decays, vectors and scalars do not. Frozen parameters are in
     no group; every other one is in exactly one. compute: where they compute, and in which dtype Muon
@@ -32,11 +32,8 @@ def make_optimizers(model, cfg, compute):
     hidden = [p for name, p in parameters.items() if p.dim() >= 2 and ".blocks." in f".{name}"]
     outer = [p for name, p in parameters.items() if p.dim() >= 2 and ".blocks." not in f".{name}"]
     vectors = [p for p in parameters.values() if p.dim() < 2]
-    matrices = [p for p in hidden if p.dim() == 2]  # what Muon can make orthogonal
-    use_muon = cfg.optimizer == "muon" and len(matrices) > 0
-    decayed = hidden + outer
-    if use_muon:
-        decayed = [p for p in hidden if p.dim() > 2] + outer
+    use_muon = cfg.optimizer == "muon" and len(hidden) > 0
+    decayed = outer if use_muon else hidden + outer
     scale = cfg.embd_lr_scale if use_muon else 1.0
     groups = [
         {"params": decayed, "weight_decay": cfg.weight_decay, "lr_scale": scale},
@@ -53,7 +50,7 @@ def make_optimizers(model, cfg, compute):
     return [
         adamw,
         Muon(
-            [{"params": matrices, "lr_scale": 1.0}],
+            [{"params": hidden, "lr_scale": 1.0}],
             dtype=muon_dtype(compute),
             lr=cfg.learning_rate,
             momentum=cfg.momentum,
@@ -263,13 +260,14 @@ class Muon(torch.optim.Muon):
     torch.optim.Muon with another step: matrices of one shape go through Newton-Schulz together, in the
     run's own dtype. torch's own always uses bfloat16, one matrix at a time; a CPU without bfloat16
     instructions then takes 25 times as long. In bfloat16 the two give the same weights
-    (tests/test_optim.py).
+    (tests/test_optim.py). A parameter of more than two dimensions is many matrices, which torch's refuses.
     """
 
     _step_supports_amp_scaling = True  # see step_unless
 
     def __init__(self, params, dtype=torch.float32, **kwargs):
-        super().__init__(params, **kwargs)
+        super().__init__([torch.empty(0, 0)], **kwargs)  # checks the settings, and refuses 3 dimensions
+        torch.optim.Optimizer.__init__(self, params, self.defaults)
         self.dtype = dtype
 
     @torch.no_grad()
@@ -283,7 +281,7 @@ class Muon(torch.optim.Muon):
                 self.step_together(params, group)
 
     def step_together(self, params, group):
-        """One update of matrices of one shape. Where found_inf is above 0, momenta and weights stay as
+        """One update of parameters of one shape. Where found_inf is above 0, momenta and weights stay as
         they are, to the bit.
         """
         found_inf = getattr(self, "found_inf", None)
@@ -300,8 +298,10 @@ class Muon(torch.optim.Muon):
             torch._foreach_lerp(grads, momenta, group["momentum"]) if group["nesterov"] else momenta
         )
         updates = torch.stack(updates).to(self.dtype)
-        updates = orthogonalize(updates, group["ns_coefficients"], group["ns_steps"], group["eps"])
-        rows, columns = params[0].shape
+        matrices = updates.flatten(0, -3)
+        matrices = orthogonalize(matrices, group["ns_coefficients"], group["ns_steps"], group["eps"])
+        updates = matrices.view_as(updates)
+        rows, columns = params[0].shape[-2:]
         scale = max(1, rows / columns) ** 0.5
         if group["adjust_lr_fn"] == "match_rms_adamw":
             scale = 0.2 * max(rows, columns) ** 0.5

@@ -15,8 +15,10 @@ from tqdm import tqdm
 
 import toy_stories
 from data import blocks, count_targets, document_slices, evenly, padded, prompt_ids, to
+from model import recorded_routings
 
 STORIES = 500  # of the toy stories that the exact entropy is compared on
+ROUTED_TOKENS = 16384  # of a split, on which it is counted where experts' tokens come from
 COMPLETION_TOKENS = 8192  # of completions and their contexts in a batch
 
 
@@ -61,6 +63,60 @@ def mean_nats(model, rows, make_batch, batch_size, compute):
             sums[i] = torch.tensor([float(nats), float(count_targets(batch))])
     nats, targets = compute.sum(sums).sum(0).tolist()
     return nats / targets
+
+
+def expert_figures(model, data, T, batch_size, compute):
+    """Returns how layers of experts share out a split's tokens (1-D array of ids), on ROUTED_TOKENS of
+    them, evenly spaced and always the same: {"expert_share": of each layer the share of the tokens that
+    each expert gets, "router_entropy": of each layer, in nats a token}. Without experts {}.
+    """
+    if model.config.mlp != "moe":
+        return {}
+    starts = evenly(np.arange(0, len(data) - 1, T), math.ceil(ROUTED_TOKENS / T))
+    batches = np.array_split(starts, math.ceil(len(starts) / batch_size))
+    # of each batch and layer: the tokens of each expert, then all tokens, then their entropies
+    n_layer, n_expert = model.config.n_layer, model.config.n_expert
+    sums = torch.zeros(len(batches), n_layer, n_expert + 2, dtype=torch.float64)
+    with evaluating(model):
+        for i in range(compute.rank, len(batches), compute.world_size):
+            batch = to(blocks(data, batches[i], T), compute.device)
+            is_token = batch["targets"] != -100
+            with compute.autocast(), recorded_routings(model) as routings:
+                model.hidden(batch["idx"])
+            for layer, (probabilities, experts) in enumerate(routings):
+                counts = torch.bincount(experts[is_token].flatten(), minlength=n_expert)
+                entropies = -torch.xlogy(probabilities, probabilities).sum(-1)[is_token]
+                sums[i, layer, :n_expert] = counts.double().cpu()
+                sums[i, layer, n_expert] = float(is_token.sum())
+                sums[i, layer, n_expert + 1] = float(entropies.sum())
+    sums = compute.sum(sums).sum(0)
+    means = sums / sums[:, n_expert : n_expert + 1]
+    return {
+        "expert_share": [[round(share, 5) for share in row[:n_expert].tolist()] for row in means],
+        "router_entropy": [round(row[-1].item(), 4) for row in means],
+    }
+
+
+def expert_line(figures, balance):
+    """Returns a line on expert_figures: which experts are dead, or how far from that they are."""
+    shares = figures["expert_share"]
+    entropy = figures["router_entropy"]
+    seen = f"of {ROUTED_TOKENS:,} validation tokens"
+    dead = [
+        f"{expert} in layer {layer}"
+        for layer, row in enumerate(shares)
+        for expert, share in enumerate(row)
+        if share == 0
+    ]
+    if dead:
+        advice = f"a --balance above {balance:g} spreads tokens more evenly"
+        return f"{len(dead)} experts are dead, they got none {seen}: {', '.join(dead)}; {advice}"
+    least = min(map(min, shares))
+    most = max(map(max, shares))
+    return (
+        f"no expert is dead: each got {least:.1%} to {most:.1%} {seen}; "
+        f"the routers' entropy is {min(entropy):.2f} to {max(entropy):.2f} nats"
+    )
 
 
 def document_nats(model, documents, tokenizer, compute, batch_size=32):

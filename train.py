@@ -41,7 +41,7 @@ from model import (
     mask_bytes,
     model_config,
     model_sizes,
-    num_params,
+    size_text,
 )
 from optim import (
     get_lr,
@@ -55,7 +55,7 @@ from optim import (
 )
 from rmsnorm import choose_rmsnorm
 from sample import generate
-from score import evaluate, floor_line, next_token_loss
+from score import evaluate, expert_figures, expert_line, floor_line, next_token_loss
 
 
 @dataclass
@@ -86,6 +86,7 @@ class TrainConfig:
     beta2: float = 0.95                     # AdamW's
     momentum: float = 0.95                  # Muon's
     grad_clip: float = 1.0                  # largest gradient norm; 0 = any
+    balance: float = 0.01                   # moe: what of the loss that spreads tokens over experts is learned
     loss: str = "plain"                     # plain | chunked (linear_cross_entropy: less memory, never all logits)
     gradient_checkpointing: bool = False    # recompute blocks in the backward pass: less memory, more time
     device: str = "auto"                    # auto | cpu | cuda | cuda:N | mps
@@ -119,6 +120,7 @@ class TrainConfig:
             "lr_decay_iters",
             "weight_decay",
             "grad_clip",
+            "balance",
             "seed",
         )
         for key in never_negative:
@@ -404,8 +406,9 @@ class Meter:
 
 
 def evaluation_line(step, figures, speed):
-    """Returns the line that an evaluation prints."""
-    parts = [f"{name} {value:.4f}" for name, value in figures.items()]
+    """Returns the line that an evaluation prints: of the figures those that are numbers."""
+    numbers = {name: value for name, value in figures.items() if not isinstance(value, list)}
+    parts = [f"{name} {value:.4f}" for name, value in numbers.items()]
     parts += [f"{name} {value:,}" for name, value in speed.items()]
     return f"step {step}: {', '.join(parts)}"
 
@@ -453,13 +456,18 @@ class Pretraining:
         ]
 
     def validate(self, tokens=None):
-        """Returns the figures of the validation split, on about so many tokens: eval_tokens, or 0 for all."""
+        """Returns the figures of the validation split, on about so many tokens: eval_tokens, or 0 for all.
+        Those of experts are lists, of a layer each.
+        """
         cfg = self.cfg
         tokens = cfg.eval_tokens if tokens is None else tokens
         loss = evaluate(
             self.trained, self.data["val"], cfg.block_size, cfg.batch_size, self.compute, tokens
         )
-        return {"val_loss": loss, "val_bits_per_byte": loss * self.bits_per_byte}
+        experts = expert_figures(
+            self.model, self.data["val"], cfg.block_size, cfg.batch_size, self.compute
+        )
+        return {"val_loss": loss, "val_bits_per_byte": loss * self.bits_per_byte, **experts}
 
     def save(self, name, state):
         """Writes a checkpoint of this name to out_dir."""
@@ -653,6 +661,7 @@ def pretrain(cfg):
         model = Transformer(model_config(cfg)).to(compute.device)
     model.gradient_checkpointing = cfg.gradient_checkpointing
     model.chunked_loss = cfg.loss == "chunked"
+    model.balance = cfg.balance
     rmsnorm_message = choose_rmsnorm(model, cfg.rmsnorm, compute)
     if compute.is_main:
         muon_message = ""
@@ -660,7 +669,7 @@ def pretrain(cfg):
             muon_message = f", Muon in {name_of(muon_dtype(compute))}"
         print(f"{compute.message}{muon_message}{rmsnorm_message}")
         print(
-            f"{num_params(model):,} parameters, {len(data['train']):,} training tokens, "
+            f"{size_text(model)}, {len(data['train']):,} training tokens, "
             f"{rows * cfg.block_size:,} tokens a step"
         )
         if resume and not cfg.eval_only and start.state["step"] >= cfg.max_iters:
@@ -681,6 +690,8 @@ def pretrain(cfg):
             f"whole validation split, in windows of {cfg.block_size} tokens: {figures['val_loss']:.4f} nats a token, "
             f"{figures['val_bits_per_byte']:.4f} bits a byte"
         )
+        if "expert_share" in figures:
+            print(expert_line(figures, cfg.balance))
         if meta["source"] == "toy":
             print(floor_line(trained, tokenizer, data["val"], compute))
         if not cfg.eval_only:

@@ -5,14 +5,15 @@
     state = from_hf(data["model_type"], ModelConfig(**keys), tensors, without)
 
 Dicts in, dicts out. What has no counterpart on the other side is a ValueError that names it: nothing is
-ever ignored that would change a logit. Llama, Qwen2, Qwen3, Mistral and GPT-2 come in; Mistral without a
-window goes out as Llama, which it is then.
+ever ignored that would change a logit. Llama, Qwen2, Qwen3, Mistral, GPT-2 and, with experts, Mixtral
+and Qwen3-MoE come in; Mistral without a window goes out as Llama, which it is then.
 """
 
 import math
 import re
 
 import torch
+import torch.nn as nn
 
 from lora import LINEARS, LoRAConfig, inject
 from model import Transformer, model_sizes
@@ -39,6 +40,8 @@ NEEDS = {
     "qwen2": LLAMA_NEEDS,
     "qwen3": LLAMA_NEEDS | {"qk_norm": True, "bias": False},
     "mistral": LLAMA_NEEDS | {"bias": False},
+    "mixtral": LLAMA_NEEDS | {"mlp": "moe", "norm_topk_prob": True, "bias": False},
+    "qwen3_moe": LLAMA_NEEDS | {"mlp": "moe", "qk_norm": True},
     "gpt2": GPT2_NEEDS,
 }
 CLASSES = {
@@ -46,6 +49,8 @@ CLASSES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "mistral": "MistralForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
     "gpt2": "GPT2LMHeadModel",
 }
 # patterns of our biases that Qwen2 does not have: its q, k and v alone have some
@@ -53,18 +58,23 @@ QWEN2_WITHOUT = [r"\.o_proj\.bias$", r"\.mlp\..*bias$"]
 
 
 def choose_kind(c):
-    """Returns llama, qwen3, mistral or gpt2. Raises ValueError for settings that have no counterpart."""
+    """Returns llama, qwen3, mistral, mixtral, qwen3_moe or gpt2. Raises ValueError for settings that have
+    no counterpart.
+    """
+    types = set(layer_types(c))
     kind = "llama"
     if c.pos == "learned":
         kind = "gpt2"
+    elif c.mlp == "moe":
+        kind = "qwen3_moe" if c.qk_norm else "mixtral"
     elif c.qk_norm:
         kind = "qwen3"
-    elif "sliding_attention" in layer_types(c):
+    elif "sliding_attention" in types:
         kind = "mistral"
     needs = NEEDS[kind]
     if kind == "gpt2":
         needs = needs | {"n_kv_head": c.n_head, "n_embd": c.n_head * c.head_dim, "window": 0}
-    if kind == "mistral" and "full_attention" in layer_types(c):
+    if kind != "qwen3" and len(types) == 2:
         needs = needs | {"window_pattern": "S"}
     wrong = []
     for key, value in needs.items():
@@ -105,6 +115,18 @@ GPT2_NAMES = {
     "up_proj": "c_fc",
     "down_proj": "c_proj",
 }
+QWEN3_MOE_NAMES = LLAMA_NAMES | {"router": "gate"}
+MIXTRAL_NAMES = QWEN3_MOE_NAMES | {
+    "mlp": "block_sparse_moe",
+    "gate_proj": "w1",
+    "up_proj": "w3",
+    "down_proj": "w2",
+}
+NAMES = dict.fromkeys(CLASSES, LLAMA_NAMES) | {
+    "gpt2": GPT2_NAMES,
+    "mixtral": MIXTRAL_NAMES,
+    "qwen3_moe": QWEN3_MOE_NAMES,
+}
 BUFFERS = r"\.rotary_emb\.inv_freq$|(^|\.)h\.\d+\.attn\.(masked_)?bias$"
 
 
@@ -117,9 +139,10 @@ def locate(kind, key):
     if key == "head.weight":
         return "lm_head.weight", None, False
     parts = key.split(".")
+    names = [NAMES[kind].get(part, part) for part in parts]
     if kind != "gpt2":
-        return ".".join(["model", *(LLAMA_NAMES.get(part, part) for part in parts)]), None, False
-    name = ".".join(["transformer", *(GPT2_NAMES.get(part, part) for part in parts)])
+        return ".".join(["model", *names]), None, False
+    name = ".".join(["transformer", *names])
     module, parameter = parts[-2:]
     if not module.endswith("_proj"):
         return name, None, False
@@ -136,7 +159,7 @@ def to_hf(c, state):
     if kind == "llama" and has_qwen2_biases(c, state):
         kind = "qwen2"
         state = {key: x for key, x in state.items() if not is_absent(key, QWEN2_WITHOUT)}
-    return write_config(kind, c), tensors_to_hf(kind, state)
+    return write_config(kind, c), tensors_to_hf(kind, split_experts(state))
 
 
 def has_qwen2_biases(c, state):
@@ -150,6 +173,33 @@ def has_qwen2_biases(c, state):
 
 def is_absent(key, without):
     return any(re.search(pattern, key) for pattern in without)
+
+
+def split_experts(state):
+    """Returns a state dict with a matrix an expert, "blocks.0.mlp.experts.3.up_proj.weight", as Hugging
+    Face's files have them, where ours has one tensor of all, "blocks.0.mlp.up_proj.weight".
+    """
+    matrices = {}
+    for key, x in state.items():
+        if x.dim() < 3:
+            matrices[key] = x
+            continue
+        mlp, projection, parameter = key.rsplit(".", 2)
+        for expert, matrix in enumerate(x):
+            matrices[f"{mlp}.experts.{expert}.{projection}.{parameter}"] = matrix
+    return matrices
+
+
+def join_experts(matrices):
+    """Returns our state dict of what split_experts returns."""
+    state = {}
+    for key, x in matrices.items():
+        joined = re.sub(r"\.experts\.\d+\.", ".", key)
+        if joined == key:
+            state[key] = x
+        else:
+            state.setdefault(joined, []).append(x)
+    return {key: torch.stack(x) if isinstance(x, list) else x for key, x in state.items()}
 
 
 def tensors_to_hf(kind, state):
@@ -178,7 +228,7 @@ def from_hf(kind, c, tensors, without):
     if model_sizes(c).matrices > count_stored_numbers(tensors.values()):
         raise ValueError("the tensors have fewer numbers than config.json needs")
     with torch.device("meta"):
-        meta_state = Transformer(c).state_dict()
+        meta_state = split_experts(Transformer(c).state_dict())
     shapes = {name: tuple(x.shape) for name, x in tensors_to_hf(kind, meta_state).items()}
     tensors = {full_name(kind, name): x for name, x in tensors.items() if not re.search(BUFFERS, name)}
     if c.tie_embeddings:
@@ -198,7 +248,7 @@ def from_hf(kind, c, tensors, without):
         state[key] = x.float().contiguous()
     if c.tie_embeddings:
         state["head.weight"] = state["wte.weight"]
-    return state
+    return join_experts(state)
 
 
 def full_name(kind, name):
@@ -251,13 +301,26 @@ GPT2_SIZES = {
     "block_size": "n_positions",
     "vocab_size": "vocab_size",
 }
-SIZES = dict.fromkeys(CLASSES, LLAMA_SIZES) | {"gpt2": GPT2_SIZES}
-# names that GPT2Config takes for its own
-GPT2_ALIASES = {
-    "hidden_size": "n_embd",
-    "max_position_embeddings": "n_positions",
-    "num_attention_heads": "n_head",
-    "num_hidden_layers": "n_layer",
+MIXTRAL_SIZES = LLAMA_SIZES | {
+    "n_expert": "num_local_experts",
+    "n_expert_per_token": "num_experts_per_tok",
+}
+# version 4 of transformers has n_expert under this name, and version 5 under Mixtral's
+QWEN3_MOE_SIZES = MIXTRAL_SIZES | {"n_inner": "moe_intermediate_size", "n_expert": "num_experts"}
+SIZES = dict.fromkeys(CLASSES, LLAMA_SIZES) | {
+    "mixtral": MIXTRAL_SIZES,
+    "qwen3_moe": QWEN3_MOE_SIZES,
+    "gpt2": GPT2_SIZES,
+}
+# names that a kind's config class takes for its own
+ALIASES = dict.fromkeys(CLASSES, {}) | {
+    "qwen3_moe": {"num_local_experts": "num_experts"},
+    "gpt2": {
+        "hidden_size": "n_embd",
+        "max_position_embeddings": "n_positions",
+        "num_attention_heads": "n_head",
+        "num_hidden_layers": "n_layer",
+    },
 }
 
 # what a missing key amounts to, as in the kind's config class, where that is not what all of them have
@@ -267,8 +330,21 @@ DEFAULTS = {
     "qwen2": QWEN_DEFAULTS,
     "qwen3": QWEN_DEFAULTS | {"head_dim": 128},
     "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "mixtral": {
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-5,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+    },
+    "qwen3_moe": {
+        "num_key_value_heads": 4,
+        "sliding_window": 4096,
+        "moe_intermediate_size": 768,
+        "num_experts_per_tok": 8,
+    },
     "gpt2": {},
 }
+DEFAULT_THETAS = {"mixtral": 1e6}  # of RoPE; 10,000 for all others
 
 # keys that may have one value only; any other would compute something that our model does not
 COMMON_FIXED = {
@@ -291,6 +367,9 @@ FIXED = {
     "qwen2": ROPE_FIXED | {"attention_bias": True, "mlp_bias": False},
     "qwen3": ROPE_FIXED | {"mlp_bias": False},
     "mistral": ROPE_FIXED | {"attention_bias": False, "mlp_bias": False, "use_sliding_window": False},
+    "mixtral": ROPE_FIXED | {"attention_bias": False, "mlp_bias": False, "use_sliding_window": False},
+    # experts in each layer
+    "qwen3_moe": ROPE_FIXED | {"mlp_bias": False, "decoder_sparse_step": 1, "mlp_only_layers": []},
     "gpt2": {
         **COMMON_FIXED,
         "activation_function": "gelu_new",
@@ -304,18 +383,24 @@ ROPE_READ = set(
     """num_key_value_heads head_dim rms_norm_eps tie_word_embeddings rope_theta rope_scaling
     rope_parameters layer_types sliding_window""".split()
 )
+# about training
+ROUTER_HARMLESS = {"output_router_logits", "router_aux_loss_coef", "router_jitter_noise"}
 READ = {
     "llama": ROPE_READ | {"attention_bias", "mlp_bias"},
     "qwen2": ROPE_READ | {"use_sliding_window"},
     "qwen3": ROPE_READ | {"use_sliding_window", "attention_bias"},
     "mistral": ROPE_READ,
+    "mixtral": ROPE_READ | ROUTER_HARMLESS,
+    # intermediate_size is of layers without experts, of which there are none
+    "qwen3_moe": ROPE_READ
+    | ROUTER_HARMLESS
+    | {"use_sliding_window", "attention_bias", "norm_topk_prob", "intermediate_size"},
     "gpt2": {
         "layer_norm_epsilon",
         "tie_word_embeddings",
         "resid_pdrop",
         "embd_pdrop",
         "attn_pdrop",
-        *GPT2_ALIASES,
     },
 }
 
@@ -350,13 +435,13 @@ WORDS = """act(?!ual) adapter alibi alpha attention attn bias cap(_|$|ping) caus
 REASONS = {
     "auto_map": "its author's own code computes it, which is not run here",
     "quant|compress": "weights of fewer bits are not read here",
-    "expert|moe|router": "there are no experts here",
+    "expert|moe|router": "there are no experts here, but of Mixtral and Qwen3-MoE",
     "window|chunk": "such windows are not here",
     "no_rope|nope": "layers without positions among others are not here",
     "|".join(WORDS.split()): "it may change what is computed; take it out of config.json if it does not",
 }
 KIND_REASONS = {
-    "moe|mixtral|olmoe|gpt_oss|deepseek|dbrx|jamba": "it has experts",
+    "moe|gpt_oss|deepseek|dbrx|jamba": "it has experts of another kind than Mixtral's and Qwen3-MoE's",
     "smollm3": "one layer in four has no positions",
     "gemma": "its norms multiply by 1 + weight and its embedding is scaled",
     "phi3": "its q, k and v are one tensor",
@@ -395,8 +480,7 @@ def read_config(data):
         raise ValueError(f"{problem}; only {', '.join(CLASSES)} are read here")
     check_keys(kind, data)
     data = DEFAULTS[kind] | data
-    if kind == "gpt2":
-        data = rename_aliases(data)
+    data = rename_aliases(kind, data)
     sizes = read_sizes(kind, data)
     if kind == "gpt2":
         return sizes | GPT2_NEEDS | read_gpt2_settings(data), []
@@ -409,7 +493,7 @@ def unknown_keys(data):
     read_config passes over those that it does not refuse for a word in their names.
     """
     kind = data["model_type"]
-    known = HARMLESS | READ[kind] | FIXED[kind].keys() | set(SIZES[kind].values())
+    known = HARMLESS | READ[kind] | FIXED[kind].keys() | set(SIZES[kind].values()) | ALIASES[kind].keys()
     return [key for key, value in data.items() if key not in known and value not in (None, {}, [], "")]
 
 
@@ -428,10 +512,10 @@ def check_keys(kind, data):
             raise ValueError(f"{key} is {value!r:.60}; here it can only be {expected!r}")
 
 
-def rename_aliases(data):
-    """Returns config.json with GPT-2's own names. Raises ValueError where both have a value."""
+def rename_aliases(kind, data):
+    """Returns config.json with a kind's own names. Raises ValueError where both have a value."""
     data = dict(data)
-    for alias, key in GPT2_ALIASES.items():
+    for alias, key in ALIASES[kind].items():
         value = data.pop(alias, None)
         if value is not None and data.setdefault(key, value) != value:
             raise ValueError(f"{alias} is {value!r:.60} beside {key} {data[key]!r:.60}")
@@ -469,13 +553,15 @@ def read_llama_config(kind, data, sizes):
         if keys["head_dim"] < 1:
             raise ValueError(f"head_dim is {keys['head_dim']}")
     keys |= read_windows(kind, data, sizes)
-    theta, scaling = read_rope(data)
+    theta, scaling = read_rope(data, DEFAULT_THETAS.get(kind, 10000.0))
     if data.get("num_key_value_heads") is not None:
         keys["n_kv_head"] = read_number(data, "num_key_value_heads", kind=int)
     keys["norm_eps"] = float(read_number(data, "rms_norm_eps", 1e-6))
     keys["tie_embeddings"] = read_flag(data, "tie_word_embeddings")
     keys["rope_theta"] = float(theta)
     keys["rope_scaling"] = scaling
+    if kind == "qwen3_moe":
+        keys["norm_topk_prob"] = read_flag(data, "norm_topk_prob")
     if kind == "qwen2":
         return keys | {"bias": True}, QWEN2_WITHOUT
     attention_bias = read_flag(data, "attention_bias")
@@ -493,19 +579,20 @@ def read_windows(kind, data, sizes):
     """Returns our window and window_pattern, nothing where each layer sees the whole context. Raises
     ValueError.
 
-    All layers of a Mistral have the window. Qwen has one only with use_sliding_window, in the layers that
-    layer_types names, without it those from max_window_layers on. In a Llama attention ignores
-    sliding_window, but transformers' cache obeys it.
+    All layers of a Mistral and a Mixtral have the window. Qwen has one only with use_sliding_window, in
+    the layers that layer_types names, without it those from max_window_layers on, Qwen3-MoE in all. In a
+    Llama attention ignores sliding_window, but transformers' cache obeys it.
     """
     n_layer, context = sizes["n_layer"], sizes["block_size"]
     full, sliding = "full_attention", "sliding_attention"
     is_qwen = kind.startswith("qwen")
     is_used = not is_qwen or read_flag(data, "use_sliding_window")
+    may_mix = kind in ("qwen2", "qwen3")
     types = data.get("layer_types")
     if types is None:
-        first = 0
-        if is_qwen:
-            first = read_number(data, "max_window_layers", kind=int) if is_used else n_layer
+        first = 0 if is_used else n_layer
+        if is_used and may_mix:
+            first = read_number(data, "max_window_layers", kind=int)
         types = [full if layer < first else sliding for layer in range(n_layer)]
     elif not isinstance(types, list) or len(types) != n_layer or set(map(str, types)) - {full, sliding}:
         raise ValueError(
@@ -513,12 +600,12 @@ def read_windows(kind, data, sizes):
         )
     if sliding in types and not is_used:
         raise ValueError(f"layer_types is {types!r:.60} without use_sliding_window")
-    if data.get("sliding_window") is None or is_qwen and sliding not in types:
+    if data.get("sliding_window") is None or may_mix and sliding not in types:
         return {}
     window = read_number(data, "sliding_window", kind=int)
     if window >= context:
         return {}
-    if kind == "llama" or window < 1 or full in types and not is_qwen:
+    if kind == "llama" or window < 1 or full in types and not may_mix:
         problem = f"sliding_window is {window} in a context of {context}: not here in a {CLASSES[kind]}"
         advice = f"with max_position_embeddings {window} in config.json there is none"
         raise ValueError(f"{problem}; {advice}" if window > 0 else problem)
@@ -535,7 +622,7 @@ SCALINGS = {
 }
 
 
-def read_rope(data):
+def read_rope(data, default_theta=10000.0):
     """Returns (rope_theta, rope_scaling) from transformers' keys. Raises ValueError.
 
     Version 4 of transformers has rope_theta and rope_scaling, version 5 rope_parameters; both may be
@@ -556,7 +643,7 @@ def read_rope(data):
         raise ValueError(f"{shown}, of which only one can be meant")
     if len(set(thetas)) > 1:
         raise ValueError(f"rope_theta is {' beside another one, '.join(map(str, thetas))}")
-    return thetas[0] if thetas else 10000.0, scalings[0] if scalings else "none"
+    return thetas[0] if thetas else default_theta, scalings[0] if scalings else "none"
 
 
 def read_scaling(params):
@@ -610,18 +697,27 @@ def write_config(kind, c):
         "rope_scaling": scaling,
         "rope_parameters": {"rope_theta": c.rope_theta, **(scaling or {"rope_type": "default"})},
     }
-    if kind in ("llama", "qwen3"):
+    if kind == "qwen3_moe":
+        data |= {
+            "num_local_experts": c.n_expert,
+            "intermediate_size": c.n_inner,
+            "norm_topk_prob": c.norm_topk_prob,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+        }
+    if kind in ("llama", "qwen3", "qwen3_moe"):
         data["attention_bias"] = c.bias
     if kind == "llama":
         data["mlp_bias"] = c.bias
-    if kind == "mistral":
-        data["sliding_window"] = c.window
     types = layer_types(c)
-    if kind == "qwen3" and "sliding_attention" in types:
-        # transformers before 4.53 knows no layer_types, only how many full layers come first
-        full_first = types.index("sliding_attention")
+    if kind in ("mistral", "mixtral"):
+        data["sliding_window"] = c.window_of(0) or None
+    elif "sliding_attention" in types:
         data |= {"use_sliding_window": True, "sliding_window": c.window}
-        data |= {"max_window_layers": full_first, "layer_types": types}
+        if kind == "qwen3":
+            # transformers before 4.53 knows no layer_types, only how many full layers come first
+            full_first = types.index("sliding_attention")
+            data |= {"max_window_layers": full_first, "layer_types": types}
     return data
 
 
@@ -666,6 +762,11 @@ def to_peft(c, lora, adapters):
     modules = {}  # name -> [(third, A, B)] of our Linears in it
     for key, A in adapters.items():
         linear, _, part = key.rpartition(".")
+        if A.dim() > 2:
+            raise ValueError(
+                f"{linear} has an adapter an expert, and PEFT's layout of those is not written here: "
+                "finetune_lora.py --merge makes a whole model, which hf.py writes"
+            )
         if part == "A":
             name, third, _ = locate(kind, f"{linear}.weight")
             module = name.removesuffix(".weight")
@@ -776,7 +877,11 @@ def from_peft(c, data, tensors):
     with torch.device("meta"):
         model = Transformer(c)
     modules = model.named_modules()
-    linears = {name: module for name, module in modules if name.rpartition(".")[2] in LINEARS}
+    linears = {
+        name: module
+        for name, module in modules
+        if name.rpartition(".")[2] in LINEARS and isinstance(module, nn.Linear)
+    }
     parts = {}  # our Linear's name -> (A, B, scale)
     names = set()
     for key, linear in linears.items():

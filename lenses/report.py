@@ -8,8 +8,8 @@ from measure import align
 
 REFERENCES = {"unseen": "real, unseen", "training": "real, training"}
 EQUAL = "= where the difference is within chance, or copied text is in the way"
-FACTS = ["checkpoint", "trained on", "parameters", "step", "vocabulary", "context"]
-FACT_KEYS = ["parameters", "step", "vocab_size", "block_size"]
+FACTS = ["checkpoint", "trained on", "parameters", "active", "step", "vocabulary", "context"]
+FACT_KEYS = ["parameters", "active_parameters", "step", "vocab_size", "block_size"]
 NOT_IN_JSON = "texts", "right", "wrong", "made_up"
 FRESH = 0.9  # the mark from which a text counts as one that does not repeat itself
 MUCH_COPIED = 0.5  # of the words, more than real text shares with the training text

@@ -173,6 +173,29 @@ def test_figures_agree_with_each_other(everything):
     assert norm["add", "forward"] == 4 * 32 * 16 * 4 + 32 * 4 + 16 * 4
 
 
+def test_experts_are_compared_with_a_dense_model_of_their_active_size(everything):
+    _, _, results = everything
+    rows = {(row["what"], row["optimizer"]): row for row in results["figures"]["experts"]}
+    dense = rows["dense", "adamw"]
+    experts = rows["experts", "adamw"]
+    C, I = 16, 64
+    router = 8 * C
+    assert dense["parameters"] == dense["active"]
+    assert experts["active"] - dense["active"] == 2 * router
+    assert experts["parameters"] - experts["active"] == 2 * 6 * 3 * C * I // 2
+    assert dense["against"] == rows["dense", "muon"]["against"] == 1
+    assert experts["against"] == pytest.approx(experts["ms"] / dense["ms"])
+
+
+def test_a_decoding_step_reads_the_experts_that_its_rows_go_to():
+    model = bench.build_model(config("--mlp=moe", "--n_inner=8", "--n_expert=8"))
+    expert = 4 * 3 * 16 * 8
+    all_read = bench.count_bytes_a_step(model, 4)
+    assert all_read == 4 * sum(p.numel() for p in model.parameters())
+    assert all_read - bench.count_bytes_a_step(model, 1) == 2 * 6 * expert
+    assert all_read - bench.count_bytes_a_step(model, 2) == 2 * 4 * expert
+
+
 def test_the_cache_table_from_a_shell():
     result = shell("bench", "kvcache", "--json", *TINY, "--n_embd=48", "--n_head=6")
     assert result.returncode == 0, result.stderr

@@ -38,8 +38,9 @@ from tokenizer import Tokenizer
 PLAIN_OPS = set(
     """
     Add And Cast Concat Cos Div Equal Expand Gather GatherElements GatherND Gemm Greater
-    Identity LayerNormalization Less LessOrEqual MatMul Mul Neg Not Pow Range ReduceMean Reshape Shape
-    Sigmoid Sin Slice Softmax Split Sqrt Squeeze Sub Tanh Tile Transpose Unsqueeze Where
+    Identity LayerNormalization Less LessOrEqual MatMul Mul Neg Not Pow Range ReduceMean ReduceSum Reshape
+    ScatterElements Shape Sigmoid Sin Slice Softmax Split Sqrt Squeeze Sub Tanh Tile TopK Transpose
+    Unsqueeze Where
     """.split()
 )
 
@@ -124,6 +125,8 @@ def check_file(path, model):
     repository = str(Path(export_onnx.__file__).parent)
     for trace in ".py", "site-packages", "stack_trace", home, repository:
         assert trace.encode() not in data, trace
+    experts = {prop.key: prop.value for prop in proto.metadata_props}.get("experts", "")
+    assert experts.startswith("dense") == (model.config.mlp == "moe")
     params = num_params(model)
     assert 0 < len(data) - 4 * params <= max(100_000, 0.04 * params)
 
@@ -503,6 +506,11 @@ GRID = [
     ("sinusoidal", "rmsnorm", "pre", "gelu", 1, True, False, True),
     ("rope", "rmsnorm", "pre", "swiglu", 4, True, True, True),
     ("rope", "layernorm", "post", "gelu", 2, True, False, True),
+    ("learned", "layernorm", "pre", "moe", 1, True, True, True),
+    ("sinusoidal", "rmsnorm", "post", "moe", 2, False, False, False),
+    ("rope", "rmsnorm", "pre", "moe", 4, True, True, False),
+    ("alibi", "layernorm", "post", "moe", 4, False, False, True),
+    ("none", "rmsnorm", "pre", "moe", 2, True, False, False),
     ("rope", "rmsnorm", "pre", "swiglu", 1, False, False, False),
     ("alibi", "rmsnorm", "post", "gelu", 1, True, False, False),
     ("alibi", "rmsnorm", "pre", "swiglu", 2, False, True, False),
@@ -546,13 +554,15 @@ def test_every_setting(settings, tmp_path):
     int8_file = onnx.load(path)
     export_onnx.quantize(int8_file)
     linears = sum(isinstance(module, torch.nn.Linear) for module in model.modules())
-    joined = 2 + (model.config.mlp == "swiglu")  # in a block: k and v with q, up with gate
+    # in a block: k and v with q, up with gate; of experts two products are no Linears
+    joined = {"gelu": 2, "swiglu": 3, "moe": 1}[model.config.mlp]
     products = sum(node.op_type == "MatMulInteger" for node in int8_file.graph.node)
     assert products == linears - joined * model.config.n_layer
     int8_path = tmp_path / "model_int8.onnx"
     int8_path.write_bytes(int8_file.SerializeToString())
     int8 = onnx_model.open_session(str(int8_path), model.config)
-    assert 1e-5 < int8_error(model, int8) < 0.15
+    # a token whose experts are others by rounding is far off
+    assert 1e-5 < int8_error(model, int8) < (0.3 if model.config.mlp == "moe" else 0.15)
 
 
 # -----------------------------------------------------------------------------------------------------

@@ -253,6 +253,7 @@ LLAMA3 = {
     "original_max_position_embeddings": 16,
 }
 LINEAR = {"rope_type": "linear", "factor": 2.5, "rope_theta": 10000.0}
+QWEN3_MOE = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "head_dim": 16}
 FOLDERS = {
     "llama": ("llama", {}),
     "tied": ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 1}),
@@ -273,6 +274,10 @@ FOLDERS = {
     "qwen3 biases": ("qwen3", {"attention_bias": True}),
     "wide heads": ("llama", {"head_dim": 20}),
     "qwen3 0.6B": ("qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
+    "mixtral": ("mixtral", {"num_local_experts": 5, "shard": "10KB"}),
+    "mixtral tied": ("mixtral", {"tie_word_embeddings": True, "num_experts_per_tok": 1}),
+    "qwen3_moe": ("qwen3_moe", QWEN3_MOE),
+    "qwen3_moe normalised": ("qwen3_moe", QWEN3_MOE | {"norm_topk_prob": True, "attention_bias": True}),
     "gpt2": ("gpt2", {}),
     "gpt2 untied": (
         "gpt2",
@@ -453,6 +458,22 @@ MODELS = {
         "llama",
         {"qk_norm": True, "window": 16, "window_pattern": "LS"},
         "Qwen3ForCausalLM",
+    ),
+    "mixtral": ("llama", {"mlp": "moe", "n_expert": 5, "n_inner": 40}, "MixtralForCausalLM"),
+    "qwen3_moe": (
+        "llama",
+        {"mlp": "moe", "qk_norm": True, "n_inner": 40, "norm_topk_prob": False},
+        "Qwen3MoeForCausalLM",
+    ),
+    "mixtral with windows": (
+        "llama",
+        {"mlp": "moe", "n_expert": 4, "n_inner": 40, "window": 16},
+        "MixtralForCausalLM",
+    ),
+    "qwen3_moe with windows": (
+        "llama",
+        {"mlp": "moe", "qk_norm": True, "n_inner": 40, "window": 16},
+        "Qwen3MoeForCausalLM",
     ),
     "gpt2": ("gpt2", {"dropout": 0.1}, "GPT2LMHeadModel"),
     "gpt2 untied": ("gpt2", {"tie_embeddings": False}, "GPT2LMHeadModel"),

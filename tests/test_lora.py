@@ -28,7 +28,7 @@ def adapted(seed=3, rank=3, target="all", dropout=0.0, **toggles):
 def linears(target, mlp="swiglu"):
     """Returns the names of the layers that target chooses in a model with this MLP."""
     names = LINEARS if target == "all" else target.split(",")
-    return [name for name in names if name != "gate_proj" or mlp == "swiglu"]
+    return [name for name in names if name != "gate_proj" or mlp != "gelu"]
 
 
 def test_one_layer_by_hand():
@@ -45,7 +45,7 @@ def test_one_layer_by_hand():
 
 @pytest.mark.parametrize("norm_position", ["pre", "post"])
 @pytest.mark.parametrize("n_kv_head", [4, 2, 1])
-@pytest.mark.parametrize("mlp", ["swiglu", "gelu"])
+@pytest.mark.parametrize("mlp", ["swiglu", "gelu", "moe"])
 def test_zero_b_changes_no_bit_and_merged_is_unmerged(mlp, n_kv_head, norm_position):
     toggles = dict(mlp=mlp, n_kv_head=n_kv_head, norm_position=norm_position)
     idx = tokens()
@@ -70,6 +70,21 @@ def test_zero_b_changes_no_bit_and_merged_is_unmerged(mlp, n_kv_head, norm_posit
             assert model.head.weight is model.wte.weight
             changed = [name for name in weights if not torch.equal(merged[name], weights[name].double())]
             assert {name.split(".")[-2] for name in changed} == set(linears(target, mlp))
+
+
+def test_each_expert_has_an_adapter_of_its_own():
+    """Which has a gradient, and is drawn as one of a Linear."""
+    model = build(mlp="moe").train()
+    inject(model, LoRAConfig(rank=4))
+    assert model.blocks[0].mlp.gate_proj.A.shape == (8, 4, 32)
+    assert model.blocks[0].mlp.down_proj.B.shape == (8, 32, 4)
+    for name, x in lora.state_dict(model).items():
+        if name.endswith("A"):
+            bound = x.size(-1) ** -0.5
+            assert 0.85 * bound < x.abs().max() <= bound, name
+    assert lora.trainable(model)[0] == 2 * 4 * (2 * 64 + 2 * 64 + 8 * 3 * 80)
+    model(tokens(8), targets=tokens(8, seed=5))[1].backward()
+    assert (model.blocks[0].mlp.up_proj.B.grad.abs().amax((1, 2)) > 0).all()
 
 
 def test_a_half_precision_weight_is_merged_in_float32():

@@ -3,9 +3,11 @@
 import itertools
 import math
 import re
+from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from model import (
@@ -17,16 +19,22 @@ from model import (
     ALiBi,
     KVCache,
     ModelConfig,
+    MoE,
     RoPE,
+    Routing,
     Transformer,
     activation_bytes,
     attention_mask,
+    balance_loss,
     flops_per_token,
     kv_cache_bytes,
     mask_bytes,
+    num_active_params,
     num_params,
+    recorded_routings,
     rope_frequencies,
     rotate,
+    size_text,
 )
 
 V, T = 61, 16
@@ -175,7 +183,7 @@ def test_in_bfloat16_hidden_tokens_change_no_bit(pos, autocast):
 
 
 def test_the_grid_is_whole():
-    assert len(GRID) == 480
+    assert len(GRID) == 720
 
 
 def test_a_cached_document_can_be_followed_by_another():
@@ -331,6 +339,21 @@ def test_num_params_by_hand():
     assert flops_per_token(untied, T) == flops_per_token(model, T) == flops
 
 
+def test_num_active_params_by_hand():
+    """Of 8 experts a token uses 2, and the router."""
+    C, I, L = 32, 48, 2
+    model = build(mlp="moe")
+    swiglu = build(bias=False)
+    expert = 3 * C * I
+    assert num_params(model) == num_params(swiglu) + L * (7 * expert + 8 * C)
+    assert num_active_params(model) == num_params(swiglu) + L * (expert + 8 * C)
+    assert num_active_params(swiglu) == num_params(swiglu)
+    assert flops_per_token(model, T) == 6 * num_active_params(model) + 12 * L * C * T
+    assert f"{num_params(model):,} parameters" in size_text(model)
+    assert f"{num_active_params(model):,} are active" in size_text(model)
+    assert size_text(swiglu) == f"{num_params(swiglu):,} parameters"
+
+
 def test_n_inner_and_kv_heads_are_chosen():
     assert ModelConfig(n_embd=192).n_inner == 512
     assert ModelConfig(n_embd=128).n_inner == 352
@@ -362,6 +385,9 @@ def test_n_inner_and_kv_heads_are_chosen():
         ({"rope_theta": -1.0}, "rope_theta"),
         ({"n_embd": 9, "n_head": 1, "pos": "sinusoidal"}, "even"),
         ({"n_inner": -4}, "n_inner"),
+        ({"n_expert": 0}, "n_expert"),
+        ({"n_expert_per_token": 0}, "n_expert_per_token"),
+        ({"n_expert": 4, "n_expert_per_token": 5}, "n_expert_per_token=5 of n_expert=4"),
     ],
 )
 def test_impossible_shapes_are_refused(settings, message):
@@ -502,3 +528,126 @@ def test_autocast_is_close_to_float32_for_each_position():
                 rough_logits = cached(model, idx, [10, 1, 5])
         assert math.isclose(rough_loss, loss, rel_tol=0.05)
         assert (rough_logits.float() - logits).abs().max() < 0.5
+
+
+def dense_moe(moe, x):
+    """What a layer of experts returns for x (B, T, C): each expert on each token, most of them times 0."""
+    probabilities = F.linear(x, moe.router.weight).softmax(-1)
+    scores, experts = probabilities.topk(moe.top_k)
+    if moe.norm_topk_prob:
+        scores = scores / scores.sum(-1, keepdim=True)
+    weights = torch.zeros_like(probabilities).scatter(-1, experts, scores)
+    y = 0.0
+    for e in range(moe.router.out_features):
+        h = F.silu(x @ moe.gate_proj.weight[e].T) * (x @ moe.up_proj.weight[e].T)
+        y = y + weights[..., e, None] * (h @ moe.down_proj.weight[e].T)
+    return y
+
+
+def moe_layer(n_embd=32, n_inner=48, **settings):
+    """Returns a layer of experts, its weights redrawn."""
+    config = ModelConfig(n_embd=n_embd, n_inner=n_inner, head_dim=8, mlp="moe", **settings)
+    return redraw(MoE(config))
+
+
+def moe_gradients(forward, moe, x):
+    """Returns a layer's output for x, and the gradients of x and of all its weights."""
+    x = x.clone().requires_grad_()
+    y = forward(x)
+    weights = torch.linspace(-1, 1, y.size(-1), dtype=y.dtype)
+    return y.detach(), *torch.autograd.grad((y * weights).sum(), [x, *moe.parameters()])
+
+
+@pytest.mark.parametrize("n_embd, n_inner, R", [(32, 48, 40), (30, 7, 40), (32, 48, 1), (8, 4, 1500)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_experts_are_those_of_a_plain_loop(n_embd, n_inner, R, dtype):
+    """At sizes that F.grouped_mm takes or not, with experts that get nothing, to rounding."""
+    for settings in {}, {"n_expert": 3, "n_expert_per_token": 3}, {"norm_topk_prob": False}:
+        moe = moe_layer(n_embd, n_inner, **settings).to(dtype)
+        x = 1 + torch.randn(1, R, n_embd, generator=torch.Generator().manual_seed(2)).to(dtype)
+        are_those_of_a_plain_loop(moe, moe, x)
+
+
+def test_compiled_experts_are_those_of_a_plain_loop():
+    moe = moe_layer()
+    forward = torch.compile(moe, backend="aot_eager", fullgraph=True)
+    are_those_of_a_plain_loop(forward, moe, torch.randn(2, 20, 32))
+
+
+def are_those_of_a_plain_loop(forward, moe, x):
+    expected = moe_gradients(partial(dense_moe, moe), moe, x)
+    for a, b in zip(moe_gradients(forward, moe, x), expected):
+        size = max(1, b.abs().max().item())
+        torch.testing.assert_close(a, b, rtol=0, atol=size * 100 * torch.finfo(x.dtype).eps)
+
+
+def test_an_expert_without_tokens_gets_a_gradient_of_zeros():
+    for dtype in torch.float32, torch.float64:
+        moe = moe_layer(n_expert_per_token=1).to(dtype)
+        x = torch.rand(2, 5, 32, dtype=dtype)
+        moe.router.weight.data.neg_()[3] = 1
+        moe(x).sum().backward()
+        for linear in moe.gate_proj, moe.up_proj, moe.down_proj:
+            assert linear.weight.grad[3].any()
+            assert not linear.weight.grad[[0, 1, 2, 4, 5, 6, 7]].any()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_router_is_float32_and_the_experts_bfloat16(autocast):
+    moe = moe_layer()
+    x = torch.randn(1, 300, 32)
+    expected = dense_moe(moe, x)
+    if not autocast:
+        moe = moe.bfloat16()
+        x = x.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), recorded_routings(moe) as routings:
+        y = moe(x)
+    assert y.dtype == torch.bfloat16
+    [routing] = routings
+    logits = F.linear(x.float(), moe.router.weight.float())
+    assert torch.equal(routing.probabilities, logits.softmax(-1))
+    if autocast:  # the same experts as in float32
+        assert (y - expected).norm() < 0.01 * expected.norm()
+
+
+def test_balance_is_learned_and_never_reported():
+    """The loss is the same to the bit; its gradient has that of balance_loss, times the coefficient."""
+    model = build(mlp="moe").double().train()
+    idx = tokens(3)
+    doc = torch.tensor([[0] * 9 + [1] * 7, [2] * T, [0] * 10 + [-1] * 6])
+    targets = idx.roll(-1, 1).masked_fill(doc < 0, -100)
+    params = list(model.parameters())
+    for reduction in "mean", "sum":
+        plain = model(idx, targets, doc=doc, reduction=reduction)[1]
+        with recorded_routings(model) as routings:
+            model.hidden(idx, doc=doc)
+        balance = balance_loss(routings, targets, doc, reduction)
+        expected = torch.autograd.grad(plain + 0.3 * balance, params)
+        for checkpointing in False, True:
+            model.gradient_checkpointing = checkpointing
+            model.balance = 0.3
+            loss = model(idx, targets, doc=doc, reduction=reduction)[1]
+            assert torch.equal(loss, plain)
+            for gradient, right in zip(torch.autograd.grad(loss, params), expected):
+                exactly(gradient, right)
+            model.gradient_checkpointing = False
+            model.balance = 0.0
+    # a row alone, without its padding, and rows weighed by their targets
+    sums = 0.0
+    for row, n in zip(range(3), (T, T, 10)):
+        with recorded_routings(model) as routings:
+            model.hidden(idx[row : row + 1, :n], doc=doc[row : row + 1, :n])
+        sums += balance_loss(routings, targets[row : row + 1, :n], reduction="sum")
+    exactly(balance, sums)
+
+
+def test_balance_by_hand():
+    """2 of 4 experts: chosen alike and alike likely it is 2, all to the same two with certainty 4."""
+    targets = torch.zeros(1, 4, dtype=torch.long)
+    even = Routing(torch.full((1, 4, 4), 0.25), torch.tensor([[[0, 1], [2, 3], [1, 2], [3, 0]]]))
+    collapsed = Routing(
+        torch.tensor([0.5, 0.5, 0, 0]).expand(1, 4, 4), torch.tensor([0, 1]).expand(1, 4, 2)
+    )
+    assert balance_loss([even], targets) == 2
+    assert balance_loss([collapsed], targets) == 4
+    assert balance_loss([even, collapsed], targets, reduction="sum") == 12

@@ -41,3 +41,22 @@ def test_singular_values_move_to_about_one_and_directions_stay():
     assert values.max() < 1.25
     assert (S - torch.diag_embed(values)).abs().max() < 1e-4
     torch.testing.assert_close(orthogonalize(G.mT), orthogonalize(G).mT, rtol=0, atol=1e-5)
+
+
+def test_each_experts_matrix_is_updated_as_if_alone():
+    """A parameter (3, 2, 24, 16) is six matrices that do not know of each other."""
+
+    def trained(params):
+        optimizer = Muon([{"params": params}], lr=0.02, adjust_lr_fn="match_rms_adamw")
+        g = torch.Generator().manual_seed(0)
+        for _ in range(3):
+            gradient = torch.randn(3, 2, 24, 16, generator=g)
+            for p, part in zip(params, gradient.view(len(params), *params[0].shape)):
+                p.grad = part
+            optimizer.step()
+        return params
+
+    weights = torch.randn(3, 2, 24, 16, generator=torch.Generator().manual_seed(1))
+    [together] = trained([torch.nn.Parameter(weights.clone())])
+    alone = trained([torch.nn.Parameter(weight.clone()) for weight in weights.flatten(0, 1)])
+    torch.testing.assert_close(together.flatten(0, 1), torch.stack(alone), rtol=0, atol=1e-6)

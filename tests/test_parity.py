@@ -62,6 +62,52 @@ def test_llama_is_llama_and_with_qk_norm_qwen3(tie, n_kv_head, qk_norm):
     check_parity(build_preset("llama", tie_embeddings=tie, n_kv_head=n_kv_head, qk_norm=qk_norm))
 
 
+EXPERTS = {"mlp": "moe", "n_expert": 5, "n_inner": 40}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"n_kv_head": 2},
+        {"tie_embeddings": False, "n_expert_per_token": 4},
+        {"qk_norm": True},
+        {"qk_norm": True, "norm_topk_prob": False, "n_expert_per_token": 3, "head_dim": 24},
+        {"qk_norm": True, "bias": True},
+    ],
+)
+def test_experts_are_mixtral_and_with_qk_norm_qwen3_moe(changes):
+    """The logits, and every weight's gradient."""
+    model = build_preset("llama", **(EXPERTS | changes))
+    peer = to_transformers(model)
+    assert type(peer).__name__.startswith("Qwen3Moe" if model.config.qk_norm else "Mixtral")
+    assert difference(model, peer) < 1e-4
+    ids = torch.randint(V, (2, 100), generator=torch.Generator().manual_seed(1))
+    model(ids[:, :-1], ids[:, 1:])[1].backward()
+    peer(ids, labels=ids).loss.backward()
+    for ours, theirs in zip(model.blocks, peer.model.layers):
+        moe = theirs.mlp
+        gate_up = torch.cat((ours.mlp.gate_proj.weight.grad, ours.mlp.up_proj.weight.grad), 1)
+        pairs = [
+            (gate_up, moe.experts.gate_up_proj.grad),
+            (ours.mlp.down_proj.weight.grad, moe.experts.down_proj.grad),
+            (ours.mlp.router.weight.grad, moe.gate.weight.grad),
+            (ours.attn.q_proj.weight.grad, theirs.self_attn.q_proj.weight.grad),
+            (ours.norm2.weight.grad, theirs.post_attention_layernorm.weight.grad),
+        ]
+        for gradient, expected in pairs:
+            assert expected.std() > 0
+            assert (gradient - expected).abs().max() < 1e-4 * expected.std()
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_in_bfloat16_scores_have_the_dtype_of_transformers(qk_norm):
+    moe = build_preset("llama", **EXPERTS, qk_norm=qk_norm).bfloat16().blocks[0].mlp
+    peer = to_transformers(build_preset("llama", **EXPERTS, qk_norm=qk_norm)).bfloat16()
+    _, scores = moe.route(torch.ones(1, 3, 64, dtype=torch.bfloat16))
+    _, expected, _ = peer.model.layers[0].mlp.gate(torch.ones(1, 3, 64, dtype=torch.bfloat16))
+    assert scores.dtype == expected.dtype
+
+
 @pytest.mark.parametrize("tie", [True, False])
 def test_gpt2_is_gpt2(tie):
     check_parity(build_preset("gpt2", tie_embeddings=tie))
@@ -86,6 +132,8 @@ def test_rope_scaling_is_that_of_transformers(scaling):
         ("llama", {"n_kv_head": 2}),
         ("llama", {"qk_norm": True, "tie_embeddings": False}),
         ("llama", {"qk_norm": True, "head_dim": 24, "n_kv_head": 1}),
+        ("llama", EXPERTS),
+        ("llama", EXPERTS | {"qk_norm": True}),
         ("gpt2", {}),
     ],
 )
@@ -114,6 +162,8 @@ def test_greedy_text_is_that_of_transformers(name, changes):
         ("llama", {"norm": "layernorm"}, "norm=layernorm"),
         ("llama", {"mlp": "gelu"}, "mlp=gelu"),
         ("llama", {"qk_norm": True, "bias": True}, "bias=True"),
+        ("llama", {"mlp": "moe", "norm_topk_prob": False}, "norm_topk_prob=False"),
+        ("llama", {"mlp": "moe", "bias": True}, "Mixtral.* bias=True"),
         ("gpt2", {"bias": False}, "bias=False"),
         ("gpt2", {"n_kv_head": 2}, "n_kv_head=2"),
         ("gpt2", {"head_dim": 8, "n_embd": 64}, "n_embd=64"),

@@ -52,11 +52,17 @@ def one(lab):
 
 
 @pytest.mark.parametrize(
-    "optimizer, dtype", [("muon", "float32"), ("adamw", "float32"), ("muon", "bfloat16")]
+    "optimizer, dtype, mlp",
+    [
+        ("muon", "float32", "swiglu"),
+        ("adamw", "float32", "swiglu"),
+        ("muon", "bfloat16", "swiglu"),
+        ("muon", "float32", "moe"),
+    ],
 )
-def test_two_processes_with_a_micro_batch_each_are_one_with_two_to_the_bit(lab, optimizer, dtype):
-    argv = [*TWO, f"--optimizer={optimizer}", "--max_iters=8", f"--dtype={dtype}"]
-    one, two = f"1-{optimizer}-{dtype}", f"2-{optimizer}-{dtype}"
+def test_two_processes_with_a_micro_batch_each_are_one_with_two_to_the_bit(lab, optimizer, dtype, mlp):
+    argv = [*TWO, f"--optimizer={optimizer}", "--max_iters=8", f"--dtype={dtype}", f"--mlp={mlp}"]
+    one, two = f"1-{optimizer}-{dtype}-{mlp}", f"2-{optimizer}-{dtype}-{mlp}"
     call(train, *argv, f"--out_dir={one}", folder=lab)
     first, second = run_together(lab, "train", 2, *argv, f"--out_dir={two}")
     a, b = load(lab, one), load(lab, two)

@@ -20,9 +20,15 @@ import train
 from config import Refusal, configure
 from data import count_targets, epoch_starts, training_rows
 from device import resolve
-from model import HAS_CHUNKED_LOSS, ModelConfig, activation_bytes, model_sizes
+from model import (
+    HAS_CHUNKED_LOSS,
+    ModelConfig,
+    activation_bytes,
+    model_sizes,
+    recorded_routings,
+)
 from optim import plan_rates, saved_schedule
-from score import document_nats, evaluate, floor_line
+from score import document_nats, evaluate, expert_figures, expert_line, floor_line
 
 CPU = resolve("cpu", "float32", "false")
 SMALL = [
@@ -222,9 +228,9 @@ def test_steps_at_a_rate_of_0_are_said(lab, capsys):
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-@pytest.mark.parametrize("tie", [True, False])
-def test_each_parameter_is_in_one_group_by_role(optimizer, tie):
-    model = build("layernorm", pos="learned", tie=tie)
+@pytest.mark.parametrize("tie, mlp", [(True, "swiglu"), (False, "moe")])
+def test_each_parameter_is_in_one_group_by_role(optimizer, tie, mlp):
+    model = build("layernorm", pos="learned", tie=tie, mlp=mlp)
     optimizers = train.make_optimizers(model, train.Config(optimizer=optimizer), CPU)
     roles = [
         (id(p), (type(o).__name__, group["weight_decay"]))
@@ -301,6 +307,32 @@ def test_k_accumulation_steps_are_one_k_times_batch(optimizer, dtype):
         assert other_loss == pytest.approx(loss, rel=1e-5)
         assert other_norm == pytest.approx(norm, rel=1e-3)
         assert largest_distance(others, params, start) < 8 * rounding
+
+
+def test_balance_is_learned_alike_whatever_the_micro_batches():
+    """In float64, of rows with unequal numbers of targets and of tokens; the loss is that without it."""
+    idx, targets = unequal_rows()
+    doc = torch.zeros_like(idx)
+    doc[4, 5:] = -1
+
+    def gradient(sizes, balance=0.5):
+        model = build(mlp="moe").double().train()
+        model.balance = balance
+        before = copied(model)
+        parts = zip(idx.split(sizes), targets.split(sizes), doc.split(sizes))
+        batches = [{"idx": i, "targets": t, "doc": d} for i, t, d in parts]
+        sgd = torch.optim.SGD(model.parameters(), lr=1.0)
+        loss, _ = train.train_step(model, [sgd], batches, CPU)
+        return loss, [a - b for a, b in zip(before, copied(model))]
+
+    loss, expected = gradient([6])
+    for sizes in [2, 2, 2], [1, 5], [1] * 6:
+        _, other = gradient(sizes)
+        for a, b in zip(other, expected):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
+    plain_loss, plain = gradient([6], balance=0.0)
+    assert loss == plain_loss
+    assert max((a - b).abs().max() for a, b in zip(plain, expected)) > 1e-3
 
 
 def test_a_loss_that_is_not_finite_changes_nothing():
@@ -441,6 +473,38 @@ def test_evaluate_counts_each_target_once():
     assert evaluate(model, data[:25], 24, 2, CPU, tokens=48) == pytest.approx(blocks[0], rel=1e-5)
 
 
+def test_dead_experts_are_named():
+    """Shares and entropies against a count by hand, and an expert whose score is never among the first two."""
+    model = build(mlp="moe", qk_norm=False)
+    data = tokens(1, 108)[0].numpy().astype(np.uint16)
+    figures = expert_figures(model, data, 24, 2, CPU)
+    with torch.no_grad(), recorded_routings(model) as routings:
+        for start in range(0, 107, 24):
+            model.hidden(tokens(1, 108)[:, start : min(start + 24, 107)])
+    for layer in range(2):
+        experts = torch.cat([experts[0] for _, experts in routings[layer::2]])
+        probabilities = torch.cat([probabilities[0] for probabilities, _ in routings[layer::2]])
+        assert len(experts) == 107
+        shares = [(experts == expert).any(1).float().mean().item() for expert in range(8)]
+        assert figures["expert_share"][layer] == pytest.approx(shares, abs=1e-5)
+        entropy = torch.distributions.Categorical(probabilities).entropy().mean().item()
+        assert figures["router_entropy"][layer] == pytest.approx(entropy, abs=1e-4)
+    assert expert_line(figures, 0.01).startswith("no expert is dead: each got ")
+
+    router = model.blocks[1].mlp.router.weight.data
+    router[1] = 2 * router[0]
+    router[2:4] = -router[:2]  # 0 and 1, or 2 and 3, are above 0
+    router[7] = 0
+    figures = expert_figures(model, data, 24, 2, CPU)
+    dead = [expert for expert in range(8) if figures["expert_share"][1][expert] == 0]
+    assert 7 in dead
+    line = expert_line(figures, 0.01)
+    assert f"{len(dead)} experts are dead" in line
+    assert "7 in layer 1" in line
+    assert "--balance above 0.01" in line
+    assert expert_figures(build(), data, 24, 2, CPU) == {}
+
+
 @pytest.mark.parametrize("clip", [0.0, 0.1, 1e9])
 def test_a_gradient_is_clipped_to_its_norm(clip):
     model = build()
@@ -475,6 +539,25 @@ def test_stop_and_resume_is_an_uninterrupted_run_to_the_bit(lab, optimizer, dtyp
     for key in "model", "optimizers", "val_loss", "best_val_loss":
         assert same(whole[key], parts[key]), key
     assert log(lab, whole_dir) == log(lab, parts_dir)
+
+
+def test_experts_stop_and_resume_to_the_bit_and_are_logged(lab, capsys):
+    argv = ["--mlp=moe", "--n_inner=12", "--n_expert=4", "--gradient_accumulation_steps=2"]
+    run_train(lab, *argv, "--out_dir=whole-moe")
+    output = capsys.readouterr().out
+    assert "are active for a token" in output
+    assert "expert is dead" in output or "experts are dead" in output
+    run_train(lab, *argv, "--out_dir=parts-moe", "--max_iters=8", "--lr_decay_iters=12")
+    resume(lab, "parts-moe", "--max_iters=12")
+    whole, parts = load(lab, "whole-moe"), load(lab, "parts-moe")
+    for key in "model", "optimizers", "val_loss":
+        assert same(whole[key], parts[key]), key
+    assert log(lab, "whole-moe") == log(lab, "parts-moe")
+    last = [line for line in log(lab, "whole-moe") if "val_loss" in line][-1]
+    assert [len(shares) for shares in last["expert_share"]] == [4, 4]
+    for shares, entropy in zip(last["expert_share"], last["router_entropy"]):
+        assert sum(shares) == pytest.approx(2, abs=1e-4)
+        assert 0 < entropy <= math.log(4)
 
 
 def test_a_setting_that_came_later_has_its_default():
