@@ -81,22 +81,27 @@ class Config:
 
 
 class ComputedTable:
-    """Computes the rows of a table of cos or sin, at positions (T,), so that the file holds no table."""
+    """Computes the rows of a table of cos or sin, at positions (T,), so that the file holds no table.
 
-    def __init__(self, function, frequencies):
+    scale: a tensor that they are multiplied by, or None.
+    """
+
+    def __init__(self, function, frequencies, scale):
         self.function = function
         self.frequencies = frequencies
+        self.scale = scale
 
     def __getitem__(self, pos):
         ones = [1] * self.frequencies.dim()
-        return self.function(pos.view(-1, *ones) * self.frequencies)
+        rows = self.function(pos.view(-1, *ones) * self.frequencies)
+        return rows if self.scale is None else rows * self.scale
 
 
-def compute_tables(tables, frequencies):
+def compute_tables(tables, frequencies, scale=None):
     """Exchanges the cos and sin of a model.Float32Tables for what computes them."""
     del tables.cos, tables.sin  # buffers, which an attribute of another type cannot replace
-    tables.cos = ComputedTable(torch.cos, frequencies)
-    tables.sin = ComputedTable(torch.sin, frequencies)
+    tables.cos = ComputedTable(torch.cos, frequencies, scale)
+    tables.sin = ComputedTable(torch.sin, frequencies, scale)
 
 
 def join(*linears):
@@ -211,7 +216,11 @@ class Graph(nn.Module):
             frequencies = self.model.rotary.frequencies
             rotated = frequencies.expand(c.n_head + c.n_kv_head, -1)
             unrotated = torch.zeros(c.n_kv_head, len(frequencies))  # v
-            compute_tables(self.model.rotary, torch.cat((rotated, unrotated)))  # (heads, D / 2)
+            scale = None
+            if self.model.rotary.scale != 1:  # YaRN's, of q and k alone
+                scale = torch.ones(len(rotated) + c.n_kv_head, 1)
+                scale[: len(rotated)] = self.model.rotary.scale
+            compute_tables(self.model.rotary, torch.cat((rotated, unrotated)), scale)  # (heads, D / 2)
         elif c.pos == "sinusoidal":
             compute_tables(self.model.add_pos, self.model.add_pos.frequencies)
 

@@ -466,6 +466,8 @@ GRID = [
 ]
 BEYOND_THE_GRID = [
     {"pos": "rope", "rope_scaling": "llama3:8,1,4,16"},
+    {"pos": "rope", "rope_scaling": "ntk:4"},
+    {"pos": "rope", "rope_scaling": "yarn:3,8", "n_kv_head": 2},
     {"n_layer": 1, "n_head": 2, "n_kv_head": 2},
     {"block_size": 1024},
     {"head_dim": 12, "n_kv_head": 2},
