@@ -364,10 +364,14 @@ class Checkpoint:
         except ValueError as e:
             raise Refusal(f"{self.path}: {e}")
 
+    @property
+    def stretched(self):
+        """The loaded checkpoint as stretch changes it."""
+        return self.state | {"model_config": self.state["model_config"] | self.changes}
+
     def restore(self, device="cpu"):
         """Returns (model, tokenizer), with the adapters, where there are any, in the model. Raises Refusal."""
-        settings = self.state["model_config"] | self.changes
-        model, tokenizer = restore(self.state | {"model_config": settings}, self.path, device)
+        model, tokenizer = restore(self.stretched, self.path, device)
         if self.adapter:
             self.restore_adapters(model)
         return model, tokenizer

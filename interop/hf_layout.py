@@ -667,7 +667,8 @@ def write_context(kind, c):
     stretched = numbers["factor"] * original
     if stretched != c.block_size:
         problem = f"block_size is {c.block_size}, and by rope_scaling={c.rope_scaling} {stretched:g}"
-        raise ValueError(f"{problem}, which is what transformers takes for it: make them equal")
+        advice = "with yarn they must be equal (--block_size, --rope_scaling)"
+        raise ValueError(f"{problem}: {advice}")
     return c.block_size if kind == "qwen3" else int(original)
 
 

@@ -483,6 +483,21 @@ def save_adapter(folder, model, config):
     )
 
 
+def test_a_model_goes_out_stretched(tmp_path):
+    save_checkpoint(tmp_path / "ckpt.pt", "llama")
+    export(tmp_path, "--out_dir=.", "--to=folder", "--block_size=512", "--rope_scaling=yarn:2,256")
+    ckpt = checkpoint.open_checkpoint(str(tmp_path / "ckpt.pt"))
+    ckpt.stretch("yarn:2,256", 512)
+    stretched, _ = ckpt.restore()
+    folder = tmp_path / "folder"
+    peer = transformers.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
+    check_logits(stretched, peer)
+    again, _ = checkpoint.open_checkpoint(f"hf:{tmp_path}/folder").restore()
+    assert again.config == stretched.config
+    with pytest.raises(Refusal, match="block_size is 256, and by rope_scaling=yarn:2,256 512"):
+        export(tmp_path, "--out_dir=.", "--to=other", "--rope_scaling=yarn:2,256")
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_out_and_in_again(name, tmp_path):
     """Equal logits, ids and greedy text in transformers, and the same bits again here."""
