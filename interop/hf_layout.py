@@ -655,9 +655,9 @@ def write_rope_scaling(text):
 def write_context(kind, c):
     """Returns max_position_embeddings: with YaRN as a Llama or Qwen2 the context of pre-training.
 
-    Of YaRN's settings, transformers from 4.43 to 4.49 reads that one in place of
-    original_max_position_embeddings; from 4.50 to 4.56 it takes the quotient of the two for the factor,
-    and knows Qwen3. All other versions read what stands there. Raises ValueError where the context is
+    Of YaRN's settings, transformers up to 4.50 reads that one in place of
+    original_max_position_embeddings; from 4.51 to 4.55 it takes the quotient of the two for the factor,
+    and knows Qwen3. Later versions read what stands there. Raises ValueError where the context is
     not FACTOR times that of pre-training, as it has to be for the second, and to be read back.
     """
     name, numbers = read_rope_scaling(c.rope_scaling)

@@ -631,8 +631,8 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
     ],
 )
 def test_yarn_is_written_for_each_version_that_knows_the_kind(kind, changes, written):
-    """Up to 4.49 the context of pre-training is max_position_embeddings, and there is no Qwen3; from 4.50
-    to 4.56 the factor is max_position_embeddings over original_max_position_embeddings.
+    """Up to 4.50 the context of pre-training is max_position_embeddings, and there is no Qwen3; from 4.51
+    to 4.55 the factor is max_position_embeddings over original_max_position_embeddings.
     """
     c = preset("llama", rope_scaling="yarn:4,64", block_size=256, **changes)
     data, _ = hf_layout.to_hf(c, {})
