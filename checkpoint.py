@@ -296,6 +296,7 @@ class Checkpoint:
     loaded: dict = None  # what load returned
     adapter_path: str = ""
     adapter: dict = None  # what load returned of the adapters' file
+    changes: dict = field(default_factory=dict)  # to its model_config; see stretch
 
     @property
     def state(self):
@@ -344,9 +345,36 @@ class Checkpoint:
             weights = self.state["model"]
             weights["add_pos.weight"] = weights["add_pos.weight"][: cfg.block_size]
 
+    def stretch(self, rope_scaling="", block_size=0):
+        """Takes another rope_scaling or context for the model that restore returns: "" and 0 for its own.
+
+        The state, and with it the fingerprint, stays as it is. Raises Refusal where positions cannot:
+        only rope has a scaling, and a learned table has no more places.
+        """
+        given = {"rope_scaling": rope_scaling, "block_size": block_size}
+        self.changes = {key: value for key, value in given.items() if value}
+        if not self.changes:
+            return
+        try:
+            c = ModelConfig(**self.state["model_config"])
+        except (ValueError, TypeError) as e:
+            raise damaged(self.path, e)
+        if c.pos == "learned" and (rope_scaling or block_size != c.block_size):
+            problem = f"{self.path} has learned positions, a table of {c.block_size}"
+            raise Refusal(f"{problem}: neither block_size nor rope_scaling makes it another one")
+        try:
+            dataclasses.replace(c, **self.changes)
+        except ValueError as e:
+            raise Refusal(f"{self.path}: {e}")
+
+    @property
+    def stretched(self):
+        """The loaded checkpoint as stretch changes it."""
+        return self.state | {"model_config": self.state["model_config"] | self.changes}
+
     def restore(self, device="cpu"):
         """Returns (model, tokenizer), with the adapters, where there are any, in the model. Raises Refusal."""
-        model, tokenizer = restore(self.state, self.path, device)
+        model, tokenizer = restore(self.stretched, self.path, device)
         if self.adapter:
             self.restore_adapters(model)
         return model, tokenizer

@@ -4,10 +4,12 @@ The result is a report, report.html, and a line of JSON last.
 
     python eval.py --out_dir=out/ts
     python eval.py --out_dir=out/ts,out/small --report_dir=out/compare
+    python eval.py --lengths --out_dir=out/rope,out/alibi
     python eval.py --out_dir=out/ts --text=t.txt --judge_url=http://127.0.0.1:8000/v1 --judge_model=NAME
 
 The first evaluates on the validation split of the data that the model was trained on. The second
-compares two models on the same text: their bits a byte can be compared, their losses cannot.
+compares two models on the same text: their bits a byte can be compared, their losses cannot. The third
+has no lenses: lengths.html shows bits a byte by position up to 8 contexts, of rope under each scaling.
 
 1 likelihood: loss, perplexity and bits a byte with 95% intervals over documents; loss by position; for
   toy stories the distance to their entropy.
@@ -35,15 +37,22 @@ from tqdm import tqdm
 
 import prepare
 import toy_stories
-from checkpoint import open_checkpoint
-from data import document_slices, prompt_ids
+from checkpoint import Checkpoint, open_checkpoint
+from data import document_slices, evenly, prompt_ids
 from device import check_memory, resolve
-from lenses import judge, page, probes, reading, report
+from lenses import judge, lengths, page, probes, reading, report
 from lenses.stats import bits, bootstrap, mean_interval, ratio
 from lenses.verdict import compare, grade, verdict
-from model import HAS_CHUNKED_LOSS, Transformer, kv_cache_bytes, num_active_params, num_params
+from model import (
+    HAS_CHUNKED_LOSS,
+    Transformer,
+    kv_cache_bytes,
+    mask_bytes,
+    num_active_params,
+    num_params,
+)
 from sample import generate
-from score import STORIES, above_floor, completion_nats, context_lengths, document_nats
+from score import STORIES, above_floor, completion_nats, context_lengths, document_nats, position_nats
 from tokenizer import Tokenizer
 
 ELSEWHERE = "data elsewhere"  # of a checkpoint that was trained on what is not here
@@ -52,6 +61,7 @@ SLICE = 1000  # bytes
 BINS = 24  # at most, of the loss by position
 LOGITS = 1 << 26  # held at once: 256 MB
 TRAINING_TOKENS = 1 << 16  # of the training text, about so many, for its loss
+LONG_TOKENS = 1 << 18  # of the joined texts of lengths, about so many
 PASSAGE_TOKENS = 1 << 22  # of a split, at its beginning, that passages are taken from
 PASSAGES = 3000  # that prompts, the cloze and real text are taken from
 PROMPTS = 8
@@ -72,6 +82,9 @@ LIMITS = [
 class Config:
     out_dir: str = "out"  # a run's folder, a checkpoint file or hf:FOLDER_OR_NAME; A,B,C compares them
     text: str = ""  # a file as prepare.py reads it; "" = the validation split of the first's data
+    lengths: bool = False  # bits a byte by position, far past the context, and nothing else
+    block_size: int = 0  # another context than the models' own, 0; how far lengths goes, 0 = 8 contexts
+    rope_scaling: str = ""  # another one than the models' own, ""; lengths has three without
     report_dir: str = ""  # where report.html goes; "" = out_dir, or out/compare for several and for hf:
     num_samples: int = 6  # texts for each of the 8 prompts
     max_new_tokens: int = 300  # tokens at most, each; where tokenizers differ as many bytes
@@ -95,6 +108,8 @@ class Config:
             raise ValueError("temperature cannot be negative; 0 is greedy")
         if self.seed < 0:
             raise ValueError("seed cannot be negative")
+        if self.block_size < 0:
+            raise ValueError("block_size must be at least 1, or 0 for the models' own")
         if not 0 < self.judge_timeout <= 3600:
             limits = "above 0 and at most 3600 seconds"
             raise ValueError(f"judge_timeout must be {limits}, not {self.judge_timeout}")
@@ -117,7 +132,7 @@ def is_url(text):
 
 @dataclass
 class Subject:
-    """A checkpoint under evaluation.
+    """A checkpoint under evaluation, and its model.
 
     dataset: the folder of its data, or ELSEWHERE.
     training: (ids, tokenizer) of its training text, or the sentence that says why there is none.
@@ -130,6 +145,7 @@ class Subject:
     tokenizer: Tokenizer
     dataset: str
     training: object
+    checkpoint: Checkpoint
 
     @property
     def has_training(self):
@@ -178,6 +194,8 @@ def load_subjects(cfg, compute):
     validation = None
     for name in names:
         ckpt = open_checkpoint(name)
+        if not cfg.lengths:
+            ckpt.stretch(cfg.rope_scaling, cfg.block_size)
         model, tokenizer = ckpt.restore(compute.device)
         dataset = ELSEWHERE
         if ckpt.dataset and not is_hf(ckpt.path):
@@ -192,9 +210,8 @@ def load_subjects(cfg, compute):
             if not subjects and not cfg.text:
                 problem = f"{ckpt.path} was trained on {dataset}, which cannot be read: {e}"
                 raise Refusal(f"{problem}. Or give a text with --text=FILE")
-        subjects.append(
-            Subject(name, ckpt.path, ckpt.state["step"], model, tokenizer, dataset, training)
-        )
+        step = ckpt.state["step"]
+        subjects.append(Subject(name, ckpt.path, step, model, tokenizer, dataset, training, ckpt))
     return subjects, validation
 
 
@@ -271,6 +288,21 @@ def perplexity(loss):
     return math.exp(min(loss, 700))
 
 
+def fit_batch(model):
+    """Returns how many rows of the whole context to read at once, and chunks the loss of a model where
+    even one row's logits are too many.
+    """
+    rows = LOGITS // (model.config.block_size * model.config.vocab_size)
+    model.chunked_loss = rows == 0 and HAS_CHUNKED_LOSS
+    return min(32, max(1, rows))
+
+
+def check_nats(subject, nats):
+    """Raises Refusal where a loss is not finite."""
+    if not np.isfinite(nats).all():
+        raise Refusal(f"{subject.path}: its loss is not finite; it was damaged in training", status=1)
+
+
 def likelihood(subject, documents, closed, compute, cfg):
     """Returns the figures of the likelihood lens, and what to resample: float64 (units, 3).
 
@@ -280,16 +312,12 @@ def likelihood(subject, documents, closed, compute, cfg):
     """
     model, tokenizer = subject.model, subject.tokenizer
     T = model.config.block_size
-    rows = LOGITS // (T * model.config.vocab_size)  # 0: even one row's logits are too many
-    model.chunked_loss = rows == 0 and HAS_CHUNKED_LOSS
-    batch_size = min(32, max(1, rows))
+    batch_size = fit_batch(model)
     encoded = tokenizer.encode_batch(documents)
     document_losses = document_nats(model, encoded, tokenizer, compute, batch_size)
     nats = np.concatenate([losses[:-1] for losses in document_losses])
     ends = np.array([losses[-1] for losses in document_losses[: len(documents) - (not closed)]])
-    if not np.isfinite(nats).all():
-        raise Refusal(f"{subject.path}: its loss is not finite; it was damaged in training", status=1)
-
+    check_nats(subject, nats)
     few = len(documents) < FEW
     unit, lengths = units(encoded, tokenizer, few)
     columns = np.column_stack([np.bincount(unit, nats), np.bincount(unit), np.bincount(unit, lengths)])
@@ -377,6 +405,88 @@ def toy_gap(documents, encoded, nats, block_size):
         "above_floor": gap.mean(),
         "above_floor_error": gap.std() / len(gap) ** 0.5,
         "stories": len(gap),
+    }
+
+
+# -----------------------------------------------------------------------------------------------------
+# Lengths
+
+
+def long_rows(documents, tokenizer, length):
+    """Returns rows of length + 1 ids of the documents, joined as in data, evenly spaced, about LONG_TOKENS
+    together; and the bytes of each of their targets (n, length), -1 where it is no text. Raises Refusal.
+    """
+    encoded = tokenizer.encode_batch(documents)
+    _, sizes = units(encoded, tokenizer, few=False)
+    head = tokenizer.head
+    ids = np.concatenate([[*head, *document, tokenizer.eot] for document in encoded])
+    flags = [[False] * len(head) + [True] * len(document) + [False] for document in encoded]
+    stream_sizes = np.full(len(ids), -1)
+    stream_sizes[np.concatenate(flags)] = sizes
+    starts = np.arange(0, len(ids) - length, length)
+    if not len(starts):
+        problem = f"the text has {len(ids):,} tokens, and {length:,} positions need one more than that"
+        raise Refusal(f"{problem}: give a longer one with --text=FILE, or a smaller block_size")
+    starts = evenly(starts, math.ceil(LONG_TOKENS / length))
+    rows = np.stack([ids[start : start + length + 1] for start in starts])
+    return rows, np.stack([stream_sizes[start + 1 : start + length + 1] for start in starts])
+
+
+def read_lengths(subject, documents, length, edges, compute, cfg):
+    """Returns a dict of figures for each way to read a subject: as it is and, for rope, stretched."""
+    own = subject.model.config
+    rows, sizes = long_rows(documents, subject.tokenizer, length)
+    is_text = sizes >= 0
+    sizes = sizes * is_text
+    scalings = lengths.ways(own, length)
+    if cfg.rope_scaling and len(scalings) > 1:
+        scalings = ["", cfg.rope_scaling]
+    results = []
+    for scaling in scalings:
+        subject.checkpoint.stretch(scaling, length)
+        model, _ = subject.checkpoint.restore()
+        check_memory(compute.device, mask_bytes(model.config), "try a smaller block_size")
+        model = model.to(compute.device)
+        nats = position_nats(model, rows, compute, fit_batch(model)) * is_text
+        check_nats(subject, nats)
+        way = {
+            "name": lengths.name_way(subject.name, scaling),
+            "out_dir": subject.name,
+            "rope_scaling": scaling or own.rope_scaling,
+            "all": lengths.bits_per_byte(nats, sizes),
+        }
+        if not scaling:
+            nats_restarted = position_nats(subject.model, rows, compute, fit_batch(subject.model))
+            way["restarted"] = lengths.bits_per_byte(nats_restarted * is_text, sizes)
+        results.append(way | lengths.figures(nats, sizes, edges, cfg))
+    return results, len(rows)
+
+
+def compare_lengths(subjects, documents, text, compute, cfg):
+    """Returns the figures of the report on lengths, a dict. Raises Refusal."""
+    contexts = {subject.model.config.block_size for subject in subjects}
+    if len(contexts) > 1:
+        numbers = " and ".join(map(str, sorted(contexts)))
+        raise Refusal(f"lengths compares models of one context, and these have {numbers}")
+    [context] = contexts
+    length = cfg.block_size or lengths.TIMES * context
+    if length <= context:
+        raise Refusal(f"lengths goes past the context of {context}: block_size={length} does not")
+    edges = lengths.window_edges(context, length)
+    ways = []
+    for subject in subjects:
+        results, n = read_lengths(subject, documents, length, edges, compute, cfg)
+        ways += results
+    return {
+        "text": text,
+        "context": context,
+        "length": length,
+        "n": n,
+        "edges": edges.tolist(),
+        "ways": ways,
+        "seed": cfg.seed,
+        "computed": compute.message,
+        "notes": cautions(subjects, cfg),
     }
 
 
@@ -549,7 +659,7 @@ def ask_judge(columns, cfg):
 
 
 def report_path(cfg, several):
-    """Returns where the report goes."""
+    """Returns where the report goes: report.html, or lengths.html."""
     folder = cfg.report_dir
     if not folder:
         if several or is_hf(cfg.out_dir):
@@ -558,7 +668,7 @@ def report_path(cfg, several):
             folder = cfg.out_dir
         else:
             folder = os.path.dirname(cfg.out_dir) or "."
-    return os.path.join(folder, "report.html")
+    return os.path.join(folder, "lengths.html" if cfg.lengths else "report.html")
 
 
 def measure(subject, documents, closed, questions, compute, cfg):
@@ -602,6 +712,11 @@ def main(cfg):
     page.check(path)
 
     documents, closed = read_file(cfg.text) if cfg.text else split_documents(*validation)
+    text = cfg.text or f"{subjects[0].dataset}, validation split"
+    if cfg.lengths:
+        whole = compare_lengths(subjects, documents, text, compute, cfg)
+        publish(lengths.text(whole), lengths.page(whole), path, whole)
+        return
     texts = shuffled(passages(documents), cfg.seed, PASSAGES)
     toy = is_toy(documents)
     make_probes = probes.toy_probes if toy else probes.story_probes
@@ -635,7 +750,7 @@ def main(cfg):
     else:
         agree, sentence, ranking = results[0]["agree"], results[0]["verdict"], []
     whole = {
-        "text": cfg.text or f"{subjects[0].dataset}, validation split",
+        "text": text,
         "checkpoints": results,
         "reference": reference,
         "seed": cfg.seed,
@@ -645,8 +760,13 @@ def main(cfg):
         "verdict": sentence,
         "ranking": ranking,
     }
-    print(report.text(whole))
-    page.write(path, whole)
+    publish(report.text(whole), page.page(whole), path, whole)
+
+
+def publish(text, html, path, whole):
+    """Prints a report and its figures, and writes its page."""
+    print(text)
+    page.write(path, html)
     print(f"\n{path}")
     print(json.dumps(report.short(whole), allow_nan=False))
 

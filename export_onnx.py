@@ -63,6 +63,8 @@ class Config:
     out_dir: str = "out"  # the folder of a trained model, a checkpoint file or hf:FOLDER_OR_NAME
     to: str = ""  # the folder to write; "" = OUT_DIR/onnx
     overwrite: bool = False  # move a folder that is in the way aside
+    block_size: int = 0  # another context than the model's, as in sample.py; 0 = its own
+    rope_scaling: str = ""  # another one than the model's, as in sample.py; "" = its own
     quantize: str = "none"  # none | int8 (model_int8.onnx beside model.onnx: matrices in 8 bits)
     dataset: str = ""  # int8 is judged by the validation split of data/NAME; "" = the training's
     eval_tokens: int = 16384  # tokens of it, evenly spaced; 0 = all
@@ -71,6 +73,8 @@ class Config:
     def __post_init__(self):
         if self.to and (not Path(self.to).name or self.to.endswith(".onnx")):
             raise ValueError(f"to is a folder to write, not {self.to!r}")
+        if self.block_size < 0:
+            raise ValueError("block_size must be at least 1, or 0 for the model's own")
         if self.quantize not in ("none", "int8"):
             raise ValueError(f"quantize must be none or int8, not {self.quantize!r}")
         if self.eval_tokens < 0 or not 0 <= self.seconds <= 3600:
@@ -84,11 +88,11 @@ class Config:
 # The module that is traced
 
 
-def compute_tables(tables, frequencies):
+def compute_tables(tables, frequencies, scale=None):
     """Exchanges the cos and sin of a model.Float32Tables for what computes them."""
     del tables.cos, tables.sin  # buffers, which an attribute of another type cannot replace
-    tables.cos = ComputedTable(torch.cos, frequencies)
-    tables.sin = ComputedTable(torch.sin, frequencies)
+    tables.cos = ComputedTable(torch.cos, frequencies, scale)
+    tables.sin = ComputedTable(torch.sin, frequencies, scale)
 
 
 def join(*linears):
@@ -232,7 +236,11 @@ class Graph(nn.Module):
             frequencies = self.model.rotary.frequencies
             rotated = frequencies.expand(c.n_head + c.n_kv_head, -1)
             unrotated = torch.zeros(c.n_kv_head, len(frequencies))  # v
-            compute_tables(self.model.rotary, torch.cat((rotated, unrotated)))  # (heads, D / 2)
+            scale = None
+            if self.model.rotary.scale != 1:  # YaRN's, of q and k alone
+                scale = torch.ones(len(rotated) + c.n_kv_head, 1)
+                scale[: len(rotated)] = self.model.rotary.scale
+            compute_tables(self.model.rotary, torch.cat((rotated, unrotated)), scale)  # (heads, D / 2)
         elif c.pos == "sinusoidal":
             compute_tables(self.model.add_pos, self.model.add_pos.frequencies)
 
@@ -777,7 +785,7 @@ def write_folder(cfg, model, tokenizer, ckpt, ids, folder):
     there, 0 without int8. Raises Refusal where model.onnx does not compute what the model does.
     """
     start = str(ckpt.config.get("start", ""))
-    fingerprint = checkpoint.fingerprint(ckpt.state)
+    fingerprint = checkpoint.fingerprint(ckpt.stretched)
     description = onnx_model.describe(
         model.config, tokenizer, start, ckpt.template, fingerprint, ckpt.text_rule
     )
@@ -811,6 +819,7 @@ def write_folder(cfg, model, tokenizer, ckpt, ids, folder):
 
 def main(cfg):
     ckpt = checkpoint.open_checkpoint(cfg.out_dir)
+    ckpt.stretch(cfg.rope_scaling, cfg.block_size)
     if is_hf(ckpt.path) and not cfg.to:
         raise Refusal("name the folder to write: --to=FOLDER")
     folder = Path(cfg.to) if cfg.to else Path(ckpt.path).parent / "onnx"

@@ -30,12 +30,18 @@ from tokenizer import bos_processor
 class Config:
     out_dir: str = "out"  # a model's folder, a checkpoint file or hf:FOLDER_OR_NAME; an adapter's base
     adapter: str = ""  # an adapter's folder, written instead; hf:FOLDER_OR_NAME is PEFT's, made ours
+    block_size: int = 0  # another context than the model's, as in sample.py; 0 = its own
+    rope_scaling: str = ""  # another one than the model's, as in sample.py; "" = its own
     to: str = ""  # the folder to write
     overwrite: bool = False  # move a folder that is in the way aside
 
     def __post_init__(self):
         if not Path(self.to).name:
             raise ValueError(f"--to=FOLDER says where to write, not {self.to!r}")
+        if self.block_size < 0:
+            raise ValueError("block_size must be at least 1, or 0 for the model's own")
+        if self.adapter and (self.block_size or self.rope_scaling):
+            raise ValueError("an adapter has no positions: leave out block_size and rope_scaling")
 
 
 def to_transformers(model):
@@ -152,6 +158,7 @@ def main(cfg):
     to = Path(os.path.abspath(cfg.to))
     own_adapter = "" if is_hf(cfg.adapter) else cfg.adapter
     ckpt = checkpoint.open_given(cfg, own_adapter)
+    ckpt.stretch(cfg.rope_scaling, cfg.block_size)
     sources = [hf_name(source) for source in (ckpt.path, cfg.adapter) if source]
     with new_folder(to, cfg.overwrite, "--overwrite moves it aside", sources) as tmp:
         model, tokenizer = ckpt.restore()

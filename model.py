@@ -41,7 +41,7 @@ class ModelConfig:
     norm_eps: float = 1e-5       # added to the variance or the mean of squares
     pos: str = "rope"            # learned | sinusoidal | rope | alibi | none
     rope_theta: float = 10000.0  # base of RoPE's wavelengths
-    rope_scaling: str = "none"   # none | linear:FACTOR | llama3:FACTOR,LOW_FREQ,HIGH_FREQ,ORIGINAL_CONTEXT
+    rope_scaling: str = "none"   # none | linear:FACTOR | ntk:FACTOR | yarn:... | llama3:..., see ROPE_SCALINGS
     window: int = 0              # tokens that a query of a windowed layer sees, itself included; 0 = all
     window_pattern: str = "S"    # a letter a layer, from the first on and over again: S windowed | L full, as SSSL
     mlp: str = "swiglu"          # gelu | swiglu | moe
@@ -110,6 +110,8 @@ class ModelConfig:
             raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
         if not 0 < self.norm_eps < math.inf or not 0 < self.rope_theta < math.inf:
             raise ValueError("norm_eps and rope_theta must be above 0, and finite")
+        if self.pos != "rope" and self.rope_scaling != "none":
+            raise ValueError(f"rope_scaling={self.rope_scaling} stretches rope, and pos is {self.pos}")
         rope_frequencies(self)  # raises for a rope_scaling that it cannot read
         if not self.n_inner:
             inner_width = getattr(MLPS[self.mlp], "inner_width", None)
@@ -202,39 +204,42 @@ class LearnedPositions(nn.Embedding):
 
 class ComputedTable:
     """Stands for a table of cos or sin without an end: its rows are computed where they are read, at
-    positions ([B,] T).
+    positions ([B,] T), times a scale, None for 1.
     """
 
-    def __init__(self, function, frequencies):
+    def __init__(self, function, frequencies, scale=None):
         self.function = function
         self.frequencies = frequencies
+        self.scale = scale
 
     def __getitem__(self, pos):
         ones = [1] * self.frequencies.dim()
-        return self.function(pos.view(*pos.shape, *ones) * self.frequencies.to(pos.device))
+        rows = self.function(pos.view(*pos.shape, *ones) * self.frequencies.to(pos.device))
+        return rows if self.scale is None else rows * self.scale
 
 
 class Float32Tables(nn.Module):
-    """Two float32 tables (block_size, n) of cos and sin: never saved, and float32 whatever
-    model.to(dtype) does. A text without an end has computed ones.
+    """Two float32 tables (block_size, n) of cos and sin, times a scale: never saved, and float32
+    whatever model.to(dtype) does. A text without an end has computed ones.
     """
 
     endless = True
 
-    def __init__(self, c, frequencies):
+    def __init__(self, c, frequencies, scale=1.0):
         super().__init__()
         self.frequencies = frequencies
+        self.scale = scale
         if not c.what_ends_a_text:
-            self.cos = ComputedTable(torch.cos, frequencies)
-            self.sin = ComputedTable(torch.sin, frequencies)
+            self.cos = ComputedTable(torch.cos, frequencies, scale)
+            self.sin = ComputedTable(torch.sin, frequencies, scale)
             return
         # made on the CPU whatever the default device is, so that their bits are the same everywhere; on
         # meta nothing is made
         device = "meta" if torch.get_default_device().type == "meta" else "cpu"
         places = torch.arange(c.block_size, dtype=torch.float32, device=device)
         angles = torch.outer(places, frequencies.to(device))
-        self.register_buffer("cos", angles.cos(), persistent=False)
-        self.register_buffer("sin", angles.sin_(), persistent=False)
+        self.register_buffer("cos", angles.cos().mul_(scale), persistent=False)
+        self.register_buffer("sin", angles.sin_().mul_(scale), persistent=False)
 
     def _apply(self, fn, recurse=True):
         if not self._buffers:
@@ -266,7 +271,7 @@ class RoPE(Float32Tables):
     part = "rotate"
 
     def __init__(self, c):
-        super().__init__(c, rope_frequencies(c))
+        super().__init__(c, rope_frequencies(c), rope_scale(c))
 
     def forward(self, pos):
         """Returns cos and sin, each ([B, 1,] T, D), for positions (T,) or (B, T); the first half of the
@@ -283,32 +288,130 @@ def rotate(x, cos, sin):
     return (x * cos + x.roll(x.size(-1) // 2, -1) * sin).type_as(x)
 
 
+# A rope_scaling is "KIND:NUMBER,NUMBER": what its numbers are, by transformers' names
+ROPE_SCALINGS = {
+    "none": (),
+    "linear": ("factor",),
+    "ntk": ("factor",),
+    "yarn": (
+        "factor",
+        "original_max_position_embeddings",  # the context of pre-training, tokens
+        "beta_fast",  # from here on these may be left out
+        "beta_slow",
+        "attention_factor",
+    ),
+    "llama3": (
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ),
+}
+YARN_LEAST = 2  # numbers
+YARN_DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0}
+ROPE_FORMS = (
+    "none, linear:FACTOR, ntk:FACTOR, yarn:FACTOR,CONTEXT[,BETA_FAST,BETA_SLOW,ATTENTION_FACTOR] "
+    "or llama3:FACTOR,LOW,HIGH,CONTEXT"
+)
+
+
+def read_rope_scaling(text):
+    """Returns (kind, {name: number}) of a rope_scaling. Raises ValueError where it cannot be."""
+    kind, _, arguments = text.partition(":")
+    names = ROPE_SCALINGS.get(kind, ())
+    least = YARN_LEAST if kind == "yarn" else len(names)
+    try:
+        numbers = [float(n) for n in arguments.split(",")] if arguments else []
+    except ValueError:
+        numbers = []
+    if kind not in ROPE_SCALINGS or not least <= len(numbers) <= len(names):
+        raise ValueError(f"rope_scaling must be {ROPE_FORMS}, not {text!r:.60}")
+    if not all(0 < n <= 1e9 for n in numbers):
+        raise ValueError(f"numbers of rope_scaling must be above 0 and at most 1e9: {text!r:.60}")
+    settings = dict(zip(names, numbers))
+    if settings.get("factor", 1) < 1:
+        raise ValueError(f"rope_scaling stretches: its factor must be at least 1, not {text!r:.60}")
+    if not settings.get("original_max_position_embeddings", 1.0).is_integer():
+        raise ValueError(f"the context of rope_scaling is a whole number of tokens, not {text!r:.60}")
+    low = settings.get("low_freq_factor", 0)
+    betas = YARN_DEFAULTS | settings
+    if low >= settings.get("high_freq_factor", math.inf) or betas["beta_slow"] > betas["beta_fast"]:
+        order = "llama3's LOW must be below HIGH and YaRN's BETA_SLOW not above BETA_FAST"
+        raise ValueError(f"rope_scaling={text:.60}: {order}")
+    return kind, settings
+
+
+def rope_base(c):
+    """Returns the base of RoPE's wavelengths: rope_theta or, with ntk, the one that stretches the longest
+    of them by the factor and leaves the shortest alone. Raises ValueError where there is none.
+    """
+    kind, numbers = read_rope_scaling(c.rope_scaling)
+    if kind != "ntk":
+        return c.rope_theta
+    if c.head_dim < 4:
+        raise ValueError(f"rope_scaling=ntk needs a head_dim of 4 or more, not {c.head_dim}")
+    base = c.rope_theta * numbers["factor"] ** (c.head_dim / (c.head_dim - 2))
+    if base == math.inf:
+        raise ValueError(f"rope_scaling={c.rope_scaling} is too much over rope_theta={c.rope_theta}")
+    return base
+
+
+def rope_scale(c):
+    """Returns what YaRN multiplies cos and sin by, and scores by its square: 0.1 ln(factor) + 1, or the
+    ATTENTION_FACTOR that is given; 1 for all other kinds.
+    """
+    kind, numbers = read_rope_scaling(c.rope_scaling)
+    if kind != "yarn":
+        return 1.0
+    return numbers.get("attention_factor", 0.1 * math.log(numbers["factor"]) + 1)
+
+
 def rope_frequencies(c):
     """Returns the angle that a position adds to each pair, float32 (D/2,), after rope_scaling.
 
-    linear divides all (position interpolation, Chen et al. 2023); llama3 divides by wavelength, as Llama
-    3.1 does. Raises ValueError for a rope_scaling that cannot be read.
+    linear divides all (position interpolation, Chen et al. 2023), ntk changes the base (bloc97 2023);
+    llama3 and yarn (Peng et al. 2023) divide long wavelengths alone, Llama 3.1's by how often they turn
+    over the context of pre-training, yarn's by the place of their pair. Raises ValueError for a
+    rope_scaling that cannot be.
     """
     exponents = torch.arange(0, c.head_dim, 2, dtype=torch.float32, device="cpu") / c.head_dim
-    freq = c.rope_theta**-exponents
-    kind, _, arguments = c.rope_scaling.partition(":")
-    try:
-        numbers = [float(n) for n in arguments.split(",") if n]
-    except ValueError:
-        numbers = []
-    if kind == "none" and not arguments:
+    freq = rope_base(c) ** -exponents
+    kind, numbers = read_rope_scaling(c.rope_scaling)
+    if kind in ("none", "ntk"):
         return freq
-    if kind == "linear" and len(numbers) == 1 and numbers[0] > 0:
-        return freq / numbers[0]
-    if kind == "llama3" and len(numbers) == 4 and min(numbers) > 0 and numbers[1] < numbers[2]:
-        factor, low, high, original = numbers
-        turns = original * freq / (2 * math.pi)  # full rotations over the context of pre-training
-        # 1: short wavelengths, left alone; 0: long ones, stretched
+    factor = numbers["factor"]
+    if kind == "linear":
+        return freq / factor
+    if kind == "yarn":
+        keep = yarn_keep(c, numbers)
+    else:
+        low, high = numbers["low_freq_factor"], numbers["high_freq_factor"]
+        turns = numbers["original_max_position_embeddings"] * freq / (2 * math.pi)
         keep = ((turns - low) / (high - low)).clamp(0, 1)
-        return keep * freq + (1 - keep) * freq / factor
-    raise ValueError(
-        f"rope_scaling must be none, linear:FACTOR or llama3:FACTOR,LOW,HIGH,CONTEXT, not {c.rope_scaling!r}"
-    )
+    # 1: short wavelengths, left alone; 0: long ones, stretched
+    return keep * freq + (1 - keep) * freq / factor
+
+
+def yarn_keep(c, numbers):
+    """Returns how much of each pair's frequency YaRN leaves alone, float32 (D/2,): all up to the pair that
+    turns beta_fast times over the context of pre-training, nothing from the one on that turns beta_slow
+    times, and a line between them.
+
+    The ends are whole pairs and have transformers' limits, D - 1 for one of the D/2 among them.
+    """
+    if c.rope_theta <= 1:
+        raise ValueError(f"rope_scaling=yarn needs a rope_theta above 1, not {c.rope_theta}")
+    numbers = YARN_DEFAULTS | numbers
+    ends = []
+    for turns in numbers["beta_fast"], numbers["beta_slow"]:
+        wavelength = numbers["original_max_position_embeddings"] / (turns * 2 * math.pi)
+        ends.append(c.head_dim * math.log(wavelength) / (2 * math.log(c.rope_theta)))
+    first = max(math.floor(ends[0]), 0)
+    last = min(math.ceil(ends[1]), c.head_dim - 1)
+    if first == last:
+        last += 0.001
+    pairs = torch.arange(c.head_dim // 2, dtype=torch.float32, device="cpu")
+    return 1 - ((pairs - first) / (last - first)).clamp(0, 1)
 
 
 class ALiBi(nn.Module):

@@ -6,6 +6,7 @@
     python sample.py --adapter=out/lora --start="What is it?"              what finetune_lora.py has learned
     python sample.py --onnx=out/ts/onnx                                    what export_onnx.py wrote, run by onnxruntime
     python sample.py --out_dir=hf:FOLDER --chat                            a conversation in the terminal
+    python sample.py --block_size=1024 --rope_scaling=yarn:8,128           past its own context, 128
 
 generate() is a Python generator that other scripts import.
 """
@@ -52,6 +53,8 @@ class Config:
     top_p: float = 1.0               # keep the likeliest tokens that make up this probability; 1 = all
     repetition_penalty: float = 1.0  # above 1 makes tokens that occurred less likely (Keskar et al. 2019)
     past_end: str = "stop"           # at block_size: stop | recompute (from its last half) | slide (windows alone)
+    block_size: int = 0              # another context than the model's: 0 = its own; not for learned positions
+    rope_scaling: str = ""           # another rope_scaling than the model's, as in train.py -h: "" = its own
     seed: int = 1337                 # the same seed, the same story: to the letter in float32 on one kind of processor
     device: str = "auto"             # auto | cpu | cuda | cuda:N | mps
     dtype: str = "auto"              # auto (float32 on a CPU) | float32 | tf32 | bfloat16 | float16
@@ -88,10 +91,13 @@ class Config:
             raise ValueError("chat reads what you type: leave out start and num_samples")
         if self.system and not self.chat:
             raise ValueError("system is what a chat begins with: --chat")
+        if self.block_size < 0:
+            raise ValueError("block_size must be at least 1, or 0 for the model's own")
+        is_plain = is_plain and not self.block_size and not self.rope_scaling
         if self.onnx and (self.adapter or not is_plain):
             raise ValueError(
                 "an ONNX file is whole and computed on the CPU, as it was written: "
-                "leave out adapter, device, dtype and rmsnorm"
+                "leave out adapter, device, dtype, rmsnorm, block_size and rope_scaling"
             )
 
 
@@ -290,6 +296,7 @@ def load_onnx(cfg):
 def load(cfg):
     """Returns (model, tokenizer, its settings, Compute, what to print of them) for --out_dir and --adapter."""
     ckpt = open_given(cfg, cfg.adapter)
+    ckpt.stretch(cfg.rope_scaling, cfg.block_size)
     compute = resolve(cfg.device, cfg.dtype, "false")
     model, tokenizer = ckpt.restore()
     paths = ckpt.path

@@ -119,6 +119,25 @@ def expert_line(figures, balance):
     )
 
 
+def position_nats(model, rows, compute, batch_size=32):
+    """Returns -log p of each target of rows of ids (n, L + 1), in nats: float64 (n, L).
+
+    A row that is longer than the context is read in windows that overlap by half (document_windows).
+    """
+    length = rows.shape[1] - 1
+    nats = np.zeros((len(rows), length))
+    with evaluating(model):
+        for start, first, end in document_windows(length, model.config.block_size):
+            for i in range(0, len(rows), batch_size):
+                pieces = rows[i : i + batch_size, start : end + 1]
+                with compute.autocast():
+                    losses = model(**to(padded(pieces, end - start), compute.device), reduction="none")[
+                        1
+                    ]
+                nats[i : i + batch_size, first:end] = losses.cpu().double().numpy()[:, first - start :]
+    return nats
+
+
 def document_nats(model, documents, tokenizer, compute, batch_size=32):
     """Returns -log p of each token of each document and of its end, in nats: a list of float64 (n + 1,).
 

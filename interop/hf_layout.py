@@ -16,7 +16,15 @@ import torch
 import torch.nn as nn
 
 from lora import LINEARS, LoRAConfig, inject
-from model import Transformer, model_sizes
+from model import (
+    ROPE_SCALINGS,
+    YARN_DEFAULTS,
+    YARN_LEAST,
+    Transformer,
+    model_sizes,
+    read_rope_scaling,
+    rope_base,
+)
 from tensors import check_finite, check_tensor, count_stored_numbers
 
 # What a kind cannot express otherwise: settings that must be so
@@ -547,13 +555,14 @@ def read_gpt2_settings(data):
 
 
 def read_llama_config(kind, data, sizes):
+    theta, scaling = read_rope(data, DEFAULT_THETAS.get(kind, 10000.0))
+    sizes["block_size"] = read_context(sizes["block_size"], scaling)
     keys = sizes | NEEDS[kind]
     if kind == "qwen3" or data.get("head_dim") is not None:
         keys["head_dim"] = read_number(data, "head_dim", kind=int)
         if keys["head_dim"] < 1:
             raise ValueError(f"head_dim is {keys['head_dim']}")
     keys |= read_windows(kind, data, sizes)
-    theta, scaling = read_rope(data, DEFAULT_THETAS.get(kind, 10000.0))
     if data.get("num_key_value_heads") is not None:
         keys["n_kv_head"] = read_number(data, "num_key_value_heads", kind=int)
     keys["norm_eps"] = float(read_number(data, "rms_norm_eps", 1e-6))
@@ -615,11 +624,8 @@ def read_windows(kind, data, sizes):
     return {"window": window, "window_pattern": pattern[:period]}
 
 
-SCALINGS = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
+# kinds of rope_scaling by transformers' names; ntk has none, and is another rope_theta there
+ROPE_TYPES = {"default": "none", "linear": "linear", "yarn": "yarn", "llama3": "llama3"}
 
 
 def read_rope(data, default_theta=10000.0):
@@ -648,17 +654,48 @@ def read_rope(data, default_theta=10000.0):
 
 def read_scaling(params):
     """Returns our rope_scaling, as "linear:4", of transformers' settings. Raises ValueError."""
-    kind = params.get("rope_type") or params.get("type") or "default"
-    if not isinstance(kind, str) or kind not in SCALINGS:
-        raise ValueError(f"rope_type is {kind!r:.60}; only {', '.join(SCALINGS)} are read here")
+    rope_type = params.get("rope_type") or params.get("type") or "default"
+    if not isinstance(rope_type, str) or rope_type not in ROPE_TYPES:
+        raise ValueError(f"rope_type is {rope_type!r:.60}; only {', '.join(ROPE_TYPES)} are read here")
+    kind = ROPE_TYPES[rope_type]
+    names = ROPE_SCALINGS[kind]
+    harmless = {"partial_rotary_factor": 1}
+    if kind == "yarn":
+        harmless["truncate"] = True
+        if params.get("attention_factor") is not None:
+            harmless["mscale"] = yarn_mscale(params)
     for key, value in params.items():
-        if key in ("rope_type", "type", "rope_theta", *SCALINGS[kind]) or value is None:
+        if key in ("rope_type", "type", "rope_theta", *names) or value is None:
             continue
-        if key != "partial_rotary_factor" or value != 1:
+        if key not in harmless or value != harmless[key]:
             setting = f"{key} is {value!r:.60} in the rope settings"
-            raise ValueError(f"{setting}, which rope_type {kind} does not have here")
-    numbers = [format_number(read_number(params, key)) for key in SCALINGS[kind]]
+            raise ValueError(f"{setting}, which rope_type {rope_type} does not have here")
+    if kind == "yarn":
+        present = [i for i, name in enumerate(names) if params.get(name) is not None]
+        names = names[: max([YARN_LEAST - 1, *present]) + 1]
+        params = YARN_DEFAULTS | {key: value for key, value in params.items() if value is not None}
+    numbers = [format_number(read_number(params, key)) for key in names]
     return f"{kind}:{','.join(numbers)}" if numbers else "none"
+
+
+def read_context(block_size, scaling):
+    """Returns the context that max_position_embeddings means: with YaRN it may be that of pre-training
+    (write_context), and is FACTOR times as long then.
+    """
+    kind, numbers = read_rope_scaling(scaling)
+    if kind != "yarn" or block_size != numbers["original_max_position_embeddings"]:
+        return block_size
+    return int(numbers["factor"] * block_size)
+
+
+def yarn_mscale(params):
+    """Returns the mscale by which mlx-lm, which does not read attention_factor, computes the same.
+
+    Beside an attention_factor, transformers does not read it. There is none for a factor of 1.
+    """
+    growth = 0.1 * math.log(max(1, read_number(params, "factor")))
+    attention_factor = read_number(params, "attention_factor")
+    return (attention_factor - 1) / growth if growth else None
 
 
 def format_number(n):
@@ -686,16 +723,18 @@ def write_config(kind, c):
     data |= {hf_key: getattr(c, key) for key, hf_key in SIZES[kind].items()}
     if kind == "gpt2":
         return data | FIXED["gpt2"] | write_gpt2_settings(c)
+    theta = rope_base(c)
     scaling = write_rope_scaling(c.rope_scaling)
+    data["max_position_embeddings"] = write_context(kind, c)
     data |= {
         "num_key_value_heads": c.n_kv_head,
         "head_dim": c.head_dim,
         "rms_norm_eps": c.norm_eps,
         "hidden_act": "silu",
         "attention_dropout": 0.0,
-        "rope_theta": c.rope_theta,
+        "rope_theta": theta,
         "rope_scaling": scaling,
-        "rope_parameters": {"rope_theta": c.rope_theta, **(scaling or {"rope_type": "default"})},
+        "rope_parameters": {"rope_theta": theta, **(scaling or {"rope_type": "default"})},
     }
     if kind == "qwen3_moe":
         data |= {
@@ -732,15 +771,36 @@ def write_gpt2_settings(c):
 
 
 def write_rope_scaling(text):
-    """Returns transformers' rope_scaling for ours, as "linear:4"; None for "none"."""
-    rope_type, _, numbers = text.partition(":")
-    if rope_type not in SCALINGS or not SCALINGS[rope_type]:
+    """Returns transformers' rope_scaling for ours, as "linear:4"; None for what is none there."""
+    kind, numbers = read_rope_scaling(text)
+    if kind not in ROPE_TYPES.values() or not numbers:
         return None
-    scaling = {"rope_type": rope_type}
-    for key, number in zip(SCALINGS[rope_type], numbers.split(",")):
-        number = float(number)
+    scaling = {"rope_type": kind}
+    for key, number in numbers.items():
         scaling[key] = int(number) if key.startswith("original") else number
+    if "attention_factor" in scaling and (mscale := yarn_mscale(scaling)) is not None:
+        scaling["mscale"] = mscale
     return scaling
+
+
+def write_context(kind, c):
+    """Returns max_position_embeddings: with YaRN as a Llama or Qwen2 the context of pre-training.
+
+    Of YaRN's settings, transformers up to 4.50 reads that one in place of
+    original_max_position_embeddings; from 4.51 to 4.55 it takes the quotient of the two for the factor,
+    and knows Qwen3. Later versions read what stands there. Raises ValueError where the context is
+    not FACTOR times that of pre-training, as it has to be for the second, and to be read back.
+    """
+    name, numbers = read_rope_scaling(c.rope_scaling)
+    if name != "yarn":
+        return c.block_size
+    original = numbers["original_max_position_embeddings"]
+    stretched = numbers["factor"] * original
+    if stretched != c.block_size:
+        problem = f"block_size is {c.block_size}, and by rope_scaling={c.rope_scaling} {stretched:g}"
+        advice = "with yarn they must be equal (--block_size, --rope_scaling)"
+        raise ValueError(f"{problem}: {advice}")
+    return c.block_size if kind == "qwen3" else int(original)
 
 
 # ---- LoRA: PEFT's A (rank, in) and B (out, rank) are ours, but over the modules that Hugging Face has

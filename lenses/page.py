@@ -18,6 +18,7 @@ MARK = "<!-- a report of eval.py -->"  # so that one may be replaced, and nothin
 
 e = html.escape
 
+COLOURS = 6  # --c0 to --c5; more lines are dashed
 STYLE = """
 :root {
   color-scheme: light dark;
@@ -157,20 +158,36 @@ def ticks(low, high):
 
 def position_plot(whole):
     """Returns the loss over the tokens of context as SVG: a line a checkpoint, positions logarithmic."""
-    width, height = 420, 250
-    left, right, top, bottom = 36, 410, 10, 208  # of the axes
     lines = []
     for result in whole["checkpoints"]:
         bins = result["likelihood"]["by_position"]
         lines.append([((first * last) ** 0.5, nats) for first, last, nats, _ in bins])
-    xs = [x for line in lines for x, _ in line]
-    ys = [y for line in lines for _, y in line]
-    log_end = math.log(max(*xs, 2))
-    low = min(0.0, *ys)
-    high = max(*ys, low + 1e-6) * 1.03
+    log_end = math.log(max(2, *(x for line in lines for x, _ in line)))
+    marks = [4**k for k in range(12) if 4**k <= math.exp(log_end)]
+    low = min(0.0, *(nats for line in lines for _, nats in line))
+    return line_plot(
+        lines,
+        [result["out_dir"] for result in whole["checkpoints"]],
+        lambda x: math.log(x) / log_end,
+        marks,
+        low,
+        "Loss by position: nats a token, over the tokens of context before it",
+        "tokens of context (logarithmic)",
+    )
+
+
+def line_plot(lines, names, share, marks, low, caption, label):
+    """Returns lines [(x, y), ...] with their names as SVG, in HTML.
+
+    share(x) is where x is on its axis, from 0 to 1; marks are the numbers at it, label stands below.
+    The other axis begins at low.
+    """
+    width, height = 420, 250
+    left, right, top, bottom = 36, 410, 10, 208  # of the axes
+    high = max(low + 1e-6, *(y for line in lines for _, y in line)) * 1.03
 
     def place_x(x):
-        return f"{left + (right - left) * math.log(x) / log_end:.1f}"
+        return f"{left + (right - left) * share(x):.1f}"
 
     def place_y(y):
         return f"{top + (bottom - top) * (high - y) / (high - low):.1f}"
@@ -178,32 +195,31 @@ def position_plot(whole):
     drawing = ""
     for value in ticks(low, high):
         y = place_y(value)
-        drawing += f'<path d="M{place_x(1)},{y}H{right}" stroke="var(--line)"/>'
+        drawing += f'<path d="M{left}.0,{y}H{right}" stroke="var(--line)"/>'
         drawing += f'<text x="{left - 8}" y="{y}" dy="4" text-anchor="end">{value:g}</text>'
-    for n in (4**k for k in range(12)):
-        if n <= math.exp(log_end):
-            drawing += f'<text x="{place_x(n)}" y="{bottom + 20}" text-anchor="middle">{n:,}</text>'
+    for x in marks:
+        drawing += f'<text x="{place_x(x)}" y="{bottom + 20}" text-anchor="middle">{x:,}</text>'
     for i, line in enumerate(lines):
         path = "L".join(f"{place_x(x)},{place_y(y)}" for x, y in line)
-        stroke = f'stroke="var(--c{i % 6})" stroke-width="2.5" stroke-linejoin="round"'
+        dashes = 'stroke-dasharray="7 4" ' if i >= COLOURS else ""
+        stroke = f'stroke="var(--c{i % COLOURS})" stroke-width="2.5" {dashes}stroke-linejoin="round"'
         drawing += f'<path d="M{path}" fill="none" {stroke}/>'
-    label = "tokens of context (logarithmic)"
     drawing += f'<text x="{(width + left) / 2}" y="{height - 6}" text-anchor="middle">{label}</text>'
-    caption = "Loss by position: nats a token, over the tokens of context before it"
     return (
-        f"<figure><figcaption>{caption}</figcaption>{key(whole)}"
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="loss by position in the context">'
+        f"<figure><figcaption>{caption}</figcaption>{key(names)}"
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{caption}">'
         f"{drawing}</svg></figure>"
     )
 
 
-def key(whole):
-    """Returns the names of the checkpoints in their colours; "" for a single one."""
-    if not several(whole):
+def key(names):
+    """Returns names in the colours of their lines, the dashed ones hollow; "" for a single one."""
+    if len(names) < 2:
         return ""
     entries = ""
-    for i, result in enumerate(whole["checkpoints"]):
-        entries += f'<span style="color:var(--c{i % 6})">● {e(result["out_dir"])}</span>'
+    for i, name in enumerate(names):
+        dot = "○" if i >= COLOURS else "●"
+        entries += f'<span style="color:var(--c{i % COLOURS})">{dot} {e(name)}</span>'
     return f"<div class=key>{entries}</div>"
 
 
@@ -309,21 +325,14 @@ def made_up_words(whole):
 
 
 def page(whole):
-    """Returns the report as HTML. whole: the figures as eval.py has them."""
+    """Returns the report as HTML. whole: the figures as eval.main has them."""
     likelihood, probes, texts = sections(whole)
     title_1, about_1, header_1, rows_1 = likelihood
     title_2, about_2, header_2, rows_2 = probes
     title_3, about_3, header_3, rows_3 = texts
     names = e(", ".join(result["out_dir"] for result in whole["checkpoints"]))
     notes = "".join(f"<p class=soft>{e(note)}</p>" for note in whole["notes"])
-    figures = e(json.dumps(short(whole), indent=1))
-    return f"""<!doctype html>
-{MARK}
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{names}: evaluation</title><style>{STYLE}</style></head><body><main>
-<h1>{names}</h1><p class=soft>Evaluated on {e(whole["text"])}</p>
+    body = f"""<h1>{names}</h1><p class=soft>Evaluated on {e(whole["text"])}</p>
 {verdict_box(whole)}{notes}{html_table(FACTS, facts(whole), left=2)}
 <h2>{title_1}</h2><p class=soft>{e(about_1)}</p>
 {html_table(header_1, rows_1, top="bits")}{position_plot(whole)}
@@ -332,7 +341,20 @@ def page(whole):
 {probe_table(header_2, rows_2, whole)}{wrong_answers(whole)}
 <h2>{title_3}</h2><p class=soft>{e(about_3)}</p>
 {html_table(header_3, rows_3, top="mark")}{made_up_words(whole)}
-{samples(whole)}
+{samples(whole)}"""
+    return frame(f"{names}: evaluation", body, whole)
+
+
+def frame(title, body, whole):
+    """Returns a page with a title and a body, both HTML, and at its end all figures."""
+    figures = e(json.dumps(short(whole), indent=1))
+    return f"""<!doctype html>
+{MARK}
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<title>{title}</title><style>{STYLE}</style></head><body><main>
+{body}
 <footer><p>Seed {whole["seed"]}; {e(whole["computed"])}.</p>
 <details><summary>All figures as JSON</summary><pre>{figures}</pre></details></footer>
 </main></body></html>
@@ -356,6 +378,6 @@ def check(path):
         raise Refusal(f"cannot write {path}: permission denied")
 
 
-def write(path, whole):
-    """Writes the report to path, which is replaced at once or not at all."""
-    write_atomic(path, lambda f: f.write(page(whole).encode("utf-8", "replace")))
+def write(path, text):
+    """Writes a page to path, which is replaced at once or not at all."""
+    write_atomic(path, lambda f: f.write(text.encode("utf-8", "replace")))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from scripts import ROOT
-from test_model import redraw
+from test_model import build, redraw, tokens
 
 import checkpoint
 import train
@@ -48,6 +48,49 @@ def test_a_checkpoint_restores_model_tokenizer_and_state(saved):
     assert not restored.training
     assert restored_tokenizer.to_str() == tokenizer.to_str()
     assert os.listdir(os.path.dirname(path)) == ["ckpt.pt"]
+
+
+def test_stretching_changes_what_is_restored_and_nothing_else(tmp_path):
+    path = str(tmp_path / "ckpt.pt")
+    tokenizer = Tokenizer.train(["ab"], 257)
+    model = build(vocab_size=257)
+    checkpoint.save(path, model, tokenizer, {}, checkpoint.RunState(1, 2.0, 2.0))
+    ckpt = checkpoint.open_checkpoint(path)
+    fingerprint = checkpoint.fingerprint(ckpt.state)
+    ckpt.stretch("yarn:4,24", 96)
+    stretched, _ = ckpt.restore()
+    expected = Transformer(replace(model.config, rope_scaling="yarn:4,24", block_size=96))
+    expected.load_state_dict(model.state_dict())
+    idx = tokens(T=90)
+    assert torch.equal(stretched(idx)[0], expected.eval()(idx)[0])
+    assert checkpoint.fingerprint(ckpt.state) == fingerprint
+    ckpt.stretch(block_size=96)
+    longer, _ = ckpt.restore()
+    assert longer.config == replace(model.config, block_size=96)
+    ckpt.stretch()
+    assert ckpt.restore()[0].config == model.config
+
+
+@pytest.mark.parametrize(
+    "pos, scaling, block_size, message",
+    [
+        ("learned", "", 48, "learned positions, a table of 24"),
+        ("learned", "", 12, "learned positions, a table of 24"),
+        ("learned", "linear:2", 0, "learned positions, a table of 24"),
+        ("alibi", "linear:2", 0, "pos is alibi"),
+        ("rope", "yarn:2", 0, "yarn:FACTOR,CONTEXT"),
+        ("rope", "ntk:0.5", 0, "at least 1"),
+        ("rope", "", 10**8, "block_size must be at least 1"),
+    ],
+)
+def test_what_cannot_be_stretched_is_one_line(pos, scaling, block_size, message, tmp_path):
+    tokenizer = Tokenizer.train(["ab"], 257)
+    model = build(vocab_size=257, pos=pos)
+    path = str(tmp_path / "ckpt.pt")
+    checkpoint.save(path, model, tokenizer, {}, checkpoint.RunState(1, 2.0, 2.0))
+    with pytest.raises(Refusal, match=message) as refusal:
+        checkpoint.open_checkpoint(path).stretch(scaling, block_size)
+    assert refusal.value.status == 2
 
 
 def test_a_compiled_model_is_saved_unwrapped(saved):

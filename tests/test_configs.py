@@ -7,6 +7,7 @@ they are from which version on; a version alone is the first one without the key
 
 import contextlib
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -589,6 +590,10 @@ ROPES = {
     "linear": {"rope_scaling": "linear:4", "rope_theta": 5e5},
     "llama3": {"rope_scaling": "llama3:8,1,4,256", "rope_theta": 5e5},
     "qwen3": {"qk_norm": True, "rope_scaling": "linear:2.5", "rope_theta": 1e6},
+    "ntk": {"rope_scaling": "ntk:8", "rope_theta": 500.0},
+    "yarn": {"rope_scaling": "yarn:64,16", "rope_theta": 5e5},
+    "yarn whole": {"rope_scaling": "yarn:16,64,8,0.5,1.25"},
+    "qwen3 yarn": {"qk_norm": True, "rope_scaling": "yarn:16,64", "rope_theta": 1e6},
 }
 
 
@@ -618,10 +623,46 @@ def rope_difference(model, data, tensors):
     return (peer.eval()(ids).logits - logits).abs().max() / logits.std()
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    "kind, changes, written",
+    [
+        ("llama", {}, {"max_position_embeddings": 64, "rope_scaling": YARN}),
+        ("llama", {"qk_norm": True}, {"max_position_embeddings": 256, "rope_scaling": YARN}),
+    ],
+)
+def test_yarn_is_written_for_each_version_that_knows_the_kind(kind, changes, written):
+    """Up to 4.50 the context of pre-training is max_position_embeddings, and there is no Qwen3; from 4.51
+    to 4.55 the factor is max_position_embeddings over original_max_position_embeddings.
+    """
+    c = preset("llama", rope_scaling="yarn:4,64", block_size=256, **changes)
+    data, _ = hf_layout.to_hf(c, {})
+    assert {key: data[key] for key in written} == written
+    assert hf_layout.read_config(data)[0]["block_size"] == 256
+
+
+def test_a_context_that_is_not_yarns_is_refused_on_the_way_out():
+    c = preset("llama", rope_scaling="yarn:4,64", block_size=255)
+    with pytest.raises(ValueError, match="block_size is 255, and by rope_scaling=yarn:4,64 256"):
+        hf_layout.to_hf(c, {})
+
+
+def test_mlx_lm_has_the_attention_factor_as_mscale():
+    """By its formula, in mlx_lm/models/rope_utils.py of 0.32.2, where mscale_all_dim is 0."""
+    scaling = hf_layout.write_rope_scaling("yarn:8,128,32,1,0.75")
+    assert 0.1 * scaling["mscale"] * math.log(scaling["factor"]) + 1 == pytest.approx(0.75)
+    assert scaling["attention_factor"] == 0.75
+
+
 @pytest.mark.parametrize(
     "keys, expected",
     [
         ({}, (10000.0, "none")),
+        ({"rope_scaling": YARN}, (10000.0, "yarn:4,64")),
+        ({"rope_scaling": YARN | {"truncate": True, "beta_fast": None}}, (10000.0, "yarn:4,64")),
+        ({"rope_parameters": YARN | {"attention_factor": 1.5}}, (10000.0, "yarn:4,64,32,1,1.5")),
         ({"rope_theta": 5.0, "rope_scaling": None}, (5.0, "none")),
         ({"rope_theta": None, "rope_parameters": {"rope_theta": 5.0}}, (5.0, "none")),
         ({"rope_scaling": {"type": "linear", "factor": 2}}, (10000.0, "linear:2")),
@@ -656,8 +697,19 @@ def test_rope_is_read_from_either_place(keys, expected):
         ({"rope_parameters": {"full_attention": {"rope_theta": 5.0}}}, "full_attention is"),
         ({"rope_parameters": [5]}, r"rope_parameters is \[5\], where an object"),
         (
+            {"rope_scaling": {"rope_type": "dynamic", "factor": 4}},
+            "rope_type is 'dynamic'; only default, linear",
+        ),
+        (
             {"rope_scaling": {"rope_type": "yarn", "factor": 4}},
-            "rope_type is 'yarn'; only default, linear",
+            "original_max_position_embeddings is missing",
+        ),
+        ({"rope_scaling": YARN | {"mscale": 1.0}}, "mscale is 1.0"),
+        ({"rope_scaling": YARN | {"mscale": 1.0, "attention_factor": 1.0}}, "mscale is 1.0"),
+        ({"rope_scaling": YARN | {"truncate": False}}, "truncate is False"),
+        (
+            {"rope_scaling": YARN, "rope_parameters": YARN | {"beta_slow": 2.0}},
+            "yarn:4,64 and rope_parameters yarn:4,64,32,2, of which only one",
         ),
     ],
 )

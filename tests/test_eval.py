@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import dataclasses
 import html.parser
 import http.server
 import json
@@ -24,15 +25,16 @@ from test_train import SMALL
 import checkpoint
 import eval as evaluation
 import prepare
+import score
 import toy_stories
 import train
 from config import Refusal
 from device import resolve
-from lenses import judge, page, probes, reading
+from lenses import judge, lengths, page, probes, reading
 from lenses.stats import bits, bootstrap, mean_interval, resampled, wilson
 from lenses.verdict import compare, grade, verdict
 from model import ModelConfig, Transformer
-from score import completion_nats, context_lengths, document_nats, document_windows
+from score import completion_nats, context_lengths, document_nats, document_windows, position_nats
 from tokenizer import Tokenizer
 
 CPU = resolve("cpu", "float32", "false")
@@ -113,6 +115,147 @@ def test_equal_seeds_resample_equal_units_so_that_differences_are_paired():
     assert np.allclose(resampled(both, 1000, 5)[:, 1], alone[:, 0], rtol=1e-12)
     interval = bootstrap(both, lambda sums: (sums[:, 1] - sums[:, 0]) / 50, 1000)
     assert interval == pytest.approx((1, 1))
+
+
+# Lengths
+
+
+def test_position_nats_are_those_of_each_token_after_its_window_and_scores_up_to_the_context():
+    model = build()
+    rows = np.stack([tokens(1, 81, seed=seed)[0].numpy() for seed in range(3)])
+    nats = position_nats(model, rows, CPU, batch_size=2)
+    for row, row_nats in zip(rows, nats):
+        assert row_nats[:24].mean() == pytest.approx(score.evaluate(model, row[:25], 24, 1, CPU))
+        for target in range(80):
+            start = 12 * max(0, math.ceil((target + 1 - 24) / 12))
+            with torch.no_grad():
+                logits = model(torch.from_numpy(row[None, start : target + 1]))[0][0, -1]
+            expected = -logits.log_softmax(-1)[row[target + 1]].item()
+            assert row_nats[target] == pytest.approx(expected, rel=1e-5)
+
+
+def test_windows_of_positions_cover_each_once():
+    for context, length in (128, 1024), (192, 1536), (24, 100), (1, 8), (3, 7):
+        edges = lengths.window_edges(context, length)
+        assert edges[0] == 0 and edges[-1] == length
+        assert (np.diff(edges) >= 1).all()
+        assert (np.diff(edges) <= math.ceil(context / 4)).all()
+
+
+@pytest.fixture(scope="module")
+def long_lab(lab):
+    """The lab with long.txt, one document, and untrained models of a context of 48."""
+    text = " ".join(STORIES)
+    (lab / "long.txt").write_text(text, encoding="utf-8")
+    _, _, tokenizer = prepare.load(lab / "data/toy")
+    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 48}
+    for pos in "rope", "alibi", "sinusoidal", "none", "learned":
+        torch.manual_seed(1)
+        model = Transformer(ModelConfig(vocab_size=tokenizer.vocab_size, pos=pos, **sizes))
+        for p in model.parameters():
+            p.data *= 4
+        path = str(lab / f"{pos}.pt")
+        checkpoint.save(path, model, tokenizer, {"dataset": "toy"}, checkpoint.RunState(1, 2.0, 2.0))
+    return lab, tokenizer, tokenizer.encode(text)
+
+
+def text_bits(model, rows, sizes, first, end):
+    """Returns bits a byte of positions first .. end, by score.evaluate on the rows up to there."""
+    nats = 0
+    for n, sign in (end, 1), (first, -1):
+        for row in rows if n else []:
+            nats += sign * n * score.evaluate(model, row[: n + 1], n, 1, CPU)
+    return nats / sizes[:, first:end].sum() / math.log(2)
+
+
+def test_lengths_figures_are_scores_own_and_each_stretched_models(long_lab, capsys):
+    lab, tokenizer, ids = long_lab
+    n = (len(ids) + 1 - 1) // 384
+    rows = np.array([ids[i * 384 : (i + 1) * 384 + 1] for i in range(n)])
+    sizes = np.array([len(token) for token in tokenizer.tokens])[rows[:, 1:]]
+    names = "rope.pt,alibi.pt,sinusoidal.pt,none.pt"
+    evaluate(lab, "--lengths", f"--out_dir={names}", "--text=long.txt", "--report_dir=far")
+    out = capsys.readouterr().out
+    results = figures(out)
+    assert results["n"] == n > 20
+    assert results["edges"] == list(range(0, 385, 12))
+    ways = {way["name"]: way for way in results["ways"]}
+    scalings = ["", "linear:8", "ntk:8", "yarn:8,48"]
+    stretched = [f"rope.pt, {scaling}" for scaling in scalings[1:]]
+    assert list(ways) == ["rope.pt", *stretched, "alibi.pt", "sinusoidal.pt", "none.pt"]
+
+    for name, way in ways.items():
+        own, tokenizer = checkpoint.open_checkpoint(str(lab / way["out_dir"])).restore()
+        settings = {"block_size": 384, "rope_scaling": way["rope_scaling"]}
+        model = Transformer(dataclasses.replace(own.config, **settings))
+        model.load_state_dict(own.state_dict())
+        shares = sizes.reshape(n, 32, 12).sum((0, 2))
+        at_context = np.average(way["bits"][:4], weights=shares[:4])
+        assert at_context == pytest.approx(text_bits(model, rows, sizes, 0, 48), rel=1e-5)
+        assert way["bits"][20] == pytest.approx(text_bits(model, rows, sizes, 240, 252), rel=1e-3)
+        assert way["all"] == pytest.approx(np.average(way["bits"], weights=shares), rel=1e-5)
+        if name == way["out_dir"]:  # the model as it is
+            assert at_context == pytest.approx(text_bits(own, rows, sizes, 0, 48), rel=1e-5)
+            nats = position_nats(own, rows, CPU)
+            assert way["restarted"] == pytest.approx(nats.sum() / sizes.sum() / math.log(2), rel=1e-5)
+        assert f"{way['bits'][31]:.3f}" in out
+
+    report = read_page(lab / "far/lengths.html")
+    assert report.tags["svg"] == 1
+    assert report.tags["tr"] == 1 + 32 + 2
+    assert report.attributes.count(("stroke-dasharray", "7 4")) == 1
+
+
+def test_lengths_leave_the_ends_of_documents_out_and_take_a_scaling(long_lab, capsys):
+    lab, tokenizer, _ = long_lab
+    argv = ["--lengths", "--out_dir=rope.pt", "--block_size=96", "--rope_scaling=yarn:2,48"]
+    evaluate(lab, *argv, "--report_dir=ends")
+    results = figures(capsys.readouterr().out)
+    assert [way["name"] for way in results["ways"]] == ["rope.pt", "rope.pt, yarn:2,48"]
+    _, data, _ = prepare.load(lab / "data/toy")
+    ids = data["val"].astype(int)
+    n = (len(ids) - 1) // 96
+    rows = np.array([ids[i * 96 : (i + 1) * 96 + 1] for i in range(n)])
+    is_text = rows[:, 1:] != tokenizer.eot
+    assert 0.9 < is_text.mean() < 1
+    sizes = np.array([len(token) for token in tokenizer.tokens])[rows[:, 1:]] * is_text
+    ckpt = checkpoint.open_checkpoint(str(lab / "rope.pt"))
+    ckpt.stretch("yarn:2,48", 96)
+    nats = position_nats(ckpt.restore()[0], rows, CPU) * is_text
+    assert results["ways"][1]["all"] == pytest.approx(nats.sum() / sizes.sum() / math.log(2), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--lengths", "--out_dir=learned.pt"], "learned positions, a table of 48"),
+        (["--lengths", "--out_dir=rope.pt,out/b"], "one context, and these have 48 and 64"),
+        (["--lengths", "--out_dir=rope.pt", "--block_size=48"], "past the context of 48"),
+        (["--lengths", "--out_dir=rope.pt", "--rope_scaling=yarn:8"], "yarn:FACTOR,CONTEXT"),
+        (["--lengths", "--out_dir=rope.pt", "--block_size=5000000"], "tokens, and 5,000,000 positions"),
+        (["--out_dir=learned.pt", "--block_size=96"], "learned positions, a table of 48"),
+        (["--out_dir=alibi.pt", "--rope_scaling=ntk:2"], "pos is alibi"),
+    ],
+)
+def test_lengths_that_cannot_be_are_one_line(long_lab, argv, message):
+    with pytest.raises(Refusal, match=message) as refusal:
+        evaluate(long_lab[0], *argv, "--report_dir=refused")
+    assert refusal.value.status == 2
+
+
+def test_the_lenses_see_a_stretched_model(long_lab, capsys):
+    lab, _, _ = long_lab
+    evaluate(lab, "--out_dir=rope.pt", "--block_size=96", "--rope_scaling=linear:2", "--report_dir=s")
+    results = figures(capsys.readouterr().out)["checkpoints"][0]
+    assert results["block_size"] == 96
+    ckpt = checkpoint.open_checkpoint(str(lab / "rope.pt"))
+    ckpt.stretch("linear:2", 96)
+    model, tokenizer = ckpt.restore()
+    _, data, _ = prepare.load(lab / "data/toy")
+    documents, _ = evaluation.split_documents(data["val"], tokenizer)
+    nats = document_nats(model, tokenizer.encode_batch(documents), tokenizer, CPU)
+    loss = np.concatenate([losses[:-1] for losses in nats]).mean()
+    assert results["likelihood"]["loss"] == pytest.approx(loss, rel=1e-5)
 
 
 # Likelihood

@@ -228,6 +228,22 @@ def test_a_deep_models_rounding_is_measured_against_float64(lab, exported, monke
         export_onnx.check(other, exported, [0], 9)
 
 
+def test_a_model_is_exported_stretched_and_is_another_than_its_own(lab, exported, tmp_path):
+    with contextlib.chdir(lab.folder):
+        argv = ["--block_size=128", "--rope_scaling=yarn:2,64"]
+        export(*argv, f"--to={tmp_path}/far", "--seconds=0")
+    ckpt = checkpoint.open_checkpoint(str(lab.folder / "out"))
+    ckpt.stretch("yarn:2,64", 128)
+    model, _ = ckpt.restore()
+    far, _, config = onnx_model.load(f"{tmp_path}/far")
+    assert far.config == model.config
+    prompts = [draw_ids(model.config, 1, n, seed=n)[0].tolist() for n in (3, 9)]
+    texts = complete(generate(model, prompts, 110, temperature=0))
+    assert complete(generate(far, prompts, 110, temperature=0)) == texts
+    own = json.loads((lab.folder / "out/onnx/config.json").read_text())
+    assert config["fingerprint"] != own["fingerprint"]
+
+
 def test_a_setting_that_came_later_has_its_default(lab, folder_copy):
     change_config(folder_copy, lambda config: config["model"].pop("head_dim"))
     assert onnx_model.load(str(folder_copy))[0].config == lab.model.config
@@ -521,6 +537,8 @@ GRID = [
 ]
 BEYOND_THE_GRID = [
     {"pos": "rope", "rope_scaling": "llama3:8,1,4,16"},
+    {"pos": "rope", "rope_scaling": "ntk:4"},
+    {"pos": "rope", "rope_scaling": "yarn:3,8", "n_kv_head": 2},
     {"n_layer": 1, "n_head": 2, "n_kv_head": 2},
     {"block_size": 1024},
     {"head_dim": 12, "n_kv_head": 2},

@@ -657,6 +657,13 @@ def test_another_base_is_refused_whatever_differs(tuned):
     assert not (tuned / "tuned/ckpt.pt").exists()
 
 
+def test_an_adapter_goes_over_its_base_stretched_too(tuned, capsys):
+    argv = ["--adapter=tuned", "--start=Why?", "--max_new_tokens=70", "--seed=3", "--device=cpu"]
+    longer = ["--block_size=96", "--rope_scaling=yarn:2,48"]
+    assert "context of 48" in printed(capsys, sample, *argv, folder=tuned)
+    assert "context of 48" not in printed(capsys, sample, *argv, *longer, folder=tuned)
+
+
 def test_an_adapter_is_no_checkpoint_and_the_other_way_round(tuned):
     for key, message in (
         ("--out_dir=tuned/adapter.pt", "is an adapter, not a checkpoint"),

@@ -254,6 +254,12 @@ LLAMA3 = {
 }
 LINEAR = {"rope_type": "linear", "factor": 2.5, "rope_theta": 10000.0}
 QWEN3_MOE = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "head_dim": 16}
+YARN = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "rope_theta": 1000.0,
+}
 FOLDERS = {
     "llama": ("llama", {}),
     "tied": ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 1}),
@@ -261,6 +267,11 @@ FOLDERS = {
     "theta": ("llama", {"rope_theta": 500.0}),
     "llama3": ("llama", {"rope_parameters": LLAMA3 | {"rope_theta": 1000.0}}),
     "linear": ("llama", {"rope_parameters": LINEAR}),
+    "yarn": ("llama", {"rope_parameters": YARN}),
+    "qwen3 with yarn": (
+        "qwen3",
+        {"rope_parameters": YARN | {"original_max_position_embeddings": 64, "attention_factor": 1.5}},
+    ),
     "biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "attention biases": ("llama", {"attention_bias": True}),
     "mlp biases": ("llama", {"mlp_bias": True}),
@@ -442,6 +453,8 @@ MODELS = {
         "LlamaForCausalLM",
     ),
     "linear": ("llama", {"rope_scaling": "linear:4"}, "LlamaForCausalLM"),
+    "yarn": ("llama", {"rope_scaling": "yarn:4,64,16,1,1.25"}, "LlamaForCausalLM"),
+    "qwen3 with yarn": ("llama", {"qk_norm": True, "rope_scaling": "yarn:8,32"}, "Qwen3ForCausalLM"),
     "qwen3": ("llama", {"qk_norm": True}, "Qwen3ForCausalLM"),
     "qwen3 of a head_dim of its own": (
         "llama",
@@ -500,6 +513,21 @@ def save_adapter(folder, model, config):
         config,
         checkpoint.RunState(1, 2.0, 2.0),
     )
+
+
+def test_a_model_goes_out_stretched(tmp_path):
+    save_checkpoint(tmp_path / "ckpt.pt", "llama")
+    export(tmp_path, "--out_dir=.", "--to=folder", "--block_size=512", "--rope_scaling=yarn:2,256")
+    ckpt = checkpoint.open_checkpoint(str(tmp_path / "ckpt.pt"))
+    ckpt.stretch("yarn:2,256", 512)
+    stretched, _ = ckpt.restore()
+    folder = tmp_path / "folder"
+    peer = transformers.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
+    check_logits(stretched, peer)
+    again, _ = checkpoint.open_checkpoint(f"hf:{tmp_path}/folder").restore()
+    assert again.config == stretched.config
+    with pytest.raises(Refusal, match="block_size is 256, and by rope_scaling=yarn:2,256 512"):
+        export(tmp_path, "--out_dir=.", "--to=other", "--rope_scaling=yarn:2,256")
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -952,7 +980,8 @@ CONFIGS = [
     ({"head_dim": "8"}, "head_dim is '8'"),
     ({"quantization_config": {"bits": 4}}, "quantization_config"),
     ({"num_local_experts": 8}, "'num_local_experts' is 8"),
-    ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type is 'yarn'"),
+    ({"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, "rope_type is 'longrope'"),
+    ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "original_max_.* is missing"),
     ({"rope_parameters": {"rope_type": "linear"}}, "factor is missing"),
     ({"rope_parameters": {"rope_type": "linear", "factor": -1}}, "rope_scaling"),
     ({"rope_parameters": {"rope_type": "linear", "factor": 2, "beta": 1}}, "beta is 1"),

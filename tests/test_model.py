@@ -33,6 +33,7 @@ from model import (
     num_params,
     recorded_routings,
     rope_frequencies,
+    rope_scale,
     rotate,
     size_text,
 )
@@ -379,8 +380,28 @@ def test_n_inner_and_kv_heads_are_chosen():
         ({"head_dim": -2}, "head_dim"),
         ({"block_size": -1}, "block_size"),
         ({"norm_eps": 0.0}, "norm_eps"),
-        ({"rope_scaling": "yarn:4"}, "rope_scaling"),
-        ({"rope_scaling": "linear"}, "rope_scaling"),
+        ({"rope_scaling": "yarn"}, "yarn:FACTOR,CONTEXT"),
+        ({"rope_scaling": "yarn:4"}, "yarn:FACTOR,CONTEXT"),
+        ({"rope_scaling": "yarn:4,16,32,1,1,1"}, "yarn:FACTOR,CONTEXT"),
+        ({"rope_scaling": "yarn:4,sixteen"}, "yarn:FACTOR,CONTEXT"),
+        ({"rope_scaling": "yarn:4,,32"}, "yarn:FACTOR,CONTEXT"),
+        ({"rope_scaling": "yarn:4,16.5"}, "whole number of tokens"),
+        ({"rope_scaling": "yarn:4,16,1,2"}, "BETA_SLOW not above BETA_FAST"),
+        ({"rope_scaling": "yarn:4,16,2,0"}, "above 0"),
+        ({"rope_scaling": "yarn:4,16", "rope_theta": 1.0}, "rope_theta above 1"),
+        ({"rope_scaling": "llama3:8,4,4,16"}, "LOW must be below HIGH"),
+        ({"rope_scaling": "linear"}, "linear:FACTOR"),
+        ({"rope_scaling": "linear:2,3"}, "linear:FACTOR"),
+        ({"rope_scaling": "linear:0.5"}, "at least 1"),
+        ({"rope_scaling": "linear:inf"}, "above 0 and at most"),
+        ({"rope_scaling": "ntk:nan"}, "above 0 and at most"),
+        ({"rope_scaling": "ntk:0.5"}, "at least 1"),
+        ({"rope_scaling": "ntk:2", "head_dim": 2}, "head_dim of 4"),
+        ({"rope_scaling": "ntk:1e9", "head_dim": 4, "rope_theta": 1e300}, "too much"),
+        ({"rope_scaling": "dynamic:2"}, "none, linear:FACTOR"),
+        ({"rope_scaling": "none:2"}, "none, linear:FACTOR"),
+        ({"rope_scaling": "linear:2", "pos": "learned"}, "pos is learned"),
+        ({"rope_scaling": "yarn:4,16", "pos": "alibi"}, "pos is alibi"),
         ({"vocab_size": -1}, "vocab_size"),
         ({"rope_theta": -1.0}, "rope_theta"),
         ({"n_embd": 9, "n_head": 1, "pos": "sinusoidal"}, "even"),
@@ -507,6 +528,55 @@ def test_rope_scaling_linear_is_position_interpolation():
     plain = rope_frequencies(ModelConfig(n_head=1, n_embd=32))
     scaled = rope_frequencies(ModelConfig(n_head=1, n_embd=32, rope_scaling="linear:4"))
     torch.testing.assert_close(scaled, plain / 4)
+
+
+def test_rope_scaling_ntk_stretches_the_longest_wavelength_alone():
+    plain = rope_frequencies(ModelConfig(n_head=1, n_embd=32))
+    scaled = rope_frequencies(ModelConfig(n_head=1, n_embd=32, rope_scaling="ntk:4"))
+    assert scaled[0] == plain[0]
+    torch.testing.assert_close(scaled[-1], plain[-1] / 4)
+    assert (scaled[1:-1] < plain[1:-1]).all() and (scaled[1:-1] > plain[1:-1] / 4).all()
+
+
+@pytest.mark.parametrize("D, theta", [(32, 1e4), (64, 5e5), (8, 100.0), (2, 1e4)])
+@pytest.mark.parametrize(
+    "numbers", [(8, 128, 32, 1), (4, 4096, 32, 1), (2.5, 64, 8, 2), (8, 4, 32, 1), (1, 64, 32, 1)]
+)
+def test_yarn_in_float64_from_the_formulas(D, theta, numbers):
+    """Peng et al. 2023, sections 3.2 and 3.4, by pairs and with the ends of the ramp rounded outwards."""
+    factor, context, fast, slow = numbers
+    pairs = [D / 2 * math.log(context / (2 * math.pi * n)) / math.log(theta) for n in (fast, slow)]
+    first = max(0, math.floor(pairs[0]))
+    last = min(D - 1, math.ceil(pairs[1]))
+    expected = []
+    for pair in range(D // 2):
+        plain = theta ** (-2 * pair / D)
+        share = (pair - first) / (last - first or 0.001)
+        share = min(1, max(0, share))
+        expected.append((1 - share) * plain + share * plain / factor)
+    text = f"yarn:{factor},{context}"
+    config = ModelConfig(n_head=1, n_embd=D, rope_theta=theta, rope_scaling=f"{text},{fast},{slow}")
+    expected = torch.tensor(expected, dtype=torch.float64)
+    torch.testing.assert_close(rope_frequencies(config).double(), expected, rtol=2e-6, atol=0)
+    assert rope_scale(config) == pytest.approx(0.1 * math.log(factor) + 1)
+    if (fast, slow) == (32, 1):
+        shorter = ModelConfig(n_head=1, n_embd=D, rope_theta=theta, rope_scaling=text)
+        assert torch.equal(rope_frequencies(shorter), rope_frequencies(config))
+
+
+@pytest.mark.parametrize(
+    "scaling, scale", [("yarn:4,8", 0.1 * math.log(4) + 1), ("yarn:4,8,4,1,1.7", 1.7)]
+)
+def test_yarn_scales_scores_and_decodes_with_a_cache_exactly_as_without(scaling, scale):
+    model = build(rope_scaling=scaling, n_kv_head=2)
+    cos, sin = model.rotary(torch.arange(24))
+    torch.testing.assert_close(cos**2 + sin**2, torch.full_like(cos, scale**2))
+    model.double()
+    idx = tokens(T=24)
+    logits = model(idx)[0]
+    assert (logits - build(n_kv_head=2).double()(idx)[0]).abs().max() > 0.1
+    for chunks in 1, 5, [10, 1, 13]:
+        exactly(cached(model, idx, chunks), logits)
 
 
 def test_alibi_slopes_are_the_papers():

@@ -118,7 +118,17 @@ def test_biases_and_a_custom_inner_width(name):
     check_parity(build_preset(name, bias=True, n_inner=40))
 
 
-@pytest.mark.parametrize("scaling", ["linear:4", "llama3:8,1,4,256"])
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        "linear:4",
+        "llama3:8,1,4,256",
+        "ntk:4",
+        "yarn:4,256",
+        "yarn:8,128,16,2",
+        "yarn:2,512,32,1,1.5",
+    ],
+)
 def test_rope_scaling_is_that_of_transformers(scaling):
     model = build_preset("llama", rope_scaling=scaling)
     peer = to_transformers(model)
@@ -126,10 +136,31 @@ def test_rope_scaling_is_that_of_transformers(scaling):
     assert difference(build_preset("llama"), peer) > 1e-2
 
 
+@pytest.mark.parametrize("factor, original", [(8, 128), (256, 4), (1, 1024), (2.5, 4096)])
+@pytest.mark.parametrize("more", [{}, {"beta_fast": 16.0, "beta_slow": 3.0, "attention_factor": 1.25}])
+@pytest.mark.parametrize("head_dim, theta", [(16, 1e4), (64, 1e6), (2, 50.0)])
+def test_yarn_is_that_of_modeling_rope_utils(factor, original, more, head_dim, theta):
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    settings = {"factor": factor, "original_max_position_embeddings": original} | more
+    peer = LlamaConfig(
+        head_dim=head_dim,
+        max_position_embeddings=int(factor * original),
+        rope_parameters={"rope_type": "yarn", "rope_theta": theta} | settings,
+    )
+    frequencies, scale = ROPE_INIT_FUNCTIONS["yarn"](peer)
+    text = ",".join(map(str, settings.values()))
+    c = preset("llama", head_dim=head_dim, rope_theta=theta, rope_scaling=f"yarn:{text}")
+    torch.testing.assert_close(lab_model.rope_frequencies(c), frequencies, rtol=1e-6, atol=0)
+    assert lab_model.rope_scale(c) == pytest.approx(scale, rel=1e-12)
+
+
 @pytest.mark.parametrize(
     "name, changes",
     [
         ("llama", {"n_kv_head": 2}),
+        ("llama", {"rope_scaling": "yarn:16,64"}),
         ("llama", {"qk_norm": True, "tie_embeddings": False}),
         ("llama", {"qk_norm": True, "head_dim": 24, "n_kv_head": 1}),
         ("llama", EXPERTS),

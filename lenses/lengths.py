@@ -1,0 +1,123 @@
+"""Bits a byte by position, far past the context of training: the report of eval.py --lengths.
+
+All is made from one dict of figures, here `whole`, which eval.compare_lengths returns. A way is one
+model under one rope_scaling.
+"""
+
+import math
+
+import numpy as np
+
+from config import Refusal
+from lenses.page import e, frame, html_table, line_plot
+from lenses.stats import bits, bootstrap
+from measure import align
+
+TIMES = 8  # contexts of training, where nothing else is given
+PARTS = 4  # windows that a context is cut into
+
+
+def ways(c, length):
+    """Returns the rope_scalings to read a model of config c under, up to position `length`; "" is its own.
+
+    A rope that was trained without one is read under each that stretches its context to that length.
+    """
+    if c.pos != "rope" or c.rope_scaling != "none":
+        return [""]
+    factor = f"{length / c.block_size:g}"
+    return ["", f"linear:{factor}", f"ntk:{factor}", f"yarn:{factor},{c.block_size}"]
+
+
+def window_edges(context, length):
+    """Returns where windows of positions start, and the end of the last: PARTS in a context, from 0 to length."""
+    n = math.ceil(PARTS * length / context)
+    return np.unique(np.linspace(0, length, n + 1).astype(int))
+
+
+def figures(nats, sizes, edges, cfg):
+    """Returns bits a byte of each window with 95% intervals over texts: a dict of lists.
+
+    nats, sizes: of each target (n texts, length) the -log p and the bytes, both 0 where it is no text.
+    """
+    rows = {"bits": [], "low": [], "high": []}
+    for first, end in zip(edges, edges[1:]):
+        window_nats = nats[:, first:end].sum(1)
+        window_bytes = sizes[:, first:end].sum(1)
+        if not window_bytes.any():
+            raise Refusal(f"the text has no byte at positions {first + 1} to {end}: give a longer one")
+        columns = np.column_stack([window_nats, np.zeros(len(nats)), window_bytes])
+        low, high = bootstrap(columns, bits, cfg.resamples, cfg.seed)
+        rows["bits"].append(bits_per_byte(window_nats, window_bytes))
+        rows["low"].append(low)
+        rows["high"].append(high)
+    return rows
+
+
+def bits_per_byte(nats, sizes):
+    return float(nats.sum() / sizes.sum() / math.log(2))
+
+
+def name_way(out_dir, scaling):
+    return f"{out_dir}, {scaling}" if scaling else out_dir
+
+
+# ---- the report
+
+
+def introduction(whole):
+    halves = [(high - low) / 2 for way in whole["ways"] for low, high in zip(way["low"], way["high"])]
+    return (
+        f"Bits a byte at positions of {whole['n']} texts of {whole['length']:,} tokens, on "
+        f"{whole['text']}; training saw {whole['context']:,} positions. "
+        f"95% of the bootstrap over texts is within ± {max(halves):.3f} of each figure or less. "
+        "Documents follow each other in a text, so that far positions ask whether a model still works "
+        "there, not whether it uses what stood far before. "
+        f"Restarted: in windows of {whole['context']:,} tokens that overlap by half, as without any of this."
+    )
+
+
+def table(whole):
+    """Returns (header, rows): a column a way, a row a window."""
+    header = ["positions", *(way["name"] for way in whole["ways"])]
+    rows = []
+    edges = whole["edges"]
+    for i, (first, end) in enumerate(zip(edges, edges[1:])):
+        cells = [f"{way['bits'][i]:.3f}" for way in whole["ways"]]
+        rows.append([f"{first + 1:,} – {end:,}", *cells])
+    rows.append(["all", *(f"{way['all']:.3f}" for way in whole["ways"])])
+    restarted = [f"{way['restarted']:.3f}" if "restarted" in way else "–" for way in whole["ways"]]
+    rows.append(["all, restarted", *restarted])
+    return header, rows
+
+
+def text(whole):
+    """Returns the report as text."""
+    header, rows = table(whole)
+    return f"{introduction(whole)}\n\n{align([header, *rows], str.rjust)}"
+
+
+def plot(whole):
+    """Returns bits a byte over the position as SVG: a line a way, which is flat where its model holds."""
+    edges = np.array(whole["edges"])
+    middles = (edges[:-1] + edges[1:]) / 2
+    lines = [list(zip(middles.tolist(), way["bits"])) for way in whole["ways"]]
+    low = 0.95 * min(bits for way in whole["ways"] for bits in way["bits"])
+    context, length = whole["context"], whole["length"]
+    marks = [i * context for i in range(length // context + 1)]
+    caption = "Bits a byte, over the position in the text"
+    names = [way["name"] for way in whole["ways"]]
+    label = "position, tokens"
+    return line_plot(lines, names, lambda x: x / length, marks, low, caption, label)
+
+
+def page(whole):
+    """Returns the report as HTML."""
+    header, rows = table(whole)
+    names = e(", ".join(dict.fromkeys(way["out_dir"] for way in whole["ways"])))
+    notes = "".join(f"<p class=soft>{e(note)}</p>" for note in whole["notes"])
+    return frame(
+        f"{names}: lengths",
+        f"""<h1>{names}</h1><p class=soft>{e(introduction(whole))}</p>{notes}
+{plot(whole)}{html_table(header, rows, top="all")}""",
+        whole,
+    )
