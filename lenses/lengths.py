@@ -20,9 +20,10 @@ PARTS = 4  # windows that a context is cut into
 def ways(c, length):
     """Returns the rope_scalings to read a model of config c under, up to position `length`; "" is its own.
 
-    A rope that was trained without one is read under each that stretches its context to that length.
+    A rope that was trained without one is read under each that stretches its context to that length,
+    unless windows let it see no further than in training.
     """
-    if c.pos != "rope" or c.rope_scaling != "none":
+    if c.pos != "rope" or c.rope_scaling != "none" or not c.what_ends_a_text:
         return [""]
     factor = f"{length / c.block_size:g}"
     return ["", f"linear:{factor}", f"ntk:{factor}", f"yarn:{factor},{c.block_size}"]

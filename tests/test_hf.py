@@ -844,7 +844,7 @@ def test_data_of_a_foreign_tokenizer_is_what_sample_and_eval_read(make, tmp_path
 def small_subject(tokenizer):
     """A model with a context of 64 tokens, as eval.py asks it."""
     model = build_preset("llama", vocab_size=tokenizer.vocab_size, block_size=64, n_layer=1)
-    return evaluation.Subject("a", "a", 1, model, tokenizer, "d", "none")
+    return evaluation.Subject("a", "a", 1, model, tokenizer, "d", "none", None)
 
 
 def test_logits_of_one_row_that_are_too_many_are_made_in_parts(monkeypatch):
