@@ -759,11 +759,13 @@ class GroupedProduct(torch.autograd.Function):
     def backward(ctx, gradient):
         rows, matrices, ends = ctx.saved_tensors
         gradient = gradient.contiguous()
-        return (
-            grouped_product(gradient, matrices.mT, ends),
-            grouped_outer(gradient, rows, ends).mT,
-            None,
-        )
+        rows_gradient = None
+        matrices_gradient = None
+        if ctx.needs_input_grad[0]:
+            rows_gradient = grouped_product(gradient, matrices.mT, ends)
+        if ctx.needs_input_grad[1]:  # not of frozen experts beside adapters
+            matrices_gradient = grouped_outer(gradient, rows, ends).mT
+        return rows_gradient, matrices_gradient, None
 
 
 def grouped_product(rows, matrices, ends):
@@ -791,7 +793,7 @@ def has_grouped_mm(rows, other):
     dtypes = [torch.bfloat16]
     if rows.device.type == "cpu" and not torch.compiler.is_compiling():
         dtypes += [torch.float32, torch.float16]
-    sizes = rows.size(-1), *other.shape[-2:]
+    sizes = rows.size(-1), other.size(-1)
     is_aligned = all(size * rows.element_size() % 16 == 0 for size in sizes)
     return rows.device.type in ("cpu", "cuda") and rows.dtype in dtypes and is_aligned
 

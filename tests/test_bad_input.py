@@ -581,7 +581,7 @@ CASES = [
     ("sample", f"--start='{'once upon a time ' * 20}'", "the context 32"),
     ("sample", "--start=FILE:good.txt", "tokens and the context 32"),
     ("bench", "trian", "did you mean train?"),
-    ("bench", "everything", "expected train, decode"),
+    ("bench", "everything", "expected train, experts, decode"),
     ("bench", "--train", "there is no key 'train'"),
     ("bench", "unknown.toml", "did you mean n_layer?"),
     ("bench", "--seconds=-1", "seconds must be between"),

@@ -628,7 +628,7 @@ def moe_gradients(forward, moe, x):
     return y.detach(), *torch.autograd.grad((y * weights).sum(), [x, *moe.parameters()])
 
 
-@pytest.mark.parametrize("n_embd, n_inner, R", [(32, 48, 40), (30, 7, 40), (32, 48, 1), (8, 4, 1500)])
+@pytest.mark.parametrize("n_embd, n_inner, R", [(32, 48, 39), (30, 7, 40), (32, 48, 1), (8, 4, 1500)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_experts_are_those_of_a_plain_loop(n_embd, n_inner, R, dtype):
     """At sizes that F.grouped_mm takes or not, with experts that get nothing, to rounding."""
