@@ -433,16 +433,16 @@ def long_rows(documents, tokenizer, length):
 
 
 def read_lengths(subject, documents, length, edges, compute, cfg):
-    """Returns a dict of figures for each way to read a subject: as it is and, for rope, stretched."""
+    """Returns a dict of figures for each way to read a subject: as it is and, for rope, stretched.
+
+    Raises Refusal.
+    """
     own = subject.model.config
     rows, sizes = long_rows(documents, subject.tokenizer, length)
     is_text = sizes >= 0
     sizes = sizes * is_text
-    scalings = lengths.ways(own, length)
-    if cfg.rope_scaling and len(scalings) > 1:
-        scalings = ["", cfg.rope_scaling]
     results = []
-    for scaling in scalings:
+    for scaling in lengths.scalings_for(own, length, cfg.rope_scaling):
         subject.checkpoint.stretch(scaling, length)
         model, _ = subject.checkpoint.restore()
         check_memory(compute.device, mask_bytes(model.config), "try a smaller block_size")
@@ -453,13 +453,14 @@ def read_lengths(subject, documents, length, edges, compute, cfg):
             "name": lengths.name_way(subject.name, scaling),
             "out_dir": subject.name,
             "rope_scaling": scaling or own.rope_scaling,
+            "n": len(rows),
             "all": lengths.bits_per_byte(nats, sizes),
         }
         if not scaling:
             nats_restarted = position_nats(subject.model, rows, compute, fit_batch(subject.model))
             way["restarted"] = lengths.bits_per_byte(nats_restarted * is_text, sizes)
         results.append(way | lengths.figures(nats, sizes, edges, cfg))
-    return results, len(rows)
+    return results
 
 
 def compare_lengths(subjects, documents, text, compute, cfg):
@@ -475,13 +476,11 @@ def compare_lengths(subjects, documents, text, compute, cfg):
     edges = lengths.window_edges(context, length)
     ways = []
     for subject in subjects:
-        results, n = read_lengths(subject, documents, length, edges, compute, cfg)
-        ways += results
+        ways += read_lengths(subject, documents, length, edges, compute, cfg)
     return {
         "text": text,
         "context": context,
         "length": length,
-        "n": n,
         "edges": edges.tolist(),
         "ways": ways,
         "seed": cfg.seed,

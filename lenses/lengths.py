@@ -15,15 +15,20 @@ from measure import align
 
 TIMES = 8  # contexts of training, where nothing else is given
 PARTS = 4  # windows that a context is cut into
+MARKS = 8  # at most, at the axis of positions
 
 
-def ways(c, length):
+def scalings_for(c, length, given):
     """Returns the rope_scalings to read a model of config c under, up to position `length`; "" is its own.
 
-    A rope that was trained without one is read under each that stretches its context to that length,
-    unless windows let it see no further than in training.
+    A rope is read under the given one, too, or where it was trained without any and none is given, under
+    each that stretches its context to that length, unless windows let it see no further than in training.
     """
-    if c.pos != "rope" or c.rope_scaling != "none" or not c.what_ends_a_text:
+    if c.pos != "rope":
+        return [""]
+    if given:
+        return ["", given]
+    if c.rope_scaling != "none" or not c.what_ends_a_text:
         return [""]
     factor = f"{length / c.block_size:g}"
     return ["", f"linear:{factor}", f"ntk:{factor}", f"yarn:{factor},{c.block_size}"]
@@ -68,7 +73,7 @@ def name_way(out_dir, scaling):
 def introduction(whole):
     halves = [(high - low) / 2 for way in whole["ways"] for low, high in zip(way["low"], way["high"])]
     return (
-        f"Bits a byte at positions of {whole['n']} texts of {whole['length']:,} tokens, on "
+        f"Bits a byte at positions of {whole['ways'][0]['n']} texts of {whole['length']:,} tokens, on "
         f"{whole['text']}; training saw {whole['context']:,} positions. "
         f"95% of the bootstrap over texts is within ± {max(halves):.3f} of each figure or less. "
         "Documents follow each other in a text, so that far positions ask whether a model still works "
@@ -94,7 +99,8 @@ def table(whole):
 def text(whole):
     """Returns the report as text."""
     header, rows = table(whole)
-    return f"{introduction(whole)}\n\n{align([header, *rows], str.rjust)}"
+    notes = [f"Note: {note}" for note in whole["notes"]]
+    return "\n\n".join([introduction(whole), align([header, *rows], str.rjust), *notes])
 
 
 def plot(whole):
@@ -102,9 +108,10 @@ def plot(whole):
     edges = np.array(whole["edges"])
     middles = (edges[:-1] + edges[1:]) / 2
     lines = [list(zip(middles.tolist(), way["bits"])) for way in whole["ways"]]
-    low = 0.95 * min(bits for way in whole["ways"] for bits in way["bits"])
-    context, length = whole["context"], whole["length"]
-    marks = [i * context for i in range(length // context + 1)]
+    low = 0.95 * min(y for line in lines for _, y in line)
+    length = whole["length"]
+    step = whole["context"] * math.ceil(length / whole["context"] / MARKS)
+    marks = range(0, length + 1, step)
     caption = "Bits a byte, over the position in the text"
     names = [way["name"] for way in whole["ways"]]
     label = "position, tokens"

@@ -60,7 +60,7 @@ tr:has(:nth-child(5)) small { display: block }
     center / 100% 3px no-repeat;
 }
 figure { margin: 0; max-width: 34rem }
-svg { display: block; width: 100%; font: 12px system-ui, sans-serif }
+svg { display: block; width: 100%; overflow: visible; font: 12px system-ui, sans-serif }
 svg text { fill: var(--soft) }
 .key { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem }
 .samples {

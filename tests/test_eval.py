@@ -134,6 +134,16 @@ def test_position_nats_are_those_of_each_token_after_its_window_and_scores_up_to
             assert row_nats[target] == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_rope_is_read_under_each_scaling_and_all_else_as_it_is():
+    each = ["", "linear:8", "ntk:8", "yarn:8,128"]
+    assert lengths.scalings_for(ModelConfig(), 1024, "") == each
+    assert lengths.scalings_for(ModelConfig(), 1024, "linear:3") == ["", "linear:3"]
+    trained = ModelConfig(rope_scaling="linear:2")
+    assert lengths.scalings_for(trained, 1024, "") == [""]
+    assert lengths.scalings_for(trained, 1024, "none") == ["", "none"]
+    assert lengths.scalings_for(ModelConfig(pos="alibi"), 1024, "linear:3") == [""]
+
+
 def test_windows_of_positions_cover_each_once():
     for context, length in (128, 1024), (192, 1536), (24, 100), (1, 8), (3, 7):
         edges = lengths.window_edges(context, length)
@@ -177,7 +187,8 @@ def test_lengths_figures_are_scores_own_and_each_stretched_models(long_lab, caps
     evaluate(lab, "--lengths", f"--out_dir={names}", "--text=long.txt", "--report_dir=far")
     out = capsys.readouterr().out
     results = figures(out)
-    assert results["n"] == n > 20
+    assert {way["n"] for way in results["ways"]} == {n}
+    assert n > 20
     assert results["edges"] == list(range(0, 385, 12))
     ways = {way["name"]: way for way in results["ways"]}
     scalings = ["", "linear:8", "ntk:8", "yarn:8,48"]
