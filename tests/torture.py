@@ -57,19 +57,26 @@ class Config:
 
 
 def live(folder, script, argv, seconds=TIMEOUT):
-    """Runs a script, and kills it after so many seconds. Returns (exit status, what it printed)."""
+    """Runs a script, and kills it after so many seconds. Returns (exit status, what it printed).
+
+    The status is None where another thread took it away: Process.start() asks for that of all children.
+    """
     process = start(folder, script, *argv)
     process.join(seconds)
-    if process.is_alive():
+    was_alive = process.is_alive()
+    if was_alive:
         process.kill()
         process.join()
+    status = process.exitcode
+    if status == 255:  # multiprocessing's word for a status that it did not get
+        status = -signal.SIGKILL if was_alive else None
     text = ""
     for kind in "out", "err":
         path = Path(folder, f"{kind}.{process.pid}")
         if path.exists():  # not yet, where it was killed at once
             text += path.read_text(errors="replace")
             path.unlink()
-    return process.exitcode, text
+    return status, text
 
 
 # -----------------------------------------------------------------------------------------------------
