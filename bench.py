@@ -566,7 +566,7 @@ def kv_cache_row(shape, config, batch_size, tokens, dtype):
         "shape": shape,
         "attention": kinds.get(config.n_kv_head, "GQA"),
         "n_kv_head": config.n_kv_head,
-        "window": config.window,
+        "window": config.window or None,
         "batch": batch_size,
         "tokens": tokens,
         "dtype": name_of(dtype),
@@ -633,7 +633,7 @@ def bench_windows(cfg, compute):
     times = race(steps, cfg.seconds / 2, compute.device)
     tokens = cfg.batch_size * cfg.block_size * cfg.gradient_accumulation_steps
     for name, rival_times in times.items():
-        row = {"what": "training step", "attention": name, "window": models[name].window}
+        row = {"what": "training step", "attention": name, "window": models[name].window or None}
         yield row | {
             "tokens": tokens,
             **ms_columns(rival_times),
@@ -647,7 +647,7 @@ def bench_windows(cfg, compute):
             steps[name, position] = next_token_step(model, position)
     times = race(steps, cfg.seconds / 2, compute.device)
     for (name, position), rival_times in times.items():
-        row = {"what": "one token", "attention": name, "window": models[name].window}
+        row = {"what": "one token", "attention": name, "window": models[name].window or None}
         yield row | {
             "tokens": position,
             **ms_columns(rival_times),

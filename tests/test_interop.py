@@ -89,12 +89,13 @@ def test_autotokenizer_splits_as_the_file_says(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_no_folder_has_a_window(name, tmp_path):
-    """mlx-lm and llama.cpp would pass over one."""
-    _, folder = write_folder(tmp_path, name)
+def test_a_folder_has_a_window_where_the_model_has_one_alone(name, tmp_path):
+    """mlx-lm and llama.cpp pass over it."""
+    model, folder = write_folder(tmp_path, name)
     config = open_peer(folder).config
-    assert getattr(config, "sliding_window", None) is None
-    assert set(getattr(config, "layer_types", None) or []) <= {"full_attention"}
+    assert getattr(config, "sliding_window", None) == (model.config.window or None)
+    if not model.config.window:
+        assert set(getattr(config, "layer_types", None) or []) <= {"full_attention"}
 
 
 def test_an_onnx_folder_is_no_transformers_folder(tmp_path):
