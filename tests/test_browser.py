@@ -975,11 +975,11 @@ def test_an_instruct_model_writes_its_text_or_is_refused_by_name(browser, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mlp", ["swiglu", "moe"])
-def test_a_character_model_and_one_with_experts(browser, tmp_path, mlp):
+@pytest.mark.parametrize("settings", [{}, {"mlp": "moe"}, {"window": 6, "window_pattern": "SL"}])
+def test_a_character_model_one_with_experts_and_one_with_windows(browser, tmp_path, settings):
     tokenizer = Tokenizer.char(CHAR_DOCS)
     torch.manual_seed(0)
-    model = build(vocab_size=tokenizer.vocab_size, block_size=64, mlp=mlp)
+    model = build(vocab_size=tokenizer.vocab_size, block_size=64, **settings)
     run_state = checkpoint.RunState(1, 2.0, 2.0)
     with contextlib.chdir(tmp_path):
         checkpoint.save("out/ckpt.pt", model, tokenizer, {"dataset": ""}, run_state)
