@@ -272,7 +272,10 @@ def fingerprint(ckpt):
     if c.head_dim * c.n_head == c.n_embd:
         # adapters are older than this setting, and their bases did not change
         settings.pop("head_dim", None)
-    if c.mlp != "moe":  # and than these
+    if not c.window:  # and than these
+        for key in "window", "window_pattern":
+            settings.pop(key, None)
+    if c.mlp != "moe":
         for key in "n_expert", "n_expert_per_token", "norm_topk_prob":
             settings.pop(key, None)
     digest = hashlib.sha256(repr((sorted(settings.items()), ckpt["tokenizer_sha256"])).encode())

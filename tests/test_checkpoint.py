@@ -50,6 +50,19 @@ def test_a_checkpoint_restores_model_tokenizer_and_state(saved):
     assert os.listdir(os.path.dirname(path)) == ["ckpt.pt"]
 
 
+def test_a_base_is_the_same_one_with_later_settings_that_are_off(saved):
+    """A base that is saved again has them in its file: adapters from before stay valid."""
+    later = ["window", "window_pattern", "n_expert", "n_expert_per_token", "norm_topk_prob"]
+    ckpt = checkpoint.load(saved[0])
+    settings = ckpt["model_config"]
+    older = {key: value for key, value in settings.items() if key not in later}
+    assert len(settings) - len(older) == 5
+    fingerprint = checkpoint.fingerprint(ckpt)
+    assert checkpoint.fingerprint(ckpt | {"model_config": older}) == fingerprint
+    windowed = settings | {"window": 4}
+    assert checkpoint.fingerprint(ckpt | {"model_config": windowed}) != fingerprint
+
+
 def test_stretching_changes_what_is_restored_and_nothing_else(tmp_path):
     path = str(tmp_path / "ckpt.pt")
     tokenizer = Tokenizer.train(["ab"], 257)
