@@ -251,6 +251,8 @@ def open_session(path, c):
 
 def fits_config(session, c):
     """Tells whether a session's inputs and outputs are those of a model with the ModelConfig c."""
+    if len(session.get_inputs()) != 1 + 2 * c.n_layer:  # before a list is made of what a file says
+        return False
     past_shape = ["P", "B", c.n_kv_head, c.head_dim]
     expected_inputs = [("ids", "tensor(int64)", ["B", "T"])]
     expected_inputs += [(name, "tensor(float)", past_shape) for name in names(c, "past")]
