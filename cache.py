@@ -47,10 +47,12 @@ class KVCache:
     def __init__(self, model, batch_size, max_len):
         c = model.config
         embedding = model.wte.weight
-        self.windows = [c.window_of(layer) for layer in range(c.n_layer)]
+        self.sizes = {}  # of the layers' rings, by window
         self.k = []
-        for window in self.windows:
-            shape = (batch_size, c.n_kv_head, capacity(window, max_len), c.head_dim)
+        for layer in range(c.n_layer):
+            window = c.window_of(layer)
+            self.sizes[window] = capacity(window, max_len)
+            shape = (batch_size, c.n_kv_head, self.sizes[window], c.head_dim)
             self.k.append(torch.zeros(shape, dtype=embedding.dtype, device=embedding.device))
         self.v = [torch.zeros_like(k) for k in self.k]
         self.lengths = torch.zeros(batch_size, dtype=torch.long, device=embedding.device)
@@ -58,9 +60,8 @@ class KVCache:
         self.max_len = max_len
         self.is_level = True  # all rows have the same length
         self.docs = None
-        self.longest = [
-            0
-        ] * batch_size  # of each row before it was rewound: what was written over is gone
+        # the length of each row before it was rewound: what was written over until then is gone
+        self.longest = [0] * batch_size
 
     def places(self, T):
         """Returns where T new tokens go: (T,) where the rows are level, else (B, T). Raises ValueError
@@ -98,27 +99,26 @@ class KVCache:
         of all tokens that `update` returns for its layers. Raises ValueError where they do not fit.
         """
         places = self.places(T)
-        sizes = {window: k.size(2) for window, k in zip(self.windows, self.k)}
-        keys = {}
-        for window, size in sizes.items():
+        key_places = {}
+        for window, size in self.sizes.items():
             if self.overtakes(size, T):
                 old = self.slot_places(size, 0)
                 new = places.expand(*old.shape[:-1], T)
-                keys[window] = (torch.cat((old, new), -1), None)
+                key_places[window] = torch.cat((old, new), -1)
             else:
-                keys[window] = (self.slot_places(size, T), None)
+                key_places[window] = self.slot_places(size, T)
         if doc is None and self.docs is None:
-            return places, places, None, keys
+            return places, places, None, {window: (keys, None) for window, keys in key_places.items()}
 
         B = self.lengths.size(0)
         if self.docs is None:  # what came before is one document
             self.docs = {}
-            for window, size in sizes.items():
+            for window, size in self.sizes.items():
                 docs = torch.zeros(B, 1, size, 2, dtype=torch.long, device=doc.device)
                 old = self.slot_places(size, 0)
                 docs[:, 0, : old.size(-1), 1] = old
                 self.docs[window] = docs
-        window, docs = next(iter(self.docs.items()))
+        docs = next(iter(self.docs.values()))  # any: each has the last token
         last_slots = (self.lengths - 1).clamp(min=0) % docs.size(2)
         last_doc, last_pos = docs[torch.arange(B, device=docs.device), 0, last_slots].unbind(-1)  # (B,)
         doc = last_doc[:, None].expand(B, T) if doc is None else doc
@@ -126,9 +126,10 @@ class KVCache:
         goes_on = (pos == torch.arange(T, device=doc.device)) & (doc == last_doc[:, None])
         goes_on = goes_on & (self.lengths > 0)[:, None]
         pos = pos + torch.where(goes_on, last_pos[:, None] + 1, 0)
-        for window, (key_places, _) in keys.items():
-            joined = self.join(self.docs[window], places, torch.stack((doc, pos), -1)[:, None])
-            keys[window] = (key_places, joined[:, 0, :, 0])
+        keys = {}
+        for window, docs in self.docs.items():
+            joined = self.join(docs, places, torch.stack((doc, pos), -1)[:, None])
+            keys[window] = (key_places[window], joined[:, 0, :, 0])
         return places, pos, doc, keys
 
     def update(self, layer, places, k, v):
@@ -172,7 +173,7 @@ class KVCache:
         """
         counts = [n] * self.lengths.size(0) if isinstance(n, numbers.Integral) else list(n)
         lengths = [self.length] * len(counts) if self.is_level else self.lengths.tolist()
-        size = min(k.size(2) for k in self.k)
+        size = min(self.sizes.values())
         longest = [max(pair) for pair in zip(self.longest, lengths)]
         for count, length, most in zip(counts, lengths, longest, strict=True):
             if not 0 <= count <= length:

@@ -510,7 +510,7 @@ def with_previous(blocks):
     return torch.cat((previous, blocks), 2)
 
 
-def sight(places, keys, doc=None, key_doc=None, bias=None, dtype=torch.float32, window=0):
+def make_sight(places, keys, doc=None, key_doc=None, bias=None, dtype=torch.float32, window=0):
     """Returns the Sight of a layer with this window; arguments as attention_mask's.
 
     Where a text is much longer than the window, a block of as many queries as the window is wide sees
@@ -856,7 +856,7 @@ class Transformer(nn.Module):
             raise ValueError(f"{longest} tokens do not fit in block_size={block_size}")
         dtype = self.wte.weight.dtype
         sights = {
-            window: sight(places, key_places, doc, key_doc, self.score_bias, dtype, window)
+            window: make_sight(places, key_places, doc, key_doc, self.score_bias, dtype, window)
             for window, (key_places, key_doc) in keys.items()
         }
         rotation = self.rotary(pos) if self.rotary is not None else None
@@ -994,7 +994,7 @@ def mask_bytes(c, batch_size=0):
             model = Transformer(one_layer(c, letter))
             doc = torch.zeros(batch_size, T) if batch_size else None
             places = torch.arange(T)
-            whole = sight(places, places, doc, doc, model.score_bias, window=model.windows[0])
+            whole = make_sight(places, places, doc, doc, model.score_bias, window=model.windows[0])
     except RuntimeError as e:
         raise ValueError(f"a mask of these sizes cannot be made: {str(e).splitlines()[0]}")
     keys = 2 * whole.block or T

@@ -119,6 +119,13 @@ def expert_line(figures, balance):
     )
 
 
+def target_nats(model, rows, T, compute):
+    """Returns -log p of each target of rows of at most T + 1 ids, in nats: float64 (rows, T)."""
+    with compute.autocast():
+        losses = model(**to(padded(rows, T), compute.device), reduction="none")[1]
+    return losses.cpu().double().numpy()
+
+
 def position_nats(model, rows, compute, batch_size=32):
     """Returns -log p of each target of rows of ids (n, L + 1), in nats: float64 (n, L).
 
@@ -130,11 +137,8 @@ def position_nats(model, rows, compute, batch_size=32):
         for start, first, end in document_windows(length, model.config.block_size):
             for i in range(0, len(rows), batch_size):
                 pieces = rows[i : i + batch_size, start : end + 1]
-                with compute.autocast():
-                    losses = model(**to(padded(pieces, end - start), compute.device), reduction="none")[
-                        1
-                    ]
-                nats[i : i + batch_size, first:end] = losses.cpu().double().numpy()[:, first - start :]
+                losses = target_nats(model, pieces, end - start, compute)
+                nats[i : i + batch_size, first:end] = losses[:, first - start :]
     return nats
 
 
@@ -157,9 +161,7 @@ def document_nats(model, documents, tokenizer, compute, batch_size=32):
         for batch in tqdm(batches, "likelihood", unit="batch", disable=None, leave=False):
             pieces = [texts[i][start : end + 1] for i, start, _, end in batch]
             longest = max(map(len, pieces)) - 1
-            with compute.autocast():
-                losses = model(**to(padded(pieces, longest), compute.device), reduction="none")[1]
-            losses = losses.cpu().double().numpy()
+            losses = target_nats(model, pieces, longest, compute)
             for row, (i, start, first, end) in zip(losses, batch):
                 nats[i][first:end] = row[first - start : end - start]
     return nats

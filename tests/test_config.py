@@ -381,7 +381,9 @@ except BaseException:
 
 
 def interrupt(command, is_time, folder, **env):
-    """Returns (status, stdout and stderr) of a process that gets a SIGINT once is_time(line) of a line that it prints."""
+    """Returns (status, stdout and stderr) of a process that gets a SIGINT once is_time(line) of a line that
+    it prints.
+    """
     process = subprocess.Popen(
         [sys.executable, *command],
         cwd=folder,

@@ -28,7 +28,7 @@ def long_peer(model):
 
 
 def sight_by_definition(places, keys, doc=None, key_doc=None, bias=None, dtype=None, window=0):
-    """What model.sight returns, one pair of tokens at a time and never in blocks."""
+    """What model.make_sight returns, one pair of tokens at a time and never in blocks."""
     B = 1 if doc is None else doc.size(0)
     mask = torch.full((B, 1, len(places), len(keys)), -math.inf, dtype=dtype)
     for b in range(B):
@@ -57,7 +57,7 @@ def test_masks_and_blocks_are_what_the_definition_says(pos, pattern, documents, 
             logits, loss = model(idx, idx, doc=doc)
             grad = torch.autograd.grad(loss, model.blocks[0].attn.k_proj.weight)[0]
             with monkeypatch.context() as patch:
-                patch.setattr(modules, "sight", sight_by_definition)
+                patch.setattr(modules, "make_sight", sight_by_definition)
                 expected, loss = model(idx, idx, doc=doc)
             exactly(logits, expected)
             exactly(grad, torch.autograd.grad(loss, model.blocks[0].attn.k_proj.weight)[0])
@@ -148,10 +148,6 @@ def test_a_rewind_is_exact_as_far_as_a_ring_reaches(pos, pattern):
                 rest = cached(model, idx[:, cache.length :], 2, cache)
                 exactly(rest, expected[:, -rest.size(1) :])
         # rows apart, and in them a long chunk
-        cache = KVCache(model, 2, 24)
-        cached(model, torch.cat((idx[:, :12], other[:, 12:18]), 1), 6, cache)
-        cache.rewind([6, 4])
-        rows = torch.stack((idx[0, 12:22], torch.cat((other[1, 14:16], idx[1, 16:24]))))
         texts = torch.stack((idx[0, :22], torch.cat((idx[1, :12], other[1, 12:16], idx[1, 16:22]))))
         for size in 1, 4, 10:
             cache = KVCache(model, 2, 24)

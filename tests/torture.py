@@ -147,7 +147,9 @@ class Training:
 
 
 class Preparing:
-    """prepare.py --overwrite: the dataset that was there stays or is moved aside, whole; the new one is there or not."""
+    """prepare.py --overwrite: the dataset that was there stays or is moved aside, whole; the new one is
+    there or not.
+    """
 
     script = "prepare"
 
