@@ -1,5 +1,6 @@
 """tokenizer.py against Hugging Face's tokenizers (training, encoding, the file) and against itself."""
 
+import itertools
 import json
 import random
 import sys
@@ -13,7 +14,17 @@ from hypothesis import strategies as st
 from tiktoken import load as tiktoken_load
 from tokenizers import models, pre_tokenizers, trainers
 
-from tokenizer import BYTE_CHAR, EOT, GAP, Tokenizer, merge_by_heap, merge_word, recover_merges
+from tokenizer import (
+    BYTE_CHAR,
+    EOT,
+    GAP,
+    SPLIT,
+    Tokenizer,
+    merge_by_heap,
+    merge_word,
+    recover_merges,
+    split,
+)
 
 FUZZ = settings(max_examples=300, deadline=None, derandomize=True, database=None)
 
@@ -244,6 +255,15 @@ def test_every_assigned_character_is_split_alike(bpe, reference):
     for i in range(0, len(ASSIGNED), 1000):
         text = "".join(f"a{c}1{c}{c} {c}" for c in ASSIGNED[i : i + 1000 : 5])
         assert bpe.encode(text) == bpe.encode_plain(text) == reference.encode(text).ids
+
+
+def test_ascii_is_split_by_re_as_by_regex():
+    """Each string of up to four of these, one of each kind of character that the pattern tells apart."""
+    letters = "'stlverdX7_. \n\x1c\x00"
+    for length in range(1, 5):
+        for chars in itertools.product(letters, repeat=length):
+            text = "".join(chars)
+            assert split(text) == SPLIT.findall(text), repr(text)
 
 
 def test_batch_is_encode_of_each(bpe):
