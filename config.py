@@ -8,9 +8,9 @@ A script declares its keys as a dataclass, one line and one comment a field, and
 `run(main, Config)`.
 """
 
+import ast
 import dataclasses
 import difflib
-import inspect
 import math
 import os
 import re
@@ -18,6 +18,7 @@ import signal
 import sys
 import tomllib
 from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
 
 BOOLS = {"true": True, "1": True, "false": False, "0": False}
 KINDS = {bool: "a boolean (true or false)", int: "an integer", float: "a finite number", str: "a string"}
@@ -120,7 +121,7 @@ def configure(Config, argv, words=()):
         arg = rest.pop(0)
         key, equals, value = arg.removeprefix("--").partition("=")
         if arg in ("-h", "--help"):
-            print(describe(Config, words), flush=True)
+            print(describe(sys.modules[Config.__module__].__file__, Config.__name__, words), flush=True)
             raise SystemExit(0)
         elif arg in paths:
             continue
@@ -211,22 +212,44 @@ def convert(value, kind, name, parse):
     raise Refusal(f"{name} must be {KINDS[kind]}, not {value!r}")
 
 
-def describe(Config, words=()):
-    """Returns the text of -h: the module's docstring, the words, then a line a key."""
-    comments = {}
-    for cls in reversed(Config.__mro__[:-1]):  # a dataclass does not keep its comments; the source does
-        for line in inspect.getsource(cls).splitlines():
-            if match := re.match(r"    (\w+): \w+ = .*?  # (.*)", line):
-                comments[match[1]] = match[2]
-    lines = [inspect.getdoc(sys.modules[Config.__module__]) or "", ""]
+def describe(path, name="Config", words=()):
+    """Returns the text of -h of a script: its docstring, the words, then a line a key of its dataclass `name`."""
+    keys = read_keys(path, name)
+    lines = [ast.get_docstring(ast.parse(Path(path).read_text(encoding="utf-8"))) or "", ""]
     if words:
         lines += [f"words: {' '.join(words)}", ""]
     lines.append("keys:")
-    defaults = {field.name: f"--{field.name}={field.default!r}" for field in dataclasses.fields(Config)}
-    width = max(map(len, defaults.values()))
-    for key, default in defaults.items():
-        lines.append(f"  {default:<{width}}  {comments.get(key, '')}")
+    flags = {key: f"--{key}={default!r}" for key, (default, _) in keys.items()}
+    width = max(map(len, flags.values()))
+    for key, (_, comment) in keys.items():
+        lines.append(f"  {flags[key]:<{width}}  {comment}")
     return "\n".join(lines)
+
+
+def read_keys(path, name):
+    """Returns {key: (default, comment)} of the dataclass `name` in a source file, its bases' keys first.
+
+    The file is read and not run: a dataclass does not keep its comments, and importing torch takes longer
+    than reading -h.
+    """
+    source = Path(path).read_text(encoding="utf-8")
+    modules = {}  # that names were imported from
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.ImportFrom):
+            modules |= {alias.name: node.module for alias in node.names}
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            break
+    keys = {}
+    for base in reversed(node.bases):
+        module, _, base_name = ast.unparse(base).rpartition(".")
+        module = module or modules.get(base_name)
+        base_path = os.path.join(os.path.dirname(path), f"{module}.py") if module else path
+        keys |= read_keys(base_path, base_name)
+    for line in source.splitlines()[node.lineno : node.end_lineno]:
+        if match := re.match(r"    (\w+): \w+ = (.*?)(?:  +# (.*))?$", line):
+            key, default, comment = match.groups()
+            keys[key] = ast.literal_eval(default), comment or keys.get(key, ("", ""))[1]
+    return keys
 
 
 class Output:
@@ -312,3 +335,11 @@ def run(main, Config, words=()):
                 signal.signal(signal.SIGINT, end_at_once)
             output.is_needed = False
             output.flush()
+
+
+if is_script() and sys.argv[1:] in (["-h"], ["--help"]):
+    script = sys.modules["__main__"].__file__
+    if "    run(main, Config)\n" in Path(script).read_text(
+        encoding="utf-8"
+    ):  # not bench.py, which has words
+        run(None, dataclasses.make_dataclass("Config", [], namespace={"__module__": "__main__"}))

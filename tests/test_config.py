@@ -406,7 +406,7 @@ def interrupt(command, is_time, folder, **env):
 def test_ctrl_c_while_torch_is_imported_is_quiet(tmp_path, script):
     (tmp_path / "torch.py").write_text(SLOW_TORCH, encoding="utf-8")
     path = os.pathsep.join([str(tmp_path), os.environ["PYTHONPATH"]])
-    command = [ROOT / f"{script}.py", "-h"]
+    command = [ROOT / f"{script}.py", "--no_such_key"]
     result = interrupt(command, lambda line: line == "importing\n", tmp_path, PYTHONPATH=path)
     assert result == (130, "")
 
@@ -414,7 +414,7 @@ def test_ctrl_c_while_torch_is_imported_is_quiet(tmp_path, script):
 @pytest.mark.skipif(os.name != "posix", reason="a signal to a process")
 @pytest.mark.parametrize("module", ["numpy._core.multiarray", "torch.types", "torch.nn.modules.linear"])
 def test_ctrl_c_anywhere_in_the_import_of_torch_is_quiet(tmp_path, module):
-    command = ["-X", "importtime", ROOT / "train.py", "-h"]
+    command = ["-X", "importtime", ROOT / "train.py", "--no_such_key"]
     status, printed = interrupt(command, lambda line: line.rsplit("|")[-1].strip() == module, tmp_path)
     assert status == 130
     assert all(line.startswith("import time:") for line in printed.splitlines())

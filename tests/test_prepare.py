@@ -1017,7 +1017,7 @@ def test_the_offset_of_a_bad_byte(before, bad):
 
 
 def test_every_key_has_a_comment():
-    lines = describe(Config).split("keys:\n")[1].splitlines()
+    lines = describe(prepare.__file__).split("keys:\n")[1].splitlines()
     assert len(lines) == len(fields(Config))
     for line in lines:
         assert re.fullmatch(r"  --\w+=.+?  +[^ ].*", line), line
