@@ -4,6 +4,7 @@
     python bench.py train decode --n_layer=8    two of them, another shape; configs/*.toml work too
     python bench.py rmsnorm --plot --json       bench_rmsnorm.png in out_dir, and a last line of JSON
     python bench.py decode --init_from=hf:FOLDER    a model's shape and weights; a checkpoint's too
+    python bench.py train --against=FOLDER      a step of nanoGPT too, of which FOLDER is a checkout
 
 Rivals take turns within one run, so that a machine whose speed drifts is fair to all. ms is a median,
 ms_min and ms_max its spread; first_ms is the first call, where compiling and allocating happen. Weights
@@ -36,6 +37,7 @@ import train
 from data import padded, to, training_rows
 from device import DTYPES, fast_bfloat16, name_of, peak_flops, resolve
 from hf import to_transformers
+from interop import nanogpt
 from measure import (
     count_bytes,
     device_name,
@@ -46,25 +48,18 @@ from measure import (
     print_tables,
     race,
 )
-from model import (
-    KVCache,
-    ModelConfig,
-    MoE,
-    Transformer,
-    flops_per_token,
-    kv_cache_bytes,
-    model_config,
-    num_active_params,
-    num_params,
-)
+from model import KVCache, ModelConfig, MoE, Transformer, model_config
 from optim import make_optimizers, make_scaler
 from rmsnorm import use_rmsnorm
 from sample import generate
+from sizes import flops_per_token, kv_cache_bytes, num_active_params, num_params
 from tokenizer import EOT, Tokenizer
 
 CONFIGS = Path(__file__).parent / "configs"
 SHAPE_KEYS = ("n_layer", "n_head", "n_embd", "block_size", "batch_size")
 ARCHITECTURE_KEYS = {"norm", "norm_position", "pos", "mlp"}
+NANOGPT = "nanoGPT"
+SLOW = 1e-7  # a learning rate
 LARGE = 1 << 26  # float32 numbers: 256 MB, more than caches hold
 
 
@@ -82,6 +77,7 @@ class Config(train.Config):
     vocab_size: int = 4096  # tokens
     seconds: float = 10.0  # time for each bench's rounds, of which there are at least three
     text: str = ""  # tokenizer: a file as prepare.py reads it instead of toy stories
+    against: str = ""  # train: a checkout of nanoGPT, whose code is run; both optimizers are timed then
     out_dir: str = "out/bench"  # where drawings go
     plot: bool = False  # draw decode, rmsnorm and attention
     json: bool = False  # end with a line of JSON
@@ -140,7 +136,7 @@ def make_slow_optimizers(model, cfg, compute):
 
     Random weights that diverged, or became denormal, would be timed as something else.
     """
-    return make_optimizers(model, replace(cfg, learning_rate=1e-7, min_lr=0.0), compute)
+    return make_optimizers(model, replace(cfg, learning_rate=SLOW, min_lr=0.0), compute)
 
 
 def make_training_step(cfg, compute, ops=rmsnorm.TORCH):
@@ -292,17 +288,25 @@ def architectures(cfg):
 
 
 def train_rivals(cfg, compute, dtypes):
-    """Returns {(settings, dtype, compiled, rmsnorm): (compute, step, model, optimizers)}."""
+    """Returns {(settings, optimizer, dtype, compiled, rmsnorm): (compute, step, model, optimizers)}."""
     rivals = {}
-    variants = itertools.product(architectures(cfg).items(), dtypes, sorted({False, compute.compile}))
-    for (settings, config), dtype, compiled in variants:
+    gpt = nanogpt.load(cfg.against) if cfg.against else None
+    names = [cfg.optimizer]
+    if gpt and "optimizer" not in cfg.given:
+        names = ["adamw", "muon"]
+    for dtype, compiled in itertools.product(dtypes, sorted({False, compute.compile})):
         variant_compute = resolve(cfg.device, dtype, str(compiled))
-        kinds = {None: rmsnorm.TORCH}
-        if config.norm == "rmsnorm" or config.qk_norm:
-            kinds = rmsnorm_kinds(compute.device)
-        for kind, ops in kinds.items():
-            training = make_training_step(config, variant_compute, ops)
-            rivals[settings, dtype, compiled, kind] = variant_compute, *training
+        if gpt:
+            training = nanogpt.make_step(gpt, cfg, variant_compute, SLOW)
+            rivals[NANOGPT, "adamw", dtype, compiled, None] = variant_compute, *training
+        for (settings, config), optimizer in itertools.product(architectures(cfg).items(), names):
+            config = replace(config, optimizer=optimizer)
+            kinds = {None: rmsnorm.TORCH}
+            if config.norm == "rmsnorm" or config.qk_norm:
+                kinds = rmsnorm_kinds(compute.device)
+            for kind, ops in kinds.items():
+                training = make_training_step(config, variant_compute, ops)
+                rivals[settings, optimizer, dtype, compiled, kind] = variant_compute, *training
     return rivals
 
 
@@ -327,20 +331,29 @@ def train_rows(cfg, compute, dtypes):
     times = race(steps | products, cfg.seconds, compute.device)
     tokens = cfg.batch_size * cfg.block_size * cfg.gradient_accumulation_steps
     for key, (compute, step, model, optimizers) in rivals.items():
-        settings, dtype, compiled, kind = key
+        settings, optimizer, dtype, compiled, kind = key
         tokens_per_s = tokens / times[key]["median"]
-        flops = flops_per_token(model, cfg.block_size) * tokens_per_s
+        if settings == NANOGPT:
+            flops = nanogpt.flops_per_token(model) * tokens_per_s
+        else:
+            flops = flops_per_token(model, cfg.block_size) * tokens_per_s
         matmul_flops = 2 * n**3 / times[dtype]["median"]
         data_sheet_flops = peak_flops(compute)
         peak = peak_memory(compute.device, step)
         if peak is not None:
             peak += count_state_bytes(model, optimizers)
+        against = {}
+        if cfg.against:
+            rival = times[NANOGPT, "adamw", dtype, compiled, None]
+            against = {"against": rival["median"] / times[key]["median"]}
         yield {
             "settings": settings,
+            "optimizer": optimizer,
             "dtype": dtype,
             "compiled": compiled,
             "rmsnorm": kind,
             "tokens_per_s": tokens_per_s,
+            **against,
             **ms_columns(times[key]),
             "mfu": flops / data_sheet_flops if data_sheet_flops else None,
             "of_matmul": flops / matmul_flops,
@@ -357,7 +370,8 @@ def parameter_columns(model):
 def bench_train(cfg, compute):
     """Times train.py's own step, in tokens/s.
 
-    mfu is its share of the GPU's FLOP/s by data sheet, of_matmul that of a large matrix product's here.
+    mfu is its share of the GPU's FLOP/s by data sheet, of_matmul that of a large matrix product's here,
+    against its speed by nanoGPT's in the same dtype.
     """
     import torch._dynamo
 
@@ -869,12 +883,12 @@ def bench_optimizer(cfg, compute):
     for name in "muon", "adamw":
         named = replace(cfg, optimizer=name)
         rivals[f"ours, {name}"] = make_slow_optimizers(model, named, compute)
-    adamw = functools.partial(torch.optim.AdamW, lr=1e-7, foreach=True)
+    adamw = functools.partial(torch.optim.AdamW, lr=SLOW, foreach=True)
     rivals["torch AdamW foreach"] = [adamw(model.parameters())]
     if fast_bfloat16(compute.device):
         matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
         remainder = set(model.parameters()).difference(matrices)
-        muon = torch.optim.Muon(matrices, lr=1e-7)
+        muon = torch.optim.Muon(matrices, lr=SLOW)
         rivals["torch Muon, AdamW foreach"] = [muon, adamw(list(remainder))]
     else:
         print("torch's Muon is left out: it computes in bfloat16, which this device would emulate")

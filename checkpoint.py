@@ -27,7 +27,8 @@ from device import check_memory
 from folders import holds_run, is_free, write_atomic
 from interop import hf_folder
 from interop.any_tokenizer import load_tokenizer
-from model import MODEL_KEYS, ModelConfig, Transformer, model_sizes
+from model import MODEL_KEYS, ModelConfig, Transformer
+from sizes import model_sizes
 from tensors import check_tensors, count_stored_numbers, find_not_finite
 
 FORMAT = 1

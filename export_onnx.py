@@ -41,9 +41,10 @@ import prepare
 from device import resolve
 from folders import new_folder, write_atomic
 from measure import race
-from model import ComputedTable, attention_mask, num_params, size_text
+from model import ComputedTable, attention_mask
 from sample import generate
 from score import evaluate
+from sizes import num_params, size_text
 
 OPSET = 18  # the lowest that torch.onnx writes without converting
 MAX_BYTES = 2**31 - 2**24  # of parameters: a protobuf ends at 2^31

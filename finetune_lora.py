@@ -47,11 +47,11 @@ from data import (
 from device import Compute, check_memory, resolve
 from lenses import probes
 from log import plot
-from model import size_text
 from rmsnorm import choose_rmsnorm
 from rows import default_template, encode_rows, pack, packed_batch, split_rows, training_packs
 from sample import generate
 from score import completion_nats, floor_line, mean_nats, next_token_loss
+from sizes import size_text
 from train import TrainConfig, alone_in_out_dir, fit, is_in_the_way, training_bytes
 
 

@@ -29,8 +29,8 @@ from chat import Chat, start_of_answer, talk
 from checkpoint import open_given
 from data import MODELS_OWN, STRIPPED, by_text_rule, prompt_ids, text_rule
 from device import check_memory, resolve
-from model import kv_cache_bytes
 from rmsnorm import choose_rmsnorm
+from sizes import kv_cache_bytes
 
 
 @dataclass

@@ -32,17 +32,7 @@ from checkpoint import RunState, inherit, open_checkpoint
 from data import count_targets, micro_batches, prompt_ids, rows_each, to, training_rows
 from device import StopAfterStep, check_memory, name_of, peak_flops, resolve, torchrun_ranks
 from log import Log, plot
-from model import (
-    HAS_CHUNKED_LOSS,
-    ModelConfig,
-    Transformer,
-    activation_bytes,
-    flops_per_token,
-    mask_bytes,
-    model_config,
-    model_sizes,
-    size_text,
-)
+from model import HAS_CHUNKED_LOSS, ModelConfig, Transformer, model_config
 from optim import (
     get_lr,
     load_optimizers,
@@ -56,6 +46,7 @@ from optim import (
 from rmsnorm import choose_rmsnorm
 from sample import generate
 from score import evaluate, expert_figures, expert_line, floor_line, next_token_loss
+from sizes import activation_bytes, flops_per_token, mask_bytes, model_sizes, size_text
 
 
 @dataclass
@@ -221,7 +212,7 @@ def train_step(
     if scaler:  # it saw the gradients in unscale_, and halves its scale after one that is not finite
         scaler.update()
     for optimizer in optimizers:
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
     return loss, norm
 
 
@@ -588,7 +579,7 @@ def training_bytes(cfg, c, compute, learned=None, adapt=None, documents=False):
     for its backward pass with its logits and their gradient.
 
     learned: how many weights learn, None for all; adapt: what makes the others freeze (see
-    model.activation_bytes); documents: whether rows have documents in them. Of --eval_only, which may
+    sizes.activation_bytes); documents: whether rows have documents in them. Of --eval_only, which may
     have fewer rows than a micro-batch, only the weights and tables count. Raises ValueError where the
     numbers are too large to count.
     """

@@ -16,15 +16,9 @@ import torch
 import torch.nn as nn
 
 from lora import LINEARS, LoRAConfig, inject
-from model import (
-    ROPE_SCALINGS,
-    YARN_DEFAULTS,
-    YARN_LEAST,
-    Transformer,
-    model_sizes,
-    read_rope_scaling,
-    rope_base,
-)
+from model import Transformer
+from rope_scaling import ROPE_SCALINGS, YARN_DEFAULTS, YARN_LEAST, read_rope_scaling, rope_base
+from sizes import model_sizes
 from tensors import check_finite, check_tensor, count_stored_numbers
 
 # What a kind cannot express otherwise: settings that must be so

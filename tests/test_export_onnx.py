@@ -30,8 +30,9 @@ import prepare
 import sample
 import train
 from config import Refusal, configure
-from model import MLPS, NORMS, POSITIONS, ModelConfig, Transformer, num_params
+from model import MLPS, NORMS, POSITIONS, ModelConfig, Transformer
 from sample import generate
+from sizes import num_params
 from tokenizer import Tokenizer
 
 # Opset 18's, with nothing of onnxruntime's own; what a browser's runtime has too

@@ -9,7 +9,7 @@ import lora
 import train
 from device import resolve
 from lora import LINEARS, LoRAConfig, inject, merge
-from model import num_params
+from sizes import num_params
 
 CPU = resolve("cpu", "float32", "false")
 TARGETS = ["all", *LINEARS, "q_proj,v_proj", "gate_proj,up_proj,down_proj"]

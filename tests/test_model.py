@@ -23,18 +23,19 @@ from model import (
     RoPE,
     Routing,
     Transformer,
-    activation_bytes,
     attention_mask,
     balance_loss,
+    recorded_routings,
+    rotate,
+)
+from rope_scaling import rope_frequencies, rope_scale
+from sizes import (
+    activation_bytes,
     flops_per_token,
     kv_cache_bytes,
     mask_bytes,
     num_active_params,
     num_params,
-    recorded_routings,
-    rope_frequencies,
-    rope_scale,
-    rotate,
     size_text,
 )
 
@@ -134,19 +135,19 @@ def test_each_combination_is_causal_packed_and_cached_exactly(
             alone = model(idx[row : row + 1, start:end])[0][0]
             exactly(packed[row, start:end], alone)
 
-        # cached == uncached: in chunks, then after a rewind, then with padding on the left
-        for size in 1, 2, 7, T:
-            exactly(cached(model, idx, size), logits)
+        # cached == uncached: token by token and in chunks, then after a rewind, then with padding on the left
+        for chunks in [1, 1, 1, 2, 1, 7, 3], [T]:
+            exactly(cached(model, idx, chunks), logits)
 
         cache = KVCache(model, 2, 24)
         cached(model, torch.cat((idx[:, :5], other[:, 5:12]), 1), 12, cache)
         cache.rewind(7)
         exactly(cached(model, idx[:, 5:9], [1, 3], cache), logits[:, 5:9])
-        exactly(cached(model, idx[:, 9:], T - 9, cache), logits[:, 9:])
+        exactly(cached(model, idx[:, 9:], [T - 9], cache), logits[:, 9:])
 
         left = torch.tensor([[0] * T, [-1] * 4 + [0] * (T - 4)])
         unpadded = model(idx[1:, 4:])[0][0]
-        for chunks in [10, 1, 1, 4], [2, 7, 7], [T]:
+        for chunks in [10, 1, 1, 4], [2, 14], [T]:
             padded = cached(model, idx, chunks, doc=left)
             exactly(padded[0], logits[0])
             exactly(padded[1, 4:], unpadded)
@@ -154,7 +155,7 @@ def test_each_combination_is_causal_packed_and_cached_exactly(
         # padding is named once, then rows go on by themselves
         cache = KVCache(model, 2, 24)
         first = cached(model, idx[:, :6], 6, cache, left[:, :6])
-        rest = cached(model, idx[:, 6:], 1, cache)
+        rest = cached(model, idx[:, 6:], [1, 1, 1, T - 9], cache)
         exactly(torch.cat((first, rest), 1)[1, 4:], unpadded)
 
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from test_model import redraw
 
 import model as lab_model
+import rope_scaling
 import train
 from config import configure
 from hf import to_transformers
@@ -152,8 +153,8 @@ def test_yarn_is_that_of_modeling_rope_utils(factor, original, more, head_dim, t
     frequencies, scale = ROPE_INIT_FUNCTIONS["yarn"](peer)
     text = ",".join(map(str, settings.values()))
     c = preset("llama", head_dim=head_dim, rope_theta=theta, rope_scaling=f"yarn:{text}")
-    torch.testing.assert_close(lab_model.rope_frequencies(c), frequencies, rtol=1e-6, atol=0)
-    assert lab_model.rope_scale(c) == pytest.approx(scale, rel=1e-12)
+    torch.testing.assert_close(rope_scaling.rope_frequencies(c), frequencies, rtol=1e-6, atol=0)
+    assert rope_scaling.rope_scale(c) == pytest.approx(scale, rel=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -214,7 +215,7 @@ def test_rope_tables_are_float32_in_a_bfloat16_peer():
     frequencies = peer.model.rotary_emb.inv_freq
     assert peer.lm_head.weight.dtype == torch.bfloat16
     assert frequencies.dtype == torch.float32
-    torch.testing.assert_close(frequencies, lab_model.rope_frequencies(preset("llama")))
+    torch.testing.assert_close(frequencies, rope_scaling.rope_frequencies(preset("llama")))
 
 
 # -----------------------------------------------------------------------------------------------------

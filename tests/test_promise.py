@@ -19,10 +19,12 @@ import finetune_lora
 import hf
 import model
 import prepare
+import rope_scaling
 import sample
 import train
 from config import Refusal
-from model import Attention, ModelConfig, RoPE, Transformer, model_sizes, num_params
+from model import Attention, ModelConfig, RoPE, Transformer
+from sizes import model_sizes, num_params
 from tokenizer import Tokenizer
 
 PAIRS = [
@@ -92,7 +94,7 @@ class SlowRoPE(RoPE):
     """RoPE at half the speed."""
 
     def __init__(self, c):
-        model.Float32Tables.__init__(self, c, model.rope_frequencies(c) / 2)
+        model.Float32Tables.__init__(self, c, rope_scaling.rope_frequencies(c) / 2)
 
 
 class Ramp(nn.Module):

@@ -20,15 +20,10 @@ import train
 from config import Refusal, configure
 from data import count_targets, epoch_starts, training_rows
 from device import resolve
-from model import (
-    HAS_CHUNKED_LOSS,
-    ModelConfig,
-    activation_bytes,
-    model_sizes,
-    recorded_routings,
-)
+from model import HAS_CHUNKED_LOSS, ModelConfig, recorded_routings
 from optim import plan_rates, saved_schedule
 from score import document_nats, evaluate, expert_figures, expert_line, floor_line
+from sizes import activation_bytes, model_sizes
 
 CPU = resolve("cpu", "float32", "false")
 SMALL = [

@@ -8,8 +8,9 @@ from test_model import V, build, cached, exactly, tokens
 
 import model as modules
 from cache import REWIND, KVCache
-from model import POSITIONS, ModelConfig, Sight, Transformer, kv_cache_bytes, mask_bytes
+from model import POSITIONS, ModelConfig, Sight, Transformer
 from sample import generate
+from sizes import kv_cache_bytes, mask_bytes
 
 WINDOW = 5
 LONG = 10 * 24  # ten times the block_size of build()

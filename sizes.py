@@ -1,0 +1,158 @@
+"""How large a model is, and what it takes: counted on modules, never written as formulas, so that the figures
+are right for any class of model.py.
+"""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+
+from cache import capacity
+from model import MoE, Transformer, make_sight, model_config
+
+
+class Sizes(NamedTuple):
+    """How many numbers a model holds."""
+
+    parameters: int  # a tied matrix once
+    matrices: int  # of them in matrices: biases and gains left out
+    buffers: int  # in tables that are never saved
+    hidden: int = 0  # of the matrices those in blocks
+
+    @property
+    def bytes(self):
+        return 4 * (self.parameters + self.buffers)
+
+
+def one_layer(c, letter="S"):
+    """Returns the ModelConfig of one layer of config c, S windowed or L full."""
+    return replace(model_config(c), n_layer=1, window_pattern=letter)
+
+
+def model_sizes(c):
+    """Returns the Sizes of a model of config c without making it: one block on the meta device stands
+    for all n_layer.
+
+    Raises ValueError where the numbers are too large to count.
+    """
+    try:
+        with torch.device("meta"):
+            model = Transformer(one_layer(c))
+    except RuntimeError as e:
+        raise ValueError(f"a model of these sizes cannot be made: {str(e).splitlines()[0]}")
+    whole = module_sizes(model)
+    block = module_sizes(model.blocks[0])
+    sizes = Sizes(*(w + (c.n_layer - 1) * b for w, b in zip(whole, block)))
+    return sizes._replace(hidden=c.n_layer * block.matrices)
+
+
+def mask_bytes(c, batch_size=0):
+    """Returns less than the mask of a model of config c takes while it is made: the distances of tokens
+    and what comes of them. batch_size: of rows with documents in them; 0 for plain rows.
+
+    Raises ValueError where the numbers are too large to count.
+    """
+    T = c.block_size
+    letter = "L" if "L" in c.window_pattern else "S"  # the larger one
+    try:
+        with torch.device("meta"):
+            model = Transformer(one_layer(c, letter))
+            doc = torch.zeros(batch_size, T) if batch_size else None
+            places = torch.arange(T)
+            whole = make_sight(places, places, doc, doc, model.score_bias, window=model.windows[0])
+    except RuntimeError as e:
+        raise ValueError(f"a mask of these sizes cannot be made: {str(e).splitlines()[0]}")
+    keys = 2 * whole.block or T
+    return 0 if whole.mask is None else whole.mask.nbytes + 8 * T * keys
+
+
+def activation_bytes(c, adapt=None):
+    """Returns the bytes that training a model of config c keeps of a token for the backward pass, in
+    float32, up to the head. adapt(model) changes the model first, as lora.inject does.
+
+    Measured by what autograd keeps on the meta device, so it is right for any class; 0 for one that
+    cannot do without numbers. Less than what is kept: a token sees itself alone, and query heads are
+    as many as key heads, which SDPA may repeat for them.
+    """
+    c = replace(model_config(c), n_head=c.n_kv_head, block_size=1, window=0, window_pattern="S")
+    kept = []
+    try:
+        for n_layer in (1, 2):
+            with torch.device("meta"):
+                model = Transformer(replace(c, n_layer=n_layer))
+            if adapt:
+                adapt(model)
+            kept.append(kept_bytes(model))
+    except RuntimeError:
+        return 0
+    return kept[0] + (c.n_layer - 1) * (kept[1] - kept[0])
+
+
+def kept_bytes(model):
+    """Returns the bytes that autograd keeps of each row of one token, on the meta device."""
+    rows = 2**30  # so many that what all of them share, as weights, is nothing of each
+    storages = {}
+
+    def keep(x):
+        storage = x.untyped_storage()
+        storages[storage._cdata] = storage  # that several functions keep counts once
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        model.hidden(torch.zeros(rows, 1, dtype=torch.long, device="meta"))
+    return sum(storage.nbytes() for storage in storages.values()) // rows
+
+
+def module_sizes(module):
+    matrices = sum(p.numel() for p in module.parameters() if p.dim() >= 2)
+    buffers = sum(b.numel() for b in module.buffers())
+    return Sizes(num_params(module), matrices, buffers)
+
+
+def num_params(module):
+    """Returns the number of parameters, a tied matrix counted once."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def num_active_params(model):
+    """Returns the number of parameters that a token uses: all but the experts that it does not go to."""
+    idle = 0
+    for moe in (module for module in model.modules() if isinstance(module, MoE)):
+        n_expert = moe.router.out_features
+        experts = num_params(moe) - num_params(moe.router)
+        idle += experts // n_expert * (n_expert - moe.top_k)
+    return num_params(model) - idle
+
+
+def size_text(model):
+    """Returns how large a model is, in words: with experts also what of it a token uses."""
+    params = num_params(model)
+    active = num_active_params(model)
+    if active == params:
+        return f"{params:,} parameters"
+    flops = flops_per_token(model, model.config.block_size)
+    return (
+        f"{params:,} parameters ({4 * params / 1e6:,.1f} MB of weights), of which {active:,} are active for "
+        f"a token ({flops / 1e6:,.1f} MFLOP to train on it)"
+    )
+
+
+def flops_per_token(model, T):
+    """Returns the floating-point operations of training on one token at context T, forward and backward
+    (PaLM, appendix B): 6 for each weight that is multiplied, 12 H D T a layer for scores, not halved for
+    causality. Look-ups are no products: neither the embedding nor what is added for positions.
+    """
+    c = model.config
+    multiplied = num_active_params(model)
+    if not c.tie_embeddings:
+        multiplied -= num_params(model.wte)
+    if model.add_pos is not None:
+        multiplied -= num_params(model.add_pos)
+    keys = sum(min(T, c.window_of(layer) or T) for layer in range(c.n_layer))
+    return 6 * multiplied + 12 * c.n_head * c.head_dim * keys
+
+
+def kv_cache_bytes(c, batch_size, length, bytes_per_number=2):
+    """Returns the bytes of the keys and values that a KVCache of `length` tokens has."""
+    places = sum(capacity(c.window_of(layer), length) for layer in range(c.n_layer))
+    return 2 * batch_size * c.n_kv_head * places * c.head_dim * bytes_per_number
