@@ -5,6 +5,7 @@ from collections import defaultdict
 from dataclasses import replace
 
 import torch
+from torch.optim.adamw import adamw
 
 from config import Refusal
 from tensors import check_tensor, is_finite
@@ -39,25 +40,23 @@ def make_optimizers(model, cfg, compute):
         {"params": decayed, "weight_decay": cfg.weight_decay, "lr_scale": scale},
         {"params": vectors, "weight_decay": 0.0, "lr_scale": scale},
     ]
-    adamw = torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=cfg.learning_rate,
-        betas=(cfg.beta1, cfg.beta2),
-        fused=compute.device.type in ("cuda", "cpu"),
-    )
-    if not use_muon:
-        return [adamw]
-    return [
-        adamw,
-        Muon(
-            [{"params": hidden, "lr_scale": 1.0}],
-            dtype=muon_dtype(compute),
+    optimizers = [
+        AdamW(
+            [group for group in groups if group["params"]],
+            lr=cfg.learning_rate,
+            betas=(cfg.beta1, cfg.beta2),
+            fused=compute.device.type in ("cuda", "cpu"),
+        )
+    ]
+    if use_muon:
+        muon = Muon(
+            [{"params": hidden, "lr_scale": 1.0, "weight_decay": cfg.weight_decay}],
             lr=cfg.learning_rate,
             momentum=cfg.momentum,
-            weight_decay=cfg.weight_decay,
-            adjust_lr_fn="match_rms_adamw",
-        ),
-    ]
+            dtype=muon_dtype(compute),
+        )
+        optimizers.append(muon)
+    return optimizers
 
 
 def make_scaler(compute):
@@ -71,14 +70,12 @@ def step_unless(optimizers, is_skipped):
     """Makes the step of each optimizer, which changes nothing where is_skipped, a bool tensor on the
     device, holds.
 
-    In torch's own way, which its GradScaler takes too. Fused AdamW (on a CPU, on CUDA) and Muon do not
-    wait for the device; of any other optimizer the device is asked.
+    Fused AdamW (on a CPU, on CUDA) and Muon do not wait for the device; for any other optimizer, as
+    torch's, it is asked.
     """
     for optimizer in optimizers:
-        if getattr(optimizer, "_step_supports_amp_scaling", False):
-            optimizer.grad_scale = None
-            optimizer.found_inf = is_skipped.float()
-            optimizer.step()
+        if getattr(optimizer, "can_skip", False):
+            optimizer.step(is_skipped.float())
         elif not is_skipped:
             optimizer.step()
 
@@ -106,7 +103,7 @@ def load_optimizers(optimizers, scaler, ckpt, cfg):
             # with a loss scaler the first steps may have been left out
             if saved["state"] or ckpt["step"] > 0 and not ckpt["scaler"]:
                 check_moments(optimizer, saved["state"], ckpt["step"])
-            optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+            optimizer.load_state_dict(saved)
         if scaler and ckpt["scaler"]:
             check_scaler(scaler.state_dict(), ckpt["scaler"])
             scaler.load_state_dict(ckpt["scaler"])
@@ -253,62 +250,124 @@ def plan_rates(step, saved, cfg):
     return lines
 
 
-class Muon(torch.optim.Muon):
-    """Momentum whose update is orthogonalised, for the matrices between embedding and head (Jordan et
-    al. 2024).
+class Optimizer:
+    """What a training loop needs of torch.optim.Optimizer, with its groups and its saved state; without its
+    hooks, each of which imports torch._dynamo: two seconds of a start, for those who compile nothing.
 
-    torch.optim.Muon with another step: matrices of one shape go through Newton-Schulz together, in the
-    run's own dtype. torch's own always uses bfloat16, one matrix at a time; a CPU without bfloat16
-    instructions then takes 25 times as long. In bfloat16 the two give the same weights
-    (tests/test_optim.py). A parameter of more than two dimensions is many matrices, which torch's refuses.
+    groups: dicts of "params" and of what a group has otherwise than in defaults.
     """
 
-    _step_supports_amp_scaling = True  # see step_unless
+    def __init__(self, groups, **defaults):
+        self.param_groups = [defaults | group for group in groups]
+        self.state = defaultdict(dict)  # {parameter: {name: moment}}
 
-    def __init__(self, params, dtype=torch.float32, **kwargs):
-        super().__init__([torch.empty(0, 0)], **kwargs)  # checks the settings, and refuses 3 dimensions
-        torch.optim.Optimizer.__init__(self, params, self.defaults)
+    def zero_grad(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad = None
+
+    def state_dict(self):
+        """Returns {"state", "param_groups"} with numbers in the place of parameters, as torch's has them."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        numbers = {p: i for i, p in enumerate(params)}
+        groups = []
+        for group in self.param_groups:
+            groups.append(group | {"params": [numbers[p] for p in group["params"]]})
+        return {"state": {numbers[p]: state for p, state in self.state.items()}, "param_groups": groups}
+
+    def load_state_dict(self, saved):
+        """Takes the moments of a saved state, which is of the same parameters; the settings stay."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        for i, moments in saved["state"].items():
+            self.state[params[i]] = {name: x.to(params[i].device) for name, x in moments.items()}
+
+
+class AdamW(Optimizer):
+    """AdamW (Loshchilov & Hutter 2019), computed by torch.optim's function."""
+
+    def __init__(self, groups, lr, betas=(0.9, 0.95), weight_decay=0.0, eps=1e-8, fused=True):
+        defaults = dict(lr=lr, betas=betas, weight_decay=weight_decay, eps=eps, fused=fused)
+        super().__init__(groups, **defaults)
+        self.can_skip = fused
+
+    @torch.no_grad()
+    def step(self, is_skipped=None):
+        """One update; none where is_skipped, a float tensor on the device, is above 0."""
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            for p in params:
+                if not self.state[p]:
+                    self.state[p] = {
+                        "step": torch.zeros((), dtype=torch.float32, device=p.device),
+                        "exp_avg": torch.zeros_like(p),
+                        "exp_avg_sq": torch.zeros_like(p),
+                    }
+            beta1, beta2 = group["betas"]
+            adamw(
+                params,
+                [p.grad for p in params],
+                [self.state[p]["exp_avg"] for p in params],
+                [self.state[p]["exp_avg_sq"] for p in params],
+                [],
+                [self.state[p]["step"] for p in params],
+                fused=group["fused"],
+                found_inf=is_skipped,
+                amsgrad=False,
+                beta1=beta1,
+                beta2=beta2,
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+
+
+class Muon(Optimizer):
+    """Momentum whose update is orthogonalised, for the matrices between embedding and head (Jordan et
+    al. 2024), with Nesterov's step and updates as long as AdamW's (Liu et al. 2025).
+
+    Matrices of one shape go through Newton-Schulz together, in the run's own dtype. torch.optim.Muon
+    always uses bfloat16, one matrix at a time; a CPU without bfloat16 instructions then takes 25 times as
+    long. In bfloat16 the two give the same weights (tests/test_optim.py). A parameter of more than two
+    dimensions is many matrices, which torch's refuses.
+    """
+
+    can_skip = True
+
+    def __init__(self, groups, lr, momentum=0.95, weight_decay=0.1, dtype=torch.float32):
+        super().__init__(groups, lr=lr, momentum=momentum, weight_decay=weight_decay)
         self.dtype = dtype
 
     @torch.no_grad()
-    def step(self):
+    def step(self, is_skipped=None):
+        """One update; none, to the bit, where is_skipped, a float tensor on the device, is above 0."""
         for group in self.param_groups:
             by_shape = defaultdict(list)
             for p in group["params"]:
                 if p.grad is not None:
                     by_shape[p.shape].append(p)
             for params in by_shape.values():
-                self.step_together(params, group)
+                self.step_together(params, group, is_skipped)
 
-    def step_together(self, params, group):
-        """One update of parameters of one shape. Where found_inf is above 0, momenta and weights stay as
-        they are, to the bit.
-        """
-        found_inf = getattr(self, "found_inf", None)
+    def step_together(self, params, group, is_skipped):
+        """One update of parameters of one shape."""
         for p in params:
-            if "momentum_buffer" not in self.state[p]:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            if not self.state[p]:
+                self.state[p] = {"momentum_buffer": torch.zeros_like(p)}
         momenta = [self.state[p]["momentum_buffer"] for p in params]
         grads = [p.grad for p in params]
-        if found_inf is not None:
-            is_skipped = found_inf > 0
-            grads = [torch.where(is_skipped, m, g) for m, g in zip(momenta, grads)]
+        if is_skipped is not None:
+            grads = [torch.where(is_skipped > 0, m, g) for m, g in zip(momenta, grads)]
         torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
-        updates = (
-            torch._foreach_lerp(grads, momenta, group["momentum"]) if group["nesterov"] else momenta
-        )
-        updates = torch.stack(updates).to(self.dtype)
-        matrices = updates.flatten(0, -3)
-        matrices = orthogonalize(matrices, group["ns_coefficients"], group["ns_steps"], group["eps"])
+        updates = torch.stack(torch._foreach_lerp(grads, momenta, group["momentum"])).to(self.dtype)
+        matrices = orthogonalize(updates.flatten(0, -3))
         updates = matrices.view_as(updates)
         rows, columns = params[0].shape[-2:]
-        scale = max(1, rows / columns) ** 0.5
-        if group["adjust_lr_fn"] == "match_rms_adamw":
-            scale = 0.2 * max(rows, columns) ** 0.5
+        rate = group["lr"] * 0.2 * max(rows, columns) ** 0.5
         weights = torch._foreach_mul(params, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(weights, list(updates.to(params[0].dtype)), alpha=-group["lr"] * scale)
-        if found_inf is not None:
-            weights = [torch.where(is_skipped, p, w) for p, w in zip(params, weights)]
+        torch._foreach_add_(weights, list(updates.to(params[0].dtype)), alpha=-rate)
+        if is_skipped is not None:
+            weights = [torch.where(is_skipped > 0, p, w) for p, w in zip(params, weights)]
         torch._foreach_copy_(params, weights)
 
 

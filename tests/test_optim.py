@@ -1,35 +1,86 @@
-"""Muon against torch's, and against the singular value decomposition."""
+"""The optimizers against torch's, and Muon against the singular value decomposition."""
 
 import pytest
 import torch
 
-from optim import Muon, orthogonalize
+from optim import AdamW, Muon, orthogonalize
 
 SHAPES = [(24, 32), (24, 32), (32, 24), (48, 16), (1, 8)]
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"adjust_lr_fn": "match_rms_adamw", "weight_decay": 0.3}, {"nesterov": False, "momentum": 0.5}],
-)
-def test_in_bfloat16_it_is_torchs_muon_and_in_float32_close(options):
-    def trained(optimizer_class, **dtype):
-        g = torch.Generator().manual_seed(0)
-        params = [torch.nn.Parameter(torch.randn(shape, generator=g)) for shape in SHAPES]
-        optimizer = optimizer_class(params, lr=0.02, **options, **dtype)
-        for _ in range(5):
-            for p in params:
-                p.grad = torch.randn(p.shape, generator=g)
-            optimizer.step()
-        return params
+def trained(optimizer, params, is_skipped=lambda step: None):
+    """Takes five steps of an optimizer of params, with gradients that are drawn anew for each."""
+    g = torch.Generator().manual_seed(0)
+    for step in range(5):
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=g)
+        skipped = is_skipped(step)
+        optimizer.step() if skipped is None else optimizer.step(skipped)
+    return params
 
-    reference = trained(torch.optim.Muon)
-    bfloat16 = trained(Muon, dtype=torch.bfloat16)
-    float32 = trained(Muon)
-    for a, b, c in zip(reference, bfloat16, float32):
+
+def draw(shapes=SHAPES):
+    g = torch.Generator().manual_seed(1)
+    return [torch.nn.Parameter(torch.randn(shape, generator=g)) for shape in shapes]
+
+
+@pytest.mark.parametrize("settings", [{}, {"weight_decay": 0.3, "momentum": 0.5}])
+def test_in_bfloat16_it_is_torchs_muon_and_in_float32_close(settings):
+    params = draw()
+    reference = trained(
+        torch.optim.Muon(params, lr=0.02, adjust_lr_fn="match_rms_adamw", **settings), params
+    )
+    results = []
+    for dtype in torch.bfloat16, torch.float32:
+        params = draw()
+        results.append(trained(Muon([{"params": params}], lr=0.02, dtype=dtype, **settings), params))
+    for a, b, c in zip(reference, *results):
         torch.testing.assert_close(b, a, rtol=0, atol=1e-6)
         torch.testing.assert_close(c, a, rtol=0, atol=0.02)
         assert not torch.equal(b, c)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_adamw_is_torchs_to_the_bit_and_so_is_its_state(fused):
+    params, peers = draw(), draw()
+    groups = [{"params": params[:2], "weight_decay": 0.3, "lr": 0.1}, {"params": params[2:]}]
+    peer_groups = [groups[0] | {"params": peers[:2]}, {"params": peers[2:]}]
+    settings = dict(lr=0.02, betas=(0.8, 0.9), weight_decay=0.0, fused=fused)
+    optimizer = AdamW(groups, **settings)
+    peer = torch.optim.AdamW(peer_groups, **settings)
+    trained(optimizer, params)
+    trained(peer, peers)
+    assert all(map(torch.equal, params, peers))
+    saved, peer_saved = optimizer.state_dict(), peer.state_dict()
+    assert saved["state"].keys() == peer_saved["state"].keys()
+    for i, moments in saved["state"].items():
+        assert moments.keys() == peer_saved["state"][i].keys()
+        assert all(torch.equal(x, peer_saved["state"][i][name]) for name, x in moments.items())
+    for group, peer_group in zip(saved["param_groups"], peer_saved["param_groups"]):
+        assert group.items() <= peer_group.items()
+    # each goes on with the other's state
+    again, peer_again = AdamW(groups, **settings), torch.optim.AdamW(peer_groups, **settings)
+    again.load_state_dict(peer_saved)
+    peer_again.load_state_dict({"state": saved["state"], "param_groups": peer_saved["param_groups"]})
+    trained(again, params)
+    trained(peer_again, peers)
+    assert all(map(torch.equal, params, peers))
+
+
+@pytest.mark.parametrize("kind", [AdamW, Muon])
+def test_a_step_that_is_left_out_is_as_if_it_had_not_been(kind):
+    params, expected = draw(), draw()
+    optimizer = kind([{"params": params}], lr=0.02)
+    plain = kind([{"params": expected}], lr=0.02)
+    trained(optimizer, params, lambda step: torch.tensor(float(step == 4)))
+    g = torch.Generator().manual_seed(0)
+    for _ in range(4):
+        for p in expected:
+            p.grad = torch.randn(p.shape, generator=g)
+        plain.step()
+    assert all(map(torch.equal, params, expected))
+    for i, moments in optimizer.state_dict()["state"].items():
+        assert all(torch.equal(x, plain.state_dict()["state"][i][name]) for name, x in moments.items())
 
 
 def test_singular_values_move_to_about_one_and_directions_stay():
@@ -46,8 +97,8 @@ def test_singular_values_move_to_about_one_and_directions_stay():
 def test_each_experts_matrix_is_updated_as_if_alone():
     """A parameter (3, 2, 24, 16) is six matrices that do not know of each other."""
 
-    def trained(params):
-        optimizer = Muon([{"params": params}], lr=0.02, adjust_lr_fn="match_rms_adamw")
+    def trained_experts(params):
+        optimizer = Muon([{"params": params}], lr=0.02)
         g = torch.Generator().manual_seed(0)
         for _ in range(3):
             gradient = torch.randn(3, 2, 24, 16, generator=g)
@@ -57,6 +108,6 @@ def test_each_experts_matrix_is_updated_as_if_alone():
         return params
 
     weights = torch.randn(3, 2, 24, 16, generator=torch.Generator().manual_seed(1))
-    [together] = trained([torch.nn.Parameter(weights.clone())])
-    alone = trained([torch.nn.Parameter(weight.clone()) for weight in weights.flatten(0, 1)])
+    [together] = trained_experts([torch.nn.Parameter(weights.clone())])
+    alone = trained_experts([torch.nn.Parameter(weight.clone()) for weight in weights.flatten(0, 1)])
     torch.testing.assert_close(together.flatten(0, 1), torch.stack(alone), rtol=0, atol=1e-6)
