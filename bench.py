@@ -139,8 +139,9 @@ def make_slow_optimizers(model, cfg, compute):
     return make_optimizers(model, replace(cfg, learning_rate=SLOW, min_lr=0.0), compute)
 
 
-def make_training_step(cfg, compute, ops=rmsnorm.TORCH):
-    """Returns (step, model, optimizers), where step() is one real training step of train.py.
+def make_training_step(cfg, compute, ops=None):
+    """Returns (step, model, optimizers), where step() is one real training step of train.py, with its
+    choice of an RMSNorm where ops is None.
 
     step raises Refusal where the loss or the gradient is not finite: then no step was taken.
     """
@@ -148,6 +149,8 @@ def make_training_step(cfg, compute, ops=rmsnorm.TORCH):
     model.gradient_checkpointing = cfg.gradient_checkpointing
     model.chunked_loss = cfg.loss == "chunked"
     model.balance = cfg.balance
+    if ops is None:
+        ops, _ = rmsnorm.choose(cfg.rmsnorm, compute.device, compute.compile)
     use_rmsnorm(model, ops)
     optimizers = make_slow_optimizers(model, cfg, compute)
     scaler = make_scaler(compute)
@@ -174,6 +177,8 @@ def rmsnorm_kinds(device):
     Prints, once, why a GPU does without the CUDA kernel.
     """
     kinds = {"torch": rmsnorm.TORCH}
+    if device.type == "cpu":
+        kinds["cpu"] = rmsnorm.CPU
     if device.type == "cuda":
         missing = rmsnorm.load()
         if missing:
@@ -304,6 +309,8 @@ def train_rivals(cfg, compute, dtypes):
             kinds = {None: rmsnorm.TORCH}
             if config.norm == "rmsnorm" or config.qk_norm:
                 kinds = rmsnorm_kinds(compute.device)
+            if "cpu" in kinds:  # train.py's choice there
+                kinds = {"torch": rmsnorm.TORCH} if compiled else {"cpu": rmsnorm.CPU}
             for kind, ops in kinds.items():
                 training = make_training_step(config, variant_compute, ops)
                 rivals[settings, optimizer, dtype, compiled, kind] = variant_compute, *training

@@ -25,7 +25,7 @@ DTYPES = {
     "float16": torch.float16,
 }
 SIGHUP = getattr(signal, "SIGHUP", None)  # Windows has none
-BFLOAT16_WIDTH = 192  # auto trains in bfloat16 on a CPU from this n_embd on
+BFLOAT16_WIDTH = 128  # auto trains in bfloat16 on a CPU from this n_embd on
 
 
 @dataclass

@@ -24,6 +24,7 @@ from cache import KVCache, positions
 from grouped import GroupedProduct, Permute
 from rope_scaling import rope_frequencies, rope_scale
 
+LONGEST_WRITTEN_OUT = 1024  # tokens: see attention
 HAS_CHUNKED_LOSS = hasattr(nn, "LinearCrossEntropyOptions")  # from torch 2.13 on
 
 
@@ -181,7 +182,16 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
-NORMS = {"layernorm": nn.LayerNorm, "rmsnorm": RMSNorm}
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm in the dtype of its gain: in bfloat16 a processor adds up the gradients of gain and bias in
+    bfloat16, and after 2,048 rows they are off by a twentieth (findings/layer_norm_bfloat16.sh).
+    """
+
+    def forward(self, x):
+        return super().forward(x.to(self.weight.dtype)).type_as(x)
+
+
+NORMS = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -287,7 +297,7 @@ class RoPE(Float32Tables):
 
 def rotate(x, cos, sin):
     """Turns each pair of x (B, H, T, D) by its angle."""
-    return (x * cos + x.roll(x.size(-1) // 2, -1) * sin).type_as(x)
+    return x * cos + x.roll(x.size(-1) // 2, -1) * sin
 
 
 class ALiBi(nn.Module):
@@ -334,7 +344,7 @@ class Sight(NamedTuple):
 class Context(NamedTuple):
     """What the layers of one call share: where its tokens stand, and which of all tokens each may see."""
 
-    rotation: Any = None  # (cos, sin) for rotate(), or None
+    rotation: Any = None  # [cos, sin] for rotate(), or None
     sights: Any = None  # {window: Sight}
     cache: Any = None  # a KVCache, or None
     places: Any = None  # where the new tokens go in it
@@ -408,22 +418,40 @@ def make_sight(places, keys, doc=None, key_doc=None, bias=None, dtype=torch.floa
     return Sight(mask, False, window)
 
 
-def attend(q, k, v, sight, **settings):
-    """Returns what queries q (B, H, T, D) read from values v (B, n_kv_head, S, D) at keys k.
+def attention(q, k, v, mask=None, is_causal=False, dropout_p=0.0):
+    """Returns softmax(q k^T / sqrt(D) + mask) v for queries q (B, H, T, D), keys and values (B, n_kv_head,
+    S, D), as F.scaled_dot_product_attention does.
 
-    settings: F.scaled_dot_product_attention's.
+    In bfloat16 on a processor that takes 2 to 5 times as long in training as its steps one by one (LOG.md).
     """
-    if not sight.block:
+    is_slow = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad
+    if not is_slow or q.size(-2) > LONGEST_WRITTEN_OUT:
+        is_grouped = q.size(1) != k.size(1)
         return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=sight.mask, is_causal=sight.is_causal, **settings
+            q, k, v, attn_mask=mask, is_causal=is_causal, dropout_p=dropout_p, enable_gqa=is_grouped
         )
+    T, S = q.size(-2), k.size(-2)
+    if is_causal:
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril()
+    k, v = (x.repeat_interleave(q.size(1) // k.size(1), 1) for x in (k, v))
+    scores = q * q.size(-1) ** -0.5 @ k.mT  # (B, H, T, S)
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -math.inf)
+    if mask is not None:
+        scores += mask
+    return F.dropout(scores.softmax(-1), dropout_p) @ v
+
+
+def attend(q, k, v, sight, dropout_p=0.0):
+    """Returns what queries q (B, H, T, D) read from values v (B, n_kv_head, S, D) at keys k."""
+    if not sight.block:
+        return attention(q, k, v, sight.mask, sight.is_causal, dropout_p)
     B, _, T, _ = q.shape
     q, k, v = (in_blocks(x.transpose(1, 2), sight.block) for x in (q, k, v))  # (B, n, width, H, D)
     k, v = with_previous(k), with_previous(v)
     q, k, v = (x.flatten(0, 1).transpose(1, 2) for x in (q, k, v))  # (B n, H, width, D)
     copies = q.size(0) // sight.mask.size(0)  # without documents one mask serves all rows
-    mask = sight.mask.repeat(copies, 1, 1, 1)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **settings)
+    y = attention(q, k, v, sight.mask.repeat(copies, 1, 1, 1), False, dropout_p)
     y = y.transpose(1, 2).unflatten(0, (B, -1)).flatten(1, 2)  # (B, n width, H, D)
     return y[:, :T].transpose(1, 2)
 
@@ -439,7 +467,6 @@ class Attention(nn.Module):
         self.window = c.window_of(layer)
         self.head_dim = c.head_dim
         self.dropout = c.dropout
-        self.is_grouped = c.n_kv_head != c.n_head
         self.q_proj = nn.Linear(c.n_embd, c.n_head * c.head_dim, bias=c.bias)
         self.k_proj = nn.Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=c.bias)
         self.v_proj = nn.Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=c.bias)
@@ -460,8 +487,7 @@ class Attention(nn.Module):
         if context.cache is not None:
             k, v = context.cache.update(self.layer, context.places, k, v)  # (B, n_kv_head, S, D)
         dropout = self.dropout if self.training else 0.0
-        sight = context.sights[self.window]
-        y = attend(q, k, v, sight, enable_gqa=self.is_grouped, dropout_p=dropout)
+        y = attend(q, k, v, context.sights[self.window], dropout)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
@@ -594,17 +620,21 @@ class ExpertLinear(nn.Module):
         """Returns rows (R, in), of which those of expert e end before ends[e] (int32), each times its
         expert's matrix of weight (n_expert, out, in): what F.linear is to a Linear.
         """
-        device_type = autocast_device(rows)
-        if torch.is_autocast_enabled(device_type):
-            dtype = torch.get_autocast_dtype(device_type)
-            rows = rows.to(dtype)
-            weight = weight.to(dtype)
-        return GroupedProduct.apply(rows, weight.mT, ends)
+        dtype = product_dtype(rows)
+        return GroupedProduct.apply(rows.to(dtype), weight.to(dtype).mT, ends)
 
 
 def autocast_device(x):
     """Returns what autocast calls x's device: it does not know meta, on which sizes are counted."""
     return "cpu" if x.is_meta else x.device.type
+
+
+def product_dtype(x):
+    """Returns the dtype of matrix products with x: that of autocast, or its own."""
+    device_type = autocast_device(x)
+    if torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return x.dtype
 
 
 MLPS = {"gelu": GELU, "swiglu": SwiGLU, "moe": MoE}
@@ -734,13 +764,17 @@ class Transformer(nn.Module):
             window: make_sight(places, key_places, doc, key_doc, self.score_bias, dtype, window)
             for window, (key_places, key_doc) in keys.items()
         }
-        rotation = self.rotary(pos) if self.rotary is not None else None
-        context = Context(rotation, sights, cache, places)
-
         x = self.wte(idx)
         if self.add_pos is not None:
             x = self.add_pos(x, pos)
+        # autocast alone would keep x float32 and cast it at each product. In float16 it might overflow
+        if product_dtype(x) == torch.bfloat16:
+            x = x.bfloat16()
         x = self.drop(x)
+        rotation = None
+        if self.rotary is not None:
+            rotation = [table.type_as(x) for table in self.rotary(pos)]
+        context = Context(rotation, sights, cache, places)
         for block in self.blocks:
             if self.gradient_checkpointing and self.training:
                 x = checkpoint(block, x, context, use_reentrant=False)

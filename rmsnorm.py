@@ -1,11 +1,11 @@
-"""RMSNorm by the CUDA kernel of rmsnorm_kernel.cu, built when it is first used, in the place of
-model.py's.
+"""RMSNorm by the CUDA kernel of rmsnorm_kernel.cu, built when it is first used, or with the backward pass
+of LayerNorm on a processor, in the place of model.py's.
 
-    python train.py --rmsnorm=cuda                      auto | torch | cuda; a checkpoint does not remember which
+    python train.py --rmsnorm=cuda                      auto | torch | cpu | cuda; a checkpoint does not remember which
     python bench.py rmsnorm                             both, and torch's own, against the speed of a copy
     python -m pytest tests/test_rmsnorm.py              against float64: on a GPU, else on the processor
 
-TORCH and CUDA are the two, each with norm(x, weight, eps) -> y and add_norm(x, a, weight, eps) -> (x +
+TORCH, CPU and CUDA are the three, each with norm(x, weight, eps) -> y and add_norm(x, a, weight, eps) -> (x +
 a, its norm). x may have any shape, its last dimension is normed; the weight is (dim,), float32 or of x's
 dtype; the result has x's dtype.
 """
@@ -23,7 +23,7 @@ import torch
 
 from model import PostNorm, PreNorm, RMSNorm, rms_norm
 
-SETTINGS = ("auto", "torch", "cuda")
+SETTINGS = ("auto", "torch", "cpu", "cuda")
 SOURCE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "rmsnorm_kernel.cu")
 BUILD_SECONDS = 300  # no build takes so long: who locked the folder longer ago is dead
 
@@ -50,6 +50,57 @@ def separate(norm):
 
 
 TORCH = separate(rms_norm)
+
+
+# -----------------------------------------------------------------------------------------------------
+# On a processor
+
+
+class NormByLayerNorm(torch.autograd.Function):
+    """rms_norm with the gradient of LayerNorm, one pass over memory where torch's steps are a dozen, for a
+    mean of zero, plus what that takes off for the mean. In float32 at least, as LayerNorm adds up a gain's
+    gradient in its own dtype.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        y = x.to(weight.dtype)
+        inv_rms = torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, weight, inv_rms)
+        return (y * inv_rms * weight).type_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, inv_rms = ctx.saved_tensors
+        dim = x.size(-1)
+        grad = grad.to(weight.dtype)
+        dx, dweight, _ = torch.ops.aten.native_layer_norm_backward(
+            grad,
+            x.to(weight.dtype),
+            [dim],
+            torch.zeros_like(inv_rms),
+            inv_rms,
+            weight,
+            None,
+            [True, True, False],
+        )
+        dx += (grad @ weight)[..., None] * inv_rms / dim
+        return dx.type_as(x), dweight, None
+
+
+def cpu_norm(x, weight, eps):
+    is_trained = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    if is_trained and weight.dtype in (torch.float32, torch.float64):
+        return NormByLayerNorm.apply(x, weight, eps)
+    return rms_norm(x, weight, eps)
+
+
+CPU = separate(cpu_norm)
+
+
+class CpuRMSNorm(RMSNorm):
+    def forward(self, x):
+        return cpu_norm(x, self.weight, self.eps)
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -137,19 +188,23 @@ class CudaPostNorm(PostNorm):
         return x
 
 
-BY_KERNEL = {RMSNorm: CudaRMSNorm, PreNorm: CudaPreNorm, PostNorm: CudaPostNorm}
-BY_TORCH = {kernel: plain for plain, kernel in BY_KERNEL.items()}
+BY_OPS = {
+    TORCH: {},
+    CPU: {RMSNorm: CpuRMSNorm},
+    CUDA: {RMSNorm: CudaRMSNorm, PreNorm: CudaPreNorm, PostNorm: CudaPostNorm},
+}
 
 
 def use_rmsnorm(model, ops):
-    """Has a model's RMSNorms, and the blocks around them, computed by TORCH or CUDA. A run-time switch:
-    the weights are the same.
+    """Has a model's RMSNorms, and with CUDA the blocks around them, computed by TORCH, CPU or CUDA. A
+    run-time switch: the weights are the same.
     """
-    classes = BY_KERNEL if ops is CUDA else BY_TORCH
+    plain = {fast: norm for classes in BY_OPS.values() for norm, fast in classes.items()}
     for module in model.modules():
+        module.__class__ = plain.get(type(module), type(module))
         norm = getattr(module, "norm2", module)  # a block is fused where its norms are RMSNorms
-        if type(module) in classes and isinstance(norm, RMSNorm):
-            module.__class__ = classes[type(module)]
+        if isinstance(norm, RMSNorm):
+            module.__class__ = BY_OPS[ops].get(type(module), type(module))
 
 
 def register():
@@ -268,10 +323,12 @@ def locked(lock):
     return ""
 
 
-def choose(setting, device):
-    """Returns (TORCH or CUDA, why) for a setting auto | torch | cuda on a device; why is "" where
-    nothing is worth saying.
+def choose(setting, device, compile=False):
+    """Returns (TORCH, CPU or CUDA, why) for a setting auto | torch | cpu | cuda on a device; why is ""
+    where nothing is worth saying. What is compiled is fused by the compiler.
     """
+    if setting == "cpu" or setting == "auto" and device.type == "cpu" and not compile:
+        return CPU, ""
     if setting == "torch" or setting == "auto" and device.type != "cuda":
         return TORCH, ""
     if setting == "auto" and torch.cuda.get_device_capability(device) not in FASTER_ON:
@@ -283,12 +340,12 @@ def choose(setting, device):
 
 
 def choose_rmsnorm(model, setting, compute):
-    """Switches a model by a setting auto | torch | cuda; returns what to print of it. One process builds
+    """Switches a model by a setting auto | torch | cpu | cuda; returns what to print of it. One process builds
     the kernel, the others then find it built.
     """
     if compute.is_main:
-        choose(setting, compute.device)
+        choose(setting, compute.device, compute.compile)
     compute.barrier()
-    ops, why = choose(setting, compute.device)
+    ops, why = choose(setting, compute.device, compute.compile)
     use_rmsnorm(model, ops)
     return f", {why}" if why else ""

@@ -58,7 +58,7 @@ class Config:
     seed: int = 1337                 # the same seed, the same story: to the letter in float32 on one kind of processor
     device: str = "auto"             # auto | cpu | cuda | cuda:N | mps
     dtype: str = "auto"              # auto (float32 on a CPU) | float32 | tf32 | bfloat16 | float16
-    rmsnorm: str = "auto"            # auto | torch | cuda (our kernel)
+    rmsnorm: str = "auto"            # auto | torch | cpu | cuda (our kernel)
     # fmt: on
 
     def __post_init__(self):

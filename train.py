@@ -43,7 +43,7 @@ from optim import (
     saved_schedule,
     step_unless,
 )
-from rmsnorm import choose_rmsnorm
+from rmsnorm import choose, choose_rmsnorm, use_rmsnorm
 from sample import generate
 from score import evaluate, expert_figures, expert_line, floor_line, next_token_loss
 from sizes import activation_bytes, flops_per_token, mask_bytes, model_sizes, size_text
@@ -83,7 +83,7 @@ class TrainConfig:
     device: str = "auto"                    # auto | cpu | cuda | cuda:N | mps
     dtype: str = "auto"                     # of products: auto | float32 | tf32 | bfloat16 | float16; kept on resume
     compile: str = "auto"                   # torch.compile: auto | true | false
-    rmsnorm: str = "auto"                   # RMSNorm by: auto | torch | cuda (our kernel); not kept on resume
+    rmsnorm: str = "auto"                   # RMSNorm by: auto | torch | cpu | cuda (our kernel); not kept on resume
     seed: int = 1337                        # of weights, batches and dropout
     start: str = ""                         # what the sample at each evaluation starts from, \n a new line
     wandb_log: bool = False                 # log to Weights & Biases too
@@ -592,9 +592,15 @@ def training_bytes(cfg, c, compute, learned=None, adapt=None, documents=False):
     batch_size = min(cfg.batch_size, rows)
     tokens = batch_size * c.block_size
     kept = 8 * tokens * c.vocab_size if cfg.loss == "plain" else 0
+
+    def change(model):
+        use_rmsnorm(model, choose(cfg.rmsnorm, compute.device)[0])
+        if adapt:
+            adapt(model)
+
     # a compiler keeps what it chooses; a GPU says by itself that it is full, where a CPU's process is killed
     if compute.device.type == "cpu" and not (compute.compile or cfg.gradient_checkpointing):
-        kept += tokens * activation_bytes(c, adapt) * compute.dtype.itemsize // 4
+        kept += tokens * activation_bytes(c, change) * compute.dtype.itemsize // 4
     mask = mask_bytes(c, batch_size if documents else 0)
     step_tokens = 16 * rows * c.block_size
     return sizes.bytes + moments + step_tokens + max(4 * learned, mask, kept)

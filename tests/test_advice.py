@@ -171,10 +171,15 @@ STATES = [
 ]
 
 
+@pytest.fixture(scope="module")
+def refusals():
+    """What each command was refused with from the states as they are: {(script, *argv): message or None}."""
+    return {}
+
+
 @pytest.mark.parametrize("state", STATES)
-def test_advice_that_is_followed_leads_to_something(states, state, tmp_path):
+def test_advice_that_is_followed_leads_to_something(states, refusals, state, tmp_path):
     """Each piece of advice works, or what the next refusal advises does; each from the same state."""
-    refusals = {}
 
     def refusal(script, argv):
         """Returns what a command is refused with, or None, in a fresh copy of all states."""

@@ -33,7 +33,7 @@ def fast(request, monkeypatch):
     return request.param
 
 
-@pytest.mark.parametrize("width", [0, 128, BFLOAT16_WIDTH - 1, BFLOAT16_WIDTH, 768])
+@pytest.mark.parametrize("width", [0, 64, BFLOAT16_WIDTH - 1, BFLOAT16_WIDTH, 768])
 def test_auto_is_bfloat16_where_a_wide_model_is_trained_on_a_fast_processor(fast, width):
     dtype = "bfloat16" if fast and width >= BFLOAT16_WIDTH else "float32"
     compute = resolve("cpu", "auto", "false", train_width=width)

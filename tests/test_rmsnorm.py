@@ -25,7 +25,7 @@ import train
 from config import configure
 from data import padded, to
 from device import resolve
-from model import ModelConfig, Transformer
+from model import NORMS, ModelConfig, Transformer
 from optim import make_optimizers
 from rmsnorm import use_rmsnorm
 
@@ -358,10 +358,44 @@ def test_a_model_trains_alike(device, norm_position, dtype, compiled):
     torch.testing.assert_close(*losses, rtol=tolerance, atol=0)
 
 
-def test_without_a_gpu_the_choice_is_torchs():
+@pytest.mark.parametrize("shape", [(3, 5, 24), (7, 2, 1), (0, 4)])
+def test_layer_norms_gradient_is_rms_norms(shape):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=g, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(shape[-1], generator=g, dtype=torch.float64, requires_grad=True)
+    dy = torch.randn(shape, generator=g, dtype=torch.float64)
+    y = rmsnorm.CPU.norm(x, weight, EPS)
+    expected = rmsnorm.TORCH.norm(x, weight, EPS)
+    assert torch.equal(y, expected)
+    gradients = torch.autograd.grad(y, (x, weight), dy)
+    for a, b in zip(gradients, torch.autograd.grad(expected, (x, weight), dy)):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype, error", [(torch.float32, 3e-6), (torch.bfloat16, 4e-3)])
+def test_on_a_processor_gains_keep_their_gradients_over_many_rows(dtype, error):
+    """LayerNorm, RMSNorm by torch and by LayerNorm's gradient, each against itself in float64."""
+    g = torch.Generator().manual_seed(0)
+    inputs = torch.randn(4096, 64, generator=g).to(dtype)
+    dy = torch.randn(4096, 64, generator=g).to(dtype)
+    for name in "layernorm", "torch", "cpu":
+        gradients = []
+        for x in inputs, inputs.double():
+            x = x.clone().requires_grad_()
+            norm = NORMS["layernorm" if name == "layernorm" else "rmsnorm"](64, eps=EPS, bias=True)
+            use_rmsnorm(norm, rmsnorm.CPU if name == "cpu" else rmsnorm.TORCH)
+            norm = norm.double() if x.dtype == torch.float64 else norm
+            norm(x).backward(dy.to(x.dtype))
+            gradients.append([x.grad, norm.weight.grad])
+        for a, b in zip(*gradients):
+            assert (a - b).norm() / b.norm() < error, name
+
+
+def test_without_a_gpu_the_choice_is_a_processors():
     cpu = torch.device("cpu")
     assert rmsnorm.choose("torch", cpu) == (rmsnorm.TORCH, "")
-    assert rmsnorm.choose("auto", cpu) == (rmsnorm.TORCH, "")
+    assert rmsnorm.choose("auto", cpu) == (rmsnorm.CPU, "")
+    assert rmsnorm.choose("auto", cpu, compile=True) == (rmsnorm.TORCH, "")
     ops, reason = rmsnorm.choose("cuda", cpu)
     assert ops is rmsnorm.TORCH
     assert "device=cpu" in reason

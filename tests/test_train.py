@@ -5,6 +5,7 @@ import math
 import os
 import re
 from dataclasses import asdict, replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from test_model import build, tokens
 import checkpoint
 import folders
 import prepare
+import rmsnorm
 import toy_stories
 import train
 from config import Refusal, configure
@@ -22,6 +24,7 @@ from data import count_targets, epoch_starts, training_rows
 from device import resolve
 from model import HAS_CHUNKED_LOSS, ModelConfig, recorded_routings
 from optim import plan_rates, saved_schedule
+from rmsnorm import use_rmsnorm
 from score import document_nats, evaluate, expert_figures, expert_line, floor_line
 from sizes import activation_bytes, model_sizes
 

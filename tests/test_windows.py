@@ -1,6 +1,7 @@
 """Windows: each query sees so many tokens, and a cache keeps no more, however long the text is."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ def windowed(pos="rope", pattern="S", window=WINDOW, **changes):
 
 def long_peer(model):
     """Returns the same weights in a model whose block_size is ten times as long."""
-    c = modules.replace(model.config, block_size=LONG)
+    c = replace(model.config, block_size=LONG)
     peer = Transformer(c).double().eval()
     peer.load_state_dict(model.state_dict())
     return peer
@@ -195,9 +196,9 @@ def test_memory_is_flat_and_as_predicted():
 def test_the_mask_of_a_long_text_is_one_of_blocks():
     c = ModelConfig(vocab_size=V, block_size=4096, window=128)
     assert mask_bytes(c) == 4096 * 256 * (1 + 8)
-    assert mask_bytes(modules.replace(c, window_pattern="SSL")) == 0
-    assert mask_bytes(modules.replace(c, window_pattern="SSL"), 2) == 4096**2 * (2 + 8)
-    assert mask_bytes(modules.replace(c, window=4096)) == 0
+    assert mask_bytes(replace(c, window_pattern="SSL")) == 0
+    assert mask_bytes(replace(c, window_pattern="SSL"), 2) == 4096**2 * (2 + 8)
+    assert mask_bytes(replace(c, window=4096)) == 0
 
 
 def test_a_text_with_no_end_needs_windows_and_positions_that_have_none():
