@@ -86,11 +86,14 @@ def plot(out_dir):
     except ImportError:
         return "no loss plot: pip install matplotlib"
     lines = read_log(os.path.join(out_dir, "log.jsonl"))
-    fig = Figure(figsize=(7, 4), layout="constrained")
+    fig = Figure(figsize=(7, 4))
+    fig.subplots_adjust(left=0.1, right=0.98, bottom=0.12, top=0.92)
     ax = fig.add_subplot()
     draw_curve(ax, lines, "loss", label="training", alpha=0.7, lw=1)
     draw_curve(ax, lines, "val_loss", label="validation", marker="o", ms=3)
     ax.set(xlabel="step", ylabel="loss, nats a token", yscale="log", title=out_dir)
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter("{x:g}")
     ax.grid(alpha=0.3)
     ax.legend()
     path = os.path.join(out_dir, "loss.png")

@@ -29,7 +29,7 @@ SCRIPTS = {
     "hf": hf,
     "serve": serve,
 }
-TRAIN = [*SMALL, "--max_iters=2", "--eval_interval=2", "--block_size=64"]
+TRAIN = [*SMALL, "--n_layer=1", "--max_iters=2", "--eval_interval=2", "--block_size=64"]
 TUNE = ["--dataset=rows.jsonl", "--max_iters=1", "--rank=2", "--device=cpu", "--dtype=float32"]
 SHORT = {
     "train": TRAIN,

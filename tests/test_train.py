@@ -717,7 +717,7 @@ def test_only_what_this_process_takes_is_counted():
         compute = replace(CPU, world_size=world_size)
         bytes_of[world_size] = train.training_bytes(cfg, cfg, compute)
     sizes = model_sizes(cfg)
-    kept = activation_bytes(cfg) + 8 * 300
+    kept = activation_bytes(cfg, partial(use_rmsnorm, ops=rmsnorm.CPU)) + 8 * 300
     moments = 8 * sizes.parameters - 4 * sizes.hidden
     tokens = 16 * 128
     assert bytes_of[1] == sizes.bytes + moments + 4 * 16 * tokens + tokens * kept
