@@ -32,7 +32,7 @@ test-quick: .venv/installed-dev  ## while you work on model.py or train.py: less
 		tests/test_model.py tests/test_optim.py tests/test_sample.py tests/test_train.py
 
 test: .venv/installed-dev  ## everything but the slow tests, offline
-	$(BIN)/python -m pytest -q -n auto --dist=loadfile --no-loadscope-reorder -m "not slow" tests
+	$(BIN)/python -m pytest -q -n auto --dist=worksteal -m "not slow" tests
 
 test-all: test  ## and what takes a C++ compiler, nvcc, Chromium or minutes
 	$(BIN)/python -m pytest -q -m slow tests

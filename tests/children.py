@@ -9,7 +9,7 @@ import socket
 import sys
 from pathlib import Path
 
-import matplotlib.figure  # noqa: F401  this and the next would take each child seconds to import
+import matplotlib.figure  # noqa: F401  this and the next would take each child a second to import
 import torch
 import torch._dynamo  # noqa: F401
 

@@ -433,7 +433,7 @@ def test_int8_is_a_quarter_and_near(lab):
 @pytest.mark.parametrize("settings", [{}, {"bias": True, "tie": False, "n_kv_head": 2}])
 def test_wide_states_leave_the_error_of_the_weights(settings, tmp_path):
     """Two bytes a state are as good as float32 where the weights are the rounded ones."""
-    model = build(block_size=64, **settings)
+    model = build(block_size=64, n_layer=1, **settings)
     proto = export_onnx.export(model)
     errors = []
     for wide in False, True:
