@@ -23,6 +23,7 @@ from model import (
     RoPE,
     Routing,
     Transformer,
+    attention,
     attention_mask,
     balance_loss,
     recorded_routings,
@@ -161,8 +162,9 @@ def test_each_combination_is_causal_packed_and_cached_exactly(
 
 
 @pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("is_trained", [False, True])  # then attention is written out
 @pytest.mark.parametrize("pos", POSITIONS)
-def test_in_bfloat16_hidden_tokens_change_no_bit(pos, autocast):
+def test_in_bfloat16_hidden_tokens_change_no_bit(pos, is_trained, autocast):
     """In weights of bfloat16, as sample.py has them on a GPU, and under autocast, as train.py does."""
     model = build(pos=pos)
     if not autocast:
@@ -172,7 +174,7 @@ def test_in_bfloat16_hidden_tokens_change_no_bit(pos, autocast):
     other = (idx + 1) % V
     other_start = torch.cat((other[:, :9], idx[:, 9:]), 1)
     other_end = torch.cat((idx[:, :9], other[:, 9:]), 1)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    with torch.set_grad_enabled(is_trained), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         logits = model(idx)[0]
         changed = model(other_end)[0]
         assert torch.equal(changed[:, :9], logits[:, :9])
@@ -183,6 +185,40 @@ def test_in_bfloat16_hidden_tokens_change_no_bit(pos, autocast):
         assert torch.equal(changed[:, 9:], packed[:, 9:])
         assert not torch.equal(changed[:, 3:9], packed[:, 3:9])
         assert torch.equal(model(other_end, doc=doc)[0][:, :9], packed[:, :9])
+
+
+@pytest.mark.parametrize("n_kv_head", [4, 2])
+@pytest.mark.parametrize("kind", ["causal", "boolean", "bias"])
+def test_attention_written_out_for_a_processor_is_sdpas(kind, n_kv_head, monkeypatch):
+    """Output and gradients in bfloat16 against SDPA's in float64."""
+    g = torch.Generator().manual_seed(0)
+    shapes = [(2, 4, 20, 8), (2, n_kv_head, 20, 8), (2, n_kv_head, 20, 8)]
+    inputs = [torch.randn(shape, generator=g).bfloat16() for shape in shapes]
+    dy = torch.randn(shapes[0], generator=g).bfloat16()
+    mask = torch.rand(2, 1, 20, 20, generator=g) < 0.5
+    mask |= torch.eye(20, dtype=torch.bool)
+    if kind == "bias":
+        bias = torch.randn(2, 4, 20, 20, generator=g).bfloat16().float()
+        mask = bias.masked_fill(~mask, -math.inf)
+    sdpa = F.scaled_dot_product_attention
+    dtypes = []
+
+    def counted_sdpa(q, k, v, attn_mask=None, **settings):
+        dtypes.append(q.dtype)
+        is_float = attn_mask is not None and attn_mask.dtype != torch.bool
+        return sdpa(q, k, v, attn_mask=attn_mask.to(q.dtype) if is_float else attn_mask, **settings)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", counted_sdpa)
+    results = []
+    for dtype in torch.bfloat16, torch.float64:
+        q, k, v = (x.to(dtype, copy=True).requires_grad_() for x in inputs)
+        y = attention(q, k, v, None if kind == "causal" else mask, kind == "causal")
+        assert y.dtype == dtype
+        y.backward(dy.to(dtype))
+        results.append([y, q.grad, k.grad, v.grad])
+    assert dtypes == [torch.float64]
+    for a, b in zip(*results):
+        assert (a - b).norm() < 0.02 * b.norm()
 
 
 def test_the_grid_is_whole():
