@@ -47,7 +47,7 @@ SMALL = [
 def lab(tmp_path_factory):
     """A folder with data/toy prepared."""
     folder = tmp_path_factory.mktemp("lab")
-    call(prepare, "--num_stories=2000", "--num_proc=1", folder=folder)
+    call(prepare, "--num_stories=800", "--num_proc=1", folder=folder)
     return folder
 
 
