@@ -82,6 +82,15 @@ def step_unless(optimizers, is_skipped):
 
 # what the config decides anew of a saved group of parameters
 CHANGEABLE = {"lr", "lr_scale", "weight_decay", "betas", "momentum"}
+# what torch's classes, whose state older checkpoints hold, were told and ours cannot be told otherwise
+FIXED = {
+    "amsgrad": False,
+    "maximize": False,
+    "nesterov": True,
+    "ns_steps": 5,
+    "ns_coefficients": (3.4445, -4.775, 2.0315),
+    "adjust_lr_fn": "match_rms_adamw",
+}
 # what an optimizer keeps of each parameter after its first step
 MOMENTS = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "Muon": {"momentum_buffer"}}
 
@@ -121,7 +130,7 @@ def check_groups(groups, saved_groups):
     if len(groups) != len(saved_groups):
         raise ValueError(f"it has {len(saved_groups)} groups of parameters and not {len(groups)}")
     for group, saved in zip(groups, saved_groups):
-        for key, value in group.items():
+        for key, value in (FIXED | group).items():
             # fused is this device's, not that of the device which saved it
             if key == "fused" or key not in saved and key != "params":
                 continue
