@@ -338,8 +338,6 @@ def run(main, Config, words=()):
 
 
 if is_script() and sys.argv[1:] in (["-h"], ["--help"]):
-    script = sys.modules["__main__"].__file__
-    if "    run(main, Config)\n" in Path(script).read_text(
-        encoding="utf-8"
-    ):  # not bench.py, which has words
+    source = Path(sys.modules["__main__"].__file__).read_text(encoding="utf-8")
+    if "    run(main, Config)\n" in source:  # not bench.py, which has words
         run(None, dataclasses.make_dataclass("Config", [], namespace={"__module__": "__main__"}))
