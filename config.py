@@ -90,19 +90,20 @@ class Refusal(Exception):
         self.status = status
 
 
-def configure(Config, argv, words=()):
+def configure(Config, argv, words=(), defaults=None):
     """Returns the dataclass Config with argv applied. Pure, but for -h, which prints the keys and exits.
 
     Bare *.toml arguments are applied first, left to right, wherever they stand; then --key=value or
     --key value. Only booleans take --flag and --no-flag as well. `words` may stand bare, as in
-    `bench.py train decode`. The result's `given` maps each key that was set to what set it, a path or
-    "command line"; its `words` are the words of argv.
+    `bench.py train decode`. defaults: values of keys that argv may set otherwise. The result's `given`
+    maps each key that was set to what set it, a path or "command line", its `values` to the value as it
+    was set; its `words` are the words of argv.
 
     Raises Refusal for an unknown key or word (naming the nearest), a wrong type, or what Config's own
     __post_init__ rejects.
     """
     fields = {field.name: field for field in dataclasses.fields(Config)}
-    values = {}
+    values = dict(defaults or {})
     given = {}
     bare_words = []
 
@@ -149,6 +150,7 @@ def configure(Config, argv, words=()):
     except ValueError as e:
         raise Refusal(e)
     cfg.given = given
+    cfg.values = values
     cfg.words = bare_words
     return cfg
 

@@ -19,6 +19,10 @@ LOCK = ".lock"
 PID = ".pid"  # of the process that has the lock: where a lock is mandatory nobody else reads its file
 
 
+class InUse(Refusal):
+    """A folder that another process trains in."""
+
+
 def holds_run(folder, names=RUN):
     """Returns whether train.py or finetune_lora.py saved a run in folder, under one of these names."""
     return any(os.path.isfile(os.path.join(folder, name)) for name in names)
@@ -84,7 +88,7 @@ def acquire(folder):
     """Returns the FileLock of a folder, held; it ends with its process. None where nothing can be written
     there, or the disk knows no locks.
 
-    Raises Refusal, which names the process that has it.
+    Raises InUse, which names the process that has it.
     """
     path = os.path.join(folder, LOCK)
     try:
@@ -95,7 +99,7 @@ def acquire(folder):
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise Refusal(
+        raise InUse(
             f"{read_pid(folder)} is training in {folder}: wait until it has ended, or name another folder"
         )
     except (OSError, NotImplementedError) as e:

@@ -234,13 +234,19 @@ def is_usable(loss, norm, scaler):
 # The loop
 
 
+class Diverged(Refusal):
+    """A run whose loss is no longer finite."""
+
+    def __init__(self, message):
+        super().__init__(message, status=1)
+
+
 def fit(task, model, cfg, compute, resumed=None):
     """Trains a model on a task to cfg.max_iters.
 
     task: has batches(step), loss(model, batch), count(batch), validate(), save(name, state), preview()
     and flops_per_token, as Pretraining below has them. model may be wrapped by torch.compile. resumed: a
-    loaded checkpoint to go on from. Raises Refusal (status 1) when a loss is not finite; what was saved
-    before stays.
+    loaded checkpoint to go on from. Raises Diverged when a loss is not finite; what was saved before stays.
     """
     optimizers = make_optimizers(checkpoint.unwrap(model), cfg, compute)
     scaler = make_scaler(compute)
@@ -267,9 +273,8 @@ def fit(task, model, cfg, compute, resumed=None):
         results = torch.stack([torch.stack(step) for step in unread]).tolist() if unread else []
         for step, (loss, norm) in enumerate(results, state.step - len(results)):
             if not is_usable(loss, norm, scaler):
-                raise Refusal(
-                    f"the loss is {loss} and its gradient norm {norm} at step {step}; {advice(cfg)}",
-                    status=1,
+                raise Diverged(
+                    f"the loss is {loss} and its gradient norm {norm} at step {step}; {advice(cfg)}"
                 )
             state.losses.append(loss)
         unread.clear()
@@ -301,7 +306,7 @@ def fit(task, model, cfg, compute, resumed=None):
                 figures = task.validate()
                 if not math.isfinite(figures["val_loss"]):
                     message = f"the validation loss is {figures['val_loss']} at step {state.step}"
-                    raise Refusal(f"{message}; {advice(cfg)}", status=1)
+                    raise Diverged(f"{message}; {advice(cfg)}")
                 is_best = figures["val_loss"] < state.best_val_loss
                 state.val_loss = figures["val_loss"]
                 state.best_val_loss = min(state.best_val_loss, state.val_loss)
@@ -430,6 +435,7 @@ class Pretraining:
         self.model = model
         self.trained = trained
         self.tokenizer = tokenizer
+        self.meta = meta
         self.data = data
         self.compute = compute
         self.flops_per_token = flops_per_token(model, cfg.block_size)
@@ -629,10 +635,11 @@ def check_start(tokenizer, cfg):
 
 def main(cfg):
     with alone_in_out_dir(cfg):
-        pretrain(cfg)
+        report(pretrain(cfg))
 
 
 def pretrain(cfg):
+    """Trains as cfg says, or with eval_only makes ready to. Returns the Pretraining."""
     start, cfg = open_start(cfg)
     resume = cfg.init_from == "resume"
     moves_aside = is_in_the_way(cfg)
@@ -680,7 +687,12 @@ def pretrain(cfg):
         folders.move_aside(cfg.out_dir, folders.others_in(cfg.out_dir))
     if not cfg.eval_only:
         fit(task, trained, cfg, compute, start.state if resume else None)
+    return task
 
+
+def report(task):
+    """Prints what was learned, on the whole validation split, and draws the losses."""
+    cfg, compute = task.cfg, task.compute
     figures = task.validate(tokens=0)
     if compute.is_main:
         print(
@@ -689,8 +701,8 @@ def pretrain(cfg):
         )
         if "expert_share" in figures:
             print(expert_line(figures, cfg.balance))
-        if meta["source"] == "toy":
-            print(floor_line(trained, tokenizer, data["val"], compute))
+        if task.meta["source"] == "toy":
+            print(floor_line(task.trained, task.tokenizer, task.data["val"], compute))
         if not cfg.eval_only:
             print(plot(cfg.out_dir))
             print(f"next: python sample.py --out_dir={cfg.out_dir}")

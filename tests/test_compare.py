@@ -1,0 +1,285 @@
+"""Comparisons: fair budgets, matched sizes, what is a difference and what is none, going on where one stopped."""
+
+import contextlib
+import json
+import math
+import signal
+
+import numpy as np
+import pytest
+from scripts import call, printed, shell
+
+import compare
+import eval as evaluation
+import folders
+import prepare
+import train
+from config import Refusal, configure
+from device import resolve
+from sizes import model_sizes
+
+SMALL = [
+    "--n_layer=1",
+    "--n_embd=16",
+    "--n_head=2",
+    "--n_kv_head=0",
+    "--block_size=32",
+    "--batch_size=2",
+    "--budget=8",
+    "--eval_interval=4",
+    "--log_interval=2",
+    "--eval_tokens=64",
+    "--device=cpu",
+    "--dtype=float32",
+]
+PAIR = "--variants=good: --learning_rate=1e-2; bad: --learning_rate=1e-5"
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """A folder with a small data/toy prepared."""
+    folder = tmp_path_factory.mktemp("lab")
+    call(prepare, "--num_stories=300", "--num_proc=1", "--vocab_size=300", folder=folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pair(lab):
+    """The folder of a comparison of a good and a bad learning rate, three seeds, in one go."""
+    call(compare, *SMALL, PAIR, "--seeds=1,2,3", "--out_dir=out/pair", folder=lab)
+    return lab / "out/pair"
+
+
+def comparison(lab, *argv):
+    """Returns the Comparison of a command line; its folder is relative to lab."""
+    with contextlib.chdir(lab):
+        return compare.Comparison(configure(compare.Config, [*SMALL, *argv]))
+
+
+def results(folder):
+    """Returns the lines of results.jsonl without what depends on the clock."""
+    lines = (folder / "results.jsonl").read_text().splitlines()
+    measured = ("tokens_per_s", "seconds", "peak_bytes")
+    return [{key: v for key, v in json.loads(line).items() if key not in measured} for line in lines]
+
+
+def test_the_better_side_is_told(pair):
+    table = (pair / "table.md").read_text()
+    assert "- bad against good: worse by " in table and " bits a byte (3 seeds)" in table
+    runs = [(row["variant"], row["seed"]) for row in results(pair)]
+    assert runs == [(name, seed) for name in ("good", "bad") for seed in (1, 2, 3)]
+    assert (pair / "curves.png").stat().st_size > 10_000
+
+
+def test_a_loss_is_that_of_eval(lab, pair):
+    [row] = [row for row in results(pair) if (row["variant"], row["seed"]) == ("bad", 2)]
+    cfg = configure(
+        evaluation.Config, [f"--out_dir={pair}/runs/bad-2", "--device=cpu", "--dtype=float32"]
+    )
+    compute = resolve("cpu", "float32", "false")
+    with contextlib.chdir(lab):
+        [subject], validation = evaluation.load_subjects(cfg, compute)
+    documents, closed = evaluation.split_documents(*validation)
+    figures, _ = evaluation.likelihood(subject, documents, closed, compute, cfg)
+    assert row["bits_per_byte"] == pytest.approx(figures["bits_per_byte"], rel=1e-9)
+    assert row["nats"] == pytest.approx(figures["loss"], rel=1e-9)
+
+
+@pytest.mark.parametrize("place", ["in a step", "before judging"])
+def test_an_interrupted_comparison_ends_as_an_uninterrupted_one(lab, pair, monkeypatch, place):
+    argv = [*SMALL, PAIR, "--seeds=1,2,3", f"--out_dir=out/{place.replace(' ', '_')}"]
+    calls = 0
+
+    def interrupting(function, at):
+        def wrapper(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls == at:
+                signal.raise_signal(signal.SIGINT)
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    with monkeypatch.context() as patch:
+        if place == "in a step":  # the third of the second run
+            patch.setattr(train, "train_step", interrupting(train.train_step, 8 + 3))
+        else:
+            patch.setattr(compare, "judge", interrupting(compare.judge, 2))
+        with pytest.raises((Refusal, KeyboardInterrupt)) as stopped:
+            call(compare, *argv, folder=lab)
+    if place == "in a step":
+        assert "the same command goes on" in str(stopped.value) and stopped.value.status == 130
+    call(compare, *argv, folder=lab)
+    assert results(lab / argv[-1].removeprefix("--out_dir=")) == results(pair)
+
+
+def test_processes_share_the_runs(lab, pair):
+    argv = [*SMALL, PAIR, "--seeds=1,2,3", "--out_dir=out/shared", "--devices=cpu,cpu"]
+    process = shell("compare", *argv, folder=lab)
+    assert process.returncode == 0, process.stderr
+    assert process.stderr.count("run ") == 6  # each once, whoever did it
+    assert results(lab / "out/shared") == results(pair)
+
+
+def test_a_run_in_use_is_left_to_the_process_that_has_it(lab):
+    [job] = comparison(lab, "--variants=a:", "--seeds=1").runs()
+    with contextlib.chdir(lab):
+        with folders.alone(job.folder), pytest.raises(folders.InUse):
+            job.do("1 of 1")
+        assert job.read() is None
+
+
+@pytest.mark.slow
+def test_a_variant_beside_itself_is_seldom_different(lab):
+    seeds = range(120)
+    argv = ["--variants=a: --learning_rate=1e-2", f"--seeds={','.join(map(str, seeds))}"]
+    call(compare, *SMALL, *argv, "--out_dir=out/itself", folder=lab)
+    losses = {row["seed"]: row["bits_per_byte"] for row in results(lab / "out/itself")}
+    verdicts = []
+    for first in range(0, 120, 6):  # 20 comparisons of three seeds with three others
+        sides = [{i: losses[first + side + i] for i in range(3)} for side in (0, 3)]
+        verdicts.append(compare.verdict(*sides))
+    assert len(verdicts) == 20
+    assert sum("no difference" not in text for text in verdicts) <= 2
+
+
+def test_the_sweep_gives_everyone_the_same_trials_and_takes_the_best(lab):
+    argv = ["--variants=a:;b: --norm=layernorm", "--sweep=learning_rate:1e-5,1e-2 warmup_iters:2,4"]
+    argv += ["--seeds=7", "--sweep_budget=0.5", "--out_dir=out/sweep"]
+    call(compare, *SMALL, *argv, folder=lab)
+    trials = [json.loads(path.read_text()) for path in (lab / "out/sweep/trials").glob("*.json")]
+    for name in "ab":
+        own = [trial["result"] for trial in trials if trial["result"]["variant"] == name]
+        assert sorted(list(trial["values"].values()) for trial in own) == [
+            [1e-5, 2],
+            [1e-5, 4],
+            [1e-2, 2],
+            [1e-2, 4],
+        ]
+        assert {trial["steps"] for trial in own} == {4} and {trial["seed"] for trial in own} == {7}
+        best = min(own, key=lambda trial: trial["bits_per_byte"])
+        [row] = [row for row in results(lab / "out/sweep") if row["variant"] == name]
+        assert row["values"] == best["values"] and row["values"]["learning_rate"] == 1e-2
+        settings = json.loads((lab / f"out/sweep/runs/{name}-7.json").read_text())["settings"]
+        assert (settings["learning_rate"], settings["max_iters"]) == (1e-2, 8)
+    assert not list((lab / "out/sweep/trials").glob("*/*.pt"))
+
+
+def test_what_diverges_is_named_and_no_trial_of_it_is_taken(lab):
+    argv = ["--variants=a:; b: --grad_clip=0 --learning_rate=1e30 --warmup_iters=0", "--seeds=1"]
+    call(compare, *SMALL, *argv, "--budget=20", "--out_dir=out/diverged", folder=lab)
+    table = (lab / "out/diverged/table.md").read_text()
+    assert "| b | diverged |" in table and "b against a: no seed of which both runs ended" in table
+
+
+@pytest.mark.parametrize(
+    "variant",
+    ["configs/gpt.toml", "--mlp=gelu", "--n_kv_head=1", "--tie_embeddings=true", "--bias=true"],
+)
+def test_parameters_are_matched(lab, variant):
+    size = ["--n_embd=64", "--n_head=4", "--n_layer=4", "--vocab_size=300"]
+    folder = lab / "configs"
+    if not folder.exists():
+        folder.symlink_to(compare.__file__.removesuffix("compare.py") + "configs")
+    variants = comparison(lab, *size, f"--variants=a: configs/llama.toml; b: {variant}").variants
+    sizes = [model_sizes(cfg).parameters for cfg in variants.values()]
+    assert abs(sizes[1] / sizes[0] - 1) <= 0.01
+    free = comparison(lab, *size, f"--variants=a:; b: {variant} --n_inner=24").variants["b"]
+    assert free.n_inner == 24
+
+
+def test_tokens_and_seconds_are_the_same_for_all(lab):
+    argv = ["--variants=a:; b: --batch_size=4", "--seeds=1"]
+    for job in comparison(lab, *argv, "--by=tokens", "--budget=1280").runs():
+        assert job.cfg.max_iters * job.cfg.batch_size * 32 == 1280
+    argv += ["--by=seconds", "--budget=0.05", "--out_dir=out/seconds"]
+    call(compare, *SMALL, *argv, folder=lab)
+    for name, batch_size in (("a", 2), ("b", 4)):
+        timings = [
+            json.loads((lab / f"out/seconds/timings/{name}-{i}.json").read_text()) for i in (0, 1)
+        ]
+        speed = sum(timing["result"]["tokens_per_s"] for timing in timings) / 2
+        [row] = [row for row in results(lab / "out/seconds") if row["variant"] == name]
+        assert row["steps"] == max(1, round(0.05 * speed / (batch_size * 32)))
+
+
+def test_the_order_is_fair_to_a_machine_that_slows_down():
+    order = [
+        name for _, names in compare.there_and_back([1, 2, 3, 4], ["a", "b", "c"]) for name in names
+    ]
+    places = {name: [i for i, other in enumerate(order) if other == name] for name in "abc"}
+    assert {sum(indices) for indices in places.values()} == {4 * 5.5}
+
+
+def test_students_t():
+    def share(t, n):  # of the distribution with n degrees of freedom between -t and t, by Simpson's rule
+        x = np.linspace(-t, t, 200_001)
+        density = (1 + x * x / n) ** (-(n + 1) / 2)
+        density *= math.gamma((n + 1) / 2) / math.sqrt(n * math.pi) / math.gamma(n / 2)
+        weights = np.r_[1, np.tile([4, 2], 99_999), 4, 1]
+        return (weights * density).sum() * (x[1] - x[0]) / 3
+
+    for n, t in enumerate(compare.T95, 1):
+        assert share(t, n) == pytest.approx(0.95, abs=5e-5)
+
+
+def test_the_interval_is_of_paired_differences():
+    losses = {1: 1.0, 2: 2.0, 3: 3.0}
+    others = {1: 0.9, 2: 1.8, 3: 2.8, 4: 9.0}
+    mean, half, n = compare.paired(losses, others)
+    assert n == 3
+    assert mean == pytest.approx(0.5 / 3)
+    assert half == pytest.approx(4.303 * np.std([0.1, 0.2, 0.2], ddof=1) / math.sqrt(3))
+    assert compare.verdict(losses, others) == "worse by 0.1667 +- 0.1434 bits a byte (3 seeds)"
+    assert compare.verdict(others, losses) == "better by 0.1667 +- 0.1434 bits a byte (3 seeds)"
+    assert "no difference that 2 seeds" in compare.verdict({1: 1.0, 2: 2.0}, {1: 0.9, 2: 1.95})
+    assert "one seed does not show" in compare.verdict({1: 1.0}, {1: 2.0})
+    assert compare.verdict({1: None}, {1: 2.0}) == "no seed of which both runs ended"
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--variants="], "there is nothing to compare"),
+        (["--variants=a"], "'a' is no NAME: overrides"),
+        (["--variants=a/b: --bias=true"], "is no NAME: overrides"),
+        (["--variants=a:;a: --bias=true"], "two are called a"),
+        (["--variants=a: --start='"], "a: No closing quotation"),
+        (["--variants=a:; b: --n_head=3"], "variant b: n_embd=16 must be a multiple of n_head=3"),
+        (
+            ["--variants=a:; b: --n_heads=2"],
+            "variant b: command line: there is no key 'n_heads'; did you mean n_head",
+        ),
+        (["--variants=a:; b: --max_iters=3"], "variant b: max_iters is not a variant's to set"),
+        (["--variants=a:; b: --dataset=none"], "variant b: there is no dataset data/none"),
+        (["--variants=a:", "--seeds=1,1"], "seeds: 1 is given twice"),
+        (["--variants=a:", "--seeds=1,b"], "seeds must be integers"),
+        (["--variants=a:", "--seed=1"], "seed is not to be set here: --seeds names them"),
+        (["--variants=a:", "--max_iters=1"], "--budget says how long a run is"),
+        (["--variants=a:", "--budget=0"], "a budget of 0 steps trains nothing"),
+        (["--variants=a:", "--by=hours"], "by must be one of steps | tokens | seconds"),
+        (
+            ["--variants=a:", "--sweep=lr:1"],
+            "there is no key 'lr' to try values of; did you mean learning_rate?",
+        ),
+        (["--variants=a:", "--sweep=seed:1,2"], "there is no key 'seed' to try values of"),
+        (["--variants=a:", "--sweep=learning_rate:1,b"], "sweep: learning_rate must be a finite number"),
+        (["--variants=a:", "--sweep=learning_rate:1,1"], "a value of learning_rate is given twice"),
+        (["--variants=a:", "--sweep=learning_rate:1e-3,-1"], "variant a: learning_rate must be above 0"),
+        (["--variants=a:", "--devices=cpu,cpu", "--by=seconds"], "by=seconds needs each device once"),
+        (["--variants=a:", "--out_dir=data"], "data is there already: --overwrite moves it aside"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_before_anything_is_trained(lab, argv, message):
+    with pytest.raises(Refusal) as refusal:
+        call(compare, *SMALL, "--out_dir=out/refused", *argv, folder=lab)
+    assert message in str(refusal.value) and refusal.value.status == 2
+    assert not (lab / "out/refused").exists()
+
+
+def test_another_comparison_in_the_folder_is_refused_or_moved_aside(lab, pair):
+    argv = [*SMALL, PAIR, "--seeds=1,2,3", "--out_dir=out/pair"]
+    before = (pair / "results.jsonl").read_text()
+    with pytest.raises(Refusal, match="has max_iters=8, not 9: --overwrite moves"):
+        call(compare, *argv, "--budget=9", folder=lab)
+    assert (pair / "results.jsonl").read_text() == before
