@@ -48,7 +48,15 @@ from device import Compute, check_memory, resolve
 from lenses import probes
 from log import plot
 from rmsnorm import choose_rmsnorm
-from rows import default_template, encode_rows, pack, packed_batch, split_rows, training_packs
+from rows import (
+    conversations,
+    default_template,
+    encode_rows,
+    pack,
+    packed_batch,
+    split_rows,
+    training_packs,
+)
 from sample import generate
 from score import completion_nats, floor_line, mean_nats, next_token_loss
 from sizes import size_text
@@ -76,6 +84,8 @@ class Config(TrainConfig, lora.LoRAConfig):
     weight_decay: float = 0.0               # on matrices; on adapters it pulls towards the base
     # fmt: on
 
+    built_in = "moral"  # the dataset that is made here
+
     def __post_init__(self):
         super().__post_init__()
         self.template = new_lines(self.template)
@@ -87,8 +97,8 @@ class Config(TrainConfig, lora.LoRAConfig):
             raise ValueError(f"max_length cannot be negative, not {self.max_length}")
         if not 0 < self.val_fraction < 1:
             raise ValueError(f"val_fraction must be between 0 and 1, not {self.val_fraction}")
-        if self.dataset == "moral" and self.val_dataset:
-            raise ValueError("moral has held-out rows of its own: leave val_dataset out")
+        if self.dataset == self.built_in and self.val_dataset:
+            raise ValueError(f"{self.built_in} has held-out rows of its own: leave val_dataset out")
         if self.optimizer == "muon" and self.rank:
             raise ValueError(
                 "muon makes each matrix's update orthogonal, which means something for W and nothing for the halves "
@@ -205,7 +215,7 @@ def open_run(cfg, kind):
     run = start.adapter or start.state
     if start.task != kind or not run["optimizers"]:
         raise Refusal(
-            f"{start.adapter_path or start.path} is no run of finetune_lora.py that could go on; "
+            f"{start.adapter_path or start.path} is no run of {kind} that could go on; "
             f"--init_from={cfg.out_dir} --out_dir=OTHER starts from it"
         )
     return start
@@ -270,17 +280,22 @@ def moral_lines(model, tokenizer, held_out, template, compute):
         [tokenizer.decode_more(row.ids) == case.candidates[0] for row, case in zip(answers, cases)]
     )
     is_unsaid = np.array(is_unsaid)
+    return (
+        f"moral of {len(prompts)} held-out stories: answered word for word {is_exact.mean():.1%} "
+        f"({is_exact[is_unsaid].sum()} of the {is_unsaid.sum()} that leave it unsaid), "
+        f"the likeliest of the {len(toy_stories.ANSWERS)} {ranked['accuracy']:.1%} (chance {ranked['chance']:.1%})\n"
+        + story_line(model, tokenizer, compute)
+    )
+
+
+def story_line(model, tokenizer, compute):
+    """Returns a line: how well a model still tells toy stories."""
     stories = [
         id
         for text, _ in toy_stories.stories(500, seed=1)
         for id in (*tokenizer.encode(text), tokenizer.eot)
     ]
-    return (
-        f"moral of {len(prompts)} held-out stories: answered word for word {is_exact.mean():.1%} "
-        f"({is_exact[is_unsaid].sum()} of the {is_unsaid.sum()} that leave it unsaid), "
-        f"the likeliest of the {len(toy_stories.ANSWERS)} {ranked['accuracy']:.1%} (chance {ranked['chance']:.1%})\n"
-        + floor_line(model, tokenizer, np.array(stories), compute)
-    )
+    return floor_line(model, tokenizer, np.array(stories), compute)
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -288,11 +303,15 @@ def moral_lines(model, tokenizer, held_out, template, compute):
 
 
 class FineTuning:
-    """Learning the responses of rows: what train.fit needs of a task."""
+    """Learning the responses of rows: what train.fit needs of a task. Another kind of tuning learns another
+    loss, of rows of several conversations each.
+    """
 
+    kind = "fine-tuning"
     loss = staticmethod(next_token_loss)
     count = staticmethod(count_targets)
     flops_per_token = 0  # padding and prompts make MFU mean little
+    conversations_per_row = 1
 
     def __init__(self, tuning):
         self.tuning = tuning
@@ -302,24 +321,19 @@ class FineTuning:
         # a run that goes on, and a model that is only looked at, keep the rule that they learned by
         is_new = not tuning.resumed and not cfg.eval_only
         self.text_rule = AS_IT_STANDS if is_new else tuning.base.text_rule
-        learned, self.held_out = split_rows(cfg, self.text_rule)
+        learned, self.held_out = map(self.flat, split_rows(cfg, self.convert))
         cfg.template = cfg.template or tuning.base.template
-        if not cfg.template and tokenizer.chat_template is not None and cfg.dataset != "moral":
+        if not cfg.template and tokenizer.chat_template is not None and cfg.dataset != cfg.built_in:
             cfg.template = MODELS_OWN
         if not cfg.template:
             cfg.template = default_template([*learned, *self.held_out])
-        self.examples, self.message = encode_rows(
-            learned, tokenizer, cfg.template, tuning.T, f"{cfg.dataset}, to learn from"
-        )
-        self.val_examples, self.val_message = encode_rows(
-            self.held_out,
-            tokenizer,
-            cfg.template,
-            tuning.T,
-            f"{cfg.val_dataset or cfg.dataset}, held out",
-        )
-        self.packs = pack([len(idx) for idx, _ in self.examples], tuning.T)
-        self.val_packs = pack([len(idx) for idx, _ in self.val_examples], tuning.T)
+        names = f"{cfg.dataset}, to learn from", f"{cfg.val_dataset or cfg.dataset}, held out"
+        (self.examples, self.message), (self.val_examples, self.val_message) = [
+            encode_rows(side, tokenizer, cfg.template, tuning.T, name, self.conversations_per_row)
+            for side, name in zip((learned, self.held_out), names)
+        ]
+        self.packs = self.pack(self.examples)
+        self.val_packs = self.pack(self.val_examples)
         ids = b"".join(array.tobytes() for example in self.examples for array in example)
         self.rows_sha256 = hashlib.sha256(ids).hexdigest()
         if tuning.resumed and tuning.resumed["config"]["rows_sha256"] != self.rows_sha256:
@@ -335,20 +349,43 @@ class FineTuning:
             raise Refusal(e)
         self.trained = None  # what is trained, once it is prepared
 
+    def begin(self):
+        """Does what is to be done once the model is prepared."""
+
+    def convert(self, rows):
+        """Returns a list of what is learned of each (place, row), its Conversation."""
+        return conversations(rows, self.text_rule)
+
+    def flat(self, converted):
+        """Returns the Conversations of what convert() made."""
+        return converted
+
+    def pack(self, examples):
+        """Returns which examples share a row."""
+        return pack([len(idx) for idx, _ in examples], self.tuning.T)
+
     def batches(self, step):
         """Returns this process's micro-batches of a step, on its device."""
         batches = []
         for first, n in micro_batches(step, self.cfg, self.compute):
             packs = training_packs(self.packs, self.cfg.seed, first, n)
-            batches.append(to(packed_batch(packs, self.examples, self.tuning.T), self.compute.device))
+            batches.append(to(self.make_batch(packs), self.compute.device))
         return batches
+
+    def make_batch(self, packs):
+        """Returns the batch of a list of packs of the examples to learn from."""
+        return packed_batch(packs, self.examples, self.tuning.T)
 
     def validate(self, tokens=None):
         """Returns the loss on held-out responses, of about so many tokens of rows: eval_tokens, or 0 for all."""
-        tokens = self.cfg.eval_tokens if tokens is None else tokens
-        numbers = evenly(np.arange(len(self.val_packs)), math.ceil(tokens / self.tuning.T))
+        numbers = self.val_numbers(tokens)
         loss = mean_nats(self.trained, numbers, self.val_batch, self.cfg.batch_size, self.compute)
         return {"val_loss": loss}
+
+    def val_numbers(self, tokens):
+        """Returns which held-out packs are looked at, evenly spaced."""
+        tokens = self.cfg.eval_tokens if tokens is None else tokens
+        return evenly(np.arange(len(self.val_packs)), math.ceil(tokens / self.tuning.T))
 
     def val_batch(self, numbers):
         return packed_batch(
@@ -357,7 +394,11 @@ class FineTuning:
 
     def save(self, name, state):
         """Writes the adapters or the checkpoint."""
-        self.tuning.save(name, state, {"rows_sha256": self.rows_sha256, "text_rule": self.text_rule})
+        self.tuning.save(name, state, self.notes())
+
+    def notes(self):
+        """Returns what a run that goes on has to know beside its config."""
+        return {"rows_sha256": self.rows_sha256, "text_rule": self.text_rule}
 
     def preview(self):
         """Returns the answer to the first held-out prompt."""
@@ -373,35 +414,42 @@ class FineTuning:
         return self.preview_text + tuning.tokenizer.decode_more(row.ids)
 
     def report(self, moment):
-        """Prints the loss on all held-out responses, and of the built-in task the accuracy."""
-        loss = self.validate(tokens=0)["val_loss"]
+        """Prints the figures on all held-out rows, and of the built-in task how well it is done."""
+        figures = self.validate(tokens=0)
         if not self.compute.is_main:
             return
-        print(f"{moment}: {loss:.4f} nats a token of held-out responses")
-        if self.cfg.dataset == "moral":
-            tuning = self.tuning
-            print(
-                moral_lines(
-                    tuning.model, tuning.tokenizer, self.held_out, self.cfg.template, self.compute
-                )
-            )
+        print(f"{moment}: {self.line(figures)}")
+        if self.cfg.dataset == self.cfg.built_in:
+            print(self.built_in_lines())
+
+    def line(self, figures):
+        """Returns the figures of validate() in words."""
+        return f"{figures['val_loss']:.4f} nats a token of held-out responses"
+
+    def built_in_lines(self):
+        """Returns what the model knows of the built-in task's held-out rows."""
+        tuning = self.tuning
+        return moral_lines(
+            tuning.model, tuning.tokenizer, self.held_out, self.cfg.template, self.compute
+        )
 
 
-def main(cfg):
+def main(cfg, Task=FineTuning):
     if cfg.merge:
         with folders.alone(cfg.out_dir, make=False):
             merge(cfg)
     else:
         with alone_in_out_dir(cfg):
-            tune(cfg)
+            tune(cfg, Task)
 
 
-def tune(cfg):
-    tuning = open_tuning(cfg, "fine-tuning")
+def tune(cfg, Task):
+    tuning = open_tuning(cfg, Task.kind)
     cfg = tuning.cfg
     compute = tuning.compute
-    task = FineTuning(tuning)
+    task = Task(tuning)
     task.trained = tuning.prepare()
+    task.begin()
     if compute.is_main:
         learned, total = lora.trainable(tuning.model)
         print(f"{task.message}; in {len(task.packs):,} rows of {tuning.T} tokens\n{task.val_message}")

@@ -11,6 +11,7 @@ known here.
 """
 
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -106,6 +107,20 @@ def inject(model, c):
 def replace(model, name, module):
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
+
+
+@contextmanager
+def switched_off(model):
+    """Lets the model compute what it did before it got adapters."""
+    adapted = [m for m in model.modules() if isinstance(m, LoRALinear)]
+    scales = [m.scale for m in adapted]
+    try:
+        for m in adapted:
+            m.scale = 0.0
+        yield
+    finally:
+        for m, scale in zip(adapted, scales):
+            m.scale = scale
 
 
 def merge(model):

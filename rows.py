@@ -31,7 +31,7 @@ MORAL_SEED = 0  # other stories than data/toy's: a test looks
 # Rows: (place, row), where place says in words which one it is
 
 
-def read_rows(dataset, split="train"):
+def read_rows(dataset, split="train", built_in="moral"):
     """Returns (place, row) of all rows, of a dataset on the hub those of a split; None where it has no
     such split.
 
@@ -45,26 +45,39 @@ def read_rows(dataset, split="train"):
     readers = prepare.ROW_READERS
     kind = prepare.file_kind(dataset)
     if kind not in readers:
-        raise Refusal(f"dataset must be moral, a {' '.join(readers)} file or hf:NAME, not {dataset!r}")
+        raise Refusal(
+            f"dataset must be {built_in}, a {' '.join(readers)} file or hf:NAME, not {dataset!r}"
+        )
     return list(readers[kind](dataset))
 
 
-def split_rows(cfg, text_rule=AS_IT_STANDS):
-    """Returns (what to learn from, what is held out), each a list of Conversations. Raises Refusal."""
-    if cfg.dataset == "moral":
-        rows = [(f"moral {n}", row) for n, row in enumerate(toy_stories.moral_rows(400, MORAL_SEED))]
-        learned = conversations(rows, text_rule)
-        return learned[:200], learned[200:]
-    rows = read_rows(cfg.dataset)
+# rows that are made here, half of them held out
+BUILT_IN = {
+    "moral": lambda: toy_stories.moral_rows(400, MORAL_SEED),
+    "toy": lambda: toy_stories.preference_rows(1200, MORAL_SEED),
+}
+
+
+def split_rows(cfg, convert=None):
+    """Returns (what to learn from, what is held out), each a list that convert(rows) makes of (place, row)
+    pairs, by itself their Conversations. Raises Refusal.
+    """
+    convert = convert or conversations
+    if cfg.dataset == cfg.built_in:
+        rows = [(f"{cfg.dataset} {n}", row) for n, row in enumerate(BUILT_IN[cfg.dataset]())]
+        converted = convert(rows)
+        middle = len(converted) // 2
+        return converted[:middle], converted[middle:]
+    rows = read_rows(cfg.dataset, built_in=cfg.built_in)
     held_out = None
     if cfg.val_dataset:
         held_out = read_rows(cfg.val_dataset)
     elif is_hf(cfg.dataset):
         held_out = read_rows(cfg.dataset, "validation")
     # converted before they are shuffled: a Refusal is of the first row that it is about
-    learned = conversations(rows, text_rule)
+    learned = convert(rows)
     if held_out is not None:
-        return learned, conversations(held_out, text_rule)
+        return learned, convert(held_out)
     if len(learned) < 2:
         raise Refusal(
             f"{cfg.dataset} needs two rows, as one is held out, and has {len(learned)}; "
@@ -97,6 +110,9 @@ ROLES = {
 ROW = (
     "rows have prompt and response, instruction and output, messages, conversations, "
     "or prompt and completion; here is"
+)
+PREFERENCE = (
+    "rows have prompt, chosen and rejected, or chosen and rejected as whole conversations; here is"
 )
 MESSAGE = "a message has role and content, or from and value; here is"
 PART = "a part of a content has type and text; here is"
@@ -178,16 +194,26 @@ KINDS = [
 ]
 
 
-def kind_of(row):
+# in which the last two columns are two answers, or two conversations with a common start
+PREFERENCE_KINDS = [
+    Kind(("prompt", "chosen", "rejected"), str, messages_of_texts, "{prompt}\n"),
+    Kind(("instruction", "chosen", "rejected"), str, messages_of_alpaca, ALPACA_TEMPLATE),
+    Kind(("prompt", "chosen", "rejected"), list, messages_of_chat, CHAT_TEMPLATE),
+    Kind(("chosen", "rejected"), list, messages_of_chat, CHAT_TEMPLATE),
+]
+
+
+def kind_of(row, kinds=KINDS):
     """Returns the first Kind whose columns the row has, filled where there is one: tables have all
-    columns in all rows. KINDS[0] where there is none.
+    columns in all rows. The first of kinds where there is none.
     """
     columns = row if isinstance(row, dict) else ()
-    kinds = [kind for kind in KINDS if all(column in columns for column in kind.columns)]
+    known = kinds
+    kinds = [kind for kind in known if all(column in columns for column in kind.columns)]
     filled = [
         kind for kind in kinds if all(isinstance(row[column], kind.type) for column in kind.columns)
     ]
-    return (filled or kinds or KINDS)[0]
+    return (filled or kinds or known)[0]
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -222,6 +248,7 @@ def turns_of(messages):
 
 
 NO_RESPONSE = "without a response"
+EQUAL = "whose chosen and rejected answer are the same"
 
 
 def problem_of(messages):
@@ -257,6 +284,35 @@ def conversations(rows, text_rule=AS_IT_STANDS):
             message._replace(text=by_text_rule(message.text or "", text_rule)) for message in messages
         ]
         result.append(Conversation(place, kind, messages, turns_of(messages), problem))
+    return result
+
+
+def preferences(rows):
+    """Returns of each (place, row) the Conversation with the chosen answer and that with the rejected one, a
+    pair. What both begin with is the prompt. Raises Refusal.
+    """
+    result = []
+    for place, row in rows:
+        kind = kind_of(row, PREFERENCE_KINDS)
+        if not isinstance(row, dict) or not {*kind.columns} <= row.keys():
+            here = ", ".join(map(str, row)) if isinstance(row, dict) else f"{row!r:.40}"
+            raise Refusal(f"{place}: {PREFERENCE} {here:.200}")
+        *prompt, chosen, rejected = kind.columns
+        sides = [kind.messages(row, place, [*prompt, side]) for side in (chosen, rejected)]
+        common = 0
+        for one, other in zip(*sides):
+            if one != other:
+                break
+            common += 1
+        problem = next(filter(None, map(problem_of, sides)), "")
+        if not problem and common == max(map(len, sides)):
+            problem = EQUAL
+        pair = []
+        for messages in sides:
+            prompts = [message._replace(is_learned=False) for message in messages[:common]]
+            messages = prompts + messages[common:]
+            pair.append(Conversation(place, kind, messages, turns_of(messages), problem))
+        result.append(tuple(pair))
     return result
 
 
@@ -307,9 +363,11 @@ def encode_turns(turns, tokenizer, template):
     return ids, is_target
 
 
-def encode_rows(conversations, tokenizer, template, T, name):
+def encode_rows(conversations, tokenizer, template, T, name, together=1):
     """Returns (the examples that fit in T tokens and have a response, a line about them). Raises Refusal
     where none is left.
+
+    together: how many conversations in a row are one row, which is left out as a whole; two of a preference.
     """
     try:
         tokenizer.encode(template.replace("{prompt}", ""))
@@ -317,26 +375,30 @@ def encode_rows(conversations, tokenizer, template, T, name):
         raise Refusal(f"the template {template!r:.120}: {e}; --template=... is another")
     examples = []
     left_out = {}  # the reason, in words: the places of the rows
-    for conversation in conversations:
+    for first in range(0, len(conversations), together):
+        row = conversations[first : first + together]
+        place, problem = row[0].place, row[0].problem
         try:
-            example = None if conversation.problem else encode(conversation, tokenizer, template)
+            encoded = [
+                None if problem else encode(conversation, tokenizer, template) for conversation in row
+            ]
         except ValueError as e:  # a character that a character model lacks, what a chat template refuses
-            raise Refusal(f"{conversation.place}: {e}")
-        if example and len(example[0]) <= T:
-            examples.append(example)
+            raise Refusal(f"{place}: {e}")
+        if all(example and len(example[0]) <= T for example in encoded):
+            examples += encoded
             continue
-        reason = conversation.problem or NO_RESPONSE
-        if example:
+        reason = problem or NO_RESPONSE
+        if all(encoded):
             reason = f"that are longer than {T} tokens"
-        left_out.setdefault(reason, []).append(conversation.place)
+        left_out.setdefault(reason, []).append(place)
     reasons = "; left out: " if left_out else ""
     reasons += ", ".join(
         f"{len(places):,} {reason} ({first_places(places)})" for reason, places in left_out.items()
     )
     if not examples:
-        n = len(conversations)
+        n = len(conversations) // together
         raise Refusal(f"{name}: none of its {n} rows has a response and fits in {T} tokens{reasons}")
-    return examples, f"{name}: {len(examples):,} rows{reasons}"
+    return examples, f"{name}: {len(examples) // together:,} rows{reasons}"
 
 
 def first_places(places):

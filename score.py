@@ -53,16 +53,28 @@ def mean_nats(model, rows, make_batch, batch_size, compute):
     """Returns nats a target over rows (1-D array), of which make_batch(rows) makes a batch. Processes
     share the batches; the figure does not depend on how many they are.
     """
+
+    def measure(batch):
+        nats = next_token_loss(model, batch)
+        return torch.stack([nats, count_targets(batch).to(nats.dtype)])
+
+    [nats] = means(model, rows, make_batch, batch_size, compute, measure, 1)
+    return nats
+
+
+def means(model, rows, make_batch, batch_size, compute, measure, n):
+    """Returns n figures over rows, as mean_nats returns one. measure(batch) returns a tensor of their sums
+    over a batch, and last of what they are divided by.
+    """
     batches = np.array_split(rows, math.ceil(len(rows) / batch_size))
-    sums = torch.zeros(len(batches), 2, dtype=torch.float64)  # nats and targets of each batch
+    sums = torch.zeros(len(batches), n + 1, dtype=torch.float64)
     with evaluating(model):
         for i in range(compute.rank, len(batches), compute.world_size):
             batch = to(make_batch(batches[i]), compute.device)
             with compute.autocast():
-                nats = next_token_loss(model, batch)
-            sums[i] = torch.tensor([float(nats), float(count_targets(batch))])
-    nats, targets = compute.sum(sums).sum(0).tolist()
-    return nats / targets
+                sums[i] = measure(batch).double().cpu()
+    *totals, count = compute.sum(sums).sum(0).tolist()
+    return [total / count for total in totals]
 
 
 def expert_figures(model, data, T, batch_size, compute):

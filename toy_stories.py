@@ -453,6 +453,69 @@ def moral_rows(n, seed=0):
     return list(rows.values())
 
 
+# Which stories to prefer: those that keep their hero's name to the end, and end with the lesson that fits
+HEROES = [row["{hero}"] for _, row, _ in SLOTS["{hero}"].options]
+LESSONS = [uncapitalize(title[:-1]) for title in MORALS]
+
+
+def fate(text):
+    """Returns (hero, lesson) of the story that a text begins as, however it goes on."""
+    low, high = 0, len(text)
+    while low < high:  # the longest beginning that is a story's
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if possible(text[:middle]) else (low, middle - 1)
+    beginning = text[:low]
+
+    def fits(story):
+        return story.startswith(beginning) or beginning.startswith(story)
+
+    *_, settled = next(walk(all_options, fits))
+    return settled["{hero}"], settled["{lesson}"]
+
+
+def is_preferred(text):
+    """Returns whether no other hero comes into a text, and its last paragraph has the name of its own and the
+    lesson that fits, and no other.
+    """
+    hero, lesson = fate(text)
+    names = set(re.findall(r"\w+", text)) & set(HEROES)
+    ending = text.rpartition("\n")[2]
+    lessons = [other for other in LESSONS if other in ending]
+    return names == {hero} and hero in ending and lessons == [lesson]
+
+
+def preference_rows(n, seed=0):
+    """Returns n rows {"prompt": how a story begins, "chosen": how it goes on, "rejected": the same with a flaw},
+    no two about one story. is_preferred tells the two apart.
+    """
+    random = Random(seed)
+    rows = {}
+    while len(rows) < n:
+        text, _, settled = tell(random.random)
+        hero, lesson = settled["{hero}"], settled["{lesson}"]
+        opening, _, _ = text.partition(".")
+        body, _, ending = text.rpartition("\n")
+        if not is_preferred(text):
+            continue
+        other_hero = random.choice([name for name in HEROES if name != hero])
+        other_lesson = random.choice([other for other in LESSONS if other != lesson])
+        nobody = f"{settled['{mood}']} {settled['{kind}']}"
+        flawed = random.choice(
+            [
+                opening + text.removeprefix(opening).replace(hero, other_hero),
+                text.replace(lesson, other_lesson),
+                f"{body}\nAnd so the {nobody} learned that {lesson}.",
+                f"{body}\n{hero} never forgot that day.",
+            ]
+        )
+        rows[text] = {
+            "prompt": f"{opening}.",
+            "chosen": text.removeprefix(f"{opening}."),
+            "rejected": flawed.removeprefix(f"{opening}."),
+        }
+    return list(rows.values())
+
+
 @cache
 def totals(todo=STORY, settled=frozenset()):
     """Returns (the number of distinct stories, their entropy in nats a story), both exact."""

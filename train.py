@@ -63,7 +63,7 @@ class TrainConfig:
     log_interval: int = 10                  # steps a line of log.jsonl
     batch_size: int = 16                    # rows of block_size tokens in a micro-batch
     gradient_accumulation_steps: int = 1    # micro-batches in a step, of all processes together
-    max_iters: int = 500                    # steps
+    max_iters: int = 600                    # steps
     optimizer: str = "muon"                 # muon (hidden matrices; AdamW for the rest) | adamw
     learning_rate: float = 2.5e-3           # the highest one; Muon's updates are scaled to AdamW's size
     embd_lr_scale: float = 8.0              # muon: embeddings, head, gains and biases learn so many times as fast

@@ -1,0 +1,213 @@
+"""Teaches a trained model what is preferred, from pairs of answers: direct preference optimization, DPO
+(Rafailov et al. 2023, arXiv:2305.18290), of LoRA adapters or with --rank=0 of all weights.
+
+    python finetune_dpo.py --init_from=out/demo                   to end with the hero's name and the lesson
+    python finetune_dpo.py --init_from=out/ts-sft --dataset=pairs.jsonl --out_dir=out/ts-dpo
+    python sample.py --adapter=out/ts-dpo --start="Why is the sky blue?"
+
+A row is an object with prompt, chosen and rejected, texts or lists of messages; with instruction, chosen,
+rejected and perhaps input; or with chosen and rejected alone, two conversations whose common start is the
+prompt. Everything else is as in finetune_lora.py.
+
+What to look at: val_loss begins at log 2 = 0.6931, where the model does not yet differ from its reference,
+and accuracy, the share of held-out pairs whose chosen answer has gained more than its rejected one, rises.
+If logp_chosen falls too (it may: the loss sees only differences), probability goes to answers that nobody
+chose. A lower --learning_rate or a higher --beta helps, and fine-tuning on the chosen answers first.
+"""
+
+from dataclasses import dataclass
+
+from config import run
+
+# isort: split
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import finetune_lora
+import lora
+import rows
+import toy_stories
+from data import prompt_ids, to
+from sample import generate
+from score import evaluating, means
+
+SAMPLES = 200  # of the built-in task, judged by the grammar
+
+
+@dataclass
+class Config(finetune_lora.Config):
+    # fmt: off
+    out_dir: str = "out/dpo"                # where adapter.pt, log.jsonl and loss.png go; with --rank=0 ckpt.pt
+    dataset: str = "toy"                    # toy (made here) | a .json .jsonl .csv .parquet file | hf:NAME
+    beta: float = 0.1                       # how strongly the model is held to its reference, the base
+    max_iters: int = 100                    # steps
+    # fmt: on
+
+    built_in = "toy"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.dataset == self.built_in and not self.template:
+            self.template = "{prompt}"  # a story and how it goes on
+        if self.beta <= 0:
+            raise ValueError(f"beta must be above 0, not {self.beta}")
+
+
+# -----------------------------------------------------------------------------------------------------
+# The loss. A batch is a packed one with "reference" (rows, documents): log p of each document's answer by
+# the reference, of the chosen and the rejected one in turns, nan where a row has no more documents
+
+
+def answer_logps(model, batch):
+    """Returns log p of each document's answer with its end, in nats, of the shape of the batch's reference."""
+    idx, targets, doc = batch["idx"], batch["targets"], batch["doc"]
+    nats = model(idx, targets, doc=doc, reduction="none")[1].float()  # 0 where nothing is learned
+    logps = torch.zeros_like(batch["reference"])
+    return logps.scatter_add(1, doc.clamp(min=0), -nats)
+
+
+def gains(model, batch):
+    """Returns four tensors (pairs,) in nats: by how much the chosen and the rejected answers are likelier
+    than for the reference, and log p of both.
+    """
+    logps = answer_logps(model, batch)
+    is_pair = ~batch["reference"][:, ::2].isnan()
+    gained = logps - batch["reference"]
+    return [values[:, side::2][is_pair] for values in (gained, logps) for side in (0, 1)]
+
+
+def count_pairs(batch):
+    """Returns the number of pairs of a batch, a tensor on its device."""
+    return (~batch["reference"].isnan()).sum() // 2
+
+
+# -----------------------------------------------------------------------------------------------------
+# The task
+
+
+class Preferring(finetune_lora.FineTuning):
+    """Learning which of two answers is preferred: what train.fit needs of a task.
+
+    examples has the chosen and the rejected answers in turns; a pair shares a row, each a document of it.
+    """
+
+    kind = "preference tuning"
+    count = staticmethod(count_pairs)
+    conversations_per_row = 2
+
+    def convert(self, places_and_rows):
+        return rows.preferences(places_and_rows)
+
+    def flat(self, pairs):
+        return [conversation for pair in pairs for conversation in pair]
+
+    def pack(self, examples):
+        """Returns which examples share a row of T tokens, or of as many as the longest pair has."""
+        pairs = [
+            len(chosen) + len(rejected) for (chosen, _), (rejected, _) in zip(*[iter(examples)] * 2)
+        ]
+        packs = rows.pack(pairs, max(self.tuning.T, *pairs))
+        return [
+            [example for pair in numbers for example in (2 * pair, 2 * pair + 1)] for numbers in packs
+        ]
+
+    def begin(self):
+        """Computes what the reference, the base, gives the answers. A run of all weights keeps it: when it
+        goes on, the base is gone.
+        """
+        if self.tuning.resumed and not self.cfg.rank:
+            reference = np.array(self.tuning.resumed["config"]["reference"])
+            self.reference, self.val_reference = np.split(reference, [len(self.examples)])
+            return
+        with lora.switched_off(self.tuning.model):
+            self.reference = self.logps(self.packs, self.examples)
+            self.val_reference = self.logps(self.val_packs, self.val_examples)
+
+    def logps(self, packs, examples):
+        """Returns log p of each example's answer, float64 (examples,). Processes share the work."""
+        logps = torch.zeros(len(examples), dtype=torch.float64)
+        unknown = np.zeros(len(examples))
+        size = self.cfg.batch_size
+        with evaluating(self.tuning.model):
+            for i in range(self.compute.rank * size, len(packs), self.compute.world_size * size):
+                batch = to(pair_batch(packs[i : i + size], examples, unknown), self.compute.device)
+                with self.compute.autocast():
+                    of_rows = answer_logps(self.tuning.model, batch).cpu().double()
+                for numbers, row in zip(packs[i : i + size], of_rows):
+                    logps[numbers] = row[: len(numbers)]
+        return self.compute.sum(logps).numpy()
+
+    def make_batch(self, packs):
+        return pair_batch(packs, self.examples, self.reference)
+
+    def val_batch(self, numbers):
+        packs = [self.val_packs[number] for number in numbers]
+        return pair_batch(packs, self.val_examples, self.val_reference)
+
+    def loss(self, model, batch):
+        """Returns -log sigmoid(beta (the chosen answer's gain - the rejected one's)), summed over pairs."""
+        chosen, rejected, _, _ = gains(model, batch)
+        return -F.logsigmoid(self.cfg.beta * (chosen - rejected)).sum()
+
+    def figures(self, batch):
+        """Returns the sums over a batch of what validate() reports, and the number of pairs."""
+        chosen, rejected, logp_chosen, logp_rejected = gains(self.trained, batch)
+        margin = self.cfg.beta * (chosen - rejected)
+        columns = [-F.logsigmoid(margin), margin > 0, margin, logp_chosen, logp_rejected]
+        return torch.stack([column.double().sum() for column in columns] + [count_pairs(batch).double()])
+
+    def validate(self, tokens=None):
+        """Returns figures of held-out pairs, means: the loss; accuracy, the share whose chosen answer gained
+        more; margin, by how much, times beta; log p of both answers, in nats.
+        """
+        numbers = self.val_numbers(tokens)
+        size = self.cfg.batch_size
+        values = means(self.trained, numbers, self.val_batch, size, self.compute, self.figures, 5)
+        return dict(zip(("val_loss", "accuracy", "margin", "logp_chosen", "logp_rejected"), values))
+
+    def notes(self):
+        reference = [] if self.cfg.rank else [*self.reference.tolist(), *self.val_reference.tolist()]
+        return super().notes() | {"reference": reference}
+
+    def line(self, figures):
+        return (
+            f"{figures['val_loss']:.4f} nats a held-out pair, the chosen answer ahead in {figures['accuracy']:.1%}, "
+            f"log p {figures['logp_chosen']:.1f} of chosen, {figures['logp_rejected']:.1f} of rejected answers"
+        )
+
+    def built_in_lines(self):
+        """Returns how many samples are as preferred, judged by the grammar, and how well stories are told."""
+        tuning = self.tuning
+        openings = [conversation.turns[-1].prompt for conversation in self.held_out[::2][:SAMPLES]]
+        prompts = [prompt_ids(tuning.tokenizer, opening) for opening in openings]
+        room = tuning.model.config.block_size - max(map(len, prompts))
+        *_, samples = generate(
+            tuning.model, prompts, room, stop=tuning.tokenizer.ends, seed=self.cfg.seed
+        )
+        texts = [
+            opening + tuning.tokenizer.decode_more(row.ids) for opening, row in zip(openings, samples)
+        ]
+        share = np.mean([toy_stories.is_preferred(text) for text in texts])
+        return (
+            f"of {len(texts)} samples {share:.1%} end with their hero's name and the lesson that fits\n"
+            + finetune_lora.story_line(tuning.model, tuning.tokenizer, self.compute)
+        )
+
+
+def pair_batch(packs, examples, reference):
+    """Returns the batch of packs of examples, of which reference (examples,) has log p of the answers."""
+    length = max(sum(len(examples[number][0]) for number in numbers) for numbers in packs)
+    batch = rows.packed_batch(packs, examples, length)
+    batch["reference"] = torch.full((len(packs), max(map(len, packs))), torch.nan)
+    for row, numbers in zip(batch["reference"], packs):
+        row[: len(numbers)] = torch.from_numpy(reference[numbers])
+    return batch
+
+
+def main(cfg):
+    finetune_lora.main(cfg, Preferring)
+
+
+if __name__ == "__main__":
+    run(main, Config)
