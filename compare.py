@@ -24,7 +24,7 @@ import time
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-from config import Refusal, configure, convert, nearest, run
+from config import COMMAND_LINE, Refusal, configure, convert, nearest, run
 
 # isort: split
 import numpy as np
@@ -42,10 +42,23 @@ from sizes import model_sizes
 
 BUDGETS = ("steps", "tokens", "seconds")
 TRAIN_TYPES = {field.name: field.type for field in fields(train.Config)}
-# what this script decides for each run
-DECIDED = ("seed", "max_iters", "init_from", "eval_only", "overwrite", "out_dir")
+# what this script decides for each run: a file's are left out, as max_iters of configs/tiny.toml
+DECIDED = {
+    "seed": "--seeds names them",
+    "max_iters": "--budget says how long a run is",
+    "lr_decay_iters": "a schedule ends with its run",
+    "init_from": "a comparison starts from scratch",
+    "eval_only": "a comparison trains",
+    "overwrite": "it is of the whole comparison",
+    "out_dir": "it is of the whole comparison",
+    "device": "it is of the whole comparison",
+}
+WHOLE = ("out_dir", "overwrite", "device")  # of them those that the whole comparison may set
+# what does not change how fast a step is
+RATES = "learning_rate embd_lr_scale min_lr warmup_iters schedule decay_frac weight_decay beta1 beta2 momentum".split()
+RATES += ["grad_clip", "balance"]
 PLACE = ("out_dir", "init_from", "device", "overwrite")  # what is no part of what a run computes
-WRITTEN = ("timings", "trials", "runs", "results.jsonl", "table.md", "curves.png")
+KINDS = ("timings", "trials", "runs")  # of jobs, and the folders that they are in
 TIMING_STEPS = 50
 CLOSE = 0.01  # how far apart the parameters of matched variants may be, as a share
 
@@ -64,7 +77,7 @@ class Config(train.Config):
     sweep_budget: float = 0.25      # what of the budget a trial of the sweep gets
     match: bool = True              # solve for n_inner, so that each variant has the first one's parameters within 1%
     devices: str = ""               # as cuda:0,cuda:1 or cpu,cpu: a process on each, they share the runs; "": one
-    out_dir: str = "out/compare"    # where all of it goes
+    out_dir: str = "out/comparison" # where all of it goes
     # fmt: on
 
     def __post_init__(self):
@@ -108,10 +121,7 @@ def read_variants(text):
 
 def read_seeds(text):
     """Returns the seeds in "1,2,3". Raises Refusal."""
-    try:
-        seeds = [int(word) for word in text.split(",")]
-    except ValueError:
-        raise Refusal(f"seeds must be integers with commas between them, not {text!r:.60}")
+    seeds = [convert(word, int, "seeds", parse=True) for word in text.split(",")]
     for seed in seeds:
         if seed < 0:
             raise Refusal(f"seeds: {seed} cannot be negative")
@@ -128,35 +138,43 @@ def read_sweep(text):
     values = {}
     for word in text.replace(";", " ").split():
         key, _, listed = word.partition(":")
-        if key not in TRAIN_TYPES or key in DECIDED:
+        if key in DECIDED or key == "dataset":
+            raise Refusal(f"sweep: {key} is the same for all trials")
+        if key not in TRAIN_TYPES:
             raise Refusal(
                 f"sweep: there is no key {key!r} to try values of; {nearest(key, TRAIN_TYPES)}"
             )
         if key in values:
             raise Refusal(f"sweep: {key} is given twice")
-        texts = listed.split(",")
-        values[key] = [convert(text, TRAIN_TYPES[key], f"sweep: {key}", parse=True) for text in texts]
-        if len(set(values[key])) < len(texts):
+        words = listed.split(",")
+        values[key] = [convert(word, TRAIN_TYPES[key], f"sweep: {key}", parse=True) for word in words]
+        if len(set(values[key])) < len(words):
             raise Refusal(f"sweep: a value of {key} is given twice")
     combinations = itertools.product(*values.values()) if values else []
     return [dict(zip(values, combination)) for combination in combinations]
 
 
-def settings(cfg, overrides):
-    """Returns the train.Config of a variant, of cfg's keys and its overrides over them, and whether those
-    set n_inner. Raises Refusal.
+def variant_config(cfg, overrides):
+    """Returns the train.Config of a variant, of cfg's keys and its overrides over them, and what set each of
+    those. Raises Refusal.
     """
     shared = {
         key: value for key, value in cfg.values.items() if key in TRAIN_TYPES and key not in DECIDED
     }
     variant = configure(train.Config, overrides, defaults=shared | {"device": cfg.device})
-    decided = [key for key in (*DECIDED, "device") if key in variant.given]
-    if decided:
-        raise Refusal(f"{decided[0]} is not a variant's to set")
-    return with_keys(variant.values), "n_inner" in variant.given
+    refuse_decided(variant.given)
+    values = {key: value for key, value in variant.values.items() if key not in DECIDED}
+    return train_config(values | {"device": cfg.device}), variant.given
 
 
-def with_keys(values):
+def refuse_decided(given, allowed=()):
+    """Raises Refusal where the command line sets what this script decides."""
+    for key, reason in DECIDED.items():
+        if given.get(key) == COMMAND_LINE and key not in allowed:
+            raise Refusal(f"{key} is not to be set here: {reason}")
+
+
+def train_config(values):
     """Returns a train.Config of these keys. Raises ValueError."""
     new = train.Config(**values)
     new.given = dict.fromkeys(values, "compare.py")
@@ -164,23 +182,25 @@ def with_keys(values):
     return new
 
 
-def changed(base, values):
-    """Returns a train.Config of base's keys and these over them. Raises ValueError."""
-    return with_keys(base.values | values)
+def matched(variant, parameters):
+    """Returns a variant with the n_inner that brings its parameters nearest to so many; in steps of 8, which
+    are fast, where that is near enough.
+    """
 
-
-def matched(base, parameters):
-    """Returns base with an n_inner that gives a model so many parameters, or close; base itself where none does."""
+    def distance(n_inner):
+        return abs(count(n_inner) - parameters)
 
     def count(n_inner):
-        return model_sizes(replace(model_config(base), n_inner=n_inner)).parameters
+        return model_sizes(replace(model_config(variant), n_inner=n_inner)).parameters
 
     slope = count(2) - count(1)
+    if not slope:  # an MLP that does not look at n_inner
+        return variant
     exact = max(1, round((parameters - count(1)) / slope) + 1)
-    for n_inner in (base.n_inner, max(8, 8 * round(exact / 8)), exact):  # multiples of 8 are fast
-        if abs(count(n_inner) - parameters) <= CLOSE / 2 * parameters:
-            return changed(base, {"n_inner": n_inner})
-    return base
+    near = [variant.n_inner, max(8, 8 * round(exact / 8))]
+    near = [n_inner for n_inner in near if distance(n_inner) <= CLOSE / 2 * parameters]
+    n_inner = near[0] if near else min(exact, variant.n_inner, key=distance)
+    return train_config(variant.values | {"n_inner": n_inner})
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -218,6 +238,8 @@ class Job:
             raise Refusal(
                 f"{self.path} is damaged ({e}); without it and {self.folder} the run starts anew"
             )
+        if result is None and not self.is_begun:
+            return None
         for key, value in self.settings().items():
             if settings.get(key) != value:
                 raise Refusal(
@@ -226,11 +248,15 @@ class Job:
                 )
         return result
 
+    @property
+    def is_begun(self):
+        return folders.holds_run(self.folder, ["ckpt.pt"])
+
     def write(self, result):
         text = json.dumps({"settings": self.settings(), "result": result}, indent=1)
         folders.write_atomic(str(self.path), lambda f: f.write(text.encode()))
 
-    def do(self, number):
+    def run(self, number):
         """Trains, judges and writes the result. Raises folders.InUse where another process is at it.
 
         number: a text, which job it is.
@@ -240,33 +266,40 @@ class Job:
                 return
             print(f"{self.kind[:-1]} {number}: {self.folder.name}", file=sys.stderr)
             self.write(None)
-            resume = folders.holds_run(self.folder, ["ckpt.pt"])
-            cfg = changed(self.cfg, {"init_from": "resume" if resume else "scratch"})
-            tasks = []
             try:
-                with contextlib.redirect_stdout(None):  # each would say the same
-                    device = resolve(cfg.device, cfg.dtype, cfg.compile).device
-                    peak = measure.peak_memory(device, lambda: tasks.append(train.pretrain(cfg)))
+                task, peak = self.train()
+                result = self.figures(task) | {"peak_bytes": peak}
             except train.Diverged as e:
                 print(e, file=sys.stderr)
-                self.write(self.head() | {"bits_per_byte": None})
-                return
-            except Refusal as e:
-                if e.status <= 128:
-                    raise
-                raise Refusal("stopped; the same command goes on", status=e.status)
-            self.write(self.figures(tasks.pop()) | {"peak_bytes": peak})
+                result = {"bits_per_byte": None}
+            self.write({"variant": self.variant, "seed": self.cfg.seed, "values": self.values} | result)
             if self.kind != "runs":
-                for name in folders.RUN:
-                    (self.folder / name).unlink(missing_ok=True)
+                self.remove_checkpoints()
             if (
                 "torch._dynamo" in sys.modules
             ):  # else the next model is one too many for what was compiled
                 torch.compiler.reset()
 
-    def head(self):
-        """Returns what a result begins with."""
-        return {"variant": self.variant, "seed": self.cfg.seed, "values": self.values}
+    def train(self):
+        """Returns the task after its training, and the most bytes that it took, None where that is not known."""
+        resumes = self.is_begun
+        if not resumes:  # a process was killed before it had saved a step
+            self.remove_checkpoints()
+        cfg = train_config(self.cfg.values | {"init_from": "resume" if resumes else "scratch"})
+        tasks = []
+        try:
+            with contextlib.redirect_stdout(None):  # each would say the same
+                device = resolve(cfg.device).device
+                peak = measure.peak_memory(device, lambda: tasks.append(train.pretrain(cfg)))
+        except Refusal as e:
+            if e.status <= 128:
+                raise
+            raise Refusal("stopped; the same command goes on", status=e.status)
+        return tasks.pop(), None if resumes else peak
+
+    def remove_checkpoints(self):
+        for name in folders.RUN:
+            (self.folder / name).unlink(missing_ok=True)
 
     def figures(self, task):
         """Returns the result of a task that was trained."""
@@ -275,7 +308,7 @@ class Job:
         speeds = [line["tokens_per_s"] for line in lines if "tokens_per_s" in line]
         tokens_per_s = statistics.median(speeds[1:] or speeds)  # the first has what is done once
         tokens = cfg.max_iters * tokens_a_step(cfg)
-        result = self.head() | {
+        result = {
             "parameters": model_sizes(cfg).parameters,
             "steps": cfg.max_iters,
             "tokens": tokens,
@@ -321,29 +354,44 @@ class Comparison:
         self.sweep = read_sweep(cfg.sweep)
         self.variants = {}  # name: train.Config
         text_bytes = {}
-        compute = resolve(cfg.device, cfg.dtype, cfg.compile)
+        if (
+            cfg.by == "seconds"
+            and self.sweep
+            and (others := [key for key in self.sweep[0] if key not in RATES])
+        ):
+            raise Refusal(
+                f"by=seconds measures a variant's speed once, which {others[0]} may change: sweep rates"
+            )
         for name, overrides in read_variants(cfg.variants).items():
-            variant, meta = self.check(name, overrides, compute)
+            variant, meta = self.check(name, overrides)
             self.variants[name] = variant
             text_bytes[meta["splits"]["val"]["bytes"]] = name
         if len(text_bytes) > 1:
             names = " and ".join(text_bytes.values())
             raise Refusal(f"{names} are judged on texts of different length, which cannot be compared")
 
-    def check(self, name, overrides, compute):
+    def check(self, name, overrides):
         """Returns the train.Config of a variant that can be trained, its n_inner solved for, and its data's meta."""
+        first = next(iter(self.variants.values()), None)
         try:
-            variant, has_width = settings(self.cfg, overrides)
+            variant, given = variant_config(self.cfg, overrides)
+            if not first:  # whose width decides what auto means for all
+                compute = resolve(self.cfg.device, variant.dtype, train_width=variant.n_embd)
+                self.dtype = compute.dtype_name
+            if "dtype" not in given:
+                variant = train_config(variant.values | {"dtype": self.dtype})
+            compute = resolve(self.cfg.device, variant.dtype, variant.compile)
             _, meta, _, tokenizer = train.open_data(variant, compute)
-            train.check_start(tokenizer, variant)
-            variant.vocab_size = tokenizer.vocab_size
-            first = next(iter(self.variants.values()), None)
-            if first and self.cfg.match and not has_width:
+            variant = train_config(variant.values | {"vocab_size": tokenizer.vocab_size})
+            if first and self.cfg.match and "n_inner" not in given:
                 variant = matched(variant, model_sizes(first).parameters)
-                variant.vocab_size = tokenizer.vocab_size
-            train.check_training_memory(variant, compute)
             for values in self.sweep or [{}]:
-                train.rows_each(changed(variant, values), compute)
+                trial = train_config(variant.values | values)
+                compute = resolve(self.cfg.device, trial.dtype, trial.compile)
+                train.open_data(trial, compute)
+                train.check_start(tokenizer, trial)
+                train.rows_each(trial, compute)
+                train.check_training_memory(trial, compute)
         except (Refusal, ValueError) as e:
             raise Refusal(f"variant {name}: {e}")
         return variant, meta
@@ -351,23 +399,32 @@ class Comparison:
     def job(self, kind, name, seed, steps, values, label="", **more):
         folder = os.path.join(self.cfg.out_dir, kind, f"{name}-{label or seed}")
         decided = {"seed": seed, "max_iters": steps, "out_dir": folder}
-        return Job(kind, name, changed(self.variants[name], values | decided | more), values)
+        return Job(
+            kind, name, train_config(self.variants[name].values | values | decided | more), values
+        )
 
     def timings(self):
         """Returns the jobs that measure each variant's speed, there and back; none where it decides nothing."""
         if self.cfg.by != "seconds":
             return []
-        names = [(0, name) for name in self.variants] + [(1, name) for name in reversed(self.variants)]
-        return [self.job("timings", name, seed, TIMING_STEPS, {}, eval_tokens=1) for seed, name in names]
+        return [
+            self.job("timings", name, number, TIMING_STEPS, {}, eval_tokens=1, log_interval=10)
+            for number, names in there_and_back([0, 1], list(self.variants))
+            for name in names
+        ]
 
     def steps(self, name, values, share=1.0):
         """Returns the steps of a variant's run, or of one with that share of the budget."""
         amount = share * self.cfg.budget
         if self.cfg.by == "seconds":
-            speeds = [job.read()["tokens_per_s"] for job in self.timings() if job.variant == name]
-            amount *= statistics.mean(speeds)
+            timings = [job.read() for job in self.timings() if job.variant == name]
+            if any("tokens_per_s" not in timing for timing in timings):
+                raise Refusal(
+                    f"{name} diverged while its speed was measured: a lower learning_rate", status=1
+                )
+            amount *= statistics.mean(timing["tokens_per_s"] for timing in timings)
         if self.cfg.by != "steps":
-            amount /= tokens_a_step(changed(self.variants[name], values))
+            amount /= tokens_a_step(train_config(self.variants[name].values | values))
         return max(1, round(amount))
 
     def trials(self):
@@ -380,26 +437,27 @@ class Comparison:
                 jobs.append(self.job("trials", name, self.seeds[0], steps, values, label))
         return jobs
 
-    def taken(self, name):
+    def best_values(self, name):
         """Returns what a variant takes of the sweep: the values of its best trial. Raises Refusal."""
         trials = [job for job in self.trials() if job.variant == name]
         if not trials:
             return {}
-        best = min(trials, key=lambda job: job.read()["bits_per_byte"] or math.inf)
-        if best.read()["bits_per_byte"] is None:
+        losses = [job.read()["bits_per_byte"] for job in trials]
+        if not any(loss is not None for loss in losses):
             raise Refusal(f"every trial of {name} diverged: try a lower learning_rate", status=1)
-        return best.values
+        _, best = min((loss, i) for i, loss in enumerate(losses) if loss is not None)
+        return trials[best].values
 
     def runs(self):
         """Returns the jobs that count: all variants with the same seed stand together, there and back."""
-        taken = {name: self.taken(name) for name in self.variants}
+        best = {name: self.best_values(name) for name in self.variants}
         return [
-            self.job("runs", name, seed, self.steps(name, taken[name]), taken[name])
+            self.job("runs", name, seed, self.steps(name, best[name]), best[name])
             for seed, names in there_and_back(self.seeds, list(self.variants))
             for name in names
         ]
 
-    def done(self):
+    def finished(self):
         """Returns those of runs() that have a result."""
         return [job for job in self.runs() if job.read() is not None]
 
@@ -418,7 +476,7 @@ def finish(jobs, after=lambda: None):
     while left:
         for i in left:
             with contextlib.suppress(folders.InUse):
-                jobs[i].do(f"{i + 1} of {len(jobs)}")
+                jobs[i].run(f"{i + 1} of {len(jobs)}")
                 after()
         left = [i for i in left if jobs[i].read() is None]
         if left:
@@ -447,14 +505,16 @@ def paired(results, others):
 def verdict(results, others):
     """Returns what paired() allows one to say, in words."""
     mean, half, n = paired(results, others)
+    lost = sum(losses[seed] is None for losses in (results, others) for seed in losses)
+    diverged = f"; {lost} runs diverged" if lost else ""
     if n == 0:
-        return "no seed of which both runs ended"
+        return f"no seed of which both runs ended{diverged}"
     if n == 1:
-        return f"{mean:+.4f} bits a byte, and one seed does not show what it would be with another"
+        return f"{mean:+.4f} bits a byte, and one seed does not show what it would be with another{diverged}"
     if abs(mean) <= half:
-        return f"no difference that {n} seeds can show ({mean:+.4f} +- {half:.4f} bits a byte)"
+        return f"no difference that {n} seeds can show ({mean:+.4f} +- {half:.4f} bits a byte){diverged}"
     word = "better" if mean < 0 else "worse"
-    return f"{word} by {abs(mean):.4f} +- {half:.4f} bits a byte ({n} seeds)"
+    return f"{word} by {abs(mean):.4f} +- {half:.4f} bits a byte ({n} seeds){diverged}"
 
 
 def difference(results, others):
@@ -505,9 +565,10 @@ def table(comparison, results):
 
 
 def taken_cell(key, value, sweep):
-    """Returns a value that was taken, with a * where it is the lowest or highest of more than two."""
-    tried = sorted({values[key] for values in sweep})
-    return f"{value:g}" + ("*" if len(tried) > 2 and value in (tried[0], tried[-1]) else "")
+    """Returns a value that was taken, with a * where it is the lowest or highest of more than two numbers."""
+    tried = {values[key] for values in sweep}
+    is_end = type(value) in (int, float) and len(tried) > 2 and value in (min(tried), max(tried))
+    return (f"{value:g}" if type(value) is float else str(value)) + "*" * is_end
 
 
 def notes(comparison, results):
@@ -515,19 +576,20 @@ def notes(comparison, results):
     cfg = comparison.cfg
     rows = [row for rows in results.values() for row in rows if row["bits_per_byte"] is not None]
     yield (
-        f"Equal: {cfg.by}, {cfg.budget:,.0f} a run. The loss is of the whole validation split, story by story; "
-        "the spread is the standard deviation over seeds, and +- half the 95% interval of the paired difference."
+        f"Equal: {cfg.by}, {cfg.budget:,g} a run. The loss is of the whole validation split, story by story; "
+        "the spread is the standard deviation over seeds, and +- half the 95% interval of the paired difference. "
+        "One verdict in twenty is wrong where there is no difference."
     )
     if comparison.sweep:
         yield (
             f"Each variant tried the same {len(comparison.sweep)} settings on {cfg.sweep_budget:.0%} of the "
-            f"budget, with seed {comparison.seeds[0]}, and was trained with the best; * is an end of what was tried."
+            f"budget, with seed {comparison.seeds[0]}, and was trained with the best; * is an end of what was tried. "
+            "The intervals are of these settings: how well they were chosen is not in them."
         )
-    for name, variant_rows in results.items():
-        for row in variant_rows[:1]:
-            share = row.get("parameters", 0) / rows[0]["parameters"] - 1 if rows else 0
-            if row["bits_per_byte"] is not None and abs(share) > CLOSE:
-                yield f"{name} has {share:+.1%} parameters beside {rows[0]['variant']}."
+    for name in results:
+        sizes = [row["parameters"] for row in results[name] if row["bits_per_byte"] is not None]
+        if sizes and abs(sizes[0] / rows[0]["parameters"] - 1) > CLOSE:
+            yield f"{name} has {sizes[0] / rows[0]['parameters'] - 1:+.1%} parameters beside {rows[0]['variant']}."
     for device, dtype in sorted({(row["device"], row["dtype"]) for row in rows}):
         yield f"Trained on {device}, in {dtype}."
 
@@ -547,15 +609,15 @@ def draw(comparison, path):
     by_step, by_second = figure.subplots(1, 2, sharey=True)
     for name in comparison.variants:
         curves = []
-        for job in comparison.done():
+        for job in comparison.finished():
             result = job.read()
             if job.variant == name and result["bits_per_byte"] is not None:
                 curves.append(curve(job.folder, tokens_a_step(job.cfg), result["tokens_per_s"]))
         if not curves:
             continue
         steps = curves[0][0]
-        seconds = np.mean([curve[1] for curve in curves], 0)
-        bits = np.array([curve[2] for curve in curves])
+        seconds = np.mean([x for _, x, _ in curves], 0)
+        bits = np.array([y for _, _, y in curves])
         for ax, x in ((by_step, steps), (by_second, seconds)):
             [line] = ax.plot(x[1:], bits.mean(0)[1:], marker="o", ms=2, lw=1, label=name)
             ax.fill_between(
@@ -572,7 +634,7 @@ def draw(comparison, path):
 def publish(comparison):
     """Writes results.jsonl and table.md of the runs that are done. Returns the table."""
     results = {}
-    for job in comparison.done():
+    for job in comparison.finished():
         results.setdefault(job.variant, []).append(job.read())
     results = {name: results[name] for name in comparison.variants if name in results}
     text = table(comparison, results)
@@ -604,38 +666,39 @@ def helpers(devices):
             process.terminate()
         raise
     finally:
-        for process in processes:
-            process.wait()
+        statuses = [process.wait() for process in processes]
+        for device, status in zip(devices, statuses):
+            if status:
+                print(f"the process on {device} ended with status {status}", file=sys.stderr)
 
 
 def check_devices(cfg):
     """Returns the devices that share the runs. Raises Refusal."""
-    devices = [device.strip() for device in cfg.devices.split(",") if device.strip()]
+    names = [name.strip() for name in cfg.devices.split(",") if name.strip()]
     if torchrun_ranks()[1] > 1:
         raise Refusal(
             "compare.py shares runs, not their rows: --devices=cuda:0,cuda:1 instead of torchrun"
         )
-    if cfg.by == "seconds" and len(set(devices)) < len(devices):
-        raise Refusal("runs that share a device take longer: by=seconds needs each device once")
-    for device in devices:
-        resolve(device)
-    return devices or [cfg.device]
+    devices = [resolve(name).device for name in names]
+    places = {(device.type, device.index or 0) for device in devices}
+    kinds = {measure.device_name(device) for device in devices}
+    if cfg.by == "seconds" and (len(places) < len(devices) or len(kinds) > 1):
+        raise Refusal("by=seconds needs devices of one kind, and each once")
+    return names or [cfg.device]
 
 
 def main(cfg):
-    decided = [key for key in DECIDED if key in cfg.given and key not in ("out_dir", "overwrite")]
-    if decided:
-        ways = {"seed": "--seeds names them", "max_iters": "--budget says how long a run is"}
-        raise Refusal(
-            f"{decided[0]} is not to be set here: {ways.get(decided[0], 'a comparison starts from scratch')}"
-        )
+    refuse_decided(cfg.given, WHOLE)
     cfg.device, *others = check_devices(cfg)
     if others and cfg.device == "cpu":
         threads = max(1, torch.get_num_threads() // (1 + others.count("cpu")))
         torch.set_num_threads(threads)
         os.environ["OMP_NUM_THREADS"] = str(threads)  # the others' too
     comparison = Comparison(cfg)
-    if os.path.isdir(cfg.out_dir) and set(os.listdir(cfg.out_dir)) - set(WRITTEN) or cfg.overwrite:
+    is_other = os.path.exists(cfg.out_dir) and not any(
+        os.path.isdir(os.path.join(cfg.out_dir, kind)) for kind in KINDS
+    )
+    if is_other or cfg.overwrite:
         ways = "--overwrite moves it aside, --out_dir=OTHER writes elsewhere"
         if folders.in_the_way(cfg.out_dir, cfg.overwrite, ways):
             folders.move_aside(cfg.out_dir)

@@ -67,8 +67,8 @@ def move_aside(folder, keep=()):
     """
     folder = Path(folder)
     if not keep:
-        for path in (folder, *folder.glob("*/")):
-            if os.path.exists(path / LOCK) and (held := acquire(path)):
+        for lock in list(folder.rglob(LOCK)):
+            if held := acquire(lock.parent):
                 held.release()
     old = folder.with_name(f"{folder.name}.old-{datetime.now():%Y%m%d-%H%M%S-%f}")
     try:

@@ -121,6 +121,7 @@ def peak_process_memory(work):
         Path("/proc/self/clear_refs").write_text("5")
         before = peak_resident_bytes()
     except (OSError, AttributeError):  # not allowed here, or another libc
+        work()
         return None
     work()
     return peak_resident_bytes() - before
@@ -129,13 +130,14 @@ def peak_process_memory(work):
 def peak_memory(device, work):
     """Returns the most bytes that were in use during work() beyond those in use before it.
 
-    Returns None where the system does not tell.
+    Returns None where the system does not tell, also after work().
     """
     gc.collect()
     if device.type == "cuda":
         return peak_gpu_memory(device, work)
     if device.type == "cpu" and sys.platform == "linux":
         return peak_process_memory(work)
+    work()
     return None
 
 

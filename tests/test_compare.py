@@ -7,7 +7,7 @@ import signal
 
 import numpy as np
 import pytest
-from scripts import call, printed, shell
+from scripts import call, shell
 
 import compare
 import eval as evaluation
@@ -125,7 +125,7 @@ def test_a_run_in_use_is_left_to_the_process_that_has_it(lab):
     [job] = comparison(lab, "--variants=a:", "--seeds=1").runs()
     with contextlib.chdir(lab):
         with folders.alone(job.folder), pytest.raises(folders.InUse):
-            job.do("1 of 1")
+            job.run("1 of 1")
         assert job.read() is None
 
 
@@ -234,7 +234,7 @@ def test_the_interval_is_of_paired_differences():
     assert compare.verdict(others, losses) == "better by 0.1667 +- 0.1434 bits a byte (3 seeds)"
     assert "no difference that 2 seeds" in compare.verdict({1: 1.0, 2: 2.0}, {1: 0.9, 2: 1.95})
     assert "one seed does not show" in compare.verdict({1: 1.0}, {1: 2.0})
-    assert compare.verdict({1: None}, {1: 2.0}) == "no seed of which both runs ended"
+    assert compare.verdict({1: None}, {1: 2.0}) == "no seed of which both runs ended; 1 runs diverged"
 
 
 @pytest.mark.parametrize(
@@ -250,10 +250,14 @@ def test_the_interval_is_of_paired_differences():
             ["--variants=a:; b: --n_heads=2"],
             "variant b: command line: there is no key 'n_heads'; did you mean n_head",
         ),
-        (["--variants=a:; b: --max_iters=3"], "variant b: max_iters is not a variant's to set"),
+        (
+            ["--variants=a:; b: --max_iters=3"],
+            "variant b: max_iters is not to be set here: --budget says",
+        ),
         (["--variants=a:; b: --dataset=none"], "variant b: there is no dataset data/none"),
         (["--variants=a:", "--seeds=1,1"], "seeds: 1 is given twice"),
-        (["--variants=a:", "--seeds=1,b"], "seeds must be integers"),
+        (["--variants=a:", "--seeds=1,b"], "seeds must be an integer, not 'b'"),
+        (["--variants=a:", f"--seeds=1,{10**23}"], "seeds must be at least -2^63"),
         (["--variants=a:", "--seed=1"], "seed is not to be set here: --seeds names them"),
         (["--variants=a:", "--max_iters=1"], "--budget says how long a run is"),
         (["--variants=a:", "--budget=0"], "a budget of 0 steps trains nothing"),
@@ -262,11 +266,22 @@ def test_the_interval_is_of_paired_differences():
             ["--variants=a:", "--sweep=lr:1"],
             "there is no key 'lr' to try values of; did you mean learning_rate?",
         ),
-        (["--variants=a:", "--sweep=seed:1,2"], "there is no key 'seed' to try values of"),
+        (["--variants=a:", "--sweep=seed:1,2"], "sweep: seed is the same for all trials"),
+        (["--variants=a:", "--sweep=dataset:toy,none"], "sweep: dataset is the same for all trials"),
+        (["--variants=a:; b: --compile=maybe"], "variant b: compile must be"),
+        (["--variants=a:", "--sweep=block_size:32,1000000"], "not enough for block_size=1000000"),
+        (["--variants=a:", "--lr_decay_iters=9"], "lr_decay_iters is not to be set here"),
+        (
+            ["--variants=a:", "--by=seconds", "--sweep=batch_size:2,64"],
+            "batch_size may change: sweep rates",
+        ),
         (["--variants=a:", "--sweep=learning_rate:1,b"], "sweep: learning_rate must be a finite number"),
         (["--variants=a:", "--sweep=learning_rate:1,1"], "a value of learning_rate is given twice"),
         (["--variants=a:", "--sweep=learning_rate:1e-3,-1"], "variant a: learning_rate must be above 0"),
-        (["--variants=a:", "--devices=cpu,cpu", "--by=seconds"], "by=seconds needs each device once"),
+        (
+            ["--variants=a:", "--devices=cpu,cpu", "--by=seconds"],
+            "by=seconds needs devices of one kind, and each once",
+        ),
         (["--variants=a:", "--out_dir=data"], "data is there already: --overwrite moves it aside"),
     ],
 )
@@ -277,7 +292,53 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_trained(lab, argv
     assert not (lab / "out/refused").exists()
 
 
-def test_another_comparison_in_the_folder_is_refused_or_moved_aside(lab, pair):
+def test_a_sweep_takes_texts_and_booleans_and_presets_keep_their_steps_out(lab):
+    presets = lab / "presets"
+    presets.mkdir()
+    (presets / "long.toml").write_text("max_iters = 5000\nlearning_rate = 1e-2\n")
+    argv = [
+        "--variants=a: presets/long.toml",
+        "--sweep=optimizer:adamw,muon bias:true,false",
+        "--seeds=1",
+    ]
+    call(compare, *SMALL, *argv, "--out_dir=out/texts", folder=lab)
+    [row] = results(lab / "out/texts")
+    assert row["steps"] == 8 and row["values"]["optimizer"] in ("adamw", "muon")
+    table = (lab / "out/texts/table.md").read_text()
+    assert f"| a | {row['values']['optimizer']} | {row['values']['bias']} |" in table
+
+
+def test_a_speed_that_cannot_be_measured_is_one_line(lab):
+    argv = [
+        "--variants=a: --grad_clip=0 --learning_rate=1e30 --warmup_iters=0",
+        "--seeds=1",
+        "--by=seconds",
+    ]
+    with pytest.raises(Refusal, match="a diverged while its speed was measured"):
+        call(compare, *SMALL, *argv, "--budget=1", "--out_dir=out/fast", folder=lab)
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_anew(lab):
+    argv = ["--variants=a:", "--seeds=1", "--out_dir=out/killed"]
+    [job] = comparison(lab, *argv).runs()
+    with contextlib.chdir(lab):
+        job.folder.mkdir(parents=True)
+        job.write(None)
+        (job.folder / "ckpt_best.pt").write_bytes(b"of a run that is gone")
+        (lab / "out/killed/table.md.123.tmp").write_text("half a table")
+    call(compare, *SMALL, *argv, "--budget=9", folder=lab)
+    [row] = results(lab / "out/killed")
+    assert row["steps"] == 9
+
+
+def test_a_comparison_in_use_is_not_moved_aside(lab, pair):
+    with contextlib.chdir(lab), folders.alone(pair / "runs/good-1"):
+        with pytest.raises(Refusal, match="is training in"):
+            call(compare, *SMALL, PAIR, "--seeds=1,2,3", "--out_dir=out/pair", "--overwrite")
+    assert (pair / "results.jsonl").exists()
+
+
+def test_another_comparison_in_the_folder_is_refused(lab, pair):
     argv = [*SMALL, PAIR, "--seeds=1,2,3", "--out_dir=out/pair"]
     before = (pair / "results.jsonl").read_text()
     with pytest.raises(Refusal, match="has max_iters=8, not 9: --overwrite moves"):
