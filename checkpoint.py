@@ -15,6 +15,7 @@ import dataclasses
 import hashlib
 import math
 import os
+import sys
 import warnings
 from dataclasses import dataclass, field
 
@@ -232,10 +233,12 @@ def check_numbers(ckpt):
     step = ckpt["step"]
     if type(step) is not int or step < 0:
         raise ValueError(f"step is {step!r:.60}")
+    is_reward = ckpt["config"].get("task") == "reinforcement"  # less than nothing is its loss
+    lowest = -sys.float_info.max if is_reward else 0
     for key in ("val_loss", "best_val_loss"):
         loss = ckpt[key]
         # infinite where nothing was evaluated yet, which happens before the first step
-        if not 0 <= loss < math.inf and not (loss == math.inf and step == 0):
+        if not lowest <= loss < math.inf and not (loss == math.inf and step == 0):
             raise ValueError(f"{key} is {loss} at step {step}")
     for loss in ckpt["losses"]:
         if type(loss) is not float or not math.isfinite(loss):

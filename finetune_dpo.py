@@ -7,7 +7,8 @@
 
 A row is an object with prompt, chosen and rejected, texts or lists of messages; with instruction, chosen,
 rejected and perhaps input; or with chosen and rejected alone, two conversations whose common start is the
-prompt. Everything else is as in finetune_lora.py.
+prompt. Everything else is as in finetune_lora.py; but the base's dropout ends, and experts' balance is
+not learned.
 
 What to look at: val_loss begins at log 2 = 0.6931, where the model does not yet differ from its reference,
 and accuracy, the share of held-out pairs whose chosen answer has gained more than its rejected one, rises.
@@ -29,6 +30,7 @@ import lora
 import rows
 import toy_stories
 from data import prompt_ids, to
+from log import LOSSES
 from sample import generate
 from score import evaluating, means
 
@@ -93,8 +95,14 @@ class Preferring(finetune_lora.FineTuning):
     """
 
     kind = "preference tuning"
+    panels = (
+        ("loss, nats a pair", LOSSES),
+        ("share of pairs", ("accuracy",)),
+        ("log p of an answer, nats", ("logp_chosen", "logp_rejected")),
+    )
     count = staticmethod(count_pairs)
     conversations_per_row = 2
+    length = 0  # of a row, in tokens: at least the longest pair's
 
     def convert(self, places_and_rows):
         return rows.preferences(places_and_rows)
@@ -102,12 +110,21 @@ class Preferring(finetune_lora.FineTuning):
     def flat(self, pairs):
         return [conversation for pair in pairs for conversation in pair]
 
+    def read(self, learned):
+        """Returns the ids of what is held out too, as the reference of both is kept."""
+        ids = super().read(learned)
+        return ids + [array for example in self.val_examples for array in example]
+
+    def describe(self):
+        return f"{self.message}; in {len(self.packs):,} rows of {self.length} tokens\n{self.val_message}"
+
     def pack(self, examples):
-        """Returns which examples share a row of T tokens, or of as many as the longest pair has."""
+        """Returns which examples share a row of T tokens, or as many as the longest pair has."""
         pairs = [
             len(chosen) + len(rejected) for (chosen, _), (rejected, _) in zip(*[iter(examples)] * 2)
         ]
-        packs = rows.pack(pairs, max(self.tuning.T, *pairs))
+        self.length = max(self.length, self.tuning.T, *pairs)
+        packs = rows.pack(pairs, self.length)
         return [
             [example for pair in numbers for example in (2 * pair, 2 * pair + 1)] for numbers in packs
         ]
@@ -116,12 +133,14 @@ class Preferring(finetune_lora.FineTuning):
         """Computes what the reference, the base, gives the answers. A run of all weights keeps it: when it
         goes on, the base is gone.
         """
+        lora.without_dropout(self.tuning.model)
         if self.tuning.resumed and not self.cfg.rank:
             reference = np.array(self.tuning.resumed["config"]["reference"])
             self.reference, self.val_reference = np.split(reference, [len(self.examples)])
             return
         with lora.switched_off(self.tuning.model):
-            self.reference = self.logps(self.packs, self.examples)
+            if not self.cfg.eval_only:
+                self.reference = self.logps(self.packs, self.examples)
             self.val_reference = self.logps(self.val_packs, self.val_examples)
 
     def logps(self, packs, examples):
@@ -131,7 +150,9 @@ class Preferring(finetune_lora.FineTuning):
         size = self.cfg.batch_size
         with evaluating(self.tuning.model):
             for i in range(self.compute.rank * size, len(packs), self.compute.world_size * size):
-                batch = to(pair_batch(packs[i : i + size], examples, unknown), self.compute.device)
+                batch = to(
+                    pair_batch(packs[i : i + size], examples, unknown, self.length), self.compute.device
+                )
                 with self.compute.autocast():
                     of_rows = answer_logps(self.tuning.model, batch).cpu().double()
                 for numbers, row in zip(packs[i : i + size], of_rows):
@@ -139,11 +160,11 @@ class Preferring(finetune_lora.FineTuning):
         return self.compute.sum(logps).numpy()
 
     def make_batch(self, packs):
-        return pair_batch(packs, self.examples, self.reference)
+        return pair_batch(packs, self.examples, self.reference, self.length)
 
     def val_batch(self, numbers):
         packs = [self.val_packs[number] for number in numbers]
-        return pair_batch(packs, self.val_examples, self.val_reference)
+        return pair_batch(packs, self.val_examples, self.val_reference, self.length)
 
     def loss(self, model, batch):
         """Returns -log sigmoid(beta (the chosen answer's gain - the rejected one's)), summed over pairs."""
@@ -155,7 +176,7 @@ class Preferring(finetune_lora.FineTuning):
         chosen, rejected, logp_chosen, logp_rejected = gains(self.trained, batch)
         margin = self.cfg.beta * (chosen - rejected)
         columns = [-F.logsigmoid(margin), margin > 0, margin, logp_chosen, logp_rejected]
-        return torch.stack([column.double().sum() for column in columns] + [count_pairs(batch).double()])
+        return torch.stack([column.float().sum() for column in columns] + [count_pairs(batch).float()])
 
     def validate(self, tokens=None):
         """Returns figures of held-out pairs, means: the loss; accuracy, the share whose chosen answer gained
@@ -183,7 +204,7 @@ class Preferring(finetune_lora.FineTuning):
         prompts = [prompt_ids(tuning.tokenizer, opening) for opening in openings]
         room = tuning.model.config.block_size - max(map(len, prompts))
         *_, samples = generate(
-            tuning.model, prompts, room, stop=tuning.tokenizer.ends, seed=self.cfg.seed
+            tuning.model, prompts, room, 1.0, top_k=0, stop=tuning.tokenizer.ends, seed=self.cfg.seed
         )
         texts = [
             opening + tuning.tokenizer.decode_more(row.ids) for opening, row in zip(openings, samples)
@@ -195,9 +216,10 @@ class Preferring(finetune_lora.FineTuning):
         )
 
 
-def pair_batch(packs, examples, reference):
-    """Returns the batch of packs of examples, of which reference (examples,) has log p of the answers."""
-    length = max(sum(len(examples[number][0]) for number in numbers) for numbers in packs)
+def pair_batch(packs, examples, reference, length):
+    """Returns the batch of packs of examples, of which reference (examples,) has log p of the answers; length:
+    of a row.
+    """
     batch = rows.packed_batch(packs, examples, length)
     batch["reference"] = torch.full((len(packs), max(map(len, packs))), torch.nan)
     for row, numbers in zip(batch["reference"], packs):

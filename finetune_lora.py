@@ -46,7 +46,7 @@ from data import (
 )
 from device import Compute, check_memory, resolve
 from lenses import probes
-from log import plot
+from log import LOSSES, plot
 from rmsnorm import choose_rmsnorm
 from rows import (
     conversations,
@@ -308,10 +308,12 @@ class FineTuning:
     """
 
     kind = "fine-tuning"
+    panels = (("loss, nats a token", LOSSES),)  # of loss.png
     loss = staticmethod(next_token_loss)
     count = staticmethod(count_targets)
     flops_per_token = 0  # padding and prompts make MFU mean little
     conversations_per_row = 1
+    accepted = ("",)  # problems of rows that are none here
 
     def __init__(self, tuning):
         self.tuning = tuning
@@ -327,14 +329,7 @@ class FineTuning:
             cfg.template = MODELS_OWN
         if not cfg.template:
             cfg.template = default_template([*learned, *self.held_out])
-        names = f"{cfg.dataset}, to learn from", f"{cfg.val_dataset or cfg.dataset}, held out"
-        (self.examples, self.message), (self.val_examples, self.val_message) = [
-            encode_rows(side, tokenizer, cfg.template, tuning.T, name, self.conversations_per_row)
-            for side, name in zip((learned, self.held_out), names)
-        ]
-        self.packs = self.pack(self.examples)
-        self.val_packs = self.pack(self.val_examples)
-        ids = b"".join(array.tobytes() for example in self.examples for array in example)
+        ids = b"".join(array.tobytes() for array in self.read(learned))
         self.rows_sha256 = hashlib.sha256(ids).hexdigest()
         if tuning.resumed and tuning.resumed["config"]["rows_sha256"] != self.rows_sha256:
             path = tuning.base.adapter_path or tuning.base.path
@@ -342,12 +337,31 @@ class FineTuning:
                 f"{cfg.dataset} holds other rows than when {path} was begun: give another --out_dir"
             )
         try:
-            turns = next(c.turns for c in self.held_out if c.turns and not c.problem)
+            turns = next(c.turns for c in self.held_out if c.turns and c.problem in self.accepted)
             start = by_text_rule(cfg.start, self.text_rule) or turns[0].prompt
             self.preview_text, self.preview_ids = start_of_answer(tokenizer, start, cfg.template)
         except ValueError as e:
             raise Refusal(e)
         self.trained = None  # what is trained, once it is prepared
+
+    def read(self, learned):
+        """Makes examples and packs of Conversations to learn from and of held_out. Returns the ids, arrays,
+        of those to learn from.
+        """
+        cfg, tuning = self.cfg, self.tuning
+        names = f"{cfg.dataset}, to learn from", f"{cfg.val_dataset or cfg.dataset}, held out"
+        (self.examples, self.message), (self.val_examples, self.val_message) = [
+            encode_rows(side, tuning.tokenizer, cfg.template, tuning.T, name, self.conversations_per_row)
+            for side, name in zip((learned, self.held_out), names)
+        ]
+        self.packs = self.pack(self.examples)
+        self.val_packs = self.pack(self.val_examples)
+        return [array for example in self.examples for array in example]
+
+    def describe(self):
+        """Returns what is learned from, in words."""
+        packs = f"in {len(self.packs):,} rows of {self.tuning.T} tokens"
+        return f"{self.message}; {packs}\n{self.val_message}"
 
     def begin(self):
         """Does what is to be done once the model is prepared."""
@@ -452,7 +466,7 @@ def tune(cfg, Task):
     task.begin()
     if compute.is_main:
         learned, total = lora.trainable(tuning.model)
-        print(f"{task.message}; in {len(task.packs):,} rows of {tuning.T} tokens\n{task.val_message}")
+        print(task.describe())
         stripped = ", text without the space around it" if task.text_rule == STRIPPED else ""
         template = "the model's own" if cfg.template == MODELS_OWN else repr(cfg.template)
         print(f"template: {template}{stripped}")
@@ -469,7 +483,7 @@ def tune(cfg, Task):
         fit(task, task.trained, cfg, compute, tuning.resumed)
     task.report("now" if cfg.eval_only else "after")
     if compute.is_main and not cfg.eval_only:
-        print(plot(cfg.out_dir))
+        print(plot(cfg.out_dir, task.panels))
         print(
             f'next: python sample.py --{"adapter" if cfg.rank else "out_dir"}={cfg.out_dir} --start="..."'
         )

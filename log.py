@@ -78,24 +78,31 @@ def parse_line(text):
     return line if is_line else None
 
 
-def plot(out_dir):
-    """Draws log.jsonl as loss.png. Returns a line to print."""
+LOSSES = ("loss", "val_loss")
+NAMES = {"loss": "training", "val_loss": "validation"}
+
+
+def plot(out_dir, panels=(("loss, nats a token", LOSSES),)):
+    """Draws log.jsonl as loss.png, a panel for each (label, keys of the log). Returns a line to print."""
     try:
         # pyplot would look for a screen, and takes as long to import as the drawing
         from matplotlib.figure import Figure
     except ImportError:
         return "no loss plot: pip install matplotlib"
     lines = read_log(os.path.join(out_dir, "log.jsonl"))
-    fig = Figure(figsize=(7, 4))
-    fig.subplots_adjust(left=0.1, right=0.98, bottom=0.12, top=0.92)
-    ax = fig.add_subplot()
-    draw_curve(ax, lines, "loss", label="training", alpha=0.7, lw=1)
-    draw_curve(ax, lines, "val_loss", label="validation", marker="o", ms=3)
-    ax.set(xlabel="step", ylabel="loss, nats a token", yscale="log", title=out_dir)
-    ax.yaxis.set_major_formatter("{x:g}")
-    ax.yaxis.set_minor_formatter("{x:g}")
-    ax.grid(alpha=0.3)
-    ax.legend()
+    fig = Figure(figsize=(7 * len(panels), 4))
+    fig.subplots_adjust(left=0.1 / len(panels), right=0.98, bottom=0.12, top=0.92)
+    for ax, (label, keys) in zip(fig.subplots(1, len(panels), squeeze=False)[0], panels):
+        for key in keys:
+            style = {"alpha": 0.7} if key == "loss" else {"marker": "o", "ms": 3}
+            draw_curve(ax, lines, key, label=NAMES.get(key, key), lw=1, **style)
+        ax.set(xlabel="step", ylabel=label, title=out_dir)
+        if keys == LOSSES:
+            ax.set(yscale="log")
+            ax.yaxis.set_major_formatter("{x:g}")
+            ax.yaxis.set_minor_formatter("{x:g}")
+        ax.grid(alpha=0.3)
+        ax.legend()
     path = os.path.join(out_dir, "loss.png")
     write_atomic(path, lambda f: fig.savefig(f, format="png", dpi=120))
     return f"loss plot: {path}"

@@ -123,6 +123,18 @@ def switched_off(model):
             m.scale = scale
 
 
+def without_dropout(model):
+    """Ends the dropout of a model, that of its adapters apart: a loss that compares the model with itself would
+    only learn to do without.
+    """
+    own = {id(m.dropout) for m in model.modules() if isinstance(m, LoRALinear)}
+    for m in model.modules():
+        if isinstance(m, nn.Dropout) and id(m) not in own:
+            m.p = 0.0
+        elif isinstance(getattr(m, "dropout", None), float):  # of attention
+            m.dropout = 0.0
+
+
 def merge(model):
     """Puts every adapter into its Linear and thaws the model."""
     for name, m in list(model.named_modules()):

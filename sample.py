@@ -146,6 +146,14 @@ class Row:
     ids: list = field(default_factory=list)  # new ids so far
     new: int | None = None  # the id of this step; None where the row has ended
     end: str = ""  # why it has ended: stop | length | block_size; "" while it goes on
+    stop: int | None = None  # the token of stop that ended it
+    logps: list = field(
+        default_factory=list
+    )  # log p of each of ids, and of stop, where they were asked for
+
+    @property
+    def is_whole(self):
+        return self.stop is not None
 
 
 def prefill(model, windows, capacity):
@@ -178,13 +186,15 @@ def generate(
     stop=(),
     seed=1337,
     past_end="stop",
+    logps=False,
 ):
     """Continues prompts (lists of ids, of any lengths) together; yields the list of their Rows after
     each step.
 
     A row ends at a token of `stop`, ids, which is not among its ids, after max_new_tokens, or when block_size
     tokens are in its context; past_end="recompute" then reads the last half of the window again and goes
-    on, "slide" just goes on, as a model can whose layers all have windows. `*_, rows = generate(...)` has
+    on, "slide" just goes on, as a model can whose layers all have windows. logps: what the model gave each
+    new token, before temperature and the rest, is kept. `*_, rows = generate(...)` has
     them as they ended: it is one list, which each step changes. Raises ValueError for a prompt that is
     empty or too long, and where a text cannot slide.
     """
@@ -230,14 +240,20 @@ def generate(
             if seen is not None:
                 logits = penalized(logits, seen, repetition_penalty)
             ids = next_token(logits, temperature, top_k, top_p, rng)
+            given = [None] * len(rows)
+            if logps:
+                given = logits.float().log_softmax(-1).gather(1, ids[:, None])[:, 0].tolist()
             if seen is not None:
                 seen.scatter_(1, ids[:, None], True)
 
-            for row, id in zip(rows, ids.tolist()):
+            for row, id, logp in zip(rows, ids.tolist(), given):
                 row.window.append(id)
                 row.new = None
+                if logps and not row.end:
+                    row.logps.append(logp)
                 if not row.end and id in stop:
                     row.end = "stop"
+                    row.stop = id
                 if row.end:
                     row.window = row.window[-1:]
                     continue

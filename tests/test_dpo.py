@@ -243,6 +243,38 @@ def test_it_starts_at_log_2_and_the_reference_does_not_move(shop, rank):
     np.testing.assert_array_equal(task.reference, before)
 
 
+def test_the_dropout_of_the_base_ends_and_that_of_adapters_stays(shop):
+    call(
+        train,
+        *SMALL,
+        "--max_iters=1",
+        "--block_size=48",
+        "--dropout=0.3",
+        "--out_dir=dropping",
+        folder=shop,
+    )
+    task = small_task(shop, f"--init_from={shop}/dropping")
+    task.trained.train()
+    batch = task.make_batch(task.packs[:2])
+    assert task.loss(task.trained, batch).item() == pytest.approx(
+        np.log(2) * dpo.count_pairs(batch).item()
+    )
+    task = small_task(shop, f"--init_from={shop}/dropping", "--lora_dropout=0.5")
+    moved(task.tuning.model)
+    task.trained.train()
+    losses = {task.loss(task.trained, batch).item() for _ in range(3)}
+    assert len(losses) == 3
+
+
+def test_other_held_out_rows_are_refused(shop):
+    write_rows(shop / "held1.jsonl", ANSWERS[:3])
+    argv = ["--rank=0", "--val_dataset=held1.jsonl", "--out_dir=held", "--max_iters=1"]
+    prefer(shop, *argv)
+    write_rows(shop / "held1.jsonl", ANSWERS[3:6])
+    with pytest.raises(Refusal, match="other rows than when"):
+        call(dpo, "--out_dir=held", "--init_from=resume", "--max_iters=2", folder=shop)
+
+
 @pytest.mark.slow
 def test_the_loss_and_its_gradient_are_those_of_trl(shop, tmp_path):
     """Of one batch, from weights that have moved away from the reference."""

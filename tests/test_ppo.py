@@ -1,0 +1,385 @@
+"""Rewards: the loss beside its definition and TRL's, what sampling hands over, bandits, resuming to the bit."""
+
+import numpy as np
+import pytest
+import torch
+from scripts import call
+from test_finetune import TINY
+from test_model import build
+from test_prepare import write_rows
+from test_processes import run_together
+from test_train import SMALL, log, same
+
+import checkpoint
+import finetune_lora
+import finetune_ppo as ppo
+import prepare
+import train
+from config import Refusal, configure
+from sample import generate
+
+PROMPTS = ["--dataset=prompts.jsonl", "--val_dataset=held.jsonl"]
+REWARDED = [
+    "--reward=match:^[^e]*$",
+    "--max_new_tokens=8",
+    "--group=4",
+    "--batch_size=3",
+    "--template={prompt}",
+]
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory):
+    """A folder with a tiny model in base that writes words of three to six letters, a to e, and prompts.jsonl."""
+    folder = tmp_path_factory.mktemp("shop")
+    rng = np.random.default_rng(0)
+    words = ["".join(rng.choice(list("abcde"), rng.integers(3, 7))) for _ in range(4000)]
+    (folder / "words.txt").write_text("<|endoftext|>".join(words))
+    call(
+        prepare, "--dataset=words.txt", "--name=words", "--vocab_size=257", "--num_proc=1", folder=folder
+    )
+    argv = [
+        "--max_iters=60",
+        "--eval_interval=60",
+        "--block_size=16",
+        "--dataset=words",
+        "--out_dir=base",
+    ]
+    call(train, *SMALL, *argv, folder=folder)
+    write_rows(folder / "prompts.jsonl", [{"prompt": letter} for letter in "abcde"])
+    write_rows(folder / "held.jsonl", [{"prompt": letter} for letter in 20 * "abcde"])
+    return folder
+
+
+def reinforce(shop, *argv):
+    call(ppo, *TINY, *REWARDED, "--init_from=base", *PROMPTS, *argv, folder=shop)
+
+
+def small_task(shop, *argv):
+    """Returns a Reinforcing that is ready to train, in float32 on a CPU."""
+    argv = [
+        *TINY,
+        *REWARDED,
+        f"--init_from={shop}/base",
+        f"--dataset={shop}/prompts.jsonl",
+        f"--val_dataset={shop}/held.jsonl",
+        *argv,
+    ]
+    tuning = finetune_lora.open_tuning(configure(ppo.Config, argv), "reinforcement")
+    task = ppo.Reinforcing(tuning)
+    task.trained = tuning.prepare()
+    task.begin()
+    return task
+
+
+def moved(model, amount=0.05):
+    """Moves what is learned away from its start, by the same amount each time."""
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p += amount * torch.randn_like(p)
+
+
+# The loss
+
+
+def random_batch(seed, rows=6, T=7):
+    """Returns logps (rows, T), float64, and a batch with all that policy_loss reads, some targets left out."""
+    rng = torch.Generator().manual_seed(seed)
+
+    def draw():
+        return -torch.rand(rows, T, generator=rng, dtype=torch.float64) * 3
+
+    batch = {"old": draw(), "reference": draw(), "targets": torch.zeros(rows, T, dtype=torch.long)}
+    batch["advantage"] = torch.randn(rows, generator=rng, dtype=torch.float64)
+    for row in range(rows):
+        batch["targets"][row, : row % 3] = -100
+        batch["targets"][row, T - row % 2 :] = -100
+    batch["is_whole"] = torch.arange(rows) != 1  # which was cut off
+    return draw().requires_grad_(), batch
+
+
+def test_the_loss_is_that_of_the_paper():
+    """Equation 3 of Shao et al. 2024, token by token, with its estimate of the divergence, equation 4."""
+    logps, batch = random_batch(0)
+    expected = 0.0
+    for row in range(6):
+        terms = []
+        for t in range(7):
+            if batch["targets"][row, t] == -100 or not batch["is_whole"][row]:
+                continue
+            ratio = torch.exp(logps[row, t]) / torch.exp(batch["old"][row, t])
+            A = batch["advantage"][row]
+            low, high = 1 - 0.2, 1 + 0.2
+            clipped = low if ratio < low else high if ratio > high else ratio
+            gain = min(ratio * A, clipped * A)
+            share = torch.exp(batch["reference"][row, t]) / torch.exp(logps[row, t])
+            terms.append(gain - 0.3 * (share - torch.log(share) - 1))
+        if terms:
+            expected = expected - sum(terms) / len(terms)
+    loss = ppo.policy_loss(logps, batch, 0.2, 0.3)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+    [gradient] = torch.autograd.grad(loss, logps)
+    [exact] = torch.autograd.grad(expected, logps)
+    torch.testing.assert_close(gradient, exact, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scale", [False, True])
+def test_the_loss_and_its_gradient_are_those_of_trl(tmp_path, scale):
+    import datasets
+    import trl  # takes seconds
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=50,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+        )
+    ).save_pretrained(tmp_path / "model")
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "model")  # where TRL reads its reference from
+    tokenizer = AutoTokenizer.from_pretrained(write_tokenizer(tmp_path))
+    config = trl.GRPOConfig(
+        str(tmp_path / "out"),
+        beta=0.3,
+        loss_type="grpo",
+        use_bias_correction_kl=False,
+        bf16=False,
+        use_cpu=True,
+        report_to=[],
+        num_generations=3,
+        per_device_train_batch_size=6,
+        gradient_checkpointing=False,
+    )
+    trainer = trl.GRPOTrainer(
+        model,
+        lambda completions, **_: [0.0] * len(completions),
+        config,
+        train_dataset=datasets.Dataset.from_list([{"prompt": "a"}] * 6),
+        processing_class=tokenizer,
+    )
+    logps, batch = random_batch(1)
+    rewards = [1.0, 0.0, 0.5, 2.0, 2.0, -1.0]
+    batch["is_whole"][:] = True  # TRL lets what was cut off count in the mean
+    batch["advantage"] = ppo.advantages(rewards, batch["is_whole"], 3, scale).double()
+    means = np.repeat(np.reshape(rewards, (2, 3)).mean(1), 3)
+    deviations = np.repeat(np.reshape(rewards, (2, 3)).std(1, ddof=1), 3) + 1e-4
+    expected = (np.array(rewards) - means) / (deviations if scale else 1)
+    np.testing.assert_allclose(batch["advantage"], expected, rtol=1e-6)
+    trainer._get_per_token_logps_and_entropies = lambda *_, **__: (logps, torch.zeros_like(logps), None)
+    trainer.current_gradient_accumulation_steps = 1
+    mask = (batch["targets"] != -100).long()
+    theirs = trainer._compute_loss(
+        model,
+        {
+            "prompt_ids": torch.zeros(6, 2, dtype=torch.long),
+            "prompt_mask": torch.ones(6, 2, dtype=torch.long),
+            "completion_ids": torch.zeros(6, 7, dtype=torch.long),
+            "completion_mask": mask,
+            "advantages": batch["advantage"],
+            "old_per_token_logps": batch["old"],
+            "ref_per_token_logps": batch["reference"],
+        },
+    )
+    loss = ppo.policy_loss(logps, batch, 0.2, 0.3) / 6
+    assert loss.item() == pytest.approx(theirs.item(), rel=1e-12)
+    [gradient] = torch.autograd.grad(loss, logps)
+    [exact] = torch.autograd.grad(theirs, logps)
+    torch.testing.assert_close(gradient, exact, rtol=1e-10, atol=1e-14)
+
+
+def write_tokenizer(folder):
+    """Writes a tokenizer of words that transformers reads; returns its folder."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {word: id for id, word in enumerate(["<pad>", "<eos>", *"abcdefgh"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+    fast.save_pretrained(folder / "tokenizer")
+    return folder / "tokenizer"
+
+
+# What sampling hands over
+
+
+def test_ratios_begin_at_1_and_the_divergence_at_0_to_the_bit(shop):
+    task = small_task(shop)
+    [batch] = task.batches(0)
+    is_learned = batch["targets"] != -100
+    assert is_learned.sum() > 20
+    logps = ppo.token_logps(task.trained, batch)
+    assert torch.equal(logps[is_learned], batch["old"][is_learned])
+    assert torch.equal(logps[is_learned], batch["reference"][is_learned])
+    moved(task.tuning.model)
+    assert (ppo.token_logps(task.trained, batch) - batch["old"])[is_learned].abs().max() > 1e-3
+    [again] = task.batches(1)  # other samples, and the reference does not move
+    is_learned = again["targets"] != -100
+    assert (again["old"] - again["reference"])[is_learned].abs().max() > 1e-3
+    assert torch.equal(ppo.token_logps(task.trained, again)[is_learned], again["old"][is_learned])
+
+
+def test_log_p_is_that_of_each_sampled_token_and_of_the_end():
+    model = build(vocab_size=12, block_size=24, n_layer=1).double().eval()
+    prompts = [[1, 2, 3], [4], [5, 6]]
+    *_, rows = generate(model, prompts, 15, 1.0, top_k=0, stop=[0], seed=2, logps=True)
+    assert {row.end for row in rows} == {"stop", "length"}
+    for prompt, row in zip(prompts, rows):
+        text = prompt + row.ids + [0] * (row.end == "stop")
+        logps = model(torch.tensor([text[:-1]]))[0].log_softmax(-1)[0]
+        expected = logps[range(len(text) - 1), text[1:]][len(prompt) - 1 :]
+        assert row.logps == pytest.approx(expected.tolist(), abs=1e-5)
+        assert row.stop == (0 if row.end == "stop" else None)
+
+
+def test_answers_that_are_cut_off_are_counted_and_not_learned(shop):
+    task = small_task(shop, "--max_new_tokens=4")
+    [batch] = task.batches(0)
+    ended = [(row == task.tuning.tokenizer.eot).any() for row in batch["targets"]]
+    assert batch["is_whole"].tolist() == ended and 0 < sum(ended) < 12
+    assert task.validate()["cut_off"] > 0
+    batch = batch | {"advantage": torch.ones(12)}
+    loss = task.loss(task.trained, batch)
+    assert loss.item() == pytest.approx(-sum(ended))  # a ratio of 1 each
+
+
+@pytest.mark.parametrize("scale", [False, True])
+def test_what_was_cut_off_has_no_advantage_and_gives_none(scale):
+    is_whole = torch.tensor([True, True, False, True, False, True, False, False])
+    for reward in (0.0, 9.0):  # of those that were cut off
+        rewards = [1.0, 4.0, reward, 1.0, reward, 5.0, reward, reward]
+        expected = np.array([-1, 2, 0, -1, 0, 0, 0, 0]) / (
+            np.std([1, 4, 1], ddof=1) + 1e-4 if scale else 1
+        )
+        got = ppo.advantages(rewards, is_whole, 4, scale)
+        np.testing.assert_allclose(got, expected, rtol=1e-6)
+
+
+def test_groups_have_the_same_prompt_and_advantages_their_own_mean(shop):
+    task = small_task(shop)
+    [batch] = task.batches(0)
+    groups = batch["idx"].view(3, 4, -1)
+    assert (groups[:, :, :2] == groups[:, :1, :2]).all()  # end of text, and a letter
+    assert len({row[1] for row in groups[:, 0].tolist()}) > 1
+    assert batch["advantage"].view(3, 4).mean(1).abs().max() < 1e-6
+    assert batch["advantage"].abs().max() > 0
+
+
+# Learning
+
+
+class Bandit(torch.nn.Module):
+    """Tokens by a table of logits: the next one depends on the one before alone."""
+
+    def __init__(self, n):
+        super().__init__()
+        self.table = torch.nn.Parameter(torch.zeros(n, n))
+
+    def forward(self, idx, targets, reduction):
+        logits = self.table[idx]
+        nats = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), targets.flatten(), reduction="none"
+        )
+        return logits, nats.view_as(targets)
+
+
+@pytest.mark.parametrize("length, steps", [(1, 60), (2, 120)])
+def test_the_best_arm_is_found(length, steps):
+    """One token of four, of which token 3 is best; and a chain of two, rewarded where it is 2 then 3 alone."""
+    torch.manual_seed(0)
+    model = Bandit(4)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    for _ in range(steps):
+        idx = torch.zeros(64, length + 1, dtype=torch.long)
+        for t in range(length):
+            p = model.table[idx[:, t]].softmax(-1)
+            idx[:, t + 1] = torch.multinomial(p.detach(), 1)[:, 0]
+        last = idx[:, 1:]
+        rewards = last[:, 0] / 3 if length == 1 else (last == torch.tensor([2, 3])).all(1).float()
+        batch = {"idx": idx[:, :-1], "targets": last, "is_whole": torch.ones(64, dtype=bool)}
+        batch["old"] = batch["reference"] = ppo.token_logps(model, batch).detach()
+        batch["advantage"] = ppo.advantages(rewards, torch.ones(64, dtype=bool), 64)
+        for _ in range(2):
+            loss = ppo.policy_loss(ppo.token_logps(model, batch), batch, 0.2, 0.0)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    p = model.table.softmax(-1)
+    best = p[0, 3] if length == 1 else p[0, 2] * p[2, 3]
+    assert best > 0.95
+
+
+def test_reward_rises(shop):
+    argv = ["--group=8", "--kl=0.01", "--learning_rate=2e-2", "--max_iters=40", "--eval_interval=40"]
+    reinforce(shop, *argv, "--out_dir=rises")
+    first, *_, last = [line for line in log(shop, "rises") if "reward" in line]
+    assert first["reward"] < 0.7 and last["reward"] > 0.9
+    assert first["kl"] == 0 and last["kl"] > 0
+
+
+# Runs
+
+
+@pytest.mark.parametrize("updates", [1, 3])
+def test_stop_and_resume_is_an_uninterrupted_run_to_the_bit(shop, updates):
+    argv = [f"--updates={updates}", "--lora_dropout=0.2", "--gradient_accumulation_steps=2"]
+    whole_dir, parts_dir = f"whole{updates}", f"parts{updates}"
+    reinforce(shop, *argv, f"--out_dir={whole_dir}")
+    reinforce(shop, *argv, f"--out_dir={parts_dir}", "--max_iters=4", "--lr_decay_iters=8")
+    call(ppo, f"--out_dir={parts_dir}", "--init_from=resume", "--max_iters=8", folder=shop)
+    whole, parts = (
+        checkpoint.load(str(shop / folder / "adapter.pt"), checkpoint.ADAPTER_KEYS)
+        for folder in (whole_dir, parts_dir)
+    )
+    for key in "adapters", "optimizers", "val_loss", "best_val_loss", "step":
+        assert same(whole[key], parts[key]), key
+    assert log(shop, whole_dir) == log(shop, parts_dir)
+
+
+def test_two_processes_are_one(shop):
+    argv = [
+        *TINY,
+        *REWARDED,
+        "--init_from=base",
+        "--dataset=prompts.jsonl",
+        "--gradient_accumulation_steps=2",
+    ]
+    call(ppo, *argv, "--max_iters=4", "--out_dir=one", folder=shop)
+    run_together(shop, "finetune_ppo", 2, *argv, "--max_iters=4", "--out_dir=two")
+    one, two = (
+        checkpoint.load(str(shop / folder / "adapter.pt"), checkpoint.ADAPTER_KEYS)
+        for folder in ("one", "two")
+    )
+    for key in "adapters", "optimizers", "val_loss":
+        assert same(one[key], two[key]), key
+    assert log(shop, "one") == log(shop, "two")
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--group=1"], "one sample a group has nothing to be compared with"),
+        (["--rank=0"], "the reference is the base without its adapters"),
+        (["--reward=nice"], "reward must be toy, length:CHARACTERS or match:"),
+        (["--reward=match:("], "is no regular expression"),
+        (["--reward=length:0"], "reward must be toy"),
+        (["--clip=1"], "clip must be between 0 and 1"),
+        (["--updates=0"], "updates and max_new_tokens must be at least 1"),
+    ],
+)
+def test_mistakes_are_one_line(shop, argv, message):
+    with pytest.raises(Refusal) as refusal:
+        reinforce(shop, "--out_dir=refused", *argv)
+    assert message in str(refusal.value) and not (shop / "refused").exists()
+
+
+def test_a_reward_that_is_no_number_is_refused_with_the_answer(shop):
+    task = small_task(shop)
+    task.cfg.judge = lambda prompt, answer: float("nan")
+    with pytest.raises(Refusal, match="gives nan for"):
+        task.batches(0)
