@@ -245,13 +245,15 @@ class Float32Tables(nn.Module):
             self.cos = ComputedTable(torch.cos, frequencies, scale)
             self.sin = ComputedTable(torch.sin, frequencies, scale)
             return
-        # made on the CPU whatever the default device is, so that their bits are the same everywhere; on
-        # meta nothing is made
-        device = "meta" if torch.get_default_device().type == "meta" else "cpu"
-        places = torch.arange(c.block_size, dtype=torch.float32, device=device)
-        angles = torch.outer(places, frequencies.to(device))
-        self.register_buffer("cos", angles.cos().mul_(scale), persistent=False)
-        self.register_buffer("sin", angles.sin_().mul_(scale), persistent=False)
+        if torch.get_default_device().type == "meta":  # where sizes are counted, and nothing is computed
+            cos, sin = (torch.empty(c.block_size, len(frequencies)) for _ in range(2))
+        else:
+            # on the CPU whatever the default device is, so that their bits are the same everywhere
+            places = torch.arange(c.block_size, dtype=torch.float32, device="cpu")
+            angles = torch.outer(places, frequencies)
+            cos, sin = angles.cos().mul_(scale), angles.sin_().mul_(scale)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
 
     def _apply(self, fn, recurse=True):
         if not self._buffers:
@@ -562,7 +564,7 @@ class MoE(nn.Module):
         in float32 at least.
         """
         dtype = torch.promote_types(x.dtype, torch.float32)
-        with torch.autocast(autocast_device(x), enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.to(dtype), self.router.weight.to(dtype))
         probabilities = logits.softmax(-1)
         scores, experts = probabilities.topk(self.top_k)
@@ -624,16 +626,10 @@ class ExpertLinear(nn.Module):
         return GroupedProduct.apply(rows.to(dtype), weight.to(dtype).mT, ends)
 
 
-def autocast_device(x):
-    """Returns what autocast calls x's device: it does not know meta, on which sizes are counted."""
-    return "cpu" if x.is_meta else x.device.type
-
-
 def product_dtype(x):
     """Returns the dtype of matrix products with x: that of autocast, or its own."""
-    device_type = autocast_device(x)
-    if torch.is_autocast_enabled(device_type):
-        return torch.get_autocast_dtype(device_type)
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
 

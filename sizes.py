@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from cache import capacity
 from model import MoE, Transformer, make_sight, model_config
@@ -24,6 +25,17 @@ class Sizes(NamedTuple):
         return 4 * (self.parameters + self.buffers)
 
 
+class Undrawn(TorchFunctionMode):
+    """The context in which models are made whose weights are never drawn: on the meta device that would
+    import torch's compiler, which takes a second, and elsewhere it writes to their memory.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", "") == "torch.nn.init":
+            return kwargs["tensor"]
+        return function(*args, **kwargs or {})
+
+
 def one_layer(c, letter="S"):
     """Returns the ModelConfig of one layer of config c, S windowed or L full."""
     return replace(model_config(c), n_layer=1, window_pattern=letter)
@@ -36,7 +48,7 @@ def model_sizes(c):
     Raises ValueError where the numbers are too large to count.
     """
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), Undrawn():
             model = Transformer(one_layer(c))
     except RuntimeError as e:
         raise ValueError(f"a model of these sizes cannot be made: {str(e).splitlines()[0]}")
@@ -55,10 +67,10 @@ def mask_bytes(c, batch_size=0):
     T = c.block_size
     letter = "L" if "L" in c.window_pattern else "S"  # the larger one
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), Undrawn():
             model = Transformer(one_layer(c, letter))
-            doc = torch.zeros(batch_size, T) if batch_size else None
-            places = torch.arange(T)
+            doc = torch.empty(batch_size, T) if batch_size else None
+            places = torch.empty(T, dtype=torch.long)
             whole = make_sight(places, places, doc, doc, model.score_bias, window=model.windows[0])
     except RuntimeError as e:
         raise ValueError(f"a mask of these sizes cannot be made: {str(e).splitlines()[0]}")
@@ -70,27 +82,26 @@ def activation_bytes(c, adapt=None):
     """Returns the bytes that training a model of config c keeps of a token for the backward pass, in
     float32, up to the head. adapt(model) changes the model first, as lora.inject does.
 
-    Measured by what autograd keeps on the meta device, so it is right for any class; 0 for one that
-    cannot do without numbers. Less than what is kept: a token sees itself alone, and query heads are
-    as many as key heads, which SDPA may repeat for them.
+    Measured by what autograd keeps of a token more, so it is right for any class: in models of one layer
+    and of two, whose weights are only read and so take no memory. 0 where they are too large for that.
+    Less than what is kept, as a token sees itself alone.
     """
-    c = replace(model_config(c), n_head=c.n_kv_head, block_size=1, window=0, window_pattern="S")
+    c = replace(model_config(c), block_size=1, window=0, window_pattern="S")
     kept = []
     try:
         for n_layer in (1, 2):
-            with torch.device("meta"):
+            with Undrawn():
                 model = Transformer(replace(c, n_layer=n_layer))
-            if adapt:
-                adapt(model)
-            kept.append(kept_bytes(model))
+                if adapt:
+                    adapt(model)
+            kept.append(kept_bytes(model, 3) - kept_bytes(model, 2))
     except RuntimeError:
         return 0
     return kept[0] + (c.n_layer - 1) * (kept[1] - kept[0])
 
 
-def kept_bytes(model):
-    """Returns the bytes that autograd keeps of each row of one token, on the meta device."""
-    rows = 2**30  # so many that what all of them share, as weights, is nothing of each
+def kept_bytes(model, rows):
+    """Returns the bytes that autograd keeps of rows of one token, and of what they share, as weights."""
     storages = {}
 
     def keep(x):
@@ -99,8 +110,8 @@ def kept_bytes(model):
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        model.hidden(torch.zeros(rows, 1, dtype=torch.long, device="meta"))
-    return sum(storage.nbytes() for storage in storages.values()) // rows
+        model.hidden(torch.zeros(rows, 1, dtype=torch.long))
+    return sum(storage.nbytes() for storage in storages.values())
 
 
 def module_sizes(module):

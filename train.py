@@ -614,11 +614,14 @@ def training_bytes(cfg, c, compute, learned=None, adapt=None, documents=False):
 
 def check_training_memory(cfg, compute):
     """Raises Refusal where the device cannot hold what training all weights of the config's model takes."""
+    advice = "try a smaller model or batch_size"
     try:
+        # weights alone first: what they keep of a token is measured on two layers of them
+        check_memory(compute.device, model_sizes(cfg).bytes, advice)
         needs = training_bytes(cfg, cfg, compute)
     except ValueError as e:
         raise Refusal(e)
-    check_memory(compute.device, needs, "try a smaller model or batch_size")
+    check_memory(compute.device, needs, advice)
 
 
 def check_start(tokenizer, cfg):

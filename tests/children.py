@@ -9,9 +9,8 @@ import socket
 import sys
 from pathlib import Path
 
-import matplotlib.figure  # noqa: F401  this and the next would take each child a second to import
+import matplotlib.figure  # noqa: F401  it would take each child half a second to import
 import torch
-import torch._dynamo  # noqa: F401
 
 import finetune_lora  # noqa: F401  as these
 import prepare  # noqa: F401

@@ -4,6 +4,8 @@ import json
 import math
 import os
 import re
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from functools import partial
 
@@ -725,6 +727,17 @@ def test_only_what_this_process_takes_is_counted():
     assert bytes_of[8] == sizes.bytes + moments + 16 * tokens // 2 + tokens // 2 * kept
     cfg.eval_only = True
     assert train.training_bytes(cfg, cfg, CPU) == sizes.bytes
+
+
+def test_memory_is_foreseen_without_the_import_of_torchs_compiler():
+    """Which would take a second of each start."""
+    lines = [
+        "import sys, train",
+        "from device import resolve",
+        "train.check_training_memory(train.Config(vocab_size=300), resolve('cpu'))",
+        "sys.exit('torch._dynamo' in sys.modules)",
+    ]
+    subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True, cwd=ROOT)
 
 
 def test_the_log_the_best_checkpoint_and_the_plot(lab):
