@@ -70,11 +70,11 @@ def step_unless(optimizers, is_skipped):
     """Makes the step of each optimizer, which changes nothing where is_skipped, a bool tensor on the
     device, holds.
 
-    Fused AdamW (on a CPU, on CUDA) and Muon do not wait for the device; for any other optimizer, as
-    torch's, it is asked.
+    Fused AdamW and Muon do not wait for a GPU, at the price of a few more passes over the weights; for
+    any other optimizer, as torch's, the device is asked, and so is a CPU, which keeps nobody waiting.
     """
     for optimizer in optimizers:
-        if getattr(optimizer, "can_skip", False):
+        if getattr(optimizer, "can_skip", False) and not is_skipped.is_cpu:
             optimizer.step(is_skipped.float())
         elif not is_skipped:
             optimizer.step()
