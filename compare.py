@@ -35,6 +35,7 @@ import measure
 import train
 from device import resolve, torchrun_ranks
 from eval import fit_batch, split_documents, units
+from lenses.stats import paired
 from log import read_log
 from model import model_config
 from score import document_nats
@@ -61,9 +62,6 @@ PLACE = ("out_dir", "init_from", "device", "overwrite")  # what is no part of wh
 KINDS = ("timings", "trials", "runs")  # of jobs, and the folders that they are in
 TIMING_STEPS = 50
 CLOSE = 0.01  # how far apart the parameters of matched variants may be, as a share
-
-# Student's t for a 95% interval with 1, 2 ... degrees of freedom; beyond, the last one is a little wide
-T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145)
 
 
 @dataclass
@@ -275,9 +273,8 @@ class Job:
             self.write({"variant": self.variant, "seed": self.cfg.seed, "values": self.values} | result)
             if self.kind != "runs":
                 self.remove_checkpoints()
-            if (
-                "torch._dynamo" in sys.modules
-            ):  # else the next model is one too many for what was compiled
+            has_compiled = "torch._dynamo" in sys.modules
+            if has_compiled:  # else the next model is one too many for the functions that were
                 torch.compiler.reset()
 
     def train(self):
@@ -485,21 +482,6 @@ def finish(jobs, after=lambda: None):
 
 # -----------------------------------------------------------------------------------------------------
 # What it says
-
-
-def paired(results, others):
-    """Returns the difference of two variants in bits a byte, mean over the seeds that both have, half its
-    95% interval (Student's t), and the number of those seeds; None for what too few of them leave open.
-
-    results, others: {seed: bits a byte}, None where the run diverged.
-    """
-    seeds = [seed for seed in results if results[seed] is not None and others.get(seed) is not None]
-    n = len(seeds)
-    differences = [results[seed] - others[seed] for seed in seeds]
-    if n < 2:
-        return *(differences or [None]), None, n
-    error = statistics.stdev(differences) / math.sqrt(n)
-    return statistics.mean(differences), T95[min(n - 1, len(T95)) - 1] * error, n
 
 
 def verdict(results, others):

@@ -16,6 +16,7 @@ import prepare
 import train
 from config import Refusal, configure
 from device import resolve
+from lenses import stats
 from sizes import model_sizes
 
 SMALL = [
@@ -219,14 +220,14 @@ def test_students_t():
         weights = np.r_[1, np.tile([4, 2], 99_999), 4, 1]
         return (weights * density).sum() * (x[1] - x[0]) / 3
 
-    for n, t in enumerate(compare.T95, 1):
+    for n, t in enumerate(stats.T95, 1):
         assert share(t, n) == pytest.approx(0.95, abs=5e-5)
 
 
 def test_the_interval_is_of_paired_differences():
     losses = {1: 1.0, 2: 2.0, 3: 3.0}
     others = {1: 0.9, 2: 1.8, 3: 2.8, 4: 9.0}
-    mean, half, n = compare.paired(losses, others)
+    mean, half, n = stats.paired(losses, others)
     assert n == 3
     assert mean == pytest.approx(0.5 / 3)
     assert half == pytest.approx(4.303 * np.std([0.1, 0.2, 0.2], ddof=1) / math.sqrt(3))
