@@ -3,7 +3,7 @@ BIN := .venv/bin
 # else each process that a test starts compiles torch's sources anew, for three seconds
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: browser demo dpo finetune help install lint test test-all test-quick torture
+.PHONY: browser demo dpo finetune grpo ppo help install lint test test-all test-quick torture
 
 demo: install  ## install, train the default model on the toy stories, and print some
 	$(BIN)/python train.py --out_dir=out/demo --overwrite
@@ -16,6 +16,10 @@ finetune: install  ## teach that model the morals of its stories, and show what 
 dpo: install  ## teach it by pairs of answers how its stories should end; a minute
 	test -e out/demo/ckpt.pt || $(MAKE) demo
 	$(BIN)/python finetune_dpo.py --init_from=out/demo --beta=1 --max_iters=60 --eval_interval=20 --out_dir=out/demo-dpo --overwrite
+
+grpo ppo: install  ## or by a reward for its own samples, by GRPO or PPO; five minutes
+	test -e out/demo/ckpt.pt || $(MAKE) demo
+	$(BIN)/python finetune_ppo.py --init_from=out/demo --baseline=$(if $(filter ppo,$@),value,group) --out_dir=out/demo-$@ --overwrite
 
 browser: install browser/node_modules/.package-lock.json  ## a page that writes with the demo model, at http://127.0.0.1:8000; needs npm
 	test -e out/demo/ckpt.pt || $(MAKE) demo

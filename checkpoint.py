@@ -419,9 +419,19 @@ def open_given(cfg, adapter):
     """Returns the Checkpoint of a command line's out_dir with adapters over it, where there are any: over
     their own base where no out_dir was given.
     """
-    if adapter and "out_dir" not in cfg.given:
-        return open_checkpoint("", adapter=adapter)
-    return open_checkpoint(cfg.out_dir, adapter=adapter)
+    out_dir = "" if adapter and "out_dir" not in cfg.given else cfg.out_dir
+    start = open_checkpoint(out_dir, adapter=adapter)
+    refuse_reward_model(start)
+    return start
+
+
+def refuse_reward_model(start):
+    """Raises Refusal for a Checkpoint whose adapters judge text and write none."""
+    if start.task == "reward model":
+        raise Refusal(
+            f"{start.adapter_path} is a reward model, which judges text and writes none: "
+            "finetune_ppo.py --reward=FOLDER learns from it"
+        )
 
 
 def find_base(adapter, path):

@@ -102,6 +102,7 @@ class Preferring(finetune_lora.FineTuning):
     )
     count = staticmethod(count_pairs)
     conversations_per_row = 2
+    names = ("val_loss", "accuracy", "margin", "logp_chosen", "logp_rejected")  # of figures()
     length = 0  # of a row, in tokens: at least the longest pair's
 
     def convert(self, places_and_rows):
@@ -184,8 +185,9 @@ class Preferring(finetune_lora.FineTuning):
         """
         numbers = self.val_numbers(tokens)
         size = self.cfg.batch_size
-        values = means(self.trained, numbers, self.val_batch, size, self.compute, self.figures, 5)
-        return dict(zip(("val_loss", "accuracy", "margin", "logp_chosen", "logp_rejected"), values))
+        n = len(self.names)
+        values = means(self.trained, numbers, self.val_batch, size, self.compute, self.figures, n)
+        return dict(zip(self.names, values))
 
     def notes(self):
         reference = [] if self.cfg.rank else [*self.reference.tolist(), *self.val_reference.tolist()]

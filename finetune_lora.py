@@ -229,6 +229,7 @@ def merge(cfg):
         raise Refusal(f"{merged_path} is there already: --overwrite moves it aside")
     base = cfg.init_from if "init_from" in cfg.given else ""
     start = open_checkpoint(base, adapter=adapter_path)
+    checkpoint.refuse_reward_model(start)
     model, tokenizer = start.restore()
     model.eval()
     shape = (4, min(256, model.config.block_size))
@@ -433,15 +434,15 @@ class FineTuning:
         if not self.compute.is_main:
             return
         print(f"{moment}: {self.line(figures)}")
-        if self.cfg.dataset == self.cfg.built_in:
-            print(self.built_in_lines())
+        if self.cfg.dataset == self.cfg.built_in and (lines := self.built_in_lines()):
+            print(lines)
 
     def line(self, figures):
         """Returns the figures of validate() in words."""
         return f"{figures['val_loss']:.4f} nats a token of held-out responses"
 
     def built_in_lines(self):
-        """Returns what the model knows of the built-in task's held-out rows."""
+        """Returns what the model knows of the built-in task's held-out rows, in words, or None."""
         tuning = self.tuning
         return moral_lines(
             tuning.model, tuning.tokenizer, self.held_out, self.cfg.template, self.compute

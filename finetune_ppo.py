@@ -1,9 +1,12 @@
-"""Teaches a trained model what a reward function likes, from its own samples: GRPO (Shao et al. 2024,
-arXiv:2402.03300), which is PPO (Schulman et al. 2017, arXiv:1707.06347) without a model of values: the
-advantage of a sample is its reward less the mean of its group's, of samples of one prompt.
+"""Teaches a trained model what a reward function likes, from its own samples: PPO (Schulman et al. 2017,
+arXiv:1707.06347) and GRPO (Shao et al. 2024, arXiv:2402.03300), which differ in where an advantage comes from.
 
     python finetune_ppo.py --init_from=out/demo                          stories with the hero's name in the end
     python finetune_ppo.py --init_from=out/ts --dataset=rows.jsonl --reward="match:happy" --out_dir=out/ts-grpo
+
+--baseline=group, GRPO: a sample's reward less the mean of its group's, of samples of one prompt.
+--baseline=value, PPO: generalized advantage estimation (Schulman et al. 2016, arXiv:1506.02438) over the values
+that a linear layer learns to read from the states, all advantages of a step whitened.
 
 Prompts are those of the rows that finetune_lora.py takes, whose answers are not looked at. A step samples
 --group answers to each of --batch_size prompts, and --updates - 1 more steps learn from the same ones.
@@ -15,6 +18,7 @@ all alike, raise --kl or lower --learning_rate.
 """
 
 import math
+import os
 import re
 from dataclasses import dataclass
 
@@ -29,6 +33,7 @@ import lora
 import toy_stories
 from chat import start_of_answer
 from data import evenly, micro_batches, to
+from finetune_reward import add_head, load_reward, saved_head
 from rows import NO_RESPONSE, training_packs
 from sample import generate
 from score import evaluating
@@ -41,14 +46,16 @@ class Config(finetune_lora.Config):
     # fmt: off
     out_dir: str = "out/grpo"               # where adapter.pt, log.jsonl and loss.png go
     dataset: str = "toy"                    # toy (beginnings of stories) | a .json .jsonl .csv .parquet file | hf:NAME
-    reward: str = "toy"                     # toy (judged by the grammar) | length:CHARACTERS | match:REGULAR_EXPRESSION
+    reward: str = "toy"                     # toy (by the grammar) | length:CHARACTERS | match:REGEX | FOLDER
     batch_size: int = 8                     # prompts in a micro-batch
+    baseline: str = "group"                 # what rewards are compared with: group (GRPO) | value (PPO)
     group: int = 8                          # samples of a prompt
     max_new_tokens: int = 128               # of a sample; one that does not end by then is not learned from
     updates: int = 1                        # steps on the same samples
     clip: float = 0.2                       # how far a step may go: ratios of probabilities from 1 - clip to 1 + clip
     kl: float = 0.05                        # what a nat a token away from the reference costs
-    scale: bool = False                     # divide advantages by their group's standard deviation
+    scale: bool = False                     # group: divide advantages by their group's standard deviation
+    gae: float = 0.95                       # value: how far an advantage looks past the next value; 1 = to the reward
     max_iters: int = 60                     # steps
     eval_interval: int = 20                 # steps between evaluations, samples and checkpoints
     # fmt: on
@@ -61,7 +68,11 @@ class Config(finetune_lora.Config):
             self.template = "{prompt}"  # a story and how it goes on
         if not self.rank:
             raise ValueError("the reference is the base without its adapters: rank must be at least 1")
-        if self.group < 2:
+        if self.baseline not in ("group", "value"):
+            raise ValueError(f"baseline must be group or value, not {self.baseline!r}")
+        if not 0 <= self.gae <= 1 or self.group < 1:
+            raise ValueError("gae must be between 0 and 1, and group at least 1")
+        if self.group < 2 and self.baseline == "group":
             raise ValueError(
                 "one sample a group has nothing to be compared with: group must be at least 2"
             )
@@ -69,16 +80,20 @@ class Config(finetune_lora.Config):
             raise ValueError("updates and max_new_tokens must be at least 1")
         if not 0 < self.clip < 1 or self.kl < 0:
             raise ValueError("clip must be between 0 and 1, and kl at least 0")
-        self.judge = find_reward(self.reward)
+        find_reward(self.reward)
 
 
 # -----------------------------------------------------------------------------------------------------
 # Rewards: functions of (prompt, answer), both texts
 
 
-def find_reward(name):
-    """Returns the reward function of a name. Raises ValueError."""
+def find_reward(name, device="cpu", load=False):
+    """Returns the reward function of a name; that of a folder of finetune_reward.py only where load is set.
+    Raises ValueError or Refusal.
+    """
     kind, _, argument = name.partition(":")
+    if os.path.isdir(name):
+        return load_reward(name, device) if load else None
     if name == "toy":
         return lambda prompt, answer: float(toy_stories.is_preferred(prompt + answer))
     if kind == "length" and argument.isdigit() and int(argument):
@@ -90,14 +105,19 @@ def find_reward(name):
         except re.error as e:
             raise ValueError(f"reward: {argument!r} is no regular expression: {e}")
         return lambda prompt, answer: float(pattern.search(answer) is not None)
-    raise ValueError(f"reward must be toy, length:CHARACTERS or match:REGULAR_EXPRESSION, not {name!r}")
+    raise ValueError(
+        f"reward must be toy, length:CHARACTERS, match:REGEX or the folder of a reward model, not {name!r}"
+    )
 
 
-def advantages(rewards, is_whole, group, scale=False):
-    """Returns rewards (n,) less the mean of each group of so many, divided with scale by its deviation. Samples
-    that were cut off, not is_whole (n,), count in no mean and have no advantage: else never to end would be one.
-    """
-    rewards = torch.as_tensor(rewards, dtype=torch.float32).view(-1, group)
+# -----------------------------------------------------------------------------------------------------
+# Advantages, (rows, 1) or (rows, T). Samples that were cut off have none, and count in no mean: else never to
+# end would be an advantage
+
+
+def group_advantages(rewards, is_whole, group, scale=False):
+    """Returns rewards (rows,) less the mean of each group of so many, divided with scale by its deviation."""
+    rewards = rewards.view(-1, group)
     is_whole = is_whole.view(-1, group)
     count = is_whole.sum(1, keepdim=True)
     mean = (rewards * is_whole).sum(1, keepdim=True) / count.clamp(min=1)
@@ -105,7 +125,37 @@ def advantages(rewards, is_whole, group, scale=False):
     if scale:
         variance = result.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)
         result = result / (variance.sqrt() + 1e-4)
-    return result.flatten()
+    return result.view(-1, 1)
+
+
+def value_advantages(rewards, values, is_answer, decay):
+    """Returns the generalized advantage estimates of tokens whose rewards (rows,) come with their last one.
+
+    values (rows, T): what is expected before each token; is_answer (rows, T); decay: lambda. Nothing is discounted.
+    """
+    result = torch.zeros_like(values)
+    later = torch.zeros_like(rewards)  # the advantage of the token after
+    after = rewards  # its value, or after the last one the reward
+    for t in reversed(range(values.size(1))):
+        is_token = is_answer[:, t]
+        later = torch.where(is_token, after - values[:, t] + decay * later, later)
+        after = torch.where(is_token, values[:, t], after)
+        result[:, t] = later * is_token
+    return result
+
+
+def whiten(batches, compute):
+    """Gives the advantages of a step's answers a mean of 0 and a deviation of 1, over all processes."""
+    n = len(batches)
+    sums = torch.zeros(n * compute.world_size, 3, dtype=torch.float64)
+    for i, batch in enumerate(batches, compute.rank * n):
+        values = batch["advantage"][is_learned(batch)].double()
+        sums[i] = torch.stack([values.sum(), values.square().sum(), torch.ones_like(values).sum()])
+    total, square, count = compute.sum(sums).sum(0).tolist()
+    mean = total / max(1, count)
+    deviation = math.sqrt(max(0.0, square / max(1, count) - mean**2))
+    for batch in batches:
+        batch["advantage"] = (batch["advantage"] - mean) / (deviation + 1e-8)
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -124,18 +174,37 @@ def k3(logps, reference):
     return (reference - logps).exp() - (reference - logps) - 1
 
 
+def is_learned(batch):
+    """Returns which tokens are learned from, (rows, T): those of answers that have an end."""
+    return (batch["targets"] != -100) & batch["is_whole"][:, None]
+
+
+def mean_over_answers(losses, batch):
+    """Returns losses (rows, T) as the mean over each answer's tokens, summed over answers."""
+    mask = is_learned(batch)
+    return ((losses * mask).sum(1) / mask.sum(1).clamp(min=1)).sum()
+
+
 def policy_loss(logps, batch, clip, kl):
-    """Returns the loss of GRPO, summed over samples, each the mean over its tokens.
+    """Returns the clipped loss and kl times the divergence.
 
     logps: (rows, T) of the model; batch: old, of the model that sampled, and reference, of the same shape;
-    advantage (rows,); targets, -100 where nothing was sampled; is_whole (rows,), not where a sample was cut off.
+    advantage (rows, 1 or T); targets, -100 where nothing was sampled; is_whole (rows,), not where a sample was
+    cut off.
     """
     ratio = (logps - batch["old"]).exp()
-    advantage = batch["advantage"][:, None]
+    advantage = batch["advantage"]
     gain = torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
-    losses = kl * k3(logps, batch["reference"]) - gain
-    is_learned = (batch["targets"] != -100) & batch["is_whole"][:, None]
-    return ((losses * is_learned).sum(1) / is_learned.sum(1).clamp(min=1)).sum()
+    return mean_over_answers(kl * k3(logps, batch["reference"]) - gain, batch)
+
+
+def value_loss(values, batch, clip):
+    """Returns half the squared error of values (rows, T), or of values no further than clip from those at
+    sampling time where that is more. batch: value and goal, (rows, T).
+    """
+    near = batch["value"] + (values - batch["value"]).clamp(-clip, clip)
+    errors = torch.maximum((values - batch["goal"]).square(), (near - batch["goal"]).square())
+    return mean_over_answers(errors / 2, batch)
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -193,8 +262,15 @@ class Reinforcing(finetune_lora.FineTuning):
         return f"{self.message}\n{self.val_message}"
 
     def begin(self):
-        """Takes up the samples of a run that stopped between two steps on the same ones."""
-        lora.without_dropout(self.tuning.model)
+        """Adds the layer that reads values, and takes up the samples of a run that stopped between two steps on
+        the same ones.
+        """
+        model = self.tuning.model
+        lora.without_dropout(model)
+        self.judge = find_reward(self.cfg.reward, self.compute.device, load=True)
+        if self.cfg.baseline == "value":
+            saved = self.tuning.resumed["config"]["value_head"] if self.tuning.resumed else {}
+            add_head(model, "value_head", saved)
         if self.cfg.updates > 1 and self.compute.world_size > 1:
             raise Refusal("several processes take one step on their samples: updates must be 1")
         if self.tuning.resumed and (saved := self.tuning.resumed["config"]["samples"]):
@@ -209,33 +285,48 @@ class Reinforcing(finetune_lora.FineTuning):
 
     def notes(self):
         batches = [{name: x.tolist() for name, x in batch.items()} for batch in self.samples]
-        is_needed = self.cfg.updates > 1
-        return super().notes() | {
-            "samples": {"round": self.round, "batches": batches} if is_needed else {}
-        }
+        samples = {"round": self.round, "batches": batches} if self.cfg.updates > 1 else {}
+        notes = super().notes() | {"samples": samples}
+        if self.cfg.baseline == "value":
+            notes["value_head"] = saved_head(self.tuning.model.value_head)
+        return notes
 
     def batches(self, step):
         """Returns this process's micro-batches of a step: new samples, or those of the step before."""
-        if self.round != step // self.cfg.updates:
-            self.round = step // self.cfg.updates
-            self.samples = []
-            for first, n in micro_batches(self.round, self.cfg, self.compute):
-                prompts = training_packs(self.prompts, self.cfg.seed, first, n)
-                prompts = [prompt for prompt in prompts for _ in range(self.cfg.group)]
-                batch, rewards, _ = self.sample(prompts, (self.cfg.seed, first))
-                rewards = torch.tensor(rewards, device=self.compute.device)
-                batch["advantage"] = advantages(
-                    rewards, batch["is_whole"], self.cfg.group, self.cfg.scale
-                )
-                self.samples.append(batch)
+        cfg = self.cfg
+        if self.round == step // cfg.updates:
+            return self.samples
+        self.round = step // cfg.updates
+        self.samples = []
+        for first, n in micro_batches(self.round, cfg, self.compute):
+            prompts = training_packs(self.prompts, cfg.seed, first, n)
+            prompts = [prompt for prompt in prompts for _ in range(cfg.group)]
+            batch, rewards, _ = self.sample(prompts, (cfg.seed, first))
+            rewards = torch.tensor(rewards, device=self.compute.device)
+            if cfg.baseline == "group":
+                batch["advantage"] = group_advantages(rewards, batch["is_whole"], cfg.group, cfg.scale)
+            else:
+                is_answer = batch["targets"] != -100
+                batch["advantage"] = value_advantages(rewards, batch["value"], is_answer, cfg.gae)
+                batch["goal"] = batch["value"] + batch["advantage"]
+            self.samples.append(batch)
+        if cfg.baseline == "value":
+            whiten(self.samples, self.compute)
         return self.samples
+
+    def values(self, batch):
+        """Returns what the value layer reads from the states before each token, (rows, T) float32. States are
+        not changed for it.
+        """
+        model = self.tuning.model
+        return model.value_head(model.hidden(batch["idx"]).detach().float())[..., 0].float()
 
     def sample(self, prompts, seed):
         """Samples an answer to each of prompts.
 
-        Returns a batch {"idx", "targets", "old", "reference"} of (rows, T), with is_whole (rows,), of the answers
-        that have an end; the rewards, a list; and the largest difference of log p between the sampler, token by
-        token, and the model that learns.
+        Returns a batch {"idx", "targets", "old", "reference", perhaps "value"} of (rows, T), with is_whole (rows,),
+        of the answers that have an end; the rewards, a list; and the largest difference of log p between the
+        sampler, token by token, and the model that learns.
         """
         cfg, model, tokenizer = self.cfg, self.tuning.model, self.tuning.tokenizer
         seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
@@ -259,6 +350,8 @@ class Reinforcing(finetune_lora.FineTuning):
         batch = to(batch, self.compute.device)
         with evaluating(model), self.compute.autocast():
             batch["old"] = token_logps(model, batch)
+            if cfg.baseline == "value":
+                batch["value"] = self.values(batch)
             with lora.switched_off(model):
                 batch["reference"] = token_logps(model, batch)
         drift = (batch["old"].cpu() - sampled).abs().max().item()
@@ -269,13 +362,16 @@ class Reinforcing(finetune_lora.FineTuning):
         return batch, rewards, drift
 
     def reward(self, prompt, answer):
-        value = self.cfg.judge(prompt, answer)
+        value = self.judge(prompt, answer)
         if not isinstance(value, (int, float)) or not math.isfinite(value):
             raise Refusal(f"reward={self.cfg.reward} gives {value!r:.40} for {answer!r:.80}", status=1)
         return float(value)
 
     def loss(self, model, batch):
-        return policy_loss(token_logps(model, batch), batch, self.cfg.clip, self.cfg.kl)
+        loss = policy_loss(token_logps(model, batch), batch, self.cfg.clip, self.cfg.kl)
+        if self.cfg.baseline == "value":
+            loss = loss + value_loss(self.values(batch), batch, self.cfg.clip)
+        return loss
 
     @staticmethod
     def count(batch):

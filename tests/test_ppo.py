@@ -8,7 +8,7 @@ from test_finetune import TINY
 from test_model import build
 from test_prepare import write_rows
 from test_processes import run_together
-from test_train import SMALL, log, same
+from test_train import CPU, SMALL, log, same
 
 import checkpoint
 import finetune_lora
@@ -92,7 +92,7 @@ def random_batch(seed, rows=6, T=7):
         return -torch.rand(rows, T, generator=rng, dtype=torch.float64) * 3
 
     batch = {"old": draw(), "reference": draw(), "targets": torch.zeros(rows, T, dtype=torch.long)}
-    batch["advantage"] = torch.randn(rows, generator=rng, dtype=torch.float64)
+    batch["advantage"] = torch.randn(rows, 1, generator=rng, dtype=torch.float64)
     for row in range(rows):
         batch["targets"][row, : row % 3] = -100
         batch["targets"][row, T - row % 2 :] = -100
@@ -110,7 +110,7 @@ def test_the_loss_is_that_of_the_paper():
             if batch["targets"][row, t] == -100 or not batch["is_whole"][row]:
                 continue
             ratio = torch.exp(logps[row, t]) / torch.exp(batch["old"][row, t])
-            A = batch["advantage"][row]
+            A = batch["advantage"][row, 0]
             low, high = 1 - 0.2, 1 + 0.2
             clipped = low if ratio < low else high if ratio > high else ratio
             gain = min(ratio * A, clipped * A)
@@ -123,6 +123,59 @@ def test_the_loss_is_that_of_the_paper():
     [gradient] = torch.autograd.grad(loss, logps)
     [exact] = torch.autograd.grad(expected, logps)
     torch.testing.assert_close(gradient, exact, rtol=1e-10, atol=1e-14)
+
+
+def test_advantages_are_those_of_the_paper():
+    """Equations 11 to 16 of Schulman et al. 2016 with a discount of 1, sums of differences written out."""
+    rng = torch.Generator().manual_seed(4)
+    values = torch.randn(3, 8, generator=rng, dtype=torch.float64)
+    rewards = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    is_answer = torch.zeros(3, 8, dtype=bool)
+    spans = [(2, 8), (0, 5), (3, 4)]
+    for row, (first, end) in enumerate(spans):
+        is_answer[row, first:end] = True
+    for decay in (0.0, 0.9, 1.0):
+        got = ppo.value_advantages(rewards, values, is_answer, decay)
+        for row, (first, end) in enumerate(spans):
+            later = [*values[row, first + 1 : end].tolist(), 0.0]
+            reward = [0.0] * (end - first - 1) + [rewards[row].item()]
+            deltas = [
+                r + v - values[row, first + i].item() for i, (r, v) in enumerate(zip(reward, later))
+            ]
+            for i in range(end - first):
+                expected = sum(decay**k * delta for k, delta in enumerate(deltas[i:]))
+                assert got[row, first + i].item() == pytest.approx(expected, rel=1e-12)
+        assert (got[~is_answer] == 0).all()
+
+
+def test_the_loss_of_values_is_that_of_the_definition():
+    logps, batch = random_batch(2)
+    rng = torch.Generator().manual_seed(5)
+    batch["value"], batch["goal"], values = (
+        torch.randn(6, 7, generator=rng, dtype=torch.float64) for _ in range(3)
+    )
+    values.requires_grad_()
+    expected = 0.0
+    for row in range(6):
+        terms = []
+        for t in range(7):
+            if batch["targets"][row, t] == -100 or not batch["is_whole"][row]:
+                continue
+            v, old, goal = values[row, t], batch["value"][row, t], batch["goal"][row, t]
+            near = min(max(v, old - 0.2), old + 0.2)
+            terms.append(max((v - goal) ** 2, (near - goal) ** 2) / 2)
+        if terms:
+            expected = expected + sum(terms) / len(terms)
+    loss = ppo.value_loss(values, batch, 0.2)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+    [gradient], [exact] = (torch.autograd.grad(x, values) for x in (loss, expected))
+    torch.testing.assert_close(gradient, exact, rtol=1e-10, atol=1e-14)
+    ppo.whiten([batch | {"advantage": values.detach()}], CPU)
+    batch["advantage"] = values.detach()
+    ppo.whiten([batch], CPU)
+    learned = batch["advantage"][ppo.is_learned(batch)]
+    assert learned.mean().item() == pytest.approx(0, abs=1e-12)
+    assert learned.std(correction=0).item() == pytest.approx(1, abs=1e-6)
 
 
 @pytest.mark.slow
@@ -165,11 +218,13 @@ def test_the_loss_and_its_gradient_are_those_of_trl(tmp_path, scale):
     logps, batch = random_batch(1)
     rewards = [1.0, 0.0, 0.5, 2.0, 2.0, -1.0]
     batch["is_whole"][:] = True  # TRL lets what was cut off count in the mean
-    batch["advantage"] = ppo.advantages(rewards, batch["is_whole"], 3, scale).double()
+    batch["advantage"] = ppo.group_advantages(
+        torch.tensor(rewards), batch["is_whole"], 3, scale
+    ).double()
     means = np.repeat(np.reshape(rewards, (2, 3)).mean(1), 3)
     deviations = np.repeat(np.reshape(rewards, (2, 3)).std(1, ddof=1), 3) + 1e-4
     expected = (np.array(rewards) - means) / (deviations if scale else 1)
-    np.testing.assert_allclose(batch["advantage"], expected, rtol=1e-6)
+    np.testing.assert_allclose(batch["advantage"][:, 0], expected, rtol=1e-6)
     trainer._get_per_token_logps_and_entropies = lambda *_, **__: (logps, torch.zeros_like(logps), None)
     trainer.current_gradient_accumulation_steps = 1
     mask = (batch["targets"] != -100).long()
@@ -180,7 +235,7 @@ def test_the_loss_and_its_gradient_are_those_of_trl(tmp_path, scale):
             "prompt_mask": torch.ones(6, 2, dtype=torch.long),
             "completion_ids": torch.zeros(6, 7, dtype=torch.long),
             "completion_mask": mask,
-            "advantages": batch["advantage"],
+            "advantages": batch["advantage"][:, 0],
             "old_per_token_logps": batch["old"],
             "ref_per_token_logps": batch["reference"],
         },
@@ -243,7 +298,7 @@ def test_answers_that_are_cut_off_are_counted_and_not_learned(shop):
     ended = [(row == task.tuning.tokenizer.eot).any() for row in batch["targets"]]
     assert batch["is_whole"].tolist() == ended and 0 < sum(ended) < 12
     assert task.validate()["cut_off"] > 0
-    batch = batch | {"advantage": torch.ones(12)}
+    batch = batch | {"advantage": torch.ones(12, 1)}
     loss = task.loss(task.trained, batch)
     assert loss.item() == pytest.approx(-sum(ended))  # a ratio of 1 each
 
@@ -256,8 +311,8 @@ def test_what_was_cut_off_has_no_advantage_and_gives_none(scale):
         expected = np.array([-1, 2, 0, -1, 0, 0, 0, 0]) / (
             np.std([1, 4, 1], ddof=1) + 1e-4 if scale else 1
         )
-        got = ppo.advantages(rewards, is_whole, 4, scale)
-        np.testing.assert_allclose(got, expected, rtol=1e-6)
+        got = ppo.group_advantages(torch.tensor(rewards), is_whole, 4, scale)
+        np.testing.assert_allclose(got[:, 0], expected, rtol=1e-6)
 
 
 def test_groups_have_the_same_prompt_and_advantages_their_own_mean(shop):
@@ -288,12 +343,16 @@ class Bandit(torch.nn.Module):
         return logits, nats.view_as(targets)
 
 
+@pytest.mark.parametrize("baseline", ["group", "value"])
 @pytest.mark.parametrize("length, steps", [(1, 60), (2, 120)])
-def test_the_best_arm_is_found(length, steps):
+def test_the_best_arm_is_found(length, steps, baseline):
     """One token of four, of which token 3 is best; and a chain of two, rewarded where it is 2 then 3 alone."""
     torch.manual_seed(0)
     model = Bandit(4)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    worth = torch.nn.Embedding(
+        4, 1
+    )  # of the token before, as far as a chain's first token is that of its end
+    optimizer = torch.optim.Adam([*model.parameters(), *worth.parameters()], lr=0.1)
     for _ in range(steps):
         idx = torch.zeros(64, length + 1, dtype=torch.long)
         for t in range(length):
@@ -303,9 +362,18 @@ def test_the_best_arm_is_found(length, steps):
         rewards = last[:, 0] / 3 if length == 1 else (last == torch.tensor([2, 3])).all(1).float()
         batch = {"idx": idx[:, :-1], "targets": last, "is_whole": torch.ones(64, dtype=bool)}
         batch["old"] = batch["reference"] = ppo.token_logps(model, batch).detach()
-        batch["advantage"] = ppo.advantages(rewards, torch.ones(64, dtype=bool), 64)
+        if baseline == "group":
+            batch["advantage"] = ppo.group_advantages(rewards, batch["is_whole"], 64)
+        else:
+            batch["value"] = worth(batch["idx"])[..., 0].detach()
+            is_answer = torch.ones_like(last, dtype=bool)
+            batch["advantage"] = ppo.value_advantages(rewards, batch["value"], is_answer, 0.95)
+            batch["goal"] = batch["value"] + batch["advantage"]
+            ppo.whiten([batch], CPU)
         for _ in range(2):
             loss = ppo.policy_loss(ppo.token_logps(model, batch), batch, 0.2, 0.0)
+            if baseline == "value":
+                loss = loss + ppo.value_loss(worth(batch["idx"])[..., 0], batch, 0.2)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -314,10 +382,18 @@ def test_the_best_arm_is_found(length, steps):
     assert best > 0.95
 
 
-def test_reward_rises(shop):
-    argv = ["--group=8", "--kl=0.01", "--learning_rate=2e-2", "--max_iters=40", "--eval_interval=40"]
-    reinforce(shop, *argv, "--out_dir=rises")
-    first, *_, last = [line for line in log(shop, "rises") if "reward" in line]
+@pytest.mark.parametrize("baseline", ["group", "value"])
+def test_reward_rises(shop, baseline):
+    argv = [
+        f"--baseline={baseline}",
+        "--group=8",
+        "--kl=0.01",
+        "--learning_rate=2e-2",
+        "--max_iters=40",
+        "--eval_interval=40",
+    ]
+    reinforce(shop, *argv, f"--out_dir=rises-{baseline}")
+    first, *_, last = [line for line in log(shop, f"rises-{baseline}") if "reward" in line]
     assert first["reward"] < 0.7 and last["reward"] > 0.9
     assert first["kl"] == 0 and last["kl"] > 0
 
@@ -325,10 +401,15 @@ def test_reward_rises(shop):
 # Runs
 
 
-@pytest.mark.parametrize("updates", [1, 3])
-def test_stop_and_resume_is_an_uninterrupted_run_to_the_bit(shop, updates):
-    argv = [f"--updates={updates}", "--lora_dropout=0.2", "--gradient_accumulation_steps=2"]
-    whole_dir, parts_dir = f"whole{updates}", f"parts{updates}"
+@pytest.mark.parametrize("updates, baseline", [(1, "group"), (3, "group"), (3, "value")])
+def test_stop_and_resume_is_an_uninterrupted_run_to_the_bit(shop, updates, baseline):
+    argv = [
+        f"--updates={updates}",
+        f"--baseline={baseline}",
+        "--lora_dropout=0.2",
+        "--gradient_accumulation_steps=2",
+    ]
+    whole_dir, parts_dir = f"whole{updates}{baseline}", f"parts{updates}{baseline}"
     reinforce(shop, *argv, f"--out_dir={whole_dir}")
     reinforce(shop, *argv, f"--out_dir={parts_dir}", "--max_iters=4", "--lr_decay_iters=8")
     call(ppo, f"--out_dir={parts_dir}", "--init_from=resume", "--max_iters=8", folder=shop)
@@ -342,7 +423,9 @@ def test_stop_and_resume_is_an_uninterrupted_run_to_the_bit(shop, updates):
 
 
 def test_two_processes_are_one(shop):
+    """Also in how they whiten advantages."""
     argv = [
+        "--baseline=value",
         *TINY,
         *REWARDED,
         "--init_from=base",
@@ -365,7 +448,7 @@ def test_two_processes_are_one(shop):
     [
         (["--group=1"], "one sample a group has nothing to be compared with"),
         (["--rank=0"], "the reference is the base without its adapters"),
-        (["--reward=nice"], "reward must be toy, length:CHARACTERS or match:"),
+        (["--reward=nice"], "reward must be toy, length:CHARACTERS, match:"),
         (["--reward=match:("], "is no regular expression"),
         (["--reward=length:0"], "reward must be toy"),
         (["--clip=1"], "clip must be between 0 and 1"),
@@ -380,6 +463,6 @@ def test_mistakes_are_one_line(shop, argv, message):
 
 def test_a_reward_that_is_no_number_is_refused_with_the_answer(shop):
     task = small_task(shop)
-    task.cfg.judge = lambda prompt, answer: float("nan")
+    task.judge = lambda prompt, answer: float("nan")
     with pytest.raises(Refusal, match="gives nan for"):
         task.batches(0)

@@ -1,0 +1,176 @@
+"""Teaches a trained model to say how good an answer is, from pairs of answers: a reward model (Bradley and
+Terry 1952; Ouyang et al. 2022, arXiv:2203.02155).
+
+    python finetune_reward.py --init_from=out/demo                        which of two endings is the better one
+    python finetune_reward.py --init_from=out/ts --dataset=pairs.jsonl --out_dir=out/reward
+    python finetune_ppo.py --init_from=out/ts --dataset=rows.jsonl --reward=out/reward --out_dir=out/ts-grpo
+
+Rows are those of finetune_dpo.py. A linear layer reads a number, the reward, from the state after an answer's
+last token; it and adapters learn -log sigmoid(the chosen answer's reward - the rejected one's). Only differences
+mean something, and only between answers to one prompt.
+
+What to look at: accuracy, the share of held-out pairs whose chosen answer gets more.
+"""
+
+from dataclasses import dataclass
+
+from config import Refusal, run
+
+# isort: split
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import finetune_dpo
+import finetune_lora
+import rows
+from chat import start_of_answer
+from checkpoint import open_checkpoint
+from data import to
+from log import LOSSES
+from score import evaluating
+
+KIND = "reward model"  # what checkpoint.py knows the adapters by
+
+
+@dataclass
+class Config(finetune_lora.Config):
+    # fmt: off
+    out_dir: str = "out/reward"             # where adapter.pt, log.jsonl and loss.png go
+    dataset: str = "toy"                    # toy (made here) | a .json .jsonl .csv .parquet file | hf:NAME
+    max_iters: int = 100                    # steps
+    # fmt: on
+
+    built_in = "toy"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.dataset == self.built_in and not self.template:
+            self.template = "{prompt}"  # a story and how it goes on
+        if not self.rank:
+            raise ValueError("a reward model is adapters and a layer: rank must be at least 1")
+
+
+# -----------------------------------------------------------------------------------------------------
+# A number for an answer
+
+
+def add_head(model, name, saved):
+    """Gives a model a linear layer that reads a number from its states, as `name`: that of a run that goes on,
+    saved as {name of a tensor: lists}, or one that says 0.
+    """
+    head = nn.Linear(model.config.n_embd, 1)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    if saved:
+        head.load_state_dict({key: torch.tensor(numbers) for key, numbers in saved.items()})
+    setattr(model, name, head.to(model.device))
+
+
+def saved_head(head):
+    """Returns what add_head takes."""
+    return {key: tensor.tolist() for key, tensor in head.state_dict().items()}
+
+
+def is_last(batch):
+    """Returns which tokens are the last of their document, (rows, T)."""
+    doc = batch["doc"]
+    after = F.pad(doc[:, 1:], (0, 1), value=-1)
+    return (doc != after) & (doc != -1)
+
+
+def rewards(model, batch):
+    """Returns the reward of each document of a batch, of one row after the other, float32 (documents,)."""
+    states = model.hidden(batch["idx"], doc=batch["doc"])[is_last(batch)]
+    return model.reward_head(states.float())[:, 0].float()
+
+
+def load_reward(path, device="cpu"):
+    """Returns the reward function of a folder that this script wrote: (prompt, answer), both texts, to a number.
+    Raises Refusal.
+    """
+    start = open_checkpoint("", adapter=path)
+    if start.task != KIND:
+        raise Refusal(f"{path} is no reward model: finetune_reward.py makes one")
+    model, tokenizer = start.restore(device)
+    add_head(model, "reward_head", start.config["reward_head"])
+    model.eval()
+
+    @torch.no_grad()
+    def judge(prompt, answer):
+        _, ids = start_of_answer(tokenizer, prompt, start.config["template"])
+        ids = (ids + tokenizer.encode_more(answer))[-model.config.block_size :]
+        idx = torch.tensor([ids], device=device)
+        return rewards(model, {"idx": idx, "doc": torch.zeros_like(idx)}).item()
+
+    return judge
+
+
+# -----------------------------------------------------------------------------------------------------
+# The task
+
+
+class Rewarding(finetune_dpo.Preferring):
+    """Learning which of two answers gets more: what train.fit needs of a task."""
+
+    kind = KIND
+    panels = (("loss, nats a pair", LOSSES), ("share of pairs", ("accuracy",)))
+    names = ("val_loss", "accuracy", "margin", "reward_chosen", "reward_rejected")
+
+    def begin(self):
+        """Adds the layer that reads rewards."""
+        saved = self.tuning.resumed["config"]["reward_head"] if self.tuning.resumed else {}
+        add_head(self.tuning.model, "reward_head", saved)
+
+    def make_batch(self, packs):
+        return rows.packed_batch(packs, self.examples, self.length)
+
+    def val_batch(self, numbers):
+        packs = [self.val_packs[number] for number in numbers]
+        return rows.packed_batch(packs, self.val_examples, self.length)
+
+    def loss(self, model, batch):
+        """Returns -log sigmoid(the chosen answer's reward - the rejected one's), summed over pairs."""
+        values = rewards(self.tuning.model, batch)
+        return -F.logsigmoid(values[::2] - values[1::2]).sum()
+
+    @staticmethod
+    def count(batch):
+        """Returns the number of pairs of a batch, a tensor on its device."""
+        return is_last(batch).sum() // 2
+
+    def figures(self, batch):
+        values = rewards(self.tuning.model, batch)
+        chosen, rejected = values[::2], values[1::2]
+        margin = chosen - rejected
+        columns = [-F.logsigmoid(margin), margin > 0, margin, chosen, rejected]
+        return torch.stack([column.float().sum() for column in columns] + [self.count(batch).float()])
+
+    def notes(self):
+        head = saved_head(self.tuning.model.reward_head)
+        return finetune_lora.FineTuning.notes(self) | {"reward_head": head}
+
+    def preview(self):
+        """Returns the rewards of the first held-out pair's answers."""
+        pair = to(rows.packed_batch([[0, 1]], self.val_examples, self.length), self.compute.device)
+        with evaluating(self.tuning.model), self.compute.autocast():
+            chosen, rejected = rewards(self.tuning.model, pair).tolist()
+        texts = [conversation.turns[-1].response for conversation in self.held_out[:2]]
+        return f"{chosen:+.3f} for {texts[0]!r:.300}\n{rejected:+.3f} for {texts[1]!r:.300}"
+
+    def line(self, figures):
+        return (
+            f"{figures['val_loss']:.4f} nats a held-out pair, the chosen answer ahead in {figures['accuracy']:.1%}, "
+            f"by {figures['margin']:.3f} in the mean"
+        )
+
+    def built_in_lines(self):
+        return None
+
+
+def main(cfg):
+    finetune_lora.main(cfg, Rewarding)
+
+
+if __name__ == "__main__":
+    run(main, Config)

@@ -1,0 +1,160 @@
+"""Reward models: the loss beside its definition, text judged as it was in training, resuming to the bit."""
+
+import copy
+
+import pytest
+import torch
+from scripts import call
+from test_dpo import ANSWERS, moved, shop  # shop is a fixture
+from test_finetune import TINY
+from test_processes import run_together
+from test_train import lab, log, same  # lab is a fixture
+
+import checkpoint
+import finetune_dpo
+import finetune_lora
+import finetune_ppo
+import finetune_reward
+import hf
+import sample
+from config import Refusal, configure
+
+
+def rate(shop, *argv):
+    call(finetune_reward, *TINY, "--init_from=base", "--dataset=pairs.jsonl", *argv, folder=shop)
+
+
+def adapter(shop, out_dir):
+    return checkpoint.load(str(shop / out_dir / "adapter.pt"), checkpoint.ADAPTER_KEYS)
+
+
+@pytest.fixture(scope="module")
+def judge(shop):
+    """The folder of a reward model that has learned the pairs."""
+    rate(shop, "--max_iters=40", "--eval_interval=40", "--out_dir=judge")
+    return shop / "judge"
+
+
+def test_the_loss_and_its_gradient_are_those_of_the_definition(shop):
+    argv = [*TINY, f"--init_from={shop}/base", f"--dataset={shop}/pairs.jsonl"]
+    tuning = finetune_lora.open_tuning(configure(finetune_reward.Config, argv), finetune_reward.KIND)
+    task = finetune_reward.Rewarding(tuning)
+    task.trained = tuning.prepare()
+    task.begin()
+    model = tuning.model
+    packs = task.packs[:4]
+    assert task.loss(model, task.make_batch(packs)).item() == pytest.approx(
+        0.693147 * sum(map(len, packs)) / 2, rel=1e-5
+    )
+    moved(model)
+    exact = copy.deepcopy(model).double()
+    loss = task.loss(model, task.make_batch(packs))
+    loss.backward()
+    numbers = [number for pack in packs for number in pack]
+    expected = 0.0
+    for chosen, rejected in zip(numbers[::2], numbers[1::2]):
+        values = []
+        for number in (chosen, rejected):
+            idx = torch.from_numpy(task.examples[number][0])[None]
+            values.append(exact.reward_head(exact.hidden(idx)[0, -1]))
+        expected = expected - torch.log(1 / (1 + torch.exp(values[1] - values[0])))
+    expected.sum().backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert task.count(task.make_batch(packs)) == len(numbers) // 2
+    grads = dict(exact.named_parameters())
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            torch.testing.assert_close(p.grad.double(), grads[name].grad, rtol=1e-3, atol=2e-5)
+
+
+def test_text_is_judged_as_it_was_in_training(shop, judge, monkeypatch):
+    monkeypatch.chdir(shop)
+    *_, last = [line for line in log(shop, "judge") if "accuracy" in line]
+    assert last["accuracy"] == 1 and last["val_loss"] < 0.3
+    argv = [*TINY, "--init_from=resume", "--out_dir=judge", "--dataset=pairs.jsonl", "--eval_only"]
+    tuning = finetune_lora.open_tuning(configure(finetune_reward.Config, argv), finetune_reward.KIND)
+    task = finetune_reward.Rewarding(tuning)
+    task.trained = tuning.prepare()
+    task.begin()
+    score = finetune_reward.load_reward(str(judge))
+    batch = task.make_batch(task.packs)
+    values = finetune_reward.rewards(tuning.model.eval(), batch).tolist()
+    order = [number for pack in task.packs for number in pack]
+    texts = {}
+    for number in order:
+        idx, targets = task.examples[number]
+        first = int((targets != -100).argmax()) + 1
+        tokenizer = tuning.tokenizer
+        prompt = tokenizer.decode(idx[1:first].tolist()).removesuffix("\n")
+        texts[number] = prompt, tokenizer.decode(idx[first:].tolist())
+    assert set(texts.values()) <= {
+        (row["prompt"], row[side]) for row in ANSWERS for side in ("chosen", "rejected")
+    }
+    for number, value in zip(order, values):
+        assert score(*texts[number]) == pytest.approx(value, abs=1e-5)
+
+
+def test_stop_and_resume_is_an_uninterrupted_run_to_the_bit(shop):
+    argv = ["--lora_dropout=0.2", "--gradient_accumulation_steps=2"]
+    rate(shop, *argv, "--out_dir=r-whole")
+    rate(shop, *argv, "--out_dir=r-parts", "--max_iters=4", "--lr_decay_iters=8")
+    call(finetune_reward, "--out_dir=r-parts", "--init_from=resume", "--max_iters=8", folder=shop)
+    whole, parts = adapter(shop, "r-whole"), adapter(shop, "r-parts")
+    for key in "adapters", "optimizers", "val_loss", "best_val_loss", "step":
+        assert same(whole[key], parts[key]), key
+    assert whole["config"]["reward_head"] == parts["config"]["reward_head"]
+    assert log(shop, "r-whole") == log(shop, "r-parts")
+
+
+def test_two_processes_are_one(shop):
+    argv = [
+        *TINY,
+        "--init_from=base",
+        "--dataset=pairs.jsonl",
+        "--gradient_accumulation_steps=2",
+        "--max_iters=4",
+    ]
+    call(finetune_reward, *argv, "--out_dir=r-one", folder=shop)
+    run_together(shop, "finetune_reward", 2, *argv, "--out_dir=r-two")
+    one, two = adapter(shop, "r-one"), adapter(shop, "r-two")
+    for key in "adapters", "optimizers", "val_loss":
+        assert same(one[key], two[key]), key
+    assert one["config"]["reward_head"] == two["config"]["reward_head"]
+
+
+def test_what_it_judges_is_learned(shop, judge):
+    argv = [
+        *TINY,
+        "--init_from=base",
+        "--dataset=pairs.jsonl",
+        f"--reward={judge}",
+        "--max_new_tokens=4",
+    ]
+    call(finetune_ppo, *argv, "--max_iters=2", "--eval_interval=2", "--out_dir=judged", folder=shop)
+    rewards = [line["reward"] for line in log(shop, "judged") if "reward" in line]
+    assert len(rewards) == 2 and all(abs(reward) < 100 and reward != 0 for reward in rewards)
+
+
+@pytest.mark.parametrize(
+    "script, argv, message",
+    [
+        (
+            sample,
+            ["--adapter=judge"],
+            "judge/adapter_best.pt is a reward model, which judges text and writes none",
+        ),
+        (hf, ["--adapter=judge", "--to=there"], "is a reward model"),
+        (finetune_lora, ["--out_dir=judge", "--merge"], "is a reward model"),
+        (finetune_dpo, ["--out_dir=judge", "--init_from=resume"], "is no run of preference tuning"),
+        (finetune_reward, ["--init_from=base", "--rank=0"], "rank must be at least 1"),
+        (
+            finetune_ppo,
+            ["--init_from=base", "--dataset=pairs.jsonl", "--reward=base", "--out_dir=there"],
+            "base",
+        ),
+    ],
+)
+def test_mistakes_are_one_line(shop, judge, script, argv, message):
+    with pytest.raises(Refusal) as refusal:
+        call(script, *argv, folder=shop)
+    assert message in str(refusal.value) and not (shop / "there").exists()
