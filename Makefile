@@ -53,7 +53,7 @@ lint: .venv/installed-dev  ## ruff: what is wrong, and what `ruff format` would 
 	$(BIN)/ruff format --check .
 
 help:  ## print this
-	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "make %-11s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z -]*\):.*  ## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "make %-11s %s\n", $$1, $$2 }'
 
 browser/node_modules/.package-lock.json: browser/package-lock.json
 	cd browser && npm ci --ignore-scripts --no-audit --no-fund

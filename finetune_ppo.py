@@ -36,9 +36,10 @@ from data import evenly, micro_batches, to
 from finetune_reward import add_head, load_reward, saved_head
 from rows import NO_RESPONSE, training_packs
 from sample import generate
-from score import evaluating
+from score import document_nats, evaluating
 
 SAMPLES = 200  # of held-out prompts, one each, that an evaluation looks at
+STORIES = 100  # toy ones, on which it looks how well they are still told
 
 
 @dataclass
@@ -233,6 +234,8 @@ class Reinforcing(finetune_lora.FineTuning):
         """Makes prompts, pairs of a text and its ids, of what to learn from and of held_out."""
         self.prompts, self.message = self.read_prompts(learned, "to learn from")
         val_prompts, self.val_message = self.read_prompts(self.held_out, "held out")
+        if self.cfg.dataset == self.cfg.built_in:
+            self.panels = (*self.panels, ("nats a story", ("story",)))
         chosen = evenly(np.arange(len(val_prompts)), SAMPLES)
         self.val_prompts = [val_prompts[number] for number in chosen]
         return [np.array(ids) for _, ids in self.prompts]
@@ -380,7 +383,7 @@ class Reinforcing(finetune_lora.FineTuning):
 
     def validate(self, tokens=None):
         """Returns figures of one sample a held-out prompt: the mean reward, and less than it val_loss; kl, in
-        nats a token; the share that was cut off; and drift, see sample().
+        nats a token; the share that was cut off; drift, see sample(); and of toy stories, nats a story.
         """
         size = self.cfg.batch_size * self.cfg.group
         rewards, cut, drifts = [], 0, []
@@ -394,13 +397,19 @@ class Reinforcing(finetune_lora.FineTuning):
             rewards += some
             drifts.append(drift)
         reward = float(np.mean(rewards))
-        return {
+        figures = {
             "val_loss": -reward,
             "reward": reward,
             "kl": (kl[0] / kl[1].clamp(min=1)).item(),
             "cut_off": cut / len(rewards),
             "drift": max(drifts),
         }
+        if self.cfg.dataset == self.cfg.built_in:
+            model, tokenizer = self.tuning.model, self.tuning.tokenizer
+            stories = [tokenizer.encode(text) for text, _ in toy_stories.stories(STORIES, seed=1)]
+            nats = document_nats(model, stories, tokenizer, self.compute)
+            figures["story"] = float(np.mean([story.sum() for story in nats]))
+        return figures
 
     def line(self, figures):
         return (
