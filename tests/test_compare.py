@@ -114,6 +114,7 @@ def test_an_interrupted_comparison_ends_as_an_uninterrupted_one(lab, pair, monke
     assert results(lab / argv[-1].removeprefix("--out_dir=")) == results(pair)
 
 
+@pytest.mark.slow
 def test_processes_share_the_runs(lab, pair):
     argv = [*SMALL, PAIR, "--seeds=1,2,3", "--out_dir=out/shared", "--devices=cpu,cpu"]
     process = shell("compare", *argv, folder=lab)
@@ -189,7 +190,8 @@ def test_parameters_are_matched(lab, variant):
     assert free.n_inner == 24
 
 
-def test_tokens_and_seconds_are_the_same_for_all(lab):
+def test_tokens_and_seconds_are_the_same_for_all(lab, monkeypatch):
+    monkeypatch.setattr(compare, "TIMING_STEPS", 20)
     argv = ["--variants=a:; b: --batch_size=4", "--seeds=1"]
     for job in comparison(lab, *argv, "--by=tokens", "--budget=1280").runs():
         assert job.cfg.max_iters * job.cfg.batch_size * 32 == 1280
