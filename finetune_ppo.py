@@ -57,6 +57,7 @@ class Config(finetune_lora.Config):
     kl: float = 0.05                        # what a nat a token away from the reference costs
     scale: bool = False                     # group: divide advantages by their group's standard deviation
     gae: float = 0.95                       # value: how far an advantage looks past the next value; 1 = to the reward
+    learning_rate: float = 2e-3             # the highest one
     max_iters: int = 60                     # steps
     eval_interval: int = 20                 # steps between evaluations, samples and checkpoints
     # fmt: on
