@@ -378,14 +378,14 @@ class Comparison:
             if "dtype" not in given:
                 variant = train_config(variant.values | {"dtype": self.dtype})
             compute = resolve(self.cfg.device, variant.dtype, variant.compile)
-            _, meta, _, tokenizer = train.open_data(variant, compute)
+            folder, meta, data, tokenizer = train.open_data(variant, compute)
             variant = train_config(variant.values | {"vocab_size": tokenizer.vocab_size})
             if first and self.cfg.match and "n_inner" not in given:
                 variant = matched(variant, model_sizes(first).parameters)
             for values in self.sweep or [{}]:
                 trial = train_config(variant.values | values)
                 compute = resolve(self.cfg.device, trial.dtype, trial.compile)
-                train.open_data(trial, compute)
+                train.check_data(trial, folder, data, tokenizer)
                 train.check_start(tokenizer, trial)
                 train.rows_each(trial, compute)
                 train.check_training_memory(trial, compute)
@@ -589,9 +589,10 @@ def draw(comparison, path):
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     by_step, by_second = figure.subplots(1, 2, sharey=True)
+    jobs = comparison.finished()
     for name in comparison.variants:
         curves = []
-        for job in comparison.finished():
+        for job in jobs:
             result = job.read()
             if job.variant == name and result["bits_per_byte"] is not None:
                 curves.append(curve(job.folder, tokens_a_step(job.cfg), result["tokens_per_s"]))

@@ -47,11 +47,10 @@ class Config(finetune_lora.Config):
     # fmt: on
 
     built_in = "toy"
+    built_in_template = "{prompt}"  # a story and how it goes on
 
     def __post_init__(self):
         super().__post_init__()
-        if self.dataset == self.built_in and not self.template:
-            self.template = "{prompt}"  # a story and how it goes on
         if self.beta <= 0:
             raise ValueError(f"beta must be above 0, not {self.beta}")
 
@@ -77,6 +76,14 @@ def gains(model, batch):
     is_pair = ~batch["reference"][:, ::2].isnan()
     gained = logps - batch["reference"]
     return [values[:, side::2][is_pair] for values in (gained, logps) for side in (0, 1)]
+
+
+def sums_of_pairs(margin, chosen, rejected):
+    """Returns the sums over pairs of the loss of a margin, of whether it is above 0, of itself and of two more
+    figures, all (pairs,), and the number of pairs, as score.means takes them.
+    """
+    columns = [-F.logsigmoid(margin), margin > 0, margin, chosen, rejected, torch.ones_like(margin)]
+    return torch.stack([column.float().sum() for column in columns])
 
 
 def count_pairs(batch):
@@ -175,9 +182,7 @@ class Preferring(finetune_lora.FineTuning):
     def figures(self, batch):
         """Returns the sums over a batch of what validate() reports, and the number of pairs."""
         chosen, rejected, logp_chosen, logp_rejected = gains(self.trained, batch)
-        margin = self.cfg.beta * (chosen - rejected)
-        columns = [-F.logsigmoid(margin), margin > 0, margin, logp_chosen, logp_rejected]
-        return torch.stack([column.float().sum() for column in columns] + [count_pairs(batch).float()])
+        return sums_of_pairs(self.cfg.beta * (chosen - rejected), logp_chosen, logp_rejected)
 
     def validate(self, tokens=None):
         """Returns figures of held-out pairs, means: the loss; accuracy, the share whose chosen answer gained

@@ -85,10 +85,13 @@ class Config(TrainConfig, lora.LoRAConfig):
     # fmt: on
 
     built_in = "moral"  # the dataset that is made here
+    built_in_template = ""  # and the template of its rows, where that is another than their kind's
 
     def __post_init__(self):
         super().__post_init__()
         self.template = new_lines(self.template)
+        if self.dataset == self.built_in:
+            self.template = self.template or self.built_in_template
         if self.template not in ("", MODELS_OWN) and "{prompt}" not in self.template:
             raise ValueError(
                 f"template must have {{prompt}} in it, where the prompt goes, not {self.template!r}"

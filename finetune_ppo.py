@@ -63,11 +63,10 @@ class Config(finetune_lora.Config):
     # fmt: on
 
     built_in = "toy"
+    built_in_template = "{prompt}"  # a story and how it goes on
 
     def __post_init__(self):
         super().__post_init__()
-        if self.dataset == self.built_in and not self.template:
-            self.template = "{prompt}"  # a story and how it goes on
         if not self.rank:
             raise ValueError("the reference is the base without its adapters: rank must be at least 1")
         if self.baseline not in ("group", "value"):

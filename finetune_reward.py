@@ -42,11 +42,10 @@ class Config(finetune_lora.Config):
     # fmt: on
 
     built_in = "toy"
+    built_in_template = "{prompt}"  # a story and how it goes on
 
     def __post_init__(self):
         super().__post_init__()
-        if self.dataset == self.built_in and not self.template:
-            self.template = "{prompt}"  # a story and how it goes on
         if not self.rank:
             raise ValueError("a reward model is adapters and a layer: rank must be at least 1")
 
@@ -142,9 +141,7 @@ class Rewarding(finetune_dpo.Preferring):
     def figures(self, batch):
         values = rewards(self.tuning.model, batch)
         chosen, rejected = values[::2], values[1::2]
-        margin = chosen - rejected
-        columns = [-F.logsigmoid(margin), margin > 0, margin, chosen, rejected]
-        return torch.stack([column.float().sum() for column in columns] + [self.count(batch).float()])
+        return finetune_dpo.sums_of_pairs(chosen - rejected, chosen, rejected)
 
     def notes(self):
         head = saved_head(self.tuning.model.reward_head)

@@ -568,6 +568,12 @@ def open_data(cfg, compute):
                 raise
     compute.barrier()  # nothing is written to out_dir before everyone has looked at it, nothing read before it is there
     meta, data, tokenizer = prepare.load(folder)
+    check_data(cfg, folder, data, tokenizer)
+    return folder, meta, data, tokenizer
+
+
+def check_data(cfg, folder, data, tokenizer):
+    """Raises Refusal where a config cannot be trained on what open_data returned of a folder."""
     if len(data["train"]) <= cfg.block_size:
         raise Refusal(
             f"{folder}/train.bin has {len(data['train'])} tokens, not enough for block_size={cfg.block_size}"
@@ -576,7 +582,6 @@ def open_data(cfg, compute):
         raise Refusal(
             f"vocab_size is the tokenizer's, {tokenizer.vocab_size}; leave it out (prepare.py --vocab_size chooses it)"
         )
-    return folder, meta, data, tokenizer
 
 
 def training_bytes(cfg, c, compute, learned=None, adapt=None, documents=False):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from scripts import call
+from test_dpo import moved
 from test_finetune import TINY
 from test_model import build
 from test_prepare import write_rows
@@ -70,15 +71,6 @@ def small_task(shop, *argv):
     task.trained = tuning.prepare()
     task.begin()
     return task
-
-
-def moved(model, amount=0.05):
-    """Moves what is learned away from its start, by the same amount each time."""
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
-                p += amount * torch.randn_like(p)
 
 
 # The loss
