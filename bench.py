@@ -60,6 +60,7 @@ SHAPE_KEYS = ("n_layer", "n_head", "n_embd", "block_size", "batch_size")
 ARCHITECTURE_KEYS = {"norm", "norm_position", "pos", "mlp"}
 NANOGPT = "nanoGPT"
 SLOW = 1e-7  # a learning rate
+SAMPLES = 32  # prompts continued together
 LARGE = 1 << 26  # float32 numbers: 256 MB, more than caches hold
 
 
@@ -526,6 +527,44 @@ def decode_rows(model, hf_model, large, batch_size, seconds):
         yield row
 
 
+def sample_rows(model, hf_model, seconds):
+    """Returns the rows of SAMPLES prompts of different lengths that are continued together, by draws from all of
+    the vocabulary, as finetune_ppo.py samples. With random weights two
+    thirds end before they are n_new tokens long.
+    """
+    n_prompt = n_new = model.config.block_size // 2
+    ends = list(range(0, model.config.vocab_size, n_new))
+    lengths = torch.linspace(max(1, n_prompt // 4), n_prompt, SAMPLES).long().tolist()
+    ids = torch.randint(model.config.vocab_size, (SAMPLES, n_prompt))
+    prompts = [row[-length:].tolist() for row, length in zip(ids, lengths)]
+    mask = torch.tensor([[0] * (n_prompt - length) + [1] * length for length in lengths])
+    rivals = {
+        "samples": lambda: list(generate(model, prompts, n_new, 1.0, top_k=0, stop=ends, logps=True))
+    }
+    if hf_model:
+        rivals["transformers samples"] = functools.partial(
+            hf_model.generate,
+            ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            do_sample=True,
+            top_k=0,
+            max_new_tokens=n_new,
+            eos_token_id=ends,
+            pad_token_id=0,
+        )
+    return [
+        {
+            "what": name,
+            "batch": SAMPLES,
+            "prompt": f"{lengths[0]} to {n_prompt}",
+            "new": n_new,
+            "samples_per_s": SAMPLES / times["median"],
+            **ms_columns(times),
+        }
+        for name, times in race(rivals, seconds, model.device).items()
+    ]
+
+
 def cached_and_uncached_rows(cfg, compute, model):
     """Times n greedy tokens with a cache and without one.
 
@@ -560,7 +599,7 @@ def cached_and_uncached_rows(cfg, compute, model):
 
 
 def bench_decode(cfg, compute):
-    """Times sample.generate, greedy, in tokens/s.
+    """Times sample.generate, greedy, in tokens/s; and in samples/s, drawn, for prompts of different lengths.
 
     of_memory is the speed at which weights are read against what the memory gives. The last table has
     the time with a cache against that without one.
@@ -569,10 +608,11 @@ def bench_decode(cfg, compute):
     hf_model = convert(to_transformers, model)
     large = torch.ones(LARGE, device=compute.device)
     batch_sizes = (1, 8, 64) if compute.device.type == "cuda" else (1, 8)
-    seconds = cfg.seconds / 2 / len(batch_sizes)
+    seconds = cfg.seconds / 2 / (len(batch_sizes) + 1)
     rows = []
     for batch_size in batch_sizes:
         rows += decode_rows(model, hf_model, large, batch_size, seconds)
+    rows += sample_rows(model, hf_model, seconds)
     return rows + cached_and_uncached_rows(cfg, compute, model)
 
 

@@ -167,6 +167,22 @@ class KVCache:
         self.length += T
         self.lengths += T
 
+    def keep(self, rows):
+        """Makes row i what row rows[i] was, which is not before it, and forgets all others."""
+        buffers = [*self.k, *self.v, self.lengths, *(self.docs or {}).values()]
+        for new, old in enumerate(rows):
+            if new != old:
+                for buffer in buffers:
+                    buffer[new] = buffer[old]
+                self.longest[new] = self.longest[old]
+        n = len(rows)
+        self.k = [k[:n] for k in self.k]
+        self.v = [v[:n] for v in self.v]
+        self.lengths = self.lengths[:n]
+        self.longest = self.longest[:n]
+        if self.docs is not None:
+            self.docs = {window: docs[:n] for window, docs in self.docs.items()}
+
     def rewind(self, n):
         """Forgets the last n tokens: of every row, or with a list of numbers so many of each. Raises
         ValueError past the start, and where a ring has written over what would be seen then.

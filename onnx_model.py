@@ -118,6 +118,11 @@ class Past:
         )
         self.length = total
 
+    def keep(self, rows):
+        """Makes row i what row rows[i] was, and forgets all others."""
+        self.arrays = [np.ascontiguousarray(array[:, rows]) for array in self.arrays]
+        self.addresses = [array.ctypes.data for array in self.arrays]
+
 
 @dataclasses.dataclass
 class Part:
@@ -134,6 +139,16 @@ class Cache:
 
     max_len: int
     parts: list = dataclasses.field(default_factory=list)
+
+    def keep(self, rows):
+        """Makes row i what row rows[i] was, and forgets all others."""
+        parts = []
+        for part in self.parts:
+            new = [i for i, row in enumerate(rows) if row in part.rows]
+            if new:
+                part.past.keep([part.rows.tolist().index(rows[i]) for i in new])
+                parts.append(Part(torch.tensor(new), part.padding, part.past))
+        self.parts = parts
 
 
 class OnnxModel(nn.Module):

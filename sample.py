@@ -105,8 +105,10 @@ class Config:
 # One token
 
 
-def next_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
-    """Returns a token a row (B,) from logits (B, V). top_p keeps the token that crosses it (Holtzman et al. 2019)."""
+def next_token(logits, temperature=1.0, top_k=0, top_p=1.0, uniform=None):
+    """Returns a token a row (B,) from logits (B, V), drawn by numbers uniform (B, 1) from [0, 1), of which greedy text
+    needs none. top_p keeps the token that crosses it (Holtzman et al. 2019).
+    """
     if temperature < 1e-5:  # divided by less, logits overflow
         return logits.argmax(-1)
     ids = None
@@ -119,9 +121,9 @@ def next_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
         p, order = logits.softmax(-1).sort(descending=True, stable=True)
         is_dropped = p.cumsum(-1) - p >= top_p  # what is likelier already makes up top_p
         logits = logits.masked_fill(is_dropped.scatter(-1, order, is_dropped), -torch.inf)
-    p = logits.softmax(-1)
-    # p / Exponential(1) is largest at i with probability p[i]: a draw without waiting for the device
-    drawn = (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1, keepdim=True)
+    edges = logits.softmax(-1).cumsum(-1, dtype=uniform.dtype)
+    drawn = torch.searchsorted(edges, uniform * edges[:, -1:], right=True)
+    drawn = drawn.clamp(max=logits.size(-1) - 1)  # nan has no place among them
     if ids is not None:
         drawn = ids.gather(-1, drawn)
     return drawn[:, 0]
@@ -174,6 +176,16 @@ def prefill(model, windows, capacity):
     return model.next_logits(idx, cache, doc), cache
 
 
+def going_on(ends):
+    """Returns the places of rows that have no end, the last ones in those of rows that have: few move."""
+    places = list(range(len(ends)))
+    for place in reversed(places.copy()):
+        if ends[place]:
+            places[place] = places[-1]
+            places.pop()
+    return places
+
+
 @torch.inference_mode()
 def generate(
     model,
@@ -219,6 +231,8 @@ def generate(
         rows.append(Row(list(prompt) if len(prompt) <= block_size else list(prompt[-half:])))
 
     rng = torch.Generator(device).manual_seed(seed)
+    exact = torch.float32 if device.type == "mps" else torch.float64  # which mps has not
+    batch = list(range(len(rows)))  # the rows that go on, in the order of the cache
     seen = None  # (B, V): the tokens that occurred in each row
     if repetition_penalty != 1:
         seen = torch.zeros(len(rows), model.config.vocab_size, dtype=torch.bool, device=device)
@@ -231,32 +245,32 @@ def generate(
     try:
         for step in range(max_new_tokens):
             if cache is None:
-                logits, cache = prefill(model, [row.window for row in rows], max_new_tokens - step)
+                windows = [rows[number].window for number in batch]
+                logits, cache = prefill(model, windows, max_new_tokens - step)
             else:
-                doc = None
-                if any(row.end for row in rows):  # a row that has ended goes on as padding
-                    doc = torch.tensor([[-1 if row.end else 0] for row in rows], device=device)
-                logits = model.next_logits(ids[:, None], cache, doc)
+                logits = model.next_logits(ids[:, None], cache)
             if seen is not None:
                 logits = penalized(logits, seen, repetition_penalty)
-            ids = next_token(logits, temperature, top_k, top_p, rng)
-            given = [None] * len(rows)
+            # for all rows, so that none depends on when the others end
+            uniform = torch.rand(len(rows), 1, generator=rng, dtype=exact, device=device)[batch]
+            ids = next_token(logits, temperature, top_k, top_p, uniform)
+            given = [None] * len(batch)
             if logps:
                 given = logits.float().log_softmax(-1).gather(1, ids[:, None])[:, 0].tolist()
             if seen is not None:
                 seen.scatter_(1, ids[:, None], True)
 
-            for row, id, logp in zip(rows, ids.tolist(), given):
-                row.window.append(id)
+            for row in rows:
                 row.new = None
-                if logps and not row.end:
+            for number, id, logp in zip(batch, ids.tolist(), given):
+                row = rows[number]
+                if logps:
                     row.logps.append(logp)
-                if not row.end and id in stop:
+                if id in stop:
                     row.end = "stop"
                     row.stop = id
-                if row.end:
-                    row.window = row.window[-1:]
                     continue
+                row.window.append(id)
                 row.new = id
                 row.ids.append(id)
                 if len(row.window) > block_size and past_end == "stop":
@@ -267,8 +281,16 @@ def generate(
                 if not row.end and step == max_new_tokens - 1:
                     row.end = "length"
             yield rows
-            if all(row.end for row in rows):
+            places = going_on([rows[number].end for number in batch])
+            if not places:
                 break
+            if len(places) < len(batch):
+                batch = [batch[place] for place in places]
+                ids = ids[places]
+                if seen is not None:
+                    seen = seen[places]
+                if cache is not None:
+                    cache.keep(places)
     finally:
         model.train(was_training)
 

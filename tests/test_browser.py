@@ -477,8 +477,8 @@ def test_the_draw_is_next_tokens(page):
         if temperature == 0:
             assert probabilities == [1.0] + [0.0] * 9
             continue
-        generator = torch.Generator().manual_seed(0)
-        drawn = sample.next_token(logits.expand(n, -1), temperature, top_k, top_p, generator)
+        uniform = torch.rand(n, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        drawn = sample.next_token(logits.expand(n, -1), temperature, top_k, top_p, uniform)
         frequencies = torch.bincount(drawn, minlength=10) / n
         for p, frequency in zip(probabilities, frequencies.tolist()):
             assert p > 0 or frequency == 0, settings
@@ -1258,7 +1258,7 @@ def native_speed(model, tokenizer, prompt, n=31):
     start = time.perf_counter()
     for _ in range(n):
         logits = torch.from_numpy(model.run(token, past)[:, -1])
-        sample.next_token(logits, temperature=1.0, top_k=200)
+        sample.next_token(logits, 1.0, 200, uniform=torch.rand(1, 1))
     return n / (time.perf_counter() - start)
 
 

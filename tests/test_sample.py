@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from test_model import build, tokens
+from test_model import V, build, tokens
 
 import finetune_lora
 import train
@@ -74,10 +74,15 @@ def prompts_of(*lengths):
     return [tokens(1, n, seed=n)[0].tolist() for n in lengths]
 
 
+def uniform(n, seed):
+    """Returns numbers from [0, 1), (n, 1) float64."""
+    return torch.rand(n, 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
 def support(p, **rules):
     """Returns the ids that are ever drawn from a distribution, of 4,000 draws."""
     logits = torch.tensor(p).log().expand(4000, -1)
-    return set(next_token(logits, generator=torch.Generator().manual_seed(0), **rules).tolist())
+    return set(next_token(logits, uniform=uniform(4000, seed=0), **rules).tolist())
 
 
 def chi_square(draws, p):
@@ -106,8 +111,7 @@ def test_draws_have_the_right_frequencies():
     p = torch.tensor([0.4, 0.3, 0.2, 0.06, 0.04])
     logits = p.log().expand(20_000, -1)
     for temperature, expected in (1.0, p), (2.0, p.sqrt() / p.sqrt().sum()):
-        g = torch.Generator().manual_seed(1)
-        draws = next_token(logits, temperature=temperature, generator=g)
+        draws = next_token(logits, temperature=temperature, uniform=uniform(20_000, seed=1))
         assert chi_square(draws, expected) < 18.5  # 4 degrees of freedom, p = 0.001
 
 
@@ -146,6 +150,21 @@ def test_each_row_has_its_own_stop_and_the_others_go_on_as_if_alone():
         else:
             assert row == expected
             assert end == "length"
+
+
+@pytest.mark.parametrize("past_end", ["stop", "recompute"])
+def test_what_is_drawn_does_not_depend_on_when_other_rows_end(past_end):
+    model = build(window=5, window_pattern="SL").double()
+    prompts = prompts_of(3, 9, 5, 2, 7, 12)
+    settings = dict(temperature=1.0, top_k=0, repetition_penalty=1.2, past_end=past_end)
+    *_, endless = generate(model, prompts, 40, **settings)
+    stops = list(range(0, V, 12))
+    *_, rows = generate(model, prompts, 40, stop=stops, **settings)
+    assert len({len(row.ids) for row in rows}) > 3
+    for row, expected in zip(rows, endless):
+        assert row.ids == expected.ids[: len(row.ids)]
+        if row.stop is not None:
+            assert row.stop == expected.ids[len(row.ids)]
 
 
 def test_rows_end_at_the_end_of_the_context():
