@@ -20,6 +20,7 @@ all alike, raise --kl or lower --learning_rate.
 import math
 import os
 import re
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 from config import Refusal, run
@@ -176,18 +177,18 @@ def k3(logps, reference):
 
 
 def is_learned(batch):
-    """Returns which tokens are learned from, (rows, T): those of answers that have an end."""
+    """Returns which tokens have an advantage, (rows, T): those of answers that have an end."""
     return (batch["targets"] != -100) & batch["is_whole"][:, None]
 
 
-def mean_over_answers(losses, batch):
-    """Returns losses (rows, T) as the mean over each answer's tokens, summed over answers."""
-    mask = is_learned(batch)
+def mean_over_answers(losses, mask):
+    """Returns losses (rows, T) as the mean over each answer's tokens (rows, T bool), summed over answers."""
     return ((losses * mask).sum(1) / mask.sum(1).clamp(min=1)).sum()
 
 
 def policy_loss(logps, batch, clip, kl):
-    """Returns the clipped loss and kl times the divergence.
+    """Returns the clipped loss and kl times the divergence, which alone pulls on a sample that was cut off: its
+    share in the divergence is what brings a model back that no longer ends.
 
     logps: (rows, T) of the model; batch: old, of the model that sampled, and reference, of the same shape;
     advantage (rows, 1 or T); targets, -100 where nothing was sampled; is_whole (rows,), not where a sample was
@@ -196,7 +197,8 @@ def policy_loss(logps, batch, clip, kl):
     ratio = (logps - batch["old"]).exp()
     advantage = batch["advantage"]
     gain = torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
-    return mean_over_answers(kl * k3(logps, batch["reference"]) - gain, batch)
+    gain = mean_over_answers(gain, is_learned(batch))
+    return kl * mean_over_answers(k3(logps, batch["reference"]), batch["targets"] != -100) - gain
 
 
 def value_loss(values, batch, clip):
@@ -205,7 +207,7 @@ def value_loss(values, batch, clip):
     """
     near = batch["value"] + (values - batch["value"]).clamp(-clip, clip)
     errors = torch.maximum((values - batch["goal"]).square(), (near - batch["goal"]).square())
-    return mean_over_answers(errors / 2, batch)
+    return mean_over_answers(errors / 2, is_learned(batch))
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -334,7 +336,9 @@ class Reinforcing(finetune_lora.FineTuning):
         cfg, model, tokenizer = self.cfg, self.tuning.model, self.tuning.tokenizer
         seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
         ids = [list(prompt_ids) for _, prompt_ids in prompts]
-        with self.compute.autocast():
+        # as sample.py does, a processor writes text in float32
+        is_cpu = self.compute.device.type == "cpu"
+        with lora.folded_in(model), nullcontext() if is_cpu else self.compute.autocast():
             *_, answers = generate(
                 model, ids, cfg.max_new_tokens, 1.0, top_k=0, stop=tokenizer.ends, seed=seed, logps=True
             )

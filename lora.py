@@ -67,16 +67,25 @@ class LoRALinear(nn.Module):
         for matrix in self.A.data.view(-1, rank, n_in):
             nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))  # as peft, Hugging Face's, does
 
+    is_on = True  # see switched_off
+
     def forward(self, x, *ends):
+        if not self.is_on:
+            return self.base(x, *ends)
         thin = self.multiply(self.dropout(x), self.A, *ends)
         return self.base(x, *ends) + self.scale * self.multiply(thin, self.B, *ends)
 
     @torch.no_grad()
-    def merged(self):
-        """Returns the Linear with the adapter in its weight, added in float32 at least."""
+    def sum(self):
+        """Returns weight and adapter as one matrix, added in float32 at least, in the weight's dtype."""
         weight = self.base.weight
         change = self.scale * (self.B @ self.A)
-        weight.copy_(weight.to(torch.promote_types(weight.dtype, torch.float32)) + change)
+        return (weight.to(torch.promote_types(weight.dtype, torch.float32)) + change).type_as(weight)
+
+    @torch.no_grad()
+    def merged(self):
+        """Returns the Linear with the adapter in its weight."""
+        self.base.weight.copy_(self.sum())
         return self.base
 
 
@@ -113,14 +122,28 @@ def replace(model, name, module):
 def switched_off(model):
     """Lets the model compute what it did before it got adapters."""
     adapted = [m for m in model.modules() if isinstance(m, LoRALinear)]
-    scales = [m.scale for m in adapted]
     try:
         for m in adapted:
-            m.scale = 0.0
+            m.is_on = False
         yield
     finally:
-        for m, scale in zip(adapted, scales):
-            m.scale = scale
+        for m in adapted:
+            m.is_on = True
+
+
+@contextmanager
+def folded_in(model):
+    """Has the adapters in the weights for a while, where a model only reads: then it is as fast as its base."""
+    adapted = [m for m in model.modules() if isinstance(m, LoRALinear)]
+    weights = [m.base.weight.data for m in adapted]
+    try:
+        with switched_off(model):
+            for m in adapted:
+                m.base.weight.data = m.sum()
+            yield
+    finally:
+        for m, weight in zip(adapted, weights):
+            m.base.weight.data = weight
 
 
 def without_dropout(model):

@@ -40,8 +40,8 @@ def shop(tmp_path_factory):
         prepare, "--dataset=words.txt", "--name=words", "--vocab_size=257", "--num_proc=1", folder=folder
     )
     argv = [
-        "--max_iters=60",
-        "--eval_interval=60",
+        "--max_iters=300",
+        "--eval_interval=300",
         "--block_size=16",
         "--dataset=words",
         "--out_dir=base",
@@ -99,13 +99,13 @@ def test_the_loss_is_that_of_the_paper():
     for row in range(6):
         terms = []
         for t in range(7):
-            if batch["targets"][row, t] == -100 or not batch["is_whole"][row]:
+            if batch["targets"][row, t] == -100:
                 continue
             ratio = torch.exp(logps[row, t]) / torch.exp(batch["old"][row, t])
             A = batch["advantage"][row, 0]
             low, high = 1 - 0.2, 1 + 0.2
             clipped = low if ratio < low else high if ratio > high else ratio
-            gain = min(ratio * A, clipped * A)
+            gain = min(ratio * A, clipped * A) * batch["is_whole"][row]
             share = torch.exp(batch["reference"][row, t]) / torch.exp(logps[row, t])
             terms.append(gain - 0.3 * (share - torch.log(share) - 1))
         if terms:
@@ -274,7 +274,7 @@ def test_ratios_begin_at_1_and_the_divergence_at_0_to_the_bit(shop):
 def test_log_p_is_that_of_each_sampled_token_and_of_the_end():
     model = build(vocab_size=12, block_size=24, n_layer=1).double().eval()
     prompts = [[1, 2, 3], [4], [5, 6]]
-    *_, rows = generate(model, prompts, 15, 1.0, top_k=0, stop=[0], seed=2, logps=True)
+    *_, rows = generate(model, prompts, 15, 1.0, top_k=0, stop=[0], seed=5, logps=True)
     assert {row.end for row in rows} == {"stop", "length"}
     for prompt, row in zip(prompts, rows):
         text = prompt + row.ids + [0] * (row.end == "stop")
@@ -379,14 +379,15 @@ def test_reward_rises(shop, baseline):
     argv = [
         f"--baseline={baseline}",
         "--group=8",
-        "--kl=0.01",
-        "--learning_rate=2e-2",
-        "--max_iters=40",
-        "--eval_interval=40",
+        "--kl=0.1",
+        "--learning_rate=5e-3",
+        "--max_iters=20",
+        "--eval_interval=20",
     ]
     reinforce(shop, *argv, f"--out_dir=rises-{baseline}")
     first, *_, last = [line for line in log(shop, f"rises-{baseline}") if "reward" in line]
-    assert first["reward"] < 0.7 and last["reward"] > 0.9
+    assert first["reward"] < 0.7 and last["reward"] > 0.85
+    assert last["cut_off"] < 0.5  # never to end is the other way to write no e
     assert first["kl"] == 0 and last["kl"] > 0
 
 
