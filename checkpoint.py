@@ -192,6 +192,8 @@ def load(path, keys=KEYS):
     except Exception as e:  # the unpickler raises whatever it stumbles over
         if is_out_of_memory(e):
             raise too_large(path)
+        if path.endswith(".gguf"):
+            raise Refusal(f"{path} is no checkpoint of ours: a GGUF file is read as hf:{path}")
         raise Refusal(
             f"{path} is not a checkpoint that is safe to read: it is damaged, foreign, or holds code"
         )

@@ -181,7 +181,9 @@ def write_atomic(path, write):
             finally:
                 os.close(handle)
     except OSError as e:
-        raise Refusal(f"cannot write {path}: {e.strerror}; what was there before is as it was", status=1)
+        raise Refusal(
+            f"cannot write {path}: {e.strerror or e}; what was there before is as it was", status=1
+        )
     except RuntimeError as e:  # torch.save says it of a full disk
         reason = f"is the disk full? ({str(e).splitlines()[0]})"
         raise Refusal(f"cannot write {path}: {reason}; what was there before is as it was", status=1)

@@ -1,11 +1,12 @@
-"""Our models as Hugging Face folders, for transformers, vLLM, llama.cpp and TRL; our adapters as PEFT's.
+"""Our models as Hugging Face folders, for transformers, vLLM and TRL, or as GGUF; our adapters as PEFT's.
 
     python hf.py --out_dir=out/demo --to=out/demo-hf      # AutoModelForCausalLM, AutoTokenizer open that
+    python hf.py --out_dir=out/demo --to=out/demo.gguf    # llama.cpp, Ollama and LM Studio run that
     python hf.py --out_dir=out/demo --adapter=out/lora --to=out/peft     # a LoRA adapter, for peft
     python hf.py --out_dir=out/demo --adapter=hf:out/peft --to=out/lora  # PEFT's, for sample.py
 
-A whole model comes in without this script: "hf:FOLDER_OR_NAME" stands wherever a checkpoint does, as in
-train.py --init_from=hf:gpt2 or sample.py --out_dir=hf:out/demo-hf. A model becomes a LlamaForCausalLM,
+A whole model comes in without this script: "hf:FOLDER_OR_NAME" or "hf:FILE.gguf" stands wherever a checkpoint
+does, as in train.py --init_from=hf:gpt2 or sample.py --out_dir=hf:out/demo-hf. A model becomes a LlamaForCausalLM,
 with qk_norm a Qwen3ForCausalLM, with biases in q, k and v alone (Qwen2's) a Qwen2ForCausalLM, with
 experts a MixtralForCausalLM or with qk_norm a Qwen3MoeForCausalLM, or a GPT2LMHeadModel; what has no
 counterpart is refused.
@@ -22,7 +23,7 @@ from config import Refusal, hf_name, is_hf, run
 import checkpoint
 from data import text_rule
 from folders import new_folder
-from interop import hf_folder, hf_layout
+from interop import gguf_file, hf_folder, hf_layout
 from tokenizer import bos_processor
 
 
@@ -32,8 +33,9 @@ class Config:
     adapter: str = ""  # an adapter's folder, written instead; hf:FOLDER_OR_NAME is PEFT's, made ours
     block_size: int = 0  # another context than the model's, as in sample.py; 0 = its own
     rope_scaling: str = ""  # another one than the model's, as in sample.py; "" = its own
-    to: str = ""  # the folder to write
-    overwrite: bool = False  # move a folder that is in the way aside
+    to: str = ""  # the folder or the FILE.gguf to write
+    bits: int = 32  # of a number in FILE.gguf: 32 | 16 | 8 | 4
+    overwrite: bool = False  # move a folder or a file that is in the way aside
 
     def __post_init__(self):
         if not Path(self.to).name:
@@ -42,6 +44,13 @@ class Config:
             raise ValueError("block_size must be at least 1, or 0 for the model's own")
         if self.adapter and (self.block_size or self.rope_scaling):
             raise ValueError("an adapter has no positions: leave out block_size and rope_scaling")
+        if self.adapter and gguf_file.is_gguf(self.to):
+            advice = "finetune_lora.py --merge makes a whole model of it and its base"
+            raise ValueError(f"an adapter is not written as GGUF: {advice}")
+        if self.bits not in gguf_file.BITS:
+            raise ValueError(f"bits must be 32, 16, 8 or 4, not {self.bits}")
+        if self.bits != 32 and not gguf_file.is_gguf(self.to):
+            raise ValueError(f"--bits={self.bits} is for --to=FILE.gguf; a folder has float32")
 
 
 def to_transformers(model):
@@ -154,11 +163,25 @@ def write_own_adapter(folder, name, ckpt, model):
         )
 
 
+def write_gguf(cfg, ckpt):
+    """Writes cfg.to, a GGUF file."""
+    model, tokenizer = ckpt.restore()
+    try:
+        note = gguf_file.write(cfg.to, model, tokenizer, ckpt.template, cfg.bits, cfg.overwrite)
+    except ValueError as e:
+        raise Refusal(f"{ckpt.path}: {e}")
+    print(f"{cfg.to}: {os.path.getsize(cfg.to):,} bytes, {note}")
+    print(f"next: llama-cli -m {cfg.to}, or python sample.py --out_dir=hf:{cfg.to}")
+
+
 def main(cfg):
     to = Path(os.path.abspath(cfg.to))
     own_adapter = "" if is_hf(cfg.adapter) else cfg.adapter
     ckpt = checkpoint.open_given(cfg, own_adapter)
     ckpt.stretch(cfg.rope_scaling, cfg.block_size)
+    if gguf_file.is_gguf(cfg.to):
+        write_gguf(cfg, ckpt)
+        return
     sources = [hf_name(source) for source in (ckpt.path, cfg.adapter) if source]
     with new_folder(to, cfg.overwrite, "--overwrite moves it aside", sources) as tmp:
         model, tokenizer = ckpt.restore()

@@ -705,7 +705,7 @@ def choose_tokenizer(cfg):
         if is_hf(cfg.tokenizer):
             from interop import hf_folder  # and torch with it, which nothing else here needs
 
-            return hf_folder.read_tokenizer(hf_folder.find_folder(hf_name(cfg.tokenizer), weights=""))
+            return hf_folder.load_tokenizer(hf_name(cfg.tokenizer))
         if cfg.tokenizer.endswith(".json"):
             return load_tokenizer(Path(cfg.tokenizer).read_text(encoding="utf-8"))
         if cfg.tokenizer.startswith("gpt2"):

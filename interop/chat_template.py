@@ -73,6 +73,27 @@ def generation_tag():
     return Generation
 
 
+def jinja_template(template, start, end):
+    """Returns the Jinja text of a template with {prompt} in it, for programs that know no other kind: it
+    renders the text that chat.conversation_ids takes in parts.
+
+    start: the text of the token that a conversation starts with, or ""; end: of the one after an answer.
+    """
+    literals = [json.dumps(text, ensure_ascii=False) for text in template.split("{prompt}")]
+    turn = "{{ " + " ~ turn.prompt ~ ".join(literals) + " }}"
+    return (
+        f"{{{{ {json.dumps(start, ensure_ascii=False)} }}}}"
+        "{% set turn = namespace(prompt='', n=0) %}"
+        "{% for message in messages %}{% if message['role'] == 'assistant' %}"
+        f"{turn}{{{{ message['content'] ~ {json.dumps(end, ensure_ascii=False)} }}}}"
+        "{% set turn.prompt = '' %}{% set turn.n = 0 %}"
+        "{% else %}"
+        "{% set turn.prompt = turn.prompt ~ ('\n' if turn.n else '') ~ message['content'] %}"
+        "{% set turn.n = turn.n + 1 %}"
+        f"{{% endif %}}{{% endfor %}}{{% if turn.n or add_generation_prompt %}}{turn}{{% endif %}}"
+    )
+
+
 def to_json(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
     return json.dumps(
         x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys

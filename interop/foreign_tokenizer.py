@@ -190,7 +190,8 @@ class ForeignTokenizer(Tokenizer):
         self.eot = eot
         self.bos = bos
         self.ends = tuple(sorted({eot, *(i for i in ends if 0 <= i < self.vocab_size)}))
-        self.prefix = len(self.decode_bytes(self.encode("a"))) - 1
+        # ours puts nothing before a text, and one of characters need not know an "a"
+        self.prefix = 0 if self.own else len(self.decode_bytes(self.encode("a"))) - 1
 
     @cached_property
     def _more(self):

