@@ -570,3 +570,49 @@ def test_llama_cpp_chats_as_the_model_learned(conversation, tmp_path):
     assert post(server, "tokenize", content=text, add_special=True, parse_special=True)["tokens"] == ids
     answer = post(server, "v1/chat/completions", messages=messages, max_tokens=1)
     assert answer["usage"]["prompt_tokens"] == len(ids)
+
+
+# -----------------------------------------------------------------------------------------------------
+# A real file
+
+
+FILE = os.environ.get("TINYLM_SMOLLM2_GGUF", "")
+FOLDER = os.environ.get("TINYLM_SMOLLM2", "")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not (FILE and FOLDER), reason="TINYLM_SMOLLM2_GGUF and TINYLM_SMOLLM2 name no file and folder"
+)
+def test_smollm2_is_what_transformers_made_a_folder_of():
+    """The same bits of weights, ids of conversations and greedy answer."""
+    from test_smollm2 import CONVERSATIONS, messages
+
+    before, after = (
+        checkpoint.load(f"hf:{name}") for name in (os.path.abspath(FOLDER), os.path.abspath(FILE))
+    )
+    assert before["model"].keys() == after["model"].keys()
+    for name, weight in before["model"].items():
+        assert torch.equal(after["model"][name], weight)
+    (folder, folder_tokenizer), (model, tokenizer) = (
+        checkpoint.restore(ckpt, "SmolLM2") for ckpt in (before, after)
+    )
+    for conversation in CONVERSATIONS:
+        ids = chat.conversation_ids(tokenizer, messages(conversation))
+        assert ids == chat.conversation_ids(folder_tokenizer, messages(conversation))
+    steps = [
+        list(sample.generate(m, [ids], 24, temperature=0, stop=tokenizer.ends))[-1]
+        for m in (folder, model)
+    ]
+    assert steps[0][0].ids == steps[1][0].ids
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not FILE, reason="TINYLM_SMOLLM2_GGUF names no file")
+def test_smollm2_has_the_ids_and_the_text_of_llama_cpp(tmp_path):
+    """Ids from the file itself; text from one of float32 that is made of it."""
+    path = os.path.abspath(FILE)
+    model, tokenizer = checkpoint.open_checkpoint(f"hf:{path}").restore()
+    check_ids(start_llama_cpp(path), tokenizer, lines(300))
+    export(tmp_path, f"--out_dir=hf:{path}", "--to=model.gguf")
+    check_text(start_llama_cpp(tmp_path / "model.gguf"), model, tokenizer)
