@@ -4,6 +4,7 @@
     out/NAME/ckpt_best.pt   the best validation loss, what sample.py reads
     out/NAME/adapter.pt, adapter_best.pt   LoRA adapters in their place, useless without the base that they name
     hf:FOLDER_OR_NAME       what transformers wrote, read as a checkpoint (interop/hf_folder.py)
+    hf:FILE.gguf            what llama.cpp runs, read as one (interop/gguf_file.py)
 
     checkpoint = open_checkpoint("out/ts"); model, tokenizer = checkpoint.restore()
 

@@ -58,9 +58,9 @@ def write(path, model, tokenizer, template="", bits=32, overwrite=False):
     metadata |= gguf_tokenizer.write_tokenizer(tokenizer)
     if chat_template := find_template(tokenizer, template):
         metadata["tokenizer.chat_template"] = chat_template
+    # no general.name: llama.cpp treats special tokens by what it finds in it
     metadata |= {
         "general.type": "model",
-        "general.name": os.path.basename(path).removesuffix(SUFFIX),
         "general.file_type": FILE_TYPES[bits],
         "general.quantization_version": 2,
     }

@@ -173,11 +173,11 @@ def to_gguf(c, state):
     Raises ValueError for what llama.cpp does not have or would compute otherwise.
     """
     kind = choose_kind(c)
-    if c.window:
+    if any(c.window_of(layer) for layer in range(c.n_layer)):
         raise ValueError(
             f"window={c.window}: llama.cpp reads no windows in these kinds and would see the whole text"
         )
-    architecture = ARCHITECTURES.get(kind)
+    architecture = ARCHITECTURES[kind]
     if kind == "qwen3_moe" and not c.norm_topk_prob:
         raise ValueError(
             "norm_topk_prob=False: llama.cpp's qwen3moe makes the scores of experts sum to 1"
