@@ -39,7 +39,7 @@ import prepare
 import sample
 from config import Refusal, configure
 from data import prompt_ids
-from interop import gguf_file, gguf_tokenizer, hf_folder
+from interop import gguf_file, gguf_layout, gguf_tokenizer, hf_folder
 from interop.chat_template import ChatTemplate, jinja_template
 from tokenizer import EOT, Tokenizer
 
@@ -55,6 +55,7 @@ GOING = {
     "biases": {},
     "llama3": {},
     "linear": {},
+    "yarn": {"rope_scaling": "yarn:4,64,32,1,1.25"},
     "qwen3": {},
     "qwen3 of a head_dim of its own": {},
     "qwen3 with yarn": {},
@@ -176,6 +177,40 @@ def test_other_types_come_in(tmp_path):
         assert torch.equal(after.blocks[0].mlp.up_proj.weight, reference)
         if name == "BF16":
             assert torch.equal(reference, before.bfloat16().float())
+
+
+def write_qwen2(folder):
+    """Writes model.gguf as llama.cpp's converter has a Qwen2: biases in q, k and v, nothing interleaved.
+    Returns the model.
+    """
+    model = save_checkpoint(folder / "ckpt.pt", "biases", n_kv_head=2)
+    with torch.no_grad():
+        for name, x in model.named_parameters():
+            if name.endswith(("o_proj.bias", "gate_proj.bias", "up_proj.bias", "down_proj.bias")):
+                x.zero_()
+    export(folder, "--out_dir=.", "--to=llama.gguf")
+
+    def change(metadata, arrays):
+        for key in [key for key in metadata if key.startswith("llama.")]:
+            metadata[key.replace("llama.", "qwen2.")] = metadata.pop(key)
+        metadata["general.architecture"] = "qwen2"
+        tensors = gguf_layout.tensors_to_gguf("qwen2", model.config, model.state_dict())
+        arrays.clear()
+        for name, x in tensors.items():
+            if not name.endswith(("attn_output.bias", "ffn_gate.bias", "ffn_up.bias", "ffn_down.bias")):
+                arrays[name] = x.numpy(), gguf.GGMLQuantizationType.F32
+
+    rewrite(folder / "llama.gguf", folder / "model.gguf", change)
+    return model
+
+
+def test_qwen2_comes_in(tmp_path):
+    model = write_qwen2(tmp_path)
+    after, _ = checkpoint.open_checkpoint(f"hf:{tmp_path}/model.gguf").restore()
+    assert after.config == model.config
+    state = after.state_dict()
+    for name, x in model.state_dict().items():
+        assert torch.equal(state[name], x)
 
 
 def test_a_file_in_the_way_stays(tmp_path, capsys):
@@ -531,6 +566,12 @@ def test_llama_cpp_writes_the_same_text(name, tmp_path):
     server = start_llama_cpp(tmp_path / "model.gguf")
     check_text(server, model, TOKENIZER)
     check_ids(server, TOKENIZER, lines(300))
+
+
+@pytest.mark.slow
+def test_llama_cpp_has_qwen2_as_it_comes_in(tmp_path):
+    model = write_qwen2(tmp_path)
+    check_text(start_llama_cpp(tmp_path / "model.gguf"), model, TOKENIZER)
 
 
 @pytest.mark.slow
