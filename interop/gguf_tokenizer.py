@@ -6,6 +6,9 @@
 llama.cpp has the splitting of texts into words in its code, by names. Those here are GPT-2's, SmolLM's,
 Qwen2's and Llama 3's; another one is a ValueError. One token a character is said as a BPE whose merges
 join the bytes of each character.
+
+Llama 2's kind (SentencePiece) has scores in the place of merges: whatever two pieces are a token together
+are joined, the token of the highest score first.
 """
 
 import json
@@ -14,7 +17,8 @@ from interop.any_tokenizer import from_files
 from interop.foreign_tokenizer import list_parts
 from tokenizer import BPE, BYTE_LEVEL, CHAR_BYTE, bos_processor, byte_chars, dump_vocabulary
 
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # llama.cpp's kinds of tokens
+# llama.cpp's kinds of tokens
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 # GGUF names this many tokens that end a text
 END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
@@ -44,6 +48,14 @@ WHOLE_WORDS = ("llama-bpe",)
 COMPOSED = ("qwen2",)  # texts are put into form C before, in Qwen's own files; llama.cpp does not
 NO_MERGE = "<none> <none>"  # llama.cpp wants a list that is not empty
 
+# SentencePiece's: a space is "▁", and what has no token is its bytes
+BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]
+PREPEND = {"type": "Prepend", "prepend": "▁"}
+ESCAPE = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+UNESCAPE = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
+STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+PIECES = BPE | {"fuse_unk": True, "byte_fallback": True}
+
 
 # ---- out
 
@@ -52,34 +64,36 @@ def write_tokenizer(tokenizer):
     """Returns the metadata of a tokenizer, its chat template left out. Raises ValueError."""
     data = json.loads(tokenizer.tokenizer_json())
     if tokenizer.kind == "char":
-        pre = "gpt-2"
+        words = {"model": "gpt2", "pre": "gpt-2", "merges": join_characters(tokenizer) or [NO_MERGE]}
         texts = {byte_chars(token): i for i, token in enumerate(tokenizer.tokens)}
-        merges = join_characters(tokenizer)
-    else:
-        pre = find_pre_tokenizer(data)
+    elif data["model"].get("byte_fallback"):
+        words = write_pieces(data)
         texts = data["model"]["vocab"]
-        merges = [join_pair(pair) for pair in data["model"]["merges"]]
-    tokens, types = list_tokens(tokenizer, texts, data.get("added_tokens") or [])
-    bos = find_bos_token(tokenizer, tokens)
-    return {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": pre,
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": types,
-        "tokenizer.ggml.merges": merges or [NO_MERGE],
-        # without one, llama.cpp takes id 11 for bos
-        "tokenizer.ggml.bos_token_id": bos,
+    else:
+        merges = [" ".join(pair) for pair in list_merges(data)]
+        words = {"model": "gpt2", "pre": find_pre_tokenizer(data), "merges": merges or [NO_MERGE]}
+        texts = data["model"]["vocab"]
+    tokens, types = list_tokens(tokenizer, texts, data)
+    if words["model"] == "llama":
+        words["scores"] = list_scores(data, tokens, types)
+    settings = {
+        **words,
+        "tokens": tokens,
+        "token_type": types,
+        # without one, llama.cpp takes another id for bos, such as 11
+        "bos_token_id": find_bos_token(tokenizer, tokens),
         # as data.prompt_ids has it
-        "tokenizer.ggml.add_bos_token": tokenizer.bos is not None and tokenizer.kind != "char",
+        "add_bos_token": tokenizer.bos is not None and tokenizer.kind != "char",
         **write_ends(tokenizer),
     }
+    return {f"tokenizer.ggml.{key}": value for key, value in settings.items()}
 
 
 def write_ends(tokenizer):
     ends = [tokenizer.eot, *(i for i in tokenizer.ends if i != tokenizer.eot)]
     if len(ends) > len(END_KEYS):
         raise ValueError(f"{len(ends)} tokens end a text, and a GGUF file names {len(END_KEYS)}")
-    return {f"tokenizer.ggml.{key}": i for key, i in zip(END_KEYS, ends)}
+    return dict(zip(END_KEYS, ends))
 
 
 def find_bos_token(tokenizer, tokens):
@@ -103,27 +117,71 @@ def join_characters(tokenizer):
     return list(merges)
 
 
-def join_pair(pair):
-    return pair if isinstance(pair, str) else " ".join(pair)
+def list_merges(data):
+    """Returns the merges of a tokenizer.json as pairs of texts, which are written in either of two ways."""
+    return [pair.split(" ") if isinstance(pair, str) else pair for pair in data["model"]["merges"]]
 
 
-def list_tokens(tokenizer, texts, added):
+def list_tokens(tokenizer, texts, data):
     """Returns (text, kind) of each id, as two lists. Raises ValueError."""
     tokens = [f"[PAD{i}]" for i in range(tokenizer.vocab_size)]
     types = [UNUSED] * tokenizer.vocab_size
+    is_bytes = data["model"].get("byte_fallback")
     for text, i in texts.items():
-        tokens[i], types[i] = text, NORMAL
-    for token in added:
+        tokens[i], types[i] = text, BYTE if is_bytes and text in BYTE_TOKENS else NORMAL
+    for token in data.get("added_tokens") or []:
         for key in "lstrip", "rstrip", "single_word":
             if token.get(key):
                 raise ValueError(f"its token {token['content']!r:.60} has {key}, which GGUF cannot say")
         i = token["id"]
         tokens[i], types[i] = token["content"], CONTROL if token.get("special") else USER_DEFINED
     types[tokenizer.eot] = CONTROL
+    unknown = data["model"].get("unk_token")
+    if is_bytes and unknown in tokens:
+        types[tokens.index(unknown)] = UNKNOWN
     if len(set(tokens)) < len(tokens):
         twice = next(text for text in tokens if tokens.count(text) > 1)
         raise ValueError(f"its token {twice!r:.60} is there twice")
     return tokens, types
+
+
+def write_pieces(data):
+    """Returns the metadata of Llama 2's kind. Raises ValueError for a tokenizer.json that says more."""
+    parts = list_parts(data.get("normalizer"))
+    if data.get("pre_tokenizer") or parts not in ([ESCAPE], [PREPEND, ESCAPE]):
+        shown = json.dumps(data.get("pre_tokenizer") or data.get("normalizer"))
+        raise ValueError(
+            f"its tokenizer has {shown:.120}; llama.cpp puts one space before each text, or none"
+        )
+    if missing := [text for text in BYTE_TOKENS if text not in data["model"]["vocab"]]:
+        raise ValueError(f"its tokenizer has no {missing[0]}, and llama.cpp wants a token for each byte")
+    return {"model": "llama", "add_space_prefix": PREPEND in parts}
+
+
+def list_scores(data, tokens, types):
+    """Returns the score of each token: what is merged first has the highest.
+
+    Raises ValueError where llama.cpp, which joins whatever is a token together, would join other pieces
+    than the merges.
+    """
+    ranks = {}
+    merges = list_merges(data)
+    for left, right in merges:
+        ranks.setdefault(left + right, len(ranks))
+    order = [ranks[left + right] for left, right in merges]
+    known = {tuple(pair) for pair in merges}
+    vocab = set(tokens)
+    for text, kind in zip(tokens, types):
+        halves = [(text[:n], text[n:]) for n in range(1, len(text) if kind == NORMAL else 0)]
+        for pair in halves:
+            if pair not in known and all(len(half) == 1 or half in vocab for half in pair):
+                problem = f"has no merge of {pair[0]!r:.60} and {pair[1]!r:.60}"
+                raise ValueError(f"its tokenizer {problem}, which llama.cpp would join")
+    if order != sorted(order):
+        raise ValueError(
+            "its merges are not in the order of the tokens that they make: GGUF has one each"
+        )
+    return [-float(ranks.get(text, 0)) for text in tokens]
 
 
 def find_pre_tokenizer(data):
@@ -172,30 +230,25 @@ def read_tokenizer(metadata):
     """Returns the tokenizer of a GGUF file's metadata: ours if it was ours, else a foreign one. Raises
     ValueError.
     """
-    model, pre = (metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
-    if model != "gpt2":
-        raise ValueError(
-            f"tokenizer.ggml.model is {model!r:.60}; only 'gpt2', a byte-level BPE, is read"
-        )
-    if pre not in tuple(PRE_TOKENIZERS):
-        known = ", ".join(PRE_TOKENIZERS)
-        raise ValueError(f"tokenizer.ggml.pre is {pre!r:.60}; only {known} are read here")
+    model = metadata.get("tokenizer.ggml.model")
+    if model not in ("gpt2", "llama"):
+        raise ValueError(f"tokenizer.ggml.model is {model!r:.60}; only 'gpt2' and 'llama' are read here")
     if metadata.get("tokenizer.ggml.add_eos_token"):
         raise ValueError("add_eos_token is true: here no text ends before the model ends it")
     tokens = read_list(metadata, "tokens", str)
     types = read_list(metadata, "token_type", int)
-    merges = read_list(metadata, "merges", str)
-    if len(types) != len(tokens) or not tokens:
-        raise ValueError(f"there are {len(tokens)} tokens and {len(types)} token types")
-    bos, *ends = (metadata.get(f"tokenizer.ggml.{key}") for key in ("bos_token_id", *END_KEYS))
-    eot, *others = (
-        (read_id(i, tokens) for i in ends if i is not None) if ends[0] is not None else (None,)
-    )
+    if len(types) != len(tokens) or len(set(tokens)) != len(tokens):
+        raise ValueError(f"there are {len(set(tokens))} tokens and {len(types)} token types")
+    bos, eot, *others = (read_id(metadata, key, tokens) for key in ("bos_token_id", *END_KEYS))
     if eot is None:
         raise ValueError("tokenizer.ggml.eos_token_id is missing: nothing says which token ends a text")
-    data = write_tokenizer_json(tokens, types, merges, pre, eot)
-    bos = read_id(bos, tokens) if bos is not None else None
-    if metadata.get("tokenizer.ggml.add_bos_token", pre in WHOLE_WORDS):
+    others = [i for i in others if i is not None]
+    if model == "llama":
+        data = read_pieces(metadata, tokens, types)
+    else:
+        data = read_byte_level(metadata, tokens, types, eot)
+    adds_bos = model == "llama" or metadata.get("tokenizer.ggml.pre") in WHOLE_WORDS
+    if metadata.get("tokenizer.ggml.add_bos_token", adds_bos):
         if bos is None:
             raise ValueError("add_bos_token is true, and tokenizer.ggml.bos_token_id is missing")
         data["post_processor"] = bos_processor(tokens[bos], bos)
@@ -224,36 +277,68 @@ def read_list(metadata, key, kind):
     return values
 
 
-def read_id(i, tokens):
-    if type(i) is not int or not 0 <= i < len(tokens):
-        raise ValueError(f"{i!r:.60} is no id of its {len(tokens)} tokens")
+def read_id(metadata, key, tokens):
+    """Returns the id of a token with a purpose, None where no token has it. Raises ValueError."""
+    i = metadata.get(f"tokenizer.ggml.{key}")
+    if i is not None and (type(i) is not int or not 0 <= i < len(tokens)):
+        raise ValueError(f"{key} is {i!r:.60}, which is no id of its {len(tokens)} tokens")
     return i
 
 
-def write_tokenizer_json(tokens, types, merges, pre, eot):
-    """Returns the parsed tokenizer.json of the lists of a GGUF file. Raises ValueError."""
-    if chars := read_characters(tokens, types):
-        return json.loads(dump_vocabulary("char", chars, eot, {}))
-    vocab = {text: i for i, text in enumerate(tokens)}
-    if len(vocab) < len(tokens):
-        raise ValueError("one of its tokens is there twice")
-    pairs = [merge for merge in merges if merge != NO_MERGE]
+def make_tokenizer_json(tokens, types, **parts):
+    """Returns a parsed tokenizer.json; parts are those that are not the same in all. Raises ValueError."""
     added = []
     for i, kind in enumerate(types):
-        if kind in (CONTROL, USER_DEFINED):
+        if kind in (UNKNOWN, CONTROL, USER_DEFINED):
             flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-            added.append({"id": i, "content": tokens[i], **flags, "special": kind == CONTROL})
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": added,
-        "normalizer": {"type": "NFC"} if pre in COMPOSED else None,
-        "pre_tokenizer": PRE_TOKENIZERS[pre],
-        "post_processor": None,
-        "decoder": BYTE_LEVEL,
-        "model": BPE | {"ignore_merges": pre in WHOLE_WORDS, "vocab": vocab, "merges": pairs},
-    }
+            added.append({"id": i, "content": tokens[i], **flags, "special": kind != USER_DEFINED})
+    parts["model"]["vocab"] = {text: i for i, text in enumerate(tokens)}
+    common = {"version": "1.0", "truncation": None, "padding": None, "post_processor": None}
+    return {**common, "added_tokens": added, **parts}
+
+
+def read_byte_level(metadata, tokens, types, eot):
+    """Returns the parsed tokenizer.json of GPT-2's kind. Raises ValueError."""
+    pre = metadata.get("tokenizer.ggml.pre")
+    if pre not in tuple(PRE_TOKENIZERS):
+        known = ", ".join(PRE_TOKENIZERS)
+        raise ValueError(f"tokenizer.ggml.pre is {pre!r:.60}; only {known} are read here")
+    merges = [merge for merge in read_list(metadata, "merges", str) if merge != NO_MERGE]
+    if chars := read_characters(tokens, types):
+        return json.loads(dump_vocabulary("char", chars, eot, {}))
+    return make_tokenizer_json(
+        tokens,
+        types,
+        normalizer={"type": "NFC"} if pre in COMPOSED else None,
+        pre_tokenizer=PRE_TOKENIZERS[pre],
+        decoder=BYTE_LEVEL,
+        model=BPE | {"ignore_merges": pre in WHOLE_WORDS, "merges": merges},
+    )
+
+
+def read_pieces(metadata, tokens, types):
+    """Returns the parsed tokenizer.json of Llama 2's kind. Raises ValueError."""
+    scores = read_list(metadata, "scores", float)
+    if len(scores) != len(tokens):
+        raise ValueError(f"there are {len(tokens)} tokens and {len(scores)} scores")
+    vocab = set(tokens)
+    merges = []
+    for i in sorted(range(len(tokens)), key=lambda i: (-scores[i], i)):
+        text = tokens[i]
+        for n in range(1, len(text) if types[i] == NORMAL else 0):
+            if text[:n] in vocab and text[n:] in vocab:
+                merges.append([text[:n], text[n:]])
+    adds_space = metadata.get("tokenizer.ggml.add_space_prefix", True)
+    unknown = next((text for text, kind in zip(tokens, types) if kind == UNKNOWN), None)
+    decoders = [UNESCAPE, {"type": "ByteFallback"}, {"type": "Fuse"}, *([STRIP] if adds_space else [])]
+    return make_tokenizer_json(
+        tokens,
+        types,
+        normalizer={"type": "Sequence", "normalizers": [PREPEND, ESCAPE] if adds_space else [ESCAPE]},
+        pre_tokenizer=None,
+        decoder={"type": "Sequence", "decoders": decoders},
+        model=PIECES | {"unk_token": unknown, "merges": merges},
+    )
 
 
 def read_characters(tokens, types):
