@@ -119,7 +119,8 @@ def find(out_dir, prefer="ckpt_best.pt"):
         return out_dir
     last = prefer.replace("_best", "")
     folder = hf_name(out_dir)
-    has_model = os.path.isfile(os.path.join(folder, "config.json"))
+    is_gguf = folder.endswith(".gguf") and os.path.isfile(folder)
+    has_model = is_gguf or os.path.isfile(os.path.join(folder, "config.json"))
     has_peft = os.path.isfile(os.path.join(folder, "adapter_config.json"))
     if is_hf(out_dir) and holds_run(folder) and not has_model and not has_peft:
         raise Refusal(

@@ -88,7 +88,7 @@ def jinja_template(template, start, end):
         f"{turn}{{{{ message['content'] ~ {json.dumps(end, ensure_ascii=False)} }}}}"
         "{% set turn.prompt = '' %}{% set turn.n = 0 %}"
         "{% else %}"
-        "{% set turn.prompt = turn.prompt ~ ('\n' if turn.n else '') ~ message['content'] %}"
+        "{% set turn.prompt = turn.prompt ~ ('\\n' if turn.n else '') ~ message['content'] %}"
         "{% set turn.n = turn.n + 1 %}"
         f"{{% endif %}}{{% endfor %}}{{% if turn.n or add_generation_prompt %}}{turn}{{% endif %}}"
     )

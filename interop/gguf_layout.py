@@ -188,9 +188,9 @@ def to_gguf(c, state):
     tensors = tensors_to_gguf(architecture, c, state)
     metadata = {"general.architecture": architecture}
     if c.pos == "rope":
-        scaling, more, divisors = write_rope(architecture, c)
+        scaling, own_keys, divisors = write_rope(architecture, c)
         settings |= scaling
-        metadata |= more
+        metadata |= own_keys
         tensors |= divisors
     return metadata | {f"{architecture}.{key}": value for key, value in settings.items()}, tensors
 

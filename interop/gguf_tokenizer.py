@@ -140,8 +140,8 @@ def list_tokens(tokenizer, texts, data):
     if is_bytes and unknown in tokens:
         types[tokens.index(unknown)] = UNKNOWN
     if len(set(tokens)) < len(tokens):
-        twice = next(text for text in tokens if tokens.count(text) > 1)
-        raise ValueError(f"its token {twice!r:.60} is there twice")
+        repeated = next(text for text in tokens if tokens.count(text) > 1)
+        raise ValueError(f"its token {repeated!r:.60} is there twice")
     return tokens, types
 
 

@@ -426,6 +426,10 @@ def test_a_command_that_cannot_be_is_one_line(tmp_path, monkeypatch):
     export(tmp_path, "--out_dir=.", "--to=model.gguf")
     with pytest.raises(Refusal, match="a GGUF file is read as hf:.*model.gguf"):
         checkpoint.load(str(tmp_path / "model.gguf"))
+    with pytest.raises(
+        Refusal, match="model.gguf holds a whole model, not an adapter: sample.py --out_dir=hf:"
+    ):
+        checkpoint.find(f"hf:{tmp_path}/model.gguf", "adapter_best.pt")
     with pytest.raises(Refusal, match="cannot read .*none.gguf: No such file"):
         checkpoint.load(f"hf:{tmp_path}/none.gguf")
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
