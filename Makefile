@@ -19,7 +19,7 @@ dpo: install  ## teach it by pairs of answers how its stories should end; a minu
 
 grpo ppo: install  ## or by a reward for its own samples, by GRPO or PPO; five minutes
 	test -e out/demo/ckpt.pt || $(MAKE) demo
-	$(BIN)/python finetune_ppo.py --init_from=out/demo --baseline=$(if $(filter ppo,$@),value,group) --out_dir=out/demo-$@ --overwrite
+	$(BIN)/python finetune_ppo.py --init_from=out/demo --dtype=float32 --baseline=$(if $(filter ppo,$@),value,group) --out_dir=out/demo-$@ --overwrite
 
 browser: install browser/node_modules/.package-lock.json  ## a page that writes with the demo model, at http://127.0.0.1:8000; needs npm
 	test -e out/demo/ckpt.pt || $(MAKE) demo

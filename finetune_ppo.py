@@ -52,14 +52,14 @@ class Config(finetune_lora.Config):
     batch_size: int = 8                     # prompts in a micro-batch
     baseline: str = "group"                 # what rewards are compared with: group (GRPO) | value (PPO)
     group: int = 8                          # samples of a prompt
-    max_new_tokens: int = 128               # of a sample; one that does not end by then is not learned from
+    max_new_tokens: int = 128               # of a sample; one that does not end by then has no advantage
     updates: int = 1                        # steps on the same samples
     clip: float = 0.2                       # how far a step may go: ratios of probabilities from 1 - clip to 1 + clip
     kl: float = 0.05                        # what a nat a token away from the reference costs
-    scale: bool = False                     # group: divide advantages by their group's standard deviation
-    gae: float = 0.95                       # value: how far an advantage looks past the next value; 1 = to the reward
-    learning_rate: float = 2e-3             # the highest one
-    max_iters: int = 60                     # steps
+    scale: bool = True                      # group: divide advantages by their group's standard deviation
+    gae: float = 1.0                        # value: how far an advantage looks past the next value; 1 = to the reward
+    learning_rate: float = 1e-3             # the highest one
+    max_iters: int = 100                    # steps
     eval_interval: int = 20                 # steps between evaluations, samples and checkpoints
     # fmt: on
 
