@@ -36,6 +36,7 @@ import toy_stories
 import train
 from data import padded, to, training_rows
 from device import DTYPES, fast_bfloat16, name_of, peak_flops, resolve
+from generate import generate
 from hf import to_transformers
 from interop import nanogpt
 from measure import (
@@ -51,7 +52,6 @@ from measure import (
 from model import KVCache, ModelConfig, MoE, Transformer, model_config
 from optim import make_optimizers, make_scaler
 from rmsnorm import use_rmsnorm
-from sample import generate
 from sizes import flops_per_token, kv_cache_bytes, num_active_params, num_params
 from tokenizer import EOT, Tokenizer
 
@@ -443,7 +443,7 @@ def prefilled_steps(model, prompts, n):
 
 
 def generate_cached(model, prompts, n):
-    """Returns n greedy ids a row, by sample.generate."""
+    """Returns n greedy ids a row, by generate.py."""
     *_, rows = greedy_steps(model, prompts, n)
     return [row.ids for row in rows]
 
@@ -599,7 +599,7 @@ def cached_and_uncached_rows(cfg, compute, model):
 
 
 def bench_decode(cfg, compute):
-    """Times sample.generate, greedy, in tokens/s; and in samples/s, drawn, for prompts of different lengths.
+    """Times generate.py, greedy, in tokens/s; and in samples/s, drawn, for prompts of different lengths.
 
     of_memory is the speed at which weights are read against what the memory gives. The last table has
     the time with a cache against that without one.

@@ -101,7 +101,7 @@ def added_ids(tokenizer, ids, text, longer):
 class Chat:
     """A conversation with a model: its messages, and what it answers.
 
-    generate: from ids to the steps of sample.generate, of one row.
+    generate: from ids to the steps of generate.generate, of one row.
     """
 
     def __init__(self, generate, tokenizer, block_size, template=MODELS_OWN, system=""):

@@ -40,11 +40,11 @@ import toy_stories
 from checkpoint import Checkpoint, open_checkpoint
 from data import document_slices, evenly, prompt_ids
 from device import check_memory, resolve
+from generate import generate
 from lenses import judge, lengths, page, probes, reading, report
 from lenses.stats import bits, bootstrap, mean_interval, ratio
 from lenses.verdict import compare, grade, verdict
 from model import HAS_CHUNKED_LOSS, Transformer
-from sample import generate
 from score import STORIES, above_floor, completion_nats, context_lengths, document_nats, position_nats
 from sizes import kv_cache_bytes, mask_bytes, num_active_params, num_params
 from tokenizer import Tokenizer

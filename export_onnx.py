@@ -40,9 +40,9 @@ import onnx_model
 import prepare
 from device import resolve
 from folders import new_folder, write_atomic
+from generate import generate
 from measure import race
 from model import ComputedTable, attention_mask
-from sample import generate
 from score import evaluate
 from sizes import num_params, size_text
 

@@ -30,8 +30,8 @@ import lora
 import rows
 import toy_stories
 from data import prompt_ids, to
+from generate import generate
 from log import LOSSES
-from sample import generate
 from score import evaluating, means
 
 SAMPLES = 200  # of the built-in task, judged by the grammar

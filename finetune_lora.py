@@ -45,6 +45,7 @@ from data import (
     to,
 )
 from device import Compute, check_memory, resolve
+from generate import generate
 from lenses import probes
 from log import LOSSES, plot
 from rmsnorm import choose_rmsnorm
@@ -57,7 +58,6 @@ from rows import (
     split_rows,
     training_packs,
 )
-from sample import generate
 from score import completion_nats, floor_line, mean_nats, next_token_loss
 from sizes import size_text
 from train import TrainConfig, alone_in_out_dir, fit, is_in_the_way, training_bytes

@@ -35,8 +35,8 @@ import toy_stories
 from chat import start_of_answer
 from data import evenly, micro_batches, to
 from finetune_reward import add_head, load_reward, saved_head
+from generate import generate
 from rows import NO_RESPONSE, training_packs
-from sample import generate
 from score import document_nats, evaluating
 
 SAMPLES = 200  # of held-out prompts, one each, that an evaluation looks at

@@ -780,7 +780,7 @@ class Transformer(nn.Module):
             cache.advance(T)
         return self.norm(x)
 
-    # What sample.generate calls; onnx_model.OnnxModel has the same
+    # What generate.generate calls; onnx_model.OnnxModel has the same
     @property
     def device(self):
         return self.wte.weight.device

@@ -2,7 +2,7 @@
 
     import onnx_model
     model, tokenizer, config = onnx_model.load("out/onnx")     # or out/onnx/model_int8.onnx
-    sample.generate(model, ...)                                # and score.evaluate(model, ...)
+    generate.generate(model, ...)                                # and score.evaluate(model, ...)
 
 A folder holds model.onnx, tokenizer.json, config.json and, if it was asked for, model_int8.onnx.
 """
@@ -152,7 +152,7 @@ class Cache:
 
 
 class OnnxModel(nn.Module):
-    """Offers what sample.generate and train.evaluate need of a Transformer, by onnxruntime."""
+    """Offers what generate.generate and train.evaluate need of a Transformer, by onnxruntime."""
 
     device = torch.device("cpu")
 

@@ -8,13 +8,13 @@
     python sample.py --out_dir=hf:FOLDER --chat                            a conversation in the terminal
     python sample.py --block_size=1024 --rope_scaling=yarn:8,128           past its own context, 128
 
-generate() is a Python generator that other scripts import.
+generate.py has the loop, which other scripts import.
 """
 
 import math
 import re
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 from config import Refusal, convert, new_lines, run
@@ -29,6 +29,7 @@ from chat import Chat, start_of_answer, talk
 from checkpoint import open_given
 from data import MODELS_OWN, STRIPPED, by_text_rule, prompt_ids, text_rule
 from device import check_memory, resolve
+from generate import generate
 from rmsnorm import choose_rmsnorm
 from sizes import kv_cache_bytes
 
@@ -99,204 +100,6 @@ class Config:
                 "an ONNX file is whole and computed on the CPU, as it was written: "
                 "leave out adapter, device, dtype, rmsnorm, block_size and rope_scaling"
             )
-
-
-# -----------------------------------------------------------------------------------------------------
-# One token
-
-
-def next_token(logits, temperature=1.0, top_k=0, top_p=1.0, uniform=None):
-    """Returns a token a row (B,) from logits (B, V), drawn by numbers uniform (B, 1) from [0, 1), of which greedy text
-    needs none. top_p keeps the token that crosses it (Holtzman et al. 2019).
-    """
-    if temperature < 1e-5:  # divided by less, logits overflow
-        return logits.argmax(-1)
-    ids = None
-    if 0 < top_k < logits.size(-1):
-        # the draw is over these alone, by id: rounding may not change whose is which
-        ids = logits.topk(top_k, sorted=False).indices.sort(-1).values
-        logits = logits.gather(-1, ids)
-    logits = logits.float() / temperature
-    if top_p < 1:
-        p, order = logits.softmax(-1).sort(descending=True, stable=True)
-        is_dropped = p.cumsum(-1) - p >= top_p  # what is likelier already makes up top_p
-        logits = logits.masked_fill(is_dropped.scatter(-1, order, is_dropped), -torch.inf)
-    edges = logits.softmax(-1).cumsum(-1, dtype=uniform.dtype)
-    drawn = torch.searchsorted(edges, uniform * edges[:, -1:], right=True)
-    drawn = drawn.clamp(max=logits.size(-1) - 1)  # nan has no place among them
-    if ids is not None:
-        drawn = ids.gather(-1, drawn)
-    return drawn[:, 0]
-
-
-def penalized(logits, seen, penalty):
-    """Returns logits (B, V) with those of seen tokens (B, V bool) made smaller: divided where positive,
-    else multiplied.
-    """
-    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
-
-
-# -----------------------------------------------------------------------------------------------------
-# Many
-
-
-@dataclass
-class Row:
-    """What happens to one prompt in generate()."""
-
-    window: list  # ids that the model sees: the prompt's and new ones
-    ids: list = field(default_factory=list)  # new ids so far
-    new: int | None = None  # the id of this step; None where the row has ended
-    end: str = ""  # why it has ended: stop | length | block_size; "" while it goes on
-    stop: int | None = None  # the token of stop that ended it
-    logps: list = field(
-        default_factory=list
-    )  # log p of each of ids, and of stop, where they were asked for
-
-    @property
-    def is_whole(self):
-        return self.stop is not None
-
-
-def prefill(model, windows, capacity):
-    """Reads one window of ids a row, padded on the left: returns the last tokens' logits (B, V) and a
-    cache with room for `capacity` more.
-    """
-    device = model.device
-    lengths = [len(window) for window in windows]
-    longest = max(lengths)
-    idx = torch.tensor([[0] * (longest - len(window)) + window for window in windows], device=device)
-    doc = None
-    if min(lengths) < longest:
-        doc = torch.tensor([[-1] * (longest - n) + [0] * n for n in lengths], device=device)
-    capacity += longest
-    if model.config.what_ends_a_text:
-        capacity = min(capacity, model.config.block_size + longest - min(lengths))
-    cache = model.new_cache(len(windows), capacity)
-    return model.next_logits(idx, cache, doc), cache
-
-
-def going_on(ends):
-    """Returns the places of rows that have no end, the last ones in those of rows that have: few move."""
-    places = list(range(len(ends)))
-    for place in reversed(places.copy()):
-        if ends[place]:
-            places[place] = places[-1]
-            places.pop()
-    return places
-
-
-@torch.inference_mode()
-def generate(
-    model,
-    prompts,
-    max_new_tokens,
-    temperature=0.8,
-    top_k=200,
-    top_p=1.0,
-    repetition_penalty=1.0,
-    stop=(),
-    seed=1337,
-    past_end="stop",
-    logps=False,
-):
-    """Continues prompts (lists of ids, of any lengths) together; yields the list of their Rows after
-    each step.
-
-    A row ends at a token of `stop`, ids, which is not among its ids, after max_new_tokens, or when block_size
-    tokens are in its context; past_end="recompute" then reads the last half of the window again and goes
-    on, "slide" just goes on, as a model can whose layers all have windows. logps: what the model gave each
-    new token, before temperature and the rest, is kept. `*_, rows = generate(...)` has
-    them as they ended: it is one list, which each step changes. Raises ValueError for a prompt that is
-    empty or too long, and where a text cannot slide.
-    """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
-    block_size = model.config.block_size
-    device = model.device
-    half = max(1, block_size // 2)
-    if past_end == "slide":
-        block_size = math.inf
-        if model.config.what_ends_a_text:
-            raise ValueError(f"no text slides past block_size: {model.config.what_ends_a_text}")
-    rows = []
-    for prompt in prompts:
-        if not prompt:
-            raise ValueError("a prompt must have at least one token")
-        if len(prompt) > block_size and past_end == "stop":
-            raise ValueError(
-                f"the prompt has {len(prompt)} tokens and the context {block_size}: shorten it, or keep only its "
-                f"end with --past_end=recompute"
-            )
-        rows.append(Row(list(prompt) if len(prompt) <= block_size else list(prompt[-half:])))
-
-    rng = torch.Generator(device).manual_seed(seed)
-    exact = torch.float32 if device.type == "mps" else torch.float64  # which mps has not
-    batch = list(range(len(rows)))  # the rows that go on, in the order of the cache
-    seen = None  # (B, V): the tokens that occurred in each row
-    if repetition_penalty != 1:
-        seen = torch.zeros(len(rows), model.config.vocab_size, dtype=torch.bool, device=device)
-        for row, prompt in enumerate(prompts):
-            seen[row, prompt] = True
-    ids = None  # (B,) the tokens of the last step
-    cache = None
-    was_training = model.training
-    model.eval()
-    try:
-        for step in range(max_new_tokens):
-            if cache is None:
-                windows = [rows[number].window for number in batch]
-                logits, cache = prefill(model, windows, max_new_tokens - step)
-            else:
-                logits = model.next_logits(ids[:, None], cache)
-            if seen is not None:
-                logits = penalized(logits, seen, repetition_penalty)
-            # for all rows, so that none depends on when the others end
-            uniform = torch.rand(len(rows), 1, generator=rng, dtype=exact, device=device)[batch]
-            ids = next_token(logits, temperature, top_k, top_p, uniform)
-            given = [None] * len(batch)
-            if logps:
-                given = logits.float().log_softmax(-1).gather(1, ids[:, None])[:, 0].tolist()
-            if seen is not None:
-                seen.scatter_(1, ids[:, None], True)
-
-            for row in rows:
-                row.new = None
-            for number, id, logp in zip(batch, ids.tolist(), given):
-                row = rows[number]
-                if logps:
-                    row.logps.append(logp)
-                if id in stop:
-                    row.end = "stop"
-                    row.stop = id
-                    continue
-                row.window.append(id)
-                row.new = id
-                row.ids.append(id)
-                if len(row.window) > block_size and past_end == "stop":
-                    row.end = "block_size"
-                elif len(row.window) > block_size:
-                    row.window = row.window[-half:]
-                    cache = None
-                if not row.end and step == max_new_tokens - 1:
-                    row.end = "length"
-            yield rows
-            places = going_on([rows[number].end for number in batch])
-            if not places:
-                break
-            if len(places) < len(batch):
-                batch = [batch[place] for place in places]
-                ids = ids[places]
-                if seen is not None:
-                    seen = seen[places]
-                if cache is not None:
-                    cache.keep(places)
-    finally:
-        model.train(was_training)
-
-
-# -----------------------------------------------------------------------------------------------------
-# From the command line
 
 
 SEPARATOR = re.compile(r"^<\|endoftext\|>\n|<\|endoftext\|>", re.MULTILINE)

@@ -31,6 +31,7 @@ import rmsnorm
 from checkpoint import RunState, inherit, open_checkpoint
 from data import count_targets, micro_batches, prompt_ids, rows_each, to, training_rows
 from device import StopAfterStep, check_memory, name_of, peak_flops, resolve, torchrun_ranks
+from generate import generate
 from log import Log, plot
 from model import HAS_CHUNKED_LOSS, ModelConfig, Transformer, model_config
 from optim import (
@@ -44,7 +45,6 @@ from optim import (
     step_unless,
 )
 from rmsnorm import choose, choose_rmsnorm, use_rmsnorm
-from sample import generate
 from score import evaluate, expert_figures, expert_line, floor_line, next_token_loss
 from sizes import activation_bytes, flops_per_token, mask_bytes, model_sizes, size_text
 

@@ -1,4 +1,4 @@
-// What sample.py's next_token does, and what the page tells of it.
+// What generate.py's next_token does, and what the page tells of it.
 
 /** The ids of the k largest logits and of those that equal the last of them, largest first, among equals the smallest id first. */
 export function largest(logits, k) {

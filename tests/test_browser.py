@@ -46,6 +46,7 @@ import serve
 import train
 from config import Refusal, configure
 from data import AS_IT_STANDS, MODELS_OWN, STRIPPED, by_text_rule, prompt_ids, render
+from generate import next_token
 from model import Transformer
 from tokenizer import Tokenizer
 
@@ -478,7 +479,7 @@ def test_the_draw_is_next_tokens(page):
             assert probabilities == [1.0] + [0.0] * 9
             continue
         uniform = torch.rand(n, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        drawn = sample.next_token(logits.expand(n, -1), temperature, top_k, top_p, uniform)
+        drawn = next_token(logits.expand(n, -1), temperature, top_k, top_p, uniform)
         frequencies = torch.bincount(drawn, minlength=10) / n
         for p, frequency in zip(probabilities, frequencies.tolist()):
             assert p > 0 or frequency == 0, settings
@@ -1258,7 +1259,7 @@ def native_speed(model, tokenizer, prompt, n=31):
     start = time.perf_counter()
     for _ in range(n):
         logits = torch.from_numpy(model.run(token, past)[:, -1])
-        sample.next_token(logits, 1.0, 200, uniform=torch.rand(1, 1))
+        next_token(logits, 1.0, 200, uniform=torch.rand(1, 1))
     return n / (time.perf_counter() - start)
 
 

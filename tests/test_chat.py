@@ -12,6 +12,7 @@ import sample
 from chat import Chat, conversation_ids, encode_answers
 from config import Refusal, configure
 from data import prompt_ids
+from generate import Row
 from interop import hf_folder
 from interop.chat_template import ChatTemplate
 from tokenizer import EOT, Tokenizer
@@ -164,7 +165,7 @@ class Answers:
 
     def __call__(self, prompts):
         self.prompts += prompts
-        row = sample.Row([])
+        row = Row([])
         for id in self.tokenizer.encode(self.answers.pop(0)):
             row.new = id
             yield [row]

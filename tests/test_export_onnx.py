@@ -30,8 +30,8 @@ import prepare
 import sample
 import train
 from config import Refusal, configure
+from generate import generate
 from model import MLPS, NORMS, POSITIONS, ModelConfig, Transformer
-from sample import generate
 from sizes import num_params
 from tokenizer import Tokenizer
 

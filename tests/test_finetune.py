@@ -31,6 +31,7 @@ import toy_stories
 import train
 from config import Refusal, configure
 from data import count_targets, prompt_ids, render
+from generate import Row
 from rows import (
     MORAL_SEED,
     Turn,
@@ -775,7 +776,7 @@ def test_the_morals_are_counted_right(shop, monkeypatch):
         return [0.0 if completion == answer else 1.0 for _, completion in pairs]
 
     def generate(model, prompts, n, temperature, stop):
-        yield [sample.Row([], tokenizer.encode(answer)) for _ in prompts]
+        yield [Row([], tokenizer.encode(answer)) for _ in prompts]
 
     monkeypatch.setattr(ft, "completion_nats", completion_nats)
     monkeypatch.setattr(ft, "generate", generate)

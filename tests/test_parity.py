@@ -11,9 +11,9 @@ import model as lab_model
 import rope_scaling
 import train
 from config import configure
+from generate import generate
 from hf import to_transformers
 from model import ModelConfig, Transformer
-from sample import generate
 
 pytest.importorskip("transformers")
 

@@ -17,7 +17,7 @@ import finetune_ppo as ppo
 import prepare
 import train
 from config import Refusal, configure
-from sample import generate
+from generate import generate
 
 PROMPTS = ["--dataset=prompts.jsonl", "--val_dataset=held.jsonl"]
 REWARDED = [

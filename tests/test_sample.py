@@ -10,8 +10,9 @@ import finetune_lora
 import train
 from config import configure
 from data import AS_IT_STANDS, STRIPPED, text_rule
+from generate import generate, next_token, penalized
 from model import ModelConfig, Transformer
-from sample import generate, next_token, penalized, read_start
+from sample import read_start
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ from test_model import V, build, cached, exactly, tokens
 
 import model as modules
 from cache import REWIND, KVCache
+from generate import generate
 from model import POSITIONS, ModelConfig, Sight, Transformer
-from sample import generate
 from sizes import kv_cache_bytes, mask_bytes
 
 WINDOW = 5

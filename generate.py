@@ -1,0 +1,257 @@
+"""From logits to text: the draw of a token, and many of them, for many prompts together.
+
+    *_, rows = generate(model, prompts, 100)      # prompts are lists of ids; row.ids are the new ones
+
+Nothing here reads a file or prints: sample.py is the command line, and speculate.py the same text in fewer
+calls of the model.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+GREEDY = 1e-5  # temperatures below take the likeliest token: divided by less, logits overflow
+
+# -----------------------------------------------------------------------------------------------------
+# One token
+
+
+def distribution(logits, temperature=1.0, top_k=0, top_p=1.0):
+    """Returns probabilities (B, n) and whose they are, ids (B, n), None for all ids in order, of logits (B, V) under
+    these rules. top_p keeps the token that crosses it (Holtzman et al. 2019).
+    """
+    ids = None
+    if 0 < top_k < logits.size(-1):
+        # the draw is over these alone, by id: rounding may not change whose is which
+        ids = logits.topk(top_k, sorted=False).indices.sort(-1).values
+        logits = logits.gather(-1, ids)
+    logits = logits.float() / temperature
+    if top_p < 1:
+        p, order = logits.softmax(-1).sort(descending=True, stable=True)
+        is_dropped = p.cumsum(-1) - p >= top_p  # what is likelier already makes up top_p
+        logits = logits.masked_fill(is_dropped.scatter(-1, order, is_dropped), -torch.inf)
+    return logits.softmax(-1), ids
+
+
+def next_token(logits, temperature=1.0, top_k=0, top_p=1.0, uniform=None):
+    """Returns a token a row (B,) from logits (B, V), drawn by numbers uniform (B, 1) from [0, 1), of which greedy
+    text needs none.
+    """
+    if temperature < GREEDY:
+        return logits.argmax(-1)
+    p, ids = distribution(logits, temperature, top_k, top_p)
+    edges = p.cumsum(-1, dtype=uniform.dtype)
+    place = torch.searchsorted(edges, uniform * edges[:, -1:], right=True)
+    place = place.clamp(max=p.size(-1) - 1)  # nan has no place among them
+    return (place if ids is None else ids.gather(-1, place))[:, 0]
+
+
+def penalized(logits, seen, penalty):
+    """Returns logits (..., V) with those of seen tokens (..., V bool) made smaller: divided where positive,
+    else multiplied.
+    """
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def seen_tokens(prompts, model, penalty):
+    """Returns which tokens occur in each prompt (B, V), bool; None where no penalty asks."""
+    if penalty == 1:
+        return None
+    seen = torch.zeros(len(prompts), model.config.vocab_size, dtype=torch.bool, device=model.device)
+    for row, prompt in enumerate(prompts):
+        seen[row, prompt] = True
+    return seen
+
+
+# -----------------------------------------------------------------------------------------------------
+# Many
+
+
+class Limits(NamedTuple):
+    """What ends a row."""
+
+    max_new_tokens: int
+    block_size: float  # inf where a text slides
+    stop: tuple  # ids
+    is_recomputed: bool  # past block_size the last half of the window is read again
+
+    @property
+    def half(self):
+        return max(1, self.block_size // 2)
+
+
+@dataclass
+class Row:
+    """What happens to one prompt in generate()."""
+
+    window: list  # ids that the model sees: the prompt's and new ones
+    ids: list = field(default_factory=list)  # new ids so far
+    new: int | None = None  # the id of this step; None where the row has ended
+    end: str = ""  # why it has ended: stop | length | block_size; "" while it goes on
+    stop: int | None = None  # the token of stop that ended it
+    logps: list = field(
+        default_factory=list
+    )  # log p of each of ids, and of stop, where they were asked for
+
+    @property
+    def is_whole(self):
+        return self.stop is not None
+
+    def take(self, id, limits):
+        """Takes the next id, which a row that has ended leaves alone. Returns whether the window is another
+        one now, which the model must read anew.
+        """
+        self.new = None
+        if not self.end and id in limits.stop:
+            self.end = "stop"
+            self.stop = id
+        if self.end:
+            self.window = [id]
+            return False
+        self.new = id
+        self.window.append(id)
+        self.ids.append(id)
+        is_full = len(self.window) > limits.block_size
+        if is_full and not limits.is_recomputed:
+            self.end = "block_size"
+        elif is_full:
+            self.window = self.window[-limits.half :]
+        if not self.end and len(self.ids) == limits.max_new_tokens:
+            self.end = "length"
+        return is_full and limits.is_recomputed
+
+
+def start_rows(model, prompts, max_new_tokens, stop, past_end):
+    """Returns (a Row a prompt, the Limits). Raises ValueError as generate does."""
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+    block_size = model.config.block_size
+    if past_end == "slide":
+        block_size = math.inf
+        if model.config.what_ends_a_text:
+            raise ValueError(f"no text slides past block_size: {model.config.what_ends_a_text}")
+    limits = Limits(max_new_tokens, block_size, stop, past_end == "recompute")
+    rows = []
+    for prompt in prompts:
+        if not prompt:
+            raise ValueError("a prompt must have at least one token")
+        if len(prompt) > block_size and past_end == "stop":
+            raise ValueError(
+                f"the prompt has {len(prompt)} tokens and the context {block_size}: shorten it, or keep only its "
+                f"end with --past_end=recompute"
+            )
+        rows.append(Row(list(prompt) if len(prompt) <= block_size else list(prompt[-limits.half :])))
+    return rows, limits
+
+
+def prefill(model, windows, capacity, spare=0):
+    """Reads one window of ids a row, padded on the left: returns the last tokens' logits (B, V) and a
+    cache with room for `capacity` more, but for none past block_size, and for `spare` beyond either.
+    """
+    device = model.device
+    lengths = [len(window) for window in windows]
+    longest = max(lengths)
+    idx = torch.tensor([[0] * (longest - len(window)) + window for window in windows], device=device)
+    doc = None
+    if min(lengths) < longest:
+        doc = torch.tensor([[-1] * (longest - n) + [0] * n for n in lengths], device=device)
+    capacity += longest
+    if model.config.what_ends_a_text:
+        capacity = min(capacity, model.config.block_size + longest - min(lengths))
+    cache = model.new_cache(len(windows), capacity + spare)
+    return model.next_logits(idx, cache, doc), cache
+
+
+def documents_of(rows, T, device):
+    """Returns the documents (B, T) of T new tokens a row, None where no row has ended: one that has goes
+    on as padding.
+    """
+    if not any(row.end for row in rows):
+        return None
+    return torch.tensor([[-1 if row.end else 0] * T for row in rows], device=device)
+
+
+def going_on(rows):
+    """Returns the places of rows that have no end, the last ones in those of rows that have: few move."""
+    places = list(range(len(rows)))
+    for place in reversed(places.copy()):
+        if rows[place].end:
+            places[place] = places[-1]
+            places.pop()
+    return places
+
+
+@torch.inference_mode()
+def generate(
+    model,
+    prompts,
+    max_new_tokens,
+    temperature=0.8,
+    top_k=200,
+    top_p=1.0,
+    repetition_penalty=1.0,
+    stop=(),
+    seed=1337,
+    past_end="stop",
+    logps=False,
+):
+    """Continues prompts (lists of ids, of any lengths) together; yields the list of their Rows after
+    each step.
+
+    A row ends at a token of `stop`, ids, which is not among its ids, after max_new_tokens, or when block_size
+    tokens are in its context; past_end="recompute" then reads the last half of the window again and goes
+    on, "slide" just goes on, as a model can whose layers all have windows. logps: what the model gave each
+    new token, before temperature and the rest, is kept. `*_, rows = generate(...)` has
+    them as they ended: it is one list, which each step changes. Raises ValueError for a prompt that is
+    empty or too long, and where a text cannot slide.
+    """
+    rows, limits = start_rows(model, prompts, max_new_tokens, stop, past_end)
+    device = model.device
+    rng = torch.Generator(device).manual_seed(seed)
+    exact = torch.float32 if device.type == "mps" else torch.float64  # which mps has not
+    batch = list(range(len(rows)))  # the rows that go on, in the order of the cache
+    seen = seen_tokens(prompts, model, repetition_penalty)
+    ids = None  # (B,) the tokens of the last step
+    cache = None
+    was_training = model.training
+    model.eval()
+    try:
+        for step in range(max_new_tokens):
+            if cache is None:
+                windows = [rows[number].window for number in batch]
+                logits, cache = prefill(model, windows, max_new_tokens - step)
+            else:
+                logits = model.next_logits(ids[:, None], cache)
+            if seen is not None:
+                logits = penalized(logits, seen, repetition_penalty)
+            # for all rows, so that none depends on when the others end
+            uniform = torch.rand(len(rows), 1, generator=rng, dtype=exact, device=device)[batch]
+            ids = next_token(logits, temperature, top_k, top_p, uniform)
+            given = [None] * len(batch)
+            if logps:
+                given = logits.float().log_softmax(-1).gather(1, ids[:, None])[:, 0].tolist()
+            if seen is not None:
+                seen.scatter_(1, ids[:, None], True)
+
+            for row in rows:
+                row.new = None
+            for number, id, logp in zip(batch, ids.tolist(), given):
+                if logps:
+                    rows[number].logps.append(logp)
+                if rows[number].take(id, limits):
+                    cache = None
+            yield rows
+            places = going_on([rows[number] for number in batch])
+            if not places:
+                break
+            if len(places) < len(batch):
+                batch = [batch[place] for place in places]
+                ids = ids[places]
+                if seen is not None:
+                    seen = seen[places]
+                if cache is not None:
+                    cache.keep(places)
+    finally:
+        model.train(was_training)
