@@ -5,6 +5,7 @@
     python sample.py --start=FILE:prompts.txt --max_new_tokens=100         prompts, <|endoftext|> between them
     python sample.py --adapter=out/lora --start="What is it?"              what finetune_lora.py has learned
     python sample.py --onnx=out/ts/onnx                                    what export_onnx.py wrote, run by onnxruntime
+    python sample.py --out_dir=out/ts --draft=out/small                    the same text sooner: speculative decoding
     python sample.py --out_dir=hf:FOLDER --chat                            a conversation in the terminal
     python sample.py --block_size=1024 --rope_scaling=yarn:8,128           past its own context, 128
 
@@ -32,6 +33,7 @@ from device import check_memory, resolve
 from generate import generate
 from rmsnorm import choose_rmsnorm
 from sizes import kv_cache_bytes
+from speculate import MOST_GUESSES, DraftModel, Speculation, load_draft
 
 
 @dataclass
@@ -53,6 +55,8 @@ class Config:
     top_k: int = 200                 # keep the k likeliest tokens; 0 = all
     top_p: float = 1.0               # keep the likeliest tokens that make up this probability; 1 = all
     repetition_penalty: float = 1.0  # above 1 makes tokens that occurred less likely (Keskar et al. 2019)
+    draft: str = ""                  # guesses tokens for the model to check: a small model, or ngram (the text so far)
+    speculate: int = 4               # draft: tokens that it guesses at a time
     past_end: str = "stop"           # at block_size: stop | recompute (from its last half) | slide (windows alone)
     block_size: int = 0              # another context than the model's: 0 = its own; not for learned positions
     rope_scaling: str = ""           # another rope_scaling than the model's, as in train.py -h: "" = its own
@@ -79,6 +83,14 @@ class Config:
             raise ValueError(f"past_end must be stop, recompute or slide, not {self.past_end!r}")
         if self.onnx and self.past_end == "slide":
             raise ValueError("an ONNX file keeps a text whole, until block_size: no slide")
+        if not 1 <= self.speculate <= MOST_GUESSES:
+            raise ValueError(
+                f"speculate must be at least 1 and at most {MOST_GUESSES}, not {self.speculate}"
+            )
+        if self.onnx and self.draft:
+            raise ValueError(
+                "an ONNX file cannot take tokens back, as guesses of a draft must be: leave out draft"
+            )
         if self.rmsnorm not in rmsnorm.SETTINGS:
             raise ValueError(
                 f"rmsnorm must be one of {' | '.join(rmsnorm.SETTINGS)}, not {self.rmsnorm!r}"
@@ -149,6 +161,18 @@ def load(cfg):
     return model, tokenizer, ckpt.config, compute, f"{paths}: {compute.message}{rmsnorm_message}"
 
 
+def load_speculation(cfg, model, tokenizer, compute):
+    """Returns the Speculation that --draft asks for, None without it. Raises Refusal."""
+    if cfg.draft:
+        draft = load_draft(cfg.draft, model, tokenizer, cfg.speculate, compute, cfg.rmsnorm)
+        return Speculation(draft, cfg.speculate)
+    if "speculate" in cfg.given:
+        raise Refusal(
+            "speculate is the number of a draft's guesses: --draft=FOLDER or --draft=ngram makes them"
+        )
+    return None
+
+
 GENERATION = ("temperature", "top_k", "top_p", "repetition_penalty")
 
 
@@ -194,11 +218,17 @@ def main(cfg):
     template = "" if cfg.raw else str(config.get("template", ""))
     rule = text_rule(config)
     context = math.inf if cfg.past_end == "slide" else model.config.block_size
-    most = min(cfg.max_new_tokens, context)
-    needs = kv_cache_bytes(model.config, cfg.num_samples * len(starts), most, compute.dtype.itemsize)
+    speculation = load_speculation(cfg, model, tokenizer, compute)
+    caches = [(model.config, context)]
+    if speculation and isinstance(speculation.draft, DraftModel):
+        caches.append((speculation.draft.model.config, speculation.draft.context))
+    needs = 0
+    for c, longest in caches:
+        most = min(cfg.max_new_tokens, longest)
+        needs += kv_cache_bytes(c, cfg.num_samples * len(starts), most, compute.dtype.itemsize)
     check_memory(compute.device, needs, "try a smaller num_samples")
     steps = partial(
-        generate,
+        speculation.generate if speculation else generate,
         model,
         max_new_tokens=cfg.max_new_tokens,
         temperature=cfg.temperature,
@@ -213,6 +243,8 @@ def main(cfg):
     if cfg.chat:
         print(message)
         converse(steps, tokenizer, context, template, cfg.system)
+        if speculation:
+            print(speculation.line())
         return
     texts = []
     prompts = []
@@ -231,6 +263,8 @@ def main(cfg):
         can_slide = not (cfg.onnx or model.config.what_ends_a_text)
         advice = f"--past_end={'slide' if can_slide else 'recompute'} goes on"
         write(steps(prompts), texts, prompts, tokenizer, context, advice)
+        if speculation:
+            print(speculation.line())
     except ValueError as e:
         raise Refusal(e)
 

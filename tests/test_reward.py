@@ -143,6 +143,7 @@ def test_what_it_judges_is_learned(shop, judge):
             ["--adapter=judge"],
             "judge/adapter_best.pt is a reward model, which judges text and writes none",
         ),
+        (sample, ["--out_dir=base", "--draft=judge"], "is a reward model, which judges text"),
         (hf, ["--adapter=judge", "--to=there"], "is a reward model"),
         (finetune_lora, ["--out_dir=judge", "--merge"], "is a reward model"),
         (finetune_dpo, ["--out_dir=judge", "--init_from=resume"], "is no run of preference tuning"),

@@ -1,0 +1,452 @@
+"""Speculative decoding: a draft guesses the next tokens, and the model checks them in one call.
+
+    speculation = Speculation(DraftModel(small), 4)            # or Lookup(): as the text went on before
+    *_, rows = speculation.generate(model, prompts, 100)       # the same rows as generate.generate
+    print(speculation.line())
+
+A call that reads five tokens takes hardly longer than one that reads one, as both read all weights.
+
+At each place the model's own token is drawn, with noise that depends on the seed, the row and the place
+alone. A guess is right where it is that token, and what follows the first wrong one is thrown away. So
+the text is what the model writes by itself, whatever the draft, the number of guesses, the other rows and
+the clock: only rounding could make a difference. The draft draws its guesses with the same noise, so that
+two models that nearly agree mostly draw the same token (Daliri, Musco and Suresh 2025). Of guesses that
+are accepted with probability min(1, p/q) (Leviathan et al. 2023, Chen et al. 2023) a few more are kept,
+1 - TV of them for at least (1 - TV) / (1 + TV) here, where TV is the distance between p and q; but there
+the text depends on the guesses, and so on the clock too where speculation is given up when it is slow.
+"""
+
+import math
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from cache import REWIND
+from checkpoint import ADAPTER_KEYS, Checkpoint, find, load, open_checkpoint, refuse_reward_model
+from config import Refusal
+from folders import holds_run
+from generate import GREEDY, distribution, documents_of, penalized, prefill, seen_tokens, start_rows
+from rmsnorm import choose_rmsnorm
+
+MOST_GUESSES = 64  # in one call
+MOST_IN_RING = REWIND - 2  # where a window's ring must forget them, and two tokens that came before
+TRIAL = 64  # tokens a row after which it is decided whether speculation pays
+LEAST_ROUNDS = 4  # of either kind, for that
+
+# -----------------------------------------------------------------------------------------------------
+# Drawing
+
+
+def seen_after(seen, guesses):
+    """Returns which tokens have occurred before each guess and after all of them (B, n + 1, V), from those
+    that had before (B, V) and guesses (B, n).
+    """
+    n = guesses.size(1)
+    seen = seen[:, None].repeat(1, n + 1, 1)
+    for i in range(n):
+        later = guesses[:, i, None, None].expand(-1, n - i, 1)
+        seen[:, i + 1 :].scatter_(2, later, True)
+    return seen
+
+
+class Draws:
+    """Draws tokens from the distribution that next_token draws from, for the model and its draft alike, with
+    noise that depends on the seed, the row and the place in its text alone.
+    """
+
+    def __init__(self, model, prompts, seed, repetition_penalty, temperature, top_k, top_p):
+        self.shape = (len(prompts), model.config.vocab_size)
+        self.device = model.device
+        self.seed = seed % 2**64
+        self.penalty = repetition_penalty
+        self.seen = seen_tokens(prompts, model, repetition_penalty)
+        self.rules = (temperature, top_k, top_p)
+        self.is_greedy = temperature < GREEDY
+        self.noise = []  # of the next places, (B, V) each
+
+    def begin(self, rows):
+        """Goes on to the next places of each row."""
+        self.rows = rows
+        self.noise = []
+
+    def add_noise(self):
+        """Makes the noise (B, V) of one place more in each row."""
+        # float64: in float32 one of 2^23 would be 0 and win against any probability
+        noise = np.ones(self.shape)
+        for number, row in enumerate(self.rows):
+            if not row.end:
+                place = len(row.ids) + len(self.noise)
+                rng = np.random.default_rng((self.seed, number, place))
+                rng.standard_exponential(out=noise[number])
+        self.noise.append(torch.from_numpy(noise).float().to(self.device))
+
+    def draw(self, logits, guesses):
+        """Returns tokens (B, T) from logits (B, T, V): those of the place after guesses (B, n), and of T - 1
+        places before it.
+        """
+        T = logits.size(1)
+        n = guesses.size(1)
+        places = slice(n + 1 - T, n + 1)
+        if self.seen is not None:
+            logits = penalized(logits, seen_after(self.seen, guesses)[:, places], self.penalty)
+        if self.is_greedy:
+            return logits.argmax(-1)
+        while len(self.noise) <= n:
+            self.add_noise()
+        noise = torch.stack(self.noise[places], 1).flatten(0, 1)
+        p, ids = distribution(logits.flatten(0, 1), *self.rules)
+        if ids is not None:
+            noise = noise.gather(-1, ids)
+        # p / Exponential(1) is largest at i with probability p[i]
+        drawn = (p / noise).argmax(-1, keepdim=True)
+        return (drawn if ids is None else ids.gather(-1, drawn)).view(-1, T)
+
+    def see(self, pieces):
+        """Counts the new ids of each row as seen, for the penalty."""
+        if self.seen is not None:
+            for row, ids in enumerate(pieces):
+                self.seen[row, ids] = True
+
+
+# -----------------------------------------------------------------------------------------------------
+# Drafts. One has begin(prompts, most), before a text of up to so many new tokens; guess(rows, n, draws), which
+# returns up to n ids a row; keep(rows, counts) after it, with how many of each row's were right; and skip()
+# where the model has written a token by itself
+
+
+class Lookup:
+    """Guesses that a text goes on as it did after the last occurrence of its last tokens (prompt lookup,
+    Saxena 2023).
+    """
+
+    name = "ngram"
+    lengths = (3, 2)  # tokens that must be the same, the longest first
+
+    def begin(self, prompts, most):
+        self.prompts = prompts
+        self.texts = [list(prompt) for prompt in prompts]
+        # of each row {tokens: the place after their last occurrence}, and the place up to which it is made
+        self.indexes = [{} for _ in prompts]
+        self.ends = [0] * len(prompts)
+
+    def guess(self, rows, n, draws):
+        return [[] if row.end else self.look_up(number, row, n) for number, row in enumerate(rows)]
+
+    def look_up(self, number, row, n):
+        text = self.texts[number]
+        index = self.indexes[number]
+        text += row.ids[len(text) - len(self.prompts[number]) :]
+        for place in range(self.ends[number], len(text)):
+            for length in self.lengths:
+                if place >= length:
+                    index[tuple(text[place - length : place])] = place
+        self.ends[number] = len(text)
+        for length in self.lengths:
+            place = index.get(tuple(text[-length:]))
+            if place is not None:  # the guesses too may be what it goes on with
+                return [text[place + i % (len(text) - place)] for i in range(n)]
+        return []
+
+    def keep(self, rows, counts):
+        pass
+
+    def skip(self):
+        pass
+
+
+class DraftModel:
+    """Guesses with a smaller model of the same tokenizer, in eval mode, which has a cache of its own. Where
+    its context is full it reads the last half again.
+
+    After a round its cache lacks the last two tokens of each row: the model's own, and the one before it,
+    which is the last guess, never read, where all were right.
+    """
+
+    def __init__(self, model, name="the draft"):
+        self.model = model
+        self.name = name
+        c = model.config
+        self.context = c.block_size if c.what_ends_a_text else math.inf
+
+    def begin(self, prompts, most):
+        self.most = most
+        self.cache = None
+        self.behind = 0  # tokens of each row that the cache lacks
+        self.lengths = []  # of each row: tokens in the cache and behind
+
+    def can_go_on(self, rows, n):
+        """Returns whether the cache has room for n more guesses, and lacks few tokens."""
+        if self.cache is None or self.behind > 3:
+            return False
+        return all(
+            row.end or length + n - 1 <= self.context and len(row.window) >= self.behind
+            for row, length in zip(rows, self.lengths)
+        )
+
+    def window_of(self, row, n):
+        """Returns what the draft reads of a row, so that n guesses fit in its context too."""
+        longest = self.context - n + 1
+        if len(row.window) <= longest:
+            return row.window
+        return row.window[-max(1, min(self.context // 2, longest)) :]
+
+    def read(self, rows, n):
+        """Reads what is new in each row, before n guesses; returns the logits (B, V) of the first."""
+        if not self.can_go_on(rows, n):
+            windows = [self.window_of(row, n) for row in rows]
+            self.lengths = [len(window) for window in windows]
+            self.n_read = 0
+            logits, self.cache = prefill(self.model, windows, self.most + n, spare=n + 3)
+            return logits
+        self.n_read = self.behind
+        idx = [[0] * self.behind if row.end else row.window[-self.behind :] for row in rows]
+        idx = torch.tensor(idx, device=self.model.device)
+        return self.model.next_logits(idx, self.cache, documents_of(rows, self.behind, idx.device))
+
+    def guess(self, rows, n, draws):
+        n = min(n, self.context)
+        logits = self.read(rows, n)
+        doc = documents_of(rows, 1, logits.device)
+        guesses = torch.empty(len(rows), 0, dtype=torch.long, device=logits.device)
+        guesses = draws.draw(logits[:, None], guesses)
+        for _ in range(n - 1):
+            logits = self.model.next_logits(guesses[:, -1:], self.cache, doc)
+            guesses = torch.cat((guesses, draws.draw(logits[:, None], guesses)), 1)
+        self.n_read += n - 1
+        self.n_guesses = n
+        return [[] if row.end else ids for row, ids in zip(rows, guesses.tolist())]
+
+    def keep(self, rows, counts):
+        pairs = list(zip(rows, counts))
+        self.cache.rewind([self.n_read if row.end else self.n_guesses - count for row, count in pairs])
+        self.behind = 2
+        self.lengths = [length + count + 1 for length, count in zip(self.lengths, counts)]
+
+    def skip(self):
+        self.behind += 1
+        self.lengths = [length + 1 for length in self.lengths]
+
+
+# -----------------------------------------------------------------------------------------------------
+# The loop
+
+
+@dataclass
+class Tally:
+    """What rounds of one kind wrote, and how long they took. The first is not counted: memory is allocated
+    in it, and the draft reads the prompt.
+    """
+
+    rounds: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def add(self, tokens, seconds):
+        self.rounds += 1
+        if self.rounds > 1:
+            self.tokens += tokens
+            self.seconds += seconds
+
+    @property
+    def seconds_a_token(self):
+        return self.seconds / self.tokens
+
+
+def count_right(guesses, ids):
+    """Returns how many of the guesses, ids, are right before the first one that is not."""
+    for n, (guess, id) in enumerate(zip(guesses, ids)):
+        if guess != id:
+            return n
+    return len(guesses)
+
+
+class Speculation:
+    """Writes what a model writes by itself, but checks up to n_guesses of a draft in each call of it.
+
+    Over the first TRIAL tokens a row plain rounds take turns with speculative ones. Where those were not
+    faster, all that follow are plain. A conversation has one trial. clock: returns seconds.
+    """
+
+    def __init__(self, draft, n_guesses=4, clock=time.perf_counter):
+        self.draft = draft
+        self.n_guesses = n_guesses
+        self.clock = clock
+        self.n_guessed = 0
+        self.n_right = 0
+        self.n_checks = 0  # of one row's guesses
+        self.plain = Tally()
+        self.speculative = Tally()
+        self.n_tokens = 0.0  # so far, a row
+        self.gain = None  # how many times as fast as plain rounds, once the trial has ended
+
+    @property
+    def is_off(self):
+        return self.gain is not None and self.gain <= 1
+
+    def count_guesses(self, rows, limits):
+        """Returns how many guesses the next round of rows that go on has room and use for."""
+        left = max(limits.max_new_tokens - len(row.ids) for row in rows)
+        room = min(limits.block_size - len(row.window) for row in rows)
+        return min(self.n_guesses, left - 1, room)
+
+    def check(self, model, cache, rows, guesses, draws):
+        """Returns the new ids of each row: its guesses up to the first wrong one, and the model's own after
+        them. The cache then has what it had, the row's last token and the right guesses.
+        """
+        n = max(map(len, guesses))
+        device = model.device
+        padded = torch.tensor([[*ids, *[0] * (n - len(ids))] for ids in guesses], device=device).long()
+        last = torch.tensor([row.window[-1:] for row in rows], device=device)
+        doc = documents_of(rows, n + 1, device)
+        logits, _ = model(torch.cat((last, padded), 1), cache=cache, doc=doc)
+        pieces = []
+        for row, row_guesses, ids in zip(rows, guesses, draws.draw(logits, padded).tolist()):
+            pieces.append([] if row.end else ids[: count_right(row_guesses, ids) + 1])
+        counts = [n + 1 - len(piece) for piece in pieces]
+        if any(counts):
+            cache.rewind(counts)
+        return pieces
+
+    def count(self, guesses, pieces):
+        """Adds the guesses of a round and the right ones of them to what line() tells."""
+        for row_guesses, piece in zip(guesses, pieces):
+            if row_guesses:
+                self.n_guessed += len(row_guesses)
+                self.n_right += len(piece) - 1
+                self.n_checks += 1
+
+    def judge(self):
+        """Ends the trial where it has lasted long enough."""
+        least = min(self.plain.rounds, self.speculative.rounds)
+        if self.gain is None and self.n_tokens >= TRIAL and least > LEAST_ROUNDS:
+            self.gain = self.plain.seconds_a_token / self.speculative.seconds_a_token
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        model,
+        prompts,
+        max_new_tokens,
+        temperature=0.8,
+        top_k=200,
+        top_p=1.0,
+        repetition_penalty=1.0,
+        stop=(),
+        seed=1337,
+        past_end="stop",
+    ):
+        """Continues prompts as generate.generate does; yields the list of their Rows after each token. Where
+        a row got fewer tokens of a round than another, its `new` is None meanwhile.
+
+        The model is in eval mode. Sampled text is another than generate's of that seed, of the same
+        distribution. Raises ValueError as there.
+        """
+        rows, limits = start_rows(model, prompts, max_new_tokens, stop, past_end)
+        draws = Draws(model, prompts, seed, repetition_penalty, temperature, top_k, top_p)
+        self.draft.begin(prompts, max_new_tokens)
+        cache = None
+        while True:
+            start = self.clock()
+            going = [row for row in rows if not row.end]
+            guesses = [[] for _ in rows]
+            draws.begin(rows)
+            tally = None
+            if cache is None:
+                left = max(max_new_tokens - len(row.ids) for row in going)
+                windows = [row.window for row in rows]
+                # a row may end with a call's first token, and is padding in the next ones
+                logits, cache = prefill(model, windows, left, spare=2 * self.n_guesses + 2)
+                none = torch.empty(len(rows), 0, dtype=torch.long, device=model.device)
+                drawn = draws.draw(logits[:, None], none).tolist()
+                pieces = [[] if row.end else ids for row, ids in zip(rows, drawn)]
+            else:
+                n = self.count_guesses(going, limits)
+                is_plain = (
+                    self.is_off or self.gain is None and self.plain.rounds <= self.speculative.rounds
+                )
+                if n > 0:
+                    tally = self.plain if is_plain else self.speculative
+                if n > 0 and not is_plain:
+                    guesses = self.draft.guess(rows, n, draws)
+                pieces = self.check(model, cache, rows, guesses, draws)
+            if any(guesses):
+                self.draft.keep(rows, [len(piece) - 1 for piece in pieces])
+                self.count(guesses, pieces)
+            else:
+                self.draft.skip()
+            draws.see(pieces)
+            n_new = sum(map(len, pieces))
+            self.n_tokens += n_new / len(going)
+            if tally is not None:
+                tally.add(n_new, self.clock() - start)
+            self.judge()
+
+            for i in range(max(map(len, pieces))):
+                for row, piece in zip(rows, pieces):
+                    row.new = None
+                    if not row.end and i < len(piece) and row.take(piece[i], limits):
+                        cache = None
+                yield rows
+                if all(row.end for row in rows):
+                    return
+
+    def line(self):
+        """Returns a line about the guesses and the speed."""
+        if not self.n_guessed:
+            return f"{self.draft.name} guessed nothing"
+        share = self.n_right / self.n_guessed
+        per_call = 1 + self.n_right / self.n_checks
+        text = f"{self.draft.name}: {share:.0%} of {self.n_guessed:,} guesses right, {per_call:.1f} tokens a call"
+        if self.gain is None:
+            return f"{text}; too short a text to compare its speed"
+        text += f"; {self.gain:.2f} x the speed of plain decoding over the first {TRIAL} tokens"
+        return f"{text}, so the rest was plain" if self.is_off else text
+
+
+# -----------------------------------------------------------------------------------------------------
+# From the command line
+
+
+ADAPTERS = ("adapter_best.pt", "adapter.pt")
+
+
+def load_draft(path, model, tokenizer, n_guesses, compute, rmsnorm):
+    """Returns the draft that path means for a model with this tokenizer: ngram, or a checkpoint as out_dir
+    names one, which is computed as the model is.
+
+    Raises Refusal where it is none for that model, or n_guesses are too many.
+    """
+    configs = [model.config]
+    draft = Lookup()
+    if path != Lookup.name:
+        draft = DraftModel(*restore_draft(path, tokenizer))
+        configs.append(draft.model.config)
+        draft.model.to(compute.device, compute.dtype)
+        choose_rmsnorm(draft.model, rmsnorm, compute)
+    if any(c.window for c in configs) and n_guesses > MOST_IN_RING:
+        raise Refusal(
+            f"with windows speculate can be {MOST_IN_RING} at most: their layers keep {REWIND} tokens to go back by"
+        )
+    longest = model.config.block_size
+    if configs[-1].block_size > longest:
+        raise Refusal(
+            f"the draft {path} has a context of {configs[-1].block_size} tokens and the model {longest}: "
+            "a draft's can be as long at most"
+        )
+    return draft
+
+
+def restore_draft(path, tokenizer):
+    """Returns (model, the path of its file). Raises Refusal."""
+    if holds_run(path, ADAPTERS) and not holds_run(path, ("ckpt_best.pt", "ckpt.pt")):
+        adapter_path = find(path, ADAPTERS[0])
+        refuse_reward_model(Checkpoint("", None, adapter_path, load(adapter_path, ADAPTER_KEYS)))
+    start = open_checkpoint(path)
+    model, draft_tokenizer = start.restore()
+    if draft_tokenizer.sha256 != tokenizer.sha256:
+        raise Refusal(
+            f"the draft {start.path} has another tokenizer than the model: train one on the model's dataset"
+        )
+    return model, start.path
