@@ -4,6 +4,7 @@
     python bench.py train decode --n_layer=8    two of them, another shape; configs/*.toml work too
     python bench.py rmsnorm --plot --json       bench_rmsnorm.png in out_dir, and a last line of JSON
     python bench.py decode --init_from=hf:FOLDER    a model's shape and weights; a checkpoint's too
+    python bench.py decode --init_from=out/ts --draft=out/small    speculative decoding beside plain
     python bench.py train --against=FOLDER      a step of nanoGPT too, of which FOLDER is a checkout
 
 Rivals take turns within one run, so that a machine whose speed drifts is fair to all. ms is a median,
@@ -53,6 +54,7 @@ from model import KVCache, ModelConfig, MoE, Transformer, model_config
 from optim import make_optimizers, make_scaler
 from rmsnorm import use_rmsnorm
 from sizes import flops_per_token, kv_cache_bytes, num_active_params, num_params
+from speculate import MOST_GUESSES, Speculation, load_draft
 from tokenizer import EOT, Tokenizer
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -79,6 +81,10 @@ class Config(train.Config):
     seconds: float = 10.0  # time for each bench's rounds, of which there are at least three
     text: str = ""  # tokenizer: a file as prepare.py reads it instead of toy stories
     against: str = ""  # train: a checkout of nanoGPT, whose code is run; both optimizers are timed then
+    draft: str = (
+        ""  # decode: a smaller model than init_from's, or ngram; speculative decoding is timed then
+    )
+    speculate: int = 4  # draft: tokens that it guesses at a time
     out_dir: str = "out/bench"  # where drawings go
     plot: bool = False  # draw decode, rmsnorm and attention
     json: bool = False  # end with a line of JSON
@@ -98,6 +104,12 @@ class Config(train.Config):
             )
         if not 0 <= self.seconds <= 3600:
             raise ValueError(f"seconds must be between 0 and 3600, not {self.seconds}")
+        if not 1 <= self.speculate <= MOST_GUESSES:
+            raise ValueError(
+                f"speculate must be at least 1 and at most {MOST_GUESSES}, not {self.speculate}"
+            )
+        if self.draft and self.init_from == "scratch":
+            raise ValueError("a draft agrees with no random weights: draft needs init_from")
         if self.text:
             if not prepare.file_kind(self.text) or not os.path.isfile(self.text):
                 endings = " ".join(prepare.READERS)
@@ -598,11 +610,59 @@ def cached_and_uncached_rows(cfg, compute, model):
     return rows
 
 
+def write_each(write, model, prompts, n, temperature):
+    """Returns n ids after each prompt, one after the other, by generate.generate or Speculation's."""
+    texts = []
+    for prompt in prompts:
+        *_, [row] = write(model, [prompt], n, temperature)
+        texts.append(row.ids)
+    return texts
+
+
+def speculation_rows(cfg, compute, model):
+    """Yields the table's rows of plain and of speculative decoding, greedy and at temperature 0.8, after four
+    beginnings of texts that the model itself has written, each by itself.
+    """
+    _, tokenizer = checkpoint.open_checkpoint(cfg.init_from).restore()
+    *_, rows = generate(model, [[tokenizer.eot]] * 4, 16, 1.0, seed=cfg.seed)
+    prompts = [[tokenizer.eot, *row.ids] for row in rows]
+    n = min(cfg.block_size - len(prompts[0]), 128)
+    rivals = {}
+    speculations = {}
+    for temperature in (0.0, 0.8):
+        draft = load_draft(cfg.draft, model, tokenizer, cfg.speculate, compute, cfg.rmsnorm)
+        speculation = Speculation(draft, cfg.speculate, clock=None)
+        speculations[temperature] = speculation
+        for name, write in {"plain": generate, "speculative": speculation.generate}.items():
+            arguments = (write, model, prompts, n, temperature)
+            rivals[name, temperature] = functools.partial(write_each, *arguments)
+    times = race(rivals, cfg.seconds / 2, compute.device)
+    for (name, temperature), rival_times in times.items():
+        plain = ("plain", temperature)
+        row = {
+            "what": name,
+            "temperature": temperature,
+            "new": n,
+            "tokens_per_s": len(prompts) * n / rival_times["median"],
+            **ms_columns(rival_times),
+            **dict.fromkeys(("against_plain", "guesses", "right", "tokens_a_call", "same_ids")),
+        }
+        if name == "speculative":
+            speculation = speculations[temperature]
+            row["against_plain"] = times[plain]["median"] / rival_times["median"]
+            row["guesses"] = cfg.speculate
+            row["right"] = speculation.share_right
+            row["tokens_a_call"] = speculation.tokens_a_call
+            if temperature == 0:
+                row["same_ids"] = rivals[name, temperature]() == rivals[plain]()
+        yield row
+
+
 def bench_decode(cfg, compute):
     """Times generate.py, greedy, in tokens/s; and in samples/s, drawn, for prompts of different lengths.
 
-    of_memory is the speed at which weights are read against what the memory gives. The last table has
-    the time with a cache against that without one.
+    of_memory is the speed at which weights are read against what the memory gives. The next table has
+    the time with a cache against that without one, and with a draft the last one speculative decoding.
     """
     model = build_model(cfg).to(compute.device, compute.dtype).eval()
     hf_model = convert(to_transformers, model)
@@ -613,7 +673,10 @@ def bench_decode(cfg, compute):
     for batch_size in batch_sizes:
         rows += decode_rows(model, hf_model, large, batch_size, seconds)
     rows += sample_rows(model, hf_model, seconds)
-    return rows + cached_and_uncached_rows(cfg, compute, model)
+    rows += cached_and_uncached_rows(cfg, compute, model)
+    if cfg.draft:
+        rows += speculation_rows(cfg, compute, model)
+    return rows
 
 
 # -----------------------------------------------------------------------------------------------------

@@ -266,7 +266,8 @@ class Speculation:
     """Writes what a model writes by itself, but checks up to n_guesses of a draft in each call of it.
 
     Over the first TRIAL tokens a row plain rounds take turns with speculative ones. Where those were not
-    faster, all that follow are plain. A conversation has one trial. clock: returns seconds.
+    faster, all that follow are plain. A conversation has one trial. clock: returns seconds; without one
+    there is no trial, and all rounds are speculative.
     """
 
     def __init__(self, draft, n_guesses=4, clock=time.perf_counter):
@@ -280,6 +281,10 @@ class Speculation:
         self.speculative = Tally()
         self.n_tokens = 0.0  # so far, a row
         self.gain = None  # how many times as fast as plain rounds, once the trial has ended
+
+    @property
+    def is_trial(self):
+        return self.clock is not None and self.gain is None
 
     @property
     def is_off(self):
@@ -309,6 +314,40 @@ class Speculation:
             cache.rewind(counts)
         return pieces
 
+    def read(self, model, rows, limits, draws):
+        """Reads each row's window anew; returns (the one new id of each row, a cache)."""
+        left = max(limits.max_new_tokens - len(row.ids) for row in rows if not row.end)
+        windows = [row.window for row in rows]
+        # a row may end with a call's first token, and is padding in the next ones
+        logits, cache = prefill(model, windows, left, spare=2 * self.n_guesses + 2)
+        none = torch.empty(len(rows), 0, dtype=torch.long, device=model.device)
+        ids = draws.draw(logits[:, None], none).tolist()
+        self.draft.skip()
+        return [[] if row.end else row_ids for row, row_ids in zip(rows, ids)], cache
+
+    def round(self, model, cache, rows, limits, draws):
+        """Returns the new ids of each row, by one call of the model: of guesses, or in a plain round without."""
+        going = [row for row in rows if not row.end]
+        n = self.count_guesses(going, limits)
+        is_plain = self.is_off or self.is_trial and self.plain.rounds <= self.speculative.rounds
+        start = self.clock() if self.is_trial else 0.0
+        guesses = [[] for _ in rows]
+        if n > 0 and not is_plain:
+            guesses = self.draft.guess(rows, n, draws)
+        pieces = self.check(model, cache, rows, guesses, draws)
+        if any(guesses):
+            self.draft.keep(rows, [len(piece) - 1 for piece in pieces])
+            self.count(guesses, pieces)
+        else:
+            self.draft.skip()
+        if n > 0 and self.is_trial:
+            n_new = sum(map(len, pieces))
+            tally = self.plain if is_plain else self.speculative
+            tally.add(n_new, self.clock() - start)
+            self.n_tokens += n_new / len(going)
+            self.judge()
+        return pieces
+
     def count(self, guesses, pieces):
         """Adds the guesses of a round and the right ones of them to what line() tells."""
         for row_guesses, piece in zip(guesses, pieces):
@@ -320,7 +359,7 @@ class Speculation:
     def judge(self):
         """Ends the trial where it has lasted long enough."""
         least = min(self.plain.rounds, self.speculative.rounds)
-        if self.gain is None and self.n_tokens >= TRIAL and least > LEAST_ROUNDS:
+        if self.n_tokens >= TRIAL and least > LEAST_ROUNDS:
             self.gain = self.plain.seconds_a_token / self.speculative.seconds_a_token
 
     @torch.inference_mode()
@@ -348,41 +387,12 @@ class Speculation:
         self.draft.begin(prompts, max_new_tokens)
         cache = None
         while True:
-            start = self.clock()
-            going = [row for row in rows if not row.end]
-            guesses = [[] for _ in rows]
             draws.begin(rows)
-            tally = None
             if cache is None:
-                left = max(max_new_tokens - len(row.ids) for row in going)
-                windows = [row.window for row in rows]
-                # a row may end with a call's first token, and is padding in the next ones
-                logits, cache = prefill(model, windows, left, spare=2 * self.n_guesses + 2)
-                none = torch.empty(len(rows), 0, dtype=torch.long, device=model.device)
-                drawn = draws.draw(logits[:, None], none).tolist()
-                pieces = [[] if row.end else ids for row, ids in zip(rows, drawn)]
+                pieces, cache = self.read(model, rows, limits, draws)
             else:
-                n = self.count_guesses(going, limits)
-                is_plain = (
-                    self.is_off or self.gain is None and self.plain.rounds <= self.speculative.rounds
-                )
-                if n > 0:
-                    tally = self.plain if is_plain else self.speculative
-                if n > 0 and not is_plain:
-                    guesses = self.draft.guess(rows, n, draws)
-                pieces = self.check(model, cache, rows, guesses, draws)
-            if any(guesses):
-                self.draft.keep(rows, [len(piece) - 1 for piece in pieces])
-                self.count(guesses, pieces)
-            else:
-                self.draft.skip()
+                pieces = self.round(model, cache, rows, limits, draws)
             draws.see(pieces)
-            n_new = sum(map(len, pieces))
-            self.n_tokens += n_new / len(going)
-            if tally is not None:
-                tally.add(n_new, self.clock() - start)
-            self.judge()
-
             for i in range(max(map(len, pieces))):
                 for row, piece in zip(rows, pieces):
                     row.new = None
@@ -392,13 +402,21 @@ class Speculation:
                 if all(row.end for row in rows):
                     return
 
+    @property
+    def share_right(self):
+        return self.n_right / max(1, self.n_guessed)
+
+    @property
+    def tokens_a_call(self):
+        """New tokens of a row in a call of the model that checked guesses of it, on average."""
+        return 1 + self.n_right / max(1, self.n_checks)
+
     def line(self):
         """Returns a line about the guesses and the speed."""
         if not self.n_guessed:
             return f"{self.draft.name} guessed nothing"
-        share = self.n_right / self.n_guessed
-        per_call = 1 + self.n_right / self.n_checks
-        text = f"{self.draft.name}: {share:.0%} of {self.n_guessed:,} guesses right, {per_call:.1f} tokens a call"
+        share, n = self.share_right, self.n_guessed
+        text = f"{self.draft.name}: {share:.0%} of {n:,} guesses right, {self.tokens_a_call:.1f} tokens a call"
         if self.gain is None:
             return f"{text}; too short a text to compare its speed"
         text += f"; {self.gain:.2f} x the speed of plain decoding over the first {TRIAL} tokens"
