@@ -630,7 +630,7 @@ def speculation_rows(cfg, compute, model):
     rivals = {}
     speculations = {}
     for temperature in (0.0, 0.8):
-        draft = load_draft(cfg.draft, model, tokenizer, cfg.speculate, compute, cfg.rmsnorm)
+        draft = load_draft(cfg.draft, model, tokenizer, cfg.speculate, compute, "torch")
         speculation = Speculation(draft, cfg.speculate, clock=None)
         speculations[temperature] = speculation
         for name, write in {"plain": generate, "speculative": speculation.generate}.items():

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+import re
 
 import pytest
 import torch
@@ -10,9 +11,11 @@ from scripts import call, printed, written
 from test_model import V, build, tokens
 from test_windows import windowed
 
+import bench
 import checkpoint
 import sample
-from config import Refusal
+from config import Refusal, configure
+from device import resolve
 from generate import Row, generate
 from model import ModelConfig, Transformer
 from speculate import MOST_IN_RING, TRIAL, DraftModel, Draws, Lookup, Speculation
@@ -345,7 +348,8 @@ def shop(tmp_path_factory):
     }
     for name, (model, tokenizer) in models.items():
         path = str(folder / name / "ckpt.pt")
-        checkpoint.save(path, model, tokenizer, {}, checkpoint.RunState(1, 2.0, 2.0))
+        config = {"template": "to {prompt} be"} if name == "small" else {}
+        checkpoint.save(path, model, tokenizer, config, checkpoint.RunState(1, 2.0, 2.0))
     return folder
 
 
@@ -363,6 +367,42 @@ def test_the_command_line_writes_the_same_text(shop, capsys, draft):
     assert "x the speed of plain decoding over the first 64 tokens" in guesses
     many = printed(capsys, sample, *argv, f"--draft={draft}", "--num_samples=3", folder=shop)
     assert [text.strip() for text in many.split("-" * 80)[1:4]] == [written(plain).strip()] * 3
+
+
+def test_a_conversation_is_the_same_and_has_one_trial(shop, capsys, monkeypatch):
+    argv = ["--out_dir=small", "--chat", "--temperature=0", "--max_new_tokens=12", "--device=cpu"]
+    outputs = []
+    for draft in [], ["--draft=small", "--speculate=2"]:
+        lines = iter(["not", "or", "/quit"])
+        monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+        outputs.append(printed(capsys, sample, *argv, *draft, folder=shop))
+    plain, speculative = outputs
+    assert speculative.startswith(plain)
+    assert re.fullmatch(
+        r"small/ckpt.pt: 100% of \d+ guesses right, .* too short a text to compare its speed\n",
+        speculative.removeprefix(plain),
+    )
+
+
+@slow
+def test_the_bench_times_both(shop, monkeypatch):
+    monkeypatch.chdir(shop)
+    argv = ["decode", "--init_from=model", "--draft=small", "--seconds=0", "--speculate=2"]
+    argv += ["--device=cpu", "--dtype=float32", "--compile=false", "--block_size=60"]
+    cfg = bench.take_shape(configure(bench.Config, argv, bench.BENCHES))
+    compute = resolve("cpu", "float32", "false")
+    rows = list(bench.speculation_rows(cfg, compute, bench.build_model(cfg).eval()))
+    assert [(row["what"], row["temperature"]) for row in rows] == [
+        *itertools.product(("plain", "speculative"), [0.0]),
+        *itertools.product(("plain", "speculative"), [0.8]),
+    ]
+    for plain, speculative in (rows[:2], rows[2:]):
+        assert speculative["against_plain"] == pytest.approx(plain["ms"] / speculative["ms"])
+        assert speculative["tokens_per_s"] * speculative["ms"] / 1e3 == pytest.approx(4 * 43)
+        assert 0 < speculative["right"] < 1 < speculative["tokens_a_call"] < 3
+    assert rows[1]["same_ids"]
+    with pytest.raises(Refusal, match="draft needs init_from"):
+        configure(bench.Config, ["decode", "--draft=small"], bench.BENCHES)
 
 
 @pytest.mark.parametrize(
