@@ -789,6 +789,14 @@ class Transformer(nn.Module):
         """Returns an empty KVCache for batch_size rows of up to max_len tokens."""
         return KVCache(self, batch_size, max_len)
 
+    def lay_out_for_writing(self):
+        """Puts the head's columns one after the other in memory, on a processor, where a product with one token
+        reads them in up to a third of the time. For models that are not trained: no number changes.
+        """
+        if self.device.type == "cpu" and isinstance(self.head, nn.Linear):
+            weight = self.head.weight
+            weight.data = weight.data.t().contiguous().t()
+
     def next_logits(self, idx, cache, doc=None):
         """Returns logits (B, V) of what comes after the last of tokens idx (B, T); cache and doc as in hidden."""
         return self.head(self.hidden(idx, cache, doc)[:, -1])
