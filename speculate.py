@@ -35,6 +35,7 @@ MOST_IN_RING = REWIND - 2  # where a window's ring must forget them, and two tok
 TRIAL = 64  # tokens a row after which it is decided whether speculation pays
 LEAST_ROUNDS = 4  # of either kind, for that
 
+
 # -----------------------------------------------------------------------------------------------------
 # Drawing
 
@@ -111,9 +112,9 @@ class Draws:
 
 
 # -----------------------------------------------------------------------------------------------------
-# Drafts. One has begin(prompts, most), before a text of up to so many new tokens; guess(rows, n, draws), which
-# returns up to n ids a row; keep(rows, counts) after it, with how many of each row's were right; and skip()
-# where the model has written a token by itself
+# Drafts. One has begin(prompts, most, n_guesses), before texts of up to `most` new tokens and as many guesses at
+# a time; guess(rows, n, draws), which returns up to n ids a row; keep(rows, counts) after it, with how many of
+# each row's were right; and skip() where the model has written a token by itself
 
 
 class Lookup:
@@ -124,7 +125,7 @@ class Lookup:
     name = "ngram"
     lengths = (3, 2)  # tokens that must be the same, the longest first
 
-    def begin(self, prompts, most):
+    def begin(self, prompts, most, n_guesses):
         self.prompts = prompts
         self.texts = [list(prompt) for prompt in prompts]
         # of each row {tokens: the place after their last occurrence}, and the place up to which it is made
@@ -170,8 +171,10 @@ class DraftModel:
         c = model.config
         self.context = c.block_size if c.what_ends_a_text else math.inf
 
-    def begin(self, prompts, most):
-        self.most = most
+    def begin(self, prompts, most, n_guesses):
+        # a row that has ended is padding, of what is read and guessed in a round
+        self.capacity = most + n_guesses
+        self.spare = n_guesses + 3
         self.cache = None
         self.behind = 0  # tokens of each row that the cache lacks
         self.lengths = []  # of each row: tokens in the cache and behind
@@ -198,7 +201,7 @@ class DraftModel:
             windows = [self.window_of(row, n) for row in rows]
             self.lengths = [len(window) for window in windows]
             self.n_read = 0
-            logits, self.cache = prefill(self.model, windows, self.most + n, spare=n + 3)
+            logits, self.cache = prefill(self.model, windows, self.capacity, self.spare)
             return logits
         self.n_read = self.behind
         idx = [[0] * self.behind if row.end else row.window[-self.behind :] for row in rows]
@@ -384,7 +387,7 @@ class Speculation:
         """
         rows, limits = start_rows(model, prompts, max_new_tokens, stop, past_end)
         draws = Draws(model, prompts, seed, repetition_penalty, temperature, top_k, top_p)
-        self.draft.begin(prompts, max_new_tokens)
+        self.draft.begin(prompts, max_new_tokens, self.n_guesses)
         cache = None
         while True:
             draws.begin(rows)

@@ -126,6 +126,18 @@ def test_any_right_and_wrong_guesses_leave_the_text_as_it_is():
         assert ended(speculation.generate(model, prompts, 20, temperature=0, stop=stop)) == expected
 
 
+def test_a_row_that_ends_soon_makes_all_guess_less_until_then():
+    """And is padding afterwards, for which the caches have room."""
+    model = build().double()
+    prompts = prompts_of(23, 2, 22)
+    expected = ended(generate(model, prompts, 30, temperature=0))
+    assert [len(ids) for ids, _, _ in expected] == [2, 23, 3]
+    for draft in DraftModel(disturbed(model)), DraftModel(model):
+        speculation = untried(draft, 20)
+        assert ended(speculation.generate(model, prompts, 30, temperature=0)) == expected
+        assert speculation.n_right
+
+
 @pytest.mark.parametrize(
     "pos, pattern",
     [("rope", "S"), pytest.param("rope", "SL", marks=slow), pytest.param("alibi", "S", marks=slow)],
@@ -162,7 +174,7 @@ def test_a_lookup_goes_on_as_the_text_did():
     lookup = Lookup()
     for _ in range(10):
         text = torch.randint(3, (40,), generator=generator).tolist()
-        lookup.begin([text[:5]], 40)
+        lookup.begin([text[:5]], 40, 6)
         row = Row(text[:5])
         for n in range(5, 40):
             row.ids = text[5:n]
