@@ -374,6 +374,7 @@ def test_the_best_arm_is_found(length, steps, baseline):
     assert best > 0.95
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("baseline", ["group", "value"])
 def test_reward_rises(shop, baseline):
     argv = [

@@ -196,6 +196,7 @@ def test_a_lookup_goes_on_as_the_text_did():
 RULES = dict(temperature=0.9, top_k=4, top_p=0.9, repetition_penalty=1.2)
 
 
+@pytest.mark.slow
 def test_sampled_text_depends_on_seed_and_row_alone():
     """Neither on the draft, nor on the number of guesses, nor on the other rows."""
     model = build().double()
