@@ -6,6 +6,7 @@
     python bench.py decode --init_from=hf:FOLDER    a model's shape and weights; a checkpoint's too
     python bench.py decode --init_from=out/ts --draft=out/small    speculative decoding beside plain
     python bench.py train --against=FOLDER      a step of nanoGPT too, of which FOLDER is a checkout
+    python bench.py decode --init_from=out/ts --against=llama.cpp    and llama.cpp, with 32, 8 and 4 bits
 
 Rivals take turns within one run, so that a machine whose speed drifts is fair to all. ms is a median,
 ms_min and ms_max its spread; first_ms is the first call, where compiling and allocating happen. Weights
@@ -31,6 +32,7 @@ import torch
 import torch.nn.functional as F
 
 import checkpoint
+import onnx_model
 import prepare
 import rmsnorm
 import toy_stories
@@ -39,7 +41,7 @@ from data import padded, to, training_rows
 from device import DTYPES, fast_bfloat16, name_of, peak_flops, resolve
 from generate import generate
 from hf import to_transformers
-from interop import nanogpt
+from interop import gguf_file, llama_cpp, nanogpt
 from measure import (
     count_bytes,
     device_name,
@@ -61,6 +63,7 @@ CONFIGS = Path(__file__).parent / "configs"
 SHAPE_KEYS = ("n_layer", "n_head", "n_embd", "block_size", "batch_size")
 ARCHITECTURE_KEYS = {"norm", "norm_position", "pos", "mlp"}
 NANOGPT = "nanoGPT"
+LLAMA_CPP = "llama.cpp"
 SLOW = 1e-7  # a learning rate
 SAMPLES = 32  # prompts continued together
 LARGE = 1 << 26  # float32 numbers: 256 MB, more than caches hold
@@ -80,7 +83,7 @@ class Config(train.Config):
     vocab_size: int = 4096  # tokens
     seconds: float = 10.0  # time for each bench's rounds, of which there are at least three
     text: str = ""  # tokenizer: a file as prepare.py reads it instead of toy stories
-    against: str = ""  # train: a checkout of nanoGPT, whose code is run; both optimizers are timed then
+    against: str = ""  # train: a folder, a checkout of nanoGPT, whose code is run | decode: llama.cpp
     draft: str = (
         ""  # decode: a smaller model than init_from's, or ngram; speculative decoding is timed then
     )
@@ -88,6 +91,11 @@ class Config(train.Config):
     out_dir: str = "out/bench"  # where drawings go
     plot: bool = False  # draw decode, rmsnorm and attention
     json: bool = False  # end with a line of JSON
+
+    @property
+    def nanogpt(self):
+        """The folder of nanoGPT, where it is a rival: then both optimizers are timed."""
+        return "" if self.against == LLAMA_CPP else self.against
 
     def __post_init__(self):
         on_gpu = self.device.startswith("cuda")
@@ -108,6 +116,8 @@ class Config(train.Config):
             raise ValueError(
                 f"speculate must be at least 1 and at most {MOST_GUESSES}, not {self.speculate}"
             )
+        if self.against == LLAMA_CPP and self.init_from == "scratch":
+            raise ValueError("llama.cpp wants a tokenizer: give init_from")
         if self.draft and self.init_from == "scratch":
             raise ValueError("a draft agrees with no random weights: draft needs init_from")
         if self.text:
@@ -308,7 +318,7 @@ def architectures(cfg):
 def train_rivals(cfg, compute, dtypes):
     """Returns {(settings, optimizer, dtype, compiled, rmsnorm): (compute, step, model, optimizers)}."""
     rivals = {}
-    gpt = nanogpt.load(cfg.against) if cfg.against else None
+    gpt = nanogpt.load(cfg.nanogpt) if cfg.nanogpt else None
     names = [cfg.optimizer]
     if gpt and "optimizer" not in cfg.given:
         names = ["adamw", "muon"]
@@ -363,7 +373,7 @@ def train_rows(cfg, compute, dtypes):
         if peak is not None:
             peak += count_state_bytes(model, optimizers)
         against = {}
-        if cfg.against:
+        if cfg.nanogpt:
             rival = times[NANOGPT, "adamw", dtype, compiled, None]
             against = {"against": rival["median"] / times[key]["median"]}
         yield {
@@ -658,6 +668,46 @@ def speculation_rows(cfg, compute, model):
         yield row
 
 
+def write_greedy(model, prompt, n):
+    """Returns n ids after a prompt, by generate.py."""
+    return generate_cached(model, [prompt], n)[0]
+
+
+def llama_cpp_rows(cfg, compute, model):
+    """Returns the rows of one greedy text: by this model, its ONNX files where export_onnx.py wrote some, and
+    llama.cpp with 32, 8 and 4 bits a number. same: how many of its first ids are this model's.
+    """
+    start = checkpoint.open_checkpoint(cfg.init_from)
+    _, tokenizer = start.restore()
+    n_threads = torch.get_num_threads()
+    n_new = min(cfg.block_size - 41, 120)
+    *_, [row] = generate(model, [[tokenizer.eot]], 40, 1.0, seed=cfg.seed)
+    prompt = [tokenizer.eot, *row.ids]
+    rivals = {"PyTorch float32": functools.partial(write_greedy, model, prompt, n_new)}
+    for path in sorted(Path(start.path).parent.glob("onnx/*.onnx")):
+        exported, _, _ = onnx_model.load(str(path))
+        rivals[f"onnx/{path.name}"] = functools.partial(write_greedy, exported, prompt, n_new)
+    with tempfile.TemporaryDirectory() as folder:
+        for bits, name in gguf_file.BITS.items():
+            path = f"{folder}/{name}.gguf"
+            gguf_file.write(path, model, tokenizer, bits=bits)
+            llama = llama_cpp.server(path, cfg.block_size, n_threads)
+            rivals[f"{LLAMA_CPP} {name}"] = functools.partial(llama_cpp.write, llama, prompt, n_new)
+        times = race(rivals, cfg.seconds / 2, compute.device)
+    expected = rivals["PyTorch float32"]()
+    return [
+        {
+            "what": name,
+            "prompt": len(prompt),
+            "new": n_new,
+            "tokens_per_s": n_new / rival_times["median"],
+            **ms_columns(rival_times),
+            "same": len(os.path.commonprefix([rivals[name](), expected])),
+        }
+        for name, rival_times in times.items()
+    ]
+
+
 def bench_decode(cfg, compute):
     """Times generate.py, greedy, in tokens/s; and in samples/s, drawn, for prompts of different lengths.
 
@@ -677,6 +727,8 @@ def bench_decode(cfg, compute):
     rows += cached_and_uncached_rows(cfg, compute, model)
     if cfg.draft:
         rows += speculation_rows(cfg, compute, model)
+    if cfg.against == LLAMA_CPP:
+        rows += llama_cpp_rows(cfg, compute, model)
     return rows
 
 

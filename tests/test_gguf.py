@@ -11,7 +11,6 @@ import json
 import os
 import random
 import unicodedata
-import urllib.request
 
 import numpy as np
 import pytest
@@ -40,8 +39,9 @@ import prepare
 import sample
 from config import Refusal, configure
 from data import prompt_ids
-from interop import gguf_file, gguf_layout, gguf_tokenizer, hf_folder
+from interop import gguf_file, gguf_layout, gguf_tokenizer, hf_folder, llama_cpp
 from interop.chat_template import ChatTemplate, jinja_template
+from interop.llama_cpp import post
 from tokenizer import EOT, Tokenizer
 
 gguf = pytest.importorskip("gguf")
@@ -543,27 +543,8 @@ def test_a_damaged_file_is_one_line(llama_file, tmp_path):
 
 def start_llama_cpp(path):
     """Returns a llama.cpp server of a file: one thread, all in float32, no flash attention."""
-    llama_cpp = pytest.importorskip("xllamacpp")
-    params = llama_cpp.CommonParams()
-    params.model.path = str(path)
-    params.n_ctx = 256
-    params.n_parallel = 1
-    params.warmup = False
-    params.verbosity = 0
-    params.flash_attn_type = llama_cpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    params.cache_type_k = params.cache_type_v = llama_cpp.ggml_type.GGML_TYPE_F32
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-    return llama_cpp.Server(params)
-
-
-def post(server, path, **data):
-    """Returns the answer of a llama.cpp server."""
-    headers = {"Content-Type": "application/json"}
-    request = urllib.request.Request(
-        f"{server.listening_address}/{path}", json.dumps(data).encode(), headers
-    )
-    with urllib.request.urlopen(request, timeout=60) as answer:
-        return json.load(answer)
+    pytest.importorskip("xllamacpp")
+    return llama_cpp.server(path, n_ctx=256, exact=True)
 
 
 def check_text(server, model, tokenizer):
