@@ -46,16 +46,16 @@ class KVCache:
 
     def __init__(self, model, batch_size, max_len):
         c = model.config
-        embedding = model.wte.weight
+        example = model.example
         self.sizes = {}  # of the layers' rings, by window
         self.k = []
         for layer in range(c.n_layer):
             window = c.window_of(layer)
             self.sizes[window] = capacity(window, max_len)
             shape = (batch_size, c.n_kv_head, self.sizes[window], c.head_dim)
-            self.k.append(torch.zeros(shape, dtype=embedding.dtype, device=embedding.device))
+            self.k.append(torch.zeros(shape, dtype=example.dtype, device=example.device))
         self.v = [torch.zeros_like(k) for k in self.k]
-        self.lengths = torch.zeros(batch_size, dtype=torch.long, device=embedding.device)
+        self.lengths = torch.zeros(batch_size, dtype=torch.long, device=example.device)
         self.length = 0
         self.max_len = max_len
         self.is_level = True  # all rows have the same length

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 import torch
 
 import lora
+import quantized
 from config import Refusal, convert, hf_name, is_hf, is_out_of_memory
 from data import text_rule
 from device import check_memory
@@ -30,10 +31,11 @@ from folders import holds_run, is_free, write_atomic
 from interop import hf_folder
 from interop.any_tokenizer import load_tokenizer
 from model import MODEL_KEYS, ModelConfig, Transformer
-from sizes import model_sizes
-from tensors import check_tensors, count_stored_numbers, find_not_finite
+from sizes import Undrawn, model_sizes
+from tensors import FLOATS, INTEGERS, check_tensors, count_stored_numbers, find_not_finite
 
 FORMAT = 1
+QUANTIZED = 2  # the format of a model of integers, which older versions and other programs refuse
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -83,6 +85,8 @@ def save(path, model, tokenizer, config, state):
         "tokenizer": tokenizer.to_str(),
         "tokenizer_sha256": tokenizer.sha256,
     }
+    if model.quantization:
+        weights |= {"format": QUANTIZED, "quantization": dataclasses.asdict(model.quantization)}
     write_checkpoint(path, weights, config, state)
 
 
@@ -97,7 +101,7 @@ def write_checkpoint(path, weights, config, state):
     if name is not None:
         problem = f"tensor {name} holds nan or infinity"
         raise Refusal(f"{path} is not written: {problem}; what was there is as it was", status=1)
-    content = weights | {"format": FORMAT, "config": config} | state.to_dict()
+    content = {"format": FORMAT} | weights | {"config": config} | state.to_dict()
     write_atomic(path, lambda f: torch.save(content, f))
 
 
@@ -201,22 +205,26 @@ def load(path, keys=KEYS):
         )
     if not isinstance(ckpt, dict) or "format" not in ckpt:
         raise Refusal(f"{path} is not a TinyLM checkpoint")
-    if type(ckpt["format"]) is not int or ckpt["format"] != FORMAT:
+    if type(ckpt["format"]) is not int or ckpt["format"] not in (FORMAT, QUANTIZED):
         raise Refusal(
             f"{path} has checkpoint format {ckpt['format']!r:.60}; this version reads format {FORMAT}"
         )
+    is_quantized = ckpt["format"] == QUANTIZED
     if "adapters" in ckpt and keys is KEYS:
         raise Refusal(f"{path} is an adapter, not a checkpoint: sample.py --adapter={path} reads it")
     if "model" in ckpt and keys is ADAPTER_KEYS:
         raise Refusal(
             f"{path} is a whole checkpoint, not an adapter: sample.py --out_dir={path} reads it"
         )
+    if is_quantized:
+        keys = keys | {"quantization": dict}
     for key, kind in keys.items():
         if not isinstance(ckpt.get(key), kind):
             raise damaged(path, f"{key} is missing or not a {kind.__name__}")
     try:
         check_numbers(ckpt)
-        check_tensors(ckpt["model" if keys is KEYS else "adapters"])
+        dtypes = (*FLOATS, *INTEGERS) if is_quantized else FLOATS
+        check_tensors(ckpt["adapters" if "adapters" in keys else "model"], dtypes)
     except ValueError as e:
         raise damaged(path, e)
     return ckpt
@@ -259,16 +267,35 @@ def restore(ckpt, path, device="cpu"):
         if tokenizer.sha256 != ckpt["tokenizer_sha256"] or tokenizer.vocab_size != config.vocab_size:
             raise ValueError("its tokenizer is not the one it was trained with")
         sizes = model_sizes(config)
-        if sizes.matrices > count_stored_numbers(ckpt["model"].values()):
+        is_quantized = ckpt["format"] == QUANTIZED
+        # two integers of 4 bits are one number of the file
+        most = count_stored_numbers(ckpt["model"].values()) * (2 if is_quantized else 1)
+        if sizes.matrices > most:
             raise ValueError("its weights are fewer than its model_config needs")
         check_memory(torch.device("cpu"), sizes.bytes, f"{path} is for a larger machine")
-        model = Transformer(config)
-        model.load_state_dict(ckpt["model"])
+        if is_quantized:
+            model = make_quantized(config, ckpt)
+        else:
+            model = Transformer(config)
+            model.load_state_dict(ckpt["model"])
     except (ValueError, TypeError, AttributeError, RuntimeError, MemoryError) as e:
         if is_out_of_memory(e):
             raise too_large(path)
         raise damaged(path, str(e).splitlines()[0])
     return model.to(device).eval(), tokenizer
+
+
+def make_quantized(config, ckpt):
+    """Returns the model of integers in a loaded checkpoint. Raises ValueError, TypeError or RuntimeError."""
+    with Undrawn():  # and so, but for norms, never written: it takes no memory
+        model = Transformer(config)
+    quantized.install(model, quantized.Quantization(**ckpt["quantization"]))
+    for name, x in model.state_dict().items():
+        stored = ckpt["model"].get(name, x)
+        if stored.is_floating_point() != x.is_floating_point():
+            raise ValueError(f"tensor {name} is {stored.dtype}, where {x.dtype} was expected")
+    model.load_state_dict(ckpt["model"])
+    return model.float()
 
 
 def fingerprint(ckpt):
@@ -307,13 +334,18 @@ class Checkpoint:
     loaded: dict = None  # what load returned
     adapter_path: str = ""
     adapter: dict = None  # what load returned of the adapters' file
+    takes_integers: bool = False  # whether the model may be a quantized one
     changes: dict = field(default_factory=dict)  # to its model_config; see stretch
 
     @property
     def state(self):
-        """The loaded checkpoint. Raises Refusal where it cannot be read."""
+        """The loaded checkpoint. Raises Refusal where it cannot be read, or is a quantized one that is
+        not to be.
+        """
         if self.loaded is None:
             self.loaded = load(self.path)
+        if self.loaded["format"] == QUANTIZED and (self.adapter or not self.takes_integers):
+            raise quantized_refusal(self)
         return self.loaded
 
     @property
@@ -405,26 +437,46 @@ class Checkpoint:
             raise damaged(self.adapter_path, repr(e))
 
 
-def open_checkpoint(out_dir, prefer="ckpt_best.pt", adapter="", prefer_adapter="adapter_best.pt"):
+def quantized_refusal(start):
+    """Returns the Refusal of a quantized Checkpoint where floats are needed."""
+    path, made_of = start.path, start.loaded["config"].get("quantized_from", "")
+    if start.adapter:
+        return Refusal(
+            f"{path} is quantized, and {start.adapter_path} belongs over floats: finetune_lora.py --merge makes a "
+            "checkpoint of it and its base, which quantize.py reads"
+        )
+    return Refusal(
+        f"{path} is quantized, which sample.py, eval.py and export_onnx.py read: for anything else take "
+        f"what it was made of, {made_of}"
+    )
+
+
+def open_checkpoint(
+    out_dir,
+    prefer="ckpt_best.pt",
+    adapter="",
+    prefer_adapter="adapter_best.pt",
+    takes_integers=False,
+):
     """Returns the Checkpoint that out_dir means: a folder, a file or hf:FOLDER_OR_NAME.
 
     adapter: the folder or file of adapters over it; then an empty out_dir means the base that they name.
-    Raises Refusal.
+    Raises Refusal; so does the Checkpoint for a quantized model, without takes_integers.
     """
     if not adapter:
-        return Checkpoint(find(out_dir, prefer))
+        return Checkpoint(find(out_dir, prefer), takes_integers=takes_integers)
     adapter_path = find(adapter, prefer_adapter)
     adapters = load(adapter_path, ADAPTER_KEYS)
     path = find(out_dir, prefer) if out_dir else find_base(adapters, adapter_path)
     return Checkpoint(path, None, adapter_path, adapters)
 
 
-def open_given(cfg, adapter):
+def open_given(cfg, adapter, takes_integers=False):
     """Returns the Checkpoint of a command line's out_dir with adapters over it, where there are any: over
     their own base where no out_dir was given.
     """
     out_dir = "" if adapter and "out_dir" not in cfg.given else cfg.out_dir
-    start = open_checkpoint(out_dir, adapter=adapter)
+    start = open_checkpoint(out_dir, adapter=adapter, takes_integers=takes_integers)
     refuse_reward_model(start)
     return start
 

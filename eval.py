@@ -163,6 +163,13 @@ class Rules:
 # What is evaluated, on what
 
 
+def data_folder(ckpt):
+    """Returns the folder of a checkpoint's data, or ELSEWHERE."""
+    if ckpt.dataset and not is_hf(ckpt.path):
+        return os.path.join("data", ckpt.dataset)
+    return ELSEWHERE
+
+
 def load_data(folder, ckpt, load):
     """Returns the splits and the tokenizer that a checkpoint was trained with. Raises Refusal."""
     if folder == ELSEWHERE:
@@ -187,13 +194,11 @@ def load_subjects(cfg, compute):
     subjects = []
     validation = None
     for name in names:
-        ckpt = open_checkpoint(name)
+        ckpt = open_checkpoint(name, takes_integers=True)
         if not cfg.lengths:
             ckpt.stretch(cfg.rope_scaling, cfg.block_size)
         model, tokenizer = ckpt.restore(compute.device)
-        dataset = ELSEWHERE
-        if ckpt.dataset and not is_hf(ckpt.path):
-            dataset = os.path.join("data", ckpt.dataset)
+        dataset = data_folder(ckpt)
         try:
             data, data_tokenizer = load_data(dataset, ckpt, load)
             training = data["train"], data_tokenizer

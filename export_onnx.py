@@ -43,6 +43,7 @@ from folders import new_folder, write_atomic
 from generate import generate
 from measure import race
 from model import ComputedTable, attention_mask
+from quantized import dequantized
 from score import evaluate
 from sizes import num_params, size_text
 
@@ -824,7 +825,7 @@ def write_folder(cfg, model, tokenizer, ckpt, ids, folder):
 
 
 def main(cfg):
-    ckpt = checkpoint.open_checkpoint(cfg.out_dir)
+    ckpt = checkpoint.open_checkpoint(cfg.out_dir, takes_integers=True)
     ckpt.stretch(cfg.rope_scaling, cfg.block_size)
     if is_hf(ckpt.path) and not cfg.to:
         raise Refusal("name the folder to write: --to=FOLDER")
@@ -832,6 +833,9 @@ def main(cfg):
     ways = "--overwrite moves it aside, --to=OTHER writes elsewhere"
     with new_folder(folder, cfg.overwrite, ways, [hf_name(ckpt.path)]) as tmp:
         model, tokenizer = ckpt.restore()
+        if model.quantization:
+            print(f"{ckpt.path} is quantized: its integers are written out as float32")
+            model = dequantized(model)
         ids = load_validation(cfg, ckpt.dataset, tokenizer) if cfg.quantize == "int8" else None
         increase = write_folder(cfg, model, tokenizer, ckpt, ids, tmp)
         int8_is_good = increase <= MAX_LOSS_INCREASE  # nan is not

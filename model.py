@@ -13,6 +13,7 @@ may see (cache and new), C width, H heads, D head_dim, V vocabulary.
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -679,12 +680,14 @@ class Transformer(nn.Module):
     """A decoder-only language model. Three run-time switches, not part of the architecture, are plain
     attributes: gradient_checkpointing (recompute each block in the backward pass: less memory, a third
     more time), chunked_loss (never hold all logits at once; then a call with targets returns no logits)
-    and balance (how much of balance_loss is learned with the loss, in training mode).
+    and balance (how much of balance_loss is learned with the loss, in training mode). quantization says
+    how matrices are stored that quantized.py has put in the place of these.
     """
 
     gradient_checkpointing = False
     chunked_loss = False
     balance = 0.0
+    quantization = None
 
     def __init__(self, config):
         super().__init__()
@@ -755,12 +758,12 @@ class Transformer(nn.Module):
         if is_past and (doc is None or pos.max() >= block_size):
             longest = S if doc is None else int(pos.max()) + 1
             raise ValueError(f"{longest} tokens do not fit in block_size={block_size}")
-        dtype = self.wte.weight.dtype
+        x = self.wte(idx)
+        dtype = x.dtype
         sights = {
             window: make_sight(places, key_places, doc, key_doc, self.score_bias, dtype, window)
             for window, (key_places, key_doc) in keys.items()
         }
-        x = self.wte(idx)
         if self.add_pos is not None:
             x = self.add_pos(x, pos)
         # autocast alone would keep x float32 and cast it at each product. In float16 it might overflow
@@ -783,7 +786,13 @@ class Transformer(nn.Module):
     # What generate.generate calls; onnx_model.OnnxModel has the same
     @property
     def device(self):
-        return self.wte.weight.device
+        return self.example.device
+
+    @property
+    def example(self):
+        """A tensor of the device and the dtype of its states: the embedding, or of integers the scales."""
+        tensors = chain(self.parameters(), self.buffers())
+        return next(x for x in tensors if x.is_floating_point())
 
     def new_cache(self, batch_size, max_len):
         """Returns an empty KVCache for batch_size rows of up to max_len tokens."""

@@ -148,7 +148,7 @@ def load_onnx(cfg):
 
 def load(cfg):
     """Returns (model, tokenizer, its settings, Compute, what to print of them) for --out_dir and --adapter."""
-    ckpt = open_given(cfg, cfg.adapter)
+    ckpt = open_given(cfg, cfg.adapter, takes_integers=True)
     ckpt.stretch(cfg.rope_scaling, cfg.block_size)
     compute = resolve(cfg.device, cfg.dtype, "false")
     model, tokenizer = ckpt.restore()

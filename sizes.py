@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from cache import capacity
 from model import MoE, Transformer, make_sight, model_config
+from quantized import QuantizedLinear
 
 
 class Sizes(NamedTuple):
@@ -121,8 +122,9 @@ def module_sizes(module):
 
 
 def num_params(module):
-    """Returns the number of parameters, a tied matrix counted once."""
-    return sum(p.numel() for p in module.parameters())
+    """Returns the number of parameters, a tied matrix counted once, and of integers all that it stands for."""
+    integers = sum(m.n_weights for m in module.modules() if isinstance(m, QuantizedLinear))
+    return integers + sum(p.numel() for p in module.parameters())
 
 
 def num_active_params(model):

@@ -3,17 +3,18 @@
 import torch
 
 FLOATS = torch.float32, torch.bfloat16, torch.float16, torch.float64
+INTEGERS = torch.int8, torch.uint8  # of quantized matrices
 
 
 class NotFinite(ValueError):
     """A tensor holds nan or infinity: its file is damaged, and whatever is computed with it will be nan."""
 
 
-def check_tensor(name, x):
-    """Raises ValueError where x is not a tensor of floating-point numbers on the CPU."""
+def check_tensor(name, x, dtypes=FLOATS):
+    """Raises ValueError where x is not a tensor of floating-point numbers, or of other dtypes, on the CPU."""
     if not isinstance(name, str) or not isinstance(x, torch.Tensor):
         raise ValueError(f"{name!r:.60} is a {type(x).__name__}, where tensors by name were expected")
-    if x.dtype not in FLOATS:
+    if x.dtype not in dtypes:
         dtype = str(x.dtype).removeprefix("torch.")
         readable = "only float32, bfloat16, float16 and float64 are read"
         raise ValueError(f"tensor {name} is {dtype}: {readable}")
@@ -58,10 +59,10 @@ def check_finite(tensors):
         raise NotFinite(f"tensor {name} holds nan or infinity, in float32; {advice}")
 
 
-def check_tensors(tensors):
-    """Raises ValueError where tensors by name are not floating-point numbers, all finite."""
+def check_tensors(tensors, dtypes=FLOATS):
+    """Raises ValueError where tensors by name are not of these dtypes, and all finite."""
     for name, x in tensors.items():
-        check_tensor(name, x)
+        check_tensor(name, x, dtypes)
     # a head that is the embedding too counts twice; without a bound, a tiny file would be summed for hours
     if sum(x.numel() for x in tensors.values()) > 2 * count_stored_numbers(tensors.values()):
         raise ValueError("its tensors have more numbers than it holds")

@@ -1,0 +1,494 @@
+"""Makes a trained model's matrices integers of 8 or 4 bits: a folder that sample.py, eval.py and
+export_onnx.py read as they read any.
+
+    python quantize.py --out_dir=out/ts --to=out/ts-int8                        8 bits, to the nearest
+    python quantize.py --out_dir=out/ts --bits=4 --method=gptq --to=out/ts-int4
+    python quantize.py --out_dir=out/ts --bits=4 --method=awq --text=t.txt --to=out/ts-awq
+    python sample.py --out_dir=out/ts-int4
+
+Which integers (quantized.py has what they stand for):
+
+    rtn    each number by itself to the nearest one
+    gptq   Frantar et al. 2022, arXiv:2210.17323: a column of a matrix at a time, and what rounding it
+           changes in the outputs is made good by the columns after it
+    awq    Lin et al. 2023, arXiv:2306.00978: inputs that are large are made smaller and their weights
+           larger, by the power of their size that changes the outputs least. The scale goes into the norm
+           or Linear before, where there is one that takes it, and its weights then to the nearest
+
+The last two look at what each matrix is given, on training text of the model's own data or --text, a
+block at a time, after blocks that are integers already; gptq also after the matrices before in its
+block. Errors are relative ones of a matrix's outputs there: ||X (W - Q)^T||^2 / ||X W^T||^2.
+"""
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from config import Refusal, hf_name, run
+
+# isort: split
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import checkpoint
+import prepare
+from data import blocks, evenly
+from device import resolve
+from eval import data_folder, load_data, read_file
+from folders import new_folder
+from quantized import LARGEST, Codes, Quantization, check_groups, linears, quantized
+from score import evaluate
+
+BATCH = 8  # rows of text at a time
+BLOCK = 128  # columns, after which GPTQ changes all those that follow
+GRID = 20  # powers of the inputs' size that AWQ tries, from 0 on
+HELD_OUT = 1 << 15  # tokens of the validation split, about so many, that the loss is told of
+
+
+@dataclass
+class Config:
+    out_dir: str = "out"  # a model's folder, a checkpoint file or hf:FOLDER_OR_NAME
+    to: str = ""  # the folder to write
+    overwrite: bool = False  # move a folder that is in the way aside
+    method: str = "rtn"  # rtn | gptq | awq
+    bits: int = 8  # of a matrix in a block, 8 | 4; embedding and head have 8 always
+    group_size: int = 0  # inputs that share a scale with 4 bits: 32 | 64 | 128; 0 = 32
+    text: str = (
+        ""  # gptq, awq: a file as prepare.py reads it; "" = the training split of the model's data
+    )
+    tokens: int = 32768  # gptq, awq: of that text, about so many, evenly spaced
+    damping: float = 0.01  # gptq: of the mean diagonal of X^T X, added to the diagonal
+    act_order: bool = False  # gptq: columns with the largest inputs first
+
+    def __post_init__(self):
+        if not Path(self.to).name:
+            raise ValueError(f"--to=FOLDER says where to write, not {self.to!r}")
+        if self.bits == 8 and self.group_size:
+            raise ValueError("8 bits have a scale a row: leave out group_size, or --bits=4")
+        if self.bits == 4 and not self.group_size:
+            self.group_size = 32
+        Quantization(self.bits, self.group_size, self.method)
+        if self.method == "rtn" and self.text:
+            raise ValueError("rtn looks at no text: leave out text, or --method=gptq or awq")
+        if self.act_order and self.method != "gptq":
+            raise ValueError("act_order is gptq's order of columns: --method=gptq")
+        if self.tokens < 1:
+            raise ValueError(f"tokens must be at least 1, not {self.tokens}")
+        if not 0 < self.damping <= 1:
+            raise ValueError(f"damping must be above 0 and at most 1, not {self.damping}")
+
+
+# -----------------------------------------------------------------------------------------------------
+# A matrix. W (out, in) is float32 or float64; H (in, in) is X^T X of its inputs X (n, in), float64
+
+
+def find_scales(W, bits):
+    """Returns scales and zeros (out, 1), float, of a group of columns W (out, n): of 8 bits such that the
+    largest becomes 127, of 4 that the range, with 0 in it, becomes 0 to 15.
+    """
+    if bits == 8:
+        scales = W.abs().amax(1, keepdim=True) / LARGEST[bits]
+        zeros = torch.zeros_like(scales)
+    else:
+        lowest = W.amin(1, keepdim=True).clamp(max=0)
+        highest = W.amax(1, keepdim=True).clamp(min=0)
+        scales = (highest - lowest) / LARGEST[bits]
+        zeros = lowest
+    scales = scales.clamp(min=1e-30).bfloat16().to(W.dtype)
+    if bits == 4:
+        zeros = (-zeros / scales).round().clamp(0, LARGEST[bits])
+    return scales, zeros
+
+
+def nearest_codes(W, scales, zeros, bits):
+    """Returns the integers, as floats, nearest to W (out, n)."""
+    lowest = -LARGEST[bits] if bits == 8 else 0
+    return ((W / scales).round() + zeros).clamp(lowest, LARGEST[bits])
+
+
+def to_codes(codes, scales, zeros, bits):
+    """Returns the Codes of integers, scales and zeros that are floats."""
+    if bits == 8:
+        return Codes(codes.to(torch.int8), scales, None)
+    return Codes(codes.to(torch.uint8), scales, zeros.to(torch.uint8))
+
+
+def group_scales(W, bits, group_size):
+    """Returns the scales and zeros (out, groups) of W."""
+    groups = W.split(group_size or W.size(1), 1)
+    pairs = [find_scales(group, bits) for group in groups]
+    return tuple(torch.cat(columns, 1) for columns in zip(*pairs))
+
+
+def rtn(W, bits, group_size):
+    """Returns W's Codes, each number rounded to the nearest."""
+    scales, zeros = group_scales(W, bits, group_size)
+    width = W.size(1) // scales.size(1)
+    of_columns = [x.repeat_interleave(width, 1) for x in (scales, zeros)]
+    return to_codes(nearest_codes(W, *of_columns, bits), scales, zeros, bits)
+
+
+def inverse_factor(H, damping):
+    """Returns the upper triangular U with U^T U = (H + damping mean(diag H) I)^-1."""
+    H = H + damping * H.diagonal().mean() * torch.eye(len(H), dtype=H.dtype)
+    unused = H.diagonal() == 0  # all of them: inputs were 0 everywhere
+    H.diagonal()[unused] = 1
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(H))
+    return torch.linalg.cholesky(inverse, upper=True)
+
+
+def gptq(W, H, bits, group_size, damping=0.01, act_order=False):
+    """Returns W's Codes by GPTQ.
+
+    A group's scale is chosen when its first column is reached, of what its columns have become by then;
+    with act_order, where a group's columns do not follow each other, of W itself.
+    """
+    W = W.double().clone()
+    n_in = W.size(1)
+    width = group_size or n_in
+    order = torch.arange(n_in)
+    if act_order:
+        order = H.diagonal().argsort(descending=True, stable=True)
+    U = inverse_factor(H.double()[order][:, order], damping)
+    scales, zeros = group_scales(W, bits, group_size)
+    W = W[:, order]
+    codes = torch.empty_like(W)
+    for first in range(0, n_in, BLOCK):
+        end = min(first + BLOCK, n_in)
+        errors = torch.empty(len(W), end - first, dtype=W.dtype)
+        for i in range(first, end):
+            group = int(order[i]) // width
+            if group_size and not act_order and i % width == 0:  # groups divide BLOCK
+                scales[:, [group]], zeros[:, [group]] = find_scales(W[:, i : i + width], bits)
+            s, z = scales[:, [group]], zeros[:, [group]]
+            codes[:, [i]] = nearest_codes(W[:, [i]], s, z, bits)
+            error = (W[:, i] - ((codes[:, [i]] - z) * s)[:, 0]) / U[i, i]
+            W[:, i:end] -= error[:, None] * U[i, i:end]
+            errors[:, i - first] = error
+        W[:, end:] -= errors @ U[first:end, end:]
+    return to_codes(codes[:, order.argsort()], scales, zeros, bits)
+
+
+def error_of(W, codes, H):
+    """Returns the relative error of the outputs of a matrix that became Codes, or inf."""
+    W = W.double()
+    D = W - codes.dense().double()
+    size = ((W @ H) * W).sum()
+    error = ((D @ H) * D).sum()
+    return (error / size).item() if size > 0 else math.inf
+
+
+def awq_scale(matrices, H, sizes, bits, group_size, spread=None):
+    """Returns the scale s (m,) of the inputs of matrices that changes their outputs least, all together,
+    when W s is rounded to the nearest and inputs are divided by s.
+
+    sizes (m,): the mean of each input's absolute values, of which s is a power, from 0 to 1. spread makes
+    (in,) of (m,) where several inputs have one s.
+    """
+    spread = spread or (lambda s: s)
+    sizes = sizes.clamp(min=1e-4)
+    best = torch.ones_like(sizes)
+    least = math.inf
+    for step in range(GRID):
+        s = sizes ** (step / GRID)
+        s = s / (s.max() * s.min()).sqrt()
+        of_inputs = spread(s)
+        error = 0.0
+        for W in matrices:
+            D = rtn(W * of_inputs, bits, group_size).dense() / of_inputs - W
+            error += ((D @ H) * D).sum().item()
+        if error < least:
+            best, least = s, error
+    return best
+
+
+# -----------------------------------------------------------------------------------------------------
+# What matrices are given
+
+
+class Inputs:
+    """What a Linear was given: X^T X, float64 (in, in), and the sum of |X| (in,) over n rows."""
+
+    def __init__(self, n_in):
+        self.H = torch.zeros(n_in, n_in, dtype=torch.float64)
+        self.sums = torch.zeros(n_in, dtype=torch.float64)
+        self.n = 0
+
+    def add(self, x):
+        x = x.flatten(0, -2)
+        self.H += (x.T @ x).double()
+        self.sums += x.abs().sum(0).double()
+        self.n += len(x)
+
+    @property
+    def sizes(self):
+        return self.sums / self.n
+
+
+def collect(block, names, states):
+    """Returns ({name: Inputs} of Linears in a block, the outputs of the block for states, [(x, context)]).
+
+    Linears that are given the same tensor share their Inputs.
+    """
+    inputs = {}
+    last = {}  # in one call: the tensor that was seen last, and whose Inputs took it
+
+    def hook(name):
+        def note(module, arguments):
+            x = arguments[0]
+            owner = last["name"] if last.get("x") is x else name
+            last.update(x=x, name=owner)
+            if name not in inputs:
+                inputs[name] = inputs[owner] if owner in inputs else Inputs(x.size(-1))
+            if owner == name:
+                inputs[name].add(x)
+
+        return note
+
+    modules = dict(block.named_modules())
+    handles = [modules[name].register_forward_pre_hook(hook(name)) for name in names]
+    try:
+        outputs = [block(x, context) for x, context in states]
+    finally:
+        for handle in handles:
+            handle.remove()
+    return inputs, outputs
+
+
+def block_inputs(model, rows):
+    """Returns [(x, context)], what the first block is given of rows (n, T) of ids, a batch each."""
+    states = []
+    handle = model.blocks[0].register_forward_pre_hook(lambda _, arguments: states.append(arguments))
+    try:
+        for batch in rows.split(BATCH):
+            model.hidden(batch)
+    finally:
+        handle.remove()
+    return states
+
+
+# -----------------------------------------------------------------------------------------------------
+# A block
+
+
+def follow_each_other(inputs):
+    """Returns the names in {name: Inputs}, those that share their Inputs together, as they are called."""
+    groups = {}
+    for name, shared in inputs.items():
+        groups.setdefault(id(shared), []).append(name)
+    return list(groups.values())
+
+
+def nearest_error(W, H, cfg):
+    """Returns the relative error of W's outputs when it is rounded to the nearest."""
+    return error_of(W, rtn(W, cfg.bits, cfg.group_size), H)
+
+
+def gptq_block(block, names, states, cfg, put):
+    """Makes integers of a block's Linears, each after those before it: put takes each's Codes and errors."""
+    inputs, _ = collect(block, names, states)
+    modules = dict(block.named_modules())
+    for i, group in enumerate(follow_each_other(inputs)):
+        if i:
+            inputs, _ = collect(block, group, states)
+        for name in group:
+            H = inputs[name].H
+            W = modules[name].weight
+            codes = gptq(W, H, cfg.bits, cfg.group_size, cfg.damping, cfg.act_order)
+            put(name, codes, error_of(W, codes, H), nearest_error(W, H, cfg))
+
+
+def folds(block, c):
+    """Returns [(norm or Linear that takes a scale, names of the Linears after it)] of a block, where
+    nothing else reads what stands between them and it is in proportion to the weights of the former.
+    """
+    pairs = []
+    # after the sum they would read the residual stream itself
+    if c.norm_position == "pre" and c.norm in ("rmsnorm", "layernorm"):
+        pairs.append((block.norm1, ["attn.q_proj", "attn.k_proj", "attn.v_proj"]))
+        mlp = {"gelu": ["mlp.up_proj"], "swiglu": ["mlp.gate_proj", "mlp.up_proj"]}
+        if c.mlp in mlp:
+            pairs.append((block.norm2, mlp[c.mlp]))
+    if c.norm_position in ("pre", "post"):
+        pairs.append((block.attn.v_proj, ["attn.o_proj"]))
+        if c.mlp == "swiglu":  # in GELU's a function is between them
+            pairs.append((block.mlp.up_proj, ["mlp.down_proj"]))
+    return pairs
+
+
+def awq_block(block, names, states, cfg, c, put):
+    """Scales the inputs of a block's Linears, then makes integers of them: put takes each's Codes and errors."""
+    inputs, _ = collect(block, names, states)
+    modules = dict(block.named_modules())
+    H = {name: inputs[name].H for name in names}
+    nearest = {name: nearest_error(modules[name].weight, H[name], cfg) for name in names}
+    of_heads = c.n_kv_head, c.n_head // c.n_kv_head, c.head_dim
+
+    def spread(s):
+        """From the outputs of v_proj to the inputs of o_proj, where several heads read one's values."""
+        return s.view(c.n_kv_head, 1, c.head_dim).expand(of_heads).flatten()
+
+    for before, after in folds(block, c):
+        shared = inputs[after[0]]
+        matrices = [modules[name].weight.double() for name in after]
+        sizes = shared.sizes
+        is_grouped = before is block.attn.v_proj
+        if is_grouped:
+            sizes = sizes.view(of_heads).mean(1).flatten()
+        s = awq_scale(
+            matrices, shared.H, sizes, cfg.bits, cfg.group_size, spread if is_grouped else None
+        )
+        for parameter in before.parameters():
+            parameter.div_(s.view(-1, *[1] * (parameter.dim() - 1)))
+        s = spread(s) if is_grouped else s
+        for name in after:
+            modules[name].weight.mul_(s)
+            H[name] = shared.H / s / s[:, None]
+    for name in names:
+        W = modules[name].weight
+        codes = rtn(W, cfg.bits, cfg.group_size)
+        put(name, codes, error_of(W, codes, H[name]), nearest[name])
+
+
+@torch.no_grad()
+def quantize_model(model, cfg, rows=None):
+    """Returns ({name: Codes} of a Transformer's matrices, {name: (error, that of rounding to the nearest)}
+    of those in blocks, None of rtn itself); rows (n, T): ids to look at, of a method that does.
+
+    The model's own matrices become what the integers stand for; AWQ changes norms, too.
+    """
+    tables = {"wte": model.wte, "head": model.head}  # perhaps with one matrix
+    codes = {name: rtn(table.weight, 8, 0) for name, table in tables.items()}
+    for name, table in tables.items():
+        table.weight.copy_(codes[name].dense())
+    errors = {}
+    states = block_inputs(model, rows) if rows is not None else []
+    bar = tqdm(total=len(linears(model)), unit="matrix", dynamic_ncols=True, desc=cfg.method)
+    with bar:
+        for number, block in enumerate(model.blocks):
+            prefix = f"blocks.{number}."
+            of_block = {n: m for n, m in linears(model).items() if n.startswith(prefix)}
+            modules = {name.removeprefix(prefix): module for name, module in of_block.items()}
+
+            def put(name, chosen, error=None, nearest=None, prefix=prefix, modules=modules):
+                codes[prefix + name] = chosen
+                errors[prefix + name] = error, nearest
+                modules[name].weight.copy_(chosen.dense())
+                bar.update()
+
+            if cfg.method == "gptq":
+                gptq_block(block, list(modules), states, cfg, put)
+            elif cfg.method == "awq":
+                awq_block(block, list(modules), states, cfg, model.config, put)
+            else:
+                for name, module in modules.items():
+                    put(name, rtn(module.weight, cfg.bits, cfg.group_size))
+            states = [(block(x, context), context) for x, context in states]
+    return codes, errors
+
+
+# -----------------------------------------------------------------------------------------------------
+# From the command line
+
+
+def load_ids(ckpt):
+    """Returns ({"train", "val"} of the model's own data, or {} where it is not here; why it is not)."""
+    try:
+        data, _ = load_data(data_folder(ckpt), ckpt, prepare.load)
+    except Refusal as e:
+        return {}, str(e)
+    return data, ""
+
+
+def read_rows(cfg, data, reason, tokenizer, T):
+    """Returns the ids to look at (n, T). Raises Refusal where there is no text, or too little."""
+    if cfg.text:
+        documents, _ = read_file(cfg.text)
+        ids = []
+        for document in tokenizer.encode_batch(documents):
+            ids += [*tokenizer.head, *document, tokenizer.eot]
+        ids = np.array(ids)
+    elif data:
+        ids = data["train"]
+    else:
+        problem = f"{cfg.method} looks at text, and the model's own is not here ({reason})"
+        raise Refusal(f"{problem}: --text=FILE, or --method=rtn")
+    starts = np.arange(0, len(ids) - T, T)
+    if not len(starts):
+        raise Refusal(f"the text has {len(ids)} tokens, and {cfg.method} looks at rows of {T}")
+    return blocks(ids, evenly(starts, math.ceil(cfg.tokens / T)), T)["idx"]
+
+
+def summary(cfg, errors):
+    """Returns the lines about errors, {name: (error, that of rounding to the nearest)}."""
+    if cfg.method == "rtn":
+        return []
+    ratios = {name: error / nearest for name, (error, nearest) in errors.items() if nearest > 0}
+    mean = math.exp(np.mean([math.log(max(ratio, 1e-9)) for ratio in ratios.values()]))
+    lines = [
+        f"{cfg.method}: {len(ratios)} matrices with {mean:.2f} of the error of rounding to the nearest "
+        f"({min(ratios.values()):.2f} to {max(ratios.values()):.2f})"
+    ]
+    if cfg.method == "gptq":
+        for name, ratio in ratios.items():
+            if ratio >= 1:
+                lines.append(f"{name}: {ratio:.3f} of that error, gptq is no better there")
+    return lines
+
+
+def loss_on(model, data, T):
+    """Returns nats a token of a model, in float32 on the CPU, on the held-out text."""
+    return evaluate(model, data["val"], T, BATCH, resolve("cpu", "float32", "false"), HELD_OUT)
+
+
+def check_kind(model, path, cfg):
+    """Raises Refusal for a model that cannot be quantized as cfg says."""
+    if model.config.mlp == "moe":
+        raise Refusal(
+            f"{path} is a mixture of experts, whose matrices quantize.py does not make integers"
+        )
+    try:
+        check_groups(model, cfg.group_size)
+    except ValueError as e:
+        raise Refusal(e)
+
+
+def main(cfg):
+    ckpt = checkpoint.open_checkpoint(cfg.out_dir)
+    to = Path(os.path.abspath(cfg.to))
+    with new_folder(to, cfg.overwrite, "--overwrite moves it aside", [hf_name(ckpt.path)]) as tmp:
+        model, tokenizer = ckpt.restore()
+        check_kind(model, ckpt.path, cfg)
+        T = model.config.block_size
+        data, reason = load_ids(ckpt)
+        rows = None
+        if cfg.method != "rtn":
+            rows = read_rows(cfg, data, reason, tokenizer, T)
+        before = loss_on(model, data, T) if data else None
+        codes, errors = quantize_model(model, cfg, rows)
+        for line in summary(cfg, errors):
+            print(line)
+        if data:
+            after = loss_on(model, data, T)
+            print(
+                f"held-out loss: {before:.4f} nats a token, with {cfg.bits} bits {after:.4f}, "
+                f"{100 * (after / before - 1):+.2f}%"
+            )
+        model = quantized(model, Quantization(cfg.bits, cfg.group_size, cfg.method), codes)
+        write(tmp, model, tokenizer, ckpt)
+    size = (to / "ckpt.pt").stat().st_size
+    print(f"{cfg.to}/ckpt.pt: {size:,} bytes")
+    print(f"next: python sample.py --out_dir={cfg.to}")
+
+
+def write(folder, model, tokenizer, ckpt):
+    """Writes the checkpoint of a quantized model, with the settings of the one that it was made of."""
+    state = checkpoint.RunState(*[ckpt.state[key] for key in ("step", "val_loss", "best_val_loss")])
+    config = ckpt.config | {"quantized_from": ckpt.path}
+    checkpoint.save(str(folder / "ckpt.pt"), model, tokenizer, config, state)
+
+
+if __name__ == "__main__":
+    run(main, Config)
