@@ -5,6 +5,7 @@
     python bench.py rmsnorm --plot --json       bench_rmsnorm.png in out_dir, and a last line of JSON
     python bench.py decode --init_from=hf:FOLDER    a model's shape and weights; a checkpoint's too
     python bench.py decode --init_from=out/ts --draft=out/small    speculative decoding beside plain
+    python bench.py quantize --init_from=out/ts     8 and 4 bits: what they lose, how large and fast they are
     python bench.py train --against=FOLDER      a step of nanoGPT too, of which FOLDER is a checkout
     python bench.py decode --init_from=out/ts --against=llama.cpp    and llama.cpp, with 32, 8 and 4 bits
 
@@ -14,8 +15,10 @@ are random without init_from. Of train.py's keys those about data, files and the
 nothing here.
 """
 
+import copy
 import functools
 import importlib.util
+import io
 import itertools
 import json
 import math
@@ -34,11 +37,14 @@ import torch.nn.functional as F
 import checkpoint
 import onnx_model
 import prepare
+import quantize
+import quantized
 import rmsnorm
 import toy_stories
 import train
 from data import padded, to, training_rows
 from device import DTYPES, fast_bfloat16, name_of, peak_flops, resolve
+from eval import data_folder
 from generate import generate
 from hf import to_transformers
 from interop import gguf_file, llama_cpp, nanogpt
@@ -55,6 +61,7 @@ from measure import (
 from model import KVCache, ModelConfig, MoE, Transformer, model_config
 from optim import make_optimizers, make_scaler
 from rmsnorm import use_rmsnorm
+from score import evaluate
 from sizes import flops_per_token, kv_cache_bytes, num_active_params, num_params
 from speculate import MOST_GUESSES, Speculation, load_draft
 from tokenizer import EOT, Tokenizer
@@ -88,6 +95,7 @@ class Config(train.Config):
         ""  # decode: a smaller model than init_from's, or ngram; speculative decoding is timed then
     )
     speculate: int = 4  # draft: tokens that it guesses at a time
+    group_size: int = 32  # quantize: inputs that share a scale with 4 bits: 32 | 64 | 128
     out_dir: str = "out/bench"  # where drawings go
     plot: bool = False  # draw decode, rmsnorm and attention
     json: bool = False  # end with a line of JSON
@@ -733,6 +741,101 @@ def bench_decode(cfg, compute):
 
 
 # -----------------------------------------------------------------------------------------------------
+# quantize
+
+
+def held_out(cfg, model):
+    """Returns (rows of ids to look at, ids of the held-out text, bits a byte of a nat a token). Without
+    data of init_from's own random ids, None and None, and prints why.
+    """
+    T = model.config.block_size
+    reason = "weights are random"
+    if cfg.init_from != "scratch":
+        start = checkpoint.open_checkpoint(cfg.init_from)
+        try:
+            meta, data, tokenizer = prepare.load(data_folder(start))
+            if tokenizer.sha256 == start.state["tokenizer_sha256"]:
+                split = meta["splits"]["val"]
+                bits = split["tokens"] / split["bytes"] / math.log(2)
+                settings = quantize.Config(to="nowhere")
+                return quantize.read_rows(settings, data, "", tokenizer, T), data["val"], bits
+            reason = "the data has another tokenizer"
+        except Refusal as e:
+            reason = str(e)
+    print(f"without losses: {reason}")
+    return torch.randint(model.config.vocab_size, (8, T)), None, None
+
+
+def quantized_models(cfg, model, rows):
+    """Yields (name, model) for each way to store a float model's weights: float32 first."""
+    yield "float32", model
+    ways = [("int8 rtn", "rtn", 8)] + [(f"int4 {method}", method, 4) for method in quantized.METHODS]
+    for name, method, bits in ways:
+        size = cfg.group_size if bits == 4 else 0
+        settings = quantize.Config(to="nowhere", method=method, bits=bits, group_size=size)
+        try:
+            quantized.check_groups(model, settings.group_size)
+        except ValueError as e:
+            print(f"without {name}: {e}")
+            continue
+        numbers = copy.deepcopy(model)
+        codes, _ = quantize.quantize_model(numbers, settings, rows if method != "rtn" else None)
+        quantization = quantized.Quantization(bits, settings.group_size, method)
+        yield name, quantized.quantized(numbers, quantization, codes)
+
+
+def file_bytes(model):
+    """Returns how large a file of the model's weights is."""
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    return file.tell()
+
+
+def bench_quantize(cfg, compute):
+    """Compares a model's weights in 8 and 4 bits, by quantize.py, with float32: bits a byte on about
+    eval_tokens of held-out text, the size of their file, and greedy tokens/s, one row, on a CPU in bfloat16
+    where that is what sample.py takes.
+
+    of_gap is how much of what rounding to the nearest loses at 4 bits a method wins back.
+    """
+    model = build_model(cfg).eval()
+    rows, ids, bits_per_nat = held_out(cfg, model)
+    plain = resolve("cpu", "float32", "false")
+    sizes, losses, rivals, dtypes = {}, {}, {}, {}
+    n = min(64, model.config.block_size // 2)
+    for name, other in quantized_models(cfg, model, rows):
+        sizes[name] = file_bytes(other)
+        losses[name] = None
+        if ids is not None:
+            other = other.float()
+            nats = evaluate(other, ids, model.config.block_size, cfg.batch_size, plain, cfg.eval_tokens)
+            losses[name] = nats * bits_per_nat
+        dtype = compute.dtype
+        if other.quantization and cfg.dtype == "auto" and fast_bfloat16(compute.device):
+            dtype = torch.bfloat16
+        dtypes[name] = dtype
+        other = copy.deepcopy(other).to(compute.device, dtype)
+        setup = functools.partial(prefilled_steps, other, [[0]], n)
+        rivals[name] = (setup, list)
+    times = race(rivals, cfg.seconds, compute.device)
+    exact, nearest = losses["float32"], losses.get("int4 rtn")
+    for name, rival_times in times.items():
+        loss = losses[name]
+        is_better = name in ("int4 gptq", "int4 awq") and loss is not None
+        yield {
+            "weights": name,
+            "bits_per_byte": loss,
+            "more": loss / exact - 1 if loss is not None and name != "float32" else None,
+            "of_gap": (nearest - loss) / (nearest - exact) if is_better else None,
+            "mb": sizes[name] / 1e6,
+            "of_float32": sizes[name] / sizes["float32"],
+            "dtype": name_of(dtypes[name]),
+            "tokens_per_s": (n - 1) / rival_times["median"],
+            **ms_columns(rival_times),
+        }
+
+
+# -----------------------------------------------------------------------------------------------------
 # kvcache
 
 
@@ -1177,6 +1280,7 @@ BENCHES = {
     "train": bench_train,
     "experts": bench_experts,
     "decode": bench_decode,
+    "quantize": bench_quantize,
     "kvcache": bench_kvcache,
     "windows": bench_windows,
     "rmsnorm": bench_rmsnorm,

@@ -29,7 +29,7 @@ import rmsnorm
 from chat import Chat, start_of_answer, talk
 from checkpoint import open_given
 from data import MODELS_OWN, STRIPPED, by_text_rule, prompt_ids, text_rule
-from device import check_memory, resolve
+from device import check_memory, fast_bfloat16, resolve
 from generate import generate
 from rmsnorm import choose_rmsnorm
 from sizes import kv_cache_bytes
@@ -62,7 +62,7 @@ class Config:
     rope_scaling: str = ""           # another rope_scaling than the model's, as in train.py -h: "" = its own
     seed: int = 1337                 # the same seed, the same story: to the letter in float32 on one kind of processor
     device: str = "auto"             # auto | cpu | cuda | cuda:N | mps
-    dtype: str = "auto"              # auto (float32 on a CPU) | float32 | tf32 | bfloat16 | float16
+    dtype: str = "auto"              # auto (float32 on a CPU, for floats) | float32 | tf32 | bfloat16 | float16
     rmsnorm: str = "auto"            # auto | torch | cpu | cuda (our kernel)
     # fmt: on
 
@@ -152,6 +152,8 @@ def load(cfg):
     ckpt.stretch(cfg.rope_scaling, cfg.block_size)
     compute = resolve(cfg.device, cfg.dtype, "false")
     model, tokenizer = ckpt.restore()
+    if model.quantization and cfg.dtype == "auto" and fast_bfloat16(compute.device):
+        compute = resolve(cfg.device, "bfloat16", "false")  # which torch's kernels for integers take
     paths = ckpt.path
     if ckpt.adapter:
         lora.merge(model)  # in float32; then it is as fast as its base

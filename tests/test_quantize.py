@@ -12,20 +12,21 @@ from test_model import V, build, tokens
 
 import bench
 import checkpoint
-import eval as evaluation
 import export_onnx
 import finetune_lora
 import hf
+import prepare
 import quantize
 import quantized
 import sample
 import train
 from config import Refusal, configure
 from data import prompt_ids
+from device import resolve
 from generate import generate
 from model import Transformer
 from quantized import Codes, Quantization, QuantizedLinear, linears
-from score import document_nats
+from score import document_nats, evaluate
 from sizes import num_params
 from tokenizer import Tokenizer
 
@@ -354,18 +355,22 @@ def test_text_is_the_same_with_a_cache_and_without(bits):
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    """A folder with a checkpoint in out, one of each kind of integers made of it, and a text."""
+    """A folder with a text in data/t, a checkpoint in out, one of each kind of integers made of it, and in
+    bare one that was trained on nothing known.
+    """
     folder = tmp_path_factory.mktemp("quantize")
     stories = ["the cat sat on the mat and the dog sat on the cat. " * 3] * 40
-    tokenizer = Tokenizer.train(stories, 270)
-    model = build(vocab_size=270, n_embd=64, n_inner=96)
+    (folder / "text.txt").write_text("<|endoftext|>".join(stories), encoding="utf-8")
     state = checkpoint.RunState(7, 2.5, 2.25)
     with contextlib.chdir(folder):
-        checkpoint.save("out/ckpt.pt", model, tokenizer, {"start": "the cat"}, state)
-        (folder / "text.txt").write_text("<|endoftext|>".join(stories), encoding="utf-8")
+        call(prepare, "--dataset=text.txt", "--name=t", "--vocab_size=270", "--num_proc=1")
+        _, _, tokenizer = prepare.load("data/t")
+        model = build(vocab_size=tokenizer.vocab_size, n_embd=64, n_inner=96)
+        checkpoint.save("out/ckpt.pt", model, tokenizer, {"dataset": "t", "start": "the cat"}, state)
+        checkpoint.save("bare/ckpt.pt", model, tokenizer, {}, state)
         for bits, method in itertools.product((8, 4), quantized.METHODS):
             argv = [f"--to=out/{method}{bits}", f"--bits={bits}", f"--method={method}"]
-            call(quantize, *argv, *([] if method == "rtn" else ["--text=text.txt", "--tokens=200"]))
+            call(quantize, *argv, *([] if method == "rtn" else ["--tokens=200"]))
     return folder
 
 
@@ -387,7 +392,7 @@ def test_a_written_model_is_read_by_sample_and_eval(method, bits, lab, monkeypat
     stream = tokenizer.stream()
     assert text == "\nthe cat" + "".join(stream(id) for id in row.ids) + "\n"
     printed(capsys, sample, *argv, "--dtype=bfloat16")
-    compute = evaluation.resolve("cpu", "float32", "false")
+    compute = resolve("cpu", "float32", "false")
     documents = tokenizer.encode_batch(["the cat sat on the mat."])
     losses = [
         document_nats(m, documents, tokenizer, compute, 1)[0].mean()
@@ -461,7 +466,7 @@ def test_adapters_belong_over_floats(lab, tmp_path, monkeypatch):
         (["--bits=4", "--group_size=48"], "group_size of 4 bits must be 32 | 64 | 128, not 48"),
         (["--bits=3"], "bits must be 8 or 4, not 3"),
         (["--method=best"], "method must be rtn | gptq | awq, not 'best'"),
-        (["--method=gptq"], "gptq looks at text, and the model's own is not here"),
+        (["--method=gptq", "--out_dir=bare"], "gptq looks at text, and the model's own is not here"),
         (["--method=awq", "--text=missing.txt"], "there is no file missing.txt"),
         (["--method=awq", "--text=short.txt"], "the text has 3 tokens, and awq looks at rows of 24"),
         (["--text=text.txt"], "rtn looks at no text: leave out text"),
@@ -520,6 +525,40 @@ def test_a_damaged_file_is_one_line(change, message, lab, tmp_path):
     with pytest.raises(Refusal, match=message) as refusal:
         checkpoint.open_checkpoint(str(tmp_path), takes_integers=True).restore()
     assert refusal.value.status == 1
+
+
+def test_text_from_a_file_takes_the_place_of_the_models_own(lab, tmp_path, monkeypatch):
+    """The same text gives the same integers, whichever way it comes in."""
+    monkeypatch.chdir(lab)
+    _, data, tokenizer = prepare.load("data/t")
+    text = tokenizer.decode(data["train"].tolist())
+    (tmp_path / "t.txt").write_text(text, encoding="utf-8")
+    for name in "bare", "out":
+        argv = [f"--out_dir={name}", f"--to={tmp_path}/{name}", "--bits=4", "--method=gptq"]
+        call(quantize, *argv, "--tokens=120", *([f"--text={tmp_path}/t.txt"] if name == "bare" else []))
+    a, b = (
+        torch.load(tmp_path / name / "ckpt.pt", weights_only=True)["model"] for name in ("bare", "out")
+    )
+    assert all(torch.equal(a[key], b[key]) for key in b)
+
+
+def test_the_bench_measures_what_is_written(lab, monkeypatch):
+    monkeypatch.chdir(lab)
+    argv = ["quantize", "--init_from=out", "--seconds=0", "--device=cpu", "--eval_tokens=0"]
+    cfg = bench.take_shape(configure(bench.Config, argv, bench.BENCHES))
+    rows = {row["weights"]: row for row in bench.bench_quantize(cfg, resolve("cpu", "auto", "false"))}
+    assert list(rows) == ["float32", "int8 rtn", "int4 rtn", "int4 gptq", "int4 awq"]
+    meta, data, tokenizer = prepare.load("data/t")
+    split = meta["splits"]["val"]
+    for name, folder in {"float32": "out", "int8 rtn": "out/rtn8", "int4 rtn": "out/rtn4"}.items():
+        model, _ = checkpoint.open_checkpoint(folder, takes_integers=True).restore()
+        nats = evaluate(model, data["val"], 24, 4, resolve("cpu", "float32", "false"))
+        bits = nats * split["tokens"] / split["bytes"] / math.log(2)
+        assert rows[name]["bits_per_byte"] == pytest.approx(bits, rel=1e-5)
+    exact, nearest, gptq = (rows[name]["bits_per_byte"] for name in ("float32", "int4 rtn", "int4 gptq"))
+    assert rows["int4 gptq"]["of_gap"] == pytest.approx((nearest - gptq) / (nearest - exact))
+    assert rows["int8 rtn"]["more"] == pytest.approx(rows["int8 rtn"]["bits_per_byte"] / exact - 1)
+    assert rows["float32"]["mb"] > rows["int8 rtn"]["mb"] > rows["int4 rtn"]["mb"]
 
 
 @pytest.mark.slow
