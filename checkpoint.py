@@ -209,7 +209,7 @@ def load(path, keys=KEYS):
         raise Refusal(
             f"{path} has checkpoint format {ckpt['format']!r:.60}; this version reads format {FORMAT}"
         )
-    is_quantized = ckpt["format"] == QUANTIZED
+    is_quantized = ckpt.get("format") == QUANTIZED
     if "adapters" in ckpt and keys is KEYS:
         raise Refusal(f"{path} is an adapter, not a checkpoint: sample.py --adapter={path} reads it")
     if "model" in ckpt and keys is ADAPTER_KEYS:
@@ -267,7 +267,7 @@ def restore(ckpt, path, device="cpu"):
         if tokenizer.sha256 != ckpt["tokenizer_sha256"] or tokenizer.vocab_size != config.vocab_size:
             raise ValueError("its tokenizer is not the one it was trained with")
         sizes = model_sizes(config)
-        is_quantized = ckpt["format"] == QUANTIZED
+        is_quantized = ckpt.get("format") == QUANTIZED
         # two integers of 4 bits are one number of the file
         most = count_stored_numbers(ckpt["model"].values()) * (2 if is_quantized else 1)
         if sizes.matrices > most:
@@ -344,7 +344,7 @@ class Checkpoint:
         """
         if self.loaded is None:
             self.loaded = load(self.path)
-        if self.loaded["format"] == QUANTIZED and (self.adapter or not self.takes_integers):
+        if self.loaded.get("format") == QUANTIZED and (self.adapter or not self.takes_integers):
             raise quantized_refusal(self)
         return self.loaded
 

@@ -194,7 +194,7 @@ class QuantizedLinear(nn.Module):
         self.made_for = None
         self.kernel = None  # a Kernel
         self.tensors = ()  # that it wants
-        self.kept = None  # else the matrix written out
+        self.matrix = None  # else the matrix written out
 
     def _apply(self, fn, recurse=True):
         self.forget()
@@ -242,7 +242,7 @@ class QuantizedLinear(nn.Module):
         if self.kernel:
             self.tensors = self.kernel.prepare(self)
         else:
-            self.kept = self.weight.to(dtype)
+            self.matrix = self.weight.to(dtype)
 
     def forward(self, x):
         dtype = product_dtype(x)
@@ -254,8 +254,8 @@ class QuantizedLinear(nn.Module):
             y = self.kernel.multiply(rows.contiguous(), *self.tensors)
             y = y if bias is None else y + bias
         else:
-            is_kept = self.kept is not None and self.made_for == dtype
-            y = F.linear(rows, self.kept if is_kept else self.weight.to(dtype), bias)
+            has_matrix = self.matrix is not None and self.made_for == dtype
+            y = F.linear(rows, self.matrix if has_matrix else self.weight.to(dtype), bias)
         return y.unflatten(0, x.shape[:-1])
 
 

@@ -293,9 +293,9 @@ def test_what_was_made_for_a_dtype_does_not_outlive_it():
     _, linear = make_linear(4, bias=False)
     x = draw(2, 64).float()
     first = linear.float()(x)
-    assert linear.kept is not None
+    assert linear.matrix is not None
     linear = linear.bfloat16()
-    assert linear.kept is None
+    assert linear.matrix is None
     linear(x.bfloat16())
     assert linear.tensors
     assert torch.equal(linear.float()(x), first)
