@@ -42,7 +42,7 @@ from quantized import LARGEST, Codes, Quantization, check_groups, linears, quant
 from score import evaluate
 
 BATCH = 8  # rows of text at a time
-BLOCK = 128  # columns, after which GPTQ changes all those that follow
+COLUMNS = 128  # of a matrix, after which GPTQ changes all those that follow
 GRID = 20  # powers of the inputs' size that AWQ tries, from 0 on
 HELD_OUT = 1 << 15  # tokens of the validation split, about so many, that the loss is told of
 
@@ -155,12 +155,12 @@ def gptq(W, H, bits, group_size, damping=0.01, act_order=False):
     scales, zeros = group_scales(W, bits, group_size)
     W = W[:, order]
     codes = torch.empty_like(W)
-    for first in range(0, n_in, BLOCK):
-        end = min(first + BLOCK, n_in)
+    for first in range(0, n_in, COLUMNS):
+        end = min(first + COLUMNS, n_in)
         errors = torch.empty(len(W), end - first, dtype=W.dtype)
         for i in range(first, end):
             group = int(order[i]) // width
-            if group_size and not act_order and i % width == 0:  # groups divide BLOCK
+            if group_size and not act_order and i % width == 0:  # groups divide COLUMNS
                 scales[:, [group]], zeros[:, [group]] = find_scales(W[:, i : i + width], bits)
             s, z = scales[:, [group]], zeros[:, [group]]
             codes[:, [i]] = nearest_codes(W[:, [i]], s, z, bits)
@@ -228,9 +228,8 @@ class Inputs:
 
 
 def collect(block, names, states):
-    """Returns ({name: Inputs} of Linears in a block, the outputs of the block for states, [(x, context)]).
-
-    Linears that are given the same tensor share their Inputs.
+    """Returns {name: Inputs} of Linears in a block, in the order in which they are called, when the block
+    is given states, [(x, context)]. Linears that are given the same tensor share their Inputs.
     """
     inputs = {}
     last = {}  # in one call: the tensor that was seen last, and whose Inputs took it
@@ -250,11 +249,12 @@ def collect(block, names, states):
     modules = dict(block.named_modules())
     handles = [modules[name].register_forward_pre_hook(hook(name)) for name in names]
     try:
-        outputs = [block(x, context) for x, context in states]
+        for x, context in states:
+            block(x, context)
     finally:
         for handle in handles:
             handle.remove()
-    return inputs, outputs
+    return inputs
 
 
 def block_inputs(model, rows):
@@ -270,10 +270,11 @@ def block_inputs(model, rows):
 
 
 # -----------------------------------------------------------------------------------------------------
-# A block
+# A block. A function yields the name of each of its Linears with the Codes to put there, their error and
+# that of rounding to the nearest; what is yielded is in its place when it goes on
 
 
-def follow_each_other(inputs):
+def names_by_inputs(inputs):
     """Returns the names in {name: Inputs}, those that share their Inputs together, as they are called."""
     groups = {}
     for name, shared in inputs.items():
@@ -281,23 +282,24 @@ def follow_each_other(inputs):
     return list(groups.values())
 
 
-def nearest_error(W, H, cfg):
-    """Returns the relative error of W's outputs when it is rounded to the nearest."""
-    return error_of(W, rtn(W, cfg.bits, cfg.group_size), H)
+def rtn_block(block, names, states, cfg, c):
+    """Rounds to the nearest, and looks at no states: errors are None."""
+    for name in names:
+        yield name, rtn(block.get_submodule(name).weight, cfg.bits, cfg.group_size), None, None
 
 
-def gptq_block(block, names, states, cfg, put):
-    """Makes integers of a block's Linears, each after those before it: put takes each's Codes and errors."""
-    inputs, _ = collect(block, names, states)
-    modules = dict(block.named_modules())
-    for i, group in enumerate(follow_each_other(inputs)):
+def gptq_block(block, names, states, cfg, c):
+    """Makes integers of each Linear after those before it."""
+    inputs = collect(block, names, states)
+    for i, group in enumerate(names_by_inputs(inputs)):
         if i:
-            inputs, _ = collect(block, group, states)
+            inputs = collect(block, group, states)
         for name in group:
             H = inputs[name].H
-            W = modules[name].weight
+            W = block.get_submodule(name).weight
+            nearest = error_of(W, rtn(W, cfg.bits, cfg.group_size), H)
             codes = gptq(W, H, cfg.bits, cfg.group_size, cfg.damping, cfg.act_order)
-            put(name, codes, error_of(W, codes, H), nearest_error(W, H, cfg))
+            yield name, codes, error_of(W, codes, H), nearest
 
 
 def folds(block, c):
@@ -318,12 +320,15 @@ def folds(block, c):
     return pairs
 
 
-def awq_block(block, names, states, cfg, c, put):
-    """Scales the inputs of a block's Linears, then makes integers of them: put takes each's Codes and errors."""
-    inputs, _ = collect(block, names, states)
-    modules = dict(block.named_modules())
+def awq_block(block, names, states, cfg, c):
+    """Scales the inputs of all Linears, then rounds to the nearest."""
+    inputs = collect(block, names, states)
+    modules = {name: block.get_submodule(name) for name in names}
     H = {name: inputs[name].H for name in names}
-    nearest = {name: nearest_error(modules[name].weight, H[name], cfg) for name in names}
+    nearest = {}
+    for name, module in modules.items():
+        codes = rtn(module.weight, cfg.bits, cfg.group_size)
+        nearest[name] = error_of(module.weight, codes, H[name])
     of_heads = c.n_kv_head, c.n_head // c.n_kv_head, c.head_dim
 
     def spread(s):
@@ -346,10 +351,12 @@ def awq_block(block, names, states, cfg, c, put):
         for name in after:
             modules[name].weight.mul_(s)
             H[name] = shared.H / s / s[:, None]
-    for name in names:
-        W = modules[name].weight
-        codes = rtn(W, cfg.bits, cfg.group_size)
-        put(name, codes, error_of(W, codes, H[name]), nearest[name])
+    for name, module in modules.items():
+        codes = rtn(module.weight, cfg.bits, cfg.group_size)
+        yield name, codes, error_of(module.weight, codes, H[name]), nearest[name]
+
+
+BLOCKS = {"rtn": rtn_block, "gptq": gptq_block, "awq": awq_block}  # by method
 
 
 @torch.no_grad()
@@ -365,26 +372,17 @@ def quantize_model(model, cfg, rows=None):
         table.weight.copy_(codes[name].dense())
     errors = {}
     states = block_inputs(model, rows) if rows is not None else []
-    bar = tqdm(total=len(linears(model)), unit="matrix", dynamic_ncols=True, desc=cfg.method)
-    with bar:
+    with tqdm(total=len(linears(model)), unit="matrix", dynamic_ncols=True, desc=cfg.method) as bar:
         for number, block in enumerate(model.blocks):
             prefix = f"blocks.{number}."
-            of_block = {n: m for n, m in linears(model).items() if n.startswith(prefix)}
-            modules = {name.removeprefix(prefix): module for name, module in of_block.items()}
-
-            def put(name, chosen, error=None, nearest=None, prefix=prefix, modules=modules):
+            names = [name for name in linears(model) if name.startswith(prefix)]
+            names = [name.removeprefix(prefix) for name in names]
+            results = BLOCKS[cfg.method](block, names, states, cfg, model.config)
+            for name, chosen, error, nearest in results:
                 codes[prefix + name] = chosen
                 errors[prefix + name] = error, nearest
-                modules[name].weight.copy_(chosen.dense())
+                block.get_submodule(name).weight.copy_(chosen.dense())
                 bar.update()
-
-            if cfg.method == "gptq":
-                gptq_block(block, list(modules), states, cfg, put)
-            elif cfg.method == "awq":
-                awq_block(block, list(modules), states, cfg, model.config, put)
-            else:
-                for name, module in modules.items():
-                    put(name, rtn(module.weight, cfg.bits, cfg.group_size))
             states = [(block(x, context), context) for x, context in states]
     return codes, errors
 
