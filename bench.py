@@ -699,8 +699,8 @@ def llama_cpp_rows(cfg, compute, model):
         for bits, name in gguf_file.BITS.items():
             path = f"{folder}/{name}.gguf"
             gguf_file.write(path, model, tokenizer, bits=bits)
-            llama = llama_cpp.server(path, cfg.block_size, n_threads)
-            rivals[f"{LLAMA_CPP} {name}"] = functools.partial(llama_cpp.write, llama, prompt, n_new)
+            llama = llama_cpp.Server(path, cfg.block_size, n_threads)
+            rivals[f"{LLAMA_CPP} {name}"] = functools.partial(llama.write, prompt, n_new)
         times = race(rivals, cfg.seconds / 2, compute.device)
     expected = rivals["PyTorch float32"]()
     return [

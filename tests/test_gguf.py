@@ -41,7 +41,6 @@ from config import Refusal, configure
 from data import prompt_ids
 from interop import gguf_file, gguf_layout, gguf_tokenizer, hf_folder, llama_cpp
 from interop.chat_template import ChatTemplate, jinja_template
-from interop.llama_cpp import post
 from tokenizer import EOT, Tokenizer
 
 gguf = pytest.importorskip("gguf")
@@ -544,7 +543,7 @@ def test_a_damaged_file_is_one_line(llama_file, tmp_path):
 def start_llama_cpp(path):
     """Returns a llama.cpp server of a file: one thread, all in float32, no flash attention."""
     pytest.importorskip("xllamacpp")
-    return llama_cpp.server(path, n_ctx=256, exact=True)
+    return llama_cpp.Server(path, n_ctx=256, exact=True)
 
 
 def check_text(server, model, tokenizer):
@@ -554,8 +553,8 @@ def check_text(server, model, tokenizer):
         *_, [row] = sample.generate(
             model, [prompt_ids(tokenizer, prompt)], 40, temperature=0, stop=tokenizer.ends
         )
-        answer = post(
-            server, "completion", prompt=prompt, temperature=0, n_predict=40, return_tokens=True
+        answer = server.post(
+            "completion", prompt=prompt, temperature=0, n_predict=40, return_tokens=True
         )
         assert [id for id in answer["tokens"] if id not in tokenizer.ends] == row.ids
         written += row.ids
@@ -566,7 +565,7 @@ def check_ids(server, tokenizer, texts):
     for text in texts:
         if unicodedata.normalize("NFC", text) != text and "NFC" in tokenizer.tokenizer_json():
             continue  # llama.cpp composes no characters
-        assert post(server, "tokenize", content=text, add_special=True)["tokens"] == prompt_ids(
+        assert server.post("tokenize", content=text, add_special=True)["tokens"] == prompt_ids(
             tokenizer, text
         )
 
@@ -598,7 +597,7 @@ def test_llama_cpp_reads_fewer_bits(name, bits, tmp_path):
     server = start_llama_cpp(tmp_path / "model.gguf")
     # probabilities come with a whole character: one token that is one is forced
     settings = {"n_predict": 1, "n_probs": 300, "logit_bias": [[TOKENIZER.encode("a")[0], 1e4]]}
-    answer = post(server, "completion", prompt="the cat", temperature=0, **settings)
+    answer = server.post("completion", prompt="the cat", temperature=0, **settings)
     [first] = answer["completion_probabilities"]
     with torch.no_grad():
         expected = model(torch.tensor([prompt_ids(TOKENIZER, "the cat")]))[0][0, -1].log_softmax(-1)
@@ -633,9 +632,9 @@ def test_llama_cpp_chats_as_the_model_learned(conversation, tmp_path):
     messages = [{"role": role, "content": content} for role, content in conversation]
     server = start_llama_cpp(tmp_path / "model.gguf")
     ids = chat.conversation_ids(TOKENIZER, messages, template)
-    text = post(server, "apply-template", messages=messages)["prompt"]
-    assert post(server, "tokenize", content=text, add_special=True, parse_special=True)["tokens"] == ids
-    answer = post(server, "v1/chat/completions", messages=messages, max_tokens=1)
+    text = server.post("apply-template", messages=messages)["prompt"]
+    assert server.post("tokenize", content=text, add_special=True, parse_special=True)["tokens"] == ids
+    answer = server.post("v1/chat/completions", messages=messages, max_tokens=1)
     assert answer["usage"]["prompt_tokens"] == len(ids)
 
 
