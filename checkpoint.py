@@ -30,6 +30,7 @@ from device import check_memory
 from folders import holds_run, is_free, write_atomic
 from interop import hf_folder
 from interop.any_tokenizer import load_tokenizer
+from interop.gguf_file import is_gguf
 from model import MODEL_KEYS, ModelConfig, Transformer
 from sizes import Undrawn, model_sizes
 from tensors import FLOATS, INTEGERS, check_tensors, count_stored_numbers, find_not_finite
@@ -123,8 +124,8 @@ def find(out_dir, prefer="ckpt_best.pt"):
         return out_dir
     last = prefer.replace("_best", "")
     folder = hf_name(out_dir)
-    is_gguf = folder.endswith(".gguf") and os.path.isfile(folder)
-    has_model = is_gguf or os.path.isfile(os.path.join(folder, "config.json"))
+    is_gguf_file = is_gguf(folder) and os.path.isfile(folder)
+    has_model = is_gguf_file or os.path.isfile(os.path.join(folder, "config.json"))
     has_peft = os.path.isfile(os.path.join(folder, "adapter_config.json"))
     if is_hf(out_dir) and holds_run(folder) and not has_model and not has_peft:
         raise Refusal(
@@ -198,7 +199,7 @@ def load(path, keys=KEYS):
     except Exception as e:  # the unpickler raises whatever it stumbles over
         if is_out_of_memory(e):
             raise too_large(path)
-        if path.endswith(".gguf"):
+        if is_gguf(path):
             raise Refusal(f"{path} is no checkpoint of ours: a GGUF file is read as hf:{path}")
         raise Refusal(
             f"{path} is not a checkpoint that is safe to read: it is damaged, foreign, or holds code"

@@ -30,8 +30,8 @@ LARGEST_F16 = 65504
 
 
 def is_gguf(name):
-    """Whether hf:NAME means a GGUF file, which need not be there."""
-    return name.endswith(SUFFIX) and not os.path.isdir(name)
+    """Returns whether a name is that of a GGUF file, which need not be there."""
+    return name.lower().endswith(SUFFIX)
 
 
 def import_gguf(task):
@@ -127,11 +127,11 @@ def convert(gguf, name, x, bits):
 
 
 def describe(arrays, bits):
-    """Returns a note such as "13 tensors Q8_0, 9 F32"."""
+    """Returns a note such as "13 tensors Q8_0, 9 tensors F32"."""
     counts = {}
     for _, kind in arrays.values():
         counts[kind.name] = counts.get(kind.name, 0) + 1
-    note = ", ".join(f"{count} {name}" for name, count in sorted(counts.items(), reverse=True))
+    note = ", ".join(f"{count} tensors {name}" for name, count in sorted(counts.items(), reverse=True))
     odd = bits < 16 and counts.get("F16", 0)
     return note + (" (rows that are no multiple of 32 stay F16)" if odd else "")
 
@@ -149,6 +149,7 @@ class Entry(NamedTuple):
     size: int  # bytes
 
 
+MAGIC = b"GGUF"
 # struct's letters of GGUF's types of values; 8 is a text, 9 a list
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 TEXT, LIST = 8, 9
@@ -197,11 +198,13 @@ class Cursor:
 
 def read_header(gguf, data):
     """Returns (metadata, {name: Entry}) of a GGUF file's bytes. Raises ValueError."""
+    if not MAGIC.startswith(bytes(data[:4])):
+        raise ValueError("it is no GGUF file, which begins with GGUF")
     cursor = Cursor(memoryview(data))
-    magic, version = bytes(cursor.take(4)), cursor.number("I")
-    if magic != b"GGUF" or version not in (2, 3):
-        shown = f"version {version}" if magic == b"GGUF" else "no GGUF file"
-        raise ValueError(f"it is {shown}; GGUF's versions 2 and 3 are read here")
+    cursor.take(len(MAGIC))
+    version = cursor.number("I")
+    if version not in (2, 3):
+        raise ValueError(f"its version is {version}; GGUF's versions 2 and 3 are read here")
     n_tensors, n_values = cursor.number("Q"), cursor.number("Q")
     metadata = {}
     for _ in range(n_values):

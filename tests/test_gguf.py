@@ -246,6 +246,21 @@ def test_a_file_in_the_way_stays(tmp_path, capsys):
     checkpoint.load(f"hf:{tmp_path}/model.gguf")
 
 
+def test_a_name_says_that_a_file_is_meant(tmp_path, capsys):
+    """In capitals too, and where a folder is in the way."""
+    save_checkpoint(tmp_path / "ckpt.pt")
+    assert " tensors F32\n" in printed(capsys, hf, "--out_dir=.", "--to=model.GGUF", folder=tmp_path)
+    checkpoint.load(f"hf:{tmp_path}/model.GGUF")
+    (tmp_path / "folder.gguf").mkdir()
+    with pytest.raises(Refusal, match="^cannot write folder.gguf: Is a directory"):
+        export(tmp_path, "--out_dir=.", "--to=folder.gguf", "--bits=8")
+    with pytest.raises(Refusal, match="^cannot read .*folder.gguf: Is a directory$"):
+        checkpoint.load(f"hf:{tmp_path}/folder.gguf")
+    (tmp_path / "page.gguf").write_text("Not\n")
+    with pytest.raises(Refusal, match="page.gguf: it is no GGUF file, which begins with GGUF$"):
+        checkpoint.load(f"hf:{tmp_path}/page.gguf")
+
+
 def test_a_full_disk_leaves_what_was_there(tmp_path):
     save_checkpoint(tmp_path / "ckpt.pt")
     (tmp_path / "model.gguf").write_text("mine")
