@@ -79,7 +79,12 @@ def rope_scale(c):
     kind, numbers = read_rope_scaling(c.rope_scaling)
     if kind != "yarn":
         return 1.0
-    return numbers.get("attention_factor", 0.1 * math.log(numbers["factor"]) + 1)
+    return numbers.get("attention_factor", yarn_scale(numbers["factor"]))
+
+
+def yarn_scale(factor):
+    """Returns what YaRN multiplies cos and sin by where no ATTENTION_FACTOR is given."""
+    return 0.1 * math.log(factor) + 1
 
 
 def rope_frequencies(c):

@@ -37,6 +37,12 @@ class Undrawn(TorchFunctionMode):
         return function(*args, **kwargs or {})
 
 
+def meta_model(c):
+    """Returns a model of config c that takes no memory, on the meta device."""
+    with torch.device("meta"), Undrawn():
+        return Transformer(c)
+
+
 def one_layer(c, letter="S"):
     """Returns the ModelConfig of one layer of config c, S windowed or L full."""
     return replace(model_config(c), n_layer=1, window_pattern=letter)
@@ -49,8 +55,7 @@ def model_sizes(c):
     Raises ValueError where the numbers are too large to count.
     """
     try:
-        with torch.device("meta"), Undrawn():
-            model = Transformer(one_layer(c))
+        model = meta_model(one_layer(c))
     except RuntimeError as e:
         raise ValueError(f"a model of these sizes cannot be made: {str(e).splitlines()[0]}")
     whole = module_sizes(model)

@@ -15,10 +15,10 @@ import re
 import numpy as np
 import torch
 
-from interop.hf_layout import NEEDS, choose_kind
-from model import ModelConfig, Transformer
-from rope_scaling import YARN_DEFAULTS, read_rope_scaling, rope_base, rope_frequencies
-from sizes import Undrawn, model_sizes
+from interop.hf_layout import NEEDS, choose_kind, format_number, read_context
+from model import ModelConfig
+from rope_scaling import YARN_DEFAULTS, read_rope_scaling, rope_base, rope_frequencies, yarn_scale
+from sizes import meta_model, model_sizes
 from tensors import check_finite
 
 # our kinds, by transformers' names, and what llama.cpp calls them
@@ -110,8 +110,7 @@ def tensors_to_gguf(architecture, c, state):
 
 def expected_shapes(architecture, c):
     """Returns {name: shape} of the tensors that a model of config c has in a GGUF file."""
-    with torch.device("meta"), Undrawn():
-        state = Transformer(c).state_dict()
+    state = meta_model(c).state_dict()
     return {name: tuple(x.shape) for name, x in tensors_to_gguf(architecture, c, state).items()}
 
 
@@ -143,10 +142,8 @@ def from_gguf(architecture, c, tensors):
     Raises ValueError where they are not finite.
     """
     check_finite(tensors)
-    with torch.device("meta"), Undrawn():
-        meta_state = Transformer(c).state_dict()
     state = {}
-    for key, meta in meta_state.items():
+    for key, meta in meta_model(c).state_dict().items():
         name = gguf_name(key, meta)
         if key == "head.weight" and c.tie_embeddings:
             x = state["wte.weight"]
@@ -255,15 +252,10 @@ def write_yarn(c, numbers):
         "rope.scaling.original_context_length": int(numbers["original_max_position_embeddings"]),
     }
     if "attention_factor" in numbers:
-        settings["rope.scaling.attn_factor"] = numbers["attention_factor"] / yarn_default(
-            numbers["factor"]
-        )
+        # llama.cpp multiplies it by the usual one
+        growth = numbers["attention_factor"] / yarn_scale(numbers["factor"])
+        settings["rope.scaling.attn_factor"] = growth
     return settings
-
-
-def yarn_default(factor):
-    """Returns YaRN's usual attention factor, which llama.cpp multiplies rope.scaling.attn_factor by."""
-    return 0.1 * math.log(factor) + 1
 
 
 # keys of an architecture that change nothing, or say what other keys say
@@ -374,19 +366,18 @@ def read_rope(data, own_scaling, keys, divisors):
     scaling = data.text("rope.scaling.type", "none")
     if scaling in ("linear", "yarn"):
         factor = data.number("rope.scaling.factor", float)
-        settings["rope_scaling"] = f"{scaling}:{factor:g}"
+        settings["rope_scaling"] = f"{scaling}:{format_number(factor)}"
     elif scaling != "none":
         raise ValueError(f"{data.architecture}.rope.scaling.type is {scaling!r:.60}, which is not here")
     if scaling == "yarn":
         original = data.number("rope.scaling.original_context_length", default=keys["block_size"])
         settings["rope_scaling"] += f",{original}"
-        if keys["block_size"] == original:  # as transformers' converter has it
-            settings["block_size"] = int(factor * original)
+        settings["block_size"] = read_context(keys["block_size"], settings["rope_scaling"])
         growth = data.number("rope.scaling.attn_factor", float, 1.0)
         if growth != 1:
             betas = "{beta_fast:g},{beta_slow:g}".format(**YARN_DEFAULTS)
-            attention_factor = shortest(growth * yarn_default(factor))
-            settings["rope_scaling"] += f",{betas},{attention_factor:g}"
+            attention_factor = format_number(shortest(growth * yarn_scale(factor)))
+            settings["rope_scaling"] += f",{betas},{attention_factor}"
     if FREQUENCIES in divisors:
         if scaling != "none":
             raise ValueError(f"there is {FREQUENCIES} beside rope.scaling.type {scaling}")

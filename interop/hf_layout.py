@@ -16,9 +16,8 @@ import torch
 import torch.nn as nn
 
 from lora import LINEARS, LoRAConfig, inject
-from model import Transformer
 from rope_scaling import ROPE_SCALINGS, YARN_DEFAULTS, YARN_LEAST, read_rope_scaling, rope_base
-from sizes import Undrawn, model_sizes
+from sizes import meta_model, model_sizes
 from tensors import check_finite, check_tensor, count_stored_numbers
 
 # What a kind cannot express otherwise: settings that must be so
@@ -229,8 +228,7 @@ def from_hf(kind, c, tensors, without):
     # before anything of that size is made
     if model_sizes(c).matrices > count_stored_numbers(tensors.values()):
         raise ValueError("the tensors have fewer numbers than config.json needs")
-    with torch.device("meta"), Undrawn():
-        meta_state = split_experts(Transformer(c).state_dict())
+    meta_state = split_experts(meta_model(c).state_dict())
     shapes = {name: tuple(x.shape) for name, x in tensors_to_hf(kind, meta_state).items()}
     tensors = {full_name(kind, name): x for name, x in tensors.items() if not re.search(BUFFERS, name)}
     if c.tie_embeddings:
@@ -928,8 +926,7 @@ def from_peft(c, data, tensors):
     """
     kind = choose_kind(c)
     check_peft_config(data)
-    with torch.device("meta"), Undrawn():
-        model = Transformer(c)
+    model = meta_model(c)
     modules = model.named_modules()
     linears = {
         name: module
