@@ -94,11 +94,11 @@ def document_slices(ids, tokenizer):
 def prompt_ids(tokenizer, text, special=False):
     """Returns the ids to start from; with special, special tokens that the text spells are meant.
 
-    A text starts with the tokenizer's bos, which is our own's end-of-text; a character model may never
-    have seen that. An empty one without a bos is end-of-text, after which a document starts.
+    A text starts with the tokenizer's first_id, which is our own's end-of-text. An empty one without a bos
+    is end-of-text, after which a document starts.
     """
     ids = tokenizer.encode_special(text) if special else tokenizer.encode(text)
-    if ids and (tokenizer.bos is None or tokenizer.kind == "char"):
+    if ids and tokenizer.first_id is None:
         return ids
     return [tokenizer.eot if tokenizer.bos is None else tokenizer.bos, *ids]
 

@@ -120,7 +120,7 @@ def write_tokenizer(folder, tokenizer, block_size):
         "clean_up_tokenization_spaces": False,
     }
     data = json.loads(tokenizer.tokenizer_json()) | {"post_processor": None}
-    add_bos = tokenizer.bos is not None and tokenizer.kind != "char"  # as data.prompt_ids has it
+    add_bos = tokenizer.first_id is not None
     if tokenizer.bos is not None:
         bos = tokenizer.tokens[tokenizer.bos].decode()
         settings |= {"bos_token": bos, "add_bos_token": add_bos}

@@ -506,6 +506,13 @@ class Tokenizer:
         self.save(Path(folder, "tokenizer.json"))
 
     @property
+    def first_id(self):
+        """The id that a prompt starts with, None where that is its text's: a character model may never have
+        seen bos.
+        """
+        return None if self.kind == "char" else self.bos
+
+    @property
     def head(self):
         """The ids that a document starts with in data: bos, unless the end-of-text before it is that."""
         return [] if self.bos in (None, self.eot) else [self.bos]

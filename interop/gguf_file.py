@@ -93,8 +93,8 @@ def find_template(tokenizer, template):
     """Returns the Jinja text of a model's chat template, None where it has none. template: as write's."""
     if template in ("", MODELS_OWN):
         return tokenizer.template_source if tokenizer.files else None
-    has_start = tokenizer.bos is not None and tokenizer.kind != "char"
-    start = tokenizer.tokens[tokenizer.bos].decode() if has_start else ""
+    first_id = tokenizer.first_id
+    start = "" if first_id is None else tokenizer.tokens[first_id].decode()
     return jinja_template(template, start, tokenizer.tokens[tokenizer.eot].decode())
 
 

@@ -14,7 +14,7 @@ are joined, the token of the highest score first.
 import json
 
 from interop.any_tokenizer import from_files
-from interop.foreign_tokenizer import list_parts
+from interop.foreign_tokenizer import list_parts, token_text
 from tokenizer import BPE, BYTE_LEVEL, CHAR_BYTE, bos_processor, byte_chars, dump_vocabulary
 
 # llama.cpp's kinds of tokens
@@ -82,8 +82,7 @@ def write_tokenizer(tokenizer):
         "token_type": types,
         # without one, llama.cpp takes another id for bos, such as 11
         "bos_token_id": find_bos_token(tokenizer, tokens),
-        # as data.prompt_ids has it
-        "add_bos_token": tokenizer.bos is not None and tokenizer.kind != "char",
+        "add_bos_token": tokenizer.first_id is not None,
         **write_ends(tokenizer),
     }
     return {f"tokenizer.ggml.{key}": value for key, value in settings.items()}
@@ -100,8 +99,7 @@ def find_bos_token(tokenizer, tokens):
     """Returns the id that a text starts with, else the one that its folder calls bos, else end-of-text."""
     if tokenizer.bos is not None:
         return tokenizer.bos
-    name = tokenizer.settings.get("bos_token") if tokenizer.files else None
-    name = name.get("content") if isinstance(name, dict) else name
+    name = token_text(tokenizer.settings.get("bos_token")) if tokenizer.files else None
     return tokens.index(name) if name in tokens else tokenizer.eot
 
 
