@@ -175,7 +175,11 @@ class Cursor:
         return number
 
     def text(self):
-        return bytes(self.take(self.number("Q"))).decode()
+        content = bytes(self.take(self.number("Q")))
+        try:
+            return content.decode()
+        except UnicodeDecodeError:
+            raise ValueError(f"the text before byte {self.place:,} is not UTF-8: the file is damaged")
 
     def value(self, kind):
         if kind == TEXT:

@@ -39,7 +39,15 @@ import prepare
 import sample
 from config import Refusal, configure
 from data import prompt_ids
-from interop import gguf_file, gguf_layout, gguf_tokenizer, hf_folder, llama_cpp
+from interop import (
+    any_tokenizer,
+    foreign_tokenizer,
+    gguf_file,
+    gguf_layout,
+    gguf_tokenizer,
+    hf_folder,
+    llama_cpp,
+)
 from interop.chat_template import ChatTemplate, jinja_template
 from tokenizer import EOT, Tokenizer
 
@@ -546,8 +554,14 @@ def test_tensors_are_refused_by_name(llama_file, tmp_path):
     assert check("rope_freqs.weight divides frequencies otherwise", stretch) == 2
 
 
-def test_a_damaged_file_is_one_line(llama_file, tmp_path):
+def test_a_damaged_file_is_one_line(llama_file, tmp_path, monkeypatch):
     """Cut off anywhere, or with a byte of its header changed: refused, or what the byte says is read."""
+
+    def refuse(data, encode_special_tokens=True):
+        raise ValueError("a damaged vocabulary is not for another library")
+
+    for module in foreign_tokenizer, any_tokenizer:
+        monkeypatch.setattr(module, "make_library_tokenizer", refuse)
     content = llama_file.read_bytes()
     rng = random.Random(0)
     path = tmp_path / "a.gguf"
@@ -561,6 +575,10 @@ def test_a_damaged_file_is_one_line(llama_file, tmp_path):
         path.write_bytes(damaged)
         with contextlib.suppress(Refusal):
             checkpoint.load(f"hf:{path}")
+    place = content.index(b"tokenizer.ggml.pre")
+    path.write_bytes(content[:place] + b"\xff" + content[place + 1 :])
+    with pytest.raises(Refusal, match=f"the text before byte {place + 18:,} is not UTF-8: the file"):
+        checkpoint.load(f"hf:{path}")
 
 
 # -----------------------------------------------------------------------------------------------------
