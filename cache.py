@@ -4,8 +4,8 @@
     logits, _ = model(idx, cache=cache)           # again and again: idx (B, T) comes after what is in it
     cache.rewind([0, 2])                          # the second row forgets its last two tokens
 
-A layer with a window keeps the last tokens alone, in a ring. Speculation and captured graphs are to be
-other fillings of the same methods.
+A layer with a window keeps the last tokens alone, in a ring. Captured graphs are to be another filling of
+the same methods.
 """
 
 import numbers

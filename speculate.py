@@ -33,7 +33,7 @@ from rmsnorm import choose_rmsnorm
 MOST_GUESSES = 64  # in one call
 MOST_IN_RING = REWIND - 2  # where a window's ring must forget them, and two tokens that came before
 TRIAL = 64  # tokens a row after which it is decided whether speculation pays
-LEAST_ROUNDS = 4  # of either kind, for that
+LEAST_ROUNDS = 4  # of either kind that are counted, for that
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -268,9 +268,9 @@ def count_right(guesses, ids):
 class Speculation:
     """Writes what a model writes by itself, but checks up to n_guesses of a draft in each call of it.
 
-    Over the first TRIAL tokens a row plain rounds take turns with speculative ones. Where those were not
-    faster, all that follow are plain. A conversation has one trial. clock: returns seconds; without one
-    there is no trial, and all rounds are speculative.
+    Over the first TRIAL tokens a row, or more until there were LEAST_ROUNDS of either kind, plain rounds
+    take turns with speculative ones. Where those were not faster, all that follow are plain. A conversation
+    has one trial. clock: returns seconds; without one there is no trial, and all rounds are speculative.
     """
 
     def __init__(self, draft, n_guesses=4, clock=time.perf_counter):
@@ -422,7 +422,9 @@ class Speculation:
         text = f"{self.draft.name}: {share:.0%} of {n:,} guesses right, {self.tokens_a_call:.1f} tokens a call"
         if self.gain is None:
             return f"{text}; too short a text to compare its speed"
-        text += f"; {self.gain:.2f} x the speed of plain decoding over the first {TRIAL} tokens"
+        text += (
+            f"; {self.gain:.2f} x the speed of plain decoding over the first {self.n_tokens:.0f} tokens"
+        )
         return f"{text}, so the rest was plain" if self.is_off else text
 
 
