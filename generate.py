@@ -91,9 +91,8 @@ class Row:
     new: int | None = None  # the id of this step; None where the row has ended
     end: str = ""  # why it has ended: stop | length | block_size; "" while it goes on
     stop: int | None = None  # the token of stop that ended it
-    logps: list = field(
-        default_factory=list
-    )  # log p of each of ids, and of stop, where they were asked for
+    # log p of each of ids, and of stop, where they were asked for
+    logps: list = field(default_factory=list)
 
     @property
     def is_whole(self):
