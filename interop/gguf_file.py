@@ -285,19 +285,13 @@ def read_tokenizer(path):
 def read(path):
     """Returns (ModelConfig, our state dict, tokenizer) of a file. Raises ValueError, OSError and Refusal."""
     gguf, data, metadata, entries = open_file(path)
-    divisors = {
-        name: read_tensor(gguf, data, name, entry)
-        for name, entry in entries.items()
-        if name == gguf_layout.FREQUENCIES
-    }
+    divisors = None
+    if entry := entries.pop(gguf_layout.FREQUENCIES, None):
+        divisors = read_tensor(gguf, data, gguf_layout.FREQUENCIES, entry)
     c = gguf_layout.read_config(metadata, entries.keys(), divisors)
     tokenizer = gguf_tokenizer.read_tokenizer(metadata)
     c = replace(c, vocab_size=tokenizer.vocab_size)
     architecture = metadata["general.architecture"]
     gguf_layout.check_shapes(architecture, c, {name: entry.shape for name, entry in entries.items()})
-    tensors = {
-        name: read_tensor(gguf, data, name, entry)
-        for name, entry in entries.items()
-        if name != gguf_layout.FREQUENCIES
-    }
+    tensors = {name: read_tensor(gguf, data, name, entry) for name, entry in entries.items()}
     return c, gguf_layout.from_gguf(architecture, c, tensors), tokenizer

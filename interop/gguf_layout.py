@@ -1,7 +1,7 @@
 """Two layouts of one model: ours, and GGUF's, which llama.cpp, Ollama and LM Studio run.
 
     metadata, tensors = to_gguf(model.config, model.state_dict())
-    c = read_config(metadata, tensors.keys(), {})                  # our ModelConfig
+    c = read_config(metadata, tensors.keys(), None)                # our ModelConfig
     state = from_gguf(metadata["general.architecture"], c, tensors)
 
 Dicts in, dicts out, and no library. What llama.cpp would compute otherwise is a ValueError that names
@@ -125,9 +125,9 @@ def check_shapes(architecture, c, shapes):
         raise ValueError("its tensors have fewer numbers than its metadata needs")
     expected = expected_shapes(architecture, c)
     for name, shape in shapes.items():
-        if name != FREQUENCIES and name not in expected:
+        if name not in expected:
             raise ValueError(f"tensor {name} has no place in this model")
-        if name in expected and shape != expected[name]:
+        if shape != expected[name]:
             raise ValueError(
                 f"tensor {name} is {shape} and not {expected[name]}, as its metadata has it"
             )
@@ -305,7 +305,7 @@ def shortest(x):
 def read_config(metadata, names, divisors):
     """Returns our ModelConfig, vocab_size 0, of a file's metadata and the names of its tensors.
 
-    divisors: {FREQUENCIES: tensor}, where there is one. Raises ValueError.
+    divisors: the tensor FREQUENCIES, None where there is none. Raises ValueError.
     """
     data = Metadata(metadata)
     architecture = data.architecture
@@ -378,12 +378,10 @@ def read_rope(data, own_scaling, keys, divisors):
             betas = "{beta_fast:g},{beta_slow:g}".format(**YARN_DEFAULTS)
             attention_factor = format_number(shortest(growth * yarn_scale(factor)))
             settings["rope_scaling"] += f",{betas},{attention_factor}"
-    if FREQUENCIES in divisors:
+    if divisors is not None:
         if scaling != "none":
             raise ValueError(f"there is {FREQUENCIES} beside rope.scaling.type {scaling}")
-        settings["rope_scaling"] = find_llama3(
-            own_scaling, keys | settings, divisors[FREQUENCIES], data.architecture
-        )
+        settings["rope_scaling"] = find_llama3(own_scaling, keys | settings, divisors, data.architecture)
     return settings
 
 
