@@ -59,8 +59,8 @@ class Config(finetune_lora.Config):
     scale: bool = True                      # group: divide advantages by their group's standard deviation
     gae: float = 1.0                        # value: how far an advantage looks past the next value; 1 = to the reward
     learning_rate: float = 1e-3             # the highest one
-    max_iters: int = 100                    # steps
-    eval_interval: int = 20                 # steps between evaluations, samples and checkpoints
+    max_iters: int = 140                    # steps
+    eval_interval: int = 35                 # steps between evaluations, samples and checkpoints
     # fmt: on
 
     built_in = "toy"
