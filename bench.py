@@ -568,9 +568,7 @@ def sample_rows(model, hf_model, seconds):
     ids = torch.randint(model.config.vocab_size, (SAMPLES, n_prompt))
     prompts = [row[-length:].tolist() for row, length in zip(ids, lengths)]
     mask = torch.tensor([[0] * (n_prompt - length) + [1] * length for length in lengths])
-    rivals = {
-        "samples": lambda: list(generate(model, prompts, n_new, 1.0, top_k=0, stop=ends, logps=True))
-    }
+    rivals = {"samples": lambda: list(generate(model, prompts, n_new, 1.0, top_k=0, stop=ends))}
     if hf_model:
         rivals["transformers samples"] = functools.partial(
             hf_model.generate,

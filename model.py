@@ -353,6 +353,11 @@ class Context(NamedTuple):
     places: Any = None  # where the new tokens go in it
 
 
+def as_numbers(mask, dtype):
+    """Returns what a boolean mask adds to scores: 0 where a key is seen, -inf elsewhere."""
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -math.inf)
+
+
 def attention_mask(places, keys, doc=None, key_doc=None, bias=None, dtype=torch.float32, window=0):
     """The one mask rule: returns (mask, is_causal) for queries at places ([B,] T) and keys at places
     ([B,] S), negative where there is no key; doc (B, T) and key_doc (B, S) are their documents.
@@ -439,7 +444,7 @@ def attention(q, k, v, mask=None, is_causal=False, dropout_p=0.0):
     k, v = (x.repeat_interleave(q.size(1) // k.size(1), 1) for x in (k, v))
     scores = q * q.size(-1) ** -0.5 @ k.mT  # (B, H, T, S)
     if mask is not None and mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -math.inf)
+        mask = as_numbers(mask, q.dtype)
     if mask is not None:
         scores += mask
     return F.dropout(scores.softmax(-1), dropout_p) @ v
@@ -769,6 +774,10 @@ class Transformer(nn.Module):
         # autocast alone would keep x float32 and cast it at each product. In float16 it might overflow
         if product_dtype(x) == torch.bfloat16:
             x = x.bfloat16()
+        if T == 1 and x.device.type == "cpu":  # where SDPA would do it in each layer
+            for window, sight in sights.items():
+                if sight.mask is not None and sight.mask.dtype == torch.bool:
+                    sights[window] = sight._replace(mask=as_numbers(sight.mask, x.dtype))
         x = self.drop(x)
         rotation = None
         if self.rotary is not None:
