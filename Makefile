@@ -17,9 +17,13 @@ dpo: install  ## teach it by pairs of answers how its stories should end; a minu
 	test -e out/demo/ckpt.pt || $(MAKE) demo
 	$(BIN)/python finetune_dpo.py --init_from=out/demo --beta=1 --max_iters=60 --eval_interval=20 --out_dir=out/demo-dpo --overwrite
 
-grpo ppo: install  ## or by a reward for its own samples, by GRPO or PPO; five minutes
+grpo: install  ## or by a reward for its own samples, by GRPO; five minutes
 	test -e out/demo/ckpt.pt || $(MAKE) demo
-	$(BIN)/python finetune_ppo.py --init_from=out/demo --dtype=float32 --baseline=$(if $(filter ppo,$@),value,group) --out_dir=out/demo-$@ --overwrite
+	$(BIN)/python finetune_ppo.py --init_from=out/demo --dtype=float32 --out_dir=out/demo-grpo --overwrite
+
+ppo: install  ## or by PPO; four minutes
+	test -e out/demo/ckpt.pt || $(MAKE) demo
+	$(BIN)/python finetune_ppo.py --init_from=out/demo --baseline=value --learning_rate=7e-4 --max_iters=80 --dtype=float32 --out_dir=out/demo-ppo --overwrite
 
 browser: install browser/node_modules/.package-lock.json  ## a page that writes with the demo model, at http://127.0.0.1:8000; needs npm
 	test -e out/demo/ckpt.pt || $(MAKE) demo
