@@ -205,12 +205,10 @@ class OnnxModel(nn.Module):
             if doc is not None:
                 padding = (doc == -1).sum(1)
             cache.parts = self.split_by_padding(padding, cache.max_len)
-        if doc is None and len(cache.parts) == 1:  # the usual case, without a copy
+        if len(cache.parts) == 1 and not cache.parts[0].padding:  # the usual case, without a copy
             return self.last_logits(idx, cache.parts[0].past)
         logits = torch.zeros(len(idx), self.config.vocab_size)
         for part in cache.parts:
-            if doc is not None and (doc[part.rows] == -1).all():
-                continue  # these rows have ended, maybe at block_size
             logits[part.rows] = self.last_logits(idx[part.rows, part.padding :], part.past)
             part.padding = 0
         return logits
