@@ -44,7 +44,8 @@ import toy_stories
 import train
 from data import padded, to, training_rows
 from device import DTYPES, fast_bfloat16, name_of, peak_flops, resolve
-from eval import data_folder
+from eval import data_folder, load_data
+from export_onnx import write_greedy
 from generate import generate
 from hf import to_transformers
 from interop import gguf_file, llama_cpp, nanogpt
@@ -558,9 +559,8 @@ def decode_rows(model, hf_model, large, batch_size, seconds):
 
 
 def sample_rows(model, hf_model, seconds):
-    """Returns the rows of SAMPLES prompts of different lengths that are continued together, by draws from all of
-    the vocabulary, as finetune_ppo.py samples. With random weights two
-    thirds end before they are n_new tokens long.
+    """Returns the rows of SAMPLES prompts of different lengths that are continued together, by draws from all
+    of the vocabulary, as finetune_ppo.py samples. With random weights two thirds end before the last step.
     """
     n_prompt = n_new = model.config.block_size // 2
     ends = list(range(0, model.config.vocab_size, n_new))
@@ -674,11 +674,6 @@ def speculation_rows(cfg, compute, model):
         yield row
 
 
-def write_greedy(model, prompt, n):
-    """Returns n ids after a prompt, by generate.py."""
-    return generate_cached(model, [prompt], n)[0]
-
-
 def llama_cpp_rows(cfg, compute, model):
     """Returns the rows of one greedy text: by this model, its ONNX files where export_onnx.py wrote some, and
     llama.cpp with 32, 8 and 4 bits a number. same: how many of its first ids are this model's.
@@ -750,14 +745,15 @@ def held_out(cfg, model):
     reason = "weights are random"
     if cfg.init_from != "scratch":
         start = checkpoint.open_checkpoint(cfg.init_from)
+        folder = data_folder(start)
+        load = functools.cache(prepare.load)  # which reads all of the data, to check it
         try:
-            meta, data, tokenizer = prepare.load(data_folder(start))
-            if tokenizer.sha256 == start.state["tokenizer_sha256"]:
-                split = meta["splits"]["val"]
-                bits = split["tokens"] / split["bytes"] / math.log(2)
-                settings = quantize.Config(to="nowhere")
-                return quantize.read_rows(settings, data, "", tokenizer, T), data["val"], bits
-            reason = "the data has another tokenizer"
+            data, tokenizer = load_data(folder, start, load)
+            meta, *_ = load(folder)
+            split = meta["splits"]["val"]
+            bits = split["tokens"] / split["bytes"] / math.log(2)
+            settings = quantize.Config(to="nowhere")
+            return quantize.read_rows(settings, data, "", tokenizer, T), data["val"], bits
         except Refusal as e:
             reason = str(e)
     print(f"without losses: {reason}")

@@ -228,15 +228,15 @@ def generate(
             # for all rows, so that none depends on when the others end
             uniform = torch.rand(len(rows), 1, generator=rng, dtype=exact, device=device)[batch]
             ids = next_token(logits, temperature, top_k, top_p, uniform)
-            given = [None] * len(batch)
+            chosen_logps = [None] * len(batch)
             if logps:
-                given = logits.float().log_softmax(-1).gather(1, ids[:, None])[:, 0].tolist()
+                chosen_logps = logits.float().log_softmax(-1).gather(1, ids[:, None])[:, 0].tolist()
             if seen is not None:
                 seen.scatter_(1, ids[:, None], True)
 
             for row in rows:
                 row.new = None
-            for number, id, logp in zip(batch, ids.tolist(), given):
+            for number, id, logp in zip(batch, ids.tolist(), chosen_logps):
                 if logps:
                     rows[number].logps.append(logp)
                 if rows[number].take(id, limits):

@@ -54,6 +54,8 @@ class LoRALinear(nn.Module):
     zero; both float32. For a Linear of n experts n of each.
     """
 
+    is_on = True  # see switched_off
+
     def __init__(self, base, rank, alpha, dropout):
         super().__init__()
         self.base = base
@@ -66,8 +68,6 @@ class LoRALinear(nn.Module):
         self.B = nn.Parameter(torch.zeros(*n, n_out, rank, dtype=torch.float32, device=device))
         for matrix in self.A.data.view(-1, rank, n_in):
             nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))  # as peft, Hugging Face's, does
-
-    is_on = True  # see switched_off
 
     def forward(self, x, *ends):
         if not self.is_on:

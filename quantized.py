@@ -113,13 +113,10 @@ INT4_CUDA = Kernel(prepare_int4_cuda, lambda x, *tensors: torch._weight_int4pack
 
 def has_operator(name, device):
     """Returns whether this torch has the operator aten::NAME for a kind of device."""
-    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device.type, "")
-    names = name, f"aten::{name}"
-    return (
-        bool(key)
-        and hasattr(torch, name)
-        and torch._C._dispatch_has_kernel_for_dispatch_key(names[1], key)
-    )
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device.type)
+    if key is None or not hasattr(torch, name):
+        return False
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", key)
 
 
 def kernel_of(linear, dtype):
