@@ -171,7 +171,7 @@ def find(out_dir, prefer="ckpt_best.pt"):
         raise Refusal(f"there is no adapter in {out_dir}; {command} makes one")
     if holds_run(out_dir, ["adapter.pt", "adapter_best.pt"]):
         raise Refusal(
-            f"{out_dir} holds an adapter: sample.py --adapter={out_dir} reads it, "
+            f"{out_dir} holds an adapter: sample.py --adapter={out_dir} and eval.py read it, "
             f"finetune_lora.py --merge --out_dir={out_dir} makes a checkpoint of it and its base"
         )
     hint = ""
@@ -350,9 +350,18 @@ class Checkpoint:
         return self.loaded
 
     @property
+    def last(self):
+        """What load returned of what was trained last: of the adapters, or without any of the checkpoint."""
+        return self.adapter or self.state
+
+    @property
+    def last_path(self):
+        return self.adapter_path or self.path
+
+    @property
     def config(self):
-        """The settings of what was trained last: the adapters' or the checkpoint's."""
-        return (self.adapter or self.state)["config"]
+        """The settings of what was trained last."""
+        return self.last["config"]
 
     @property
     def dataset(self):
@@ -470,6 +479,18 @@ def open_checkpoint(
     adapters = load(adapter_path, ADAPTER_KEYS)
     path = find(out_dir, prefer) if out_dir else find_base(adapters, adapter_path)
     return Checkpoint(path, None, adapter_path, adapters)
+
+
+def open_any(name, takes_integers=False):
+    """Returns the Checkpoint of a folder: of its model or, where it has none but adapters, of these over their
+    own base. A file and hf:FOLDER_OR_NAME are as for open_checkpoint. Raises Refusal.
+    """
+    has_adapters = holds_run(name, ["adapter_best.pt", "adapter.pt"])
+    if has_adapters and not holds_run(name, ["ckpt_best.pt", "ckpt.pt"]):
+        start = open_checkpoint("", adapter=name)
+        refuse_reward_model(start)
+        return start
+    return open_checkpoint(name, takes_integers=takes_integers)
 
 
 def open_given(cfg, adapter, takes_integers=False):

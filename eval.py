@@ -3,13 +3,14 @@
 The result is a report, report.html, and a line of JSON last.
 
     python eval.py --out_dir=out/ts
-    python eval.py --out_dir=out/ts,out/small --report_dir=out/compare
+    python eval.py --out_dir=out/ts,out/ts-dpo --report_dir=out/compare
     python eval.py --lengths --out_dir=out/rope,out/alibi
     python eval.py --out_dir=out/ts --text=t.txt --judge_url=http://127.0.0.1:8000/v1 --judge_model=NAME
 
 The first evaluates on the validation split of the data that the model was trained on. The second
-compares two models on the same text: their bits a byte can be compared, their losses cannot. The third
-has no lenses: lengths.html shows bits a byte by position up to 8 contexts, of rope under each scaling.
+compares two models on the same text: their bits a byte can be compared, their losses cannot; an adapter
+is read over its base. The third has no lenses: lengths.html shows bits a byte by position up to 8
+contexts, of rope under each scaling.
 
 1 likelihood: loss, perplexity and bits a byte with 95% intervals over documents; loss by position; for
   toy stories the distance to their entropy.
@@ -37,7 +38,7 @@ from tqdm import tqdm
 
 import prepare
 import toy_stories
-from checkpoint import Checkpoint, open_checkpoint
+from checkpoint import Checkpoint, open_any
 from data import document_slices, evenly, prompt_ids
 from device import check_memory, resolve
 from generate import generate
@@ -74,7 +75,7 @@ LIMITS = [
 
 @dataclass
 class Config:
-    out_dir: str = "out"  # a run's folder, a checkpoint file or hf:FOLDER_OR_NAME; A,B,C compares them
+    out_dir: str = "out"  # a run's or adapter's folder, a file or hf:FOLDER_OR_NAME; A,B,C compares them
     text: str = ""  # a file as prepare.py reads it; "" = the validation split of the first's data
     lengths: bool = False  # bits a byte by position, far past the context, and nothing else
     block_size: int = 0  # another context than the models' own, 0; how far lengths goes, 0 = 8 contexts
@@ -126,7 +127,7 @@ def is_url(text):
 
 @dataclass
 class Subject:
-    """A checkpoint under evaluation, and its model.
+    """A checkpoint under evaluation, or adapters over one, and its model.
 
     dataset: the folder of its data, or ELSEWHERE.
     training: (ids, tokenizer) of its training text, or the sentence that says why there is none.
@@ -194,7 +195,7 @@ def load_subjects(cfg, compute):
     subjects = []
     validation = None
     for name in names:
-        ckpt = open_checkpoint(name, takes_integers=True)
+        ckpt = open_any(name, takes_integers=True)
         if not cfg.lengths:
             ckpt.stretch(cfg.rope_scaling, cfg.block_size)
         model, tokenizer = ckpt.restore(compute.device)
@@ -209,8 +210,8 @@ def load_subjects(cfg, compute):
             if not subjects and not cfg.text:
                 problem = f"{ckpt.path} was trained on {dataset}, which cannot be read: {e}"
                 raise Refusal(f"{problem}. Or give a text with --text=FILE")
-        step = ckpt.state["step"]
-        subjects.append(Subject(name, ckpt.path, step, model, tokenizer, dataset, training, ckpt))
+        step = ckpt.last["step"]
+        subjects.append(Subject(name, ckpt.last_path, step, model, tokenizer, dataset, training, ckpt))
     return subjects, validation
 
 

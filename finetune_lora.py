@@ -185,8 +185,8 @@ def open_tuning(cfg, kind, fixed=FIXED):
     resumed = None
     if cfg.init_from == "resume":
         base = open_run(cfg, kind)
-        resumed = base.adapter or base.state
-        cfg = inherit(cfg, resumed, base.adapter_path or base.path, True, fixed)
+        resumed = base.last
+        cfg = inherit(cfg, resumed, base.last_path, True, fixed)
     else:
         base = open_checkpoint(cfg.init_from)
     moves_aside = is_in_the_way(cfg, ("ckpt.pt", "adapter.pt"))
@@ -215,10 +215,9 @@ def open_run(cfg, kind):
         start = open_checkpoint(cfg.out_dir, "ckpt.pt")
     else:
         start = open_checkpoint("", adapter=cfg.out_dir, prefer_adapter="adapter.pt")
-    run = start.adapter or start.state
-    if start.task != kind or not run["optimizers"]:
+    if start.task != kind or not start.last["optimizers"]:
         raise Refusal(
-            f"{start.adapter_path or start.path} is no run of {kind} that could go on; "
+            f"{start.last_path} is no run of {kind} that could go on; "
             f"--init_from={cfg.out_dir} --out_dir=OTHER starts from it"
         )
     return start
@@ -336,7 +335,7 @@ class FineTuning:
         ids = b"".join(array.tobytes() for array in self.read(learned))
         self.rows_sha256 = hashlib.sha256(ids).hexdigest()
         if tuning.resumed and tuning.resumed["config"]["rows_sha256"] != self.rows_sha256:
-            path = tuning.base.adapter_path or tuning.base.path
+            path = tuning.base.last_path
             raise Refusal(
                 f"{cfg.dataset} holds other rows than when {path} was begun: give another --out_dir"
             )

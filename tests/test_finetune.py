@@ -685,6 +685,11 @@ def test_from_the_command_line_to_a_merged_checkpoint_that_every_script_takes(sh
     assert result.returncode == 0, result.stderr
     assert "next: python sample.py --adapter=cli" in result.stdout
 
+    brief = ["--num_samples=1", "--max_new_tokens=20"]
+    figures = json.loads(output(evaluation, "--out_dir=base,cli", *brief).splitlines()[-1])
+    base_figures, adapter_figures = figures["checkpoints"]
+    assert adapter_figures["checkpoint"] == "cli/adapter_best.pt"
+
     merged = output(ft, "--merge", "--out_dir=cli")
     assert "cli/ckpt.pt: base/ckpt_best.pt with cli/adapter_best.pt merged" in merged
     largest_difference = float(merged.split()[-1])
@@ -701,8 +706,11 @@ def test_from_the_command_line_to_a_merged_checkpoint_that_every_script_takes(sh
     assert written(raw).startswith("\nWhy")
 
     assert "nats a token" in output(train, "--init_from=cli", "--out_dir=n", "--eval_only")
-    figures = output(evaluation, "--out_dir=cli", "--num_samples=1", "--max_new_tokens=20")
-    assert '"loss"' in figures.splitlines()[-1]  # of the base's text
+    figures = json.loads(output(evaluation, "--out_dir=cli", *brief).splitlines()[-1])
+    [merged_figures] = figures["checkpoints"]
+    loss = merged_figures["likelihood"]["loss"]  # of the base's text
+    assert loss == pytest.approx(adapter_figures["likelihood"]["loss"], abs=1e-5)
+    assert loss != pytest.approx(base_figures["likelihood"]["loss"], abs=1e-3)
     argv = [*TINY, "--max_iters=1", "--init_from=cli", "--dataset=rows.jsonl"]
     output(ft, *argv, "--out_dir=cli2")
     assert adapter(shop, "cli2")["config"]["template"] == "Q {prompt}\n"  # the base's

@@ -11,6 +11,7 @@ from test_processes import run_together
 from test_train import lab, log, same  # lab is a fixture
 
 import checkpoint
+import eval as evaluation
 import finetune_dpo
 import finetune_lora
 import finetune_ppo
@@ -143,6 +144,7 @@ def test_what_it_judges_is_learned(shop, judge):
             ["--adapter=judge"],
             "judge/adapter_best.pt is a reward model, which judges text and writes none",
         ),
+        (evaluation, ["--out_dir=judge"], "is a reward model, which judges text"),
         (sample, ["--out_dir=base", "--draft=judge"], "is a reward model, which judges text"),
         (hf, ["--adapter=judge", "--to=there"], "is a reward model"),
         (finetune_lora, ["--out_dir=judge", "--merge"], "is a reward model"),
