@@ -33,9 +33,9 @@ import torch
 import folders
 import measure
 import train
+from compare_report import CLOSE, draw, table
 from device import resolve, torchrun_ranks
 from eval import fit_batch, split_documents, units
-from lenses.stats import paired
 from log import read_log
 from model import model_config
 from score import document_nats
@@ -61,7 +61,6 @@ RATES += ["grad_clip", "balance"]
 PLACE = ("out_dir", "init_from", "device", "overwrite")  # what is no part of what a run computes
 KINDS = ("timings", "trials", "runs")  # of jobs, and the folders that they are in
 TIMING_STEPS = 50
-CLOSE = 0.01  # how far apart the parameters of matched variants may be, as a share
 
 
 @dataclass
@@ -424,26 +423,28 @@ class Comparison:
             amount /= tokens_a_step(train_config(self.variants[name].values | values))
         return max(1, round(amount))
 
+    def trial(self, name, values):
+        label = ",".join(f"{key}={value}" for key, value in values.items())
+        steps = self.steps(name, values, self.cfg.sweep_budget)
+        return self.job("trials", name, self.seeds[0], steps, values, label)
+
     def trials(self):
         """Returns the jobs of the sweep: all variants with the same values stand together."""
-        jobs = []
-        for values, names in there_and_back(self.sweep, list(self.variants)):
-            label = ",".join(f"{key}={value}" for key, value in values.items())
-            for name in names:
-                steps = self.steps(name, values, self.cfg.sweep_budget)
-                jobs.append(self.job("trials", name, self.seeds[0], steps, values, label))
-        return jobs
+        return [
+            self.trial(name, values)
+            for values, names in there_and_back(self.sweep, list(self.variants))
+            for name in names
+        ]
 
     def best_values(self, name):
         """Returns what a variant takes of the sweep: the values of its best trial. Raises Refusal."""
-        trials = [job for job in self.trials() if job.variant == name]
-        if not trials:
+        if not self.sweep:
             return {}
-        losses = [job.read()["bits_per_byte"] for job in trials]
+        losses = [self.trial(name, values).read()["bits_per_byte"] for values in self.sweep]
         if not any(loss is not None for loss in losses):
             raise Refusal(f"every trial of {name} diverged: try a lower learning_rate", status=1)
         _, best = min((loss, i) for i, loss in enumerate(losses) if loss is not None)
-        return trials[best].values
+        return self.sweep[best]
 
     def runs(self):
         """Returns the jobs that count: all variants with the same seed stand together, there and back."""
@@ -478,140 +479,6 @@ def finish(jobs, after=lambda: None):
         left = [i for i in left if jobs[i].read() is None]
         if left:
             time.sleep(1)
-
-
-# -----------------------------------------------------------------------------------------------------
-# What it says
-
-
-def verdict(results, others):
-    """Returns what paired() allows one to say, in words."""
-    mean, half, n = paired(results, others)
-    lost = sum(losses[seed] is None for losses in (results, others) for seed in losses)
-    diverged = f"; {lost} runs diverged" if lost else ""
-    if n == 0:
-        return f"no seed of which both runs ended{diverged}"
-    if n == 1:
-        return f"{mean:+.4f} bits a byte, and one seed does not show what it would be with another{diverged}"
-    if abs(mean) <= half:
-        return f"no difference that {n} seeds can show ({mean:+.4f} +- {half:.4f} bits a byte){diverged}"
-    word = "better" if mean < 0 else "worse"
-    return f"{word} by {abs(mean):.4f} +- {half:.4f} bits a byte ({n} seeds){diverged}"
-
-
-def difference(results, others):
-    """Returns paired() as a cell of the table."""
-    mean, half, _ = paired(results, others)
-    if mean is None:
-        return ""
-    return f"{mean:+.4f}" if half is None else f"{mean:+.4f} +- {half:.4f}"
-
-
-def table(comparison, results):
-    """Returns a Markdown table of {variant: its results}, and under it the verdicts."""
-    names = list(results)
-    first = names[0]
-    losses = {name: {row["seed"]: row["bits_per_byte"] for row in results[name]} for name in names}
-    swept = list(comparison.sweep[0]) if comparison.sweep else []
-    lines = []
-    for i, name in enumerate(names):
-        values = results[name][0]["values"]
-        line = {"variant": name} | {key: taken_cell(key, values[key], comparison.sweep) for key in swept}
-        rows = [row for row in results[name] if row["bits_per_byte"] is not None]
-        if rows:
-            bits = [row["bits_per_byte"] for row in rows]
-            peaks = [row["peak_bytes"] for row in rows if row["peak_bytes"] is not None]
-            line |= {
-                "bits a byte": f"{statistics.mean(bits):.4f}",
-                "spread": f"{statistics.stdev(bits):.4f}" if len(bits) > 1 else "",
-                f"to {first}": difference(losses[name], losses[first]) if i else "",
-                "to the line above": difference(losses[name], losses[names[i - 1]]) if i else "",
-                "nats a token": f"{statistics.mean(row['nats'] for row in rows):.4f}",
-                "parameters": f"{rows[0]['parameters']:,}",
-                "steps": f"{rows[0]['steps']:,}",
-                "tokens": f"{rows[0]['tokens']:,}",
-                "tokens/s": f"{statistics.median(row['tokens_per_s'] for row in rows):,.0f}",
-                "peak MB": f"{statistics.median(peaks) / 1e6:,.0f}" if peaks else "",
-            }
-        line["seeds"] = (
-            f"{len(rows)} of {len(results[name])}" if len(rows) < len(results[name]) else f"{len(rows)}"
-        )
-        lines.append(line)
-    keys = list(max(lines, key=len))
-    cells = [keys, ["---"] * len(keys), *([line.get(key, "diverged") for key in keys] for line in lines)]
-    text = [f"| {' | '.join(row)} |" for row in cells]
-    verdicts = [
-        f"- {name} against {first}: {verdict(losses[name], losses[first])}" for name in names[1:]
-    ]
-    return "\n".join([*text, "", *verdicts, "", *notes(comparison, results)])
-
-
-def taken_cell(key, value, sweep):
-    """Returns a value that was taken, with a * where it is the lowest or highest of more than two numbers."""
-    tried = {values[key] for values in sweep}
-    is_end = type(value) in (int, float) and len(tried) > 2 and value in (min(tried), max(tried))
-    return (f"{value:g}" if type(value) is float else str(value)) + "*" * is_end
-
-
-def notes(comparison, results):
-    """Yields what one has to know to read the table."""
-    cfg = comparison.cfg
-    rows = [row for rows in results.values() for row in rows if row["bits_per_byte"] is not None]
-    yield (
-        f"Equal: {cfg.by}, {cfg.budget:,g} a run. The loss is of the whole validation split, story by story; "
-        "the spread is the standard deviation over seeds, and +- half the 95% interval of the paired difference. "
-        "One verdict in twenty is wrong where there is no difference."
-    )
-    if comparison.sweep:
-        yield (
-            f"Each variant tried the same {len(comparison.sweep)} settings on {cfg.sweep_budget:.0%} of the "
-            f"budget, with seed {comparison.seeds[0]}, and was trained with the best; * is an end of what was tried. "
-            "The intervals are of these settings: how well they were chosen is not in them."
-        )
-    for name in results:
-        sizes = [row["parameters"] for row in results[name] if row["bits_per_byte"] is not None]
-        if sizes and abs(sizes[0] / rows[0]["parameters"] - 1) > CLOSE:
-            yield f"{name} has {sizes[0] / rows[0]['parameters'] - 1:+.1%} parameters beside {rows[0]['variant']}."
-    for device, dtype in sorted({(row["device"], row["dtype"]) for row in rows}):
-        yield f"Trained on {device}, in {dtype}."
-
-
-def curve(folder, tokens, tokens_per_s):
-    """Returns (steps, seconds, bits a byte) of the evaluations in a run's log; tokens: of a step."""
-    lines = [line for line in read_log(folder / "log.jsonl") if "val_bits_per_byte" in line]
-    steps = np.array([line["step"] for line in lines])
-    return steps, steps * tokens / tokens_per_s, np.array([line["val_bits_per_byte"] for line in lines])
-
-
-def draw(comparison, path):
-    """Draws the loss of each variant by steps and by seconds of training, the spread over seeds shaded."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    by_step, by_second = figure.subplots(1, 2, sharey=True)
-    jobs = comparison.finished()
-    for name in comparison.variants:
-        curves = []
-        for job in jobs:
-            result = job.read()
-            if job.variant == name and result["bits_per_byte"] is not None:
-                curves.append(curve(job.folder, tokens_a_step(job.cfg), result["tokens_per_s"]))
-        if not curves:
-            continue
-        steps = curves[0][0]
-        seconds = np.mean([x for _, x, _ in curves], 0)
-        bits = np.array([y for _, _, y in curves])
-        for ax, x in ((by_step, steps), (by_second, seconds)):
-            [line] = ax.plot(x[1:], bits.mean(0)[1:], marker="o", ms=2, lw=1, label=name)
-            ax.fill_between(
-                x[1:], bits.min(0)[1:], bits.max(0)[1:], color=line.get_color(), alpha=0.2, lw=0
-            )
-    by_step.set(xlabel="step", ylabel="validation loss, bits a byte", title=comparison.cfg.out_dir)
-    by_second.set(xlabel="seconds of training")
-    for ax in (by_step, by_second):
-        ax.grid(alpha=0.3)
-    by_step.legend()
-    folders.write_atomic(path, lambda f: figure.savefig(f, format="png", dpi=120))
 
 
 def publish(comparison):

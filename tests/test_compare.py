@@ -14,6 +14,7 @@ import eval as evaluation
 import folders
 import prepare
 import train
+from compare_report import verdict
 from config import Refusal, configure
 from device import resolve
 from lenses import stats
@@ -140,7 +141,7 @@ def test_a_variant_beside_itself_is_seldom_different(lab):
     verdicts = []
     for first in range(0, 120, 6):  # 20 comparisons of three seeds with three others
         sides = [{i: losses[first + side + i] for i in range(3)} for side in (0, 3)]
-        verdicts.append(compare.verdict(*sides))
+        verdicts.append(verdict(*sides))
     assert len(verdicts) == 20
     assert sum("no difference" not in text for text in verdicts) <= 2
 
@@ -233,11 +234,11 @@ def test_the_interval_is_of_paired_differences():
     assert n == 3
     assert mean == pytest.approx(0.5 / 3)
     assert half == pytest.approx(4.303 * np.std([0.1, 0.2, 0.2], ddof=1) / math.sqrt(3))
-    assert compare.verdict(losses, others) == "worse by 0.1667 +- 0.1434 bits a byte (3 seeds)"
-    assert compare.verdict(others, losses) == "better by 0.1667 +- 0.1434 bits a byte (3 seeds)"
-    assert "no difference that 2 seeds" in compare.verdict({1: 1.0, 2: 2.0}, {1: 0.9, 2: 1.95})
-    assert "one seed does not show" in compare.verdict({1: 1.0}, {1: 2.0})
-    assert compare.verdict({1: None}, {1: 2.0}) == "no seed of which both runs ended; 1 runs diverged"
+    assert verdict(losses, others) == "worse by 0.1667 +- 0.1434 bits a byte (3 seeds)"
+    assert verdict(others, losses) == "better by 0.1667 +- 0.1434 bits a byte (3 seeds)"
+    assert "no difference that 2 seeds" in verdict({1: 1.0, 2: 2.0}, {1: 0.9, 2: 1.95})
+    assert "one seed does not show" in verdict({1: 1.0}, {1: 2.0})
+    assert verdict({1: None}, {1: 2.0}) == "no seed of which both runs ended; 1 runs diverged"
 
 
 @pytest.mark.parametrize(

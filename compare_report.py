@@ -1,0 +1,148 @@
+"""What compare.py says of its runs: the table and the verdicts under it, and the plot.
+
+    table(comparison, results)     Markdown
+    draw(comparison, path)         the loss by steps and by seconds of training
+
+A comparison has what was compared (variants, sweep, seeds) and its jobs; results are what the jobs wrote, of
+each variant by its name.
+"""
+
+import statistics
+
+import numpy as np
+
+import folders
+from lenses.stats import paired
+from log import read_log
+
+CLOSE = 0.01  # how far apart the parameters of matched variants may be, as a share
+
+
+def verdict(results, others):
+    """Returns what paired() allows one to say, in words."""
+    mean, half, n = paired(results, others)
+    lost = sum(losses[seed] is None for losses in (results, others) for seed in losses)
+    diverged = f"; {lost} runs diverged" if lost else ""
+    if n == 0:
+        return f"no seed of which both runs ended{diverged}"
+    if n == 1:
+        return f"{mean:+.4f} bits a byte, and one seed does not show what it would be with another{diverged}"
+    if abs(mean) <= half:
+        return f"no difference that {n} seeds can show ({mean:+.4f} +- {half:.4f} bits a byte){diverged}"
+    word = "better" if mean < 0 else "worse"
+    return f"{word} by {abs(mean):.4f} +- {half:.4f} bits a byte ({n} seeds){diverged}"
+
+
+def difference(results, others):
+    """Returns paired() as a cell of the table."""
+    mean, half, _ = paired(results, others)
+    if mean is None:
+        return ""
+    return f"{mean:+.4f}" if half is None else f"{mean:+.4f} +- {half:.4f}"
+
+
+def table(comparison, results):
+    """Returns a Markdown table of {variant: its results}, and under it the verdicts."""
+    names = list(results)
+    first = names[0]
+    losses = {name: {row["seed"]: row["bits_per_byte"] for row in results[name]} for name in names}
+    swept = list(comparison.sweep[0]) if comparison.sweep else []
+    lines = []
+    for i, name in enumerate(names):
+        values = results[name][0]["values"]
+        line = {"variant": name} | {key: taken_cell(key, values[key], comparison.sweep) for key in swept}
+        rows = [row for row in results[name] if row["bits_per_byte"] is not None]
+        if rows:
+            bits = [row["bits_per_byte"] for row in rows]
+            peaks = [row["peak_bytes"] for row in rows if row["peak_bytes"] is not None]
+            line |= {
+                "bits a byte": f"{statistics.mean(bits):.4f}",
+                "spread": f"{statistics.stdev(bits):.4f}" if len(bits) > 1 else "",
+                f"to {first}": difference(losses[name], losses[first]) if i else "",
+                "to the line above": difference(losses[name], losses[names[i - 1]]) if i else "",
+                "nats a token": f"{statistics.mean(row['nats'] for row in rows):.4f}",
+                "parameters": f"{rows[0]['parameters']:,}",
+                "steps": f"{rows[0]['steps']:,}",
+                "tokens": f"{rows[0]['tokens']:,}",
+                "tokens/s": f"{statistics.median(row['tokens_per_s'] for row in rows):,.0f}",
+                "peak MB": f"{statistics.median(peaks) / 1e6:,.0f}" if peaks else "",
+            }
+        line["seeds"] = (
+            f"{len(rows)} of {len(results[name])}" if len(rows) < len(results[name]) else f"{len(rows)}"
+        )
+        lines.append(line)
+    keys = list(max(lines, key=len))
+    cells = [keys, ["---"] * len(keys), *([line.get(key, "diverged") for key in keys] for line in lines)]
+    text = [f"| {' | '.join(row)} |" for row in cells]
+    verdicts = [
+        f"- {name} against {first}: {verdict(losses[name], losses[first])}" for name in names[1:]
+    ]
+    return "\n".join([*text, "", *verdicts, "", *notes(comparison, results)])
+
+
+def taken_cell(key, value, sweep):
+    """Returns a value that was taken, with a * where it is the lowest or highest of more than two numbers."""
+    tried = {values[key] for values in sweep}
+    is_end = type(value) in (int, float) and len(tried) > 2 and value in (min(tried), max(tried))
+    return (f"{value:g}" if type(value) is float else str(value)) + "*" * is_end
+
+
+def notes(comparison, results):
+    """Yields what one has to know to read the table."""
+    cfg = comparison.cfg
+    rows = [row for rows in results.values() for row in rows if row["bits_per_byte"] is not None]
+    yield (
+        f"Equal: {cfg.by}, {cfg.budget:,g} a run. The loss is of the whole validation split, story by story; "
+        "the spread is the standard deviation over seeds, and +- half the 95% interval of the paired difference. "
+        "One verdict in twenty is wrong where there is no difference."
+    )
+    if comparison.sweep:
+        yield (
+            f"Each variant tried the same {len(comparison.sweep)} settings on {cfg.sweep_budget:.0%} of the "
+            f"budget, with seed {comparison.seeds[0]}, and was trained with the best; * is an end of what was tried. "
+            "The intervals are of these settings: how well they were chosen is not in them."
+        )
+    for name in results:
+        sizes = [row["parameters"] for row in results[name] if row["bits_per_byte"] is not None]
+        if sizes and abs(sizes[0] / rows[0]["parameters"] - 1) > CLOSE:
+            yield f"{name} has {sizes[0] / rows[0]['parameters'] - 1:+.1%} parameters beside {rows[0]['variant']}."
+    for device, dtype in sorted({(row["device"], row["dtype"]) for row in rows}):
+        yield f"Trained on {device}, in {dtype}."
+
+
+def curve(folder, step_seconds):
+    """Returns (steps, seconds, bits a byte) of the evaluations in a run's log."""
+    lines = [line for line in read_log(folder / "log.jsonl") if "val_bits_per_byte" in line]
+    steps = np.array([line["step"] for line in lines])
+    return steps, steps * step_seconds, np.array([line["val_bits_per_byte"] for line in lines])
+
+
+def draw(comparison, path):
+    """Draws the loss of each variant by steps and by seconds of training, the spread over seeds shaded."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    by_step, by_second = figure.subplots(1, 2, sharey=True)
+    jobs = comparison.finished()
+    for name in comparison.variants:
+        curves = []
+        for job in jobs:
+            result = job.read()
+            if job.variant == name and result["bits_per_byte"] is not None:
+                curves.append(curve(job.folder, result["seconds"] / result["steps"]))
+        if not curves:
+            continue
+        steps = curves[0][0]
+        seconds = np.mean([x for _, x, _ in curves], 0)
+        bits = np.array([y for _, _, y in curves])
+        for ax, x in ((by_step, steps), (by_second, seconds)):
+            [line] = ax.plot(x[1:], bits.mean(0)[1:], marker="o", ms=2, lw=1, label=name)
+            ax.fill_between(
+                x[1:], bits.min(0)[1:], bits.max(0)[1:], color=line.get_color(), alpha=0.2, lw=0
+            )
+    by_step.set(xlabel="step", ylabel="validation loss, bits a byte", title=comparison.cfg.out_dir)
+    by_second.set(xlabel="seconds of training")
+    for ax in (by_step, by_second):
+        ax.grid(alpha=0.3)
+    by_step.legend()
+    folders.write_atomic(path, lambda f: figure.savefig(f, format="png", dpi=120))
