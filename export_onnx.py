@@ -1,11 +1,12 @@
 """Writes a trained model as ONNX, compares the file with PyTorch and times both.
 
     python export_onnx.py --out_dir=out/ts                              # out/ts/onnx/model.onnx, float32
-    python export_onnx.py --out_dir=out/ts --to=story --quantize=int8   # also story/model_int8.onnx
+    python export_onnx.py --out_dir=out/ts --to=story --quantize=int8   # also story/model_int8.onnx, or int4
     python sample.py --onnx=out/ts/onnx                                 # or --onnx=story/model_int8.onnx
 
 The folder also has tokenizer.json and config.json. model.onnx is one file, as large as the parameters;
-model_int8.onnx is about a quarter of that. Of a mixture of experts each computes each token, and a file
+model_int8.onnx is about a quarter of that. model_int4.onnx is smaller still, but for the embedding, and needs
+onnxruntime, whose own operator its product is. Of a mixture of experts each computes each token, and a file
 says so in its metadata, as "experts": right, but slower than the model here.
 
 The graph takes ids (B, T) and the keys and values of the tokens before them, past_k.0 past_v.0
@@ -55,8 +56,11 @@ MAX_DIFFERENCE = 3e-5
 # Deeper models round more: then, how often PyTorch's own difference from float64 is allowed
 MAX_ROUNDING = 5
 LONGEST = 256  # tokens of context that PyTorch, onnxruntime and int8 are compared at
-MAX_LOSS_INCREASE = 0.01  # of the validation loss, by int8
+MAX_LOSS_INCREASE = {"int8": 0.01, "int4": 0.1}  # of the validation loss
 DENSE = "dense: each expert computes each token"
+MICROSOFT = "com.microsoft"  # onnxruntime's own operators
+INT4_STATES = 4  # how exact its products are: with states of 8 bits, a scale for each group
+INT4_GROUP = 32  # inputs that share a scale and a zero, of which onnxruntime has the quickest products
 INT8_LARGEST = 64  # a CPU without VNNI adds two products in 16 bits and saturates: 2 * 255 * 64 < 2^15
 
 
@@ -67,8 +71,8 @@ class Config:
     overwrite: bool = False  # move a folder that is in the way aside
     block_size: int = 0  # another context than the model's, as in sample.py; 0 = its own
     rope_scaling: str = ""  # another one than the model's, as in sample.py; "" = its own
-    quantize: str = "none"  # none | int8 (model_int8.onnx beside model.onnx: matrices in 8 bits)
-    dataset: str = ""  # int8 is judged by the validation split of data/NAME; "" = the training's
+    quantize: str = "none"  # none | int8 | int4 (model_int8.onnx beside model.onnx: matrices in 8 bits)
+    dataset: str = ""  # that is judged by the validation split of data/NAME; "" = the training's
     eval_tokens: int = 16384  # tokens of it, evenly spaced; 0 = all
     seconds: float = 5.0  # of PyTorch and onnxruntime taking turns; three rounds at least
 
@@ -77,8 +81,8 @@ class Config:
             raise ValueError(f"to is a folder to write, not {self.to!r}")
         if self.block_size < 0:
             raise ValueError("block_size must be at least 1, or 0 for the model's own")
-        if self.quantize not in ("none", "int8"):
-            raise ValueError(f"quantize must be none or int8, not {self.quantize!r}")
+        if self.quantize not in ("none", *MAX_LOSS_INCREASE):
+            raise ValueError(f"quantize must be none, int8 or int4, not {self.quantize!r}")
         if self.eval_tokens < 0 or not 0 <= self.seconds <= 3600:
             raise ValueError("eval_tokens cannot be negative, and seconds must be between 0 and 3600")
         for library in "onnx", "onnxscript", "onnxruntime":
@@ -467,11 +471,12 @@ def export(model):
 
 
 # -----------------------------------------------------------------------------------------------------
-# int8
+# Integers
 
 
-def quantize(proto, wide=False):
-    """Rewrites the graph of export() so that it multiplies 8-bit integers.
+def quantize(proto, wide=False, bits=8):
+    """Rewrites the graph of export() so that it multiplies 8-bit integers. With 4 bits the matrices of the
+    blocks, but a router, become groups of 4-bit integers, whose products are onnxruntime's MatMulNBits.
 
     A matrix becomes int8 with a scale for each output; the embedding, and a head tied to it, with a
     scale for each token. The states that a matrix multiplies become uint8 at each call, with one scale
@@ -488,6 +493,8 @@ def quantize(proto, wide=False):
             transposed[node.output[0]] = node.input[0]
     matrices = {name for name in weights if not name.endswith(("roll", "router.weight"))}
     matrices |= transposed.keys()
+    if bits == 4:
+        proto.opset_import.add(domain=MICROSOFT, version=1)
     added = {}
     nodes = []
     quantized = set()  # the states that are integers already
@@ -502,6 +509,11 @@ def quantize(proto, wide=False):
             x, matrix, *bias = node.input
             weight = transposed.get(matrix, matrix)
             by_row = node.op_type == "Gemm" or matrix in transposed  # (out, in), as torch has it
+            if bits == 4 and output != "logits":
+                array = weights[weight] if by_row else weights[weight].T
+                nodes += int4_product_nodes(x, weight, array.shape, bias, output)
+                added |= int4_arrays(weight, array)
+                continue
             add_integers(added, weight, weights[weight], axis=1 if by_row else 0)
             integers = f"{weight}.q"
             if by_row:
@@ -518,7 +530,7 @@ def quantize(proto, wide=False):
                 nodes += product_nodes(x, integers, f"{weight}.scale", bias, output)
         elif output not in transposed:
             nodes.append(node)
-    float_weights = {name.removesuffix(".q") for name in added}
+    float_weights = {name.removesuffix(".q").removesuffix(".q4") for name in added}
     if wide:
         numbers = {"steps": 2**16 - 1, "byte": 2**8, "tiny": 1e-30}
         added |= {"last": np.array([-1])} | {name: np.float32(x) for name, x in numbers.items()}
@@ -536,6 +548,59 @@ def add_integers(arrays, name, weight, axis):
     scale = np.maximum(largest, 1e-30) / INT8_LARGEST
     arrays[f"{name}.q"] = np.rint(weight / scale).astype(np.int8)
     arrays[f"{name}.scale"] = scale.squeeze(axis)
+
+
+def int4_arrays(name, weight):
+    """Returns a weight (out, in) as {NAME.q4: (out, groups, 16) uint8, the first of two integers in the low half,
+    NAME.scale4: (out, groups), NAME.zero4: (out, groups / 2) uint8}: w is about (q - zero) scale.
+
+    A scale is the range of a group over 15 or, where that is nearer, over less: a group that has few values,
+    as quantize.py chose them, keeps them.
+    """
+    n_out, n_in = weight.shape
+    weight = np.pad(weight, [(0, 0), (0, -n_in % INT4_GROUP)])
+    groups = weight.reshape(n_out, -1, INT4_GROUP)
+    lowest = groups.min(-1, keepdims=True, initial=0)
+    width = np.maximum(groups.max(-1, keepdims=True, initial=0) - lowest, 1e-30)
+    scales = width / 15
+    least = np.full_like(scales, np.inf)
+    for steps in range(15, 0, -1):
+        scale = width / steps
+        zero = np.rint(-lowest / scale)
+        numbers = scale * (np.rint(groups / scale + zero).clip(0, 15) - zero)
+        error = np.square(numbers - groups).sum(-1, keepdims=True)
+        is_nearer = error < 0.01 * least  # nothing but its own grid is so near
+        scales = np.where(is_nearer, scale, scales)
+        least = np.where(is_nearer, error, least)
+    zeros = np.rint(-lowest / scales)
+    integers = np.rint(groups / scales + zeros).clip(0, 15)
+    return {
+        f"{name}.q4": pack(integers),
+        f"{name}.scale4": scales[..., 0].astype(np.float32),
+        f"{name}.zero4": pack(np.pad(zeros[..., 0], [(0, 0), (0, zeros.shape[1] % 2)])),
+    }
+
+
+def pack(integers):
+    """Returns integers of 4 bits (..., n) as uint8 (..., n / 2), the first of two in the low half."""
+    integers = integers.astype(np.uint8)
+    return integers[..., ::2] | integers[..., 1::2] << 4
+
+
+def int4_product_nodes(x, weight, shape, bias, output):
+    """Returns the nodes of x times a weight (out, in) of int4_arrays, plus the bias, a list of one name or none."""
+    product = f"{output}.product" if bias else output
+    n_out, n_in = shape
+    inputs = [x, f"{weight}.q4", f"{weight}.scale4", f"{weight}.zero4"]
+    sizes = {"N": n_out, "K": n_in, "bits": 4, "block_size": INT4_GROUP}
+    nodes = [
+        make_node(
+            "MatMulNBits", inputs, [product], domain=MICROSOFT, accuracy_level=INT4_STATES, **sizes
+        )
+    ]
+    if bias:
+        nodes.append(make_node("Add", [product, *bias], [output]))
+    return nodes
 
 
 def look_up_nodes(table, output):
@@ -711,16 +776,18 @@ def check(model, exported, prompt, n):
 
 
 def load_validation(cfg, dataset, tokenizer):
-    """Returns the ids of the validation split that judges int8. Raises Refusal where there is none."""
+    """Returns the ids of the validation split that judges integers. Raises Refusal where there is none."""
     name = cfg.dataset or dataset
-    advice = "--dataset=NAME names data that int8 can be judged by"
+    advice = f"--dataset=NAME names data that {cfg.quantize} can be judged by"
     if not name:
         raise Refusal(f"what {cfg.out_dir} was trained on is not known: {advice}")
     folder = f"data/{name}"
     try:
         _, data, data_tokenizer = prepare.load(folder)
     except Refusal as e:
-        message = "int8 is judged by a validation split, and --dataset=NAME would name another"
+        message = (
+            f"{cfg.quantize} is judged by a validation split, and --dataset=NAME would name another"
+        )
         raise Refusal(f"{message}: {e}")
     if data_tokenizer.sha256 != tokenizer.sha256:
         raise Refusal(f"{folder} has another tokenizer than the model; {advice}")
@@ -762,34 +829,34 @@ def write_graph(proto, path):
     return path.stat().st_size
 
 
-def write_int8(cfg, proto, ids, float_loss, folder):
-    """Writes the float32 graph in int8, with states of two bytes where one is not enough. Returns its
-    OnnxModel, and the share by which it raises the loss on ids.
+def write_integers(cfg, proto, ids, float_loss, folder):
+    """Writes the float32 graph as cfg.quantize says, with states of two bytes where one is not enough. Returns
+    its OnnxModel, and the share by which it raises the loss on ids.
     """
-    path = folder / "model_int8.onnx"
+    path = folder / f"model_{cfg.quantize}.onnx"
     for wide in False, True:
         integers = copy.deepcopy(proto)
-        quantize(integers, wide)
+        quantize(integers, wide, bits=int(cfg.quantize[-1]))
         size = write_graph(integers, path)
-        int8, _, _ = onnx_model.load(str(path))
-        loss = validation_loss(int8, ids, cfg.eval_tokens)
+        model, _, _ = onnx_model.load(str(path))
+        loss = validation_loss(model, ids, cfg.eval_tokens)
         increase = loss / float_loss - 1
         states = "states of 2 bytes" if wide else "states of 1 byte"
         print(f"{path.name}: {size / 1e6:.2f} MB, {states}")
         print(
-            f"validation loss: float32 {float_loss:.4f}, int8 {loss:.4f} nats a token, "
+            f"validation loss: float32 {float_loss:.4f}, {cfg.quantize} {loss:.4f} nats a token, "
             f"{100 * increase:+.2f}%"
         )
-        if increase <= MAX_LOSS_INCREASE:
+        if increase <= MAX_LOSS_INCREASE[cfg.quantize]:
             break
-    return int8, increase
+    return model, increase
 
 
 def write_folder(cfg, model, tokenizer, ckpt, ids, folder):
     """Fills the folder, prints what is in it, and checks and times the models in it.
 
-    ids are those of the validation split, for int8. Returns the share by which int8 raises the loss
-    there, 0 without int8. Raises Refusal where model.onnx does not compute what the model does.
+    ids are those of the validation split, for integers. Returns the share by which they raise the loss
+    there, 0 without them. Raises Refusal where model.onnx does not compute what the model does.
     """
     start = str(ckpt.config.get("start", ""))
     fingerprint = checkpoint.fingerprint(ckpt.stretched)
@@ -817,9 +884,9 @@ def write_folder(cfg, model, tokenizer, ckpt, ids, folder):
 
     models = {"PyTorch": model, "onnxruntime": exported}
     increase = 0.0
-    if cfg.quantize == "int8":
+    if cfg.quantize != "none":
         float_loss = validation_loss(exported, ids, cfg.eval_tokens)
-        models["int8"], increase = write_int8(cfg, proto, ids, float_loss, folder)
+        models[cfg.quantize], increase = write_integers(cfg, proto, ids, float_loss, folder)
     compare_speed(models, prompt, min(200, model.config.block_size), cfg.seconds)
     return increase
 
@@ -836,14 +903,15 @@ def main(cfg):
         if model.quantization:
             print(f"{ckpt.path} is quantized: its integers are written out as float32")
             model = dequantized(model)
-        ids = load_validation(cfg, ckpt.dataset, tokenizer) if cfg.quantize == "int8" else None
+        ids = load_validation(cfg, ckpt.dataset, tokenizer) if cfg.quantize != "none" else None
         increase = write_folder(cfg, model, tokenizer, ckpt, ids, tmp)
-        int8_is_good = increase <= MAX_LOSS_INCREASE  # nan is not
-        if not int8_is_good:
-            (tmp / "model_int8.onnx").unlink()
-    if not int8_is_good:
-        message = f"int8 makes the validation loss {100 * increase:.1f}% worse"
-        limit = f"more than {100 * MAX_LOSS_INCREASE:.0f}%"
+        limit = MAX_LOSS_INCREASE.get(cfg.quantize, 0)
+        is_good = increase <= limit  # nan is not
+        if not is_good:
+            (tmp / f"model_{cfg.quantize}.onnx").unlink()
+    if not is_good:
+        message = f"{cfg.quantize} makes the validation loss {100 * increase:.1f}% worse"
+        limit = f"more than {100 * limit:.0f}%"
         raise Refusal(f"{message}, {limit}: {folder} is written without it", status=1)
     print(f"next: python sample.py --onnx={folder}")
 

@@ -320,7 +320,7 @@ def install(model, quantization):
 @torch.no_grad()
 def quantized(model, quantization, codes):
     """Returns a copy of a Transformer whose matrices are those in codes, {name: Codes}: of each Linear in
-    blocks, of the head and of wte.
+    blocks, of the head and of wte. Its scales are bfloat16, as in a file; .float() computes with them exactly.
     """
     other = copy.deepcopy(model)
     install(other, quantization)

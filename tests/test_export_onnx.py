@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -27,6 +28,8 @@ import checkpoint
 import export_onnx
 import onnx_model
 import prepare
+import quantize
+import quantized
 import sample
 import train
 from config import Refusal, configure
@@ -446,8 +449,7 @@ def test_wide_states_leave_the_error_of_the_weights(settings, tmp_path):
         rounded = copy.deepcopy(model)
         for weight in rounded.parameters():
             if weight.ndim == 2:
-                scale = weight.data.abs().amax(1, keepdim=True) / 64
-                weight.data = (weight.data / scale).round() * scale
+                weight.data = rounded_rows(weight.data)
         errors.append(int8_error(rounded, int8).item())
     ops = {node.op_type for node in integers.graph.node}
     assert ops <= PLAIN_OPS | {"Floor", "Max", "MatMulInteger", "ReduceMax", "ReduceMin", "Round"}
@@ -456,13 +458,70 @@ def test_wide_states_leave_the_error_of_the_weights(settings, tmp_path):
 
 
 def test_states_are_wide_where_one_byte_costs_too_much(lab, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(export_onnx, "MAX_LOSS_INCREASE", -1)  # neither is good enough
+    monkeypatch.setitem(export_onnx.MAX_LOSS_INCREASE, "int8", -1)  # neither is good enough
     monkeypatch.chdir(lab.folder)
     with pytest.raises(Refusal, match="is written without it"):
         export("--quantize=int8", "--seconds=0", "--eval_tokens=512", f"--to={tmp_path}/onnx")
     output = capsys.readouterr().out
     assert output.index("states of 1 byte\n") < output.index("states of 2 bytes\n")
     assert not (tmp_path / "onnx/model_int8.onnx").exists()
+
+
+def rounded_rows(weight):
+    """Each number to the nearest of 129 steps of its row."""
+    scale = weight.abs().amax(1, keepdim=True) / 64
+    return (weight / scale).round() * scale
+
+
+def rounded_groups(weight):
+    """Each number to the nearest of 16 between the lowest and the highest of its 32, 0 among them."""
+    groups = F.pad(weight, (0, -weight.size(1) % 32)).view(len(weight), -1, 32)
+    lowest, highest = groups.amin(-1, True).clamp(max=0), groups.amax(-1, True).clamp(min=0)
+    scale = (highest - lowest) / 15
+    zero = (-lowest / scale).round()
+    numbers = ((groups / scale + zero).round().clamp(0, 15) - zero) * scale
+    return numbers.flatten(1)[:, : weight.size(1)]
+
+
+@pytest.mark.parametrize(
+    "settings, is_quantized",
+    [({}, False), ({"bias": True, "tie": False, "n_kv_head": 2, "n_inner": 72}, False), ({}, True)],
+)
+def test_int4_is_the_model_with_rounded_weights_and_keeps_what_was_quantized(
+    settings, is_quantized, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(export_onnx, "INT4_STATES", 1)  # float32: what is left is the weights' error
+    model = build(**({"block_size": 64, "n_layer": 1, "n_embd": 64, "n_inner": 64} | settings))
+    if is_quantized:  # by GPTQ, which leaves many groups without their lowest or highest number
+        tuning = quantize.Config(to="nowhere", method="gptq", bits=4, group_size=64)
+        codes, _ = quantize.quantize_model(copy.deepcopy(model), tuning, draw_ids(model.config, 4, 64))
+        model = quantized.quantized(model, quantized.Quantization(4, 64, "gptq"), codes)
+        model = quantized.dequantized(model.float())
+    proto = export_onnx.export(model)
+    export_onnx.quantize(proto, wide=True, bits=4)
+    path = tmp_path / "model_int4.onnx"
+    path.write_bytes(proto.SerializeToString())
+    assert sum(node.op_type == "MatMulNBits" for node in proto.graph.node) == 4
+    int4 = onnx_model.open_session(str(path), model.config)
+
+    rounded = copy.deepcopy(model)
+    for table in {rounded.wte.weight, rounded.head.weight}:
+        table.data = rounded_rows(table.data)
+    for linear in quantized.linears(rounded).values():
+        if not is_quantized:
+            linear.weight.data = rounded_groups(linear.weight.data)
+    assert int8_error(rounded, int4) < 1e-4
+    assert is_quantized or int8_error(model, int4) > 1e-2
+
+
+def test_int4_is_written_beside_the_model_and_sample_reads_it(lab, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(lab.folder)
+    export("--quantize=int4", "--seconds=0", "--eval_tokens=512", f"--to={tmp_path}/onnx")
+    assert "validation loss: float32" in capsys.readouterr().out
+    path = tmp_path / "onnx/model_int4.onnx"
+    assert path.stat().st_size < (lab.folder / "out/onnx/model_int8.onnx").stat().st_size
+    assert int8_error(lab.model, onnx_model.load(str(path))[0]) < 0.3
+    sample.main(configure(sample.Config, [f"--onnx={path}", "--num_samples=1", "--max_new_tokens=5"]))
 
 
 def test_int8_that_forgets_would_be_seen(lab, tmp_path):
