@@ -507,27 +507,30 @@ def quantize(proto, wide=False, bits=8):
             nodes += look_up_nodes(table, output)
         elif node.op_type in ("Gemm", "MatMul") and node.input[1] in matrices:
             x, matrix, *bias = node.input
+            product = f"{output}.product" if bias else output
             weight = transposed.get(matrix, matrix)
             by_row = node.op_type == "Gemm" or matrix in transposed  # (out, in), as torch has it
             if bits == 4 and output != "logits":
                 array = weights[weight] if by_row else weights[weight].T
-                nodes += int4_product_nodes(x, weight, array.shape, bias, output)
                 added |= int4_arrays(weight, array)
-                continue
-            add_integers(added, weight, weights[weight], axis=1 if by_row else 0)
-            integers = f"{weight}.q"
-            if by_row:
-                integers = f"{output}.w"
-                nodes.append(make_node("Transpose", [f"{weight}.q"], [integers], perm=[1, 0]))
-            if x not in quantized:
-                quantized.add(x)
-                nodes += wide_nodes(x) if wide else narrow_nodes(x)
-            if wide:
-                sums = added[f"{weight}.q"].sum(1 if by_row else 0, dtype=np.int32)
-                added[f"{weight}.sum"] = (sums * added[f"{weight}.scale"]).astype(np.float32)
-                nodes += wide_product_nodes(x, integers, weight, bias, output)
+                nodes += int4_product_nodes(x, weight, array.shape, product)
             else:
-                nodes += product_nodes(x, integers, f"{weight}.scale", bias, output)
+                add_integers(added, weight, weights[weight], axis=1 if by_row else 0)
+                integers = f"{weight}.q"
+                if by_row:
+                    integers = f"{output}.w"
+                    nodes.append(make_node("Transpose", [f"{weight}.q"], [integers], perm=[1, 0]))
+                if x not in quantized:
+                    quantized.add(x)
+                    nodes += wide_nodes(x) if wide else narrow_nodes(x)
+                if wide:
+                    sums = added[f"{weight}.q"].sum(1 if by_row else 0, dtype=np.int32)
+                    added[f"{weight}.sum"] = (sums * added[f"{weight}.scale"]).astype(np.float32)
+                    nodes += wide_product_nodes(x, integers, weight, product)
+                else:
+                    nodes += product_nodes(x, integers, f"{weight}.scale", product)
+            if bias:
+                nodes.append(make_node("Add", [product, *bias], [output]))
         elif output not in transposed:
             nodes.append(node)
     float_weights = {name.removesuffix(".q").removesuffix(".q4") for name in added}
@@ -587,19 +590,14 @@ def pack(integers):
     return integers[..., ::2] | integers[..., 1::2] << 4
 
 
-def int4_product_nodes(x, weight, shape, bias, output):
-    """Returns the nodes of x times a weight (out, in) of int4_arrays, plus the bias, a list of one name or none."""
-    product = f"{output}.product" if bias else output
+def int4_product_nodes(x, weight, shape, output):
+    """Returns the nodes of x times a weight (out, in) of int4_arrays."""
     n_out, n_in = shape
     inputs = [x, f"{weight}.q4", f"{weight}.scale4", f"{weight}.zero4"]
     sizes = {"N": n_out, "K": n_in, "bits": 4, "block_size": INT4_GROUP}
     nodes = [
-        make_node(
-            "MatMulNBits", inputs, [product], domain=MICROSOFT, accuracy_level=INT4_STATES, **sizes
-        )
+        make_node("MatMulNBits", inputs, [output], domain=MICROSOFT, accuracy_level=INT4_STATES, **sizes)
     ]
-    if bias:
-        nodes.append(make_node("Add", [product, *bias], [output]))
     return nodes
 
 
@@ -641,9 +639,8 @@ def wide_nodes(x):
     ]
 
 
-def wide_product_nodes(x, integers, weight, bias, output):
+def wide_product_nodes(x, integers, weight, output):
     """Returns the nodes of what product_nodes does: the product of the lowest is a sum of weights."""
-    product = f"{output}.product" if bias else output
     halves = [f"{output}.of_high", f"{output}.of_low"]
     nodes = [
         make_node("MatMulInteger", [f"{x}.q", integers], [f"{output}.sum"]),
@@ -654,24 +651,19 @@ def wide_product_nodes(x, integers, weight, bias, output):
         make_node("Mul", [f"{x}.scale", f"{weight}.scale"], [f"{output}.both"]),
         make_node("Mul", [f"{output}.whole", f"{output}.both"], [f"{output}.steps"]),
         make_node("Mul", [f"{x}.lowest", f"{weight}.sum"], [f"{output}.base"]),
-        make_node("Add", [f"{output}.steps", f"{output}.base"], [product]),
+        make_node("Add", [f"{output}.steps", f"{output}.base"], [output]),
     ]
-    if bias:
-        nodes.append(make_node("Add", [product, *bias], [output]))
     return nodes
 
 
-def product_nodes(x, integers, scale, bias, output):
-    """Returns the nodes of x @ integers, scaled, plus the bias, a list of one name or none."""
-    product = f"{output}.product" if bias else output
+def product_nodes(x, integers, scale, output):
+    """Returns the nodes of x @ integers, scaled."""
     nodes = [
         make_node("MatMulInteger", [f"{x}.q", integers, f"{x}.zero"], [f"{output}.sum"]),
         make_cast(f"{output}.sum", f"{output}.float"),
         make_node("Mul", [f"{x}.scale", scale], [f"{output}.both"]),
-        make_node("Mul", [f"{output}.float", f"{output}.both"], [product]),
+        make_node("Mul", [f"{output}.float", f"{output}.both"], [output]),
     ]
-    if bias:
-        nodes.append(make_node("Add", [product, *bias], [output]))
     return nodes
 
 
