@@ -32,6 +32,7 @@ from interop import hf_folder
 from interop.any_tokenizer import load_tokenizer
 from interop.gguf_file import is_gguf
 from model import MODEL_KEYS, ModelConfig, Transformer
+from sharding import gathered, is_sharded
 from sizes import Undrawn, model_sizes
 from tensors import FLOATS, INTEGERS, check_tensors, count_stored_numbers, find_not_finite
 
@@ -98,11 +99,20 @@ def save_adapters(path, model, base, base_sha256, config, state):
 
 
 def write_checkpoint(path, weights, config, state):
-    name = find_not_finite(weights.get("model") or weights["adapters"])
+    """Writes what save and save_adapters put together. Of weights in shards every process must call it, and the
+    first, which writes, has all of them once in its memory.
+    """
+    content = {"format": FORMAT} | weights | {"config": config} | state.to_dict()
+    tensors = content.get("model") or content["adapters"]
+    if any(map(is_sharded, tensors.values())):
+        is_main = torch.distributed.get_rank() == 0
+        content = gathered(content, keep=is_main)
+        if not is_main:
+            return
+    name = find_not_finite(content.get("model") or content["adapters"])
     if name is not None:
         problem = f"tensor {name} holds nan or infinity"
         raise Refusal(f"{path} is not written: {problem}; what was there is as it was", status=1)
-    content = {"format": FORMAT} | weights | {"config": config} | state.to_dict()
     write_atomic(path, lambda f: torch.save(content, f))
 
 

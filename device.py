@@ -36,6 +36,7 @@ class Compute:
     message: str  # one line: what was chosen, and why
     rank: int = 0  # of this process, among
     world_size: int = 1  # so many that torchrun started
+    shards: bool = False  # whether they share out the weights too; see sharding.py
 
     @property
     def dtype(self):
@@ -81,10 +82,11 @@ class Compute:
         return torch.autocast(self.device.type, dtype=self.dtype)
 
 
-def resolve(device="auto", dtype="auto", compile="auto", join=False, train_width=0):
+def resolve(device="auto", dtype="auto", compile="auto", join=False, train_width=0, shard=False):
     """Returns the Compute for three settings as they stand on the command line.
 
-    join: with the other processes that torchrun started. train_width: n_embd of the model that is to be
+    join: with the other processes that torchrun started, which with shard share out the weights.
+    train_width: n_embd of the model that is to be
     trained, 0 where nothing is; auto_dtype looks at it. Raises Refusal for what this machine cannot do.
     """
     rank, world_size, local_rank = torchrun_ranks() if join else (0, 1, 0)
@@ -98,8 +100,9 @@ def resolve(device="auto", dtype="auto", compile="auto", join=False, train_width
         torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
     if world_size > 1:
         join_processes(device, world_size)
-        reasons.append(f"{world_size} processes")
-    return Compute(device, dtype, compile, ", ".join(reasons), rank, world_size)
+        reasons.append(f"{world_size} processes{', weights in shards' if shard else ''}")
+    shard = shard and world_size > 1  # one process is all there is
+    return Compute(device, dtype, compile, ", ".join(reasons), rank, world_size, shard)
 
 
 def torchrun_ranks():

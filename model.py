@@ -815,7 +815,7 @@ class Transformer(nn.Module):
             weight = self.head.weight
             weight.data = weight.data.t().contiguous().t()
 
-    def next_logits(self, idx, cache, doc=None):
+    def next_logits(self, idx, cache=None, doc=None):
         """Returns logits (B, V) of what comes after the last of tokens idx (B, T); cache and doc as in hidden."""
         return self.head(self.hidden(idx, cache, doc)[:, -1])
 

@@ -8,6 +8,7 @@ import torch
 from torch.optim.adamw import adamw
 
 from config import Refusal
+from sharding import apply_to_whole, is_sharded, local, placed_like
 from tensors import check_tensor, is_finite
 
 # the keys that get_lr reads
@@ -288,7 +289,7 @@ class Optimizer:
         """Takes the moments of a saved state, which is of the same parameters; the settings stay."""
         params = [p for group in self.param_groups for p in group["params"]]
         for i, moments in saved["state"].items():
-            self.state[params[i]] = {name: x.to(params[i].device) for name, x in moments.items()}
+            self.state[params[i]] = {name: placed_like(x, params[i]) for name, x in moments.items()}
 
 
 class AdamW(Optimizer):
@@ -313,10 +314,10 @@ class AdamW(Optimizer):
                     }
             beta1, beta2 = group["betas"]
             adamw(
-                params,
-                [p.grad for p in params],
-                [self.state[p]["exp_avg"] for p in params],
-                [self.state[p]["exp_avg_sq"] for p in params],
+                [local(p) for p in params],
+                [local(p.grad) for p in params],
+                [local(self.state[p]["exp_avg"]) for p in params],
+                [local(self.state[p]["exp_avg_sq"]) for p in params],
                 [],
                 [self.state[p]["step"] for p in params],
                 fused=group["fused"],
@@ -363,21 +364,28 @@ class Muon(Optimizer):
         for p in params:
             if not self.state[p]:
                 self.state[p] = {"momentum_buffer": torch.zeros_like(p)}
-        momenta = [self.state[p]["momentum_buffer"] for p in params]
-        grads = [p.grad for p in params]
+        momenta = [local(self.state[p]["momentum_buffer"]) for p in params]
+        grads = [local(p.grad) for p in params]
         if is_skipped is not None:
             grads = [torch.where(is_skipped > 0, m, g) for m, g in zip(momenta, grads)]
         torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
-        updates = torch.stack(torch._foreach_lerp(grads, momenta, group["momentum"])).to(self.dtype)
-        matrices = orthogonalize(updates.flatten(0, -3))
-        updates = matrices.view_as(updates)
+        updates = torch._foreach_lerp(grads, momenta, group["momentum"])
+        updates = self.orthogonalized([x.to(self.dtype) for x in updates], params)
         rows, columns = params[0].shape[-2:]
         rate = group["lr"] * 0.2 * max(rows, columns) ** 0.5
+        params = [local(p) for p in params]
         weights = torch._foreach_mul(params, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(weights, list(updates.to(params[0].dtype)), alpha=-rate)
+        torch._foreach_add_(weights, [x.to(params[0].dtype) for x in updates], alpha=-rate)
         if is_skipped is not None:
             weights = [torch.where(is_skipped > 0, p, w) for p, w in zip(params, weights)]
         torch._foreach_copy_(params, weights)
+
+    def orthogonalized(self, updates, params):
+        """Returns the updates of parameters of one shape orthogonalised, the shards of sharded ones."""
+        if is_sharded(params[0]) and params[0].dim() == 2:
+            return apply_to_whole(orthogonalize, updates, params)
+        updates = torch.stack(updates)  # of experts, shards are whole matrices
+        return list(orthogonalize(updates.flatten(0, -3)).view_as(updates))
 
 
 def orthogonalize(G, coefficients=(3.4445, -4.775, 2.0315), steps=5, eps=1e-7):

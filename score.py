@@ -69,12 +69,24 @@ def means(model, rows, make_batch, batch_size, compute, measure, n):
     batches = np.array_split(rows, math.ceil(len(rows) / batch_size))
     sums = torch.zeros(len(batches), n + 1, dtype=torch.float64)
     with evaluating(model):
-        for i in range(compute.rank, len(batches), compute.world_size):
+        for i, is_counted in shared_batches(len(batches), compute):
             batch = to(make_batch(batches[i]), compute.device)
             with compute.autocast():
-                sums[i] = measure(batch).double().cpu()
+                figures = measure(batch).double().cpu()
+            if is_counted:
+                sums[i] = figures
     *totals, count = compute.sum(sums).sum(0).tolist()
     return [total / count for total in totals]
+
+
+def shared_batches(n, compute):
+    """Yields (number, whether it counts) of this process's share of n batches. Where weights are in shards
+    all processes compute equally many, as each needs the others': who has one less repeats the last.
+    """
+    for first in range(0, n, compute.world_size):
+        i = first + compute.rank
+        if i < n or compute.shards:
+            yield min(i, n - 1), i < n
 
 
 def expert_figures(model, data, T, batch_size, compute):
@@ -90,11 +102,13 @@ def expert_figures(model, data, T, batch_size, compute):
     n_layer, n_expert = model.config.n_layer, model.config.n_expert
     sums = torch.zeros(len(batches), n_layer, n_expert + 2, dtype=torch.float64)
     with evaluating(model):
-        for i in range(compute.rank, len(batches), compute.world_size):
+        for i, is_counted in shared_batches(len(batches), compute):
             batch = to(blocks(data, batches[i], T), compute.device)
             is_token = batch["targets"] != -100
             with compute.autocast(), recorded_routings(model) as routings:
-                model.hidden(batch["idx"])
+                model.next_logits(batch["idx"])
+            if not is_counted:
+                continue
             for layer, (probabilities, experts) in enumerate(routings):
                 counts = torch.bincount(experts[is_token].flatten(), minlength=n_expert)
                 entropies = -torch.xlogy(probabilities, probabilities).sum(-1)[is_token]

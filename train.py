@@ -16,6 +16,7 @@ import os
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
+from itertools import takewhile
 
 from config import Refusal, is_hf, new_lines, run
 
@@ -46,6 +47,7 @@ from optim import (
 )
 from rmsnorm import choose, choose_rmsnorm, use_rmsnorm
 from score import evaluate, expert_figures, expert_line, floor_line, next_token_loss
+from sharding import shard, whole
 from sizes import activation_bytes, flops_per_token, mask_bytes, model_sizes, size_text
 
 
@@ -159,7 +161,14 @@ class TrainConfig:
 
 @dataclass
 class Config(TrainConfig, ModelConfig):
-    pass
+    shard: str = (
+        "none"  # several processes: none (each has all weights) | full (each its part of them: FSDP)
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.shard not in ("none", "full"):
+            raise ValueError(f"shard must be none | full, not {self.shard!r}")
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -189,6 +198,8 @@ def train_step(
     total = compute.sum(torch.as_tensor(total, device=compute.device))
     loss = torch.zeros((), device=compute.device)
     for micro, batch in enumerate(batches, compute.rank * len(batches)):
+        if compute.shards:  # one message a step, not one a micro-batch
+            model.set_requires_gradient_sync(batch is batches[-1])
         torch.manual_seed(int(np.random.SeedSequence((*seed, micro)).generate_state(1)[0]))
         with compute.autocast():
             micro_loss = loss_fn(model, batch) / total
@@ -201,12 +212,14 @@ def train_step(
     for p in params:
         if p.grad is None:  # an expert without tokens: the same update whether another process has some
             p.grad = torch.zeros_like(p)
-    if compute.world_size > 1:
+    if compute.shards:  # which has added up the gradients
+        loss = compute.sum(loss)
+    elif compute.world_size > 1:
         loss = sum_gradients(params, loss, compute)
     if scaler:
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf)
+    norm = whole(torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf))
 
     step_unless(optimizers, ~(loss.isfinite() & norm.isfinite()))
     if scaler:  # it saw the gradients in unscale_, and halves its scale after one that is not finite
@@ -280,10 +293,12 @@ def fit(task, model, cfg, compute, resumed=None):
         unread.clear()
         return results[-1][1] if results else None
 
+    takes_part = compute.is_main or compute.shards  # of weights in shards each process has some
+
     def save():
-        """Writes the last checkpoint, from the first process alone."""
+        """Writes the last checkpoint, from the first process."""
         nonlocal saved_step, saved_at
-        if compute.is_main:
+        if takes_part:
             task.save("ckpt.pt", state)
         saved_step = state.step
         saved_at = time.monotonic()
@@ -313,12 +328,13 @@ def fit(task, model, cfg, compute, resumed=None):
                 log.write({"step": state.step, **figures})
                 if state.step > first_step:
                     # ckpt.pt last: whoever goes on from it finds the log and the best one as it says
-                    if is_best and compute.is_main:
+                    if is_best and takes_part:
                         task.save("ckpt_best.pt", replace(state, optimizers=[], scaler=None))
                     save()
+                preview = task.preview() if takes_part else ""
                 if compute.is_main:
                     bar.write(evaluation_line(state.step, figures, meter.speed), file=sys.stderr)
-                    bar.write(f"{task.preview()}\n", file=sys.stderr)
+                    bar.write(f"{preview}\n", file=sys.stderr)
                 meter.start += time.perf_counter() - pause
             is_late = time.monotonic() - saved_at >= 60 * cfg.save_minutes
             if is_late and state.step > saved_step:
@@ -477,10 +493,15 @@ class Pretraining:
         cfg = self.cfg
         prompt = prompt_ids(self.tokenizer, cfg.start)
         max_new_tokens = min(cfg.block_size, 200)
-        *_, [row] = generate(
-            self.model, [prompt], max_new_tokens, stop=self.tokenizer.ends, seed=cfg.seed
-        )
-        return cfg.start + self.tokenizer.decode_more(row.ids)
+        ends = self.tokenizer.ends
+        stop, precision = ends, contextlib.nullcontext()
+        if self.compute.shards:
+            # all must take equally many steps, whatever each of them draws; and weights are sent rounded
+            stop, precision = (), self.compute.autocast()
+        with precision:
+            *_, [row] = generate(self.model, [prompt], max_new_tokens, stop=stop, seed=cfg.seed)
+        ids = list(takewhile(lambda id: id not in ends, row.ids))
+        return cfg.start + self.tokenizer.decode_more(ids)
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -592,11 +613,12 @@ def training_bytes(cfg, c, compute, learned=None, adapt=None, documents=False):
     learned: how many weights learn, None for all; adapt: what makes the others freeze (see
     sizes.activation_bytes); documents: whether rows have documents in them. Of --eval_only, which may
     have fewer rows than a micro-batch, only the weights and tables count. Raises ValueError where the
-    numbers are too large to count.
+    numbers are too large to count. Of weights in shards those of this process.
     """
     sizes = model_sizes(c)
+    parts = compute.world_size if compute.shards else 1
     if cfg.eval_only:
-        return sizes.bytes
+        return sizes.bytes // parts
     learned = sizes.parameters if learned is None else learned
     moments = 8 * learned - (4 * sizes.hidden if cfg.optimizer == "muon" else 0)
     rows = rows_each(cfg, compute)
@@ -614,7 +636,7 @@ def training_bytes(cfg, c, compute, learned=None, adapt=None, documents=False):
         kept += tokens * activation_bytes(c, change) * compute.dtype.itemsize // 4
     mask = mask_bytes(c, batch_size if documents else 0)
     step_tokens = 16 * rows * c.block_size
-    return sizes.bytes + moments + step_tokens + max(4 * learned, mask, kept)
+    return (sizes.bytes + moments) // parts + step_tokens + max(4 * learned // parts, mask, kept)
 
 
 def check_training_memory(cfg, compute):
@@ -622,7 +644,8 @@ def check_training_memory(cfg, compute):
     advice = "try a smaller model or batch_size"
     try:
         # weights alone first: what they keep of a token is measured on two layers of them
-        check_memory(compute.device, model_sizes(cfg).bytes, advice)
+        parts = compute.world_size if compute.shards else 1
+        check_memory(compute.device, model_sizes(cfg).bytes // parts, advice)
         needs = training_bytes(cfg, cfg, compute)
     except ValueError as e:
         raise Refusal(e)
@@ -652,7 +675,8 @@ def pretrain(cfg):
     resume = cfg.init_from == "resume"
     moves_aside = is_in_the_way(cfg)
     width = 0 if cfg.eval_only else cfg.n_embd
-    compute = resolve(cfg.device, cfg.dtype, cfg.compile, join=True, train_width=width)
+    shards = cfg.shard == "full"
+    compute = resolve(cfg.device, cfg.dtype, cfg.compile, join=True, train_width=width, shard=shards)
     cfg.dtype = compute.dtype_name  # a resumed run keeps it, on another processor too
     rows = compute.world_size * rows_each(cfg, compute)
     folder, meta, data, tokenizer = open_data(cfg, compute)
@@ -668,12 +692,13 @@ def pretrain(cfg):
             raise Refusal(f"{start.path} was trained with another tokenizer than {folder}'s; {advice}")
         if not resume:
             start.crop(cfg)
-        model, _ = start.restore(compute.device)
+        model, _ = start.restore()
     else:
-        model = Transformer(model_config(cfg)).to(compute.device)
+        model = Transformer(model_config(cfg))
     model.gradient_checkpointing = cfg.gradient_checkpointing
     model.chunked_loss = cfg.loss == "chunked"
     model.balance = cfg.balance
+    trained = place(model, compute)
     rmsnorm_message = choose_rmsnorm(model, cfg.rmsnorm, compute)
     if compute.is_main:
         muon_message = ""
@@ -689,7 +714,6 @@ def pretrain(cfg):
 
     if not cfg.eval_only:  # which writes no samples
         check_start(tokenizer, cfg)
-    trained = torch.compile(model) if compute.compile else model
     task = Pretraining(cfg, model, trained, tokenizer, meta, data, compute)
     if moves_aside and compute.is_main:
         folders.move_aside(cfg.out_dir, folders.others_in(cfg.out_dir))
@@ -698,10 +722,25 @@ def pretrain(cfg):
     return task
 
 
+def place(model, compute):
+    """Moves a Transformer to its device, or shares it out. Returns what to train, perhaps compiled."""
+    if compute.shards:
+        if compute.compile:  # between their messages
+            for block in model.blocks:
+                block.compile()
+        shard(model, compute)
+        return model
+    model.to(compute.device)
+    return torch.compile(model) if compute.compile else model
+
+
 def report(task):
     """Prints what was learned, on the whole validation split, and draws the losses."""
     cfg, compute = task.cfg, task.compute
     figures = task.validate(tokens=0)
+    floor = ""
+    if task.meta["source"] == "toy" and (compute.is_main or compute.shards):
+        floor = floor_line(task.trained, task.tokenizer, task.data["val"], compute)
     if compute.is_main:
         print(
             f"whole validation split, in windows of {cfg.block_size} tokens: {figures['val_loss']:.4f} nats a token, "
@@ -709,8 +748,8 @@ def report(task):
         )
         if "expert_share" in figures:
             print(expert_line(figures, cfg.balance))
-        if task.meta["source"] == "toy":
-            print(floor_line(task.trained, task.tokenizer, task.data["val"], compute))
+        if floor:
+            print(floor)
         if not cfg.eval_only:
             print(plot(cfg.out_dir))
             print(f"next: python sample.py --out_dir={cfg.out_dir}")

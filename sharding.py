@@ -1,0 +1,113 @@
+"""A model whose weights, gradients and optimizer's state are shared out among processes, by torch's FSDP2
+(Zhao et al. 2023, after ZeRO, Rajbhandari et al. 2020).
+
+    torchrun --nproc_per_node=8 train.py --shard=full
+
+Of each weight a process has some rows, a DTensor. A block's weights are whole while it computes, and its
+gradients are added up, each process its rows, while the block before computes. What is not sharded
+passes through all functions here as it is.
+"""
+
+import torch
+
+from config import Refusal
+
+
+def shard(model, compute):
+    """Shares out a Transformer's weights among all processes: each block by itself, and embedding, position
+    table, last norm and head, tied or not, together. Moves it to compute.device. Each process must have
+    the same weights before. Raises Refusal where its numbers need a loss scaler.
+    """
+    from torch.distributed.device_mesh import init_device_mesh  # seconds of a start, for those who shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+    if compute.dtype == torch.float16:
+        raise Refusal(
+            "--shard=full takes bfloat16, tf32 or float32: float16's loss scaler knows no shards"
+        )
+    mesh = init_device_mesh(compute.device.type, (compute.world_size,))
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    if compute.dtype == torch.bfloat16:
+        # autocast rounds weights at each product; they are sent so, and their gradients added up in float32
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    for module in (*model.blocks, model):
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+        # train_step has divided each loss by the targets of all processes: gradients are summed. The
+        # setting is of one module, not of those within; and gloo knows no other reduction
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+    register_fsdp_forward_method(model, "next_logits")  # another way in than model()
+
+
+def is_sharded(x):
+    return hasattr(x, "to_local")  # a DTensor, whose class takes seconds to import
+
+
+def local(x):
+    """Returns the part of a tensor that this process has; changed in place, it changes x."""
+    return x.to_local() if is_sharded(x) else x
+
+
+def whole(x):
+    """Returns all of a tensor, which every process must ask for."""
+    return x.full_tensor() if is_sharded(x) else x
+
+
+def placed_like(x, p):
+    """Returns x, of the shape of p, on p's device, and of x the part that this process has of p."""
+    x = x.to(p.device)
+    if not is_sharded(p) or x.dim() == 0:
+        return x
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(x, p.device_mesh, p.placements, src_data_rank=None)  # it is here whole
+
+
+def gathered(value, keep):
+    """Returns nested dicts and lists with each sharded tensor in them whole and on the CPU, one after the
+    other. Every process must call it; without keep None stands for them, and nothing is held.
+    """
+    if isinstance(value, dict):
+        return {key: gathered(item, keep) for key, item in value.items()}
+    if isinstance(value, list):
+        return [gathered(item, keep) for item in value]
+    if not is_sharded(value):
+        return value
+    x = whole(value.detach())
+    return x.cpu() if keep else None
+
+
+def apply_to_whole(function, shards, params):
+    """Applies a function of matrices (n, rows, columns) that keeps their shape to sharded ones, each process
+    to its share of them, whole: one message there and one back.
+
+    shards: of each of params, of one shape (rows, columns), the rows that this process has. Returns as
+    many shards.
+    """
+    group = params[0].device_mesh.get_group()
+    world_size, rank = group.size(), group.rank()
+    n_rows, columns = params[0].shape
+    most = -(-n_rows // world_size)
+    rows = [max(0, min(most, n_rows - r * most)) for r in range(world_size)]  # of each process
+    counts = [len(shards[r::world_size]) for r in range(world_size)]  # matrices of each
+    outgoing = [count * rows[rank] * columns for count in counts]
+    incoming = [counts[rank] * n * columns for n in rows]
+    # matrix i goes to process i % world_size
+    message = torch.cat([x.flatten() for r in range(world_size) for x in shards[r::world_size]])
+    pieces = exchange(message, incoming, outgoing, group)
+    matrices = torch.cat([x.view(counts[rank], n, columns) for x, n in zip(pieces, rows)], 1)
+    if counts[rank]:
+        matrices = function(matrices)
+    message = torch.cat([x.flatten() for x in matrices.split(rows, 1)])
+    pieces = exchange(message, outgoing, incoming, group)
+    result = [None] * len(shards)
+    for r, piece in enumerate(pieces):
+        result[r::world_size] = piece.view(counts[r], rows[rank], columns)
+    return result
+
+
+def exchange(message, incoming, outgoing, group):
+    """Sends each process its part of a message, of so many numbers; returns what each has sent."""
+    received = message.new_empty(sum(incoming))
+    torch.distributed.all_to_all_single(received, message, incoming, outgoing, group=group)
+    return received.split(incoming)
