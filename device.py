@@ -10,7 +10,9 @@ import re
 import shutil
 import signal
 import sys
+import time
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 
@@ -26,6 +28,8 @@ DTYPES = {
 }
 SIGHUP = getattr(signal, "SIGHUP", None)  # Windows has none
 BFLOAT16_WIDTH = 128  # auto trains in bfloat16 on a CPU from this n_embd on
+# Seconds that processes wait in a step for one that may hang. With the 30 in which torchrun kills it, about a minute
+HANGS_AFTER = 25
 
 
 @dataclass
@@ -37,33 +41,50 @@ class Compute:
     rank: int = 0  # of this process, among
     world_size: int = 1  # so many that torchrun started
     shards: bool = False  # whether they share out the weights too; see sharding.py
+    group: "Group" = None  # of them, where they are several
 
     @property
     def dtype(self):
         """The torch.dtype of matrix products, Muon's too; weights and the optimizer's state stay float32."""
         return DTYPES[self.dtype_name]
 
-    def sum(self, x):
+    def sum(self, x, in_step=False):
         """Returns the tensor x summed over all processes, in place: over gloo on a CPU, over nccl on a
-        GPU.
+        GPU. in_step: all come here soon after each other, and who does not is taken to hang.
 
-        Raises Refusal when a process has ended (over gloo; nccl lets the others hang until torchrun ends
-        them).
+        Raises Refusal when a process has ended, or hangs (over gloo; nccl lets the others wait until
+        torchrun ends them).
         """
         if self.world_size > 1:
-            try:
-                torch.distributed.all_reduce(x)
-            except RuntimeError as e:
-                reason = str(e).splitlines()[0]
-                raise Refusal(
-                    f"process {self.rank} lost another one, whose own message says why ({reason})",
-                    status=1,
-                )
+            patient = None if in_step or not x.is_cpu else self.group.patient
+            with self.refusing_loss():
+                torch.distributed.all_reduce(x, group=patient)
         return x
 
     def barrier(self):
-        """Waits until every process is here."""
+        """Waits until every process is here, however long the first one writes or samples."""
         self.sum(torch.zeros(1))
+
+    @contextlib.contextmanager
+    def refusing_loss(self):
+        """Returns the context in which a message that does not come is a Refusal, which says whose."""
+        try:
+            yield
+        except RuntimeError as e:
+            if self.world_size == 1 or "gloo" not in str(e):
+                raise
+            reason = str(e).splitlines()[0]
+            missing = self.group.missing() if "Timed out" in reason else []
+            if missing:
+                names = " and ".join(map(str, missing))
+                raise Refusal(
+                    f"process {names} of {self.world_size} hangs: the others have waited "
+                    f"{self.group.seconds:.0f} s for it in one step",
+                    status=1,
+                )
+            raise Refusal(
+                f"process {self.rank} lost another one, whose own message says why ({reason})", status=1
+            )
 
     def close(self):
         """Leaves the group of processes."""
@@ -98,11 +119,11 @@ def resolve(device="auto", dtype="auto", compile="auto", join=False, train_width
         keep_freed_memory()
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
-    if world_size > 1:
-        join_processes(device, world_size)
+    group = join_processes(device, rank, world_size) if world_size > 1 else None
+    if group:
         reasons.append(f"{world_size} processes{', weights in shards' if shard else ''}")
     shard = shard and world_size > 1  # one process is all there is
-    return Compute(device, dtype, compile, ", ".join(reasons), rank, world_size, shard)
+    return Compute(device, dtype, compile, ", ".join(reasons), rank, world_size, shard, group)
 
 
 def torchrun_ranks():
@@ -112,24 +133,56 @@ def torchrun_ranks():
     return 0, 1, 0
 
 
-def join_processes(device, world_size):
-    """Connects this process with the others. Raises Refusal where there is no way."""
+def join_processes(device, rank, world_size):
+    """Connects this process with the others; returns their Group. Raises Refusal where there is no way."""
     if device.type not in ("cuda", "cpu"):
         raise Refusal(
             f"several processes need --device=cuda, where each takes its own GPU, or --device=cpu, not {device.type}"
         )
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
-        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        store, *_ = next(torch.distributed.rendezvous("env://", rank, world_size))
+        # a launcher that starts processes again may keep the store, with the dead ones' addresses in it
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = torch.distributed.PrefixStore(f"attempt {attempt}", store)
+        torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size)
         # nccl connects at its first message; and who left with a Refusal while another still connects
         # would take that one down
         for place in dict.fromkeys((torch.device("cpu"), device)):  # in one order everywhere
             torch.distributed.all_reduce(torch.zeros(1, device=place))
+        return Group(store, rank, world_size)
     except (RuntimeError, ValueError) as e:
         raise Refusal(
             f"{world_size} processes could not find each other: {str(e).splitlines()[0]}", status=1
         )
+
+
+class Group:
+    """The processes of a run: those messages that may take long, and who has not come."""
+
+    def __init__(self, store, rank, world_size):
+        self.store = store
+        self.rank = rank
+        self.world_size = world_size
+        self.seconds = 0.0
+        self.patient = torch.distributed.new_group(backend="gloo")  # waits half an hour
+
+    def hurry(self, seconds):
+        """Makes each message over gloo but the patient ones fail after so many seconds."""
+        self.seconds = max(HANGS_AFTER, seconds)
+        gloo = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))
+        gloo._set_default_timeout(timedelta(seconds=self.seconds))
+
+    def missing(self):
+        """Returns the ranks that do not say within seconds that they, too, have waited in vain."""
+        self.store.set(f"waited {self.rank}", "")
+        ranks = [rank for rank in range(self.world_size) if rank != self.rank]
+        for _ in range(30):
+            ranks = [rank for rank in ranks if not self.store.check([f"waited {rank}"])]
+            time.sleep(0.1)
+        return ranks
 
 
 def choose_device(name, local_rank):
@@ -223,9 +276,13 @@ class StopAfterStep:
         if self.compute.world_size == 1 and number != SIGHUP:
             signal.signal(number, self.handlers[number])
 
-    def is_due(self):
-        """Returns whether any process was told to stop. A message over the CPU: it does not wait for a GPU."""
-        return self.compute.sum(torch.tensor(self.signal)).item() > 0
+    def agree(self, is_late):
+        """Returns (whether any process was told to stop, whether it is late by the first one's clock): the same
+        for all. A message over the CPU: it does not wait for a GPU.
+        """
+        wishes = torch.tensor([self.signal, is_late and self.compute.is_main])
+        signal, is_late = self.compute.sum(wishes, in_step=True).tolist()
+        return signal > 0, is_late > 0
 
     @property
     def name(self):

@@ -60,7 +60,15 @@ from rows import (
 )
 from score import completion_nats, floor_line, mean_nats, next_token_loss
 from sizes import size_text
-from train import TrainConfig, alone_in_out_dir, fit, is_in_the_way, training_bytes
+from train import (
+    TrainConfig,
+    alone_in_out_dir,
+    fit,
+    go_on_after_restart,
+    is_in_the_way,
+    launch,
+    training_bytes,
+)
 
 
 @dataclass
@@ -167,7 +175,11 @@ class Tuning:
 
     def save(self, name, state, notes):
         """Writes the adapters, or with --rank=0 the whole checkpoint, to out_dir; notes are kept beside the config."""
-        config = asdict(self.cfg) | {"task": self.kind, "base_dataset": self.base.dataset} | notes
+        config = (
+            asdict(self.cfg)
+            | {"task": self.kind, "launch": launch(), "base_dataset": self.base.dataset}
+            | notes
+        )
         path = os.path.join(self.cfg.out_dir, name)
         if self.cfg.rank:
             path = os.path.join(self.cfg.out_dir, name.replace("ckpt", "adapter"))
@@ -183,6 +195,7 @@ def open_tuning(cfg, kind, fixed=FIXED):
     kind: of tuning, which the run's config keeps and a resumed one must have. Raises Refusal.
     """
     resumed = None
+    go_on_after_restart(cfg)
     if cfg.init_from == "resume":
         base = open_run(cfg, kind)
         resumed = base.last

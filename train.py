@@ -195,7 +195,7 @@ def train_step(
     tensors on the device: nothing here waits for it.
     """
     total = sum(count(batch) for batch in batches)
-    total = compute.sum(torch.as_tensor(total, device=compute.device))
+    total = compute.sum(torch.as_tensor(total, device=compute.device), in_step=True)
     loss = torch.zeros((), device=compute.device)
     for micro, batch in enumerate(batches, compute.rank * len(batches)):
         if compute.shards:  # one message a step, not one a micro-batch
@@ -213,7 +213,7 @@ def train_step(
         if p.grad is None:  # an expert without tokens: the same update whether another process has some
             p.grad = torch.zeros_like(p)
     if compute.shards:  # which has added up the gradients
-        loss = compute.sum(loss)
+        loss = compute.sum(loss, in_step=True)
     elif compute.world_size > 1:
         loss = sum_gradients(params, loss, compute)
     if scaler:
@@ -232,7 +232,9 @@ def train_step(
 def sum_gradients(params, loss, compute):
     """Adds up the gradients, and the loss, of all processes in one message. Returns the loss."""
     grads = [p.grad for p in params]
-    message = compute.sum(torch.cat([grad.flatten() for grad in (*grads, loss.to(grads[0].dtype))]))
+    message = compute.sum(
+        torch.cat([grad.flatten() for grad in (*grads, loss.to(grads[0].dtype))]), in_step=True
+    )
     for grad, summed in zip(grads, message[:-1].split([grad.numel() for grad in grads])):
         grad.copy_(summed.view_as(grad))
     return message[-1].clone()  # a view would keep the whole message until the log reads the loss
@@ -312,7 +314,7 @@ def fit(task, model, cfg, compute, resumed=None):
         smoothing=0.05,
         disable=None if compute.is_main else True,
     )
-    with StopAfterStep(compute) as stop, bar:
+    with StopAfterStep(compute) as stop, bar, compute.refusing_loss():
         while True:
             is_due = state.step % cfg.eval_interval == 0 or state.step == cfg.max_iters
             if is_due and not (resumed and state.step == first_step):
@@ -335,14 +337,16 @@ def fit(task, model, cfg, compute, resumed=None):
                 if compute.is_main:
                     bar.write(evaluation_line(state.step, figures, meter.speed), file=sys.stderr)
                     bar.write(f"{preview}\n", file=sys.stderr)
+                compute.barrier()  # the others wait for what the first one writes
                 meter.start += time.perf_counter() - pause
-            is_late = time.monotonic() - saved_at >= 60 * cfg.save_minutes
+            is_stopped, is_late = stop.agree(time.monotonic() - saved_at >= 60 * cfg.save_minutes)
             if is_late and state.step > saved_step:
                 read_steps()
                 pause = time.perf_counter()
                 save()
+                compute.barrier()
                 meter.start += time.perf_counter() - pause
-            if stop.is_due():
+            if is_stopped:
                 read_steps()
                 if state.step > saved_step:
                     save()
@@ -360,6 +364,7 @@ def fit(task, model, cfg, compute, resumed=None):
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = lr * group["lr_scale"]
+            began = time.monotonic()
             batches = task.batches(state.step)
             seed = (cfg.seed, state.step)
             unread.append(
@@ -375,6 +380,10 @@ def fit(task, model, cfg, compute, resumed=None):
                     task.count,
                 )
             )
+            if (
+                compute.group and state.step == first_step
+            ):  # which compiles and connects, and is the longest
+                compute.group.hurry(2 * (time.monotonic() - began))
             state.step += 1
             meter.add(batches)
             bar.update()
@@ -485,7 +494,7 @@ class Pretraining:
     def save(self, name, state):
         """Writes a checkpoint of this name to out_dir."""
         path = os.path.join(self.cfg.out_dir, name)
-        config = asdict(self.cfg) | {"task": "pre-training"}
+        config = asdict(self.cfg) | {"task": "pre-training", "launch": launch()}
         checkpoint.save(path, self.model, self.tokenizer, config, state)
 
     def preview(self):
@@ -506,6 +515,33 @@ class Pretraining:
 
 # -----------------------------------------------------------------------------------------------------
 # From the command line
+
+
+def launch():
+    """Returns what torchrun's processes have in common, those that it starts again after a failure, too: the
+    --rdzv_id, or without one the launcher; "" without torchrun.
+    """
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    return f"{folders.machine()} {os.getppid()}" if run_id == "none" else run_id
+
+
+def go_on_after_restart(cfg):
+    """Makes a run that torchrun has started again (--max_restarts) go on from the last checkpoint that it has
+    made itself; one that made none begins anew.
+    """
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0 or cfg.eval_only:
+        return
+    made = []
+    for name in folders.RUN:
+        path = os.path.join(cfg.out_dir, name)
+        if os.path.exists(path):
+            keys = checkpoint.ADAPTER_KEYS if name.startswith("adapter") else checkpoint.KEYS
+            if checkpoint.load(path, keys)["config"].get("launch") == launch():
+                made.append(name)
+    if "ckpt.pt" in made or "adapter.pt" in made:
+        cfg.init_from = "resume"
+    elif made:  # the best one, which is written before the last
+        cfg.overwrite = True
 
 
 def is_in_the_way(cfg, last=("ckpt.pt",)):
@@ -671,6 +707,7 @@ def main(cfg):
 
 def pretrain(cfg):
     """Trains as cfg says, or with eval_only makes ready to. Returns the Pretraining."""
+    go_on_after_restart(cfg)
     start, cfg = open_start(cfg)
     resume = cfg.init_from == "resume"
     moves_aside = is_in_the_way(cfg)

@@ -5,13 +5,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from children import error_output, finish, fork, free_port, ranks, start
 from scripts import ROOT, call
-from test_lost import ARGV, wait_for
+from test_lost import ARGV, assert_same_run, wait_for
 from test_model import build
 from test_train import copied, lab, load, log, resume, same, unequal_rows  # lab is a fixture
 
@@ -121,19 +122,22 @@ def test_rows_that_cannot_be_shared_are_refused(lab):
     assert not (lab / "odd").exists()
 
 
-def test_torchrun_and_a_signal_that_stops_all_at_one_step(lab):
-    """The real launcher: two workers share a step's rows, SIGTERM reaches one, and both stop with it."""
+@contextlib.contextmanager
+def torchrun(lab, *argv, **options):
+    """Starts train.py in two processes by the real launcher, waits for four steps, and gives (the launcher,
+    the workers' pids).
+    """
+    out_dir = next(arg for arg in argv if arg.startswith("--out_dir=")).removeprefix("--out_dir=")
     command = [
         sys.executable,
         "-m",
         "torch.distributed.run",
         "--nproc_per_node=2",
         f"--master_port={free_port()}",
+        *(f"--{key}={value}" for key, value in options.items()),
         ROOT / "train.py",
         *ARGV,
-        "--max_iters=100000",
-        "--eval_interval=1000",
-        "--out_dir=torchrun",
+        *argv,
     ]
     launcher = subprocess.Popen(
         command,
@@ -144,20 +148,57 @@ def test_torchrun_and_a_signal_that_stops_all_at_one_step(lab):
         start_new_session=True,
     )
     try:
-        wait_for(lab / "torchrun/log.jsonl", 5)
+        wait_for(lab / out_dir / "log.jsonl", 5)
         children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text()
-        _, worker = children.split()
-        os.kill(int(worker), signal.SIGTERM)
-        out, err = launcher.communicate(timeout=60)
+        yield launcher, [int(pid) for pid in children.split()]
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(launcher.pid, signal.SIGKILL)
+
+
+def test_torchrun_and_a_signal_that_stops_all_at_one_step(lab):
+    """SIGTERM reaches one of two workers, and both stop at the same step."""
+    argv = ["--max_iters=100000", "--eval_interval=1000", "--out_dir=torchrun"]
+    with torchrun(lab, *argv) as (launcher, [_, worker]):
+        os.kill(worker, signal.SIGTERM)
+        out, err = launcher.communicate(timeout=60)
     step = load(lab, "torchrun")["step"]
     assert step >= 4
     assert err.count(f"stopped at step {step} by ") == 2, err
     assert "2 processes" in out
     resume(lab, "torchrun", f"--max_iters={step + 1}")
     assert load(lab, "torchrun")["step"] == step + 1
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_started_again_and_the_run_is_the_undisturbed_one(lab):
+    argv = ["--max_iters=60", "--eval_interval=4", "--log_interval=1", "--gradient_accumulation_steps=2"]
+    run_together(lab, "train", 2, *ARGV, *argv, "--out_dir=undisturbed")
+    with torchrun(lab, *argv, "--out_dir=elastic", max_restarts=2) as (launcher, [_, worker]):
+        os.kill(worker, signal.SIGKILL)
+        out, err = launcher.communicate(timeout=120)
+    assert launcher.returncode == 0, err
+    assert out.count("2 processes") == 2  # once a start
+    assert_same_run(lab, "undisturbed", "elastic")
+    # a run of another launch is never taken for its own, however often it starts
+    with torchrun(lab, *argv, "--out_dir=elastic", max_restarts=1) as (launcher, _):
+        _, err = launcher.communicate(timeout=120)
+    assert launcher.returncode == 1
+    assert err.count("elastic is there already") == 4
+    assert_same_run(lab, "undisturbed", "elastic")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hanging, shard", [(0, "full"), (1, "none")])
+def test_a_process_that_hangs_is_named_and_ends_the_run_within_a_minute(lab, hanging, shard):
+    out_dir = f"hangs-{hanging}-{shard}"
+    argv = ["--max_iters=100000", "--eval_interval=1000", f"--shard={shard}", f"--out_dir={out_dir}"]
+    with torchrun(lab, *argv) as (launcher, workers):
+        os.kill(workers[hanging], signal.SIGSTOP)
+        began = time.monotonic()
+        _, err = launcher.communicate(timeout=90)
+    assert f"process {hanging} of 2 hangs: the others have waited" in err, err
+    assert time.monotonic() - began < 65
 
 
 class OneExpertARank(torch.nn.Module):
