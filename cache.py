@@ -4,8 +4,8 @@
     logits, _ = model(idx, cache=cache)           # again and again: idx (B, T) comes after what is in it
     cache.rewind([0, 2])                          # the second row forgets its last two tokens
 
-A layer with a window keeps the last tokens alone, in a ring. Captured graphs are to be another filling of
-the same methods.
+A layer with a window keeps the last tokens alone, in a ring. StaticCache is another filling of the same
+methods, for steps that are captured once and replayed.
 """
 
 import numbers
@@ -204,3 +204,64 @@ class KVCache:
         self.length = max(lengths)
         self.is_level = min(lengths) == self.length
         self.lengths = torch.tensor(lengths, device=self.lengths.device)
+
+
+class StaticCache:
+    """The buffers of a KVCache whose rows are level, with all that changes kept on the device: each call adds one
+    token to each row by the same work on the same tensors, whatever is in them. Queries see every slot, under
+    a mask that leaves out those without a token.
+
+    Past the last slot, and past the last position of the model, a row writes over its last token again and
+    again: that is for rows that have ended, and nobody reads what they compute.
+
+        place     (1,) int64: where the next token of each row goes
+        pos       (1,) or (B, 1) int64: its position, of each row where there is padding
+    """
+
+    length = 0  # no count on the host: who calls knows where a row's context ends
+
+    def __init__(self, cache, config):
+        if not cache.is_level:
+            raise ValueError("rows of different lengths go to different slots")
+        device = cache.lengths.device
+        self.k = cache.k
+        self.v = cache.v
+        self.slots = {window: torch.arange(size, device=device) for window, size in cache.sizes.items()}
+        self.last_place = cache.max_len - 1
+        self.last_pos = config.block_size - 1 if config.what_ends_a_text else cache.max_len - 1
+        self.place = torch.full((1,), cache.length, device=device)
+        self.pos = self.place.clone()
+        self.docs = None  # {window: (B, size)}, the document of each slot, where rows are padded
+        self.row_docs = None  # (B, 1), that of the next token: the one of the last
+        if cache.docs is not None:
+            self.docs = {window: docs[:, 0, :, 0].clone() for window, docs in cache.docs.items()}
+            window, docs = next(iter(cache.docs.items()))  # any: each has the last token
+            last_slot = (cache.length - 1) % len(self.slots[window])
+            self.row_docs, last_pos = docs[:, 0, last_slot : last_slot + 1].clone().unbind(-1)
+            self.pos = last_pos + 1
+
+    def begin(self, T, doc=None):
+        """Returns what KVCache.begin does for one more token, the places with an axis for rows: (1, 1) and (1, S)."""
+        keys = {}
+        for window, slots in self.slots.items():
+            size = len(slots)
+            # the last place up to this one that falls to each slot: negative where there is none
+            places = slots + size * ((self.place - slots) // size)
+            if self.docs is not None:
+                self.docs[window].index_copy_(1, self.place % size, self.row_docs)
+                keys[window] = places[None], self.docs[window]
+            else:
+                keys[window] = places[None], None
+        return self.place[None], self.pos, self.row_docs, keys
+
+    def update(self, layer, places, k, v):
+        """Stores k, v (B, n_kv_head, 1, D) of the new tokens; returns those of all slots (B, n_kv_head, S, D)."""
+        slot = places[0] % self.k[layer].size(2)
+        self.k[layer].index_copy_(2, slot, k.type_as(self.k[layer]))
+        self.v[layer].index_copy_(2, slot, v.type_as(self.v[layer]))
+        return self.k[layer], self.v[layer]
+
+    def advance(self, T):
+        """Counts a new token, which every layer has stored."""
+        self.place.add_(T).clamp_(max=self.last_place)
+        self.pos.add_(T).clamp_(max=self.last_pos)

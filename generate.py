@@ -12,6 +12,9 @@ from typing import NamedTuple
 
 import torch
 
+from cache import StaticCache
+from graphs import Decoder, is_worth_a_capture
+
 GREEDY = 1e-5  # temperatures below take the likeliest token: divided by less, logits overflow
 
 # -----------------------------------------------------------------------------------------------------
@@ -172,6 +175,13 @@ def documents_of(rows, T, device):
     return torch.tensor([[-1 if row.end else 0] * T for row in rows], device=device)
 
 
+def steps_until_reread(rows, limits):
+    """Returns after how many steps the first window is full and must be read anew; inf where none ever is."""
+    if not limits.is_recomputed:
+        return math.inf
+    return min(limits.block_size + 1 - len(row.window) for row in rows if not row.end)
+
+
 def going_on(rows):
     """Returns the places of rows that have no end, the last ones in those of rows that have: few move."""
     places = list(range(len(rows)))
@@ -195,6 +205,8 @@ def generate(
     seed=1337,
     past_end="stop",
     logps=False,
+    graph=None,
+    compile=False,
 ):
     """Continues prompts (lists of ids, of any lengths) together; yields the list of their Rows after
     each step.
@@ -205,52 +217,90 @@ def generate(
     new token, before temperature and the rest, is kept. `*_, rows = generate(...)` has
     them as they ended: it is one list, which each step changes. Raises ValueError for a prompt that is
     empty or too long, and where a text cannot slide.
+
+    graph: whether the steps after the prompts are those of graphs.Decoder, which a GPU replays; None: where
+    it pays. The draws are the same, and so is the text but for rounding. compile: those steps are compiled
+    first, and made by a Decoder anywhere.
     """
     rows, limits = start_rows(model, prompts, max_new_tokens, stop, past_end)
     device = model.device
     rng = torch.Generator(device).manual_seed(seed)
     exact = torch.float32 if device.type == "mps" else torch.float64  # which mps has not
     batch = list(range(len(rows)))  # the rows that go on, in the order of the cache
+    numbers = None  # the same on the device, once some have ended
     seen = seen_tokens(prompts, model, repetition_penalty)
+
+    def uniform():
+        """Returns the numbers (B, 1) of a step: drawn for all rows, so that none depends on when the others end."""
+        drawn = torch.rand(len(rows), 1, generator=rng, dtype=exact, device=device)
+        return drawn if numbers is None else drawn[numbers]
+
+    def draw(logits, drawn):
+        """Returns the next ids (B,), which are seen from now on, and their log p (B,), None where nobody asks."""
+        if seen is not None:
+            logits = penalized(logits, seen, repetition_penalty)
+        ids = next_token(logits, temperature, top_k, top_p, drawn)
+        if seen is not None:
+            seen.scatter_(1, ids[:, None], True)
+        if not logps:
+            return ids, None
+        return ids, logits.float().log_softmax(-1).gather(1, ids[:, None])[:, 0]
+
     ids = None  # (B,) the tokens of the last step
     cache = None
+    decoder = None  # the iterator of a Decoder, where one makes the steps
+    n_ahead = 0  # steps that it has left
     was_training = model.training
     model.eval()
     try:
         for step in range(max_new_tokens):
-            if cache is None:
+            n_left = max_new_tokens - step
+            is_read = cache is None
+            if is_read:
                 windows = [rows[number].window for number in batch]
-                logits, cache = prefill(model, windows, max_new_tokens - step)
-            else:
+                # a compiler is spared one shape a text
+                room = max(n_left, model.config.block_size) if compile else n_left
+                logits, cache = prefill(model, windows, room)
+            elif decoder is None:
                 logits = model.next_logits(ids[:, None], cache)
-            if seen is not None:
-                logits = penalized(logits, seen, repetition_penalty)
-            # for all rows, so that none depends on when the others end
-            uniform = torch.rand(len(rows), 1, generator=rng, dtype=exact, device=device)[batch]
-            ids = next_token(logits, temperature, top_k, top_p, uniform)
-            chosen_logps = [None] * len(batch)
-            if logps:
-                chosen_logps = logits.float().log_softmax(-1).gather(1, ids[:, None])[:, 0].tolist()
-            if seen is not None:
-                seen.scatter_(1, ids[:, None], True)
+            if decoder is None:
+                ids, id_logps = draw(logits, uniform())
+                chosen = ids.tolist()
+                chosen_logps = id_logps.tolist() if logps else [None] * len(batch)
+            else:
+                chosen, chosen_logps = next(decoder)
+                n_ahead -= 1
 
             for row in rows:
                 row.new = None
-            for number, id, logp in zip(batch, ids.tolist(), chosen_logps):
+            for number, id, logp in zip(batch, chosen, chosen_logps):
+                row = rows[number]
+                if row.end:  # a decoder goes on with those that have
+                    continue
                 if logps:
-                    rows[number].logps.append(logp)
-                if rows[number].take(id, limits):
+                    row.logps.append(logp)
+                if row.take(id, limits):
                     cache = None
             yield rows
             places = going_on([rows[number] for number in batch])
             if not places:
                 break
-            if len(places) < len(batch):
+            if decoder is not None and n_ahead == 0:  # whoever was to be read anew has ended before
+                cache = None
+            if cache is None:
+                decoder = None
+            if decoder is None and len(places) < len(batch):
                 batch = [batch[place] for place in places]
+                numbers = torch.tensor(batch, device=device)
                 ids = ids[places]
                 if seen is not None:
                     seen = seen[places]
                 if cache is not None:
                     cache.keep(places)
+            if is_read and cache is not None:
+                n_ahead = min(n_left - 1, steps_until_reread(rows, limits))
+                if compile or graph or graph is None and is_worth_a_capture(model, n_ahead):
+                    static = StaticCache(cache, model.config)
+                    decoder = iter(Decoder(model, static, ids, draw, uniform, n_ahead, compile))
     finally:
         model.train(was_training)

@@ -1,0 +1,176 @@
+"""Work of fixed shapes that a GPU repeats without the processor: captured once as a CUDA graph, then replayed.
+
+    work = Graph(function, device)                # a function without arguments or result, of tensors that stay
+    work()                                        # the function's work: first by a call, then by replays
+
+In a small model the processor takes longer to launch a step's kernels one by one than the GPU to run them;
+a graph is one launch. It runs the same kernels on the same memory each time. So whatever differs between
+steps must be in tensors that are written in place, and nothing may ask the device on the way.
+
+Where there is no GPU a replay is a call, by which the tests run everything here but the capture. Where a
+capture fails, calls go on as plain ones, and one line says so.
+"""
+
+import functools
+import sys
+
+import torch
+
+WARM_UP = 3  # plain calls before the capture: libraries load, and make room, at their first ones
+CHUNK = 8  # steps that are given to the GPU together, and read together
+FEWEST = 4 * CHUNK  # steps, below which a capture, as long as some plain steps, is hardly earned back
+
+
+@functools.cache
+def say(line):
+    """Prints a line to stderr, each only once."""
+    print(line, file=sys.stderr)
+
+
+class Graph:
+    """A function that works on tensors which stay where they are, captured at its fourth call."""
+
+    def __init__(self, function, device):
+        self.function = function
+        self.device = device
+        self.n_calls = 0
+        self.graph = None
+        self.is_plain = device.type != "cuda"
+        if not self.is_plain:
+            self.stream = torch.cuda.Stream(device)  # none but a side stream can be captured
+
+    def __call__(self):
+        if self.graph is not None:
+            self.graph.replay()
+        elif self.is_plain:
+            self.function()
+        elif self.n_calls < WARM_UP:
+            self.n_calls += 1
+            self.call_beside()
+        else:
+            self.capture()
+            self()
+
+    def call_beside(self):
+        """Calls the function on the stream that will be captured; what comes after waits for it."""
+        current = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream), without_cast_cache():
+            self.function()
+        current.wait_stream(self.stream)
+
+    def capture(self):
+        """Records what the function launches; none of it runs. Goes on with plain calls where that fails."""
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with without_cast_cache(), torch.cuda.graph(graph, stream=self.stream):
+                self.function()
+            self.graph = graph
+        except RuntimeError as e:
+            self.is_plain = True
+            reason = str(e).partition("\n")[0]
+            say(f"steps are launched one by one, as they cannot be captured as a CUDA graph: {reason}")
+
+
+class without_cast_cache:
+    """The context in which autocast keeps no weights that it has cast: a graph would read them after they
+    are freed, and miss that the weights have changed.
+    """
+
+    def __enter__(self):
+        self.was_enabled = torch.is_autocast_cache_enabled()
+        torch.clear_autocast_cache()
+        torch.set_autocast_cache_enabled(False)
+
+    def __exit__(self, *_):
+        torch.set_autocast_cache_enabled(self.was_enabled)
+
+
+# -----------------------------------------------------------------------------------------------------
+# Decoding
+
+
+def whats_not_static(config):
+    """Says what keeps the steps of a model of this config from being captured; "" where nothing does."""
+    if config.pos == "alibi":
+        return "pos=alibi sends its slopes to the GPU at each step"
+    if config.pos in ("rope", "sinusoidal") and not config.what_ends_a_text:
+        return f"a text without an end has its pos={config.pos} computed anew at each step"
+    return ""
+
+
+def is_worth_a_capture(model, n_steps):
+    """Returns whether a GPU makes so many steps of a model sooner by a graph; never so on a processor."""
+    is_static = model.device.type == "cuda" and not whats_not_static(model.config)
+    return is_static and n_steps >= FEWEST
+
+
+class Decoder:
+    """Steps of one token for all rows of a batch, after their prompts.
+
+    model, cache: a Transformer and its StaticCache; ids (B,): the last tokens. draw(logits, uniform) returns
+    (ids (B,), their log p (B,) or None), and may keep what it has seen in a tensor; its settings are part of the
+    graph. uniform(): the numbers of one step, drawn when the step is launched. n_steps: at most so many
+    are made. is_compiled: the step goes through torch.compile before it is captured.
+
+    The GPU gets CHUNK steps and then the next ones before the first are read, so it never waits for whoever
+    reads. Of a text that ends before, up to two chunks are for nothing.
+    """
+
+    def __init__(self, model, cache, ids, draw, uniform, n_steps, is_compiled=False):
+        device = ids.device
+        self.model = model
+        self.cache = cache
+        self.draw = draw
+        self.uniform = uniform
+        self.n_steps = n_steps
+        self.n_launched = 0
+        self.ids = ids.clone()
+        self.number = torch.zeros(1, dtype=torch.long, device=device)  # of the step
+        first = uniform()
+        self.uniforms = first.new_empty(n_steps, *first.shape)
+        self.uniforms[0] = first
+        self.new_ids = torch.zeros(n_steps, len(ids), dtype=torch.long, device=device)
+        self.logps = torch.zeros(n_steps, len(ids), device=device)
+        step = torch.compile(self.step, dynamic=False) if is_compiled else self.step
+        self.graph = Graph(step, device)
+
+    def step(self):
+        """Reads a token of each row and draws the next ones."""
+        logits = self.model.next_logits(self.ids[:, None], self.cache)  # (B, V)
+        ids, logps = self.draw(logits, self.uniforms.index_select(0, self.number)[0])
+        self.ids.copy_(ids)
+        self.new_ids.index_copy_(0, self.number, ids[None])
+        if logps is not None:
+            self.logps.index_copy_(0, self.number, logps[None])
+        self.number.add_(1)
+
+    def launch(self):
+        """Gives the device the next chunk of steps; returns (ids, log p) of each, (n, B), which come to the
+        host meanwhile, and an event that says when they are there. None where all steps are made.
+        """
+        start = self.n_launched
+        end = min(start + CHUNK, self.n_steps)
+        if start == end:
+            return None
+        for number in range(start, end):
+            if number > 0:
+                self.uniforms[number] = self.uniform()
+            self.graph()
+        self.n_launched = end
+        device = self.ids.device
+        chunk = [x[start:end].to("cpu", non_blocking=True) for x in (self.new_ids, self.logps)]
+        return *chunk, torch.cuda.current_stream(
+            device
+        ).record_event() if device.type == "cuda" else None
+
+    def __iter__(self):
+        """Yields the ids of each step and their log p, two lists."""
+        chunk = self.launch()
+        while chunk is not None:
+            following = self.launch()
+            ids, logps, event = chunk
+            if event is not None:
+                event.synchronize()
+            yield from zip(ids.tolist(), logps.tolist())
+            chunk = following

@@ -1,0 +1,256 @@
+"""Static steps against the plain ones, on the processor, where a replay is a call; and captured, where there is a GPU."""
+
+import itertools
+
+import pytest
+import torch
+from test_model import V, build
+from test_sample import prompts_of
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cache import StaticCache
+from generate import generate, next_token, prefill
+from graphs import CHUNK, Decoder, Graph, whats_not_static
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+GREEDY = dict(temperature=0)
+SAMPLED = dict(temperature=1.0, top_k=20, top_p=0.95, repetition_penalty=1.2, logps=True)
+MODELS = {
+    "llama": {},
+    "gqa": dict(n_kv_head=2, qk_norm=False),
+    "gpt2": dict(norm="layernorm", pos="learned", mlp="gelu", bias=True, qk_norm=False),
+    "post": dict(norm_position="post", pos="sinusoidal", n_kv_head=1),
+    "alibi": dict(pos="alibi"),
+    "experts": dict(mlp="moe"),
+    "windows": dict(window=5, window_pattern="SL"),
+    "endless": dict(window=5),
+}
+WAITS = {
+    "aten._local_scalar_dense.default",  # item(), int() and bool()
+    "aten.nonzero.default",
+    "aten.masked_select.default",
+    "aten.equal.default",
+    "aten.lift_fresh.default",  # numbers of the host: torch.tensor(list)
+}
+
+
+def texts(model, prompts, n, **settings):
+    """Returns what generate() makes of prompts: ids, end, stop and log p of each row."""
+    *_, rows = generate(model, prompts, n, **settings)
+    return [(row.ids, row.end, row.stop) for row in rows], [row.logps for row in rows]
+
+
+def assert_equal_texts(model, prompts, n, rtol=1e-9, **settings):
+    expected, logps = texts(model, prompts, n, graph=False, **settings)
+    static, static_logps = texts(model, prompts, n, graph=True, **settings)
+    assert static == expected
+    for row, static_row in zip(logps, static_logps):
+        assert static_row == pytest.approx(row, rel=rtol)
+    return expected
+
+
+def started(model, prompts, n, capacity=None):
+    """Returns a Decoder of n greedy steps after the prompts, and its StaticCache."""
+    logits, cache = prefill(model, prompts, capacity or n)
+    cache = StaticCache(cache, model.config)
+    uniform = torch.zeros(len(prompts), 1, device=model.device)
+
+    def draw(logits, uniform):
+        return next_token(logits, 0.0), None
+
+    return Decoder(model, cache, logits.argmax(-1), draw, lambda: uniform, n), cache
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("settings", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_the_text_is_that_of_plain_steps(name, settings):
+    model = build(**MODELS[name]).double()
+    for lengths in (5,), (1, 7, 4, 12), (6, 6):
+        assert_equal_texts(model, prompts_of(*lengths), 12, **settings)
+
+
+@pytest.mark.parametrize("n", [1, CHUNK, CHUNK + 1, 60])
+def test_chunks_of_any_number_of_steps(n):
+    model = build().double()
+    rows = assert_equal_texts(model, prompts_of(3, 9), n, **SAMPLED)
+    assert [len(ids) for ids, _, _ in rows] == [min(n, 22), min(n, 16)]
+
+
+def test_in_float32_greedy_text_is_the_same_too():
+    for name in MODELS:
+        assert_equal_texts(build(**MODELS[name]), prompts_of(3, 9), 12, rtol=1e-4, **GREEDY)
+
+
+def test_rows_that_stop_leave_the_others_as_they_are():
+    model = build().double()
+    prompts = prompts_of(3, 9, 5, 2, 7, 12)
+    rows = assert_equal_texts(model, prompts, 20, stop=list(range(0, V, 12)), **SAMPLED)
+    assert {end for _, end, _ in rows} >= {"stop"}
+    assert len({len(ids) for ids, _, _ in rows}) > 2
+
+
+@pytest.mark.parametrize("past_end", ["stop", "recompute", "slide"])
+@pytest.mark.parametrize("lengths", [(22, 3), (23, 5, 24)])
+def test_the_end_of_the_context(past_end, lengths):
+    """block_size is 24; rows end or are read anew one after the other."""
+    model = build(**MODELS["endless" if past_end == "slide" else "gpt2"]).double()
+    for stop in (), (3, 17, 40):
+        assert_equal_texts(model, prompts_of(*lengths), 45, past_end=past_end, stop=stop, **SAMPLED)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_static_cache_gives_the_logits_of_a_cache(name):
+    model = build(**MODELS[name]).double()
+    with torch.no_grad():
+        for lengths in (4, 4), (3, 8):
+            prompts = prompts_of(*lengths)
+            _, cache = prefill(model, prompts, 16)
+            _, other = prefill(model, prompts, 16)
+            static = StaticCache(other, model.config)
+            for i in range(14):
+                idx = torch.tensor([[i], [2 * i]])
+                expected = model.next_logits(idx, cache)
+                torch.testing.assert_close(model.next_logits(idx, static), expected, rtol=0, atol=1e-10)
+
+
+def test_rows_at_different_places_are_refused():
+    model = build()
+    _, cache = prefill(model, prompts_of(4, 4), 8)
+    cache.rewind([0, 2])
+    with pytest.raises(ValueError, match="different lengths"):
+        StaticCache(cache, model.config)
+
+
+class Waits(TorchDispatchMode):
+    """Notes the ops that wait for a GPU, or send it numbers of the host: what no capture allows."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if str(func) in WAITS:
+            self.names.append(str(func))
+        return func(*args, **kwargs or {})
+
+
+def waits_of(function):
+    with Waits() as waits:
+        function()
+    return waits.names
+
+
+def test_what_waits_is_noted():
+    assert waits_of(lambda: torch.ones(2).sum().item()) == ["aten._local_scalar_dense.default"]
+    assert waits_of(lambda: torch.tensor([1.0, 2.0])) == ["aten.lift_fresh.default"]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", MODELS)
+def test_a_step_waits_for_nothing_where_it_is_captured(name):
+    """In inference mode, as generate() has it. What whats_not_static names does wait."""
+    model = build(**MODELS[name])
+    for lengths in (4, 4), (3, 8):
+        decoder, _ = started(model, prompts_of(*lengths), 12)
+        decoder.step()
+        waits = waits_of(decoder.step)
+        if name == "alibi":
+            assert waits
+            assert whats_not_static(model.config)
+        else:
+            assert not waits
+            assert bool(whats_not_static(model.config)) == (name == "endless")
+
+
+@torch.inference_mode()
+def test_drawing_waits_for_nothing():
+    logits = torch.randn(3, V)
+    uniform = torch.rand(3, 1, dtype=torch.float64)
+    for temperature, top_k, top_p in itertools.product((0.0, 0.8), (0, 5), (1.0, 0.9)):
+        assert not waits_of(lambda: next_token(logits, temperature, top_k, top_p, uniform))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", MODELS)
+def test_what_a_step_reads_and_writes_stays_where_it_is(name):
+    """Tensors by their addresses, and nothing else changes from step to step."""
+
+    def state():
+        held = []
+        for thing in (decoder, cache):
+            for key, value in sorted(vars(thing).items()):
+                values = (
+                    value
+                    if isinstance(value, list)
+                    else value.values()
+                    if isinstance(value, dict)
+                    else [value]
+                )
+                for x in values:
+                    held.append((key, x.data_ptr() if isinstance(x, torch.Tensor) else x))
+        return held
+
+    decoder, cache = started(build(**MODELS[name]), prompts_of(3, 8), 12)
+    before = state()
+    for _ in range(12):
+        decoder.step()
+        assert state() == before
+
+
+@torch.inference_mode()
+def test_steps_past_the_end_harm_nothing():
+    """Rows that have ended go on: learned positions have no more places, and the cache no more slots."""
+    model = build(pos="learned")
+    decoder, cache = started(model, prompts_of(20, 3), 60, capacity=30)
+    for _ in range(60):
+        decoder.step()
+    assert cache.pos.tolist() == [[23], [23]]
+    assert cache.place.tolist() == [cache.last_place]
+    with torch.no_grad():
+        assert model.next_logits(decoder.ids[:, None], cache).isfinite().all()
+
+
+def test_a_graph_on_a_processor_is_a_call():
+    calls = []
+    graph = Graph(lambda: calls.append(1), torch.device("cpu"))
+    for _ in range(6):
+        graph()
+    assert len(calls) == 6
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in ("alibi", "endless")])
+def test_on_a_gpu_steps_are_captured_and_write_the_plain_text(name):
+    model = build(**MODELS[name] | dict(block_size=96)).cuda()
+    with torch.inference_mode():
+        decoder, _ = started(model, prompts_of(3, 8), 12)
+        list(decoder)
+        assert decoder.graph.graph is not None
+        assert decoder.number.item() == 12
+    for settings in GREEDY, SAMPLED:
+        assert_equal_texts(model, prompts_of(3, 9, 1), 60, rtol=1e-3, stop=[5], **settings)
+
+
+@needs_gpu
+def test_a_capture_that_fails_leaves_plain_calls(capsys):
+    total = torch.zeros((), device="cuda")
+
+    def add():
+        total.add_(1)
+        total.item()  # which no capture allows
+
+    graph = Graph(add, total.device)
+    for _ in range(6):
+        graph()
+    assert graph.is_plain
+    assert total.item() == 6
+    assert "one by one" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_compiled_steps_write_the_same_text():
+    """In float32, as inductor computes it; takes a C++ compiler."""
+    model = build(pos="learned")
+    for settings in GREEDY, SAMPLED:
+        expected, _ = texts(model, prompts_of(3, 9), 20, graph=False, **settings)
+        assert texts(model, prompts_of(3, 9), 20, compile=True, **settings)[0] == expected
