@@ -7,6 +7,7 @@
     python sample.py --onnx=out/ts/onnx                                    what export_onnx.py wrote, run by onnxruntime
     python sample.py --out_dir=out/ts --draft=out/small                    the same text sooner: speculative decoding
     python sample.py --out_dir=hf:FOLDER --chat                            a conversation in the terminal
+    python sample.py --num_samples=64 --compile=true                       on a GPU: slow to start, then fast
     python sample.py --block_size=1024 --rope_scaling=yarn:8,128           past its own context, 128
 
 generate.py has the loop, which other scripts import.
@@ -31,6 +32,7 @@ from checkpoint import open_given
 from data import MODELS_OWN, STRIPPED, by_text_rule, prompt_ids, text_rule
 from device import check_memory, fast_bfloat16, resolve
 from generate import generate
+from graphs import whats_not_static
 from rmsnorm import choose_rmsnorm
 from sizes import kv_cache_bytes
 from speculate import MOST_GUESSES, DraftModel, Speculation, load_draft
@@ -63,6 +65,7 @@ class Config:
     seed: int = 1337                 # the same seed, the same story: to the letter in float32 on one kind of processor
     device: str = "auto"             # auto | cpu | cuda | cuda:N | mps
     dtype: str = "auto"              # auto (float32 on a CPU, for floats) | float32 | tf32 | bfloat16 | float16
+    compile: str = "auto"            # torch.compile: auto (false: its start-up is long) | true | false
     rmsnorm: str = "auto"            # auto | torch | cpu | cuda (our kernel)
     # fmt: on
 
@@ -87,6 +90,8 @@ class Config:
             raise ValueError(
                 f"speculate must be at least 1 and at most {MOST_GUESSES}, not {self.speculate}"
             )
+        if self.is_compiled and (self.onnx or self.draft):
+            raise ValueError("compile is for a model's own steps: leave out onnx and draft")
         if self.onnx and self.draft:
             raise ValueError(
                 "an ONNX file cannot take tokens back, as guesses of a draft must be: leave out draft"
@@ -112,6 +117,10 @@ class Config:
                 "an ONNX file is whole and computed on the CPU, as it was written: "
                 "leave out adapter, device, dtype, rmsnorm, block_size and rope_scaling"
             )
+
+    @property
+    def is_compiled(self):
+        return self.compile.lower() in ("true", "1")
 
 
 SEPARATOR = re.compile(r"^<\|endoftext\|>\n|<\|endoftext\|>", re.MULTILINE)
@@ -150,10 +159,11 @@ def load(cfg):
     """Returns (model, tokenizer, its settings, Compute, what to print of them) for --out_dir and --adapter."""
     ckpt = open_given(cfg, cfg.adapter, takes_integers=True)
     ckpt.stretch(cfg.rope_scaling, cfg.block_size)
-    compute = resolve(cfg.device, cfg.dtype, "false")
+    compile = "false" if cfg.compile == "auto" else cfg.compile
+    compute = resolve(cfg.device, cfg.dtype, compile)
     model, tokenizer = ckpt.restore()
     if model.quantization and cfg.dtype == "auto" and fast_bfloat16(compute.device):
-        compute = resolve(cfg.device, "bfloat16", "false")  # which torch's kernels for integers take
+        compute = resolve(cfg.device, "bfloat16", compile)  # which torch's kernels for integers take
     paths = ckpt.path
     if ckpt.adapter:
         lora.merge(model)  # in float32; then it is as fast as its base
@@ -161,7 +171,17 @@ def load(cfg):
     model = model.to(compute.device, compute.dtype)
     model.lay_out_for_writing()
     rmsnorm_message = choose_rmsnorm(model, cfg.rmsnorm, compute)
-    return model, tokenizer, ckpt.config, compute, f"{paths}: {compute.message}{rmsnorm_message}"
+    graph_message = ""
+    if compute.device.type == "cuda":
+        reason = whats_not_static(model.config)
+        graph_message = f", no CUDA graph ({reason})" if reason else ", a CUDA graph a token"
+    return (
+        model,
+        tokenizer,
+        ckpt.config,
+        compute,
+        f"{paths}: {compute.message}{rmsnorm_message}{graph_message}",
+    )
 
 
 def load_speculation(cfg, model, tokenizer, compute):
@@ -242,6 +262,8 @@ def main(cfg):
         seed=cfg.seed,
         past_end=cfg.past_end,
     )
+    if cfg.is_compiled:
+        steps = partial(steps, compile=True)
     message = "\n".join(filter(None, (message, generation_message)))
     if cfg.chat:
         print(message)
@@ -265,11 +287,23 @@ def main(cfg):
             print(f"each prompt is put into {shown}{stripped}; --raw leaves it as it is")
         can_slide = not (cfg.onnx or model.config.what_ends_a_text)
         advice = f"--past_end={'slide' if can_slide else 'recompute'} goes on"
+        if cfg.is_compiled:
+            print(f"compiled in {compile_seconds(steps, prompts):.1f} s")
         write(steps(prompts), texts, prompts, tokenizer, context, advice)
         if speculation:
             print(speculation.line())
     except ValueError as e:
         raise Refusal(e)
+
+
+def compile_seconds(steps, prompts):
+    """Compiles the steps of a text by making the first ones. Returns how long that took."""
+    start = time.perf_counter()
+    text = steps(prompts)
+    next(text)
+    next(text, None)  # whose rows may have ended
+    text.close()
+    return time.perf_counter() - start
 
 
 def write(steps, texts, prompts, tokenizer, context, advice):

@@ -4,10 +4,13 @@ import itertools
 
 import pytest
 import torch
+from scripts import printed, written
 from test_model import V, build
 from test_sample import prompts_of
+from test_train import lab, run_train  # lab is a fixture
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import sample
 from cache import StaticCache
 from generate import generate, next_token, prefill
 from graphs import CHUNK, Decoder, Graph, whats_not_static
@@ -248,9 +251,22 @@ def test_a_capture_that_fails_leaves_plain_calls(capsys):
 
 
 @pytest.mark.slow
-def test_compiled_steps_write_the_same_text():
-    """In float32, as inductor computes it; takes a C++ compiler."""
+def test_compiled_steps_write_the_same_text(lab, capsys):
+    """In float32, as inductor computes it; takes a C++ compiler. Texts of one shape are compiled for once."""
     model = build(pos="learned")
     for settings in GREEDY, SAMPLED:
         expected, _ = texts(model, prompts_of(3, 9), 20, graph=False, **settings)
         assert texts(model, prompts_of(3, 9), 20, compile=True, **settings)[0] == expected
+    frames = torch._dynamo.utils.counters["frames"]
+    n_compiled = frames["ok"]
+    texts(model, prompts_of(3, 9), 20, compile=True, **settings)
+    assert frames["ok"] == n_compiled > 0
+
+    run_train(lab, "--max_iters=1", "--overwrite", "--out_dir=text")
+    argv = ["--out_dir=text", "--max_new_tokens=40", "--device=cpu"]
+    plain, compiled = (
+        printed(capsys, sample, *argv, f"--compile={value}", folder=lab) for value in ("auto", "true")
+    )
+    assert written(compiled) == written(plain)
+    assert "compiled in" in compiled
+    assert "compile=True" in compiled
