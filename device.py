@@ -31,6 +31,12 @@ BFLOAT16_WIDTH = 128  # auto trains in bfloat16 on a CPU from this n_embd on
 # Seconds that processes wait in a step for one that may hang. With the 30 in which torchrun kills it, about a minute
 HANGS_AFTER = 25
 
+# Of a training run on a GPU, by rule of thumb
+COMPILE_SECONDS = 90  # that torch.compile takes of it: most of 111 s of train.py's defaults on an H200
+LAUNCH_SECONDS = 0.02  # that a step takes however small it is: about what small.toml's took there
+SHARE_OF_PEAK = 0.25  # that an uncompiled step reaches
+UNKNOWN_PEAK = 5e13  # FLOP/s where PEAK_FLOPS does not know them: a guess
+
 
 @dataclass
 class Compute:
@@ -103,17 +109,20 @@ class Compute:
         return torch.autocast(self.device.type, dtype=self.dtype)
 
 
-def resolve(device="auto", dtype="auto", compile="auto", join=False, train_width=0, shard=False):
+def resolve(
+    device="auto", dtype="auto", compile="auto", join=False, train_width=0, shard=False, work=None
+):
     """Returns the Compute for three settings as they stand on the command line.
 
     join: with the other processes that torchrun started, which with shard share out the weights.
-    train_width: n_embd of the model that is to be
-    trained, 0 where nothing is; auto_dtype looks at it. Raises Refusal for what this machine cannot do.
+    train_width: n_embd of the model that is to be trained, 0 where nothing is; auto_dtype looks at it. work:
+    (floating-point operations of a step, steps) of the training that is to be done, None where nobody knows;
+    choose_compile looks at it. Raises Refusal for what this machine cannot do.
     """
     rank, world_size, local_rank = torchrun_ranks() if join else (0, 1, 0)
     device, device_reason = choose_device(device, local_rank if world_size > 1 else None)
     dtype, dtype_reason = choose_dtype(device, dtype, train_width)
-    compile, compile_reason = choose_compile(device, compile)
+    compile, compile_reason = choose_compile(device, compile, DTYPES[dtype], work)
     reasons = [device_reason, dtype_reason, compile_reason]
     if device.type == "cpu":
         keep_freed_memory()
@@ -235,21 +244,37 @@ def choose_dtype(device, dtype, train_width):
     return dtype, f"dtype={dtype}"
 
 
-def choose_compile(device, compile):
-    """Returns (whether to use torch.compile, the reason) for auto | true | false."""
+def choose_compile(device, compile, dtype=torch.float32, work=None):
+    """Returns (whether to use torch.compile, the reason) for auto | true | false. dtype: torch's, of
+    products; work: as resolve has it.
+    """
     if compile == "auto":
         if device.type == "cpu":
             return False, "compile=False (on a CPU its start-up is not earned back)"
         has_compiler = shutil.which("cc") is not None
-        if device.type == "cuda" and has_compiler and torch.cuda.get_device_capability(device) >= (7, 0):
-            return True, "compile=True (pays on a GPU)"
-        return False, "compile=False (not here)"
+        if (
+            device.type != "cuda"
+            or not has_compiler
+            or torch.cuda.get_device_capability(device) < (7, 0)
+        ):
+            return False, "compile=False (not here)"
+        seconds = math.inf if work is None else training_seconds(*work, device_peak(device, dtype))
+        if seconds < COMPILE_SECONDS:
+            return False, f"compile=False (the steps take about {seconds:,.0f} s, compiling them longer)"
+        return True, "compile=True (pays on a GPU)"
     if compile.lower() not in ("true", "1", "false", "0"):
         raise Refusal(f"compile must be auto, true or false, not {compile!r}")
     compile = compile.lower() in ("true", "1")
     if compile and device.type == "cpu" and sys.platform == "win32":
         raise Refusal("compile=true was never tried on a Windows CPU; leave it out")
     return compile, f"compile={compile}"
+
+
+def training_seconds(flops, steps, peak=None):
+    """Returns about how long so many uncompiled steps of so many floating-point operations take on a GPU of
+    `peak` FLOP/s, None where that is not known: within a factor of two or three.
+    """
+    return steps * max(LAUNCH_SECONDS, flops / (SHARE_OF_PEAK * (peak or UNKNOWN_PEAK)))
 
 
 class StopAfterStep:
@@ -390,7 +415,12 @@ def peak_flops(compute):
     """Dense half-precision FLOP/s of the GPU by its data sheet; None where it is not known or not what
     is used: then no MFU is printed.
     """
-    if compute.device.type != "cuda" or compute.dtype == torch.float32:
+    return device_peak(compute.device, compute.dtype)
+
+
+def device_peak(device, dtype):
+    """Returns what peak_flops does, of a device and a torch.dtype."""
+    if device.type != "cuda" or dtype == torch.float32:
         return None
-    name = torch.cuda.get_device_name(compute.device)
+    name = torch.cuda.get_device_name(device)
     return next((flops for pattern, flops in PEAK_FLOPS.items() if re.fullmatch(pattern, name)), None)

@@ -59,7 +59,7 @@ from rows import (
     training_packs,
 )
 from score import completion_nats, floor_line, mean_nats, next_token_loss
-from sizes import size_text
+from sizes import num_params, size_text
 from train import (
     TrainConfig,
     alone_in_out_dir,
@@ -210,7 +210,17 @@ def open_tuning(cfg, kind, fixed=FIXED):
         )
     model, tokenizer = checkpoint.restore(base.state, base.path)
     width = 0 if cfg.eval_only else model.config.n_embd
-    compute = resolve(cfg.device, cfg.dtype, cfg.compile, join=True, train_width=width)
+    steps = 0 if cfg.eval_only else cfg.max_iters - (resumed["step"] if resumed else 0)
+    flops = (
+        6
+        * num_params(model)
+        * cfg.gradient_accumulation_steps
+        * cfg.batch_size
+        * model.config.block_size
+    )
+    compute = resolve(
+        cfg.device, cfg.dtype, cfg.compile, join=True, train_width=width, work=(flops, steps)
+    )
     cfg.dtype = compute.dtype_name  # a resumed run keeps it, on another processor too
     rows_each(cfg, compute)
     T = min(cfg.max_length or math.inf, model.config.block_size)

@@ -675,6 +675,19 @@ def training_bytes(cfg, c, compute, learned=None, adapt=None, documents=False):
     return (sizes.bytes + moments) // parts + step_tokens + max(4 * learned // parts, mask, kept)
 
 
+def step_flops(cfg):
+    """Returns about how many floating-point operations a step takes: 6 a parameter and token. A run's tokenizer,
+    whose vocabulary counts, may not be there yet.
+    """
+    try:
+        parameters = model_sizes(
+            replace(model_config(cfg), vocab_size=cfg.vocab_size or 4096)
+        ).parameters
+    except ValueError:  # a size that check_training_memory refuses
+        return math.inf
+    return 6 * parameters * cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
+
+
 def check_training_memory(cfg, compute):
     """Raises Refusal where the device cannot hold what training all weights of the config's model takes."""
     advice = "try a smaller model or batch_size"
@@ -713,7 +726,11 @@ def pretrain(cfg):
     moves_aside = is_in_the_way(cfg)
     width = 0 if cfg.eval_only else cfg.n_embd
     shards = cfg.shard == "full"
-    compute = resolve(cfg.device, cfg.dtype, cfg.compile, join=True, train_width=width, shard=shards)
+    steps = 0 if cfg.eval_only else cfg.max_iters - (start.state["step"] if resume else 0)
+    work = step_flops(cfg), steps
+    compute = resolve(
+        cfg.device, cfg.dtype, cfg.compile, join=True, train_width=width, shard=shards, work=work
+    )
     cfg.dtype = compute.dtype_name  # a resumed run keeps it, on another processor too
     rows = compute.world_size * rows_each(cfg, compute)
     folder, meta, data, tokenizer = open_data(cfg, compute)

@@ -1,5 +1,6 @@
 """The rule for dtype=auto on both sorts of processor, the dtype of a resumed run, and GPUs by name."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -12,9 +13,19 @@ import checkpoint
 import device
 import sample
 import train
-from config import Refusal
-from device import BFLOAT16_WIDTH, peak_flops, resolve
+from config import Refusal, configure
+from device import (
+    BFLOAT16_WIDTH,
+    COMPILE_SECONDS,
+    LAUNCH_SECONDS,
+    choose_compile,
+    peak_flops,
+    resolve,
+    training_seconds,
+)
+from model import Transformer, model_config
 from optim import make_optimizers
+from sizes import num_params
 
 needs_bfloat16 = pytest.mark.skipif(
     not device.fast_bfloat16(torch.device("cpu")), reason="needs a processor with avx512_bf16 or AMX"
@@ -165,3 +176,48 @@ def test_a_gpu_is_known_by_its_whole_name(name, flops, monkeypatch):
     assert peak_flops(compute) == flops
     compute.dtype = torch.float32
     assert peak_flops(compute) is None
+
+
+@pytest.mark.parametrize(
+    "argv, is_compiled",
+    [
+        ([], False),  # the toy stories
+        (["configs/small.toml"], True),
+        (["configs/small.toml", "--max_iters=200"], False),
+        (["configs/medium.toml"], True),
+        (["configs/medium.toml", "--max_iters=200"], False),
+        (["configs/medium.toml", "--max_iters=2000"], True),
+    ],
+)
+def test_auto_compiles_on_a_gpu_where_the_steps_take_longer(argv, is_compiled, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(device.shutil, "which", lambda _: "/usr/bin/cc")
+    cfg = configure(train.Config, argv)
+    gpu = torch.device("cuda")
+    work = train.step_flops(cfg), cfg.max_iters
+    compiles, reason = choose_compile(gpu, "auto", torch.bfloat16, work)
+    assert compiles == is_compiled
+    assert f"compile={is_compiled} (" in reason
+    for setting in "true", "false":
+        assert choose_compile(gpu, setting, torch.bfloat16, work)[0] == (setting == "true")
+    assert choose_compile(gpu, "auto")[0]  # as bench.py has it, where nobody knows the steps
+    assert not choose_compile(torch.device("cpu"), "auto", torch.bfloat16, work)[0]
+
+
+def test_the_rule_of_thumb_for_a_runs_seconds():
+    assert training_seconds(1.0, 50) == 50 * LAUNCH_SECONDS  # a step is never shorter
+    assert training_seconds(1e15, 50, peak=1e15) == pytest.approx(200)  # at a quarter of the peak
+    assert training_seconds(1e15, 100, peak=1e15) == pytest.approx(400)
+    assert training_seconds(1e15, 1, peak=2e15) == pytest.approx(2)
+    assert training_seconds(1e15, 1) > training_seconds(1e15, 1, peak=1e15)
+    assert training_seconds(1.0, 0) == 0 < COMPILE_SECONDS  # of --eval_only
+
+
+def test_a_steps_operations_are_six_a_parameter_and_token():
+    cfg = configure(train.Config, ["--vocab_size=300", "--gradient_accumulation_steps=3"])
+    model = Transformer(model_config(cfg))
+    assert train.step_flops(cfg) == 6 * num_params(model) * 3 * cfg.batch_size * cfg.block_size
+    cfg = configure(train.Config, ["--n_embd=10000000", "--n_head=1", "--n_inner=10000000"])
+    cfg.vocab_size = 10**13  # more than check_training_memory can count, and refuses
+    assert train.step_flops(cfg) == math.inf
