@@ -3,7 +3,7 @@ BIN := .venv/bin
 # else each process that a test starts compiles torch's sources anew, for three seconds
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: browser demo dpo finetune grpo ppo help install lint test test-all test-quick torture
+.PHONY: browser demo dpo finetune gpu grpo ppo help install lint test test-all test-quick torture
 
 demo: install  ## install, train the default model on the toy stories, and print some
 	$(BIN)/python train.py --out_dir=out/demo --overwrite
@@ -48,6 +48,19 @@ test: .venv/installed-dev  ## everything but the slow tests, offline
 
 test-all: test  ## and what takes a C++ compiler, nvcc, Chromium or minutes
 	$(BIN)/python -m pytest -q -m slow tests
+
+# A step of nanoGPT too where NANOGPT names a checkout of it
+AGAINST := $(if $(NANOGPT),--against=$(NANOGPT))
+
+gpu: .venv/installed-dev  ## with a CUDA GPU: its tests, then its tables; NANOGPT=FOLDER has a rival. Aims at 15 minutes, not measured
+	$(BIN)/python -m pytest -q -m "not slow" tests/test_device.py tests/test_graphs.py tests/test_rmsnorm.py
+	$(BIN)/python bench.py train configs/small.toml --dtype=bfloat16 $(AGAINST)
+	$(BIN)/python bench.py train configs/small.toml --dtype=bfloat16 --norm=rmsnorm
+	$(BIN)/python bench.py train configs/medium.toml --dtype=bfloat16 $(AGAINST)
+	$(BIN)/python bench.py train configs/medium.toml --dtype=bfloat16 --norm=rmsnorm
+	$(BIN)/python bench.py decode configs/small.toml --dtype=bfloat16
+	$(BIN)/python bench.py rmsnorm
+	date +%T && $(BIN)/python train.py --out_dir=out/gpu --overwrite && date +%T
 
 torture: .venv/installed-dev  ## 1,000 kills of running scripts and 500 damaged files: nothing may be lost; half an hour
 	$(BIN)/python tests/torture.py

@@ -47,6 +47,7 @@ from device import DTYPES, fast_bfloat16, name_of, peak_flops, resolve
 from eval import data_folder, load_data
 from export_onnx import write_greedy
 from generate import generate
+from graphs import CHUNK
 from hf import to_transformers
 from interop import gguf_file, llama_cpp, nanogpt
 from measure import (
@@ -466,10 +467,11 @@ def bench_experts(cfg, compute):
 greedy_steps = functools.partial(generate, temperature=0)
 
 
-def prefilled_steps(model, prompts, n):
-    """Returns greedy_steps after the first one, which comes with the prefill."""
-    steps = greedy_steps(model, prompts, n)
-    next(steps)
+def begun_steps(model, prompts, n, n_read=1, **settings):
+    """Returns greedy_steps after the first ones: one, which comes with the prefill, or so many more."""
+    steps = greedy_steps(model, prompts, n, **settings)
+    for _ in range(n_read):
+        next(steps)
     return steps
 
 
@@ -514,47 +516,68 @@ def count_bytes_a_step(model, batch_size):
     return count_bytes(model.parameters()) - count_bytes(tables) - idle
 
 
-def decode_rows(model, hf_model, large, batch_size, seconds):
+def decode_rivals(model, hf_model, batch_size, compiled):
+    """Returns {name: rival} of a batch size, the tokens a row that each makes in its time, and its prompts'.
+
+    On a GPU "decode" are the replays of a captured graph, of which the first are untimed, "compiled" those of
+    a compiled step, and rivals that launch each step make a quarter of the tokens, as they take so long.
+    """
+    device = model.device
+    n_prompt = model.config.block_size // 2
+    ids = torch.randint(model.config.vocab_size, (batch_size, n_prompt))
+    prompts = ids.tolist()
+    ids = ids.to(device)
+    n_new = n_slow = n_prompt if device.type == "cuda" else min(n_prompt, 64)
+    n_read, n_decoded = 1, n_new - 1
+    if device.type == "cuda" and n_new >= 8 * CHUNK:
+        n_slow = n_new // 4
+        n_read = 1 + 4 * CHUNK
+        n_decoded = n_new - n_read - CHUNK  # as the next chunk is launched before one is read
+    begun = functools.partial(begun_steps, model, prompts)
+    prefill = functools.partial(begun, n_new)
+    rivals = {"prefill": prefill, "decode": (functools.partial(prefill, n_read), list)}
+    tokens = {"prefill": n_prompt, "decode": n_decoded}
+    if device.type == "cuda":
+        rivals["decode, step by step"] = (functools.partial(begun, n_slow, graph=False), list)
+        tokens["decode, step by step"] = n_slow - 1
+    if device.type == "cuda" and compiled:
+        rivals["decode, compiled"] = (functools.partial(prefill, n_read, compile=True), list)
+        tokens["decode, compiled"] = n_decoded
+    rivals["generate"] = functools.partial(generate_cached, model, prompts, n_new)
+    tokens["generate"] = n_new
+    if hf_model:
+        rivals["transformers generate"] = functools.partial(generate_hf, hf_model, ids, n_slow)
+        tokens["transformers generate"] = n_slow
+    return rivals, tokens, n_prompt
+
+
+def decode_rows(model, hf_model, large, batch_size, seconds, compiled=False):
     """Yields the table's rows for one batch size.
 
     large: a tensor that no cache holds, whose sum shows the memory's speed.
     """
-    device = model.device
-    n_prompt = model.config.block_size // 2
-    n_new = n_prompt if device.type == "cuda" else min(n_prompt, 64)
-    ids = torch.randint(model.config.vocab_size, (batch_size, n_prompt))
-    prompts = ids.tolist()
-    ids = ids.to(device)
-    prefill = functools.partial(prefilled_steps, model, prompts, n_new)
-    rivals = {
-        "prefill": prefill,
-        "decode": (prefill, list),
-        "generate": functools.partial(generate_cached, model, prompts, n_new),
-    }
-    if hf_model:
-        rivals["transformers generate"] = functools.partial(generate_hf, hf_model, ids, n_new)
-    rivals["memory"] = large.sum  # last, where no rival finds caches that it emptied
-    times = race(rivals, seconds, device)
+    rivals, tokens, n_prompt = decode_rivals(model, hf_model, batch_size, compiled)
+    # last, where no rival finds caches that it emptied
+    times = race(rivals | {"memory": large.sum}, seconds, model.device)
     memory_speed = large.nbytes / times.pop("memory")["median"]
-    tokens_a_row = {"prefill": n_prompt, "decode": n_new - 1}
     for name, rival_times in times.items():
-        tokens = batch_size * tokens_a_row.get(name, n_new)
         row = {
             "what": name,
             "batch": batch_size,
             "prompt": n_prompt,
-            "new": n_new,
-            "tokens_per_s": tokens / rival_times["median"],
+            "new": 1 if name == "prefill" else tokens[name],
+            "tokens_per_s": batch_size * tokens[name] / rival_times["median"],
             **ms_columns(rival_times),
             **dict.fromkeys(("weights_gb_per_s", "memory_gb_per_s", "of_memory", "same_ids")),
         }
-        if name == "decode":
-            weights_speed = count_bytes_a_step(model, batch_size) * (n_new - 1) / rival_times["median"]
+        if name.startswith("decode"):
+            weights_speed = count_bytes_a_step(model, batch_size) * tokens[name] / rival_times["median"]
             row["weights_gb_per_s"] = weights_speed / 1e9
             row["memory_gb_per_s"] = memory_speed / 1e9
             row["of_memory"] = weights_speed / memory_speed
         if name == "transformers generate":
-            row["same_ids"] = rivals[name]() == rivals["generate"]()
+            expected = [ids[: tokens[name]] for ids in rivals["generate"]()]
+            row["same_ids"] = rivals[name]() == expected
         yield row
 
 
@@ -563,6 +586,8 @@ def sample_rows(model, hf_model, seconds):
     of the vocabulary, as finetune_ppo.py samples. With random weights two thirds end before the last step.
     """
     n_prompt = n_new = model.config.block_size // 2
+    if model.device.type == "cuda":  # where a rival that launches each step takes long
+        n_new = max(1, n_new // 4)
     ends = list(range(0, model.config.vocab_size, n_new))
     lengths = torch.linspace(max(1, n_prompt // 4), n_prompt, SAMPLES).long().tolist()
     ids = torch.randint(model.config.vocab_size, (SAMPLES, n_prompt))
@@ -598,8 +623,7 @@ def cached_and_uncached_rows(cfg, compute, model):
 
     With a cache the time grows with n, without one with its square and faster.
     """
-    shifts = (3, 2, 1, 0) if compute.device.type == "cuda" else (4, 3, 2, 1)
-    lengths = [cfg.block_size >> shift for shift in shifts]
+    lengths = [cfg.block_size >> shift for shift in (4, 3, 2, 1)]
     generators = {"cached": generate_cached, "uncached": generate_uncached}
     rivals = {}
     for (name, generator), n in itertools.product(generators.items(), lengths):
@@ -723,7 +747,7 @@ def bench_decode(cfg, compute):
     seconds = cfg.seconds / 2 / (len(batch_sizes) + 1)
     rows = []
     for batch_size in batch_sizes:
-        rows += decode_rows(model, hf_model, large, batch_size, seconds)
+        rows += decode_rows(model, hf_model, large, batch_size, seconds, compute.compile)
     rows += sample_rows(model, hf_model, seconds)
     rows += cached_and_uncached_rows(cfg, compute, model)
     if cfg.draft:
@@ -809,7 +833,7 @@ def bench_quantize(cfg, compute):
             dtype = torch.bfloat16
         dtypes[name] = dtype
         other = copy.deepcopy(other).to(compute.device, dtype)
-        setup = functools.partial(prefilled_steps, other, [[0]], n)
+        setup = functools.partial(begun_steps, other, [[0]], n)
         rivals[name] = (setup, list)
     times = race(rivals, cfg.seconds, compute.device)
     exact, nearest = losses["float32"], losses.get("int4 rtn")

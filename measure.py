@@ -51,25 +51,28 @@ def count_calls(rival, seconds, device):
 def race(rivals, seconds, device):
     """Times functions against each other, which take turns.
 
-    Each is called once (first), once to warm up, and then all in turn, there and back: three rounds,
-    and more, up to 100, until the time is over.
+    Each is called once (first), once to warm up, and then all in turn, there and back, up to 100 rounds,
+    until the time from the warm-up on is over. A processor, whose speed drifts, takes three rounds at least;
+    on a GPU the warm-up counts where there was time for no round.
 
     rivals: {name: function}. A function may be a pair (setup, function) instead: what setup() returns,
     untimed, is the function's argument.
     Returns {name: {"first", "median", "min", "max"}} in seconds a call.
     """
     first = {name: time_rival(rival, device) for name, rival in rivals.items()}
+    end = time.perf_counter() + seconds
     warm = {name: time_rival(rival, device) for name, rival in rivals.items()}
     calls = {name: count_calls(rivals[name], warm[name], device) for name in rivals}
     times = {name: [] for name in rivals}
-    end = time.perf_counter() + seconds
+    least = 3 if device.type == "cpu" else 0
     for i in range(100):
-        if i >= 3 and time.perf_counter() >= end:
+        if i >= least and time.perf_counter() >= end:
             break
         # Threads spin on after a call: nobody always follows the same rival
         names = reversed(rivals) if i % 2 else rivals
         for name in names:
             times[name].append(time_rival(rivals[name], device, calls[name]))
+    times = {name: times[name] or [warm[name]] for name in rivals}
     return {
         name: {
             "first": first[name],

@@ -71,16 +71,24 @@ def test_a_race_takes_turns_and_tells_the_first_call_apart(clock):
     }
 
 
-@pytest.mark.parametrize("seconds, rounds", [(0, 3), (9.5, 10), (10**6, 100)])
-def test_a_race_runs_until_its_time_is_over(clock, seconds, rounds):
+GPU = torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    "device, seconds, rounds",
+    [(CPU, 0, 3), (CPU, 9.5, 9), (CPU, 10**6, 100), (GPU, 0, 0), (GPU, 9.5, 9), (GPU, 10**6, 100)],
+)
+def test_a_race_runs_until_its_time_is_over(clock, device, seconds, rounds, monkeypatch):
+    monkeypatch.setattr(measure, "synchronize", lambda _: None)
     calls = []
 
     def f():
         calls.append(1)
         clock(1)
 
-    measure.race({"f": f}, seconds, CPU)
+    times = measure.race({"f": f}, seconds, device)
     assert len(calls) == 2 + rounds
+    assert times["f"] == dict.fromkeys(("first", "median", "min", "max"), 1)
 
 
 def test_a_race_does_not_time_the_setup(clock):
