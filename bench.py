@@ -47,7 +47,7 @@ from device import DTYPES, fast_bfloat16, name_of, peak_flops, resolve
 from eval import data_folder, load_data
 from export_onnx import write_greedy
 from generate import generate
-from graphs import CHUNK
+from graphs import CHUNK, captures_steps
 from hf import to_transformers
 from interop import gguf_file, llama_cpp, nanogpt
 from measure import (
@@ -192,10 +192,10 @@ def make_training_step(cfg, compute, ops=None):
     batches = [batch] * cfg.gradient_accumulation_steps
     trained = torch.compile(model) if compute.compile else model
 
+    update = train.make_step(trained, optimizers, cfg, compute, scaler=scaler)
+
     def step():
-        loss, norm = train.train_step(
-            trained, optimizers, batches, compute, grad_clip=cfg.grad_clip, scaler=scaler
-        )
+        loss, norm = update(batches=batches, seed=(0, 0))
         if not train.is_usable(loss, norm, scaler):  # waits for the device
             figures = f"the loss is {loss} and its gradient norm {norm}"
             raise Refusal(f"{figures}: the step that was timed was none", status=1)
@@ -379,7 +379,9 @@ def train_rows(cfg, compute, dtypes):
             flops = flops_per_token(model, cfg.block_size) * tokens_per_s
         matmul_flops = 2 * n**3 / times[dtype]["median"]
         data_sheet_flops = peak_flops(compute)
-        peak = peak_memory(compute.device, step)
+        is_graph = settings != NANOGPT and captures_steps(cfg, compute)
+        # a graph keeps its memory between steps
+        peak = None if is_graph else peak_memory(compute.device, step)
         if peak is not None:
             peak += count_state_bytes(model, optimizers)
         against = {}
@@ -391,6 +393,7 @@ def train_rows(cfg, compute, dtypes):
             "optimizer": optimizer,
             "dtype": dtype,
             "compiled": compiled,
+            "graph": is_graph,
             "rmsnorm": kind,
             "tokens_per_s": tokens_per_s,
             **against,

@@ -174,3 +174,95 @@ class Decoder:
                 event.synchronize()
             yield from zip(ids.tolist(), logps.tolist())
             chunk = following
+
+
+# -----------------------------------------------------------------------------------------------------
+# Training
+
+
+def whats_not_captured(cfg, compute):
+    """Says what keeps the training steps of a config from being captured on a GPU; "" where nothing does."""
+    if compute.world_size > 1:
+        return "several processes"
+    if compute.dtype == torch.float16:
+        return "float16's loss scaler"
+    if cfg.gradient_checkpointing:
+        return "gradient_checkpointing"
+    if cfg.mlp == "moe":
+        return "experts"
+    if cfg.dropout and cfg.gradient_accumulation_steps > 1:
+        return "dropout, drawn anew for each micro-batch"
+    return whats_not_static(cfg)
+
+
+def captures_steps(cfg, compute):
+    """Returns whether the steps of a config, on batches of one shape, are captured."""
+    return compute.device.type == "cuda" and not whats_not_captured(cfg, compute)
+
+
+def graph_message(cfg, compute):
+    """Returns what a training run says of graphs: "" on a processor, which has none."""
+    if compute.device.type != "cuda":
+        return ""
+    reason = whats_not_captured(cfg, compute)
+    return f", no CUDA graph ({reason})" if reason else ", a CUDA graph a step"
+
+
+class TrainingStep:
+    """Steps of training on batches of one shape: the whole of it, from the loss to the update, is one graph.
+
+    step(batches, seed) is train.train_step of a model and its optimizers, which seeds nothing where seed is None;
+    seed_dropout(seed, 0) does before each step instead: what a graph draws begins anew with the generator's
+    seed. What differs from step to step is copied into tensors that stay: the micro-batches, and on a GPU
+    each group's rate. Batches of another shape than the first ones' go through a plain step.
+    """
+
+    def __init__(self, step, optimizers, seed_dropout, device):
+        self.step = step
+        self.optimizers = optimizers
+        self.seed_dropout = seed_dropout
+        self.device = device
+        self.batches = None
+        self.loss = torch.zeros((), device=device)
+        self.norm = torch.zeros((), device=device)
+        self.groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        # what torch's fused AdamW reads on a GPU; a processor is not kept waiting by a number
+        self.rates = [torch.zeros((), device=device) for _ in self.groups if device.type == "cuda"]
+        self.graph = Graph(self.work, device)
+
+    def __call__(self, batches, seed):
+        """Returns (loss, gradient norm), as train_step does."""
+        if self.batches is None:
+            self.batches = [{key: x.clone() for key, x in batch.items()} for batch in batches]
+        if shapes(batches) != shapes(self.batches):
+            return self.step(batches=batches, seed=seed)
+        for held, batch in zip(self.batches, batches):
+            for key, x in batch.items():
+                held[key].copy_(x, non_blocking=True)
+        for rate, group in zip(self.rates, self.groups):
+            rate.fill_(group["lr"])
+        self.seed_dropout(seed, 0)
+        self.graph()
+        return self.loss.clone(), self.norm.clone()
+
+    def work(self):
+        """Makes the step of the batches that are held."""
+        for (
+            optimizer
+        ) in self.optimizers:  # a capture that failed would leave gradients that nobody computed
+            optimizer.zero_grad()
+        numbers = [group["lr"] for group in self.groups]
+        for rate, group in zip(self.rates, self.groups):
+            group["lr"] = rate
+        try:
+            loss, norm = self.step(batches=self.batches, seed=None)
+        finally:
+            for number, group in zip(numbers, self.groups):
+                group["lr"] = number
+        self.loss.copy_(loss)
+        self.norm.copy_(norm)
+
+
+def shapes(batches):
+    """Returns the shapes of the tensors of each batch, by their names."""
+    return [{key: x.shape for key, x in batch.items()} for batch in batches]

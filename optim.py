@@ -375,7 +375,11 @@ class Muon(Optimizer):
         rate = group["lr"] * 0.2 * max(rows, columns) ** 0.5
         params = [local(p) for p in params]
         weights = torch._foreach_mul(params, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(weights, [x.to(params[0].dtype) for x in updates], alpha=-rate)
+        updates = [x.to(params[0].dtype) for x in updates]
+        if isinstance(rate, torch.Tensor):  # of a captured step, which has no numbers that change
+            torch._foreach_sub_(weights, torch._foreach_mul(updates, rate))
+        else:
+            torch._foreach_add_(weights, updates, alpha=-rate)
         if is_skipped is not None:
             weights = [torch.where(is_skipped > 0, p, w) for p, w in zip(params, weights)]
         torch._foreach_copy_(params, weights)

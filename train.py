@@ -16,6 +16,7 @@ import os
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import takewhile
 
 from config import Refusal, is_hf, new_lines, run
@@ -33,6 +34,7 @@ from checkpoint import RunState, inherit, open_checkpoint
 from data import count_targets, micro_batches, prompt_ids, rows_each, to, training_rows
 from device import StopAfterStep, check_memory, name_of, peak_flops, resolve, torchrun_ranks
 from generate import generate
+from graphs import TrainingStep, captures_steps, graph_message
 from log import Log, plot
 from model import HAS_CHUNKED_LOSS, ModelConfig, Transformer, model_config
 from optim import (
@@ -191,8 +193,8 @@ def train_step(
 
     loss_fn(model, batch) is a sum; it is divided once by the count over all micro-batches of all
     processes, so that k of them weigh their targets as one large batch would. Dropout is drawn from
-    (*seed, micro-batch). A step whose loss or norm is not finite changes nothing. Both results are
-    tensors on the device: nothing here waits for it.
+    (*seed, micro-batch), or goes on where seed is None. A step whose loss or norm is not finite changes
+    nothing. Both results are tensors on the device: nothing here waits for it.
     """
     total = sum(count(batch) for batch in batches)
     total = compute.sum(torch.as_tensor(total, device=compute.device), in_step=True)
@@ -200,7 +202,8 @@ def train_step(
     for micro, batch in enumerate(batches, compute.rank * len(batches)):
         if compute.shards:  # one message a step, not one a micro-batch
             model.set_requires_gradient_sync(batch is batches[-1])
-        torch.manual_seed(int(np.random.SeedSequence((*seed, micro)).generate_state(1)[0]))
+        if seed is not None:
+            seed_dropout(seed, micro)
         with compute.autocast():
             micro_loss = loss_fn(model, batch) / total
         loss += micro_loss.detach()
@@ -227,6 +230,25 @@ def train_step(
     for optimizer in optimizers:
         optimizer.zero_grad()
     return loss, norm
+
+
+def seed_dropout(seed, micro):
+    """Seeds what a micro-batch of the step of this seed, numbers, draws."""
+    torch.manual_seed(int(np.random.SeedSequence((*seed, micro)).generate_state(1)[0]))
+
+
+def make_step(model, optimizers, cfg, compute, task=None, scaler=None):
+    """Returns step(batches=, seed=) that train_step makes of a task, None for pre-training: as one CUDA
+    graph where the task's batches are static and that is possible.
+    """
+    settings = dict(compute=compute, grad_clip=cfg.grad_clip, scaler=scaler)
+    if task is not None:
+        settings |= dict(loss_fn=task.loss, count=task.count)
+    step = partial(train_step, model, optimizers, **settings)
+    is_static = task is None or getattr(task, "is_static", False)
+    if is_static and captures_steps(cfg, compute):
+        return TrainingStep(step, optimizers, seed_dropout, compute.device)
+    return step
 
 
 def sum_gradients(params, loss, compute):
@@ -265,6 +287,7 @@ def fit(task, model, cfg, compute, resumed=None):
     """
     optimizers = make_optimizers(checkpoint.unwrap(model), cfg, compute)
     scaler = make_scaler(compute)
+    train = make_step(model, optimizers, cfg, compute, task, scaler)
     state = RunState(optimizers=optimizers, scaler=scaler)
     schedule = None
     if resumed:
@@ -366,23 +389,8 @@ def fit(task, model, cfg, compute, resumed=None):
                     group["lr"] = lr * group["lr_scale"]
             began = time.monotonic()
             batches = task.batches(state.step)
-            seed = (cfg.seed, state.step)
-            unread.append(
-                train_step(
-                    model,
-                    optimizers,
-                    batches,
-                    compute,
-                    seed,
-                    cfg.grad_clip,
-                    scaler,
-                    task.loss,
-                    task.count,
-                )
-            )
-            if (
-                compute.group and state.step == first_step
-            ):  # which compiles and connects, and is the longest
+            unread.append(train(batches=batches, seed=(cfg.seed, state.step)))
+            if compute.group and state.step == first_step:  # the longest: it compiles and connects
                 compute.group.hurry(2 * (time.monotonic() - began))
             state.step += 1
             meter.add(batches)
@@ -454,6 +462,7 @@ class Pretraining:
 
     loss = staticmethod(next_token_loss)
     count = staticmethod(count_targets)
+    is_static = True  # all its batches have one shape
 
     def __init__(self, cfg, model, trained, tokenizer, meta, data, compute):
         self.cfg = cfg
@@ -758,7 +767,8 @@ def pretrain(cfg):
         muon_message = ""
         if cfg.optimizer == "muon":
             muon_message = f", Muon in {name_of(muon_dtype(compute))}"
-        print(f"{compute.message}{muon_message}{rmsnorm_message}")
+        steps_message = "" if cfg.eval_only else graph_message(cfg, compute)
+        print(f"{compute.message}{muon_message}{rmsnorm_message}{steps_message}")
         print(
             f"{size_text(model)}, {len(data['train']):,} training tokens, "
             f"{rows * cfg.block_size:,} tokens a step"

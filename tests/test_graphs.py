@@ -1,6 +1,9 @@
 """Static steps against the plain ones, on the processor, where a replay is a call; and captured, where there is a GPU."""
 
 import itertools
+import math
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -11,9 +14,21 @@ from test_train import lab, run_train  # lab is a fixture
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sample
+import train
 from cache import StaticCache
+from data import to
+from device import Compute, resolve
 from generate import generate, next_token, prefill
-from graphs import CHUNK, Decoder, Graph, whats_not_static
+from graphs import (
+    CHUNK,
+    Decoder,
+    Graph,
+    TrainingStep,
+    captures_steps,
+    graph_message,
+    whats_not_static,
+)
+from optim import make_optimizers
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 GREEDY = dict(temperature=0)
@@ -219,6 +234,121 @@ def test_a_graph_on_a_processor_is_a_call():
     for _ in range(6):
         graph()
     assert len(calls) == 6
+
+
+def tokens_of(step, n_micro, T=12):
+    """Returns the micro-batches of a step: each target is the token itself, which is soon learned."""
+    g = torch.Generator().manual_seed(step)
+    rows = torch.randint(V, (n_micro, 3, T), generator=g)
+    return [{"idx": idx, "targets": idx} for idx in rows]
+
+
+def trained(is_static, n_steps=6, n_micro=1, device="cpu", T=lambda step: 12, **settings):
+    """Returns (losses and norms, weights, the optimizers' state, the step) of a training by train_step itself or by
+    TrainingStep; the rate changes with each step, and the fourth one is not finite.
+    """
+    compute = resolve(device, "float32", "false")
+    cfg = replace(CFG, dropout=settings.get("dropout", 0.0), gradient_accumulation_steps=n_micro)
+    cfg.optimizer = settings.pop("optimizer", "muon")
+    model = build(**settings).to(compute.device).train()
+    optimizers = make_optimizers(model, cfg, compute)
+    step = partial(train.train_step, model, optimizers, compute=compute, grad_clip=0.5)
+    if is_static:
+        step = TrainingStep(step, optimizers, train.seed_dropout, compute.device)
+    weight = model.wte.weight.data
+    results = []
+    for number in range(n_steps):
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = 0.01 / (number + 1)
+        if number == 3:
+            finite = weight[0, 0].clone()
+            weight[0, 0] = math.inf
+        elif number == 4:
+            weight[0, 0] = finite
+        batches = [to(batch, compute.device) for batch in tokens_of(number, n_micro, T(number))]
+        results += step(batches=batches, seed=(7, number))
+        assert all(type(group["lr"]) is float for o in optimizers for group in o.param_groups)
+    states = [x for o in optimizers for state in o.state.values() for x in state.values()]
+    return torch.stack(results).cpu(), [p.detach() for p in model.parameters()], states, step
+
+
+CFG = train.Config(vocab_size=V)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.parametrize(
+    "settings", [{}, dict(dropout=0.3), dict(n_micro=3), dict(pos="learned", tie=False)], ids=str
+)
+def test_static_training_steps_are_the_plain_ones_to_the_bit(optimizer, settings):
+    expected, weights, states, _ = trained(False, optimizer=optimizer, **settings)
+    results, static_weights, static_states, _ = trained(True, optimizer=optimizer, **settings)
+    assert expected.isfinite().sum() == 10  # but for the loss and the norm of one step
+    assert torch.equal(results.nan_to_num(), expected.nan_to_num())
+    assert all(map(torch.equal, static_weights, weights))
+    assert len(states) == len(static_states) > 0
+    assert all(map(torch.equal, static_states, states))
+
+
+def test_batches_of_another_shape_go_through_a_plain_step():
+    lengths = {"T": lambda step: 12 - step % 2}
+    expected, weights, _, _ = trained(False, **lengths)
+    results, static_weights, _, _ = trained(True, **lengths)
+    assert torch.equal(results.nan_to_num(), expected.nan_to_num())
+    assert all(map(torch.equal, static_weights, weights))
+
+
+def test_a_training_step_asks_only_what_a_processor_is_asked():
+    """Whether each optimizer's step is left out, in step_unless. Called as for a GPU they ask nothing."""
+    _, _, _, step = trained(True, n_steps=1)
+    assert waits_of(step.work) == ["aten._local_scalar_dense.default"] * len(step.optimizers)
+    _, weights, _, step = trained(True, n_steps=1)
+    before = [weight.clone() for weight in weights]
+    for is_skipped in torch.ones(()), torch.zeros(()):
+        assert all(map(torch.equal, weights, before))
+        for optimizer in step.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = torch.tensor(0.01)
+                for p in group["params"]:
+                    p.grad = torch.ones_like(p)
+            assert not waits_of(partial(optimizer.step, is_skipped))
+    assert not any(map(torch.equal, weights, before))
+
+
+def test_what_is_not_captured_is_said():
+    gpu = Compute(torch.device("cuda"), "bfloat16", True, "")
+    assert graph_message(CFG, gpu) == ", a CUDA graph a step"
+    cases = {
+        "several processes": (CFG, replace(gpu, world_size=2)),
+        "float16's loss scaler": (CFG, replace(gpu, dtype_name="float16")),
+        "gradient_checkpointing": (replace(CFG, gradient_checkpointing=True), gpu),
+        "experts": (replace(CFG, mlp="moe", n_inner=0), gpu),
+        "dropout, drawn anew for each micro-batch": (
+            replace(CFG, dropout=0.1, gradient_accumulation_steps=2),
+            gpu,
+        ),
+        "pos=alibi sends its slopes to the GPU at each step": (replace(CFG, pos="alibi"), gpu),
+    }
+    for reason, (cfg, compute) in cases.items():
+        assert graph_message(cfg, compute) == f", no CUDA graph ({reason})"
+        assert not captures_steps(cfg, compute)
+    cpu = resolve("cpu", "float32", "false")
+    assert graph_message(CFG, cpu) == ""
+    step = train.make_step(build(), [], CFG, cpu)
+    assert step.func is train.train_step
+
+
+@needs_gpu
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.parametrize("settings", [{}, dict(dropout=0.3), dict(n_micro=3)], ids=str)
+def test_on_a_gpu_training_steps_are_captured_and_learn_the_same(optimizer, settings):
+    settings = settings | dict(device="cuda", n_steps=12, optimizer=optimizer)
+    expected, weights, _, _ = trained(False, **settings)
+    results, static_weights, _, step = trained(True, **settings)
+    assert step.graph.graph is not None
+    torch.testing.assert_close(results, expected, rtol=1e-3, atol=1e-4, equal_nan=True)
+    for static_weight, weight in zip(static_weights, weights):
+        torch.testing.assert_close(static_weight, weight, rtol=1e-2, atol=1e-3)
 
 
 @needs_gpu

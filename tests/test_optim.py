@@ -111,3 +111,13 @@ def test_each_experts_matrix_is_updated_as_if_alone():
     [together] = trained_experts([torch.nn.Parameter(weights.clone())])
     alone = trained_experts([torch.nn.Parameter(weight.clone()) for weight in weights.flatten(0, 1)])
     torch.testing.assert_close(together.flatten(0, 1), torch.stack(alone), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [AdamW, Muon])
+def test_a_rate_that_is_a_tensor_is_the_same_rate(kind):
+    """As captured steps have it."""
+    params, expected = draw(), draw()
+    trained(kind([{"params": params}], lr=torch.tensor(0.02), weight_decay=0.3), params)
+    trained(kind([{"params": expected}], lr=0.02, weight_decay=0.3), expected)
+    for p, q in zip(params, expected):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
