@@ -28,12 +28,13 @@ with another token than end-of-text (Llama's <s>), so does each document.
 bpe is learned from the training split; char takes the characters of both, as nanoGPT. gpt2 is GPT-2's
 own, gpt2:FOLDER one like it, of encoder.json and vocab.bpe. The text is read three times, with a
 vocabulary that is there already twice, and only the document at hand is held (of .json and of packed
-.parquet the file). *.bin is little-endian uint16, or uint32 past 65,536 tokens.
+.parquet the file).
+
+A split of more than --shard_mb is train_00000.bin, train_00001.bin and so on (shards.py).
 """
 
 import csv
 import gzip
-import hashlib
 import io
 import json
 import os
@@ -41,11 +42,11 @@ import re
 import shutil
 import time
 import zlib
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 from config import Refusal, hf_name, is_hf, run
@@ -57,14 +58,15 @@ from tqdm import tqdm
 import toy_stories
 from folders import new_folder, sync
 from interop.any_tokenizer import load_tokenizer
+from shards import SPLITS, ShardWriter, check_entries, check_file, id_type, open_shards, strangers
 from tokenizer import Tokenizer
 
-FORMAT = 1
+FORMAT = 2
+FORMATS = (1, FORMAT)  # that load reads; 1 had one file a split
 FEW = 100  # documents; a random tenth of fewer is a poor sample
-SPLITS = ("train", "val")
 FILES_SHOWN = 10
 CHUNK = 1 << 20  # characters that a thread encodes at a time
-HASH_CHUNK = 1 << 24  # ids that load checks at a time
+MB = 10**6
 PACKINGS = (".gz", ".zst")  # what may follow the suffix of each kind of file
 
 # Where a text may be cut: before white space, as no token of GPT-2's split runs into it from the left.
@@ -95,6 +97,7 @@ class Config:
     val_fraction: float = 0.1  # of the documents, or of the text where they are fewer than 100
     num_stories: int = 30000  # toy
     num_proc: int = 0  # threads that encode; 0: one a core; the tokenizers library adds its own to them
+    shard_mb: int = 200  # MB of a file at most, as llm.c's; a split that needs more is in several
     seed: int = 1337  # of the split, and of toy
     overwrite: bool = False  # replace data/NAME; the old one is kept beside it
 
@@ -124,7 +127,7 @@ class Config:
             )
         if not 0 < self.val_fraction < 1:
             raise ValueError(f"val_fraction must be between 0 and 1, not {self.val_fraction}")
-        for key, least in (("num_stories", 1), ("num_proc", 0), ("seed", 0)):
+        for key, least in (("num_stories", 1), ("num_proc", 0), ("shard_mb", 1), ("seed", 0)):
             if getattr(self, key) < least:
                 raise ValueError(f"{key} must be at least {least}, not {getattr(self, key)}")
         if self.num_proc > 1024:
@@ -635,11 +638,6 @@ def chunks(rows):
     yield chunk
 
 
-def id_type(vocab_size):
-    """Returns the dtype of token ids in *.bin."""
-    return np.dtype("<u2" if vocab_size <= 65536 else "<u4")
-
-
 def encode_chunk(chunk, tokenizer):
     """Returns {"train": ids, "val": ids} of a list of pieces, each a 1-D array."""
     ids = {split: [] for split in SPLITS}
@@ -656,43 +654,45 @@ def encode_chunk(chunk, tokenizer):
     return {split: np.array(ids[split], dtype) for split in SPLITS}
 
 
-def encode_in_threads(rows, tokenizer, threads):
-    """Yields each chunk of the pieces and encode_chunk of it, in order, and reads only so far ahead.
+def encode_in_threads(todo, tokenizer, threads):
+    """Yields each chunk and encode_chunk of it, in order, and reads only so far ahead.
 
     Threads, since tiktoken works without the interpreter's lock: 18 MB/s on 2 cores, where processes
     did 16 and start slower.
     """
-    todo = chunks(rows)
+    ahead = deque()
     with ThreadPoolExecutor(threads) as pool:
-        while batch := list(islice(todo, 4 * threads)):  # pool.map would read all of todo at once
-            yield from zip(batch, pool.map(partial(encode_chunk, tokenizer=tokenizer), batch))
+        for chunk in todo:
+            ahead.append((chunk, pool.submit(encode_chunk, chunk, tokenizer)))
+            if len(ahead) > 2 * threads:
+                chunk, ids = ahead.popleft()
+                yield chunk, ids.result()
+        for chunk, ids in ahead:
+            yield chunk, ids.result()
 
 
-def encode(rows, tokenizer, tmp, num_proc, chars=None):
-    """Writes the pieces, of chars characters, to tmp/train.bin and tmp/val.bin.
+def encode(rows, tokenizer, folder, cfg, chars=None):
+    """Writes the ids of the pieces, which have chars characters, to files in folder.
 
-    Returns what meta.json says of them.
+    Returns what meta.json says of each split.
     """
-    stats = {}
-    for split in SPLITS:
-        stats[split] = {"file": f"{split}.bin", "tokens": 0, "documents": 0, "characters": 0, "bytes": 0}
-    hashes = {split: hashlib.sha256() for split in SPLITS}
-    threads = num_proc or os.cpu_count() or 1
-    with (
-        open(tmp / "train.bin", "wb") as train,
-        open(tmp / "val.bin", "wb") as val,
-        progress_bar("encoding", chars) as bar,
-    ):
-        for chunk, ids in encode_in_threads(with_counts(rows, stats), tokenizer, threads):
+    dtype = id_type(tokenizer.vocab_size)
+    size = cfg.shard_mb * MB // dtype.itemsize
+    stats = {split: {"documents": 0, "characters": 0, "bytes": 0} for split in SPLITS}
+    todo = chunks(with_counts(rows, stats))
+    with ExitStack() as stack:
+        bar = stack.enter_context(progress_bar("encoding", chars))
+        writers = {}
+        for split in SPLITS:
+            writers[split] = stack.enter_context(ShardWriter(folder, split, size, dtype))
+        for chunk, ids in encode_in_threads(todo, tokenizer, cfg.num_proc or os.cpu_count() or 1):
             bar.update(sum(len(text) for _, text, *_ in chunk))
-            for split, f in (("train", train), ("val", val)):
-                f.write(ids[split])
-                hashes[split].update(ids[split])
-                stats[split]["tokens"] += len(ids[split])
-        sync(train)
-        sync(val)
-    for split in SPLITS:
-        stats[split]["sha256"] = hashes[split].hexdigest()
+            for split, writer in writers.items():
+                writer.write(ids[split])
+        for split, writer in writers.items():
+            files = writer.finish()
+            tokens = sum(file["tokens"] for file in files)
+            stats[split] = {"tokens": tokens, **stats[split], "files": files}
     return stats
 
 
@@ -777,7 +777,7 @@ def build(cfg, tmp):
             texts = (text for split, text, *_ in rows if split == "train")
             progress = partial(tqdm, desc="learning merges", unit=" merges", disable=None, leave=False)
             tokenizer = Tokenizer.train(texts, cfg.vocab_size, progress)
-        splits = encode(read_pieces(), tokenizer, tmp, cfg.num_proc, chars)
+        splits = encode(read_pieces(), tokenizer, tmp, cfg, chars)
     except ValueError as e:  # the tokenizer's, such as a character that it does not have
         raise Refusal(e)
 
@@ -830,7 +830,8 @@ def prepare(cfg):
 def load(folder):
     """Returns (meta, {"train": ids, "val": ids}, tokenizer) of a prepared folder.
 
-    ids are 1-D memmaps of uint16 or uint32. Every file is checked against meta.json. Raises Refusal.
+    ids are a memory-mapped 1-D array of uint16 or uint32: numpy's own, or Shards of several files. Every
+    file is checked against meta.json. Raises Refusal.
     """
     folder = Path(folder)
     if folder.is_file():
@@ -845,17 +846,16 @@ def load(folder):
     path = folder / "meta.json"
     with refusing_damage(path):
         meta = json.loads(path.read_text(encoding="utf-8"))
-        tokens = {split: meta["splits"][split]["tokens"] for split in SPLITS}
-        sha256 = {split: meta["splits"][split]["sha256"] for split in SPLITS}
         for split in SPLITS:
             for key, least in (("tokens", 2), ("documents", 1), ("characters", 1), ("bytes", 1)):
                 number = meta["splits"][split][key]
                 if type(number) is not int or number < least:
                     raise ValueError(f"{key} of {split} is {number!r}, and at least {least} is needed")
+        files = {split: check_entries(split, meta["splits"][split]) for split in SPLITS}
         vocab_size = meta["vocab_size"]
         tokenizer_sha256 = meta["tokenizer"]["sha256"]
         dtype = id_type(vocab_size)
-        if (meta["format"], meta["dtype"]) != (FORMAT, dtype.name):
+        if meta["format"] not in FORMATS or meta["dtype"] != dtype.name:
             form = f"format {meta['format']!r} with {meta['dtype']!r}"
             raise ValueError(f"{form} is not {FORMAT} with {dtype.name}")
 
@@ -867,10 +867,19 @@ def load(folder):
 
     data = {}
     for split in SPLITS:
-        path = folder / f"{split}.bin"
+        for file in files[split]:
+            path = folder / file["file"]
+            with refusing_damage(path):
+                _, highest = check_file(path, dtype, file["tokens"], file["sha256"])
+                if highest >= vocab_size:
+                    raise ValueError(
+                        f"it holds id {highest}, and the vocabulary ends at {vocab_size - 1}"
+                    )
+        data[split] = open_shards([folder / file["file"] for file in files[split]], dtype)
+    names = [file["file"] for split in SPLITS for file in files[split]]
+    for path in strangers(folder, names):
         with refusing_damage(path):
-            data[split] = np.memmap(path, dtype, mode="r")
-            check_ids(data[split], tokens[split], sha256[split], tokenizer.vocab_size)
+            raise ValueError("meta.json names no such file: remove it if it is another dataset's")
     return meta, data, tokenizer
 
 
@@ -890,22 +899,6 @@ def refusing_damage(path):
     raise Refusal(f"{path}: {problem}; prepare it again: {again}")
 
 
-def check_ids(ids, tokens, sha256, vocab_size):
-    """Raises ValueError where ids are not as many or not those that meta.json says."""
-    if len(ids) != tokens:
-        raise ValueError(f"{len(ids)} tokens, where meta.json says {tokens}")
-    digest = hashlib.sha256()
-    highest = 0
-    for i in range(0, len(ids), HASH_CHUNK):
-        chunk = ids[i : i + HASH_CHUNK]
-        digest.update(chunk)
-        highest = max(highest, chunk.max())
-    if digest.hexdigest() != sha256:
-        raise ValueError("its sha256 is not the one in meta.json")
-    if highest >= vocab_size:
-        raise ValueError(f"it holds id {highest}, and the vocabulary ends at {vocab_size - 1}")
-
-
 def main(cfg):
     began = time.time()
     folder = prepare(cfg)
@@ -914,8 +907,10 @@ def main(cfg):
     num_bytes = 0
     for stats in meta["splits"].values():
         num_bytes += stats["bytes"]
+        first, *more = [file["file"] for file in stats["files"]]
+        names = f"{first} to {more[-1]}" if more else first
         print(
-            f"{folder}/{stats['file']}: {stats['documents']:,} documents, {stats['tokens']:,} tokens, "
+            f"{folder}/{names}: {stats['documents']:,} documents, {stats['tokens']:,} tokens, "
             f"{stats['bytes']:,} bytes, {stats['bytes'] / stats['tokens']:.3f} bytes a token"
         )
     kind = meta["tokenizer"]["kind"]

@@ -642,7 +642,8 @@ def check_data(cfg, folder, data, tokenizer):
     """Raises Refusal where a config cannot be trained on what open_data returned of a folder."""
     if len(data["train"]) <= cfg.block_size:
         raise Refusal(
-            f"{folder}/train.bin has {len(data['train'])} tokens, not enough for block_size={cfg.block_size}"
+            f"{folder}: the training split has {len(data['train'])} tokens, "
+            f"not enough for block_size={cfg.block_size}"
         )
     if "vocab_size" in cfg.given and cfg.vocab_size != tokenizer.vocab_size:
         raise Refusal(

@@ -189,7 +189,7 @@ def make_datasets(folder):
         Tokenizer.train(DOCS, 300).save("data/foreign_tokenizer/tokenizer.json")
         big = np.full(len(whole) // 2, 5000, "<u2").tobytes()
         Path("data/big_ids/train.bin").write_bytes(big)
-        meta["splits"]["train"]["sha256"] = hashlib.sha256(big).hexdigest()
+        meta["splits"]["train"]["files"][0]["sha256"] = hashlib.sha256(big).hexdigest()
         write("data/big_ids/meta.json", json.dumps(meta))
         call(prepare, "--dataset=good.txt", "--tokenizer=char", "--name=chars")
         chars = Tokenizer.load("data/chars/tokenizer.json")

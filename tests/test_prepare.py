@@ -700,7 +700,7 @@ def test_encoding_reads_only_so_far_ahead(monkeypatch, tmp_path):
         return [[1]] * len(texts)
 
     tokenizer = SimpleNamespace(vocab_size=2, eot=0, head=[], encode_batch=encode_batch)
-    splits = prepare.encode(pieces(), tokenizer, tmp_path, num_proc=1)
+    splits = prepare.encode(pieces(), tokenizer, tmp_path, Config(num_proc=1))
     assert splits["train"]["tokens"] == 4000
     assert most_ahead <= 40
 
@@ -716,7 +716,7 @@ DAMAGE = {
         lambda p: p.write_text("7"),
         lambda p: p.write_bytes(b"\xff"),
         lambda p: p.write_text("[" * 100000),
-        lambda p: edit(p, format=2),
+        lambda p: edit(p, format=3),
         lambda p: edit(p, dtype="uint32"),
         lambda p: edit(p, vocab_size="many"),
         lambda p: edit(p, splits=[]),
@@ -775,7 +775,7 @@ def large_id(path):
     path.write_bytes(ids.tobytes())
     meta_path = path.with_name("meta.json")
     splits = json.loads(meta_path.read_text())["splits"]
-    splits["train"]["sha256"] = hashlib.sha256(ids.tobytes()).hexdigest()
+    splits["train"]["files"][0]["sha256"] = hashlib.sha256(ids.tobytes()).hexdigest()
     edit(meta_path, splits=splits)
 
 
@@ -789,7 +789,7 @@ def wrong_numbers_of_tokens(path):
             "documents": 1,
             "characters": 7,
             "bytes": 7,
-            "sha256": hashlib.sha256(data).hexdigest(),
+            "files": [{"file": f"{split}.bin", "tokens": 7, "sha256": hashlib.sha256(data).hexdigest()}],
         }
     edit(path.with_name("meta.json"), splits=splits)
 

@@ -1,0 +1,214 @@
+"""The ids of a dataset in files of bounded size: writing them, and reading them as one array.
+
+    train.bin                               a split of one file, as nanoGPT has it
+    train_00000.bin, train_00001.bin, ...   one of more files, each but the last as large as the first
+
+A file is little-endian uint16, or uint32 past 65,536 tokens. A document may go on in the next file.
+meta.json names the files of each split in order, with the tokens and the sha256 of each.
+"""
+
+import hashlib
+import re
+from pathlib import Path
+
+import numpy as np
+
+from folders import sync
+
+SPLITS = ("train", "val")
+HASH_CHUNK = 1 << 24  # ids that are checked at a time
+NAME = re.compile(rf"({'|'.join(SPLITS)})(_\d+)?\.bin")
+
+
+def id_type(vocab_size):
+    """Returns the dtype of token ids in *.bin."""
+    return np.dtype("<u2" if vocab_size <= 65536 else "<u4")
+
+
+def shard_name(split, i):
+    return f"{split}_{i:05}.bin"
+
+
+def shard_names(split, n):
+    """Returns the names of the n files of a split."""
+    return [f"{split}.bin"] if n == 1 else [shard_name(split, i) for i in range(n)]
+
+
+class Shards:
+    """Several 1-D arrays of one dtype as one: len, an id, a slice, == and what numpy makes of it.
+
+    A slice that lies in one part is a view of it, one across a border is a copy; the whole never is in
+    memory but where it is asked for, as ids[:] or np.asarray(ids).
+    """
+
+    def __init__(self, parts):
+        self.parts = parts
+        self.starts = np.cumsum([0, *map(len, parts)])  # of each part, and where the last one ends
+        self.dtype = parts[0].dtype
+        self.shape = (int(self.starts[-1]),)
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __getitem__(self, key):
+        if not isinstance(key, slice):
+            i = range(len(self))[key]  # IndexError beyond the end, and of a negative one the place
+            part = np.searchsorted(self.starts, i, "right") - 1
+            return self.parts[part][i - self.starts[part]]
+        start, stop, step = key.indices(len(self))
+        if step != 1:
+            raise ValueError("ids in several files have no slices with a step")
+        if start >= stop:
+            return self.parts[0][:0]
+        first, last = np.searchsorted(self.starts, [start, stop - 1], "right") - 1
+        pieces = []
+        for part, begin in zip(self.parts[first : last + 1], self.starts[first:]):
+            pieces.append(part[max(start - begin, 0) : stop - begin])
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def __eq__(self, other):
+        return np.concatenate([part == other for part in self.parts])
+
+    __hash__ = None  # as an array's
+
+    def __array__(self, dtype=None, copy=None):
+        whole = np.concatenate(self.parts)
+        return whole if dtype is None else whole.astype(dtype)
+
+
+class ShardWriter:
+    """Writes the ids of a split to a folder, in files of `size` ids; only the last one may have fewer.
+
+    files: what meta.json says of those so far, the one at hand among them.
+    """
+
+    def __init__(self, folder, split, size, dtype):
+        self.folder = folder
+        self.split = split
+        self.size = size
+        self.dtype = dtype
+        self.f = None
+        self.whole = []  # of the files that are finished
+        self.tokens = 0  # in the one at hand
+        self.digest = hashlib.sha256()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        if self.f:
+            self.f.close()
+
+    @property
+    def files(self):
+        if not self.f:
+            return self.whole
+        name = shard_name(self.split, len(self.whole))
+        return [*self.whole, {"file": name, "tokens": self.tokens, "sha256": self.digest.hexdigest()}]
+
+    def go_on(self, files):
+        """Takes over the files that an earlier writer had when its `files` were these; of the last one
+        what came later is cut off. Raises ValueError or OSError where they are others.
+        """
+        for entry in files:
+            tokens = entry["tokens"]
+            path = self.folder / entry["file"]
+            with open(path, "r+b") as f:
+                f.truncate(tokens * self.dtype.itemsize)
+            digest, _ = check_file(path, self.dtype, tokens, entry["sha256"])
+            if tokens == self.size:
+                self.whole.append(entry)
+                continue
+            self.f = open(path, "ab")
+            self.tokens = tokens
+            self.digest = digest
+
+    def write(self, ids):
+        """Appends ids, a 1-D array of the writer's dtype."""
+        while len(ids):
+            if not self.f:
+                self.f = open(self.folder / shard_name(self.split, len(self.whole)), "wb")
+                self.tokens = 0
+                self.digest = hashlib.sha256()
+            part = ids[: self.size - self.tokens]
+            self.f.write(part)
+            self.digest.update(part)
+            self.tokens += len(part)
+            ids = ids[len(part) :]
+            if self.tokens == self.size:
+                self.end_file()
+
+    def end_file(self):
+        sync(self.f)
+        self.f.close()
+        self.whole = self.files
+        self.f = None
+
+    def sync(self):
+        """Returns when the files are on disk."""
+        if self.f:
+            sync(self.f)
+
+    def finish(self):
+        """Ends the split and gives a single file its name. Returns the files for meta.json."""
+        if self.f:
+            self.end_file()
+        names = shard_names(self.split, len(self.whole))
+        for entry, name in zip(self.whole, names):
+            if name != entry["file"]:
+                (self.folder / entry["file"]).rename(self.folder / name)
+        return [entry | {"file": name} for entry, name in zip(self.whole, names)]
+
+
+def check_file(path, dtype, tokens, sha256):
+    """Returns (the file's hash so far, its highest id). Raises ValueError where it has not so many tokens
+    or another sha256, OSError where it cannot be read.
+    """
+    size = Path(path).stat().st_size
+    if size != tokens * dtype.itemsize:
+        there = f"{size // dtype.itemsize} tokens" if size % dtype.itemsize == 0 else f"{size} bytes"
+        raise ValueError(f"{there}, where meta.json says {tokens} tokens of {dtype.itemsize} bytes")
+    ids = np.memmap(path, dtype, mode="r")
+    digest = hashlib.sha256()
+    highest = 0
+    for i in range(0, len(ids), HASH_CHUNK):
+        chunk = ids[i : i + HASH_CHUNK]
+        digest.update(chunk)
+        highest = max(highest, int(chunk.max()))
+    if digest.hexdigest() != sha256:
+        raise ValueError("its sha256 is not the one in meta.json")
+    return digest, highest
+
+
+def check_entries(split, entry):
+    """Returns the files that meta.json names of a split, [{"file", "tokens", "sha256"}].
+
+    Raises ValueError, KeyError or TypeError where prepare.py would not write it so.
+    """
+    if "files" not in entry:  # of format 1, which had one file
+        entry = {"tokens": entry["tokens"], "files": [entry | {"file": f"{split}.bin"}]}
+    files = entry["files"]
+    names = shard_names(split, len(files))
+    if [file["file"] for file in files] != names:
+        raise ValueError(f"{split} should be in files named {', '.join(names)}")
+    for file in files:
+        if type(file["tokens"]) is not int or file["tokens"] < 1 or type(file["sha256"]) is not str:
+            raise ValueError(
+                f"{file['file']} has {file['tokens']!r} tokens and sha256 {file['sha256']!r}"
+            )
+    total = sum(file["tokens"] for file in files)
+    if total != entry["tokens"]:
+        raise ValueError(f"{split} has {entry['tokens']} tokens, and its files {total}")
+    return files
+
+
+def strangers(folder, names):
+    """Returns the paths in a folder that look like shards and are none of the names, sorted."""
+    paths = sorted(Path(folder).iterdir())
+    return [path for path in paths if NAME.fullmatch(path.name) and path.name not in names]
+
+
+def open_shards(paths, dtype):
+    """Returns the ids of one split, memory-mapped: of one file numpy's own array, of several Shards."""
+    parts = [np.memmap(path, dtype, mode="r") for path in paths]
+    return parts[0] if len(parts) == 1 else Shards(parts)
