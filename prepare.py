@@ -2,23 +2,24 @@
 
     python prepare.py                                  # the toy stories (what train.py does by itself)
     python prepare.py --dataset=stories.txt --name=ts  # your own text, see below
+    python prepare.py --dataset='texts/*.jsonl.zst'    # many files by a pattern, in quotes; ** is any folder
     python prepare.py --dataset=tinystories            # roneneldan/TinyStories from the Hugging Face hub
     python prepare.py --dataset=hf:NAME --column=text  # another one there; or hf:NAME:CONFIG
     python prepare.py --dataset=tinyshakespeare.txt --tokenizer=char --name=shakespeare_char  # nanoGPT's
     python prepare.py --dataset=stories.txt --tokenizer=hf:gpt2  # for train.py --init_from=hf:gpt2
 
-Your own text is a .txt, .md, .json, .jsonl, .csv or .parquet file, each also packed as .gz or .zst, or a
-folder of them. A .txt or .md file is cut into documents at the separator; a row of the others holds one
-each: a line of .jsonl, an item of the array in .json, which may be a mere text. White space around a
-document is dropped, and so is an empty document. Text is UTF-8; in .txt and .md files "\\r\\n" and "\\r"
-become "\\n", as Python's open() has it and so nanoGPT.
+Your own text is a .txt, .md, .json, .jsonl, .csv or .parquet file, each also packed as .gz or .zst, a
+folder of them, or a pattern that matches some. A .txt or .md file is cut into documents at the
+separator; a row of the others holds one each: a line of .jsonl, an item of the array in .json, which may
+be a mere text. White space around a document is dropped, and so is an empty document. Text is UTF-8; in
+.txt and .md files "\\r\\n" and "\\r" become "\\n", as Python's open() has it and so nanoGPT.
 
-A folder's own splits are known as in the library datasets, by a word in the name of a file or a folder:
-train or training; val, valid, validation or dev for the validation split; test, testing, eval or
-evaluation, which is left out. Files without such a word are left out where others are named train, else
-they are trained on. Left out, too, are README.md beside data, and hidden files. --val_dataset= names
-another validation split, with all that --dataset= takes; where it has splits, its validation, else its
-test, else its training split.
+The splits of a folder or a pattern are known as in the library datasets, by a word in the name of a file
+or a folder in it: train or training; val, valid, validation or dev for the validation split; test,
+testing, eval or evaluation, which is left out. Files without such a word are left out where others are
+named train, else they are trained on. Left out, too, are README.md beside data, and hidden files.
+--val_dataset= names another validation split, with all that --dataset= takes; where it has splits, its
+validation, else its test, else its training split.
 
 Where there is none, from 100 documents on, random ones are the validation split, and end-of-text follows
 every document. With fewer, the last part of the text is the validation split (nanoGPT's cut), end-of-text
@@ -34,6 +35,7 @@ A split of more than --shard_mb is train_00000.bin, train_00001.bin and so on (s
 """
 
 import csv
+import glob
 import gzip
 import io
 import json
@@ -87,7 +89,7 @@ HELD_OUT = ("val", "test", "train")  # which split of --val_dataset is taken: th
 
 @dataclass
 class Config:
-    dataset: str = "toy"  # toy | tinystories | hf:NAME | a file or a folder
+    dataset: str = "toy"  # toy | tinystories | hf:NAME | a file, a folder or a pattern
     val_dataset: str = ""  # the same for the validation split; empty: the dataset's own or a share of it
     name: str = ""  # the result is data/NAME; empty: the dataset's own name
     tokenizer: str = "bpe"  # bpe | char | gpt2 | gpt2:FOLDER | hf:FOLDER_OR_NAME | FILE.json to reuse
@@ -135,10 +137,12 @@ class Config:
 
 
 def dataset_name(dataset):
-    """Returns "stories" for a/stories.txt, a/stories, hf:me/stories and hf:me/stories:CONFIG."""
+    """Returns "stories" for a/stories.txt, a/stories, a/stories/*.txt, hf:me/stories and hf:me/stories:CONFIG."""
     if is_hf(dataset):
         repo = hf_name(dataset).partition(":")[0]
         return repo.rpartition("/")[2]
+    if is_pattern(dataset):
+        return Path(os.path.abspath(base_folder(dataset))).name
     path = Path(os.path.abspath(dataset))
     return unpacked(path).stem if file_kind(path) else path.name
 
@@ -306,7 +310,8 @@ def parquet_rows(path, column=None):
             source = io.BytesIO(f.read())  # it is not read from front to back
     n = 0
     try:
-        with ParquetFile(source) as f:
+        # piece by piece: pre_buffer would hold a group of rows, which may be the whole file
+        with ParquetFile(source, pre_buffer=False, buffer_size=1 << 20) as f:
             if column:  # refuse one that is not there, before pyarrow does
                 field(dict.fromkeys(f.schema_arrow.names), column, path)
             for batch in f.iter_batches(100, columns=[column] if column else None):
@@ -413,28 +418,49 @@ def find_splits(key, cfg, tmp, wanted):
     if is_hf(dataset):
         return fetch_from_hub(hf_name(dataset), cfg, tmp / key, wanted)
     path = Path(dataset)
-    if not path.exists():
+    if is_pattern(dataset):
+        paths = [Path(match) for match in glob.iglob(dataset, recursive=True)]
+        if not paths:
+            raise Refusal(f"{dataset} matches no file")
+        splits = named_splits(paths, base_folder(dataset))
+    elif path.is_dir():
+        splits = named_splits(path.rglob("*"), path)
+    elif path.exists():
+        splits = {"train": [path] if file_kind(path) else []}
+    else:
         raise Refusal(
             f"there is no file or folder {path}; a dataset of the Hugging Face hub is --{key}=hf:NAME"
         )
-    splits = folder_splits(path) if path.is_dir() else {"train": [path] if file_kind(path) else []}
     if not any(splits.values()):
         endings = f"{' '.join(READERS)}, also with {' '.join(PACKINGS)}"
         raise Refusal(f"{path}: no file here ends in {endings}")
     if key == "dataset" and not splits["train"]:
-        names = file_names(path, [file for files in splits.values() for file in files])
+        names = file_names(dataset, [file for files in splits.values() for file in files])
         raise Refusal(f"{path}: no file to train on, only {names}; name a file or a folder in it")
     return splits
 
 
-def folder_splits(folder):
-    """Returns {split: files} of a folder: train, val, test, "card" and "" for the others.
+def is_pattern(dataset):
+    """Returns whether a dataset is a pattern of file names, as a shell has them, and no path that is there."""
+    return not set("*?[").isdisjoint(dataset) and not is_hf(dataset) and not os.path.exists(dataset)
+
+
+def base_folder(dataset):
+    """Returns the folder from which the files of a folder or a pattern are named: its part without *."""
+    path = Path(dataset)
+    while is_pattern(str(path)):
+        path = path.parent
+    return path
+
+
+def named_splits(paths, folder):
+    """Returns {split: files} of paths in a folder: train, val, test, "card" and "" for the others.
 
     As in `datasets`, files that are in no split are training data unless there are files named so, and
     what is hidden is not looked at.
     """
     splits = {"train": [], "val": [], "test": [], "": [], "card": []}
-    for path in sorted(folder.rglob("*"), key=lambda p: p.parts):
+    for path in sorted(paths, key=lambda p: p.parts):
         name = path.relative_to(folder)
         is_hidden = name.name.startswith(".") or any(p.startswith((".", "__")) for p in name.parts[:-1])
         if is_hidden or not file_kind(path) or not path.is_file():
@@ -462,8 +488,9 @@ def named_split(path):
     return ""
 
 
-def file_names(folder, files):
+def file_names(dataset, files):
     """Returns "2 files: a.txt, b/c.txt"; of more than ten the first ten and how many more there are."""
+    folder = base_folder(dataset)
     names = [path.relative_to(folder).as_posix() for path in files[:FILES_SHOWN]]
     text = ", ".join(name if name.isprintable() else ascii(name) for name in names)
     rest = len(files) - len(names)
@@ -471,9 +498,13 @@ def file_names(folder, files):
     return f"{len(files):,} file{'' if len(files) == 1 else 's'}: {text}{more}"
 
 
+def is_folder(dataset):
+    return os.path.isdir(dataset) or is_pattern(dataset)
+
+
 def list_files(dataset, title, files):
-    """Prints which files of a folder are of a split or left out; nothing of what is no folder."""
-    if files and os.path.isdir(dataset) and Path(dataset) in files[0].parents:
+    """Prints which files of a folder or a pattern are of a split or left out; nothing of one file."""
+    if files and is_folder(dataset) and base_folder(dataset) in files[0].parents:
         print(f"{dataset}: {title}, {file_names(dataset, files)}")
 
 
@@ -481,7 +512,7 @@ def origin(dataset, files):
     """Returns the words for meta.json that say where the files of a split come from."""
     if is_hf(dataset) or dataset == "tinystories":
         return f"{dataset}, split {files[0].stem}"
-    if os.path.isdir(dataset) and dataset != "toy":
+    if is_folder(dataset) and dataset != "toy":
         return f"{dataset}, {file_names(dataset, files)}"
     return dataset
 

@@ -340,6 +340,8 @@ def test_a_dataset_is_named_after_its_source_and_stays_in_data():
         ("a/b.c.jsonl", "b.c"),
         ("a/b", "b"),
         ("a/b/", "b"),
+        ("a/b/*.txt", "b"),
+        ("a/b/**/c?/*.txt", "b"),
         ("hf:me/thing", "thing"),
         ("hf:me/thing:small", "thing"),
         ("hf:thing", "thing"),
@@ -430,7 +432,7 @@ def test_folders_are_split_as_datasets_splits_them(seed):
     for name in names:
         write(folder / name, "x")
     peer = splits_of_datasets(folder)
-    ours = prepare.folder_splits(folder)
+    ours = prepare.named_splits(folder.rglob("*"), folder)
     for split, full_name in ("train", "train"), ("val", "validation"), ("test", "test"):
         assert set(ours[split]) == peer.get(full_name, set())
 
@@ -442,7 +444,7 @@ def test_where_datasets_is_of_no_help():
     assert prepare.named_split(Path("train/test.txt")) == "train"
     for name in "story.txt", "val.txt", "README.md":  # datasets would have no training data
         write(f"a/{name}", "x")
-    splits = prepare.folder_splits(Path("a"))
+    splits = prepare.named_splits(Path("a").rglob("*"), Path("a"))
     names = {split: [path.name for path in paths] for split, paths in splits.items()}
     assert names == {
         "train": ["story.txt"],
@@ -452,7 +454,7 @@ def test_where_datasets_is_of_no_help():
         "card": ["README.md"],
     }
     write("b/README.md", "a text")
-    assert prepare.folder_splits(Path("b"))["train"] == [Path("b/README.md")]
+    assert prepare.named_splits(Path("b").rglob("*"), Path("b"))["train"] == [Path("b/README.md")]
 
 
 def sources(meta):
@@ -480,6 +482,56 @@ def test_a_cloned_dataset(capsys):
     lines = f"wiki: train, {train}\nwiki: val, {val}\nwiki: left out, {left_out}\n"
     assert capsys.readouterr().out == lines
     assert sources(meta) == {"train": f"wiki, {train}", "val": f"wiki, {val}"}
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet"])
+def test_a_pattern_is_the_folder_of_what_it_matches(suffix, capsys):
+    for folder in "all", "some":
+        for i in range(5):
+            path = Path(f"{folder}/{i}/part-{i:03}{suffix}")
+            docs = DOCS[i * 30 : i * 30 + 30]
+            if suffix == ".parquet":
+                write_parquet(path, docs)
+                continue
+            write_jsonl(path, docs)
+            if suffix == ".jsonl.gz":
+                path.write_bytes(gzip.compress(path.read_bytes()))
+            elif suffix == ".jsonl.zst":
+                path.write_bytes(zstd(path.read_bytes()))
+    write("some/0/notes.xml", "not read")
+    write("some/0/other.txt", "not matched")
+    make("all", name="folder")
+    capsys.readouterr()
+    for pattern in f"some/*/part-*{suffix}", f"some/**/*{suffix}", f"some/[0-4]/part-00?{suffix}":
+        meta, _, _ = make(pattern, name="", overwrite=True)
+        assert meta["name"] == "some"
+        names = ", ".join(f"{i}/part-{i:03}{suffix}" for i in range(5))
+        assert f"{pattern}: train and val, 5 files: {names}\n" in capsys.readouterr().out
+        assert sources(meta)["train"] == f"{pattern}, 5 files: {names}; the rest"
+        assert bins("data/some") == bins("data/folder")
+
+
+def test_the_splits_of_a_pattern():
+    write_parquet("f/train-00000.parquet", DOCS[:60])
+    write_parquet("f/train-00001.parquet", DOCS[60:120])
+    write_parquet("f/validation-00000.parquet", DOCS[120:130])
+    write_parquet("f/test-00000.parquet", DOCS[130:])
+    _, data, tokenizer = make("f/*.parquet", name="d")
+    assert texts(data["train"], tokenizer) == DOCS[:120]
+    assert texts(data["val"], tokenizer) == DOCS[120:130]
+    _, data, tokenizer = make("f/train-*.parquet", name="e", val_dataset="f/t*-00000.parquet")
+    assert texts(data["train"], tokenizer) == DOCS[:120]
+    assert texts(data["val"], tokenizer) == DOCS[130:]  # there is a test split, and no validation split
+    message = (
+        "f/test*: no file to train on, only 1 file: test-00000.parquet; name a file or a folder in it"
+    )
+    assert refusal(make, "f/test*", name="g") == message
+    assert refusal(make, "f/*.jsonl", name="g") == "f/*.jsonl matches no file"
+    write("f/a.xml", "x")
+    assert "f/*.xml: no file here ends in .txt" in refusal(make, "f/*.xml", name="g")
+    write_txt("odd[1].txt", DOCS)  # a name that is there is no pattern
+    _, data, tokenizer = make("odd[1].txt", name="")
+    assert all_texts(data, tokenizer) == sorted(DOCS)
 
 
 def test_val_dataset_is_the_validation_split(capsys, hub):
@@ -681,6 +733,21 @@ def test_reading_holds_one_document(monkeypatch):
         tracemalloc.stop()
         assert n == 30_000
         assert peak < 1e6, file  # the files have 3 MB
+
+
+def test_reading_parquet_holds_no_group_of_rows():
+    pa = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
+    docs = [random.Random(i).randbytes(5000).hex() for i in range(3000)]  # 30 MB that cannot be packed
+    pq.write_table(pa.table({"text": docs}), "c.parquet", use_dictionary=False)
+    assert pq.read_metadata("c.parquet").num_row_groups == 1
+    before = pa.total_allocated_bytes()
+    most = 0
+    for i, text in enumerate(prepare.documents([Path("c.parquet")], Config())):
+        assert text == docs[i]
+        most = max(most, pa.total_allocated_bytes() - before)
+    assert i == 2999
+    assert most < 20e6
 
 
 def test_encoding_reads_only_so_far_ahead(monkeypatch, tmp_path):
