@@ -219,24 +219,57 @@ def machine():
     return f"{zlib.crc32(platform.node().encode()):08x}"
 
 
-def sweep(to):
-    """Removes the temporary folders for `to` of this machine's processes that are no longer alive."""
-    # before this function came, names had no machine
-    name = re.compile(rf"\.{re.escape(to.name)}\.tmp-(?:{machine()}-)?(\d{{1,9}})-\d+")
+def temporary(to, stamp):
+    """Returns the path of this process's temporary folder for `to`."""
+    return to.with_name(f".{to.name}.tmp-{machine()}-{os.getpid()}-{stamp}")
+
+
+def left_by_dead(to):
+    """Returns [(stamp, path)] of the temporary folders for `to` of this machine's processes that are no
+    longer alive, the oldest first.
+    """
+    # before machine() came, names had none
+    name = re.compile(rf"\.{re.escape(to.name)}\.tmp-(?:{machine()}-)?(\d{{1,9}})-(\d+)")
+    left = []
     with suppress(FileNotFoundError):  # there is no parent yet
-        for path in list(to.parent.iterdir()):
+        for path in to.parent.iterdir():
             match = name.fullmatch(path.name)
             if match and not is_alive(int(match[1])):
-                shutil.rmtree(path, ignore_errors=True)
+                left.append((int(match[2]), path))
+    return sorted(left)
+
+
+def take_over(to, tmp):
+    """Renames to tmp the newest folder that a dead process left for `to`, if there is one."""
+    for _, path in reversed(left_by_dead(to)):
+        with suppress(OSError):  # another process was faster
+            path.rename(tmp)
+            return
+
+
+def sweep(to):
+    """Removes what dead processes left for `to`.
+
+    It is renamed first, so that nobody takes over what is being removed. With its stamp it stays older
+    than what this process took over, if it is killed here.
+    """
+    for stamp, path in left_by_dead(to):
+        own = temporary(to, stamp)
+        with suppress(OSError):  # another process was faster
+            path.rename(own)
+            shutil.rmtree(own, ignore_errors=True)
 
 
 @contextmanager
-def new_folder(to, overwrite, ways, reads=()):
+def new_folder(to, overwrite, ways, reads=(), is_worth=None):
     """Gives an empty folder to fill, which becomes `to` on success and is removed on failure.
 
     With overwrite, what stood at `to` is moved aside. Raises Refusal, also where `to` holds the current
     folder or a path in `reads`. A run that is killed leaves a .NAME.tmp-MACHINE-PID-TIME beside `to`,
     which nothing reads and the next run for the same `to` removes.
+
+    With is_worth, a function of a folder, the next run gets it to fill instead, as it was left; and what a
+    run that failed leaves stays for the next one where is_worth(folder).
     """
     to = Path(os.path.realpath(to) if os.path.islink(to) else to)
     moving = in_the_way(to, overwrite, ways)
@@ -244,10 +277,12 @@ def new_folder(to, overwrite, ways, reads=()):
         if os.path.exists(path) and Path(path).resolve().is_relative_to(to.resolve()):
             name = "the current folder" if path == "." else path
             raise Refusal(f"{to} cannot be written: {name} is in it")
-    tmp = to.with_name(f".{to.name}.tmp-{machine()}-{os.getpid()}-{time.time_ns()}")
+    tmp = temporary(to, time.time_ns())
     try:
+        if is_worth:
+            take_over(to, tmp)
         sweep(to)
-        tmp.mkdir(parents=True)
+        tmp.mkdir(parents=True, exist_ok=True)
         yield tmp
         if moving:
             move_aside(to)
@@ -257,7 +292,10 @@ def new_folder(to, overwrite, ways, reads=()):
     except OSError as e:
         raise Refusal(f"cannot write {to}: {e}", status=1)
     finally:
-        shutil.rmtree(tmp, ignore_errors=True)
+        if is_worth and is_worth(tmp):
+            print(f"what is done stays in {tmp}: the same command goes on with it")
+        else:
+            shutil.rmtree(tmp, ignore_errors=True)
 
 
 def advice(folder, name):

@@ -46,9 +46,10 @@ import time
 import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 from config import Refusal, hf_name, is_hf, run
@@ -58,9 +59,18 @@ import numpy as np
 from tqdm import tqdm
 
 import toy_stories
-from folders import new_folder, sync
+from folders import new_folder, sync, write_atomic
 from interop.any_tokenizer import load_tokenizer
-from shards import SPLITS, ShardWriter, check_entries, check_file, id_type, open_shards, strangers
+from shards import (
+    SPLITS,
+    ShardWriter,
+    check_entries,
+    check_file,
+    id_type,
+    name_shards,
+    open_shards,
+    strangers,
+)
 from tokenizer import Tokenizer
 
 FORMAT = 2
@@ -69,6 +79,7 @@ FEW = 100  # documents; a random tenth of fewer is a poor sample
 FILES_SHOWN = 10
 CHUNK = 1 << 20  # characters that a thread encodes at a time
 MB = 10**6
+STATE = "state.json"
 PACKINGS = (".gz", ".zst")  # what may follow the suffix of each kind of file
 
 # Where a text may be cut: before white space, as no token of GPT-2's split runs into it from the left.
@@ -379,13 +390,15 @@ def documents(files, cfg, exact=False):
 # ---- where documents come from
 
 
-def find_files(cfg, tmp):
+def find_files(cfg, tmp, progress):
     """Returns ({"train": files, "val": files}, {split: words that say where it comes from}).
 
     Without files for val split_documents decides. What is no local file becomes one in tmp. Prints what
     is read of a folder. Raises Refusal.
     """
-    splits = find_splits("dataset", cfg, tmp, [["train"]] if cfg.val_dataset else [["train"], ["val"]])
+    splits = find_splits(
+        "dataset", cfg, tmp, progress, [["train"]] if cfg.val_dataset else [["train"], ["val"]]
+    )
     files = {"train": splits.pop("train")}
     files["val"] = [] if cfg.val_dataset else splits.pop("val", [])
     origins = {}
@@ -396,27 +409,26 @@ def find_files(cfg, tmp):
     left_out = [path for paths in splits.values() for path in paths]
     list_files(cfg.dataset, "left out", left_out)
     if cfg.val_dataset:
-        splits = find_splits("val_dataset", cfg, tmp, [HELD_OUT])
+        splits = find_splits("val_dataset", cfg, tmp, progress, [HELD_OUT])
         files["val"] = next(splits[split] for split in HELD_OUT if splits.get(split))
         origins["val"] = origin(cfg.val_dataset, files["val"])
         list_files(cfg.val_dataset, "val", files["val"])
     return files, origins
 
 
-def find_splits(key, cfg, tmp, wanted):
+def find_splits(key, cfg, tmp, progress, wanted):
     """Returns {split: files} of the source that the key (dataset or val_dataset) names.
 
     wanted: lists of splits; of a hub dataset the first of each that is there is fetched. What is no
     local file becomes one in tmp. Raises Refusal.
     """
     dataset = getattr(cfg, key)
-    if dataset == "toy":
-        texts = (text for text, _ in toy_stories.stories(cfg.num_stories, cfg.seed))
-        return {"train": [spool(texts, tmp / key / "toy.jsonl", cfg)]}
-    if dataset == "tinystories":
-        return fetch_from_hub("roneneldan/TinyStories", cfg, tmp / key, wanted)
-    if is_hf(dataset):
-        return fetch_from_hub(hf_name(dataset), cfg, tmp / key, wanted)
+    if dataset in ("toy", "tinystories") or is_hf(dataset):
+        splits = progress.fetched(key)
+        if not splits:
+            splits = fetch(dataset, cfg, tmp / key, wanted)
+            progress.note_fetched(key, splits)
+        return splits
     path = Path(dataset)
     if is_pattern(dataset):
         paths = [Path(match) for match in glob.iglob(dataset, recursive=True)]
@@ -524,7 +536,17 @@ def spool(texts, path, cfg):
     with open(path, "w", encoding="utf-8") as f:
         for text in tqdm(texts, desc, unit=" documents", disable=None, leave=False):
             f.write(json.dumps({cfg.column: text}) + "\n")
+        sync(f)
     return path
+
+
+def fetch(dataset, cfg, folder, wanted):
+    """Writes the texts of a dataset that is no file to files in folder; returns {split: [file]}."""
+    if dataset == "toy":
+        texts = (text for text, _ in toy_stories.stories(cfg.num_stories, cfg.seed))
+        return {"train": [spool(texts, folder / "toy.jsonl", cfg)]}
+    name = "roneneldan/TinyStories" if dataset == "tinystories" else hf_name(dataset)
+    return fetch_from_hub(name, cfg, folder, wanted)
 
 
 def fetch_from_hub(name, cfg, folder, wanted):
@@ -702,10 +724,9 @@ def encode_in_threads(todo, tokenizer, threads):
             yield chunk, ids.result()
 
 
-def encode(rows, tokenizer, folder, cfg, chars=None):
-    """Writes the ids of the pieces, which have chars characters, to files in folder.
-
-    Returns what meta.json says of each split.
+def encode(rows, tokenizer, folder, cfg, progress, chars=None):
+    """Writes the ids of the pieces, which have chars characters, to files in folder, those that progress
+    does not have yet. Returns what meta.json says of each split.
     """
     dtype = id_type(tokenizer.vocab_size)
     size = cfg.shard_mb * MB // dtype.itemsize
@@ -713,18 +734,144 @@ def encode(rows, tokenizer, folder, cfg, chars=None):
     todo = chunks(with_counts(rows, stats))
     with ExitStack() as stack:
         bar = stack.enter_context(progress_bar("encoding", chars))
-        writers = {}
-        for split in SPLITS:
-            writers[split] = stack.enter_context(ShardWriter(folder, split, size, dtype))
+        writers, done = progress.open_writers(size, dtype)
+        for writer in writers.values():
+            stack.enter_context(writer)
+        for chunk in islice(todo, done):  # what a killed run encoded is only read
+            bar.update(sum(len(text) for _, text, *_ in chunk))
+        whole = sum(len(writer.whole) for writer in writers.values())
         for chunk, ids in encode_in_threads(todo, tokenizer, cfg.num_proc or os.cpu_count() or 1):
             bar.update(sum(len(text) for _, text, *_ in chunk))
+            done += 1
             for split, writer in writers.items():
                 writer.write(ids[split])
+            if whole < (whole := sum(len(writer.whole) for writer in writers.values())):
+                progress.note_files(writers, done)
         for split, writer in writers.items():
             files = writer.finish()
             tokens = sum(file["tokens"] for file in files)
             stats[split] = {"tokens": tokens, **stats[split], "files": files}
     return stats
+
+
+# ---- what is done
+
+
+class Progress:
+    """What is done of a dataset, kept in state.json in its unfinished folder: the run after a killed one
+    goes on from there, to the same result.
+
+    done: "settings" and "sources", what the result depends on; "fetched", files of what is no file; "counts"
+    of documents and characters; "tokenizer", the sha256 of one that was learned; "files" of ids and
+    "chunks", how many were encoded into them.
+    """
+
+    def __init__(self, folder, cfg, tokenizer):
+        self.folder = folder
+        self.name = cfg.name
+        self.done = read_state(folder)
+        self.goes_on = bool(self.done)
+        for path in list(folder.glob(f"{STATE}.*.tmp")):  # half written
+            path.unlink()
+        settings = asdict(cfg) | {"format": FORMAT, "chunk": CHUNK}
+        for key in "name", "num_proc", "overwrite":
+            del settings[key]
+        if tokenizer:
+            settings |= {"tokenizer": tokenizer.sha256, "vocab_size": tokenizer.vocab_size}
+        older = self.done.get("settings", {})
+        if changes := [key for key in settings if settings[key] != older.get(key)]:
+            self.begin_anew(f"is of another {' and '.join(changes)}", [])
+        elif self.goes_on:
+            print(f"going on with what a killed run left of data/{self.name}")
+        self.note(settings=settings)
+
+    def note(self, **done):
+        self.done |= done
+        text = json.dumps(self.done, indent=1)
+        write_atomic(self.folder / STATE, lambda f: f.write(text.encode()))
+
+    def begin_anew(self, problem, keep):
+        """Forgets all but the keys in keep, and says so."""
+        if self.goes_on:
+            print(f"what a killed run left of data/{self.name} {problem}: all begins anew")
+        self.goes_on = False
+        self.done = {key: self.done[key] for key in keep if key in self.done}
+        for path in list(self.folder.iterdir()):
+            if not path.is_dir():
+                path.unlink()
+            elif "fetched" not in keep:
+                shutil.rmtree(path)
+
+    def fetched(self, key):
+        """Returns {split: [file]} of a source that is no file, {} where it is not fetched yet."""
+        splits = {}
+        for split, (name, size) in self.done.get("fetched", {}).get(key, {}).items():
+            path = self.folder / key / name
+            if not path.is_file() or path.stat().st_size != size:
+                return {}
+            splits[split] = [path]
+        return splits
+
+    def note_fetched(self, key, splits):
+        files = {split: (path.name, path.stat().st_size) for split, [path] in splits.items()}
+        self.note(fetched=self.done.get("fetched", {}) | {key: files})
+
+    def check_sources(self, files):
+        """Begins anew where the files are not those of the killed run, or have changed since."""
+        sources = {}
+        for split, paths in files.items():
+            sources[split] = []
+            for path in paths:
+                stat = path.stat()
+                name = path.name if self.folder in path.parents else str(path.absolute())
+                sources[split].append([name, stat.st_size, stat.st_mtime_ns])
+        if "sources" in self.done and sources != self.done["sources"]:
+            self.begin_anew("is of other files, or they have changed", ["settings", "fetched"])
+        self.note(sources=sources)
+
+    def tokenizer(self):
+        """Returns the tokenizer that the killed run learned, or None."""
+        with suppress(OSError, ValueError):
+            tokenizer = Tokenizer.load(self.folder / "tokenizer.json")
+            if tokenizer.sha256 == self.done.get("tokenizer"):
+                return tokenizer
+
+    def note_tokenizer(self, tokenizer):
+        write_text(self.folder / "tokenizer.json", tokenizer.to_str())
+        self.note(tokenizer=tokenizer.sha256)
+
+    def open_writers(self, size, dtype):
+        """Returns ({split: its ShardWriter}, how many chunks they have)."""
+        try:
+            files = self.done.get("files", {split: [] for split in SPLITS})
+            return self.new_writers(size, dtype, files), self.done.get("chunks", 0)
+        except (OSError, ValueError) as e:
+            print(f"what a killed run encoded of data/{self.name} is damaged ({e}): it is encoded anew")
+            self.done = {key: self.done[key] for key in self.done if key not in ("files", "chunks")}
+            self.note()
+            return self.new_writers(size, dtype, {split: [] for split in SPLITS}), 0
+
+    def new_writers(self, size, dtype, files):
+        return {split: ShardWriter(self.folder, split, size, dtype, files[split]) for split in SPLITS}
+
+    def note_files(self, writers, chunks):
+        for writer in writers.values():
+            writer.sync()
+        self.note(files={split: writer.files for split, writer in writers.items()}, chunks=chunks)
+
+
+def read_state(folder):
+    """Returns what state.json in a folder holds, {} where there is none."""
+    try:
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return state if isinstance(state, dict) else {}
+
+
+def has_files(folder):
+    """Returns whether there are finished files of ids in an unfinished folder."""
+    return "files" in read_state(folder)
 
 
 # ---- the folder
@@ -749,19 +896,27 @@ def choose_tokenizer(cfg):
     return None
 
 
-def check_text_of_splits(cfg, files, origins):
+def count_splits(cfg, files):
+    """Returns {split: (documents, characters)} of the splits that have files."""
+    counts = {
+        "train": count_documents(documents(files["train"], cfg, exact=True), exact=not files["val"])
+    }
+    if files["val"]:
+        counts["val"] = count_documents(documents(files["val"], cfg), exact=False)
+    return counts
+
+
+def check_counts(cfg, counts, origins):
     """Returns (documents, characters) of all files, with the shares of the splits put into origins.
 
     Raises Refusal where a split gets no text.
     """
-    n, chars = count_documents(documents(files["train"], cfg, exact=True), exact=not files["val"])
-    if n == 0:
-        raise Refusal(f"{origins['train']}: there is no text in it")
-    if files["val"]:
-        n_val, val_chars = count_documents(documents(files["val"], cfg), exact=False)
-        if n_val == 0:
-            raise Refusal(f"{origins['val']}: there is no text in it")
-        return n + n_val, chars + val_chars
+    for split, (n, _) in counts.items():
+        if n == 0:
+            raise Refusal(f"{origins[split]}: there is no text in it")
+    n, chars = map(sum, zip(*counts.values()))
+    if "val" in counts:
+        return n, chars
 
     percent = f"{100 * cfg.val_fraction:g}%"
     if n < FEW:
@@ -778,37 +933,47 @@ def check_text_of_splits(cfg, files, origins):
     for split, share in (("train", train), ("val", total - train)):
         if share == 0:
             problem = f"{percent} for validation leave the {split} split none of its {total:,} {unit}"
-            raise Refusal(f"{origins['train']}: {problem}: {more_text(files)}")
+            raise Refusal(f"{origins['train']}: {problem}: {more_text(counts)}")
     origins["val"] = f"{origins['train']}; {part}"
     origins["train"] += "; the rest"
     return n, chars
 
 
-def more_text(files):
-    return "give more text" if files["val"] else "give more text or another --val_fraction"
+def more_text(counts):
+    return "give more text" if "val" in counts else "give more text or another --val_fraction"
+
+
+def learn(cfg, rows, chars):
+    """Returns the tokenizer that is made from the pieces, which have chars characters. Raises ValueError."""
+    if cfg.tokenizer == "char":
+        rows = with_progress(rows, "collecting characters", chars)
+        return Tokenizer.char(text for _, text, *_ in rows)
+    rows = with_progress(rows, "learning words", chars)
+    texts = (text for split, text, *_ in rows if split == "train")
+    progress = partial(tqdm, desc="learning merges", unit=" merges", disable=None, leave=False)
+    return Tokenizer.train(texts, cfg.vocab_size, progress)
 
 
 def build(cfg, tmp):
-    """Fills the folder tmp, meta.json last. Raises Refusal."""
+    """Fills the folder tmp, in which a killed run may have left a part. Raises Refusal."""
     tokenizer = choose_tokenizer(cfg)
     is_foreign = tokenizer is not None and tokenizer.kind == "foreign"
     cuts = BREAK_FOREIGN if is_foreign else BREAK
-    files, origins = find_files(cfg, tmp)
-    n, chars = check_text_of_splits(cfg, files, origins)
+    progress = Progress(tmp, cfg, tokenizer)
+    files, origins = find_files(cfg, tmp, progress)
+    progress.check_sources(files)
+    counts = progress.done.get("counts") or count_splits(cfg, files)
+    n, chars = check_counts(cfg, counts, origins)
+    progress.note(counts=counts)
 
     def read_pieces():
         return pieces(split_documents(cfg, files["train"], files["val"], n, chars), cuts)
 
     try:
-        if cfg.tokenizer == "char":
-            rows = with_progress(read_pieces(), "collecting characters", chars)
-            tokenizer = Tokenizer.char(text for _, text, *_ in rows)
-        elif cfg.tokenizer == "bpe":
-            rows = with_progress(read_pieces(), "learning words", chars)
-            texts = (text for split, text, *_ in rows if split == "train")
-            progress = partial(tqdm, desc="learning merges", unit=" merges", disable=None, leave=False)
-            tokenizer = Tokenizer.train(texts, cfg.vocab_size, progress)
-        splits = encode(read_pieces(), tokenizer, tmp, cfg, chars)
+        if not tokenizer:
+            tokenizer = progress.tokenizer() or learn(cfg, read_pieces(), chars)
+            progress.note_tokenizer(tokenizer)
+        splits = encode(read_pieces(), tokenizer, tmp, cfg, progress, chars)
     except ValueError as e:  # the tokenizer's, such as a character that it does not have
         raise Refusal(e)
 
@@ -818,10 +983,8 @@ def build(cfg, tmp):
     for split, stats in splits.items():
         if stats["tokens"] < 2:
             problem = f"the {split} split has {stats['tokens']} tokens and needs 2"
-            raise Refusal(f"{origins[split]}: {problem}: {more_text(files)}")
+            raise Refusal(f"{origins[split]}: {problem}: {more_text(counts)}")
         stats["source"] = origins[split]
-    for key in ("dataset", "val_dataset"):
-        shutil.rmtree(tmp / key, ignore_errors=True)
     meta = {
         "format": FORMAT,
         "name": cfg.name,
@@ -838,6 +1001,10 @@ def build(cfg, tmp):
     }
     write_text(tmp / "tokenizer.json", tokenizer.to_str())
     write_text(tmp / "meta.json", json.dumps(meta, indent=1) + "\n")
+    for key in ("dataset", "val_dataset"):
+        shutil.rmtree(tmp / key, ignore_errors=True)
+    name_shards(tmp, splits)
+    (tmp / STATE).unlink()
 
 
 def write_text(path, text):
@@ -847,10 +1014,13 @@ def write_text(path, text):
 
 
 def prepare(cfg):
-    """Makes data/NAME and returns its path, or changes nothing. Raises Refusal."""
+    """Makes data/NAME and returns its path, or changes nothing; goes on where a run was killed.
+
+    Raises Refusal.
+    """
     folder = Path("data", cfg.name)
     ways = "--overwrite prepares it anew (the old one is kept beside it), --name= another"
-    with new_folder(folder, cfg.overwrite, ways) as tmp:
+    with new_folder(folder, cfg.overwrite, ways, is_worth=has_files) as tmp:
         build(cfg, tmp)
     return folder.as_posix()
 

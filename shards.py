@@ -8,6 +8,7 @@ meta.json names the files of each split in order, with the tokens and the sha256
 """
 
 import hashlib
+import os
 import re
 from pathlib import Path
 
@@ -79,10 +80,11 @@ class Shards:
 class ShardWriter:
     """Writes the ids of a split to a folder, in files of `size` ids; only the last one may have fewer.
 
-    files: what meta.json says of those so far, the one at hand among them.
+    files: those so far with their tokens and sha256, the one at hand among them; from an earlier writer's
+    a new one goes on, and cuts off what came later. It raises ValueError or OSError where they are others.
     """
 
-    def __init__(self, folder, split, size, dtype):
+    def __init__(self, folder, split, size, dtype, files=()):
         self.folder = folder
         self.split = split
         self.size = size
@@ -91,6 +93,20 @@ class ShardWriter:
         self.whole = []  # of the files that are finished
         self.tokens = 0  # in the one at hand
         self.digest = hashlib.sha256()
+        named = folder / f"{split}.bin"
+        if files and named.exists():  # by name_shards, after which that writer's run was killed
+            named.rename(folder / shard_name(split, 0))
+        for entry in files:
+            path = folder / entry["file"]
+            tokens = entry["tokens"]
+            os.truncate(path, tokens * dtype.itemsize)
+            digest, _ = check_file(path, dtype, tokens, entry["sha256"])
+            if tokens == size:
+                self.whole.append(entry)
+            else:
+                self.f = open(path, "ab")
+                self.tokens = tokens
+                self.digest = digest
 
     def __enter__(self):
         return self
@@ -105,23 +121,6 @@ class ShardWriter:
             return self.whole
         name = shard_name(self.split, len(self.whole))
         return [*self.whole, {"file": name, "tokens": self.tokens, "sha256": self.digest.hexdigest()}]
-
-    def go_on(self, files):
-        """Takes over the files that an earlier writer had when its `files` were these; of the last one
-        what came later is cut off. Raises ValueError or OSError where they are others.
-        """
-        for entry in files:
-            tokens = entry["tokens"]
-            path = self.folder / entry["file"]
-            with open(path, "r+b") as f:
-                f.truncate(tokens * self.dtype.itemsize)
-            digest, _ = check_file(path, self.dtype, tokens, entry["sha256"])
-            if tokens == self.size:
-                self.whole.append(entry)
-                continue
-            self.f = open(path, "ab")
-            self.tokens = tokens
-            self.digest = digest
 
     def write(self, ids):
         """Appends ids, a 1-D array of the writer's dtype."""
@@ -150,14 +149,21 @@ class ShardWriter:
             sync(self.f)
 
     def finish(self):
-        """Ends the split and gives a single file its name. Returns the files for meta.json."""
+        """Ends the split. Returns its files for meta.json, by the names that name_shards gives them."""
         if self.f:
             self.end_file()
         names = shard_names(self.split, len(self.whole))
-        for entry, name in zip(self.whole, names):
-            if name != entry["file"]:
-                (self.folder / entry["file"]).rename(self.folder / name)
         return [entry | {"file": name} for entry, name in zip(self.whole, names)]
+
+
+def name_shards(folder, splits):
+    """Renames what ShardWriters wrote to the names that they returned; a split may be in one file.
+
+    splits: those of meta.json.
+    """
+    for split, entry in splits.items():
+        for i, file in enumerate(entry["files"]):
+            (folder / shard_name(split, i)).rename(folder / file["file"])
 
 
 def check_file(path, dtype, tokens, sha256):

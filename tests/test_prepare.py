@@ -767,7 +767,8 @@ def test_encoding_reads_only_so_far_ahead(monkeypatch, tmp_path):
         return [[1]] * len(texts)
 
     tokenizer = SimpleNamespace(vocab_size=2, eot=0, head=[], encode_batch=encode_batch)
-    splits = prepare.encode(pieces(), tokenizer, tmp_path, Config(num_proc=1))
+    cfg = Config(num_proc=1)
+    splits = prepare.encode(pieces(), tokenizer, tmp_path, cfg, prepare.Progress(tmp_path, cfg, None))
     assert splits["train"]["tokens"] == 4000
     assert most_ahead <= 40
 
@@ -946,7 +947,7 @@ def test_the_next_run_sweeps_what_dead_processes_left_and_nothing_else():
     ended.wait()
     living = os.getppid()
     machine = folders.machine()
-    swept = [f".d.tmp-{ended.pid}-1", f".d.tmp-{machine}-{ended.pid}-1234567890123456789"]
+    swept = [f".d.tmp-{ended.pid}-3", f".d.tmp-{machine}-{ended.pid}-1234567890123456789"]
     left = [
         f".d.tmp-{machine}-{living}-1",
         f".d.tmp-{living}-1",
