@@ -4,7 +4,7 @@
     python prepare.py --dataset=stories.txt --name=ts  # your own text, see below
     python prepare.py --dataset='texts/*.jsonl.zst'    # many files by a pattern, in quotes; ** is any folder
     python prepare.py --dataset=tinystories            # roneneldan/TinyStories from the Hugging Face hub
-    python prepare.py --dataset=hf:NAME --column=text  # another one there; or hf:NAME:CONFIG
+    python prepare.py --dataset=hf:NAME --subset=S --split=train  # another one there, or of a folder
     python prepare.py --dataset=tinyshakespeare.txt --tokenizer=char --name=shakespeare_char  # nanoGPT's
     python prepare.py --dataset=stories.txt --tokenizer=hf:gpt2  # for train.py --init_from=hf:gpt2
 
@@ -29,9 +29,12 @@ with another token than end-of-text (Llama's <s>), so does each document.
 bpe is learned from the training split; char takes the characters of both, as nanoGPT. gpt2 is GPT-2's
 own, gpt2:FOLDER one like it, of encoder.json and vocab.bpe. The text is read three times, with a
 vocabulary that is there already twice, and only the document at hand is held (of .json and of packed
-.parquet the file).
+.parquet the file). A dataset of the hub is streamed once, to packed files beside data/NAME that are removed
+at the end: room for a third of the text or so, and for the ids, is needed on the disk.
 
-A split of more than --shard_mb is train_00000.bin, train_00001.bin and so on (shards.py).
+A split of more than --shard_mb is train_00000.bin, train_00001.bin and so on (shards.py). The same command
+goes on where a run was killed or interrupted: it keeps the files that are finished, the vocabulary and
+what is fetched as a whole, and begins anew where the settings or the text have changed.
 """
 
 import csv
@@ -46,7 +49,7 @@ import time
 import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
@@ -102,6 +105,8 @@ HELD_OUT = ("val", "test", "train")  # which split of --val_dataset is taken: th
 class Config:
     dataset: str = "toy"  # toy | tinystories | hf:NAME | a file, a folder or a pattern
     val_dataset: str = ""  # the same for the validation split; empty: the dataset's own or a share of it
+    subset: str = ""  # of hf:NAME: its configuration, where it has several; also hf:NAME:SUBSET
+    split: str = ""  # of hf:NAME: what is trained on; empty: train
     name: str = ""  # the result is data/NAME; empty: the dataset's own name
     tokenizer: str = "bpe"  # bpe | char | gpt2 | gpt2:FOLDER | hf:FOLDER_OR_NAME | FILE.json to reuse
     vocab_size: int = 4096  # bpe: at most so many tokens, end-of-text and the 256 bytes among them
@@ -122,6 +127,17 @@ class Config:
             )
         if self.val_dataset and not hf_name(self.val_dataset):
             raise ValueError("val_dataset is hf: without a NAME")
+        if (self.subset or self.split) and not is_hf(self.dataset):
+            raise ValueError(
+                f"subset and split are of --dataset=hf:NAME, and dataset is {self.dataset!r}"
+            )
+        if self.subset and ":" in hf_name(self.dataset):
+            raise ValueError(f"{self.dataset} names a subset already: leave out --subset={self.subset}")
+        if "[" in self.split:
+            whole = self.split.partition("[")[0]
+            raise ValueError(
+                f"split {self.split!r}: a part of one cannot be streamed, only all of {whole}"
+            )
         if not self.name:
             self.name = dataset_name(self.dataset)
         name = self.name
@@ -151,7 +167,7 @@ def dataset_name(dataset):
     """Returns "stories" for a/stories.txt, a/stories, a/stories/*.txt, hf:me/stories and hf:me/stories:CONFIG."""
     if is_hf(dataset):
         repo = hf_name(dataset).partition(":")[0]
-        return repo.rpartition("/")[2]
+        return repo.rstrip("/").rpartition("/")[2]
     if is_pattern(dataset):
         return Path(os.path.abspath(base_folder(dataset))).name
     path = Path(os.path.abspath(dataset))
@@ -310,15 +326,20 @@ def parquet_rows(path, column=None):
 
     Raises Refusal.
     """
+    source = path
+    if unpacked(path) != Path(path):
+        with opened_bytes(path) as f:
+            source = io.BytesIO(f.read())  # it is not read from front to back
+    yield from open_parquet_rows(source, path, column)
+
+
+def open_parquet_rows(source, path, column):
+    """Does what parquet_rows does for a source, a path or an open file, that messages call path."""
     try:
         import pyarrow
         from pyarrow.parquet import ParquetFile
     except ImportError:
         raise Refusal(f"reading {path} needs pyarrow: pip install pyarrow")
-    source = path
-    if unpacked(path) != Path(path):
-        with opened_bytes(path) as f:
-            source = io.BytesIO(f.read())  # it is not read from front to back
     n = 0
     try:
         # piece by piece: pre_buffer would hold a group of rows, which may be the whole file
@@ -396,9 +417,10 @@ def find_files(cfg, tmp, progress):
     Without files for val split_documents decides. What is no local file becomes one in tmp. Prints what
     is read of a folder. Raises Refusal.
     """
-    splits = find_splits(
-        "dataset", cfg, tmp, progress, [["train"]] if cfg.val_dataset else [["train"], ["val"]]
-    )
+    wanted = {"train": [cfg.split or "train"]}
+    if not cfg.val_dataset and cfg.split != "validation":
+        wanted["val"] = ["validation"]
+    splits = find_splits("dataset", cfg, tmp, progress, wanted)
     files = {"train": splits.pop("train")}
     files["val"] = [] if cfg.val_dataset else splits.pop("val", [])
     origins = {}
@@ -409,7 +431,7 @@ def find_files(cfg, tmp, progress):
     left_out = [path for paths in splits.values() for path in paths]
     list_files(cfg.dataset, "left out", left_out)
     if cfg.val_dataset:
-        splits = find_splits("val_dataset", cfg, tmp, progress, [HELD_OUT])
+        splits = find_splits("val_dataset", cfg, tmp, progress, {"val": ["validation", "test", "train"]})
         files["val"] = next(splits[split] for split in HELD_OUT if splits.get(split))
         origins["val"] = origin(cfg.val_dataset, files["val"])
         list_files(cfg.val_dataset, "val", files["val"])
@@ -419,8 +441,8 @@ def find_files(cfg, tmp, progress):
 def find_splits(key, cfg, tmp, progress, wanted):
     """Returns {split: files} of the source that the key (dataset or val_dataset) names.
 
-    wanted: lists of splits; of a hub dataset the first of each that is there is fetched. What is no
-    local file becomes one in tmp. Raises Refusal.
+    wanted: {split: names on the hub}; of a hub dataset the first of them that is there is fetched. What is
+    no local file becomes one in tmp. Raises Refusal.
     """
     dataset = getattr(cfg, key)
     if dataset in ("toy", "tinystories") or is_hf(dataset):
@@ -523,19 +545,22 @@ def list_files(dataset, title, files):
 def origin(dataset, files):
     """Returns the words for meta.json that say where the files of a split come from."""
     if is_hf(dataset) or dataset == "tinystories":
-        return f"{dataset}, split {files[0].stem}"
+        return f"{dataset}, split {unpacked(files[0]).stem}"
     if is_folder(dataset) and dataset != "toy":
         return f"{dataset}, {file_names(dataset, files)}"
     return dataset
 
 
 def spool(texts, path, cfg):
-    """Writes texts to a .jsonl file as they arrive; returns its path."""
-    desc = f"fetching {path.stem}"
+    """Writes texts to a .jsonl or .jsonl.zst file as they arrive; returns its path."""
+    desc = f"fetching {unpacked(path).stem}"
     path.parent.mkdir(exist_ok=True)
-    with open(path, "w", encoding="utf-8") as f:
-        for text in tqdm(texts, desc, unit=" documents", disable=None, leave=False):
-            f.write(json.dumps({cfg.column: text}) + "\n")
+    with open(path, "wb") as f:
+        packed = pack_zstd(f) if path.suffix == ".zst" else nullcontext(f)
+        with packed as lines:
+            for text in tqdm(texts, desc, unit=" documents", disable=None, leave=False):
+                lines.write(json.dumps({cfg.column: text}).encode() + b"\n")
+    with open(path, "rb+") as f:  # pyarrow closes what it packs to
         sync(f)
     return path
 
@@ -546,28 +571,29 @@ def fetch(dataset, cfg, folder, wanted):
         texts = (text for text, _ in toy_stories.stories(cfg.num_stories, cfg.seed))
         return {"train": [spool(texts, folder / "toy.jsonl", cfg)]}
     name = "roneneldan/TinyStories" if dataset == "tinystories" else hf_name(dataset)
+    if cfg.subset and dataset == cfg.dataset:
+        name += f":{cfg.subset}"
     return fetch_from_hub(name, cfg, folder, wanted)
 
 
 def fetch_from_hub(name, cfg, folder, wanted):
-    """Streams splits of a hub dataset to files in folder, once; returns {split: [file]} as find_splits."""
+    """Streams splits of a hub dataset to packed files in folder, once; returns {split: [file]} as find_splits."""
     files = {}
-    with hub_splits(name) as splits:
-        for choices in wanted:
-            for split in choices:
-                full_name = "validation" if split == "val" else split
-                if full_name in splits:
-                    texts = (field(row, cfg.column, name) for row in splits[full_name])
-                    files[split] = [spool(texts, folder / f"{full_name}.jsonl", cfg)]
-                    break
+    with hub_splits(name, wanted.get("train", ["train"])[0], cfg.column) as splits:
+        for split, names in wanted.items():
+            if full_name := next((name for name in names if name in splits), ""):
+                texts = (field(row, cfg.column, name) for row in splits[full_name])
+                files[split] = [spool(texts, folder / f"{full_name}.jsonl.zst", cfg)]
     return files
 
 
 @contextmanager
-def hub_splits(name):
-    """Gives the splits of NAME or NAME:CONFIG on the Hugging Face hub: {name: an iterable of rows}.
+def hub_splits(name, needed="train", column=None):
+    """Gives the splits of NAME or NAME:CONFIG on the Hugging Face hub: {name: an iterable of rows}, which
+    are read as one asks for them, and may be of one column only. NAME may be a folder as well.
 
-    Raises Refusal, also for what goes wrong inside the with, where the rows are read.
+    Raises Refusal where the split `needed` is missing, and for what goes wrong inside the with, where the
+    rows are read.
     """
     name, _, config = name.partition(":")
     try:
@@ -575,11 +601,11 @@ def hub_splits(name):
         from huggingface_hub import HfApi
         from huggingface_hub.errors import RepositoryNotFoundError
 
-        HfApi().dataset_info(name, timeout=10)  # without a network load_dataset retries for 20 s
-        splits = datasets.load_dataset(name, config or None, streaming=True)
-        if "train" not in splits:
-            names = ", ".join(splits)
-            raise Refusal(f"{name} on the Hugging Face hub has no split train, only: {names}")
+        if not os.path.isdir(name):
+            HfApi().dataset_info(name, timeout=10)  # without a network load_dataset retries for 20 s
+        splits = load_splits(name, config, column, datasets)
+        if needed not in splits:
+            raise Refusal(f"{name} has no split {needed}, only: {', '.join(splits)}")
         yield splits
     except Refusal:
         raise
@@ -597,6 +623,40 @@ def hub_splits(name):
             f"cannot read {name} from the Hugging Face hub ({type(e).__name__}: {e}); "
             "without a network there are --dataset=FILE.txt, your own text, and --dataset=toy"
         )
+
+
+def load_splits(name, config, column, datasets):
+    """Returns {name: rows to stream} of a dataset. Raises Refusal for a config that is missing."""
+    try:
+        builder = datasets.load_dataset_builder(name, config or None)
+    except ValueError:
+        configs = datasets.get_dataset_config_names(name)
+        if (config or "default") in configs:
+            raise
+        problem = f"no subset {config}" if config else "several subsets"
+        raise Refusal(f"{name} has {problem}; --subset= chooses from: {', '.join(configs)}")
+    if builder.name != "parquet":
+        return builder.as_streaming_dataset()
+    # of these the library would fetch every column, and hold a file of rows that it reads ahead
+    files = builder.config.data_files
+    return {split: hub_parquet_rows(paths, column) for split, paths in files.items()}
+
+
+def hub_parquet_rows(paths, column):
+    """Yields the rows of .parquet files on the hub, or of those in a folder, as they are read."""
+    import fsspec  # which datasets opens files with
+
+    for path in paths:
+        with fsspec.open(path) as f:
+            for _, row in open_parquet_rows(f, path, column):
+                yield row
+
+
+def pack_zstd(f):
+    """Returns a stream that packs what is written to it into the file f, and closes f."""
+    import pyarrow  # which datasets has, too
+
+    return pyarrow.CompressedOutputStream(f, "zstd")
 
 
 # ---- from documents to tokens

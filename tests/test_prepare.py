@@ -1108,13 +1108,14 @@ def hub(monkeypatch):
             if api.error:
                 raise api.error
 
-    def load_dataset(name, config, streaming):
-        assert streaming
+    def load_dataset_builder(name, config):
         api.requests.append((name, config))
-        return api.splits
+        return SimpleNamespace(name="generator", as_streaming_dataset=lambda: api.splits)
 
     api.missing = RepositoryNotFoundError
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setitem(
+        sys.modules, "datasets", SimpleNamespace(load_dataset_builder=load_dataset_builder)
+    )
     monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(HfApi=HfApi))
     monkeypatch.setitem(
         sys.modules,
@@ -1146,6 +1147,115 @@ def test_a_hub_dataset_without_one_is_split_like_a_file(hub):
     make("hf:me/thing:small", name="hub", column="story")
     assert hub.requests == ["me/thing", ("me/thing", "small")]
     assert bins("data/file") == bins("data/hub")
+
+
+README = """---
+configs:
+- config_name: small
+  data_files:
+  - split: train
+    path: small/train-*
+  - split: validation
+    path: small/dev-*
+- config_name: large
+  data_files:
+  - split: train_sft
+    path: large/*
+---
+"""
+
+
+@pytest.fixture
+def cloned():
+    """A dataset as the hub has them, with two subsets, in a folder that the library itself streams."""
+    pytest.importorskip("datasets")
+    for i in range(3):
+        write_parquet(f"me/thing/small/train-{i}.parquet", DOCS[i * 40 : i * 40 + 40])
+    write_parquet("me/thing/small/dev-0.parquet", DOCS[120:130])
+    write_parquet("me/thing/large/0.parquet", DOCS)
+    write("me/thing/README.md", README)
+    return "hf:me/thing"
+
+
+def test_subsets_and_splits_are_streamed(cloned):
+    meta, data, tokenizer = make(cloned, name="", subset="small")
+    assert meta["name"] == "thing"
+    assert texts(data["train"], tokenizer) == DOCS[:120]
+    assert texts(data["val"], tokenizer) == DOCS[120:130]
+    assert sources(meta)["val"] == "hf:me/thing, split validation"
+    make(f"{cloned}:small", name="colon")
+    assert bins("data/colon") == bins("data/thing")
+
+    meta, _, _ = make(cloned, subset="large", split="train_sft", name="large")
+    write_txt("c.txt", DOCS)
+    make(name="file")
+    assert bins("data/large") == bins("data/file")
+    assert sources(meta)["train"] == "hf:me/thing, split train_sft; the rest"
+
+    write_jsonl("me/lines/train.jsonl", DOCS)  # which the library reads itself
+    make("hf:me/lines", name="lines")
+    assert bins("data/lines") == bins("data/file")
+
+    _, data, tokenizer = make(cloned, subset="small", split="validation", name="dev")
+    ids = np.concatenate([data["train"], data["val"]])
+    assert tokenizer.decode(ids.tolist()) == SEPARATOR.join(DOCS[120:130])
+    _, data, tokenizer = make("c.txt", val_dataset=f"{cloned}:small", name="other_val")
+    assert texts(data["val"], tokenizer) == DOCS[120:130]
+
+
+def test_subsets_and_splits_that_are_wrong(cloned):
+    choices = "--subset= chooses from: small, large"
+    assert refusal(make, cloned, name="d") == f"me/thing has several subsets; {choices}"
+    assert refusal(make, cloned, name="d", subset="x") == f"me/thing has no subset x; {choices}"
+    message = "me/thing has no split train, only: train_sft"
+    assert refusal(make, cloned, name="d", subset="large") == message
+    message = "me/thing has no split x, only: train, validation"
+    assert refusal(make, cloned, name="d", subset="small", split="x") == message
+    for values, message in (
+        (
+            {"dataset": "c.txt", "subset": "a"},
+            "subset and split are of --dataset=hf:NAME, and dataset is 'c.txt'",
+        ),
+        (
+            {"dataset": "toy", "split": "a"},
+            "subset and split are of --dataset=hf:NAME, and dataset is 'toy'",
+        ),
+        (
+            {"dataset": "hf:a/b:c", "subset": "c"},
+            "hf:a/b:c names a subset already: leave out --subset=c",
+        ),
+        (
+            {"dataset": "hf:a/b", "split": "train[:1%]"},
+            "split 'train[:1%]': a part of one cannot be streamed, only all of train",
+        ),
+    ):
+        with pytest.raises(ValueError) as e:
+            Config(**values)
+        assert str(e.value) == message
+    assert not Path("data").exists() or files("data") == []
+
+
+def test_a_stream_is_read_once_and_packed(hub, monkeypatch):
+    def once():
+        yield from rows(DOCS)
+
+    hub.splits = {"train": once()}  # a generator, which gives nothing the second time
+    write_txt("c.txt", DOCS)
+    make(name="file")
+    sizes = []
+    count = prepare.count_documents
+
+    def count_after_looking(*args, **kwargs):
+        sizes.append(
+            [path.stat().st_size for path in Path("data").glob(".hub.tmp-*/dataset/train.jsonl.zst")]
+        )
+        return count(*args, **kwargs)
+
+    monkeypatch.setattr(prepare, "count_documents", count_after_looking)
+    make("hf:me/thing", name="hub")
+    assert bins("data/file") == bins("data/hub")
+    [[size]] = sizes
+    assert size < sum(map(len, DOCS)) / 2
 
 
 def test_mistakes_with_the_hub_are_refused(hub):
