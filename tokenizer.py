@@ -25,7 +25,7 @@ import re
 from array import array
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise, zip_longest
 from math import inf
 from pathlib import Path
@@ -43,6 +43,10 @@ SPLIT = regex.compile(PATTERN)
 ASCII_SPLIT = re.compile(PATTERN.replace(r"\p{L}", "A-Za-z").replace(r"\p{N}", "0-9"), re.ASCII)
 GAP = 100_000  # whitespace in a row; from a million on, tiktoken panics (a BaseException)
 LONG_GAP = regex.compile(r"(?<!\s)\s{%d}" % GAP)  # (?<!\s): tried once a run, not at each character
+
+# What different words may take while merges are learned from them, in word_bytes: 270,000 English ones or
+# so, with which a process has 200 MB. It has more where each word has other pairs, as of random characters.
+WORD_BYTES = 3_500_000
 
 # In JSON, GPT-2 writes a byte as one visible character: its own in Latin-1, or one from U+0100 on
 # where that is not visible. This dict runs by code point, as the ids do; ids in byte order would
@@ -90,6 +94,41 @@ def byte_chars(token):
 # ---- merges
 
 
+def count_words(docs):
+    """Returns {word: how often it is there} of texts, an iterable.
+
+    Where different words take more than WORD_BYTES, the rarest are forgotten down to three quarters of
+    that, and counted from 0 if they come again, as in word2vec.c (ReduceVocab): memory is bounded.
+    """
+    words = Counter()
+    look_at = 0  # this many words, for what they take
+    for doc in docs:
+        words.update(split(mend(doc)))
+        if len(words) < look_at:
+            continue
+        if word_bytes(words) > WORD_BYTES:
+            words = most_frequent(words, WORD_BYTES * 3 // 4)
+        look_at = len(words) + len(words) // 20 + 10_000
+    return words
+
+
+def word_bytes(words):
+    """Returns how much different words take, in units of some 40 bytes of memory."""
+    return sum(len(word.encode()) + 5 for word in words)
+
+
+def most_frequent(words, limit):
+    """Returns the most frequent words, as many as take no more than limit; of equals those seen first."""
+    kept = Counter()
+    total = 0
+    for word, count in words.most_common():
+        total += word_bytes([word])
+        if total > limit and kept:
+            break
+        kept[word] = count
+    return kept
+
+
 def merge_pair(ids, pair, new):
     """Returns ids with every occurrence of pair, from left to right, replaced by new."""
     left, right = pair
@@ -115,9 +154,9 @@ def merge_word(ids, merges):
 def learn_merges(words, counts, first, stop, progress=iter):
     """Returns {(left, right): id} for ids first to stop - 1, or fewer where no pair is left.
 
-    words: lists of ids, counts: how often each word is there. Each id merges the most frequent pair by
-    then, among equals the smallest. progress: a function from an iterable to one that shows how far it
-    is, such as tqdm.
+    words: an iterable of lists of ids, counts: how often each word is there. Each id merges the most
+    frequent pair by then, among equals the smallest. progress: a function from an iterable to one that
+    shows how far it is, such as tqdm.
 
     The words stand in one linked list, and a merge visits only the places of its pair, so a word as
     long as the text takes no longer than many short ones. A pair is never more frequent than when it
@@ -132,7 +171,8 @@ def learn_merges(words, counts, first, stop, progress=iter):
     before = array("q", range(-1, len(ids) - 1))  # ids[-1] is None, too
     after = array("q", range(1, len(ids) + 1))
     pair_count = defaultdict(int)
-    pair_places = defaultdict(list)  # of the left id, in order; the pair may be gone from some
+    # of the left id, in order; the pair may be gone from some
+    pair_places = defaultdict(partial(array, "q"))
     for i, pair in enumerate(pairwise(ids)):
         if None not in pair:
             pair_count[pair] += weights[i]
@@ -405,7 +445,8 @@ class Tokenizer:
 
     @classmethod
     def train(cls, docs, vocab_size=4096, progress=iter):
-        """Learns from an iterable of str, read once, keeping only word counts.
+        """Learns from an iterable of str, read once, keeping only counts of words, the rarest of very many
+        left out (count_words).
 
         This is algorithm 1 of Sennrich et al. 2016. <|endoftext|> is id 0, then the 256 bytes, then
         the merges: exactly those of Hugging Face's BpeTrainer. Fewer than vocab_size where the text
@@ -418,14 +459,12 @@ class Tokenizer:
         if isinstance(docs, str):
             expected = "an iterable of documents was expected, such as [text]"
             raise ValueError(f"docs is one str, where {expected}")
-        words = Counter()
-        for doc in docs:
-            words.update(split(mend(doc)))
+        words = count_words(docs)
         if not words:
             raise ValueError("there is no text to train on: no document, or only empty ones")
         tokens = [EOT.encode(), *(bytes([b]) for b in BYTE_CHAR)]
         byte_id = {b: i for i, b in enumerate(BYTE_CHAR, 1)}
-        word_ids = [[byte_id[b] for b in word.encode()] for word in words]
+        word_ids = ([byte_id[b] for b in word.encode()] for word in words)
         merges = learn_merges(word_ids, words.values(), len(tokens), vocab_size, progress)
         for left, right in merges:
             tokens.append(tokens[left] + tokens[right])

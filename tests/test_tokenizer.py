@@ -5,6 +5,7 @@ import json
 import random
 import sys
 import unicodedata
+from collections import Counter
 
 import pytest
 import tiktoken
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from tiktoken import load as tiktoken_load
 from tokenizers import models, pre_tokenizers, trainers
 
+import tokenizer as tokenizer_py
 from tokenizer import (
     BYTE_CHAR,
     EOT,
@@ -177,6 +179,21 @@ def test_merges_and_ids_are_those_of_hugging_face(name):
     assert [merge.split(" ") for merge in model["merges"]] == expected["merges"]
     assert model["vocab"] == expected["vocab"]
     assert tokenizer.vocab_size == len(expected["vocab"]) <= vocab_size
+
+
+def test_words_are_counted_in_bounded_memory(monkeypatch):
+    common = [f"common{'abcdefghij'[i]}" for i in range(10)]
+    docs = [" ".join([*common, f"x{'yz'[n % 2] * 30}q" + chr(0x4E00 + n)]) for n in range(20_000)]
+    exact = Counter(word for doc in docs for word in split(doc))
+    assert tokenizer_py.count_words(docs) == exact
+    monkeypatch.setattr(tokenizer_py, "WORD_BYTES", 200_000)
+    words = tokenizer_py.count_words(docs)
+    assert tokenizer_py.word_bytes(exact) > 700_000
+    # at most what it had when it last looked, and what came in since
+    assert len(words) < 17_000
+    assert all(words[word] == n for word, n in exact.items() if n > 1)
+    # of words that are all as rare some are kept
+    assert tokenizer_py.count_words([str(n) for n in range(100_000)])
 
 
 def test_layout_of_ids():
