@@ -110,32 +110,6 @@ class Preferring(finetune_lora.FineTuning):
     count = staticmethod(count_pairs)
     conversations_per_row = 2
     names = ("val_loss", "accuracy", "margin", "logp_chosen", "logp_rejected")  # of figures()
-    length = 0  # of a row, in tokens: at least the longest pair's
-
-    def convert(self, places_and_rows):
-        return rows.preferences(places_and_rows)
-
-    def flat(self, pairs):
-        return [conversation for pair in pairs for conversation in pair]
-
-    def read(self, learned):
-        """Returns the ids of what is held out too, as the reference of both is kept."""
-        ids = super().read(learned)
-        return ids + [array for example in self.val_examples for array in example]
-
-    def describe(self):
-        return f"{self.message}; in {len(self.packs):,} rows of {self.length} tokens\n{self.val_message}"
-
-    def pack(self, examples):
-        """Returns which examples share a row of T tokens, or as many as the longest pair has."""
-        pairs = [
-            len(chosen) + len(rejected) for (chosen, _), (rejected, _) in zip(*[iter(examples)] * 2)
-        ]
-        self.length = max(self.length, self.tuning.T, *pairs)
-        packs = rows.pack(pairs, self.length)
-        return [
-            [example for pair in numbers for example in (2 * pair, 2 * pair + 1)] for numbers in packs
-        ]
 
     def begin(self):
         """Computes what the reference, the base, gives the answers. A run of all weights keeps it: when it
@@ -207,7 +181,8 @@ class Preferring(finetune_lora.FineTuning):
     def built_in_lines(self):
         """Returns how many samples are as preferred, judged by the grammar, and how well stories are told."""
         tuning = self.tuning
-        openings = [conversation.turns[-1].prompt for conversation in self.held_out[::2][:SAMPLES]]
+        _, held_out = rows.split_rows(self.cfg, rows.preferences)
+        openings = [chosen.turns[-1].prompt for chosen, _ in held_out[:SAMPLES]]
         prompts = [prompt_ids(tuning.tokenizer, opening) for opening in openings]
         room = tuning.model.config.block_size - max(map(len, prompts))
         *_, samples = generate(

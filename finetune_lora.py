@@ -13,7 +13,6 @@ loop is train.py's fit: --init_from=resume, signals, torchrun and log are as the
 of tuning takes open_tuning and Tuning, and writes its own rows and loss.
 """
 
-import hashlib
 import math
 import os
 from dataclasses import asdict, dataclass, replace
@@ -45,19 +44,12 @@ from data import (
     to,
 )
 from device import Compute, check_memory, resolve
+from examples import Source, find_encoded
 from generate import generate
 from lenses import probes
 from log import LOSSES, plot
 from rmsnorm import choose_rmsnorm
-from rows import (
-    conversations,
-    default_template,
-    encode_rows,
-    pack,
-    packed_batch,
-    split_rows,
-    training_packs,
-)
+from rows import conversations, packed_batch, split_rows, training_packs
 from score import completion_nats, floor_line, mean_nats, next_token_loss
 from sizes import num_params, size_text
 from train import (
@@ -339,7 +331,6 @@ class FineTuning:
     count = staticmethod(count_targets)
     flops_per_token = 0  # padding and prompts make MFU mean little
     conversations_per_row = 1
-    accepted = ("",)  # problems of rows that are none here
 
     def __init__(self, tuning):
         self.tuning = tuning
@@ -349,60 +340,52 @@ class FineTuning:
         # a run that goes on, and a model that is only looked at, keep the rule that they learned by
         is_new = not tuning.resumed and not cfg.eval_only
         self.text_rule = AS_IT_STANDS if is_new else tuning.base.text_rule
-        learned, self.held_out = map(self.flat, split_rows(cfg, self.convert))
         cfg.template = cfg.template or tuning.base.template
         if not cfg.template and tokenizer.chat_template is not None and cfg.dataset != cfg.built_in:
             cfg.template = MODELS_OWN
-        if not cfg.template:
-            cfg.template = default_template([*learned, *self.held_out])
-        ids = b"".join(array.tobytes() for array in self.read(learned))
-        self.rows_sha256 = hashlib.sha256(ids).hexdigest()
+        self.read()
         if tuning.resumed and tuning.resumed["config"]["rows_sha256"] != self.rows_sha256:
             path = tuning.base.last_path
             raise Refusal(
                 f"{cfg.dataset} holds other rows than when {path} was begun: give another --out_dir"
             )
-        try:
-            turns = next(c.turns for c in self.held_out if c.turns and c.problem in self.accepted)
-            start = by_text_rule(cfg.start, self.text_rule) or turns[0].prompt
-            self.preview_text, self.preview_ids = start_of_answer(tokenizer, start, cfg.template)
-        except ValueError as e:
-            raise Refusal(e)
+        self.preview_text, self.preview_ids = self.first_prompt()
+        if cfg.start:
+            try:
+                start = by_text_rule(cfg.start, self.text_rule)
+                self.preview_text, self.preview_ids = start_of_answer(tokenizer, start, cfg.template)
+            except ValueError as e:
+                raise Refusal(e)
         self.trained = None  # what is trained, once it is prepared
 
-    def read(self, learned):
-        """Makes examples and packs of Conversations to learn from and of held_out. Returns the ids, arrays,
-        of those to learn from.
-        """
+    def read(self):
+        """Finds examples and packs to learn from and held out, and the template, where none was named."""
         cfg, tuning = self.cfg, self.tuning
-        names = f"{cfg.dataset}, to learn from", f"{cfg.val_dataset or cfg.dataset}, held out"
-        (self.examples, self.message), (self.val_examples, self.val_message) = [
-            encode_rows(side, tuning.tokenizer, cfg.template, tuning.T, name, self.conversations_per_row)
-            for side, name in zip((learned, self.held_out), names)
-        ]
-        self.packs = self.pack(self.examples)
-        self.val_packs = self.pack(self.val_examples)
-        return [array for example in self.examples for array in example]
+        source = Source(
+            cfg, tuning.tokenizer, cfg.template, self.text_rule, tuning.T, self.conversations_per_row
+        )
+        encoded = find_encoded(source, self.compute.is_main)
+        self.examples, self.packs, self.message = encoded.learn
+        self.val_examples, self.val_packs, self.val_message = encoded.val
+        cfg.template = encoded.template
+        self.length = encoded.length
+        self.rows_sha256 = encoded.rows_sha256
+
+    def first_prompt(self):
+        """Returns (text, ids) of what stands before the first held-out answer."""
+        idx, targets = self.val_examples[0]
+        ids = idx[: (targets != -100).argmax() + 1].tolist()
+        tokenizer = self.tuning.tokenizer
+        has_start = ids[0] in (tokenizer.bos, tokenizer.eot)
+        return tokenizer.decode(ids[has_start:]), ids
 
     def describe(self):
         """Returns what is learned from, in words."""
-        packs = f"in {len(self.packs):,} rows of {self.tuning.T} tokens"
+        packs = f"in {len(self.packs):,} rows of {self.length} tokens"
         return f"{self.message}; {packs}\n{self.val_message}"
 
     def begin(self):
         """Does what is to be done once the model is prepared."""
-
-    def convert(self, rows):
-        """Returns a list of what is learned of each (place, row), its Conversation."""
-        return conversations(rows, self.text_rule)
-
-    def flat(self, converted):
-        """Returns the Conversations of what convert() made."""
-        return converted
-
-    def pack(self, examples):
-        """Returns which examples share a row."""
-        return pack([len(idx) for idx, _ in examples], self.tuning.T)
 
     def batches(self, step):
         """Returns this process's micro-batches of a step, on its device."""
@@ -414,7 +397,7 @@ class FineTuning:
 
     def make_batch(self, packs):
         """Returns the batch of a list of packs of the examples to learn from."""
-        return packed_batch(packs, self.examples, self.tuning.T)
+        return packed_batch(packs, self.examples, self.length)
 
     def validate(self, tokens=None):
         """Returns the loss on held-out responses, of about so many tokens of rows: eval_tokens, or 0 for all."""
@@ -428,9 +411,8 @@ class FineTuning:
         return evenly(np.arange(len(self.val_packs)), math.ceil(tokens / self.tuning.T))
 
     def val_batch(self, numbers):
-        return packed_batch(
-            [self.val_packs[number] for number in numbers], self.val_examples, self.tuning.T
-        )
+        packs = [self.val_packs[number] for number in numbers]
+        return packed_batch(packs, self.val_examples, self.length)
 
     def save(self, name, state):
         """Writes the adapters or the checkpoint."""
@@ -469,9 +451,8 @@ class FineTuning:
     def built_in_lines(self):
         """Returns what the model knows of the built-in task's held-out rows, in words, or None."""
         tuning = self.tuning
-        return moral_lines(
-            tuning.model, tuning.tokenizer, self.held_out, self.cfg.template, self.compute
-        )
+        _, held_out = split_rows(self.cfg, partial(conversations, text_rule=self.text_rule))
+        return moral_lines(tuning.model, tuning.tokenizer, held_out, self.cfg.template, self.compute)
 
 
 def main(cfg, Task=FineTuning):

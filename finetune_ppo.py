@@ -17,6 +17,7 @@ A reward is only a stand-in: read the samples. Where kl grows and the reward doe
 all alike, raise --kl or lower --learning_rate.
 """
 
+import hashlib
 import math
 import os
 import re
@@ -36,7 +37,7 @@ from chat import start_of_answer
 from data import evenly, micro_batches, to
 from finetune_reward import add_head, load_reward, saved_head
 from generate import generate
-from rows import NO_RESPONSE, training_packs
+from rows import NO_RESPONSE, conversations, default_template, split_rows, training_packs
 from score import document_nats, evaluating
 
 SAMPLES = 200  # of held-out prompts, one each, that an evaluation looks at
@@ -219,7 +220,6 @@ class Reinforcing(finetune_lora.FineTuning):
 
     kind = "reinforcement"
     panels = (("reward of held-out prompts", ("reward",)), ("nats a token from the reference", ("kl",)))
-    accepted = ("", NO_RESPONSE)
     round = -1  # which one self.samples are of
     samples = ()  # the micro-batches of a round
 
@@ -230,23 +230,32 @@ class Reinforcing(finetune_lora.FineTuning):
             if isinstance(row, dict) and isinstance(row.get("prompt"), str):
                 row = {"prompt": row["prompt"], "response": ""}
             filled.append((place, row))
-        return super().convert(filled)
+        return conversations(filled, self.text_rule)
 
-    def read(self, learned):
-        """Makes prompts, pairs of a text and its ids, of what to learn from and of held_out."""
+    def read(self):
+        """Finds prompts, pairs of a text and its ids, to learn from and held out, and the template, where none
+        was named.
+        """
+        cfg = self.cfg
+        learned, held_out = split_rows(cfg, self.convert)
+        cfg.template = cfg.template or default_template([*learned, *held_out])
         self.prompts, self.message = self.read_prompts(learned, "to learn from")
-        val_prompts, self.val_message = self.read_prompts(self.held_out, "held out")
-        if self.cfg.dataset == self.cfg.built_in:
+        val_prompts, self.val_message = self.read_prompts(held_out, "held out")
+        if cfg.dataset == cfg.built_in:
             self.panels = (*self.panels, ("nats a story", ("story",)))
         chosen = evenly(np.arange(len(val_prompts)), SAMPLES)
         self.val_prompts = [val_prompts[number] for number in chosen]
-        return [np.array(ids) for _, ids in self.prompts]
+        ids = b"".join(np.array(ids).tobytes() for _, ids in self.prompts)
+        self.rows_sha256 = hashlib.sha256(ids).hexdigest()
+
+    def first_prompt(self):
+        return self.val_prompts[0]
 
     def read_prompts(self, conversations, name):
         """Returns the first prompts of Conversations that leave room for an answer, and a line about them."""
         prompts = []
         for conversation in conversations:
-            if conversation.problem not in self.accepted:
+            if conversation.problem not in ("", NO_RESPONSE):
                 continue
             prompt = conversation.turns[0].prompt
             try:

@@ -121,12 +121,9 @@ class Rewarding(finetune_dpo.Preferring):
         saved = self.tuning.resumed["config"]["reward_head"] if self.tuning.resumed else {}
         add_head(self.tuning.model, "reward_head", saved)
 
-    def make_batch(self, packs):
-        return rows.packed_batch(packs, self.examples, self.length)
-
-    def val_batch(self, numbers):
-        packs = [self.val_packs[number] for number in numbers]
-        return rows.packed_batch(packs, self.val_examples, self.length)
+    # batches as FineTuning makes them, without a reference
+    make_batch = finetune_lora.FineTuning.make_batch
+    val_batch = finetune_lora.FineTuning.val_batch
 
     def loss(self, model, batch):
         """Returns -log sigmoid(the chosen answer's reward - the rejected one's), summed over pairs."""
@@ -152,7 +149,8 @@ class Rewarding(finetune_dpo.Preferring):
         pair = to(rows.packed_batch([[0, 1]], self.val_examples, self.length), self.compute.device)
         with evaluating(self.tuning.model), self.compute.autocast():
             chosen, rejected = rewards(self.tuning.model, pair).tolist()
-        texts = [conversation.turns[-1].response for conversation in self.held_out[:2]]
+        learned = [targets[targets != -100] for _, targets in map(self.val_examples.__getitem__, (0, 1))]
+        texts = [self.tuning.tokenizer.decode_more(ids[:-1].tolist()) for ids in learned]
         return f"{chosen:+.3f} for {texts[0]!r:.300}\n{rejected:+.3f} for {texts[1]!r:.300}"
 
     def line(self, figures):

@@ -84,11 +84,12 @@ def move_aside(folder, keep=()):
     print(f"what was {folder} is now {old}")
 
 
-def acquire(folder):
+def acquire(folder, waits=None):
     """Returns the FileLock of a folder, held; it ends with its process. None where nothing can be written
     there, or the disk knows no locks.
 
-    Raises InUse, which names the process that has it.
+    waits: a line to print, or "", while another process has it. Without, raises InUse, which names that
+    process.
     """
     path = os.path.join(folder, LOCK)
     try:
@@ -99,9 +100,13 @@ def acquire(folder):
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise InUse(
-            f"{read_pid(folder)} is training in {folder}: wait until it has ended, or name another folder"
-        )
+        if waits is None:
+            raise InUse(
+                f"{read_pid(folder)} is training in {folder}: wait until it has ended, or name another folder"
+            )
+        if waits:
+            print(waits)
+        lock.acquire()
     except (OSError, NotImplementedError) as e:
         print(f"{folder} is on a disk without locks ({e}): nothing keeps a second run out of it")
         return None
@@ -116,18 +121,19 @@ def read_pid(folder):
 
 
 @contextmanager
-def alone(folder, make=True):
+def alone(folder, make=True, waits=None):
     """Keeps other runs out of a folder until the block or its process ends, and removes from it what dead
     ones had half written.
 
-    Without make, a folder that is missing stays so; one that stays empty is removed again. Raises Refusal.
+    Without make, a folder that is missing stays so; one that stays empty is removed again. waits: as
+    acquire() takes it. Raises Refusal.
     """
     folder = Path(folder)
     made = [path for path in (folder, *folder.parents) if make and not os.path.exists(path)]
     if make:
         with suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
-    lock = acquire(folder)
+    lock = acquire(folder, waits)
     try:
         if lock:
             with suppress(OSError):

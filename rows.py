@@ -32,23 +32,22 @@ MORAL_SEED = 0  # other stories than data/toy's: a test looks
 
 
 def read_rows(dataset, split="train", built_in="moral"):
-    """Returns (place, row) of all rows, of a dataset on the hub those of a split; None where it has no
-    such split.
+    """Yields (place, row) of all rows, of a dataset on the hub those of a split, which may be missing.
 
     Raises Refusal for what cannot be read.
     """
     if is_hf(dataset):
         with prepare.hub_splits(hf_name(dataset)) as splits:
-            if split not in splits:
-                return None
-            return [(f"{dataset} row {n}", row) for n, row in enumerate(splits[split], 1)]
+            for n, row in enumerate(splits.get(split, ()), 1):
+                yield f"{dataset} row {n}", row
+        return
     readers = prepare.ROW_READERS
     kind = prepare.file_kind(dataset)
     if kind not in readers:
         raise Refusal(
             f"dataset must be {built_in}, a {' '.join(readers)} file or hf:NAME, not {dataset!r}"
         )
-    return list(readers[kind](dataset))
+    yield from readers[kind](dataset)
 
 
 # rows that are made here, half of them held out
@@ -58,34 +57,45 @@ BUILT_IN = {
 }
 
 
-def split_rows(cfg, convert=None):
-    """Returns (what to learn from, what is held out), each a list that convert(rows) makes of (place, row)
-    pairs, by itself their Conversations. Raises Refusal.
+def read_both(cfg):
+    """Returns (rows to learn from, rows to hold out), both iterables of (place, row). The latter is empty
+    where rows of the former are held out. Raises Refusal, also while they are read.
     """
-    convert = convert or conversations
     if cfg.dataset == cfg.built_in:
-        rows = [(f"{cfg.dataset} {n}", row) for n, row in enumerate(BUILT_IN[cfg.dataset]())]
-        converted = convert(rows)
-        middle = len(converted) // 2
-        return converted[:middle], converted[middle:]
+        return [(f"{cfg.dataset} {n}", row) for n, row in enumerate(BUILT_IN[cfg.dataset]())], ()
     rows = read_rows(cfg.dataset, built_in=cfg.built_in)
-    held_out = None
     if cfg.val_dataset:
-        held_out = read_rows(cfg.val_dataset)
-    elif is_hf(cfg.dataset):
-        held_out = read_rows(cfg.dataset, "validation")
-    # converted before they are shuffled: a Refusal is of the first row that it is about
-    learned = convert(rows)
-    if held_out is not None:
-        return learned, convert(held_out)
-    if len(learned) < 2:
+        return rows, read_rows(cfg.val_dataset)
+    return rows, read_rows(cfg.dataset, "validation") if is_hf(cfg.dataset) else ()
+
+
+def split_numbers(cfg, n, n_held_out):
+    """Returns (numbers of rows to learn from, numbers of those held out), two arrays. Rows are numbered as
+    read_both() has them, n and then n_held_out. Raises Refusal.
+    """
+    numbers = np.arange(n + n_held_out)
+    if cfg.val_dataset or n_held_out:
+        return numbers[:n], numbers[n:]
+    if cfg.dataset == cfg.built_in:
+        return numbers[: n // 2], numbers[n // 2 :]
+    if n < 2:
         raise Refusal(
-            f"{cfg.dataset} needs two rows, as one is held out, and has {len(learned)}; "
+            f"{cfg.dataset} needs two rows, as one is held out, and has {n}; "
             "--val_dataset names others to hold out"
         )
-    order = np.random.default_rng(cfg.seed).permutation(len(learned))
-    n = max(1, round(cfg.val_fraction * len(learned)))
-    return [learned[i] for i in order[n:]], [learned[i] for i in order[:n]]
+    order = np.random.default_rng(cfg.seed).permutation(n)
+    n_val = max(1, round(cfg.val_fraction * n))
+    return order[n_val:], order[:n_val]
+
+
+def split_rows(cfg, convert=None):
+    """Returns (what to learn from, what is held out), each a list of what convert(rows) makes of (place, row)
+    pairs, by itself their Conversations. Raises Refusal.
+    """
+    # converted before they are shuffled: a Refusal is of the first row that it is about
+    learned, held_out = [(convert or conversations)(rows) for rows in read_both(cfg)]
+    both = [*learned, *held_out]
+    return tuple([both[i] for i in side] for side in split_numbers(cfg, len(learned), len(held_out)))
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -336,17 +346,14 @@ def default_template(conversations):
 
 
 def encode(conversation, tokenizer, template):
-    """Returns (idx, targets), or None where nothing is learned."""
+    """Returns (ids, whether each is learned), two lists. ValueError: a character that a character model
+    lacks, messages that the model's chat template refuses.
+    """
     if template == MODELS_OWN:
         messages = [{"role": m.role, "content": m.text} for m in conversation.messages]
         is_learned = [message.is_learned for message in conversation.messages]
-        ids, is_target = encode_answers(tokenizer, messages, is_learned)
-    else:
-        ids, is_target = encode_turns(conversation.turns, tokenizer, template)
-    if not any(is_target):
-        return None
-    ids = np.array(ids, np.int64)
-    return ids[:-1], np.where(is_target, ids, -100)[1:]
+        return encode_answers(tokenizer, messages, is_learned)
+    return encode_turns(conversation.turns, tokenizer, template)
 
 
 def encode_turns(turns, tokenizer, template):
@@ -363,42 +370,55 @@ def encode_turns(turns, tokenizer, template):
     return ids, is_target
 
 
-def encode_rows(conversations, tokenizer, template, T, name, together=1):
-    """Returns (the examples that fit in T tokens and have a response, a line about them). Raises Refusal
-    where none is left.
+def example(ids, is_learned):
+    """Returns (idx, targets), int64 arrays, of ids and whether each is learned."""
+    ids = np.asarray(ids, np.int64)
+    return ids[:-1], np.where(is_learned, ids, -100)[1:]
 
-    together: how many conversations in a row are one row, which is left out as a whole; two of a preference.
+
+class LeftOut(NamedTuple):
+    place: str
+    reason: str  # in words that follow a number of rows
+
+
+def encode_row(row, tokenizer, template, T):
+    """Returns encode() of each conversation of a row: one, or two of a preference. LeftOut where a
+    conversation has no response or more than T tokens: the row is left out as a whole. Raises Refusal.
     """
+    place, problem = row[0].place, row[0].problem
+    if problem:
+        return LeftOut(place, problem)
+    try:
+        encoded = [encode(conversation, tokenizer, template) for conversation in row]
+    except ValueError as e:
+        raise Refusal(f"{place}: {e}")
+    if not all(True in is_learned for _, is_learned in encoded):
+        return LeftOut(place, NO_RESPONSE)
+    if max(len(ids) for ids, _ in encoded) - 1 > T:
+        return LeftOut(place, f"that are longer than {T} tokens")
+    return encoded
+
+
+def check_template(template, tokenizer):
+    """Raises Refusal where the tokenizer lacks a character of the template."""
     try:
         tokenizer.encode(template.replace("{prompt}", ""))
     except ValueError as e:
         raise Refusal(f"the template {template!r:.120}: {e}; --template=... is another")
-    examples = []
-    left_out = {}  # the reason, in words: the places of the rows
-    for first in range(0, len(conversations), together):
-        row = conversations[first : first + together]
-        place, problem = row[0].place, row[0].problem
-        try:
-            encoded = [
-                None if problem else encode(conversation, tokenizer, template) for conversation in row
-            ]
-        except ValueError as e:  # a character that a character model lacks, what a chat template refuses
-            raise Refusal(f"{place}: {e}")
-        if all(example and len(example[0]) <= T for example in encoded):
-            examples += encoded
-            continue
-        reason = problem or NO_RESPONSE
-        if all(encoded):
-            reason = f"that are longer than {T} tokens"
-        left_out.setdefault(reason, []).append(place)
+
+
+def side_line(name, n, left_out, T):
+    """Returns a line about the n rows of a side, of which some were LeftOut. Raises Refusal where all were."""
+    places = {}  # the reason: where
+    for place, reason in left_out:
+        places.setdefault(reason, []).append(place)
     reasons = "; left out: " if left_out else ""
     reasons += ", ".join(
-        f"{len(places):,} {reason} ({first_places(places)})" for reason, places in left_out.items()
+        f"{len(where):,} {reason} ({first_places(where)})" for reason, where in places.items()
     )
-    if not examples:
-        n = len(conversations) // together
+    if len(left_out) == n:
         raise Refusal(f"{name}: none of its {n} rows has a response and fits in {T} tokens{reasons}")
-    return examples, f"{name}: {len(examples) // together:,} rows{reasons}"
+    return f"{name}: {n - len(left_out):,} rows{reasons}"
 
 
 def first_places(places):

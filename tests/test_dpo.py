@@ -49,7 +49,7 @@ def sides(row):
     result = []
     [pair] = rows.preferences([("r.jsonl line 1", row)])
     for conversation in pair:
-        idx, targets = rows.encode(conversation, BYTES, "Q{prompt}A")
+        idx, targets = rows.example(*rows.encode(conversation, BYTES, "Q{prompt}A"))
         result.append((spelled(idx), spelled(targets)))
     return result
 

@@ -38,11 +38,13 @@ from rows import (
     conversations,
     default_template,
     encode,
-    encode_rows,
+    encode_row,
+    example,
     kind_of,
     pack,
     packed_batch,
     read_rows,
+    side_line,
     split_rows,
     training_packs,
 )
@@ -182,7 +184,7 @@ def spelled(ids):
 )
 def test_masks_by_hand(row, template, read, learned):
     [conversation] = conversations([("file line 1", row)])
-    idx, targets = encode(conversation, BYTES, template)
+    idx, targets = example(*encode(conversation, BYTES, template))
     assert spelled(idx) == read
     assert spelled(targets) == learned
     assert conversation.problem == ""
@@ -219,13 +221,15 @@ CALL = {"role": "assistant", "content": "I ask.", "tool_calls": [{"id": 1}]}
 def test_rows_that_are_no_conversation_are_counted_with_their_places(row, problem):
     good = {"prompt": "a", "response": "b"}
     rows = [("r.jsonl line 1", good), ("r.jsonl line 2", row)]
-    examples, line = encode_rows(conversations(rows), BYTES, "{prompt}:", 48, "r.jsonl")
-    [(idx, targets)] = examples
+    kept, left_out = [encode_row([one], BYTES, "{prompt}:", 48) for one in conversations(rows)]
+    [encoded] = kept
+    idx, targets = example(*encoded)
     assert spelled(idx) == "$a:b"
     assert spelled(targets) == "__b$"
+    line = side_line("r.jsonl", 2, [left_out], 48)
     assert line == f"r.jsonl: 1 rows; left out: 1 {problem} (r.jsonl line 2)"
     with pytest.raises(Refusal, match=f"none of its 5 rows .*; left out: 5 {problem} ") as e:
-        encode_rows(conversations([("x", row)] * 5), BYTES, "{prompt}:", 48, "r.jsonl")
+        side_line("r.jsonl", 5, [left_out._replace(place="x")] * 5, 48)
     assert str(e.value).endswith("(x, x, x, ...)")
 
 
@@ -315,7 +319,7 @@ def test_rows_are_read_as_trl_reads_them():
     row = {"prompt": "The sky is", "completion": " blue."}
     assert not data_utils.is_conversational(row)
     [conversation] = conversations([("", row)])
-    idx, targets = encode(conversation, BYTES, default_template([conversation]))
+    idx, targets = example(*encode(conversation, BYTES, default_template([conversation])))
     assert BYTES.decode(idx[1:]) == row["prompt"] + row["completion"]
     assert BYTES.decode(targets[targets >= 0][:-1]) == row["completion"]
 
@@ -326,7 +330,7 @@ def test_a_prompt_has_the_same_ids_in_training_and_in_sampling():
     joined = tokenizer.encode("x ab cat")
     assert len(joined) < len(tokenizer.encode("x a")) + len(tokenizer.encode("b cat"))
     [conversation] = conversations([("file line 1", {"prompt": "x a", "response": "b cat"})])
-    idx, targets = encode(conversation, tokenizer, "{prompt}")
+    idx, targets = example(*encode(conversation, tokenizer, "{prompt}"))
     prompt = prompt_ids(tokenizer, render("{prompt}", "x a"))
     n = len(prompt)
     assert idx[:n].tolist() == prompt
