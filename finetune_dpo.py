@@ -43,6 +43,7 @@ class Config(finetune_lora.Config):
     out_dir: str = "out/dpo"                # where adapter.pt, log.jsonl and loss.png go; with --rank=0 ckpt.pt
     dataset: str = "toy"                    # toy (made here) | a .json .jsonl .csv .parquet file | hf:NAME
     beta: float = 0.1                       # how strongly the model is held to its reference, the base
+    eval_tokens: int = 0                    # of held-out rows looked at meanwhile, always the same ones; 0 = all
     max_iters: int = 100                    # steps
     # fmt: on
 

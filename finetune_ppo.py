@@ -220,6 +220,7 @@ class Reinforcing(finetune_lora.FineTuning):
 
     kind = "reinforcement"
     panels = (("reward of held-out prompts", ("reward",)), ("nats a token from the reference", ("kl",)))
+    val_packs = ()  # a prompt has a row of its own
     round = -1  # which one self.samples are of
     samples = ()  # the micro-batches of a round
 

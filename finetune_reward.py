@@ -38,6 +38,7 @@ class Config(finetune_lora.Config):
     # fmt: off
     out_dir: str = "out/reward"             # where adapter.pt, log.jsonl and loss.png go
     dataset: str = "toy"                    # toy (made here) | a .json .jsonl .csv .parquet file | hf:NAME
+    eval_tokens: int = 0                    # of held-out rows looked at meanwhile, always the same ones; 0 = all
     max_iters: int = 100                    # steps
     # fmt: on
 

@@ -1096,8 +1096,8 @@ def test_every_key_has_a_comment():
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A stand-in for the hub: .splits are its dataset's, .error is raised on the first request."""
-    api = SimpleNamespace(splits={}, error=None, requests=[])
+    """A stand-in for the hub: .splits are its dataset's, at a .commit; .error is raised on the first request."""
+    api = SimpleNamespace(splits={}, commit="1", error=None, requests=[])
 
     class RepositoryNotFoundError(Exception):
         pass
@@ -1107,6 +1107,7 @@ def hub(monkeypatch):
             api.requests.append(name)
             if api.error:
                 raise api.error
+            return SimpleNamespace(sha=api.commit)
 
     def load_dataset_builder(name, config):
         api.requests.append((name, config))
