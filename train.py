@@ -34,6 +34,7 @@ from checkpoint import RunState, inherit, open_checkpoint
 from data import count_targets, micro_batches, prompt_ids, rows_each, to, training_rows
 from device import StopAfterStep, check_memory, name_of, peak_flops, resolve, torchrun_ranks
 from generate import generate
+from gradients import GradientSum
 from graphs import TrainingStep, captures_steps, graph_message
 from log import Log, plot
 from model import HAS_CHUNKED_LOSS, ModelConfig, Transformer, model_config
@@ -198,10 +199,12 @@ def train_step(
     """
     total = sum(count(batch) for batch in batches)
     total = compute.sum(torch.as_tensor(total, device=compute.device), in_step=True)
+    params = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     loss = torch.zeros((), device=compute.device)
     for micro, batch in enumerate(batches, compute.rank * len(batches)):
+        is_last = batch is batches[-1]
         if compute.shards:  # one message a step, not one a micro-batch
-            model.set_requires_gradient_sync(batch is batches[-1])
+            model.set_requires_gradient_sync(is_last)
         if seed is not None:
             seed_dropout(seed, micro)
         with compute.autocast():
@@ -209,16 +212,18 @@ def train_step(
         loss += micro_loss.detach()
         if scaler:
             micro_loss = scaler.scale(micro_loss)
-        micro_loss.backward()
+        if is_last and compute.world_size > 1 and not compute.shards:
+            with GradientSum(params, compute, loss) as gradients:
+                micro_loss.backward()
+            loss = gradients.finish()
+        else:
+            micro_loss.backward()
 
-    params = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     for p in params:
         if p.grad is None:  # an expert without tokens: the same update whether another process has some
             p.grad = torch.zeros_like(p)
     if compute.shards:  # which has added up the gradients
         loss = compute.sum(loss, in_step=True)
-    elif compute.world_size > 1:
-        loss = sum_gradients(params, loss, compute)
     if scaler:
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
@@ -249,17 +254,6 @@ def make_step(model, optimizers, cfg, compute, task=None, scaler=None):
     if is_static and captures_steps(cfg, compute):
         return TrainingStep(step, optimizers, seed_dropout, compute.device)
     return step
-
-
-def sum_gradients(params, loss, compute):
-    """Adds up the gradients, and the loss, of all processes in one message. Returns the loss."""
-    grads = [p.grad for p in params]
-    message = compute.sum(
-        torch.cat([grad.flatten() for grad in (*grads, loss.to(grads[0].dtype))]), in_step=True
-    )
-    for grad, summed in zip(grads, message[:-1].split([grad.numel() for grad in grads])):
-        grad.copy_(summed.view_as(grad))
-    return message[-1].clone()  # a view would keep the whole message until the log reads the loss
 
 
 def is_usable(loss, norm, scaler):

@@ -53,23 +53,24 @@ def one(lab):
 
 
 @pytest.mark.parametrize(
-    "optimizer, dtype, mlp",
+    "n, optimizer, dtype, mlp",
     [
-        ("muon", "float32", "swiglu"),
-        ("adamw", "float32", "swiglu"),
-        ("muon", "bfloat16", "swiglu"),
-        ("muon", "float32", "moe"),
+        (2, "muon", "float32", "swiglu"),
+        (2, "adamw", "float32", "swiglu"),
+        (2, "muon", "bfloat16", "swiglu"),
+        (3, "muon", "float32", "moe"),
     ],
 )
-def test_two_processes_with_a_micro_batch_each_are_one_with_two_to_the_bit(lab, optimizer, dtype, mlp):
+def test_processes_with_a_micro_batch_each_are_one_with_all_to_the_bit(lab, n, optimizer, dtype, mlp):
     argv = [*TWO, f"--optimizer={optimizer}", "--max_iters=8", f"--dtype={dtype}", f"--mlp={mlp}"]
-    one, two = f"1-{optimizer}-{dtype}-{mlp}", f"2-{optimizer}-{dtype}-{mlp}"
+    argv.append(f"--gradient_accumulation_steps={n}")
+    one, two = f"1-{optimizer}-{dtype}-{mlp}", f"{n}-{optimizer}-{dtype}-{mlp}"
     call(train, *argv, f"--out_dir={one}", folder=lab)
-    first, second = run_together(lab, "train", 2, *argv, f"--out_dir={two}")
+    first, second, *_ = run_together(lab, "train", n, *argv, f"--out_dir={two}")
     a, b = load(lab, one), load(lab, two)
     for key in "step", "model", "optimizers", "val_loss", "best_val_loss":
         assert same(a[key], b[key]), key
-    # only one of the two writes and prints
+    # only one of them writes and prints
     assert log(lab, one) == log(lab, two)
     assert sorted(os.listdir(lab / two)) == ["ckpt.pt", "ckpt_best.pt", "log.jsonl", "loss.png"]
     assert "bits a byte" in (lab / f"out.{first.pid}").read_text()
