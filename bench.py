@@ -42,6 +42,7 @@ import quantized
 import rmsnorm
 import toy_stories
 import train
+from bench_processes import bench_processes
 from data import padded, to, training_rows
 from device import DTYPES, fast_bfloat16, name_of, peak_flops, resolve
 from eval import data_folder, load_data
@@ -1309,6 +1310,7 @@ BENCHES = {
     "optimizer": bench_optimizer,
     "tokenizer": bench_tokenizer,
     "data": bench_data,
+    "processes": bench_processes,
 }
 
 

@@ -7,7 +7,7 @@ loss = gradients.finish()
 
 import torch
 
-BUCKET = 1 << 22  # numbers in a message, of parameters whose gradients come about together: 16 MiB
+BUCKET = 1 << 20  # numbers in a message, of parameters whose gradients come about together: 4 MiB
 IN_FLIGHT = 4  # messages at a time: so many buckets of every process are held
 
 

@@ -1,0 +1,137 @@
+"""What bench.py processes runs: two processes on this machine's CPUs that train one model together."""
+
+import os
+import socket
+import time
+from dataclasses import replace
+from statistics import median
+
+import torch
+
+import gradients
+import optim
+import train
+from data import padded
+from device import resolve
+from model import Transformer, model_config
+from sharding import local
+
+N = 2  # processes
+DELAYS = (0.0, 0.05)  # seconds that each message of gradients takes more
+ROUNDS = 5
+
+
+class Link:
+    """A slow network: each message takes so many seconds more, one after the other; the processor is free."""
+
+    def __init__(self, send):
+        self.send = send
+        self.delay = 0.0
+        self.free = 0.0  # when the last message is through
+
+    def __call__(self, *args, **options):
+        self.free = max(self.free, time.monotonic()) + self.delay
+        return Message(self.send(*args, **options), self.free)
+
+
+class Message:
+    def __init__(self, work, end):
+        self.work = work
+        self.end = end
+
+    def wait(self):
+        time.sleep(max(0.0, self.end - time.monotonic()))
+        self.work.wait()
+
+
+class SentAfter(gradients.GradientSum):
+    """Sends nothing before the backward pass has ended."""
+
+    def note(self, p):
+        pass
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return str(listener.getsockname()[1])
+
+
+def state_bytes(model, optimizers):
+    """Returns the bytes of weights and moments that this process holds."""
+    tensors = [*model.parameters()]
+    for optimizer in optimizers:
+        tensors += [x for state in optimizer.state.values() for x in state.values()]
+    return sum(local(x).nbytes for x in tensors)
+
+
+def make_step(cfg, compute):
+    """Returns (a function that makes one step and returns its seconds, the model, its optimizers)."""
+    torch.manual_seed(0)
+    model = Transformer(model_config(cfg))
+    train.place(model, compute)
+    optimizers = optim.make_optimizers(model, replace(cfg, learning_rate=1e-9, min_lr=0.0), compute)
+    rows = torch.randint(cfg.vocab_size, (cfg.batch_size, cfg.block_size + 1))
+    batches = [padded(rows, cfg.block_size)]
+
+    def step():
+        compute.barrier()
+        start = time.perf_counter()
+        train.train_step(model, optimizers, batches, compute, grad_clip=cfg.grad_clip)
+        return time.perf_counter() - start
+
+    step()
+    return step, model, optimizers
+
+
+def work(rank, env, cfg, queue):
+    """One process; the first one puts the rows into the queue."""
+    os.environ.update(env, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(N))
+    torch.set_num_threads(max(1, torch.get_num_threads() // N))
+    compute = resolve("cpu", cfg.dtype, "false", join=True)
+    whole, model, optimizers = make_step(cfg, compute)
+    held = {"none": state_bytes(model, optimizers)}
+    sharded, model, optimizers = make_step(cfg, replace(compute, shards=True))
+    held["full"] = state_bytes(model, optimizers)
+
+    link = torch.distributed.all_gather = Link(torch.distributed.all_gather)
+    sums = {"after": SentAfter, "during": gradients.GradientSum}
+    times = {("none", way, delay): [] for delay in DELAYS for way in sums} | {
+        ("full", "by FSDP2", 0.0): []
+    }
+    for _ in range(ROUNDS):
+        for (shard, way, delay), seconds in times.items():
+            link.delay = delay
+            train.GradientSum = sums.get(way)
+            seconds.append((sharded if shard == "full" else whole)())
+    if rank == 0:
+        queue.put(
+            [
+                {
+                    "shard": shard,
+                    "gradients": way,
+                    "delay_ms": 1e3 * delay,
+                    "step_ms": 1e3 * median(seconds),
+                    "held_mb": held[shard] / 1e6,
+                }
+                for (shard, way, delay), seconds in times.items()
+            ]
+        )
+    compute.close()
+
+
+def bench_processes(cfg, compute):
+    """Two processes on this machine's CPUs, each with half of its threads and batch_size rows: gradients sent
+    after or during the backward pass, with a delay in each message; held_mb are a process's weights and
+    moments.
+    """
+    context = torch.multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    children = [context.Process(target=work, args=(rank, env, cfg, queue)) for rank in range(N)]
+    for child in children:
+        child.start()
+    rows = queue.get()
+    for child in children:
+        child.join()
+    return rows
