@@ -12,7 +12,8 @@ IN_FLIGHT = 4  # messages at a time: so many buckets of every process are held
 
 
 class GradientSum:
-    """Sums the gradients of params, and a loss, over all processes, in messages of about BUCKET numbers.
+    """Sums the gradients of a model's params, and a loss, over all processes, in messages of about BUCKET
+    numbers.
 
     A message leaves when the last of its gradients is there, in one order everywhere; one that a process has
     not, as of an expert without tokens, counts as zeros. Over gloo each process gets all parts and adds them
@@ -20,12 +21,13 @@ class GradientSum:
     adds each part of a message in another order. That is k / 2 times a ring's traffic.
     """
 
-    def __init__(self, params, compute, loss):
+    def __init__(self, model, params, compute, loss):
         self.compute = compute
         self.loss = loss
         self.buckets = []
         size = BUCKET
-        for p in reversed(params):  # about the order of the backward pass
+        places = {p: i for i, p in enumerate(model.parameters())}
+        for p in sorted(params, key=places.get, reverse=True):  # about the order of the backward pass
             if size >= BUCKET:
                 self.buckets.append([])
                 size = 0

@@ -213,7 +213,7 @@ def train_step(
         if scaler:
             micro_loss = scaler.scale(micro_loss)
         if is_last and compute.world_size > 1 and not compute.shards:
-            with GradientSum(params, compute, loss) as gradients:
+            with GradientSum(model, params, compute, loss) as gradients:
                 micro_loss.backward()
             loss = gradients.finish()
         else:
