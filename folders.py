@@ -98,15 +98,18 @@ def acquire(folder, waits=None):
         return None
     lock = FileLock(path)
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        if waits is None:
-            raise InUse(
-                f"{read_pid(folder)} is training in {folder}: wait until it has ended, or name another folder"
-            )
-        if waits:
-            print(waits)
-        lock.acquire()
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            if waits is None:
+                raise InUse(
+                    f"{read_pid(folder)} is training in {folder}: wait until it has ended, or name another folder"
+                )
+            if waits:
+                print(waits)
+            lock.acquire()
+    except FileNotFoundError:  # who was waited for has failed, and taken the folder away
+        return None
     except (OSError, NotImplementedError) as e:
         print(f"{folder} is on a disk without locks ({e}): nothing keeps a second run out of it")
         return None

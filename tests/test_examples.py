@@ -16,6 +16,7 @@ from scripts import call
 from test_finetune import BYTES, PAIRS, TINY, adapter, chat
 from test_finetune import shop as tuned_shop  # a fixture
 from test_prepare import hub, write_rows  # hub is a fixture
+from test_processes import run_together
 from test_train import lab, log, same  # lab is a fixture
 
 import examples
@@ -289,6 +290,17 @@ def test_processes_and_runs_that_start_at_once_share_one_folder(shop):
     assert log(shop, "both") == log(shop, "alone")
     out = (shop / f"out.{processes[1].pid}").read_text()
     assert out == ""  # the second process prints nothing, also where it waits
+
+
+def test_rows_that_are_refused_are_refused_by_every_process(shop):
+    write_rows(shop / "refused.jsonl", [*PAIRS * 200, {"prompt": "a", "response": 5}])
+    argv = [*TINY, "--init_from=base", "--dataset=refused.jsonl", "--out_dir=refused"]
+    before = sorted(Path(shop, "data").rglob("*"))
+    for process in run_together(shop, "finetune_lora", 2, *argv, status=2):
+        message = "finetune_lora.py: refused.jsonl line 4001: column 'response' is not text but 5\n"
+        assert error_output(shop, process) == message
+        assert (shop / f"out.{process.pid}").read_text().count("\n") <= 1  # who waited says so
+    assert sorted(Path(shop, "data").rglob("*")) == before
 
 
 def peak(folder, path):
