@@ -165,6 +165,11 @@ def array_types(vocab_size):
     return types | dict.fromkeys(names, np.dtype("<i8"))
 
 
+def mapped(path, dtype):
+    """Returns the array in a file. It may be written to, as torch expects of one, which the file never sees."""
+    return np.memmap(path, dtype, mode="c").view(np.ndarray)
+
+
 def open_encoded(folder, key, vocab_size):
     """Returns the Encoded of a folder. FileNotFoundError: there is none; ValueError: it is damaged."""
     with open(folder / "meta.json", encoding="utf-8") as f:
@@ -178,8 +183,7 @@ def open_encoded(folder, key, vocab_size):
         path = folder / f"{name}.bin"
         if hash_file(path) != meta["files"][name]:
             raise ValueError(f"{path.name} is not as it was written")
-        # c: to be written to, as torch expects it of an array, but never to the file
-        arrays[name] = np.memmap(path, dtype, mode="c").view(np.ndarray)
+        arrays[name] = mapped(path, dtype)
     ids = Ragged(arrays["ids"], arrays["starts"])
     is_learned = Ragged(arrays["is_learned"], arrays["starts"])
     sides = [
@@ -344,7 +348,7 @@ def hash_examples(folder, types, arrays, together):
     preferences, those held out too, as the reference of both is kept.
     """
     ids, is_learned = [
-        Ragged(np.fromfile(folder / f"{name}.bin", types[name]), arrays["starts"])
+        Ragged(mapped(folder / f"{name}.bin", types[name]), arrays["starts"])
         for name in ("ids", "is_learned")
     ]
     digest = hashlib.sha256()
