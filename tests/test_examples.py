@@ -295,12 +295,17 @@ def test_processes_and_runs_that_start_at_once_share_one_folder(shop):
 def test_rows_that_are_refused_are_refused_by_every_process(shop):
     write_rows(shop / "refused.jsonl", [*PAIRS * 200, {"prompt": "a", "response": 5}])
     argv = [*TINY, "--init_from=base", "--dataset=refused.jsonl", "--out_dir=refused"]
-    before = sorted(Path(shop, "data").rglob("*"))
+    before = files(shop / "data")
     for process in run_together(shop, "finetune_lora", 2, *argv, status=2):
         message = "finetune_lora.py: refused.jsonl line 4001: column 'response' is not text but 5\n"
         assert error_output(shop, process) == message
         assert (shop / f"out.{process.pid}").read_text().count("\n") <= 1  # who waited says so
-    assert sorted(Path(shop, "data").rglob("*")) == before
+    assert files(shop / "data") == before
+
+
+def files(folder):
+    """Returns the files in a folder, as of two processes at once an empty folder may stay."""
+    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def peak(folder, path):
