@@ -110,7 +110,7 @@ def work(rank, env, cfg, queue):
                 {
                     "shard": shard,
                     "gradients": way,
-                    "delay_ms": 1e3 * delay,
+                    "messages": f"{1e3 * delay:.0f} ms more" if delay else "as they are",
                     "step_ms": 1e3 * median(seconds),
                     "held_mb": held[shard] / 1e6,
                 }
@@ -125,13 +125,9 @@ def bench_processes(cfg, compute):
     after or during the backward pass, with a delay in each message; held_mb are a process's weights and
     moments.
     """
-    context = torch.multiprocessing.get_context("spawn")
-    queue = context.Queue()
+    queue = torch.multiprocessing.get_context("spawn").SimpleQueue()
     env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    children = [context.Process(target=work, args=(rank, env, cfg, queue)) for rank in range(N)]
-    for child in children:
-        child.start()
-    rows = queue.get()
-    for child in children:
-        child.join()
-    return rows
+    torch.multiprocessing.spawn(
+        work, (env, cfg, queue), nprocs=N
+    )  # which raises what one of them raises
+    return queue.get()
