@@ -40,6 +40,8 @@ import prepare
 import quantize
 import quantized
 import rmsnorm
+import shards
+import sources
 import toy_stories
 import train
 from bench_processes import bench_processes
@@ -132,8 +134,8 @@ class Config(train.Config):
         if self.draft and self.init_from == "scratch":
             raise ValueError("a draft agrees with no random weights: draft needs init_from")
         if self.text:
-            if not prepare.file_kind(self.text) or not os.path.isfile(self.text):
-                endings = " ".join(prepare.READERS)
+            if not sources.file_kind(self.text) or not os.path.isfile(self.text):
+                endings = " ".join(sources.READERS)
                 raise ValueError(f"text must be a file that ends in {endings}, not {self.text!r}")
         if self.plot and not importlib.util.find_spec("matplotlib"):
             raise ValueError("plot needs matplotlib: pip install matplotlib")
@@ -1216,7 +1218,7 @@ def train_hf_tokenizer(docs, vocab_size):
 def bench_tokenizer(cfg, compute):
     """Times learning a vocabulary and encoding with it, in MB/s of text, beside Hugging Face's."""
     if cfg.text:
-        docs = list(prepare.documents([cfg.text], prepare.Config(dataset=cfg.text)))
+        docs = list(sources.documents([cfg.text], prepare.Config(dataset=cfg.text)))
     else:
         docs = [text for text, _ in toy_stories.stories(9000, cfg.seed)]
     try:
@@ -1271,7 +1273,7 @@ def bench_data(cfg, compute):
     against_training compares them with the training step (not compiled) that uses them up.
     """
     step, _, _ = make_training_step(cfg, replace(compute, compile=False))
-    dtype = prepare.id_type(cfg.vocab_size)
+    dtype = shards.id_type(cfg.vocab_size)
     ids = np.random.default_rng(cfg.seed).integers(cfg.vocab_size, size=10**7).astype(dtype)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "train.bin")

@@ -37,6 +37,7 @@ import numpy as np
 from tqdm import tqdm
 
 import prepare
+import sources
 import toy_stories
 from checkpoint import Checkpoint, open_any
 from data import document_slices, evenly, prompt_ids
@@ -223,10 +224,10 @@ def read_file(path):
     cfg = prepare.Config(dataset=path, name="text")
     if not os.path.isfile(path):
         raise Refusal(f"there is no file {path}")
-    if not prepare.file_kind(path):
-        endings = " ".join(prepare.READERS)
+    if not sources.file_kind(path):
+        endings = " ".join(sources.READERS)
         raise Refusal(f"{path}: no text file by its name, which should end in {endings}")
-    documents = list(prepare.documents([path], cfg))
+    documents = list(sources.documents([path], cfg))
     if not documents:
         raise Refusal(f"{path}: there is no text in it")
     return documents, len(documents) > 1

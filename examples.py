@@ -28,7 +28,8 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-import prepare
+import shards
+import sources
 from config import Refusal, hf_name, is_hf
 from folders import alone, new_folder
 from rows import (
@@ -87,11 +88,11 @@ def fingerprint(dataset, built_in=""):
     if dataset == built_in:
         return hash_json(BUILT_IN[dataset]())
     if is_hf(dataset):
-        with prepare.hub_splits(hf_name(dataset)):
+        with sources.hub_splits(hf_name(dataset)):
             from huggingface_hub import HfApi
 
             return HfApi().dataset_info(hf_name(dataset).partition(":")[0], timeout=10).sha
-    if prepare.file_kind(dataset) not in prepare.ROW_READERS:
+    if sources.file_kind(dataset) not in sources.ROW_READERS:
         return ""  # read_rows() says so
     try:
         return hash_file(dataset)
@@ -160,7 +161,7 @@ class Encoded(NamedTuple):
 
 def array_types(vocab_size):
     """Returns the dtype of each array."""
-    types = {"ids": prepare.id_type(vocab_size), "is_learned": np.dtype("?"), "starts": np.dtype("<i8")}
+    types = {"ids": shards.id_type(vocab_size), "is_learned": np.dtype("?"), "starts": np.dtype("<i8")}
     names = [f"{side}.{name}" for side in SIDES for name in ("numbers", "packs", "pack_starts")]
     return types | dict.fromkeys(names, np.dtype("<i8"))
 
@@ -264,7 +265,7 @@ def encode_chunk(rows, source, template, first):
             ids += some_ids
             is_learned += some_learned
             lengths.append(len(some_ids))
-    dtype = prepare.id_type(source.tokenizer.vocab_size)
+    dtype = shards.id_type(source.tokenizer.vocab_size)
     return Chunk(np.array(ids, dtype), np.frombuffer(bytes(is_learned), bool), lengths, left_out)
 
 

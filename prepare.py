@@ -37,19 +37,14 @@ goes on where a run was killed or interrupted: it keeps the files that are finis
 what is fetched as a whole, and begins anew where the settings or the text have changed.
 """
 
-import csv
-import glob
-import gzip
-import io
 import json
 import os
 import re
 import shutil
 import time
-import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
@@ -61,12 +56,11 @@ from config import Refusal, hf_name, is_hf, run
 import numpy as np
 from tqdm import tqdm
 
-import toy_stories
-from folders import new_folder, sync, write_atomic
+from folders import new_folder
 from interop.any_tokenizer import load_tokenizer
+from progress import STATE, Progress, has_files, write_text
 from shards import (
     SPLITS,
-    ShardWriter,
     check_entries,
     check_file,
     id_type,
@@ -74,31 +68,19 @@ from shards import (
     open_shards,
     strangers,
 )
+from sources import base_folder, documents, file_kind, find_files, is_pattern, unpacked
 from tokenizer import Tokenizer
 
 FORMAT = 2
 FORMATS = (1, FORMAT)  # that load reads; 1 had one file a split
 FEW = 100  # documents; a random tenth of fewer is a poor sample
-FILES_SHOWN = 10
 CHUNK = 1 << 20  # characters that a thread encodes at a time
 MB = 10**6
-STATE = "state.json"
-PACKINGS = (".gz", ".zst")  # what may follow the suffix of each kind of file
 
 # Where a text may be cut: before white space, as no token of GPT-2's split runs into it from the left.
 # With any other tokenizer only after a letter or a digit: to Qwen's, ".\n" is one word.
 BREAK = re.compile(r"(?<=\S)[ \n]")
 BREAK_FOREIGN = re.compile(r"(?<=[^\W_])[ \n]")
-
-# By these words the library `datasets` knows the splits of a folder (its data_files.py), and these files
-# it leaves out. A name with words of two splits is one to hold out: what is held out is never trained on.
-SPLIT_WORDS = {
-    "test": ("test", "testing", "eval", "evaluation"),
-    "val": ("val", "valid", "validation", "dev"),
-    "train": ("train", "training"),
-}
-CARDS = ("readme.md", "config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json")
-HELD_OUT = ("val", "test", "train")  # which split of --val_dataset is taken: the first that is there
 
 
 @dataclass
@@ -164,7 +146,7 @@ class Config:
 
 
 def dataset_name(dataset):
-    """Returns "stories" for a/stories.txt, a/stories, a/stories/*.txt, hf:me/stories and hf:me/stories:CONFIG."""
+    """Returns "stories" for a/stories.txt, a/stories, a/stories/*.txt, hf:me/stories and hf:me/stories:S."""
     if is_hf(dataset):
         repo = hf_name(dataset).partition(":")[0]
         return repo.rstrip("/").rpartition("/")[2]
@@ -172,491 +154,6 @@ def dataset_name(dataset):
         return Path(os.path.abspath(base_folder(dataset))).name
     path = Path(os.path.abspath(dataset))
     return unpacked(path).stem if file_kind(path) else path.name
-
-
-# ---- reading documents
-
-
-def unpacked(path):
-    """Returns the path without .gz or .zst."""
-    path = Path(path)
-    return path.with_suffix("") if path.suffix.lower() in PACKINGS else path
-
-
-def file_kind(path):
-    """Returns the suffix in READERS that a file's name ends in, before .gz or .zst; "" for any other."""
-    suffix = unpacked(path).suffix.lower()
-    return suffix if suffix in READERS else ""
-
-
-@contextmanager
-def opened_bytes(path):
-    """Opens a file to read its bytes, of .gz and .zst those inside. Raises Refusal, also in the with."""
-    packing = Path(path).suffix.lower()
-    try:
-        if packing == ".gz":
-            f = gzip.open(path)
-        elif packing == ".zst":
-            f = open_zstd(path)
-        else:
-            f = open(path, "rb")
-        with f:
-            yield f
-    except (OSError, EOFError, zlib.error) as e:
-        raise Refusal(f"cannot read {path}: {getattr(e, 'strerror', None) or e}")
-
-
-def open_zstd(path):
-    """Opens a .zst file to read the bytes inside; one that is cut off is an OSError.
-
-    pyarrow has that, which is there for .parquet; the package zstandard takes what is cut off for the end.
-    """
-    try:
-        import pyarrow
-    except ImportError:
-        raise Refusal(f"reading {path} needs pyarrow: pip install pyarrow")
-    return pyarrow.input_stream(str(path), compression="zstd")
-
-
-@contextmanager
-def opened(path, newline=None):
-    """Opens a file of text without its byte-order mark. Raises Refusal where it is not UTF-8."""
-    with opened_bytes(path) as binary, io.TextIOWrapper(binary, "utf-8-sig", newline=newline) as f:
-        try:
-            yield f
-        except UnicodeDecodeError as e:
-            place = f"byte 0x{e.object[e.start]:02x}"
-            if binary.seekable():
-                # e.object ends where the file is read to
-                place += f" at offset {binary.tell() - len(e.object) + e.start}"
-            raise Refusal(f"{path} is not UTF-8: {place}; save it as UTF-8")
-
-
-def split_text(chunks, separator):
-    """Yields what "".join(chunks).split(separator) has, one by one; an empty separator never splits."""
-    head = []  # the part at hand but for its tail, in strings that no separator reaches into
-    tail = ""
-    for chunk in chunks:
-        *parts, tail = (tail + chunk).split(separator) if separator else [tail + chunk]
-        for part in parts:
-            yield "".join(head) + part
-            head = []
-        safe = max(0, len(tail) - len(separator) + 1)  # what comes after may be a separator's beginning
-        head.append(tail[:safe])
-        tail = tail[safe:]
-    text = "".join([*head, tail])
-    del head, tail  # this may be all there is, so it should not be there twice
-    yield text
-
-
-def read_text(path, cfg):
-    with opened(path) as f:
-        yield from split_text(iter(partial(f.read, CHUNK), ""), cfg.separator)
-
-
-def jsonl_rows(path):
-    """Yields (place, value) of each line that is not blank; place is for messages. Raises Refusal."""
-    with opened(path, newline="\n") as f:
-        for n, line in enumerate(f, 1):
-            if not line.strip():
-                continue
-            place = f"{path} line {n}"
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as e:
-                raise Refusal(f"{place} is not JSON ({e}); .jsonl has one object a line")
-            yield place, row
-
-
-def read_jsonl(path, cfg):
-    return column_texts(jsonl_rows(path), cfg.column)
-
-
-def json_rows(path):
-    """Returns (place, row) of the rows of a .json file. Raises Refusal."""
-    with opened(path) as f:
-        text = f.read()
-    try:
-        rows = json.loads(text)
-    except (ValueError, RecursionError) as e:
-        advice = "; one row a line is .jsonl" if "Extra data" in str(e) else ""
-        raise Refusal(f"{path} is not JSON ({e}){advice}")
-    if not isinstance(rows, list):
-        raise Refusal(f"{path} is not an array of rows but a {type(rows).__name__}")
-    return [(f"{path} row {n}", row) for n, row in enumerate(rows, 1)]
-
-
-def read_json(path, cfg):
-    for place, row in json_rows(path):
-        yield check_text(row, place) if isinstance(row, str) else field(row, cfg.column, place)
-
-
-def csv_rows(path, column=None):
-    """Yields (place, row) of each row below the header, a dict of str; place is for messages.
-
-    Raises Refusal, also where a column is given that is not there.
-    """
-    csv.field_size_limit(2**31 - 1)  # instead of 131,072 characters: a field is a document
-    n = 0
-    with opened(path, newline="") as f:
-        rows = csv.reader(f, strict=True)
-        try:
-            header = next(rows, [])
-            if column and header:
-                field(dict.fromkeys(header), column, path)
-            for values in rows:
-                if not values:  # a blank line
-                    continue
-                n += 1
-                place = f"{path} row {n}"
-                if len(values) != len(header):
-                    problem = f"{len(values)} columns where the header has {len(header)}"
-                    raise Refusal(f'{place} has {problem}; a text with commas stands in "quotes"')
-                yield place, dict(zip(header, values))
-        except csv.Error as e:
-            raise Refusal(f"{path} row {n + 1} is not CSV ({e})")
-
-
-def read_csv(path, cfg):
-    return column_texts(csv_rows(path, cfg.column), cfg.column)
-
-
-def parquet_rows(path, column=None):
-    """Yields (place, row) of each row, a dict of all columns or of one; place is for messages.
-
-    Raises Refusal.
-    """
-    source = path
-    if unpacked(path) != Path(path):
-        with opened_bytes(path) as f:
-            source = io.BytesIO(f.read())  # it is not read from front to back
-    yield from open_parquet_rows(source, path, column)
-
-
-def open_parquet_rows(source, path, column):
-    """Does what parquet_rows does for a source, a path or an open file, that messages call path."""
-    try:
-        import pyarrow
-        from pyarrow.parquet import ParquetFile
-    except ImportError:
-        raise Refusal(f"reading {path} needs pyarrow: pip install pyarrow")
-    n = 0
-    try:
-        # piece by piece: pre_buffer would hold a group of rows, which may be the whole file
-        with ParquetFile(source, pre_buffer=False, buffer_size=1 << 20) as f:
-            if column:  # refuse one that is not there, before pyarrow does
-                field(dict.fromkeys(f.schema_arrow.names), column, path)
-            for batch in f.iter_batches(100, columns=[column] if column else None):
-                for row in batch.to_pylist():
-                    n += 1
-                    yield f"{path} row {n}", row
-    except (OSError, ValueError, pyarrow.ArrowException) as e:
-        raise Refusal(f"cannot read {path} as parquet: {e}")
-
-
-def read_parquet(path, cfg):
-    return column_texts(parquet_rows(path, cfg.column), cfg.column)
-
-
-READERS = {
-    ".txt": read_text,
-    ".md": read_text,
-    ".json": read_json,
-    ".jsonl": read_jsonl,
-    ".csv": read_csv,
-    ".parquet": read_parquet,
-}
-
-
-ROW_READERS = {".json": json_rows, ".jsonl": jsonl_rows, ".csv": csv_rows, ".parquet": parquet_rows}
-
-
-def column_texts(rows, column):
-    for place, row in rows:
-        yield field(row, column, place)
-
-
-def field(row, column, place, advice="prepare.py --column= chooses from"):
-    """Returns row[column], "" for None.
-
-    Raises Refusal where there is no such column (naming those there are) or no text in it.
-    """
-    if not isinstance(row, dict):
-        kind = type(row).__name__
-        raise Refusal(f"{place} has no column {column!r}; {advice}: none, as it is a {kind}")
-    if column not in row:
-        columns = ", ".join(map(str, row))
-        raise Refusal(f"{place} has no column {column!r}; {advice}: {columns}")
-    return check_text("" if row[column] is None else row[column], f"{place}: column {column!r}")
-
-
-def check_text(text, place):
-    """Returns text. Raises Refusal for a number, for half of a surrogate pair."""
-    try:
-        text.encode()
-    except (AttributeError, UnicodeEncodeError):
-        raise Refusal(f"{place} is not text but {text!r:.60}")
-    return text
-
-
-def documents(files, cfg, exact=False):
-    """Yields the documents of all files in order; exact keeps the white space around them."""
-    for path in files:
-        read = READERS[file_kind(path)]
-        for text in read(path, cfg):
-            if text and not text.isspace():
-                yield text if exact else text.strip()
-
-
-# ---- where documents come from
-
-
-def find_files(cfg, tmp, progress):
-    """Returns ({"train": files, "val": files}, {split: words that say where it comes from}).
-
-    Without files for val split_documents decides. What is no local file becomes one in tmp. Prints what
-    is read of a folder. Raises Refusal.
-    """
-    wanted = {"train": [cfg.split or "train"]}
-    if not cfg.val_dataset and cfg.split != "validation":
-        wanted["val"] = ["validation"]
-    splits = find_splits("dataset", cfg, tmp, progress, wanted)
-    files = {"train": splits.pop("train")}
-    files["val"] = [] if cfg.val_dataset else splits.pop("val", [])
-    origins = {}
-    for split, paths in files.items():
-        if paths:
-            origins[split] = origin(cfg.dataset, paths)
-            list_files(cfg.dataset, split if files["val"] or cfg.val_dataset else "train and val", paths)
-    left_out = [path for paths in splits.values() for path in paths]
-    list_files(cfg.dataset, "left out", left_out)
-    if cfg.val_dataset:
-        splits = find_splits("val_dataset", cfg, tmp, progress, {"val": ["validation", "test", "train"]})
-        files["val"] = next(splits[split] for split in HELD_OUT if splits.get(split))
-        origins["val"] = origin(cfg.val_dataset, files["val"])
-        list_files(cfg.val_dataset, "val", files["val"])
-    return files, origins
-
-
-def find_splits(key, cfg, tmp, progress, wanted):
-    """Returns {split: files} of the source that the key (dataset or val_dataset) names.
-
-    wanted: {split: names on the hub}; of a hub dataset the first of them that is there is fetched. What is
-    no local file becomes one in tmp. Raises Refusal.
-    """
-    dataset = getattr(cfg, key)
-    if dataset in ("toy", "tinystories") or is_hf(dataset):
-        splits = progress.fetched(key)
-        if not splits:
-            splits = fetch(dataset, cfg, tmp / key, wanted)
-            progress.note_fetched(key, splits)
-        return splits
-    path = Path(dataset)
-    if is_pattern(dataset):
-        paths = [Path(match) for match in glob.iglob(dataset, recursive=True)]
-        if not paths:
-            raise Refusal(f"{dataset} matches no file")
-        splits = named_splits(paths, base_folder(dataset))
-    elif path.is_dir():
-        splits = named_splits(path.rglob("*"), path)
-    elif path.exists():
-        splits = {"train": [path] if file_kind(path) else []}
-    else:
-        raise Refusal(
-            f"there is no file or folder {path}; a dataset of the Hugging Face hub is --{key}=hf:NAME"
-        )
-    if not any(splits.values()):
-        endings = f"{' '.join(READERS)}, also with {' '.join(PACKINGS)}"
-        raise Refusal(f"{path}: no file here ends in {endings}")
-    if key == "dataset" and not splits["train"]:
-        names = file_names(dataset, [file for files in splits.values() for file in files])
-        raise Refusal(f"{path}: no file to train on, only {names}; name a file or a folder in it")
-    return splits
-
-
-def is_pattern(dataset):
-    """Returns whether a dataset is a pattern of file names, as a shell has them, and no path that is there."""
-    return not set("*?[").isdisjoint(dataset) and not is_hf(dataset) and not os.path.exists(dataset)
-
-
-def base_folder(dataset):
-    """Returns the folder from which the files of a folder or a pattern are named: its part without *."""
-    path = Path(dataset)
-    while is_pattern(str(path)):
-        path = path.parent
-    return path
-
-
-def named_splits(paths, folder):
-    """Returns {split: files} of paths in a folder: train, val, test, "card" and "" for the others.
-
-    As in `datasets`, files that are in no split are training data unless there are files named so, and
-    what is hidden is not looked at.
-    """
-    splits = {"train": [], "val": [], "test": [], "": [], "card": []}
-    for path in sorted(paths, key=lambda p: p.parts):
-        name = path.relative_to(folder)
-        is_hidden = name.name.startswith(".") or any(p.startswith((".", "__")) for p in name.parts[:-1])
-        if is_hidden or not file_kind(path) or not path.is_file():
-            continue
-        split = "card" if name.name.lower() in CARDS else named_split(name)
-        splits[split].append(path)
-    if not splits["train"]:
-        splits["train"], splits[""] = splits[""], []
-    if not any(splits[split] for split in SPLITS + ("test",)):  # a README.md is all there is
-        splits["train"], splits["card"] = splits["card"], []
-    return splits
-
-
-def named_split(path):
-    """Returns "train", "val" or "test" where a relative path has a word for it, else "".
-
-    The innermost folder with such a word counts, then the file's name.
-    """
-    *folders, name = path.parts
-    for part in (*reversed(folders), name):
-        words = re.split("[-._ 0-9]", part.lower())
-        for split, names in SPLIT_WORDS.items():
-            if not set(names).isdisjoint(words):
-                return split
-    return ""
-
-
-def file_names(dataset, files):
-    """Returns "2 files: a.txt, b/c.txt"; of more than ten the first ten and how many more there are."""
-    folder = base_folder(dataset)
-    names = [path.relative_to(folder).as_posix() for path in files[:FILES_SHOWN]]
-    text = ", ".join(name if name.isprintable() else ascii(name) for name in names)
-    rest = len(files) - len(names)
-    more = f" and {rest:,} more" if rest else ""
-    return f"{len(files):,} file{'' if len(files) == 1 else 's'}: {text}{more}"
-
-
-def is_folder(dataset):
-    return os.path.isdir(dataset) or is_pattern(dataset)
-
-
-def list_files(dataset, title, files):
-    """Prints which files of a folder or a pattern are of a split or left out; nothing of one file."""
-    if files and is_folder(dataset) and base_folder(dataset) in files[0].parents:
-        print(f"{dataset}: {title}, {file_names(dataset, files)}")
-
-
-def origin(dataset, files):
-    """Returns the words for meta.json that say where the files of a split come from."""
-    if is_hf(dataset) or dataset == "tinystories":
-        return f"{dataset}, split {unpacked(files[0]).stem}"
-    if is_folder(dataset) and dataset != "toy":
-        return f"{dataset}, {file_names(dataset, files)}"
-    return dataset
-
-
-def spool(texts, path, cfg):
-    """Writes texts to a .jsonl or .jsonl.zst file as they arrive; returns its path."""
-    desc = f"fetching {unpacked(path).stem}"
-    path.parent.mkdir(exist_ok=True)
-    with open(path, "wb") as f:
-        packed = pack_zstd(f) if path.suffix == ".zst" else nullcontext(f)
-        with packed as lines:
-            for text in tqdm(texts, desc, unit=" documents", disable=None, leave=False):
-                lines.write(json.dumps({cfg.column: text}).encode() + b"\n")
-    with open(path, "rb+") as f:  # pyarrow closes what it packs to
-        sync(f)
-    return path
-
-
-def fetch(dataset, cfg, folder, wanted):
-    """Writes the texts of a dataset that is no file to files in folder; returns {split: [file]}."""
-    if dataset == "toy":
-        texts = (text for text, _ in toy_stories.stories(cfg.num_stories, cfg.seed))
-        return {"train": [spool(texts, folder / "toy.jsonl", cfg)]}
-    name = "roneneldan/TinyStories" if dataset == "tinystories" else hf_name(dataset)
-    if cfg.subset and dataset == cfg.dataset:
-        name += f":{cfg.subset}"
-    return fetch_from_hub(name, cfg, folder, wanted)
-
-
-def fetch_from_hub(name, cfg, folder, wanted):
-    """Streams splits of a hub dataset to packed files in folder, once; returns {split: [file]} as find_splits."""
-    files = {}
-    with hub_splits(name, wanted.get("train", ["train"])[0], cfg.column) as splits:
-        for split, names in wanted.items():
-            if full_name := next((name for name in names if name in splits), ""):
-                texts = (field(row, cfg.column, name) for row in splits[full_name])
-                files[split] = [spool(texts, folder / f"{full_name}.jsonl.zst", cfg)]
-    return files
-
-
-@contextmanager
-def hub_splits(name, needed="train", column=None):
-    """Gives the splits of NAME or NAME:CONFIG on the Hugging Face hub: {name: an iterable of rows}, which
-    are read as one asks for them, and may be of one column only. NAME may be a folder as well.
-
-    Raises Refusal where the split `needed` is missing, and for what goes wrong inside the with, where the
-    rows are read.
-    """
-    name, _, config = name.partition(":")
-    try:
-        import datasets
-        from huggingface_hub import HfApi
-        from huggingface_hub.errors import RepositoryNotFoundError
-
-        if not os.path.isdir(name):
-            HfApi().dataset_info(name, timeout=10)  # without a network load_dataset retries for 20 s
-        splits = load_splits(name, config, column, datasets)
-        if needed not in splits:
-            raise Refusal(f"{name} has no split {needed}, only: {', '.join(splits)}")
-        yield splits
-    except Refusal:
-        raise
-    except ImportError as e:
-        raise Refusal(
-            f"reading {name} from the Hugging Face hub needs its libraries ({e}): pip install datasets"
-        )
-    except RepositoryNotFoundError:
-        raise Refusal(
-            f"the Hugging Face hub has no dataset {name}, or a private one: "
-            "see https://huggingface.co/datasets"
-        )
-    except Exception as e:  # the libraries below raise their own, other ones in each version
-        raise Refusal(
-            f"cannot read {name} from the Hugging Face hub ({type(e).__name__}: {e}); "
-            "without a network there are --dataset=FILE.txt, your own text, and --dataset=toy"
-        )
-
-
-def load_splits(name, config, column, datasets):
-    """Returns {name: rows to stream} of a dataset. Raises Refusal for a config that is missing."""
-    try:
-        builder = datasets.load_dataset_builder(name, config or None)
-    except ValueError:
-        configs = datasets.get_dataset_config_names(name)
-        if (config or "default") in configs:
-            raise
-        problem = f"no subset {config}" if config else "several subsets"
-        raise Refusal(f"{name} has {problem}; --subset= chooses from: {', '.join(configs)}")
-    if builder.name != "parquet":
-        return builder.as_streaming_dataset()
-    # of these the library would fetch every column, and hold a file of rows that it reads ahead
-    files = builder.config.data_files
-    return {split: hub_parquet_rows(paths, column) for split, paths in files.items()}
-
-
-def hub_parquet_rows(paths, column):
-    """Yields the rows of .parquet files on the hub, or of those in a folder, as they are read."""
-    import fsspec  # which datasets opens files with
-
-    for path in paths:
-        with fsspec.open(path) as f:
-            for _, row in open_parquet_rows(f, path, column):
-                yield row
-
-
-def pack_zstd(f):
-    """Returns a stream that packs what is written to it into the file f, and closes f."""
-    import pyarrow  # which datasets has, too
-
-    return pyarrow.CompressedOutputStream(f, "zstd")
 
 
 # ---- from documents to tokens
@@ -814,126 +311,6 @@ def encode(rows, tokenizer, folder, cfg, progress, chars=None):
     return stats
 
 
-# ---- what is done
-
-
-class Progress:
-    """What is done of a dataset, kept in state.json in its unfinished folder: the run after a killed one
-    goes on from there, to the same result.
-
-    done: "settings" and "sources", what the result depends on; "fetched", files of what is no file; "counts"
-    of documents and characters; "tokenizer", the sha256 of one that was learned; "files" of ids and
-    "chunks", how many were encoded into them.
-    """
-
-    def __init__(self, folder, cfg, tokenizer):
-        self.folder = folder
-        self.name = cfg.name
-        self.done = read_state(folder)
-        self.goes_on = bool(self.done)
-        for path in list(folder.glob(f"{STATE}.*.tmp")):  # half written
-            path.unlink()
-        settings = asdict(cfg) | {"format": FORMAT, "chunk": CHUNK}
-        for key in "name", "num_proc", "overwrite":
-            del settings[key]
-        if tokenizer:
-            settings |= {"tokenizer": tokenizer.sha256, "vocab_size": tokenizer.vocab_size}
-        older = self.done.get("settings", {})
-        if changes := [key for key in settings if settings[key] != older.get(key)]:
-            self.begin_anew(f"is of another {' and '.join(changes)}", [])
-        elif self.goes_on:
-            print(f"going on with what a killed run left of data/{self.name}")
-        self.note(settings=settings)
-
-    def note(self, **done):
-        self.done |= done
-        text = json.dumps(self.done, indent=1)
-        write_atomic(self.folder / STATE, lambda f: f.write(text.encode()))
-
-    def begin_anew(self, problem, keep):
-        """Forgets all but the keys in keep, and says so."""
-        if self.goes_on:
-            print(f"what a killed run left of data/{self.name} {problem}: all begins anew")
-        self.goes_on = False
-        self.done = {key: self.done[key] for key in keep if key in self.done}
-        for path in list(self.folder.iterdir()):
-            if not path.is_dir():
-                path.unlink()
-            elif "fetched" not in keep:
-                shutil.rmtree(path)
-
-    def fetched(self, key):
-        """Returns {split: [file]} of a source that is no file, {} where it is not fetched yet."""
-        splits = {}
-        for split, (name, size) in self.done.get("fetched", {}).get(key, {}).items():
-            path = self.folder / key / name
-            if not path.is_file() or path.stat().st_size != size:
-                return {}
-            splits[split] = [path]
-        return splits
-
-    def note_fetched(self, key, splits):
-        files = {split: (path.name, path.stat().st_size) for split, [path] in splits.items()}
-        self.note(fetched=self.done.get("fetched", {}) | {key: files})
-
-    def check_sources(self, files):
-        """Begins anew where the files are not those of the killed run, or have changed since."""
-        sources = {}
-        for split, paths in files.items():
-            sources[split] = []
-            for path in paths:
-                stat = path.stat()
-                name = path.name if self.folder in path.parents else str(path.absolute())
-                sources[split].append([name, stat.st_size, stat.st_mtime_ns])
-        if "sources" in self.done and sources != self.done["sources"]:
-            self.begin_anew("is of other files, or they have changed", ["settings", "fetched"])
-        self.note(sources=sources)
-
-    def tokenizer(self):
-        """Returns the tokenizer that the killed run learned, or None."""
-        with suppress(OSError, ValueError):
-            tokenizer = Tokenizer.load(self.folder / "tokenizer.json")
-            if tokenizer.sha256 == self.done.get("tokenizer"):
-                return tokenizer
-
-    def note_tokenizer(self, tokenizer):
-        write_text(self.folder / "tokenizer.json", tokenizer.to_str())
-        self.note(tokenizer=tokenizer.sha256)
-
-    def open_writers(self, size, dtype):
-        """Returns ({split: its ShardWriter}, how many chunks they have)."""
-        try:
-            files = self.done.get("files", {split: [] for split in SPLITS})
-            return self.new_writers(size, dtype, files), self.done.get("chunks", 0)
-        except (OSError, ValueError) as e:
-            print(f"what a killed run encoded of data/{self.name} is damaged ({e}): it is encoded anew")
-            self.done = {key: self.done[key] for key in self.done if key not in ("files", "chunks")}
-            self.note()
-            return self.new_writers(size, dtype, {split: [] for split in SPLITS}), 0
-
-    def new_writers(self, size, dtype, files):
-        return {split: ShardWriter(self.folder, split, size, dtype, files[split]) for split in SPLITS}
-
-    def note_files(self, writers, chunks):
-        for writer in writers.values():
-            writer.sync()
-        self.note(files={split: writer.files for split, writer in writers.items()}, chunks=chunks)
-
-
-def read_state(folder):
-    """Returns what state.json in a folder holds, {} where there is none."""
-    try:
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return state if isinstance(state, dict) else {}
-
-
-def has_files(folder):
-    """Returns whether there are finished files of ids in an unfinished folder."""
-    return "files" in read_state(folder)
-
-
 # ---- the folder
 
 
@@ -1014,12 +391,22 @@ def learn(cfg, rows, chars):
     return Tokenizer.train(texts, cfg.vocab_size, progress)
 
 
+def settings_of(cfg, tokenizer):
+    """Returns what the result depends on beside the text. tokenizer: None if it is to be learned."""
+    settings = asdict(cfg) | {"format": FORMAT, "chunk": CHUNK}
+    for key in "name", "num_proc", "overwrite":
+        del settings[key]
+    if tokenizer:
+        settings |= {"tokenizer": tokenizer.sha256, "vocab_size": tokenizer.vocab_size}
+    return settings
+
+
 def build(cfg, tmp):
     """Fills the folder tmp, in which a killed run may have left a part. Raises Refusal."""
     tokenizer = choose_tokenizer(cfg)
     is_foreign = tokenizer is not None and tokenizer.kind == "foreign"
     cuts = BREAK_FOREIGN if is_foreign else BREAK
-    progress = Progress(tmp, cfg, tokenizer)
+    progress = Progress(tmp, cfg.name, settings_of(cfg, tokenizer))
     files, origins = find_files(cfg, tmp, progress)
     progress.check_sources(files)
     counts = progress.done.get("counts") or count_splits(cfg, files)
@@ -1065,12 +452,6 @@ def build(cfg, tmp):
         shutil.rmtree(tmp / key, ignore_errors=True)
     name_shards(tmp, splits)
     (tmp / STATE).unlink()
-
-
-def write_text(path, text):
-    with open(path, "wb") as f:
-        f.write(text.encode())
-        sync(f)
 
 
 def prepare(cfg):

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-import prepare
+import sources
 import toy_stories
 from chat import encode_answers, turn_ids
 from config import Refusal, hf_name, is_hf
@@ -37,12 +37,12 @@ def read_rows(dataset, split="train", built_in="moral"):
     Raises Refusal for what cannot be read.
     """
     if is_hf(dataset):
-        with prepare.hub_splits(hf_name(dataset)) as splits:
+        with sources.hub_splits(hf_name(dataset)) as splits:
             for n, row in enumerate(splits.get(split, ()), 1):
                 yield f"{dataset} row {n}", row
         return
-    readers = prepare.ROW_READERS
-    kind = prepare.file_kind(dataset)
+    readers = sources.ROW_READERS
+    kind = sources.file_kind(dataset)
     if kind not in readers:
         raise Refusal(
             f"dataset must be {built_in}, a {' '.join(readers)} file or hf:NAME, not {dataset!r}"
@@ -130,7 +130,7 @@ PART = "a part of a content has type and text; here is"
 
 def messages_of_texts(row, place, columns):
     """The last of the columns has the answer."""
-    *prompts, answer = [prepare.field(row, column, place, ROW) for column in columns]
+    *prompts, answer = [sources.field(row, column, place, ROW) for column in columns]
     return [*(Message("user", prompt) for prompt in prompts), Message("assistant", answer)]
 
 
@@ -158,7 +158,7 @@ def read_message(message, place, is_learned):
     role_key, content_key = "role", "content"
     if isinstance(message, dict) and message.get("from") is not None:
         role_key, content_key = "from", "value"
-    role = prepare.field(message, role_key, place, MESSAGE)
+    role = sources.field(message, role_key, place, MESSAGE)
     if role not in ROLES:
         known = ", ".join(ROLES)
         raise Refusal(f"{place}: a role is {role!r:.40}, which is not read; known are {known}")
@@ -175,13 +175,13 @@ def read_content(message, key, place):
     if content is None and key in message:
         return None
     if not isinstance(content, list):
-        return prepare.field(message, key, place, MESSAGE)
+        return sources.field(message, key, place, MESSAGE)
     texts = []
     for part in content:
-        kind = prepare.field(part, "type", place, PART)
+        kind = sources.field(part, "type", place, PART)
         if kind != "text":
             raise Refusal(f"{place}: a part of its content is of type {kind!r:.40}; only text is read")
-        texts.append(prepare.field(part, "text", place, PART))
+        texts.append(sources.field(part, "text", place, PART))
     return "".join(texts) if texts else None
 
 

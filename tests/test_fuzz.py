@@ -29,6 +29,7 @@ import onnx_model
 import prepare
 import rows
 import sample
+import sources
 import train
 from config import Refusal, configure
 from interop import hf_folder
@@ -152,7 +153,7 @@ def read_rows(suffix):
 
 def read_documents(suffix):
     return lambda folder: list(
-        prepare.documents([folder / f"c{suffix}"], configure(prepare.Config, ["--dataset=toy"]))
+        sources.documents([folder / f"c{suffix}"], configure(prepare.Config, ["--dataset=toy"]))
     )
 
 

@@ -24,6 +24,8 @@ from hypothesis import strategies as st
 
 import folders
 import prepare
+import shards
+import sources
 import toy_stories
 from config import Refusal, describe
 from prepare import Config, load
@@ -271,7 +273,7 @@ def test_split_text_is_str_split(text, cuts, separator):
     cuts = [0, *sorted(cuts), len(text)]
     chunks = [text[i:j] for i, j in zip(cuts, cuts[1:])]
     documents = text.split(separator) if separator else [text]
-    assert list(prepare.split_text(chunks, separator)) == documents
+    assert list(sources.split_text(chunks, separator)) == documents
 
 
 @settings(max_examples=300, deadline=None)
@@ -314,8 +316,8 @@ def test_more_than_65536_tokens_take_uint32():
     assert data["val"].dtype == np.uint32
     ids = np.concatenate([data["train"], data["val"]])
     assert tokenizer.decode(ids.tolist()) == text
-    assert prepare.id_type(65536).name == "uint16"
-    assert prepare.id_type(65537).name == "uint32"
+    assert shards.id_type(65536).name == "uint16"
+    assert shards.id_type(65537).name == "uint32"
 
 
 def test_a_tokenizer_can_be_reused():
@@ -414,7 +416,7 @@ def test_each_name_is_in_the_split_that_datasets_puts_it_in():
         folder = Path(f"{i}").resolve()
         write(folder / name, "x")
         [(split, _)] = splits_of_datasets(folder).items()
-        ours = prepare.named_split(Path(name))
+        ours = sources.named_split(Path(name))
         assert {"": "train", "val": "validation"}.get(ours, ours) == split, name
 
 
@@ -432,19 +434,19 @@ def test_folders_are_split_as_datasets_splits_them(seed):
     for name in names:
         write(folder / name, "x")
     peer = splits_of_datasets(folder)
-    ours = prepare.named_splits(folder.rglob("*"), folder)
+    ours = sources.named_splits(folder.rglob("*"), folder)
     for split, full_name in ("train", "train"), ("val", "validation"), ("test", "test"):
         assert set(ours[split]) == peer.get(full_name, set())
 
 
 def test_where_datasets_is_of_no_help():
-    assert prepare.named_split(Path("Test/A.TXT")) == "test"
-    assert prepare.named_split(Path("train_dev.txt")) == "val"  # in both splits for datasets
-    assert prepare.named_split(Path("train-test-split/train/a.txt")) == "train"
-    assert prepare.named_split(Path("train/test.txt")) == "train"
+    assert sources.named_split(Path("Test/A.TXT")) == "test"
+    assert sources.named_split(Path("train_dev.txt")) == "val"  # in both splits for datasets
+    assert sources.named_split(Path("train-test-split/train/a.txt")) == "train"
+    assert sources.named_split(Path("train/test.txt")) == "train"
     for name in "story.txt", "val.txt", "README.md":  # datasets would have no training data
         write(f"a/{name}", "x")
-    splits = prepare.named_splits(Path("a").rglob("*"), Path("a"))
+    splits = sources.named_splits(Path("a").rglob("*"), Path("a"))
     names = {split: [path.name for path in paths] for split, paths in splits.items()}
     assert names == {
         "train": ["story.txt"],
@@ -454,10 +456,10 @@ def test_where_datasets_is_of_no_help():
         "card": ["README.md"],
     }
     write("b/README.md", "a text")
-    assert prepare.named_splits(Path("b").rglob("*"), Path("b"))["train"] == [Path("b/README.md")]
+    assert sources.named_splits(Path("b").rglob("*"), Path("b"))["train"] == [Path("b/README.md")]
 
 
-def sources(meta):
+def origins(meta):
     """Returns {split: source} of a meta.json."""
     return {split: entry["source"] for split, entry in meta["splits"].items()}
 
@@ -481,7 +483,7 @@ def test_a_cloned_dataset(capsys):
     left_out = "4 files: data/test-00000-of-00001.jsonl, notes.txt, README.md, dataset_infos.json"
     lines = f"wiki: train, {train}\nwiki: val, {val}\nwiki: left out, {left_out}\n"
     assert capsys.readouterr().out == lines
-    assert sources(meta) == {"train": f"wiki, {train}", "val": f"wiki, {val}"}
+    assert origins(meta) == {"train": f"wiki, {train}", "val": f"wiki, {val}"}
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet"])
@@ -507,7 +509,7 @@ def test_a_pattern_is_the_folder_of_what_it_matches(suffix, capsys):
         assert meta["name"] == "some"
         names = ", ".join(f"{i}/part-{i:03}{suffix}" for i in range(5))
         assert f"{pattern}: train and val, 5 files: {names}\n" in capsys.readouterr().out
-        assert sources(meta)["train"] == f"{pattern}, 5 files: {names}; the rest"
+        assert origins(meta)["train"] == f"{pattern}, 5 files: {names}; the rest"
         assert bins("data/some") == bins("data/folder")
 
 
@@ -569,10 +571,10 @@ def test_where_the_split_is_a_share_meta_says_which():
     write_txt("c.txt", DOCS)
     write_txt("few/a.txt", DOCS[:9])
     meta, _, _ = make()
-    assert sources(meta) == {"train": "c.txt; the rest", "val": "c.txt; 10% of the documents"}
+    assert origins(meta) == {"train": "c.txt; the rest", "val": "c.txt; 10% of the documents"}
     meta, _, _ = make("few", name="e", val_fraction=0.25)
     few = "few, 1 file: a.txt"
-    assert sources(meta) == {"train": f"{few}; the rest", "val": f"{few}; the last 25% of the text"}
+    assert origins(meta) == {"train": f"{few}; the rest", "val": f"{few}; the last 25% of the text"}
 
 
 def test_a_folder_without_a_text_to_train_on():
@@ -590,12 +592,12 @@ def test_a_folder_without_a_text_to_train_on():
 def test_what_csv_holds():
     long = 'x, "y"\nnext line ' * 20_000  # beyond the csv module's own limit of 131,072
     write_csv("c.csv", ["  a\r\nb ", long, "", "é日"], "story")
-    rows = list(prepare.csv_rows("c.csv"))
+    rows = list(sources.csv_rows("c.csv"))
     assert rows[1] == ("c.csv row 2", {"id": "1", "story": long})
     cfg = Config(dataset="c.csv", column="story")
-    assert list(prepare.documents(["c.csv"], cfg)) == ["a\r\nb", long.strip(), "é日"]
+    assert list(sources.documents(["c.csv"], cfg)) == ["a\r\nb", long.strip(), "é日"]
     write("c.csv", "\ufeffid,text\n\n1,one\n\n2,two")
-    assert list(prepare.documents(["c.csv"], Config(dataset="c.csv"))) == ["one", "two"]
+    assert list(sources.documents(["c.csv"], Config(dataset="c.csv"))) == ["one", "two"]
 
 
 @pytest.mark.parametrize(
@@ -633,7 +635,7 @@ def test_a_parquet_refusal_names_the_row():
     texts = pa.array([b"a"] * 130 + [b"\xff"] + [b"b"], pa.binary())
     pq.write_table(pa.table({"text": texts}), "c.parquet")
     assert refusal(make, "c.parquet").startswith("c.parquet row 1: column 'text' is not text but b'a'")
-    rows = list(prepare.parquet_rows("c.parquet"))
+    rows = list(sources.parquet_rows("c.parquet"))
     assert rows[130] == ("c.parquet row 131", {"text": b"\xff"})
 
 
@@ -652,7 +654,7 @@ def test_a_packed_file_that_is_cut_off_or_damaged_is_refused(pack):
         Path(f"{name}.jsonl{suffix}").write_bytes(data)
         assert f"cannot read {name}.jsonl{suffix}: " in refusal(make, f"{name}.jsonl{suffix}")
     Path(f"twice.jsonl{suffix}").write_bytes(packed + packed)
-    assert len(list(prepare.documents([f"twice.jsonl{suffix}"], Config()))) == 300
+    assert len(list(sources.documents([f"twice.jsonl{suffix}"], Config()))) == 300
     Path(f"bad.txt{suffix}").write_bytes(pack(b"caf\xe9 " * 10))
     place = "byte 0xe9 at offset 3;" if suffix == ".gz" else "byte 0xe9;"
     assert f"bad.txt{suffix} is not UTF-8: {place}" in refusal(make, f"bad.txt{suffix}")
@@ -722,13 +724,13 @@ def test_the_progress_bar_covers_learning_and_encoding():
 
 
 def test_reading_holds_one_document(monkeypatch):
-    monkeypatch.setattr(prepare, "CHUNK", 1 << 16)
+    monkeypatch.setattr(sources, "CHUNK", 1 << 16)
     docs = ["x" * 99] * 30_000
     write_txt("c.txt", docs)
     write_jsonl("c.jsonl", docs)
     for file in "c.txt", "c.jsonl":
         tracemalloc.start()
-        n = sum(1 for _ in prepare.documents([Path(file)], Config(dataset=file)))
+        n = sum(1 for _ in sources.documents([Path(file)], Config(dataset=file)))
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         assert n == 30_000
@@ -743,7 +745,7 @@ def test_reading_parquet_holds_no_group_of_rows():
     assert pq.read_metadata("c.parquet").num_row_groups == 1
     before = pa.total_allocated_bytes()
     most = 0
-    for i, text in enumerate(prepare.documents([Path("c.parquet")], Config())):
+    for i, text in enumerate(sources.documents([Path("c.parquet")], Config())):
         assert text == docs[i]
         most = max(most, pa.total_allocated_bytes() - before)
     assert i == 2999
@@ -768,7 +770,7 @@ def test_encoding_reads_only_so_far_ahead(monkeypatch, tmp_path):
 
     tokenizer = SimpleNamespace(vocab_size=2, eot=0, head=[], encode_batch=encode_batch)
     cfg = Config(num_proc=1)
-    splits = prepare.encode(pieces(), tokenizer, tmp_path, cfg, prepare.Progress(tmp_path, cfg, None))
+    splits = prepare.encode(pieces(), tokenizer, tmp_path, cfg, prepare.Progress(tmp_path, "d", {}))
     assert splits["train"]["tokens"] == 4000
     assert most_ahead <= 40
 
@@ -1080,7 +1082,7 @@ def test_the_offset_of_a_bad_byte(before, bad):
         Path("c.txt").write_bytes(data)
         with pytest.raises(UnicodeDecodeError) as e:
             data.decode("utf-8")
-        message = refusal(list, prepare.documents([Path("c.txt")], Config(dataset="c.txt")))
+        message = refusal(list, sources.documents([Path("c.txt")], Config(dataset="c.txt")))
         assert f"byte 0x{data[e.value.start]:02x} at offset {e.value.start};" in message
 
 
@@ -1183,7 +1185,7 @@ def test_subsets_and_splits_are_streamed(cloned):
     assert meta["name"] == "thing"
     assert texts(data["train"], tokenizer) == DOCS[:120]
     assert texts(data["val"], tokenizer) == DOCS[120:130]
-    assert sources(meta)["val"] == "hf:me/thing, split validation"
+    assert origins(meta)["val"] == "hf:me/thing, split validation"
     make(f"{cloned}:small", name="colon")
     assert bins("data/colon") == bins("data/thing")
 
@@ -1191,7 +1193,7 @@ def test_subsets_and_splits_are_streamed(cloned):
     write_txt("c.txt", DOCS)
     make(name="file")
     assert bins("data/large") == bins("data/file")
-    assert sources(meta)["train"] == "hf:me/thing, split train_sft; the rest"
+    assert origins(meta)["train"] == "hf:me/thing, split train_sft; the rest"
 
     write_jsonl("me/lines/train.jsonl", DOCS)  # which the library reads itself
     make("hf:me/lines", name="lines")

@@ -12,6 +12,8 @@ import pytest
 from test_prepare import files, make_docs, write_txt
 
 import prepare
+import progress
+import sources
 from prepare import Config, load
 
 ROOT = Path(prepare.__file__).parent
@@ -128,7 +130,7 @@ def test_a_killed_run_is_gone_on_with(target, at, goes_on, whole, monkeypatch, c
     if at < 0:  # the last
         at = 1 + sum(name.endswith(".bin") for name in whole)
     killed(target, at)
-    state = prepare.read_state(left())
+    state = progress.read_state(left())
     out, encoded = run_again(monkeypatch, capsys, num_proc=1)
     assert ("going on with what a killed run left of data/d\n" in out) == goes_on
     assert contents("data/d") == whole
@@ -140,7 +142,7 @@ def test_a_killed_run_is_gone_on_with(target, at, goes_on, whole, monkeypatch, c
 def num_chunks():
     cfg = Config(**SETTINGS)
     paths = [Path("c.txt")]
-    docs = list(prepare.documents(paths, cfg))
+    docs = list(sources.documents(paths, cfg))
     rows = prepare.split_documents(cfg, paths, [], len(docs), sum(map(len, docs)))
     return sum(1 for _ in prepare.chunks(prepare.pieces(rows)))
 
@@ -158,7 +160,7 @@ def test_stories_that_were_made_are_kept(monkeypatch, capsys):
     settings = {"dataset": "toy", "num_stories": 400}
     killed("shards.ShardWriter.end_file", 9, **settings)
     with monkeypatch.context() as patch:
-        patch.setattr(prepare.toy_stories, "stories", None)
+        patch.setattr(sources.toy_stories, "stories", None)
         out, _ = run_again(patch, capsys, **settings)
     assert "going on" in out
     prepare.prepare(Config(**SETTINGS | settings | {"name": "e"}))
