@@ -220,6 +220,10 @@ def is_alive(pid):
         return False
     except OSError:  # another user's
         return True
+    with suppress(OSError):  # where there is no /proc
+        # a killed one has its number until its parent asks, which in a container may be never
+        state = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0]
+        return state not in ("Z", "X")
     return True
 
 

@@ -982,6 +982,17 @@ def test_processes_alive_and_dead():
     assert not folders.is_alive(process.pid)
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="needs Linux")
+def test_a_killed_process_is_dead_before_its_parent_asks():
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    process.kill()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and stays a zombie
+    os.kill(process.pid, 0)
+    assert not folders.is_alive(process.pid)
+    process.wait()
+    process.stdin.close()
+
+
 @pytest.mark.parametrize(
     "error", [KeyboardInterrupt, OSError(28, "No space left on device"), MemoryError]
 )
