@@ -506,12 +506,13 @@ class Pretraining:
         prompt = prompt_ids(self.tokenizer, cfg.start)
         max_new_tokens = min(cfg.block_size, 200)
         ends = self.tokenizer.ends
-        stop, precision = ends, contextlib.nullcontext()
+        options, precision = {"stop": ends}, contextlib.nullcontext()
         if self.compute.shards:
-            # all must take equally many steps, whatever each of them draws; and weights are sent rounded
-            stop, precision = (), self.compute.autocast()
+            # all must take equally many steps, whatever each of them draws, and no graph holds their messages;
+            # weights are sent rounded
+            options, precision = {"graph": False}, self.compute.autocast()
         with precision:
-            *_, [row] = generate(self.model, [prompt], max_new_tokens, stop=stop, seed=cfg.seed)
+            *_, [row] = generate(self.model, [prompt], max_new_tokens, seed=cfg.seed, **options)
         ids = list(takewhile(lambda id: id not in ends, row.ids))
         return cfg.start + self.tokenizer.decode_more(ids)
 
