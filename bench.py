@@ -54,17 +54,20 @@ from graphs import CHUNK, captures_steps
 from hf import to_transformers
 from interop import gguf_file, llama_cpp, nanogpt
 from measure import (
+    SLOW,
     count_bytes,
     device_name,
     draw,
     git_commit,
+    make_slow_optimizers,
+    moments,
     ms_columns,
     peak_memory,
     print_tables,
     race,
 )
 from model import KVCache, ModelConfig, MoE, Transformer, model_config
-from optim import make_optimizers, make_scaler
+from optim import make_scaler
 from rmsnorm import use_rmsnorm
 from score import evaluate
 from sizes import flops_per_token, kv_cache_bytes, num_active_params, num_params
@@ -76,7 +79,6 @@ SHAPE_KEYS = ("n_layer", "n_head", "n_embd", "block_size", "batch_size")
 ARCHITECTURE_KEYS = {"norm", "norm_position", "pos", "mlp"}
 NANOGPT = "nanoGPT"
 LLAMA_CPP = "llama.cpp"
-SLOW = 1e-7  # a learning rate
 SAMPLES = 32  # prompts continued together
 LARGE = 1 << 26  # float32 numbers: 256 MB, more than caches hold
 
@@ -165,14 +167,6 @@ def build_model(cfg):
         return model
     torch.manual_seed(cfg.seed)
     return Transformer(model_config(cfg))
-
-
-def make_slow_optimizers(model, cfg, compute):
-    """Returns train.py's optimizers with a learning rate that leaves the weights where they are.
-
-    Random weights that diverged, or became denormal, would be timed as something else.
-    """
-    return make_optimizers(model, replace(cfg, learning_rate=SLOW, min_lr=0.0), compute)
 
 
 def make_training_step(cfg, compute, ops=None):
@@ -355,11 +349,7 @@ def train_rivals(cfg, compute, dtypes):
 
 def count_state_bytes(model, optimizers):
     """Returns the bytes that stay between steps: weights, tables and the optimizers' state."""
-    tensors = [*model.parameters(), *model.buffers()]
-    for optimizer in optimizers:
-        for state in optimizer.state.values():
-            tensors += state.values()
-    return count_bytes(tensors)
+    return count_bytes([*model.parameters(), *model.buffers(), *moments(optimizers)])
 
 
 def train_rows(cfg, compute, dtypes):

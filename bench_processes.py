@@ -9,10 +9,10 @@ from statistics import median
 import torch
 
 import gradients
-import optim
 import train
 from data import padded
 from device import resolve
+from measure import count_bytes, make_slow_optimizers, moments
 from model import Transformer, model_config
 from sharding import local
 
@@ -59,10 +59,7 @@ def free_port():
 
 def state_bytes(model, optimizers):
     """Returns the bytes of weights and moments that this process holds."""
-    tensors = [*model.parameters()]
-    for optimizer in optimizers:
-        tensors += [x for state in optimizer.state.values() for x in state.values()]
-    return sum(local(x).nbytes for x in tensors)
+    return count_bytes(map(local, [*model.parameters(), *moments(optimizers)]))
 
 
 def make_step(cfg, compute):
@@ -70,7 +67,7 @@ def make_step(cfg, compute):
     torch.manual_seed(0)
     model = Transformer(model_config(cfg))
     train.place(model, compute)
-    optimizers = optim.make_optimizers(model, replace(cfg, learning_rate=1e-9, min_lr=0.0), compute)
+    optimizers = make_slow_optimizers(model, cfg, compute)
     rows = torch.randint(cfg.vocab_size, (cfg.batch_size, cfg.block_size + 1))
     batches = [padded(rows, cfg.block_size)]
 
@@ -96,9 +93,8 @@ def work(rank, env, cfg, queue):
 
     link = torch.distributed.all_gather = Link(torch.distributed.all_gather)
     sums = {"after": SentAfter, "during": gradients.GradientSum}
-    times = {("none", way, delay): [] for delay in DELAYS for way in sums} | {
-        ("full", "by FSDP2", 0.0): []
-    }
+    times = {("none", way, delay): [] for delay in DELAYS for way in sums}
+    times["full", "by FSDP2", 0.0] = []
     for _ in range(ROUNDS):
         for (shard, way, delay), seconds in times.items():
             link.delay = delay
@@ -127,7 +123,5 @@ def bench_processes(cfg, compute):
     """
     queue = torch.multiprocessing.get_context("spawn").SimpleQueue()
     env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    torch.multiprocessing.spawn(
-        work, (env, cfg, queue), nprocs=N
-    )  # which raises what one of them raises
+    torch.multiprocessing.spawn(work, (env, cfg, queue), nprocs=N)  # it raises what one of them raises
     return queue.get()

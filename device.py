@@ -102,6 +102,16 @@ class Compute:
         """Whether this is the process that writes and prints."""
         return self.rank == 0
 
+    @property
+    def takes_part(self):
+        """Whether this process is needed for what the first one alone writes: of weights in shards each has some."""
+        return self.is_main or self.shards
+
+    @property
+    def parts(self):
+        """Of how many parts of the weights this process holds one."""
+        return self.world_size if self.shards else 1
+
     def autocast(self):
         """Returns the context in which matrix products have the run's dtype."""
         if self.dtype == torch.float32:

@@ -17,7 +17,6 @@ import hashlib
 import json
 import os
 from array import array
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +31,7 @@ import shards
 import sources
 from config import Refusal, hf_name, is_hf
 from folders import alone, new_folder
+from prepare import in_threads
 from rows import (
     BUILT_IN,
     LeftOut,
@@ -269,13 +269,11 @@ def encode_chunk(rows, source, template, first):
     return Chunk(np.array(ids, dtype), np.frombuffer(bytes(is_learned), bool), lengths, left_out)
 
 
-def encode_in_threads(rows, encode):
-    """Yields encode() of one CHUNK of rows after the other, in order, and reads only so far ahead."""
-    threads = os.cpu_count() or 1
-    chunks = iter(lambda: list(islice(rows, CHUNK)), [])
-    with ThreadPoolExecutor(threads) as pool:
-        while some := list(islice(chunks, 4 * threads)):  # pool.map would read all chunks at once
-            yield from pool.map(encode, some)
+def in_chunks(rows):
+    """Yields lists of CHUNK rows."""
+    rows = iter(rows)
+    while chunk := list(islice(rows, CHUNK)):
+        yield chunk
 
 
 def make(source, key, folder):
@@ -296,7 +294,7 @@ def make(source, key, folder):
         for some in chain(first_row, rows), held_out:
             n_before = len(first_examples)
             bar = tqdm(some, "encoding", unit=" rows", unit_scale=True, disable=None, leave=False)
-            for chunk in encode_in_threads(iter(bar), encode):
+            for _, chunk in in_threads(encode, in_chunks(bar), os.cpu_count() or 1):
                 ids.write(chunk.ids)
                 is_learned.write(chunk.is_learned)
                 example_number = len(starts) - 1

@@ -1,8 +1,10 @@
 """Gradients of several processes, added up while the backward pass still computes others.
 
-with GradientSum(params, compute, loss) as gradients:  # around the last micro-batch's
-    micro_loss.backward()
-loss = gradients.finish()
+The last micro-batch's backward pass:
+
+    with GradientSum(model, params, compute, loss) as gradients:
+        micro_loss.backward()
+    loss = gradients.finish()
 """
 
 import torch
@@ -78,9 +80,8 @@ class GradientSum:
             total += part
         sizes = [p.numel() for p in params]
         if params is self.buckets[0]:
-            self.loss = total[
-                -1
-            ].clone()  # a view would keep the whole message until the log reads the loss
+            # a view would keep the whole message until the log reads the loss
+            self.loss = total[-1].clone()
             total = total[:-1]
         for p, grad in zip(params, total.split(sizes)):
             if p.grad is None:

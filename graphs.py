@@ -160,9 +160,8 @@ class Decoder:
         self.n_launched = end
         device = self.ids.device
         chunk = [x[start:end].to("cpu", non_blocking=True) for x in (self.new_ids, self.logps)]
-        return *chunk, torch.cuda.current_stream(
-            device
-        ).record_event() if device.type == "cuda" else None
+        event = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+        return *chunk, event
 
     def __iter__(self):
         """Yields the ids of each step and their log p, two lists."""
@@ -247,9 +246,8 @@ class TrainingStep:
 
     def work(self):
         """Makes the step of the batches that are held."""
-        for (
-            optimizer
-        ) in self.optimizers:  # a capture that failed would leave gradients that nobody computed
+        # a capture that failed would leave gradients that nobody computed
+        for optimizer in self.optimizers:
             optimizer.zero_grad()
         numbers = [group["lr"] for group in self.groups]
         for rate, group in zip(self.rates, self.groups):

@@ -9,11 +9,15 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from folders import write_atomic
+from optim import make_optimizers
+
+SLOW = 1e-7  # a learning rate
 
 # -----------------------------------------------------------------------------------------------------
 # Time
@@ -101,6 +105,20 @@ def ms_columns(times):
 def count_bytes(tensors):
     """Returns the bytes of all tensors together."""
     return sum(tensor.nbytes for tensor in tensors)
+
+
+def make_slow_optimizers(model, cfg, compute):
+    """Returns train.py's optimizers with a learning rate that leaves the weights where they are.
+
+    Random weights that diverged, or became denormal, would be timed as something else.
+    """
+    return make_optimizers(model, replace(cfg, learning_rate=SLOW, min_lr=0.0), compute)
+
+
+def moments(optimizers):
+    """Returns the tensors of the optimizers' states."""
+    states = [state for optimizer in optimizers for state in optimizer.state.values()]
+    return [x for state in states for x in state.values()]
 
 
 def peak_resident_bytes():

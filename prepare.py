@@ -264,21 +264,21 @@ def encode_chunk(chunk, tokenizer):
     return {split: np.array(ids[split], dtype) for split in SPLITS}
 
 
-def encode_in_threads(todo, tokenizer, threads):
-    """Yields each chunk and encode_chunk of it, in order, and reads only so far ahead.
+def in_threads(function, items, threads):
+    """Yields each item and function(item), in order, and reads only so far ahead: pool.map would read all.
 
     Threads, since tiktoken works without the interpreter's lock: 18 MB/s on 2 cores, where processes
     did 16 and start slower.
     """
     ahead = deque()
     with ThreadPoolExecutor(threads) as pool:
-        for chunk in todo:
-            ahead.append((chunk, pool.submit(encode_chunk, chunk, tokenizer)))
+        for item in items:
+            ahead.append((item, pool.submit(function, item)))
             if len(ahead) > 2 * threads:
-                chunk, ids = ahead.popleft()
-                yield chunk, ids.result()
-        for chunk, ids in ahead:
-            yield chunk, ids.result()
+                item, result = ahead.popleft()
+                yield item, result.result()
+        for item, result in ahead:
+            yield item, result.result()
 
 
 def encode(rows, tokenizer, folder, cfg, progress, chars=None):
@@ -297,7 +297,8 @@ def encode(rows, tokenizer, folder, cfg, progress, chars=None):
         for chunk in islice(todo, done):  # what a killed run encoded is only read
             bar.update(sum(len(text) for _, text, *_ in chunk))
         whole = sum(len(writer.whole) for writer in writers.values())
-        for chunk, ids in encode_in_threads(todo, tokenizer, cfg.num_proc or os.cpu_count() or 1):
+        threads = cfg.num_proc or os.cpu_count() or 1
+        for chunk, ids in in_threads(lambda chunk: encode_chunk(chunk, tokenizer), todo, threads):
             bar.update(sum(len(text) for _, text, *_ in chunk))
             done += 1
             for split, writer in writers.items():

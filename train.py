@@ -312,12 +312,10 @@ def fit(task, model, cfg, compute, resumed=None):
         unread.clear()
         return results[-1][1] if results else None
 
-    takes_part = compute.is_main or compute.shards  # of weights in shards each process has some
-
     def save():
         """Writes the last checkpoint, from the first process."""
         nonlocal saved_step, saved_at
-        if takes_part:
+        if compute.takes_part:
             task.save("ckpt.pt", state)
         saved_step = state.step
         saved_at = time.monotonic()
@@ -347,10 +345,10 @@ def fit(task, model, cfg, compute, resumed=None):
                 log.write({"step": state.step, **figures})
                 if state.step > first_step:
                     # ckpt.pt last: whoever goes on from it finds the log and the best one as it says
-                    if is_best and takes_part:
+                    if is_best and compute.takes_part:
                         task.save("ckpt_best.pt", replace(state, optimizers=[], scaler=None))
                     save()
-                preview = task.preview() if takes_part else ""
+                preview = task.preview() if compute.takes_part else ""
                 if compute.is_main:
                     bar.write(evaluation_line(state.step, figures, meter.speed), file=sys.stderr)
                     bar.write(f"{preview}\n", file=sys.stderr)
@@ -535,17 +533,16 @@ def go_on_after_restart(cfg):
     """
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0 or cfg.eval_only:
         return
-    made = []
-    for name in folders.RUN:
+
+    def is_own(name, keys):
         path = os.path.join(cfg.out_dir, name)
-        if os.path.exists(path):
-            keys = checkpoint.ADAPTER_KEYS if name.startswith("adapter") else checkpoint.KEYS
-            if checkpoint.load(path, keys)["config"].get("launch") == launch():
-                made.append(name)
-    if "ckpt.pt" in made or "adapter.pt" in made:
+        return os.path.exists(path) and checkpoint.load(path, keys)["config"].get("launch") == launch()
+
+    kinds = {"ckpt": checkpoint.KEYS, "adapter": checkpoint.ADAPTER_KEYS}
+    if any(is_own(f"{name}.pt", keys) for name, keys in kinds.items()):
         cfg.init_from = "resume"
-    elif made:  # the best one, which is written before the last
-        cfg.overwrite = True
+    elif any(is_own(f"{name}_best.pt", keys) for name, keys in kinds.items()):
+        cfg.overwrite = True  # the best one is written before the last
 
 
 def is_in_the_way(cfg, last=("ckpt.pt",)):
@@ -657,7 +654,7 @@ def training_bytes(cfg, c, compute, learned=None, adapt=None, documents=False):
     numbers are too large to count. Of weights in shards those of this process.
     """
     sizes = model_sizes(c)
-    parts = compute.world_size if compute.shards else 1
+    parts = compute.parts
     if cfg.eval_only:
         return sizes.bytes // parts
     learned = sizes.parameters if learned is None else learned
@@ -698,8 +695,7 @@ def check_training_memory(cfg, compute):
     advice = "try a smaller model or batch_size"
     try:
         # weights alone first: what they keep of a token is measured on two layers of them
-        parts = compute.world_size if compute.shards else 1
-        check_memory(compute.device, model_sizes(cfg).bytes // parts, advice)
+        check_memory(compute.device, model_sizes(cfg).bytes // compute.parts, advice)
         needs = training_bytes(cfg, cfg, compute)
     except ValueError as e:
         raise Refusal(e)
@@ -799,7 +795,7 @@ def report(task):
     cfg, compute = task.cfg, task.compute
     figures = task.validate(tokens=0)
     floor = ""
-    if task.meta["source"] == "toy" and (compute.is_main or compute.shards):
+    if task.meta["source"] == "toy" and compute.takes_part:
         floor = floor_line(task.trained, task.tokenizer, task.data["val"], compute)
     if compute.is_main:
         print(

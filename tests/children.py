@@ -5,7 +5,6 @@ import itertools
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch
 import finetune_lora  # noqa: F401  as these
 import prepare  # noqa: F401
 import train  # noqa: F401
+from bench_processes import free_port
 from config import run
 
 fork = multiprocessing.get_context("forkserver")
@@ -104,12 +104,6 @@ def finish(process, timeout=120):
         process.kill()
         raise TimeoutError(process.name)
     return process.exitcode
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return str(listener.getsockname()[1])
 
 
 def ranks(n):
