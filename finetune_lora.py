@@ -75,7 +75,7 @@ class Config(TrainConfig, lora.LoRAConfig):
     merge: bool = False                     # write adapter and base as out_dir/ckpt.pt, and stop
     start: str = ""                         # the prompt of the sample, \n a new line; empty: the first held-out one
     eval_interval: int = 50                 # steps between evaluations, samples and checkpoints
-    eval_tokens: int = 65536                # of held-out rows looked at meanwhile, always the same ones; 0 = all
+    eval_tokens: int = 16384                # of held-out rows looked at meanwhile, always the same ones; 0 = all
     max_length: int = 0                     # tokens a row, of which no example has more; 0 = the base's context
     batch_size: int = 8                     # rows in a micro-batch, each with as many examples as fit
     max_iters: int = 200                    # steps
@@ -151,7 +151,7 @@ class Tuning:
         learned, _ = lora.trainable(self.model)
         c = replace(self.model.config, block_size=self.T)
         adapt = partial(lora.inject, c=cfg) if cfg.rank else None
-        needs = training_bytes(cfg, c, self.compute, learned, adapt, documents=True)
+        needs = training_bytes(cfg, c, self.compute, learned=learned, adapt=adapt, documents=True)
         check_memory(self.compute.device, needs, "try a smaller batch_size")
         self.model = self.model.to(self.compute.device)
         rmsnorm_message = choose_rmsnorm(self.model, cfg.rmsnorm, self.compute)
@@ -435,18 +435,19 @@ class FineTuning:
         )
         return self.preview_text + tuning.tokenizer.decode_more(row.ids)
 
-    def report(self, moment, tokens=0):
-        """Prints the figures on held-out rows, as validate() takes them, and of the built-in task how well it is
-        done.
-        """
-        figures = self.validate(tokens)
-        if not self.compute.is_main:
+    def report(self, moment):
+        """Prints the figures on all held-out rows, and of the built-in task how well it is done."""
+        figures = self.validate(0)
+        if self.compute.is_main:
+            print(f"{moment}: {self.line(figures)}")
+        self.report_built_in(moment)
+
+    def report_built_in(self, moment):
+        """Prints how well the built-in task is done, where that is what is learned."""
+        if not self.compute.is_main or self.cfg.dataset != self.cfg.built_in:
             return
-        n, n_all = len(self.val_numbers(tokens)), len(self.val_packs)
-        part = f", in {n:,} of {n_all:,} held-out rows" if n < n_all else ""
-        print(f"{moment}{part}: {self.line(figures)}")
-        if self.cfg.dataset == self.cfg.built_in and (lines := self.built_in_lines()):
-            print(lines)
+        if lines := self.built_in_lines():
+            print(f"{moment}: {lines}")
 
     def line(self, figures):
         """Returns the figures of validate() in words."""
@@ -486,7 +487,7 @@ def tune(cfg, Task):
             print(f"with adapters, {size_text(tuning.model)}")
 
     if not tuning.resumed and not cfg.eval_only:
-        task.report("before", cfg.eval_tokens)
+        task.report_built_in("before")  # the loss before is that of step 0
     compute.barrier()  # nothing is written to out_dir before everyone has looked at it
     if tuning.moves_aside and compute.is_main:
         folders.move_aside(cfg.out_dir, folders.others_in(cfg.out_dir))

@@ -466,7 +466,7 @@ def test_the_held_out_loss_is_that_of_each_response_token_once(shop, capsys):
             logp = model(torch.tensor([prompt + response]))[0][0].log_softmax(-1)
         nats += [-logp[i, id].item() for i, id in enumerate(response, start=len(prompt) - 1)]
     assert log(shop, "loss")[0]["val_loss"] == pytest.approx(np.mean(nats), rel=1e-5)
-    assert f"before: {np.mean(nats):.4f} nats a token" in capsys.readouterr().out
+    assert f"step 0: val_loss {np.mean(nats):.4f}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
