@@ -8,6 +8,7 @@
     python bench.py quantize --init_from=out/ts     8 and 4 bits: what they lose, how large and fast they are
     python bench.py train --against=FOLDER      a step of nanoGPT too, of which FOLDER is a checkout
     python bench.py decode --init_from=out/ts --against=llama.cpp    and llama.cpp, with 32, 8 and 4 bits
+    python bench.py scale --processes=64 --n_layer=22 --n_head=32 --n_embd=2048    what a run in shards would take
 
 Rivals take turns within one run, so that a machine whose speed drifts is fair to all. ms is a median,
 ms_min and ms_max its spread; first_ms is the first call, where compiling and allocating happen. Weights
@@ -45,7 +46,9 @@ import sources
 import toy_stories
 import train
 from bench_processes import bench_processes
-from data import padded, to, training_rows
+from bench_scale import bench_scale
+from bench_step import build_model, make_training_step
+from data import to, training_rows
 from device import DTYPES, fast_bfloat16, name_of, peak_flops, resolve
 from eval import data_folder, load_data
 from export_onnx import write_greedy
@@ -66,9 +69,7 @@ from measure import (
     print_tables,
     race,
 )
-from model import KVCache, ModelConfig, MoE, Transformer, model_config
-from optim import make_scaler
-from rmsnorm import use_rmsnorm
+from model import KVCache, ModelConfig, MoE
 from score import evaluate
 from sizes import flops_per_token, kv_cache_bytes, num_active_params, num_params
 from speculate import MOST_GUESSES, Speculation, load_draft
@@ -97,6 +98,9 @@ class Config(train.Config):
     vocab_size: int = 4096  # tokens
     seconds: float = 10.0  # time for each bench's rounds, of which there are at least three
     text: str = ""  # tokenizer: a file as prepare.py reads it instead of toy stories
+    processes: int = (
+        0  # scale: foresee a run of the shape by so many GPUs; 0 = run small ones by two processes
+    )
     against: str = ""  # train: a folder, a checkout of nanoGPT, whose code is run | decode: llama.cpp
     draft: str = (
         ""  # decode: a smaller model than init_from's, or ngram; speculative decoding is timed then
@@ -125,6 +129,8 @@ class Config(train.Config):
             raise ValueError(
                 "there is little to measure: block_size must be at least 16 and vocab_size at least 1"
             )
+        if self.processes < 0:
+            raise ValueError(f"processes cannot be negative, not {self.processes}")
         if not 0 <= self.seconds <= 3600:
             raise ValueError(f"seconds must be between 0 and 3600, not {self.seconds}")
         if not 1 <= self.speculate <= MOST_GUESSES:
@@ -156,48 +162,6 @@ def take_shape(cfg):
     cfg = checkpoint.inherit(cfg, start.state, start.path, resume=False)
     cfg.block_size = min(longest, cfg.block_size)
     return cfg
-
-
-def build_model(cfg):
-    """Returns the model of init_from, else one of the config's shape with random weights, on the CPU."""
-    if cfg.init_from != "scratch":
-        start = checkpoint.open_checkpoint(cfg.init_from)
-        start.crop(cfg)
-        model, _ = start.restore()
-        return model
-    torch.manual_seed(cfg.seed)
-    return Transformer(model_config(cfg))
-
-
-def make_training_step(cfg, compute, ops=None):
-    """Returns (step, model, optimizers), where step() is one real training step of train.py, with its
-    choice of an RMSNorm where ops is None.
-
-    step raises Refusal where the loss or the gradient is not finite: then no step was taken.
-    """
-    model = build_model(cfg).to(compute.device)
-    model.gradient_checkpointing = cfg.gradient_checkpointing
-    model.chunked_loss = cfg.loss == "chunked"
-    model.balance = cfg.balance
-    if ops is None:
-        ops, _ = rmsnorm.choose(cfg.rmsnorm, compute.device, compute.compile)
-    use_rmsnorm(model, ops)
-    optimizers = make_slow_optimizers(model, cfg, compute)
-    scaler = make_scaler(compute)
-    rows = torch.randint(cfg.vocab_size, (cfg.batch_size, cfg.block_size + 1))
-    batch = to(padded(rows, cfg.block_size), compute.device)
-    batches = [batch] * cfg.gradient_accumulation_steps
-    trained = torch.compile(model) if compute.compile else model
-
-    update = train.make_step(trained, optimizers, cfg, compute, scaler=scaler)
-
-    def step():
-        loss, norm = update(batches=batches, seed=(0, 0))
-        if not train.is_usable(loss, norm, scaler):  # waits for the device
-            figures = f"the loss is {loss} and its gradient norm {norm}"
-            raise Refusal(f"{figures}: the step that was timed was none", status=1)
-
-    return step, model, optimizers
 
 
 @functools.cache
@@ -1303,20 +1267,27 @@ BENCHES = {
     "tokenizer": bench_tokenizer,
     "data": bench_data,
     "processes": bench_processes,
+    "scale": bench_scale,
 }
 
 
 def main(cfg):
+    names = list(dict.fromkeys(cfg.words or BENCHES))
+    if cfg.processes and names != ["scale"]:
+        raise Refusal(
+            "processes is what scale foresees, by itself: python bench.py scale --processes=..."
+        )
     cfg = take_shape(cfg)
     compute = resolve(cfg.device, cfg.dtype, cfg.compile)
-    train.check_training_memory(cfg, compute)
+    if not cfg.processes:  # else nothing of this size is run
+        train.check_training_memory(cfg, compute)
     print(f"{device_name(compute.device)}; {compute.message}; torch {torch.__version__}")
     print(
         f"{cfg.n_layer} layers, {cfg.n_head} heads, width {cfg.n_embd}, context {cfg.block_size}, "
         f"{cfg.batch_size} rows, vocabulary {cfg.vocab_size}"
     )
     figures = {}
-    for name in dict.fromkeys(cfg.words or BENCHES):
+    for name in names:
         bench = BENCHES[name]
         title = " ".join(bench.__doc__.split())
         print(f"\n{name}: {title}", flush=True)

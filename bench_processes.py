@@ -10,10 +10,9 @@ import torch
 
 import gradients
 import train
-from data import padded
+from bench_step import make_training_step
 from device import resolve
-from measure import count_bytes, make_slow_optimizers, moments
-from model import Transformer, model_config
+from measure import count_bytes, moments
 from sharding import local
 
 N = 2  # processes
@@ -62,34 +61,37 @@ def state_bytes(model, optimizers):
     return count_bytes(map(local, [*model.parameters(), *moments(optimizers)]))
 
 
-def make_step(cfg, compute):
-    """Returns (a function that makes one step and returns its seconds, the model, its optimizers)."""
-    torch.manual_seed(0)
-    model = Transformer(model_config(cfg))
-    train.place(model, compute)
-    optimizers = make_slow_optimizers(model, cfg, compute)
-    rows = torch.randint(cfg.vocab_size, (cfg.batch_size, cfg.block_size + 1))
-    batches = [padded(rows, cfg.block_size)]
-
-    def step():
-        compute.barrier()
-        start = time.perf_counter()
-        train.train_step(model, optimizers, batches, compute, grad_clip=cfg.grad_clip)
-        return time.perf_counter() - start
-
+def timed(step, compute):
+    """Returns the seconds of a step that all processes begin together."""
+    compute.barrier()
+    start = time.perf_counter()
     step()
-    return step, model, optimizers
+    return time.perf_counter() - start
+
+
+def join(rank, env, dtype):
+    """Makes this process one of N, with its share of the threads. Returns its Compute."""
+    os.environ.update(env, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(N))
+    torch.set_num_threads(max(1, torch.get_num_threads() // N))
+    return resolve("cpu", dtype, "false", join=True)
+
+
+def run_processes(work, cfg):
+    """Runs work(rank, env, cfg, queue) in N processes; returns what the first one has put into the queue."""
+    queue = torch.multiprocessing.get_context("spawn").SimpleQueue()
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    torch.multiprocessing.spawn(work, (env, cfg, queue), nprocs=N)  # it raises what one of them raises
+    return queue.get()
 
 
 def work(rank, env, cfg, queue):
     """One process; the first one puts the rows into the queue."""
-    os.environ.update(env, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(N))
-    torch.set_num_threads(max(1, torch.get_num_threads() // N))
-    compute = resolve("cpu", cfg.dtype, "false", join=True)
-    whole, model, optimizers = make_step(cfg, compute)
-    held = {"none": state_bytes(model, optimizers)}
-    sharded, model, optimizers = make_step(cfg, replace(compute, shards=True))
-    held["full"] = state_bytes(model, optimizers)
+    compute = join(rank, env, cfg.dtype)
+    steps, held = {}, {}
+    for shard in "none", "full":
+        steps[shard], *trained = make_training_step(cfg, replace(compute, shards=shard == "full"))
+        steps[shard]()  # which makes the moments
+        held[shard] = state_bytes(*trained)
 
     link = torch.distributed.all_gather = Link(torch.distributed.all_gather)
     sums = {"after": SentAfter, "during": gradients.GradientSum}
@@ -99,7 +101,7 @@ def work(rank, env, cfg, queue):
         for (shard, way, delay), seconds in times.items():
             link.delay = delay
             train.GradientSum = sums.get(way)
-            seconds.append((sharded if shard == "full" else whole)())
+            seconds.append(timed(steps[shard], compute))
     if rank == 0:
         queue.put(
             [
@@ -121,7 +123,4 @@ def bench_processes(cfg, compute):
     after or during the backward pass, with a delay in each message; held_mb are a process's weights and
     moments.
     """
-    queue = torch.multiprocessing.get_context("spawn").SimpleQueue()
-    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    torch.multiprocessing.spawn(work, (env, cfg, queue), nprocs=N)  # it raises what one of them raises
-    return queue.get()
+    return run_processes(work, cfg)

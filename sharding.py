@@ -30,13 +30,20 @@ def shard(model, compute):
     if compute.dtype == torch.bfloat16:
         # autocast rounds weights at each product; they are sent so, and their gradients added up in float32
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-    for module in (*model.blocks, model):
+    for module in groups(model):
         fully_shard(module, mesh=mesh, mp_policy=policy)
         # train_step has divided each loss by the targets of all processes: gradients are summed. The
         # setting is of one module, not of those within; and gloo knows no other reduction
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
     register_fsdp_forward_method(model, "next_logits")  # another way in than model()
+
+
+def groups(model):
+    """Returns the modules of a Transformer whose weights are gathered together: each block, and last the model,
+    of which it is what no block has.
+    """
+    return (*model.blocks, model)
 
 
 def is_sharded(x):

@@ -201,12 +201,12 @@ def train_step(
     total = compute.sum(torch.as_tensor(total, device=compute.device), in_step=True)
     params = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     loss = torch.zeros((), device=compute.device)
-    for micro, batch in enumerate(batches, compute.rank * len(batches)):
-        is_last = batch is batches[-1]
+    for i, batch in enumerate(batches):
+        is_last = i == len(batches) - 1
         if compute.shards:  # one message a step, not one a micro-batch
             model.set_requires_gradient_sync(is_last)
         if seed is not None:
-            seed_dropout(seed, micro)
+            seed_dropout(seed, compute.rank * len(batches) + i)
         with compute.autocast():
             micro_loss = loss_fn(model, batch) / total
         loss += micro_loss.detach()
@@ -643,20 +643,21 @@ def check_data(cfg, folder, data, tokenizer):
         )
 
 
-def training_bytes(cfg, c, compute, learned=None, adapt=None, documents=False):
-    """Returns less than training a model of config c takes from its second step on, in bytes: weights,
-    tables, moments and a step's tokens; with them the gradients, or a mask, or what a micro-batch keeps
-    for its backward pass with its logits and their gradient.
+def training_parts(cfg, c, compute, learned=None, adapt=None, documents=False):
+    """Returns {part: bytes} of what a process holds while it trains a model of config c, at the least: weights,
+    tables, moments and gradients; a step's tokens; a mask; and kept, by a micro-batch for its backward pass,
+    with its logits and their gradient. Of weights in shards those of this process.
 
     learned: how many weights learn, None for all; adapt: what makes the others freeze (see
     sizes.activation_bytes); documents: whether rows have documents in them. Of --eval_only, which may
     have fewer rows than a micro-batch, only the weights and tables count. Raises ValueError where the
-    numbers are too large to count. Of weights in shards those of this process.
+    numbers are too large to count.
     """
     sizes = model_sizes(c)
-    parts = compute.parts
+    shards = compute.parts
+    weights = {"weights": 4 * sizes.parameters // shards, "tables": 4 * sizes.buffers}
     if cfg.eval_only:
-        return sizes.bytes // parts
+        return weights
     learned = sizes.parameters if learned is None else learned
     moments = 8 * learned - (4 * sizes.hidden if cfg.optimizer == "muon" else 0)
     rows = rows_each(cfg, compute)
@@ -672,9 +673,23 @@ def training_bytes(cfg, c, compute, learned=None, adapt=None, documents=False):
     # a compiler keeps what it chooses; a GPU says by itself that it is full, where a CPU's process is killed
     if compute.device.type == "cpu" and not (compute.compile or cfg.gradient_checkpointing):
         kept += tokens * activation_bytes(c, change) * compute.dtype.itemsize // 4
-    mask = mask_bytes(c, batch_size if documents else 0)
-    step_tokens = 16 * rows * c.block_size
-    return (sizes.bytes + moments) // parts + step_tokens + max(4 * learned // parts, mask, kept)
+    return weights | {
+        "moments": moments // shards,
+        # between micro-batches, without a message, they are whole
+        "gradients": 4 * learned // (1 if len(micro_batches(0, cfg, compute)) > 1 else shards),
+        "tokens": 16 * rows * c.block_size,
+        "mask": mask_bytes(c, batch_size if documents else 0),
+        "kept": kept,
+    }
+
+
+def training_bytes(cfg, c, compute, **options):
+    """Returns less than training takes from its second step on, in bytes: of training_parts, whose options these
+    are, those that are always there, and the largest other one.
+    """
+    parts = training_parts(cfg, c, compute, **options)
+    passing = [parts.pop(name, 0) for name in ("gradients", "mask", "kept")]
+    return sum(parts.values()) + max(passing)
 
 
 def step_flops(cfg):

@@ -177,6 +177,12 @@ def test_figures_agree_with_each_other(everything):
     assert row["weights_gb_per_s"] * row["ms"] * 1e6 == pytest.approx(7 * 4 * weights)
     held = {row["shard"]: row["held_mb"] for row in figures["processes"]}
     assert held["full"] == pytest.approx(held["none"] / 2, rel=0.01)
+    half = len(figures["scale"]) // 2
+    for foreseen, measured in zip(figures["scale"][:half], figures["scale"][half:], strict=True):
+        assert foreseen["foreseen"] == measured["measured"]
+        assert foreseen["messages"] == measured["messages"]
+        assert foreseen["messages_mb"] == pytest.approx(measured["messages_mb"])
+        assert foreseen["state_mb"] == pytest.approx(measured["state_mb"], rel=0.01)
     norm = {(row["what"], row["way"]): row["bytes"] for row in figures["rmsnorm"] if row["rows"] == 32}
     assert norm["norm", "forward"] == 2 * 32 * 16 * 4 + 32 * 4 + 16 * 4
     assert norm["norm", "backward"] == 3 * 32 * 16 * 4 + 32 * 4 + 2 * 16 * 4

@@ -1,6 +1,7 @@
 """Weights that processes share out train as whole ones do: the same losses, checkpoints and resumed runs."""
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,10 +10,15 @@ from test_lost import ARGV
 from test_processes import fork_together, run_together
 from test_train import lab, load, log, resume  # lab is a fixture
 
+import bench
+import bench_scale
 import sharding
 import train
+from bench_step import make_training_step
+from config import configure
 from device import resolve
 from optim import orthogonalize
+from sizes import meta_model
 
 THIRTY = [
     *ARGV,
@@ -100,3 +106,40 @@ def test_each_process_makes_its_share_of_the_matrices_orthogonal(tmp_path, n):
     matrices = torch.randn(5, 7, 4, generator=torch.Generator().manual_seed(0))
     rows = torch.cat([torch.load(tmp_path / f"rows.{rank}") for rank in range(n)], 1)
     torch.testing.assert_close(rows, orthogonalize(matrices), rtol=0, atol=1e-6)
+
+
+def save_messages(path, cfg, rank, env):
+    """Saves what a process's messages bring of a step in shards."""
+    os.environ.update(env)
+    torch.set_num_threads(1)
+    compute = resolve("cpu", cfg.dtype, "false", join=True, shard=True)
+    step, _, _ = make_training_step(cfg, compute)
+    step()
+    with bench_scale.Counter() as counter:
+        step()
+    torch.save(counter.sizes, f"{path}.{rank}")
+    compute.close()
+
+
+@pytest.mark.parametrize(
+    "n, argv",
+    [
+        (2, ["--optimizer=muon", "--dtype=float32"]),
+        pytest.param(
+            3, ["--optimizer=adamw", "--dtype=bfloat16", "--pos=learned"], marks=pytest.mark.slow
+        ),
+        pytest.param(2, ["--mlp=moe", "--n_inner=32", "--dtype=float32"], marks=pytest.mark.slow),
+    ],
+)
+def test_the_messages_of_a_step_are_foreseen(tmp_path, n, argv):
+    shape = ["--n_layer=2", "--n_head=2", "--n_embd=36", "--block_size=16", "--batch_size=2"]
+    cfg = configure(bench.Config, [*shape, *argv, "--gradient_accumulation_steps=2"])
+    fork_together(n, save_messages, tmp_path / "sizes", cfg)
+    model = meta_model(cfg)
+    every = replace(cfg, gradient_accumulation_steps=2 * n)
+    compute = replace(resolve("cpu", cfg.dtype, "false"), world_size=n, shards=True)
+    foreseen = bench_scale.messages(model, every, compute)
+    number, size = map(sum, zip(*foreseen.values()))
+    sizes = torch.load(tmp_path / "sizes.0")
+    assert len(sizes) == number
+    assert sum(sizes) * (n - 1) / n == pytest.approx(size, rel=1e-9)

@@ -1,0 +1,54 @@
+"""The model and the training step that bench.py times."""
+
+import torch
+
+import checkpoint
+import rmsnorm
+import train
+from config import Refusal
+from data import padded, to
+from measure import make_slow_optimizers
+from model import Transformer, model_config
+from optim import make_scaler
+from rmsnorm import use_rmsnorm
+
+
+def build_model(cfg):
+    """Returns the model of init_from, else one of the config's shape with random weights, on the CPU."""
+    if cfg.init_from != "scratch":
+        start = checkpoint.open_checkpoint(cfg.init_from)
+        start.crop(cfg)
+        model, _ = start.restore()
+        return model
+    torch.manual_seed(cfg.seed)
+    return Transformer(model_config(cfg))
+
+
+def make_training_step(cfg, compute, ops=None):
+    """Returns (step, model, optimizers), where step() is one real training step of train.py, with its
+    choice of an RMSNorm where ops is None.
+
+    step raises Refusal where the loss or the gradient is not finite: then no step was taken.
+    """
+    model = build_model(cfg)
+    trained = train.place(model, compute)
+    model.gradient_checkpointing = cfg.gradient_checkpointing
+    model.chunked_loss = cfg.loss == "chunked"
+    model.balance = cfg.balance
+    if ops is None:
+        ops, _ = rmsnorm.choose(cfg.rmsnorm, compute.device, compute.compile)
+    use_rmsnorm(model, ops)
+    optimizers = make_slow_optimizers(model, cfg, compute)
+    scaler = make_scaler(compute)
+    rows = torch.randint(cfg.vocab_size, (cfg.batch_size, cfg.block_size + 1))
+    batch = to(padded(rows, cfg.block_size), compute.device)
+    batches = [batch] * cfg.gradient_accumulation_steps
+    update = train.make_step(trained, optimizers, cfg, compute, scaler=scaler)
+
+    def step():
+        loss, norm = update(batches=batches, seed=(0, 0))
+        if not train.is_usable(loss, norm, scaler):  # waits for the device
+            figures = f"the loss is {loss} and its gradient norm {norm}"
+            raise Refusal(f"{figures}: the step that was timed was none", status=1)
+
+    return step, model, optimizers
