@@ -762,6 +762,27 @@ def quantized_models(cfg, model, rows):
         yield name, quantized.quantized(numbers, quantization, codes)
 
 
+def torchao_models(cfg, model, dtype):
+    """Yields (name, model) of what torchao makes of a float model's matrices, where it is installed, for products
+    in dtype: of 8 bits, and with bfloat16 also of 4 with a head of 8, as ours are. The embedding stays float.
+    """
+    try:
+        from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    except ImportError:
+        print("without torchao: pip install torchao")
+        return
+    numbers = copy.deepcopy(model).to(dtype)
+    quantize_(numbers, Int8WeightOnlyConfig())
+    yield "torchao int8", numbers
+    if dtype != torch.bfloat16:
+        return
+    numbers = copy.deepcopy(model).to(dtype)
+    quantize_(numbers.blocks, PrototypeInt4WeightOnlyConfig(group_size=cfg.group_size))
+    quantize_(numbers, Int8WeightOnlyConfig(), lambda module, _: module is numbers.head)
+    yield "torchao int4", numbers
+
+
 def file_bytes(model):
     """Returns how large a file of the model's weights is."""
     file = io.BytesIO()
@@ -772,7 +793,7 @@ def file_bytes(model):
 def bench_quantize(cfg, compute):
     """Compares a model's weights in 8 and 4 bits, by quantize.py, with float32: bits a byte on about
     eval_tokens of held-out text, the size of their file, and greedy tokens/s, one row, on a CPU in bfloat16
-    where that is what sample.py takes.
+    where that is what sample.py takes. torchao's, where it is installed, are evaluated in that dtype too.
 
     of_gap is how much of what rounding to the nearest loses at 4 bits a method wins back.
     """
@@ -781,20 +802,26 @@ def bench_quantize(cfg, compute):
     plain = resolve("cpu", "float32", "false")
     sizes, losses, rivals, dtypes = {}, {}, {}, {}
     n = min(64, model.config.block_size // 2)
-    for name, other in quantized_models(cfg, model, rows):
-        sizes[name] = file_bytes(other)
+    fast = compute.dtype
+    if cfg.dtype == "auto" and fast_bfloat16(compute.device):
+        fast = torch.bfloat16
+
+    def add(name, other, dtype):
+        """Evaluates a model on a CPU as it is, and has it timed in dtype."""
         losses[name] = None
         if ids is not None:
-            other = other.float()
             nats = evaluate(other, ids, model.config.block_size, cfg.batch_size, plain, cfg.eval_tokens)
             losses[name] = nats * bits_per_nat
-        dtype = compute.dtype
-        if other.quantization and cfg.dtype == "auto" and fast_bfloat16(compute.device):
-            dtype = torch.bfloat16
         dtypes[name] = dtype
         other = copy.deepcopy(other).to(compute.device, dtype)
-        setup = functools.partial(begun_steps, other, [[0]], n)
-        rivals[name] = (setup, list)
+        rivals[name] = (functools.partial(begun_steps, other, [[0]], n), list)
+
+    for name, other in quantized_models(cfg, model, rows):
+        sizes[name] = file_bytes(other)
+        add(name, other.float(), fast if other.quantization else compute.dtype)
+    for name, other in torchao_models(cfg, model, fast):
+        sizes[name] = file_bytes(other)
+        add(name, other, fast)
     times = race(rivals, cfg.seconds, compute.device)
     exact, nearest = losses["float32"], losses.get("int4 rtn")
     for name, rival_times in times.items():
