@@ -53,9 +53,8 @@ def messages(model, cfg, compute):
         "gradients": (len(blocks) + 1, whole * 4),
     }
     if cfg.optimizer == "muon":
-        matrices = [
-            p for p in model.blocks.parameters() if p.dim() == 2
-        ]  # a process has its experts whole
+        # a process has its experts whole
+        matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
         size = sum(p.numel() for p in matrices) * muon_dtype(compute).itemsize
         sent["matrices"] = (2 * len({p.shape for p in matrices}), 2 * size / n)
     return {what: (number, size * (n - 1) / n) for what, (number, size) in sent.items()}
@@ -122,8 +121,8 @@ def measure_link(compute):
         send = partial(torch.distributed.all_gather, parts, message)
         send()
         seconds.append(median(timed(send, compute) for _ in range(ROUNDS)))
-    least, long = seconds
-    return Link(least, 4 * PROBE * (compute.world_size - 1) / (long - least))
+    least, most = seconds
+    return Link(least, 4 * PROBE * (compute.world_size - 1) / most)
 
 
 def measure(cfg, compute):
@@ -166,12 +165,8 @@ def work(rank, env, cfg, queue):
     step, model, _ = make_training_step(cfg, alone)
     step()
     seconds = median(timed(step, compute) for _ in range(ROUNDS))
-    flops = (
-        flops_per_token(model, cfg.block_size)
-        * cfg.block_size
-        * cfg.batch_size
-        * cfg.gradient_accumulation_steps
-    )
+    tokens = cfg.block_size * cfg.batch_size * cfg.gradient_accumulation_steps
+    flops = tokens * flops_per_token(model, cfg.block_size)
     foreseen, measured = [], []
     for n_head in max(1, 2 * cfg.n_head // 3), cfg.n_head, 3 * cfg.n_head // 2:
         shape = with_heads(cfg, n_head)
