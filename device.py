@@ -28,8 +28,8 @@ DTYPES = {
 }
 SIGHUP = getattr(signal, "SIGHUP", None)  # Windows has none
 BFLOAT16_WIDTH = 128  # auto trains in bfloat16 on a CPU from this n_embd on
-# Seconds that processes wait in a step for one that may hang. With the 30 in which torchrun kills it, about a minute
-HANGS_AFTER = 25
+# Seconds that processes wait in a step for one that may hang. With the 30 after which torchrun kills it, less than a minute
+HANGS_AFTER = 20
 
 # Of a training run on a GPU, by rule of thumb
 COMPILE_SECONDS = 90  # that torch.compile takes of it: most of 111 s of train.py's defaults on an H200

@@ -148,6 +148,7 @@ class Tuning:
                 lora.inject(self.model, cfg)
             except ValueError as e:
                 raise Refusal(e)
+        self.base.state.pop("model")  # else both would be held until the end
         learned, _ = lora.trainable(self.model)
         c = replace(self.model.config, block_size=self.T)
         adapt = partial(lora.inject, c=cfg) if cfg.rank else None

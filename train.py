@@ -290,6 +290,7 @@ def fit(task, model, cfg, compute, resumed=None):
         state.val_loss = resumed["val_loss"]
         state.losses = load_optimizers(optimizers, scaler, resumed, cfg)
         schedule = saved_schedule(resumed, cfg)
+        resumed.pop("optimizers")  # of weights in shards a process keeps its part alone
     for line in plan_rates(state.step, schedule, cfg):
         if compute.is_main:
             print(line)
@@ -763,6 +764,7 @@ def pretrain(cfg):
         if not resume:
             start.crop(cfg)
         model, _ = start.restore()
+        start.state.pop("model")  # else both would be held until the end
     else:
         model = Transformer(model_config(cfg))
     model.gradient_checkpointing = cfg.gradient_checkpointing

@@ -1,6 +1,9 @@
 """Weights that processes share out train as whole ones do: the same losses, checkpoints and resumed runs."""
 
+import contextlib
+import gc
 import os
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -143,3 +146,52 @@ def test_the_messages_of_a_step_are_foreseen(tmp_path, n, argv):
     sizes = torch.load(tmp_path / "sizes.0")
     assert len(sizes) == number
     assert sum(sizes) * (n - 1) / n == pytest.approx(size, rel=1e-9)
+
+
+def held_bytes():
+    """Returns the bytes of all tensors of this process."""
+    gc.collect()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what other libraries have
+        storages = [
+            x.untyped_storage()
+            for x in gc.get_objects()
+            if isinstance(x, torch.Tensor) and not sharding.is_sharded(x)
+        ]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def save_held_bytes(path, argv, rank, env):
+    """Trains, and saves what a process holds before its second step."""
+    os.environ.update(env)
+    torch.set_num_threads(1)
+    held = []
+    train_step = train.train_step
+
+    def noted(*args, **options):
+        held.append(held_bytes())
+        return train_step(*args, **options)
+
+    train.train_step = noted
+    train.main(configure(train.Config, argv))
+    torch.save(held[1], f"{path}.{rank}")
+
+
+@pytest.mark.slow
+def test_a_resumed_process_holds_its_part_alone(lab):
+    argv = [
+        *ARGV,
+        "--n_embd=64",
+        "--n_head=2",
+        "--n_inner=256",
+        "--batch_size=2",
+        "--shard=full",
+        "--out_dir=held",
+    ]
+    with contextlib.chdir(lab):
+        fork_together(2, save_held_bytes, lab / "first", [*argv, "--max_iters=4"])
+        resumed = ["--out_dir=held", "--init_from=resume", "--max_iters=8"]
+        fork_together(2, save_held_bytes, lab / "resumed", resumed)
+    for rank in 0, 1:
+        first, resumed = (torch.load(lab / f"{name}.{rank}") for name in ("first", "resumed"))
+        assert resumed < 1.05 * first
