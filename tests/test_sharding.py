@@ -3,13 +3,15 @@
 import contextlib
 import gc
 import os
+import signal
 import warnings
 from dataclasses import replace
 
 import pytest
 import torch
+from children import error_output, finish, ranks, start
 from scripts import call
-from test_lost import ARGV
+from test_lost import ARGV, assert_same_run
 from test_processes import fork_together, run_together
 from test_train import lab, load, log, resume  # lab is a fixture
 
@@ -85,6 +87,23 @@ def test_a_sharded_run_goes_on_with_other_numbers_of_processes(lab):
     argv = ["--out_dir=parts", "--init_from=resume", "--shard=none", "--max_iters=30"]
     run_together(lab, "train", 2, *argv)
     assert_close_runs(lab, "one-muon", "parts", weights=2e-5, moments=2e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place, count", [("write", 3), ("rename", 4), ("renamed", 5)])
+def test_a_sharded_run_killed_within_a_save_is_the_undisturbed_one(lab, place, count):
+    argv = [*THIRTY, "--eval_interval=4", "--max_iters=12", "--optimizer=muon", "--shard=full"]
+    if not (lab / "shards").exists():
+        run_together(lab, "train", 2, *argv, "--out_dir=shards")
+    out_dir = f"--out_dir=killed-{place}"
+    faults = (place, count), None  # the first process writes
+    processes = [
+        start(lab, "train", *argv, out_dir, fault=fault, **env) for fault, env in zip(faults, ranks(2))
+    ]
+    assert [finish(process) for process in processes] == [-signal.SIGKILL, 1]
+    assert "lost another one" in error_output(lab, processes[1])
+    run_together(lab, "train", 2, out_dir, "--init_from=resume")
+    assert_same_run(lab, "shards", f"killed-{place}")
 
 
 def save_orthogonal(path, n, rank, env):
