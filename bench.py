@@ -747,18 +747,20 @@ def held_out(cfg, model):
 def quantized_models(cfg, model, rows):
     """Yields (name, model) for each way to store a float model's weights: float32 first."""
     yield "float32", model
-    ways = [("int8 rtn", "rtn", 8)] + [(f"int4 {method}", method, 4) for method in quantized.METHODS]
-    for name, method, bits in ways:
-        size = cfg.group_size if bits == 4 else 0
-        settings = quantize.Config(to="nowhere", method=method, bits=bits, group_size=size)
+    ways = {"int8 rtn": dict(method="rtn", bits=8)}
+    ways |= {f"int4 {method}": dict(method=method, bits=4) for method in quantized.METHODS}
+    ways["int4 gptq act_order"] = dict(method="gptq", bits=4, act_order=True)
+    for name, way in ways.items():
+        size = cfg.group_size if way["bits"] == 4 else 0
+        settings = quantize.Config(to="nowhere", group_size=size, **way)
         try:
             quantized.check_groups(model, settings.group_size)
         except ValueError as e:
             print(f"without {name}: {e}")
             continue
         numbers = copy.deepcopy(model)
-        codes, _ = quantize.quantize_model(numbers, settings, rows if method != "rtn" else None)
-        quantization = quantized.Quantization(bits, settings.group_size, method)
+        codes, _ = quantize.quantize_model(numbers, settings, None if settings.method == "rtn" else rows)
+        quantization = quantized.Quantization(settings.bits, settings.group_size, settings.method)
         yield name, quantized.quantized(numbers, quantization, codes)
 
 
@@ -826,7 +828,7 @@ def bench_quantize(cfg, compute):
     exact, nearest = losses["float32"], losses.get("int4 rtn")
     for name, rival_times in times.items():
         loss = losses[name]
-        is_better = name in ("int4 gptq", "int4 awq") and loss is not None
+        is_better = name.startswith(("int4 gptq", "int4 awq")) and loss is not None
         yield {
             "weights": name,
             "bits_per_byte": loss,
