@@ -28,7 +28,7 @@ DTYPES = {
 }
 SIGHUP = getattr(signal, "SIGHUP", None)  # Windows has none
 BFLOAT16_WIDTH = 128  # auto trains in bfloat16 on a CPU from this n_embd on
-# Seconds that processes wait in a step for one that may hang. With the 30 after which torchrun kills it, less than a minute
+# Seconds that processes wait in a step for one that may hang; torchrun kills it 30 later, within the minute
 HANGS_AFTER = 20
 
 # Of a training run on a GPU, by rule of thumb
