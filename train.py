@@ -677,7 +677,7 @@ def training_parts(cfg, c, compute, learned=None, adapt=None, documents=False):
     return weights | {
         "moments": moments // shards,
         # between micro-batches, without a message, they are whole
-        "gradients": 4 * learned // (1 if len(micro_batches(0, cfg, compute)) > 1 else shards),
+        "gradients": 4 * learned // (1 if rows > batch_size else shards),
         "tokens": 16 * rows * c.block_size,
         "mask": mask_bytes(c, batch_size if documents else 0),
         "kept": kept,
