@@ -68,6 +68,7 @@ from measure import (
     peak_memory,
     print_tables,
     race,
+    to_megabytes,
 )
 from model import KVCache, ModelConfig, MoE
 from score import evaluate
@@ -98,9 +99,7 @@ class Config(train.Config):
     vocab_size: int = 4096  # tokens
     seconds: float = 10.0  # time for each bench's rounds, of which there are at least three
     text: str = ""  # tokenizer: a file as prepare.py reads it instead of toy stories
-    processes: int = (
-        0  # scale: foresee a run of the shape by so many GPUs; 0 = run small ones by two processes
-    )
+    processes: int = 0  # scale: foresee a run by so many GPUs; 0 = run small models by two processes
     against: str = ""  # train: a folder, a checkout of nanoGPT, whose code is run | decode: llama.cpp
     draft: str = (
         ""  # decode: a smaller model than init_from's, or ngram; speculative decoding is timed then
@@ -248,10 +247,6 @@ def convert(to_hf, ours):
     except ValueError as e:
         print(e)
     return None
-
-
-def to_megabytes(size):
-    return None if size is None else size / 1e6
 
 
 # -----------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from bench_processes import ROUNDS, N, join, run_processes, state_bytes, timed
 from bench_step import make_training_step
 from data import micro_batches, rows_each
 from device import Compute
-from measure import peak_memory
+from measure import peak_memory, to_megabytes
 from optim import muon_dtype
 from sharding import groups
 from sizes import flops_per_token, meta_model, num_params
@@ -66,7 +66,7 @@ def foresee(cfg, compute, flops_per_s, link):
     """
     model = meta_model(cfg)
     parts = training_parts(cfg, cfg, compute)
-    block = group_numbers(model.blocks[0], 1)
+    block = num_params(model.blocks[0])
     outer = num_params(model) - cfg.n_layer * block
     # weights that are whole at a time: the outer ones, of the block that computes and of the next
     parts["gathered"] = (outer + 2 * block) * compute.dtype.itemsize
@@ -142,7 +142,7 @@ def measure(cfg, compute):
     others = (compute.world_size - 1) / compute.world_size
     return {
         "state_mb": state_bytes(model, optimizers) / 1e6,
-        "peak_mb": peak and peak / 1e6,
+        "peak_mb": to_megabytes(peak),
         "messages": len(counter.sizes),
         "messages_mb": others * sum(counter.sizes) / 1e6,
         "step_ms": 1e3 * median(timed(step, compute) for _ in range(ROUNDS)),

@@ -107,6 +107,10 @@ def count_bytes(tensors):
     return sum(tensor.nbytes for tensor in tensors)
 
 
+def to_megabytes(size):
+    return None if size is None else size / 1e6
+
+
 def make_slow_optimizers(model, cfg, compute):
     """Returns train.py's optimizers with a learning rate that leaves the weights where they are.
 

@@ -164,9 +164,7 @@ class TrainConfig:
 
 @dataclass
 class Config(TrainConfig, ModelConfig):
-    shard: str = (
-        "none"  # several processes: none (each has all weights) | full (each its part of them: FSDP)
-    )
+    shard: str = "none"  # several processes: none (each has all weights) | full (each its part: FSDP)
 
     def __post_init__(self):
         super().__post_init__()
