@@ -537,40 +537,44 @@ def decode_rows(model, hf_model, large, batch_size, seconds, compiled=False):
 
 
 def sample_rows(model, hf_model, seconds):
-    """Returns the rows of SAMPLES prompts of different lengths that are continued together, by draws from all
-    of the vocabulary, as finetune_ppo.py samples. With random weights two thirds end before the last step.
+    """Yields the rows of SAMPLES prompts of different lengths that are continued together, by draws from all
+    of the vocabulary, as finetune_ppo.py samples, then of prompts that eight rows share, as it does by
+    default. With random weights two thirds end before the last step.
     """
     n_prompt = n_new = model.config.block_size // 2
     if model.device.type == "cuda":  # where a rival that launches each step takes long
         n_new = max(1, n_new // 4)
     ends = list(range(0, model.config.vocab_size, n_new))
-    lengths = torch.linspace(max(1, n_prompt // 4), n_prompt, SAMPLES).long().tolist()
-    ids = torch.randint(model.config.vocab_size, (SAMPLES, n_prompt))
-    prompts = [row[-length:].tolist() for row, length in zip(ids, lengths)]
-    mask = torch.tensor([[0] * (n_prompt - length) + [1] * length for length in lengths])
-    rivals = {"samples": lambda: list(generate(model, prompts, n_new, 1.0, top_k=0, stop=ends))}
-    if hf_model:
-        rivals["transformers samples"] = functools.partial(
-            hf_model.generate,
-            ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            do_sample=True,
-            top_k=0,
-            max_new_tokens=n_new,
-            eos_token_id=ends,
-            pad_token_id=0,
-        )
-    return [
-        {
-            "what": name,
-            "batch": SAMPLES,
-            "prompt": f"{lengths[0]} to {n_prompt}",
-            "new": n_new,
-            "samples_per_s": SAMPLES / times["median"],
-            **ms_columns(times),
-        }
-        for name, times in race(rivals, seconds, model.device).items()
-    ]
+    for group in (1, 8):
+        lengths = torch.linspace(max(1, n_prompt // 4), n_prompt, SAMPLES // group).long()
+        lengths = lengths.repeat_interleave(group).tolist()
+        ids = torch.randint(model.config.vocab_size, (SAMPLES // group, n_prompt))
+        ids = ids.repeat_interleave(group, 0)
+        prompts = [row[-length:].tolist() for row, length in zip(ids, lengths)]
+        mask = torch.tensor([[0] * (n_prompt - length) + [1] * length for length in lengths])
+        begin = functools.partial(generate, model, prompts, n_new, 1.0, top_k=0, stop=ends)
+        rivals = {"samples": (begin, list)}
+        if hf_model:
+            rivals["transformers samples"] = functools.partial(
+                hf_model.generate,
+                ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                do_sample=True,
+                top_k=0,
+                max_new_tokens=n_new,
+                eos_token_id=ends,
+                pad_token_id=0,
+            )
+        for name, times in race(rivals, seconds / 2, model.device).items():
+            yield {
+                "what": name,
+                "batch": SAMPLES,
+                "a_prompt": group,
+                "prompt": f"{lengths[0]} to {n_prompt}",
+                "new": n_new,
+                "samples_per_s": SAMPLES / times["median"],
+                **ms_columns(times),
+            }
 
 
 def cached_and_uncached_rows(cfg, compute, model):

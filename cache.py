@@ -28,6 +28,18 @@ def capacity(window, max_len):
     return min(max_len, window + REWIND) if window else max_len
 
 
+def rearranged(x, rows):
+    """Returns x (B, ...) with row i what row rows[i] was: in its own place, where each comes from itself or from
+    below.
+    """
+    if any(old < new for new, old in enumerate(rows)):
+        return x[rows]
+    for new, old in enumerate(rows):
+        if new != old:
+            x[new] = x[old]
+    return x[: len(rows)]
+
+
 class KVCache:
     """Keys and values of the tokens seen so far: a buffer pair a layer [B, n_kv_head, capacity, D],
     written in place.
@@ -121,11 +133,14 @@ class KVCache:
         docs = next(iter(self.docs.values()))  # any: each has the last token
         last_slots = (self.lengths - 1).clamp(min=0) % docs.size(2)
         last_doc, last_pos = docs[torch.arange(B, device=docs.device), 0, last_slots].unbind(-1)  # (B,)
-        doc = last_doc[:, None].expand(B, T) if doc is None else doc
-        pos = positions(doc)
-        goes_on = (pos == torch.arange(T, device=doc.device)) & (doc == last_doc[:, None])
-        goes_on = goes_on & (self.lengths > 0)[:, None]
-        pos = pos + torch.where(goes_on, last_pos[:, None] + 1, 0)
+        next_pos = torch.where(self.lengths > 0, last_pos + 1, 0)[:, None]
+        if doc is None:
+            doc = last_doc[:, None].expand(B, T)
+            pos = next_pos + torch.arange(T, device=doc.device)
+        else:
+            pos = positions(doc)
+            goes_on = (pos == torch.arange(T, device=doc.device)) & (doc == last_doc[:, None])
+            pos = pos + torch.where(goes_on, next_pos, 0)
         keys = {}
         for window, docs in self.docs.items():
             joined = self.join(docs, places, torch.stack((doc, pos), -1)[:, None])
@@ -168,20 +183,13 @@ class KVCache:
         self.lengths += T
 
     def keep(self, rows):
-        """Makes row i what row rows[i] was, which is not before it, and forgets all others."""
-        buffers = [*self.k, *self.v, self.lengths, *(self.docs or {}).values()]
-        for new, old in enumerate(rows):
-            if new != old:
-                for buffer in buffers:
-                    buffer[new] = buffer[old]
-                self.longest[new] = self.longest[old]
-        n = len(rows)
-        self.k = [k[:n] for k in self.k]
-        self.v = [v[:n] for v in self.v]
-        self.lengths = self.lengths[:n]
-        self.longest = self.longest[:n]
+        """Makes row i what row rows[i] was, once or more often, and forgets all others."""
+        self.k = [rearranged(k, rows) for k in self.k]
+        self.v = [rearranged(v, rows) for v in self.v]
+        self.lengths = rearranged(self.lengths, rows)
+        self.longest = [self.longest[row] for row in rows]
         if self.docs is not None:
-            self.docs = {window: docs[:n] for window, docs in self.docs.items()}
+            self.docs = {window: rearranged(docs, rows) for window, docs in self.docs.items()}
 
     def rewind(self, n):
         """Forgets the last n tokens: of every row, or with a list of numbers so many of each. Raises

@@ -153,17 +153,26 @@ def prefill(model, windows, capacity, spare=0):
     cache with room for `capacity` more, but for none past block_size, and for `spare` beyond either.
     """
     device = model.device
-    lengths = [len(window) for window in windows]
+    numbers = {}  # of each window: one that several rows share, as answers to one prompt do, is read once
+    for window in windows:
+        numbers.setdefault(tuple(window), len(numbers))
+    lengths = [len(window) for window in numbers]
     longest = max(lengths)
-    idx = torch.tensor([[0] * (longest - len(window)) + window for window in windows], device=device)
+    padded = [[0] * (longest - len(window)) + list(window) for window in numbers]
+    idx = torch.tensor(padded, device=device)
     doc = None
     if min(lengths) < longest:
         doc = torch.tensor([[-1] * (longest - n) + [0] * n for n in lengths], device=device)
     capacity += longest
     if model.config.what_ends_a_text:
         capacity = min(capacity, model.config.block_size + longest - min(lengths))
-    cache = model.new_cache(len(windows), capacity + spare)
-    return model.next_logits(idx, cache, doc), cache
+    cache = model.new_cache(len(numbers), capacity + spare)
+    logits = model.next_logits(idx, cache, doc)
+    if len(numbers) < len(windows):
+        rows = [numbers[tuple(window)] for window in windows]
+        cache.keep(rows)
+        logits = logits[rows]
+    return logits, cache
 
 
 def documents_of(rows, T, device):

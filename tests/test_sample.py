@@ -168,6 +168,23 @@ def test_what_is_drawn_does_not_depend_on_when_other_rows_end(past_end):
             assert row.stop == expected.ids[len(row.ids)]
 
 
+def test_rows_that_share_a_prompt_read_it_once_and_draw_as_they_would_beside_others():
+    model = build(window=5, window_pattern="SL").double()
+    first, second, *others = prompts_of(9, 3, 4, 7, 5)
+    shapes = []
+    hook = model.wte.register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0].shape)))
+    settings = dict(temperature=1.0, top_k=0, repetition_penalty=1.2)
+    ids, _ = complete(generate(model, [first, second, first, first], 12, **settings))
+    hook.remove()
+    assert shapes == [(2, 9)] + [(4, 1)] * 11
+    assert ids[0] != ids[2] != ids[3] != ids[0]
+    for row, prompt in enumerate([first, second, first, first]):
+        beside = others.copy()
+        beside.insert(row, prompt)
+        expected, _ = complete(generate(model, beside, 12, **settings))
+        assert ids[row] == expected[row]
+
+
 def test_rows_end_at_the_end_of_the_context():
     model = build()  # block_size 24
     for n in 23, 24:  # a full window still has a next token
