@@ -2,6 +2,7 @@
 are right for any class of model.py.
 """
 
+import math
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -68,20 +69,25 @@ def mask_bytes(c, batch_size=0):
     """Returns less than the mask of a model of config c takes while it is made: the distances of tokens
     and what comes of them. batch_size: of rows with documents in them; 0 for plain rows.
 
-    Raises ValueError where the numbers are too large to count.
+    Measured on two tokens, of which a window hides one: their pairs are as large as those of a long text. Raises
+    ValueError where the model is too large.
     """
     T = c.block_size
-    letter = "L" if "L" in c.window_pattern else "S"  # the larger one
+    # that of the layers that see most; one as long as the text hides nothing
+    window = 0 if "L" in c.window_pattern or c.window >= T else c.window
+    queries, keys = T, T
+    if 0 < 2 * window < T:  # in blocks, as make_sight cuts them
+        queries, keys = math.ceil(T / window) * window, 2 * window
+    short = replace(one_layer(c), block_size=2, window=min(window, 1))
     try:
-        with torch.device("meta"), Undrawn():
-            model = Transformer(one_layer(c, letter))
-            doc = torch.empty(batch_size, T) if batch_size else None
-            places = torch.empty(T, dtype=torch.long)
-            whole = make_sight(places, places, doc, doc, model.score_bias, window=model.windows[0])
+        with Undrawn():  # not on the meta device, where a difference imports torch's compiler
+            model = Transformer(short)
     except RuntimeError as e:
-        raise ValueError(f"a mask of these sizes cannot be made: {str(e).splitlines()[0]}")
-    keys = 2 * whole.block or T
-    return 0 if whole.mask is None else whole.mask.nbytes + 8 * T * keys
+        raise ValueError(f"a model of these sizes cannot be made: {str(e).splitlines()[0]}")
+    places = torch.arange(2)
+    doc = torch.zeros(batch_size, 2) if batch_size else None
+    mask = make_sight(places, places, doc, doc, model.score_bias, window=short.window).mask
+    return 0 if mask is None else (mask.nbytes // 4 + 8) * queries * keys
 
 
 def activation_bytes(c, adapt=None):

@@ -1,5 +1,6 @@
 """Windows: each query sees so many tokens, and a cache keeps no more, however long the text is."""
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ from test_model import V, build, cached, exactly, tokens
 import model as modules
 from cache import REWIND, KVCache
 from generate import generate
-from model import POSITIONS, ModelConfig, Sight, Transformer
+from model import POSITIONS, ModelConfig, Sight, Transformer, make_sight
 from sizes import kv_cache_bytes, mask_bytes
 
 WINDOW = 5
@@ -191,6 +192,21 @@ def test_memory_is_flat_and_as_predicted():
     cache = KVCache(mixed, 3, 20)
     assert [k.size(2) for k in cache.k] == [13, 20]
     assert sum(x.nbytes for x in cache.k + cache.v) == kv_cache_bytes(mixed.config, 3, 20, 8)
+
+
+@pytest.mark.parametrize("pos, heads", [("rope", 1), ("alibi", 4)])
+@pytest.mark.parametrize("batch_size", [0, 2])
+def test_the_bytes_of_a_mask_are_as_predicted(pos, heads, batch_size):
+    for window, T in itertools.product([0, 3, 5, 24], [5, 8, 11, 24]):
+        model = windowed(pos=pos, window=window, block_size=T)
+        places = torch.arange(T)
+        doc = torch.zeros(batch_size, T) if batch_size else None
+        mask = make_sight(places, places, doc, doc, model.score_bias, window=window).mask
+        expected = 0
+        if mask is not None:
+            pairs = mask.numel() // heads // max(1, batch_size)
+            expected = mask.nbytes + 8 * pairs
+        assert mask_bytes(model.config, batch_size) == expected
 
 
 def test_the_mask_of_a_long_text_is_one_of_blocks():
