@@ -5,9 +5,9 @@
     python sample.py --onnx=out/ts/onnx                                 # or --onnx=story/model_int8.onnx
 
 The folder also has tokenizer.json and config.json. model.onnx is one file, as large as the parameters;
-model_int8.onnx is about a quarter of that. model_int4.onnx is smaller still, but for the embedding, and needs
-onnxruntime, whose own operator its product is. Of a mixture of experts each computes each token, and a file
-says so in its metadata, as "experts": right, but slower than the model here.
+model_int8.onnx is about a quarter of that. model_int4.onnx is smaller still, with the embedding and the head in
+4 bits, too, where the loss allows it, and needs onnxruntime, whose own operators it has. Of a mixture of experts
+each computes each token, and a file says so in its metadata, as "experts": right, but slower than the model here.
 
 The graph takes ids (B, T) and the keys and values of the tokens before them, past_k.0 past_v.0
 past_k.1 ..., each (P, B, n_kv_head, head_dim). It returns logits (B, T, V) and present_k.0 present_v.0
@@ -57,6 +57,15 @@ MAX_DIFFERENCE = 3e-5
 MAX_ROUNDING = 5
 LONGEST = 256  # tokens of context that PyTorch, onnxruntime and int8 are compared at
 MAX_LOSS_INCREASE = {"int8": 0.01, "int4": 0.1}  # of the validation loss
+# How quantize() is tried, in turn: (its options, what they are, the increase at which no other way is tried)
+WAYS = {
+    "int8": [({}, "states of 1 byte", 0.01), ({"wide": True}, "states of 2 bytes", 0.01)],
+    "int4": [
+        ({"bits": 4, "table_bits": 4}, "embedding and head in 4 bits", 0.01),
+        ({"bits": 4}, "embedding and head in 8 bits", 0.1),
+        ({"bits": 4, "wide": True}, "embedding and head in 8 bits, states of 2 bytes", 0.1),
+    ],
+}
 DENSE = "dense: each expert computes each token"
 MICROSOFT = "com.microsoft"  # onnxruntime's own operators
 INT4_STATES = 4  # how exact its products are: with states of 8 bits, a scale for each group
@@ -474,9 +483,10 @@ def export(model):
 # Integers
 
 
-def quantize(proto, wide=False, bits=8):
+def quantize(proto, wide=False, bits=8, table_bits=8):
     """Rewrites the graph of export() so that it multiplies 8-bit integers. With 4 bits the matrices of the
-    blocks, but a router, become groups of 4-bit integers, whose products are onnxruntime's MatMulNBits.
+    blocks, but a router, become groups of 4-bit integers, whose products are onnxruntime's MatMulNBits; with
+    table_bits=4 the embedding and the head, too.
 
     A matrix becomes int8 with a scale for each output; the embedding, and a head tied to it, with a
     scale for each token. The states that a matrix multiplies become uint8 at each call, with one scale
@@ -502,6 +512,12 @@ def quantize(proto, wide=False, bits=8):
         output = node.output[0]
         if is_look_up(node):
             table = node.input[0]
+            if table_bits == 4:
+                added |= int4_arrays(table, weights[table]) | int4_look_up_arrays(
+                    weights[table].shape[1]
+                )
+                nodes += int4_look_up_nodes(table, output)
+                continue
             add_integers(added, table, weights[table], axis=1)
             added["last"] = np.array([-1])
             nodes += look_up_nodes(table, output)
@@ -510,7 +526,7 @@ def quantize(proto, wide=False, bits=8):
             product = f"{output}.product" if bias else output
             weight = transposed.get(matrix, matrix)
             by_row = node.op_type == "Gemm" or matrix in transposed  # (out, in), as torch has it
-            if bits == 4 and output != "logits":
+            if (table_bits if output == "logits" else bits) == 4:
                 array = weights[weight] if by_row else weights[weight].T
                 added |= int4_arrays(weight, array)
                 nodes += int4_product_nodes(x, weight, array.shape, product)
@@ -599,6 +615,27 @@ def int4_product_nodes(x, weight, shape, output):
         make_node("MatMulNBits", inputs, [output], domain=MICROSOFT, accuracy_level=INT4_STATES, **sizes)
     ]
     return nodes
+
+
+def int4_look_up_arrays(width):
+    """Returns the sizes that int4_look_up_nodes of a table so wide ask for."""
+    return {
+        "flat": np.array([0, -1]),
+        "first": np.array([0]),
+        "width": np.array([width]),
+        "last": np.array([-1]),
+    }
+
+
+def int4_look_up_nodes(table, output):
+    """Returns the nodes that look up rows of int4_arrays, scale them and leave out what fills up the last group."""
+    inputs = [f"{table}.rows4", "ids", f"{table}.scale4", f"{table}.zero4"]
+    sizes = {"bits": 4, "block_size": INT4_GROUP, "gather_axis": 0, "quantize_axis": 1}
+    return [
+        make_node("Reshape", [f"{table}.q4", "flat"], inputs[:1]),
+        make_node("GatherBlockQuantized", inputs, [f"{output}.filled"], domain=MICROSOFT, **sizes),
+        make_node("Slice", [f"{output}.filled", "first", "width", "last"], [output]),
+    ]
 
 
 def look_up_nodes(table, output):
@@ -822,24 +859,23 @@ def write_graph(proto, path):
 
 
 def write_integers(cfg, proto, ids, float_loss, folder):
-    """Writes the float32 graph as cfg.quantize says, with states of two bytes where one is not enough. Returns
-    its OnnxModel, and the share by which it raises the loss on ids.
+    """Writes the float32 graph as cfg.quantize says, by the first of its ways that is good enough, else by the
+    last. Returns its OnnxModel, and the share by which it raises the loss on ids.
     """
     path = folder / f"model_{cfg.quantize}.onnx"
-    for wide in False, True:
+    for options, words, good_enough in WAYS[cfg.quantize]:
         integers = copy.deepcopy(proto)
-        quantize(integers, wide, bits=int(cfg.quantize[-1]))
+        quantize(integers, **options)
         size = write_graph(integers, path)
         model, _, _ = onnx_model.load(str(path))
         loss = validation_loss(model, ids, cfg.eval_tokens)
         increase = loss / float_loss - 1
-        states = "states of 2 bytes" if wide else "states of 1 byte"
-        print(f"{path.name}: {size / 1e6:.2f} MB, {states}")
+        print(f"{path.name}: {size / 1e6:.2f} MB, {words}")
         print(
             f"validation loss: float32 {float_loss:.4f}, {cfg.quantize} {loss:.4f} nats a token, "
             f"{100 * increase:+.2f}%"
         )
-        if increase <= MAX_LOSS_INCREASE[cfg.quantize]:
+        if increase <= good_enough:
             break
     return model, increase
 
