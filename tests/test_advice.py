@@ -177,8 +177,11 @@ def refusals():
     return {}
 
 
-@pytest.mark.parametrize("state", STATES)
-def test_advice_that_is_followed_leads_to_something(states, refusals, state, tmp_path):
+SLOW_CASES = [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_COMMANDS.items()]
+
+
+@pytest.mark.parametrize("state, commands", [(state, COMMANDS) for state in STATES] + SLOW_CASES)
+def test_advice_that_is_followed_leads_to_something(states, refusals, state, commands, tmp_path):
     """Each piece of advice works, or what the next refusal advises does; each from the same state."""
 
     def refusal(script, argv):
@@ -200,7 +203,7 @@ def test_advice_that_is_followed_leads_to_something(states, refusals, state, tmp
             shutil.rmtree(folder)
         return refusals[key]
 
-    for command in [*COMMANDS, *SLOW_COMMANDS.get(state, [])]:
+    for command in commands:
         if state == "gone" and "hf:" in command:  # a name of the hub then
             continue
         script, *argv = command.format(state).split()

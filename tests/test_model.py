@@ -108,7 +108,16 @@ def cached(model, idx, chunks, cache=None, doc=None):
     return torch.cat(logits, dim=1)
 
 
-@pytest.mark.parametrize("norm, norm_position, pos, mlp, n_kv_head, tie, qk_norm", GRID)
+def case(*combination):
+    """A combination for pytest; of tie and qk_norm those that are both on or both off are quick to have."""
+    *_, tie, qk_norm = combination
+    return pytest.param(*combination, marks=[] if tie == qk_norm else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    "norm, norm_position, pos, mlp, n_kv_head, tie, qk_norm",
+    [case(*combination) for combination in GRID],
+)
 def test_each_combination_is_causal_packed_and_cached_exactly(
     norm, norm_position, pos, mlp, n_kv_head, tie, qk_norm
 ):
