@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from scripts import call, printed
-from test_finetune import BYTES, TINY, chat, spelled
+from test_finetune import BYTES, TINY, chat, one_and_two, spelled
 from test_prepare import write_rows
 from test_processes import run_together
 from test_train import SMALL, lab, log, same  # lab is a fixture
@@ -352,16 +352,7 @@ def test_stop_and_resume_is_an_uninterrupted_run_to_the_bit(shop, rank, name):
 
 
 def test_two_processes_are_one(shop):
-    argv = [*TINY, "--init_from=base", "--dataset=pairs.jsonl", "--gradient_accumulation_steps=2"]
-    call(dpo, *argv, "--max_iters=4", "--out_dir=one", folder=shop)
-    run_together(shop, "finetune_dpo", 2, *argv, "--max_iters=4", "--out_dir=two")
-    one, two = (
-        checkpoint.load(str(shop / folder / "adapter.pt"), checkpoint.ADAPTER_KEYS)
-        for folder in ("one", "two")
-    )
-    for key in "adapters", "optimizers", "val_loss":
-        assert same(one[key], two[key]), key
-    assert log(shop, "one") == log(shop, "two")
+    one_and_two(shop, dpo, "--dataset=pairs.jsonl")
 
 
 def test_what_is_preferred_is_learned(shop):

@@ -600,20 +600,20 @@ def test_code_is_learned_with_its_indentation(shop):
     assert [tokenizer.decode_more(ids) for ids in answers] == [row["completion"] for row in rows]
 
 
-def test_two_processes_are_one(shop):
-    argv = [
-        *TINY,
-        "--init_from=base",
-        "--dataset=rows.jsonl",
-        "--gradient_accumulation_steps=2",
-        "--max_iters=4",
-    ]
-    call(ft, *argv, "--out_dir=one", folder=shop)
-    run_together(shop, "finetune_lora", 2, *argv, "--out_dir=two")
+def one_and_two(shop, script, *argv):
+    """Returns the checkpoints that one process and two wrote of the same run, whose logs are the same, too."""
+    argv = [*TINY, "--init_from=base", "--gradient_accumulation_steps=2", "--max_iters=4", *argv]
+    call(script, *argv, "--out_dir=one", folder=shop)
+    run_together(shop, script.__name__, 2, *argv, "--out_dir=two")
+    assert log(shop, "one") == log(shop, "two")
     one, two = adapter(shop, "one"), adapter(shop, "two")
     for key in "adapters", "optimizers", "val_loss":
         assert same(one[key], two[key]), key
-    assert log(shop, "one") == log(shop, "two")
+    return one, two
+
+
+def test_two_processes_are_one(shop):
+    one_and_two(shop, ft, "--dataset=rows.jsonl")
 
 
 def test_a_signal_ends_the_run_after_its_step_with_advice_how_to_go_on(shop):

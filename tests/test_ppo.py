@@ -5,7 +5,7 @@ import pytest
 import torch
 from scripts import call
 from test_dpo import moved
-from test_finetune import TINY
+from test_finetune import TINY, one_and_two
 from test_model import build
 from test_prepare import write_rows
 from test_processes import run_together
@@ -418,23 +418,7 @@ def test_stop_and_resume_is_an_uninterrupted_run_to_the_bit(shop, updates, basel
 
 def test_two_processes_are_one(shop):
     """Also in how they whiten advantages."""
-    argv = [
-        "--baseline=value",
-        *TINY,
-        *REWARDED,
-        "--init_from=base",
-        "--dataset=prompts.jsonl",
-        "--gradient_accumulation_steps=2",
-    ]
-    call(ppo, *argv, "--max_iters=4", "--out_dir=one", folder=shop)
-    run_together(shop, "finetune_ppo", 2, *argv, "--max_iters=4", "--out_dir=two")
-    one, two = (
-        checkpoint.load(str(shop / folder / "adapter.pt"), checkpoint.ADAPTER_KEYS)
-        for folder in ("one", "two")
-    )
-    for key in "adapters", "optimizers", "val_loss":
-        assert same(one[key], two[key]), key
-    assert log(shop, "one") == log(shop, "two")
+    one_and_two(shop, ppo, "--baseline=value", *REWARDED, "--dataset=prompts.jsonl")
 
 
 @pytest.mark.parametrize(

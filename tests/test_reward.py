@@ -6,7 +6,7 @@ import pytest
 import torch
 from scripts import call
 from test_dpo import ANSWERS, moved, shop  # shop is a fixture
-from test_finetune import TINY
+from test_finetune import TINY, one_and_two
 from test_processes import run_together
 from test_train import lab, log, same  # lab is a fixture
 
@@ -108,18 +108,7 @@ def test_stop_and_resume_is_an_uninterrupted_run_to_the_bit(shop):
 
 
 def test_two_processes_are_one(shop):
-    argv = [
-        *TINY,
-        "--init_from=base",
-        "--dataset=pairs.jsonl",
-        "--gradient_accumulation_steps=2",
-        "--max_iters=4",
-    ]
-    call(finetune_reward, *argv, "--out_dir=r-one", folder=shop)
-    run_together(shop, "finetune_reward", 2, *argv, "--out_dir=r-two")
-    one, two = adapter(shop, "r-one"), adapter(shop, "r-two")
-    for key in "adapters", "optimizers", "val_loss":
-        assert same(one[key], two[key]), key
+    one, two = one_and_two(shop, finetune_reward, "--dataset=pairs.jsonl")
     assert one["config"]["reward_head"] == two["config"]["reward_head"]
 
 
