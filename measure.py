@@ -1,4 +1,4 @@
-"""How bench.py measures and prints: rivals in turn, memory, tables and drawings."""
+"""How bench.py and its parts measure and print: rivals in turn, memory, tables and drawings."""
 
 import ctypes
 import gc
@@ -18,6 +18,7 @@ from folders import write_atomic
 from optim import make_optimizers
 
 SLOW = 1e-7  # a learning rate
+LARGE = 1 << 26  # float32 numbers: 256 MB, more than caches hold
 
 # -----------------------------------------------------------------------------------------------------
 # Time
@@ -261,3 +262,19 @@ def git_commit():
     except (OSError, subprocess.CalledProcessError):
         return None
     return process.stdout.strip()
+
+
+def large_tensor(device):
+    """Returns ones that no cache holds."""
+    return torch.ones(LARGE, device=device)
+
+
+def convert(to_hf, ours):
+    """Returns what of ours to_hf makes Hugging Face's, or None, and prints why."""
+    try:
+        return to_hf(ours)
+    except ImportError as e:
+        print(f"without {e.name}: pip install {e.name}")
+    except ValueError as e:
+        print(e)
+    return None

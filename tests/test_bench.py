@@ -14,6 +14,9 @@ from test_sample import greedy
 from test_train import copied
 
 import bench
+import bench_decode
+import bench_ops
+import bench_step
 import measure
 import toy_stories
 from config import Refusal, configure
@@ -131,7 +134,7 @@ def everything(tmp_path_factory):
         contextlib.redirect_stdout(output),
         pytest.MonkeyPatch.context() as patch,
     ):
-        patch.setattr(bench, "LARGE", 1 << 16)
+        patch.setattr(measure, "LARGE", 1 << 16)
         bench.main(config("--plot", "--json", "--text=stories.txt"))
     lines = output.getvalue().splitlines()
     return folder, lines, json.loads(lines[-1])
@@ -204,12 +207,12 @@ def test_experts_are_compared_with_a_dense_model_of_their_active_size(everything
 
 
 def test_a_decoding_step_reads_the_experts_that_its_rows_go_to():
-    model = bench.build_model(config("--mlp=moe", "--n_inner=8", "--n_expert=8"))
+    model = bench_step.build_model(config("--mlp=moe", "--n_inner=8", "--n_expert=8"))
     expert = 4 * 3 * 16 * 8
-    all_read = bench.count_bytes_a_step(model, 4)
+    all_read = bench_decode.count_bytes_a_step(model, 4)
     assert all_read == 4 * sum(p.numel() for p in model.parameters())
-    assert all_read - bench.count_bytes_a_step(model, 1) == 2 * 6 * expert
-    assert all_read - bench.count_bytes_a_step(model, 2) == 2 * 4 * expert
+    assert all_read - bench_decode.count_bytes_a_step(model, 1) == 2 * 6 * expert
+    assert all_read - bench_decode.count_bytes_a_step(model, 2) == 2 * 4 * expert
 
 
 def test_the_cache_table_from_a_shell():
@@ -258,8 +261,8 @@ def test_with_and_without_a_cache_the_ids_are_the_plain_loops(settings):
     model = build(**settings)
     expected = greedy(model, [3, 1], 15)
     assert len(set(expected)) > 3
-    [uncached] = bench.generate_uncached(model, [[3, 1]], 15)
-    _, cached = bench.generate_cached(model, [[3, 1], [3, 1]], 15)
+    [uncached] = bench_decode.generate_uncached(model, [[3, 1]], 15)
+    _, cached = bench_decode.generate_cached(model, [[3, 1], [3, 1]], 15)
     assert uncached == cached == expected
 
 
@@ -307,7 +310,7 @@ def test_error_is_the_largest_of_outputs_and_gradients():
     x = torch.randn(8, 4, requires_grad=True)
     w = torch.randn(4, requires_grad=True)
     dy = torch.ones(8, 4)
-    errors = bench.relative_errors(
+    errors = bench_ops.relative_errors(
         {
             "right": lambda x, w: x * w,
             "a hundredth too much": lambda x, w: 1.01 * x * w,
@@ -335,7 +338,7 @@ def test_peak_memory_sees_memory_that_is_freed_again():
 def test_explicit_attention_is_attention():
     q, k, v = torch.randn(3, 1, 2, 9, 4).double()
     torch.testing.assert_close(
-        bench.explicit_attention(q, k, v),
+        bench_ops.explicit_attention(q, k, v),
         torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True),
     )
 
@@ -346,14 +349,16 @@ def test_a_folder_of_hugging_faces_is_decoded_beside_transformers(block_size, tm
     pytest.importorskip("transformers")
     from test_hf import smollm, write_folder
 
-    monkeypatch.setattr(bench, "LARGE", 1 << 16)
+    monkeypatch.setattr(measure, "LARGE", 1 << 16)
     peer = write_folder(tmp_path, "llama", smollm)
     argv = ["decode", f"--init_from=hf:{tmp_path}", f"--block_size={block_size}"]
     cfg = bench.take_shape(configure(bench.Config, [*argv, "--seconds=0", *PLAIN_CPU], bench.BENCHES))
     assert (cfg.n_layer, cfg.n_head, cfg.block_size) == (2, 4, block_size)
-    model = bench.build_model(cfg)
+    model = bench_step.build_model(cfg)
     ids = torch.tensor([[5, 6, 7]])
-    assert bench.generate_cached(model, ids.tolist(), 12) == bench.generate_hf(peer, ids, 12)
+    assert bench_decode.generate_cached(model, ids.tolist(), 12) == bench_decode.generate_hf(
+        peer, ids, 12
+    )
     rows = bench.bench_decode(cfg, resolve("cpu", "float32", "false"))
     same = [row["same_ids"] for row in rows if row["what"] in ("transformers generate", "cached")]
     assert same == [True] * 6
@@ -362,7 +367,7 @@ def test_a_folder_of_hugging_faces_is_decoded_beside_transformers(block_size, tm
 
 
 def test_without_hugging_face_the_rest_is_measured(monkeypatch, capsys):
-    monkeypatch.setattr(bench, "LARGE", 1 << 16)
+    monkeypatch.setattr(measure, "LARGE", 1 << 16)
     for name in "transformers", "tokenizers":
         monkeypatch.setitem(sys.modules, name, None)
     bench.main(config("decode", "--pos=alibi"))

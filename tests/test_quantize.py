@@ -11,6 +11,8 @@ from scripts import call, printed, written
 from test_model import V, build, tokens
 
 import bench
+import bench_decode
+import bench_quantize
 import checkpoint
 import export_onnx
 import finetune_lora
@@ -345,7 +347,8 @@ def test_text_is_the_same_with_a_cache_and_without(bits):
     _, integers = quantize_made("gptq", bits)
     prompts = [[1, 2, 3], [4]]
     *_, rows = generate(integers, prompts, 15, temperature=0)
-    assert [row.ids for row in rows] == [bench.generate_uncached(integers, [p], 15)[0] for p in prompts]
+    uncached = [bench_decode.generate_uncached(integers, [prompt], 15)[0] for prompt in prompts]
+    assert [row.ids for row in rows] == uncached
     half = integers.bfloat16()
     cache = half.new_cache(1, 16)
     steps = [half.next_logits(tokens(B=1)[:, i : i + 1], cache) for i in range(16)]
@@ -546,7 +549,8 @@ def test_the_bench_measures_what_is_written(lab, monkeypatch):
     monkeypatch.chdir(lab)
     argv = ["quantize", "--init_from=out", "--seconds=0", "--device=cpu", "--eval_tokens=0"]
     cfg = bench.take_shape(configure(bench.Config, argv, bench.BENCHES))
-    rows = {row["weights"]: row for row in bench.bench_quantize(cfg, resolve("cpu", "auto", "false"))}
+    compute = resolve("cpu", "auto", "false")
+    rows = {row["weights"]: row for row in bench_quantize.bench_quantize(cfg, compute)}
     ours = ["float32", "int8 rtn", "int4 rtn", "int4 gptq", "int4 awq", "int4 gptq act_order"]
     assert [name for name in rows if not name.startswith("torchao")] == ours
     meta, data, tokenizer = prepare.load("data/t")
@@ -575,4 +579,4 @@ def test_integers_are_exported_as_the_numbers_they_stand_for(lab, monkeypatch, c
     model, _ = checkpoint.open_checkpoint("out/gptq4", takes_integers=True).restore()
     ids = [[1, 2, 3]]
     *_, [row] = generate(exported, ids, 12, temperature=0)
-    assert [row.ids] == bench.generate_uncached(model, ids, 12)
+    assert [row.ids] == bench_decode.generate_uncached(model, ids, 12)

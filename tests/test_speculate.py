@@ -12,6 +12,8 @@ from test_model import V, build, tokens
 from test_windows import windowed
 
 import bench
+import bench_decode
+import bench_step
 import checkpoint
 import sample
 from config import Refusal, configure
@@ -406,7 +408,7 @@ def test_the_bench_times_both(shop, monkeypatch):
     argv += ["--device=cpu", "--dtype=float32", "--compile=false", "--block_size=60"]
     cfg = bench.take_shape(configure(bench.Config, argv, bench.BENCHES))
     compute = resolve("cpu", "float32", "false")
-    rows = list(bench.speculation_rows(cfg, compute, bench.build_model(cfg).eval()))
+    rows = list(bench_decode.speculation_rows(cfg, compute, bench_step.build_model(cfg).eval()))
     assert [(row["what"], row["temperature"]) for row in rows] == [
         *itertools.product(("plain", "speculative"), [0.0]),
         *itertools.product(("plain", "speculative"), [0.8]),

@@ -1,0 +1,322 @@
+"""What bench.py decode runs: writing text, by ourselves, transformers, a draft's guesses and llama.cpp."""
+
+import functools
+import itertools
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+
+import checkpoint
+import onnx_model
+from bench_step import build_model
+from device import name_of
+from export_onnx import write_greedy
+from generate import generate
+from graphs import CHUNK
+from hf import to_transformers
+from interop import gguf_file, llama_cpp
+from measure import convert, count_bytes, draw, large_tensor, ms_columns, race
+from model import MoE
+from speculate import Speculation, load_draft
+
+LLAMA_CPP = "llama.cpp"
+SAMPLES = 32  # prompts continued together
+
+
+greedy_steps = functools.partial(generate, temperature=0)
+
+
+def begun_steps(model, prompts, n, n_read=1, **settings):
+    """Returns greedy_steps after the first ones: one, which comes with the prefill, or so many more."""
+    steps = greedy_steps(model, prompts, n, **settings)
+    for _ in range(n_read):
+        next(steps)
+    return steps
+
+
+def generate_cached(model, prompts, n):
+    """Returns n greedy ids a row, by generate.py."""
+    *_, rows = greedy_steps(model, prompts, n)
+    return [row.ids for row in rows]
+
+
+@torch.inference_mode()
+def generate_uncached(model, prompts, n):
+    """Returns n greedy ids a row, each from the whole text read anew. Prompts are of one length."""
+    ids = torch.tensor(prompts, device=model.device)
+    for _ in range(n):
+        logits = model.head(model.hidden(ids)[:, -1])
+        ids = torch.cat((ids, logits.argmax(-1, keepdim=True)), 1)
+    return ids[:, len(prompts[0]) :].tolist()
+
+
+def generate_hf(hf_model, ids, n):
+    """Returns n greedy ids a row, by transformers, after ids (B, T)."""
+    mask = torch.ones_like(ids)
+    new_ids = hf_model.generate(
+        ids, attention_mask=mask, do_sample=False, max_new_tokens=n, pad_token_id=0
+    )
+    return new_ids[:, ids.size(1) :].tolist()
+
+
+def count_bytes_a_step(model, batch_size):
+    """Returns the bytes of weights that a decoding step of so many rows reads: all but look-up tables, of
+    which it reads a row or two, and experts that no row can go to.
+    """
+    tables = []
+    if not model.config.tie_embeddings:
+        tables.append(model.wte.weight)
+    if model.config.pos == "learned":
+        tables.append(model.add_pos.weight)
+    idle = 0.0
+    for moe in (module for module in model.modules() if isinstance(module, MoE)):
+        share = max(0, 1 - batch_size * moe.top_k / moe.router.out_features)
+        idle += share * (count_bytes(moe.parameters()) - count_bytes(moe.router.parameters()))
+    return count_bytes(model.parameters()) - count_bytes(tables) - idle
+
+
+def decode_rivals(model, hf_model, batch_size, compiled):
+    """Returns {name: rival} of a batch size, the tokens a row that each makes in its time, and its prompts'.
+
+    On a GPU "decode" are the replays of a captured graph, of which the first are untimed, "compiled" those of
+    a compiled step, and rivals that launch each step make a quarter of the tokens, as they take so long.
+    """
+    device = model.device
+    n_prompt = model.config.block_size // 2
+    ids = torch.randint(model.config.vocab_size, (batch_size, n_prompt))
+    prompts = ids.tolist()
+    ids = ids.to(device)
+    n_new = n_slow = n_prompt if device.type == "cuda" else min(n_prompt, 64)
+    n_read, n_decoded = 1, n_new - 1
+    if device.type == "cuda" and n_new >= 8 * CHUNK:
+        n_slow = n_new // 4
+        n_read = 1 + 4 * CHUNK
+        n_decoded = n_new - n_read - CHUNK  # as the next chunk is launched before one is read
+    begun = functools.partial(begun_steps, model, prompts)
+    prefill = functools.partial(begun, n_new)
+    rivals = {"prefill": prefill, "decode": (functools.partial(prefill, n_read), list)}
+    tokens = {"prefill": n_prompt, "decode": n_decoded}
+    if device.type == "cuda":
+        rivals["decode, step by step"] = (functools.partial(begun, n_slow, graph=False), list)
+        tokens["decode, step by step"] = n_slow - 1
+    if device.type == "cuda" and compiled:
+        rivals["decode, compiled"] = (functools.partial(prefill, n_read, compile=True), list)
+        tokens["decode, compiled"] = n_decoded
+    rivals["generate"] = functools.partial(generate_cached, model, prompts, n_new)
+    tokens["generate"] = n_new
+    if hf_model:
+        rivals["transformers generate"] = functools.partial(generate_hf, hf_model, ids, n_slow)
+        tokens["transformers generate"] = n_slow
+    return rivals, tokens, n_prompt
+
+
+def decode_rows(model, hf_model, large, batch_size, seconds, compiled=False):
+    """Yields the table's rows for one batch size.
+
+    large: a tensor that no cache holds, whose sum shows the memory's speed.
+    """
+    rivals, tokens, n_prompt = decode_rivals(model, hf_model, batch_size, compiled)
+    # last, where no rival finds caches that it emptied
+    times = race(rivals | {"memory": large.sum}, seconds, model.device)
+    memory_speed = large.nbytes / times.pop("memory")["median"]
+    for name, rival_times in times.items():
+        row = {
+            "what": name,
+            "batch": batch_size,
+            "prompt": n_prompt,
+            "new": 1 if name == "prefill" else tokens[name],
+            "tokens_per_s": batch_size * tokens[name] / rival_times["median"],
+            **ms_columns(rival_times),
+            **dict.fromkeys(("weights_gb_per_s", "memory_gb_per_s", "of_memory", "same_ids")),
+        }
+        if name.startswith("decode"):
+            weights_speed = count_bytes_a_step(model, batch_size) * tokens[name] / rival_times["median"]
+            row["weights_gb_per_s"] = weights_speed / 1e9
+            row["memory_gb_per_s"] = memory_speed / 1e9
+            row["of_memory"] = weights_speed / memory_speed
+        if name == "transformers generate":
+            expected = [ids[: tokens[name]] for ids in rivals["generate"]()]
+            row["same_ids"] = rivals[name]() == expected
+        yield row
+
+
+def sample_rows(model, hf_model, seconds):
+    """Yields the rows of SAMPLES prompts of different lengths that are continued together, by draws from all
+    of the vocabulary, as finetune_ppo.py samples, then of prompts that eight rows share, as it does by
+    default. With random weights two thirds end before the last step.
+    """
+    n_prompt = n_new = model.config.block_size // 2
+    if model.device.type == "cuda":  # where a rival that launches each step takes long
+        n_new = max(1, n_new // 4)
+    ends = list(range(0, model.config.vocab_size, n_new))
+    for group in (1, 8):
+        lengths = torch.linspace(max(1, n_prompt // 4), n_prompt, SAMPLES // group).long()
+        lengths = lengths.repeat_interleave(group).tolist()
+        ids = torch.randint(model.config.vocab_size, (SAMPLES // group, n_prompt))
+        ids = ids.repeat_interleave(group, 0)
+        prompts = [row[-length:].tolist() for row, length in zip(ids, lengths)]
+        mask = torch.tensor([[0] * (n_prompt - length) + [1] * length for length in lengths])
+        begin = functools.partial(generate, model, prompts, n_new, 1.0, top_k=0, stop=ends)
+        rivals = {"samples": (begin, list)}
+        if hf_model:
+            rivals["transformers samples"] = functools.partial(
+                hf_model.generate,
+                ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                do_sample=True,
+                top_k=0,
+                max_new_tokens=n_new,
+                eos_token_id=ends,
+                pad_token_id=0,
+            )
+        for name, times in race(rivals, seconds / 2, model.device).items():
+            yield {
+                "what": name,
+                "batch": SAMPLES,
+                "a_prompt": group,
+                "prompt": f"{lengths[0]} to {n_prompt}",
+                "new": n_new,
+                "samples_per_s": SAMPLES / times["median"],
+                **ms_columns(times),
+            }
+
+
+def cached_and_uncached_rows(cfg, compute, model):
+    """Times n greedy tokens with a cache and without one.
+
+    With a cache the time grows with n, without one with its square and faster.
+    """
+    lengths = [cfg.block_size >> shift for shift in (4, 3, 2, 1)]
+    generators = {"cached": generate_cached, "uncached": generate_uncached}
+    rivals = {}
+    for (name, generator), n in itertools.product(generators.items(), lengths):
+        rivals[name, n] = functools.partial(generator, model, [[0]], n)
+    times = race(rivals, cfg.seconds / 2, compute.device)
+    same_ids = {n: rivals["cached", n]() == rivals["uncached", n]() for n in lengths}
+    rows = []
+    for (name, n), rival_times in times.items():
+        half = times.get((name, n // 2))
+        rows.append(
+            {
+                "what": name,
+                "tokens": n,
+                **ms_columns(rival_times),
+                "against_half": rival_times["median"] / half["median"] if half else None,
+                "same_ids": same_ids[n],
+            }
+        )
+    verdict = "equal"
+    if not all(same_ids.values()):
+        verdict = f"NOT equal, which in {name_of(compute.dtype)} may be rounding"
+    print(f"greedy ids with and without a cache: {verdict}")
+    draw(cfg, compute.device, "decode", rows, x="tokens", y="ms", by=("what",))
+    return rows
+
+
+def write_each(write, model, prompts, n, temperature):
+    """Returns n ids after each prompt, one after the other, by generate.generate or Speculation's."""
+    texts = []
+    for prompt in prompts:
+        *_, [row] = write(model, [prompt], n, temperature)
+        texts.append(row.ids)
+    return texts
+
+
+def speculation_rows(cfg, compute, model):
+    """Yields the table's rows of plain and of speculative decoding, greedy and at temperature 0.8, after four
+    beginnings of texts that the model itself has written, each by itself.
+    """
+    _, tokenizer = checkpoint.open_checkpoint(cfg.init_from).restore()
+    *_, rows = generate(model, [[tokenizer.eot]] * 4, 16, 1.0, seed=cfg.seed)
+    prompts = [[tokenizer.eot, *row.ids] for row in rows]
+    n = min(cfg.block_size - len(prompts[0]), 128)
+    rivals = {}
+    speculations = {}
+    for temperature in (0.0, 0.8):
+        draft = load_draft(cfg.draft, model, tokenizer, cfg.speculate, compute, "torch")
+        speculation = Speculation(draft, cfg.speculate, clock=None)
+        speculations[temperature] = speculation
+        for name, write in {"plain": generate, "speculative": speculation.generate}.items():
+            arguments = (write, model, prompts, n, temperature)
+            rivals[name, temperature] = functools.partial(write_each, *arguments)
+    times = race(rivals, cfg.seconds / 2, compute.device)
+    for (name, temperature), rival_times in times.items():
+        plain = ("plain", temperature)
+        row = {
+            "what": name,
+            "temperature": temperature,
+            "new": n,
+            "tokens_per_s": len(prompts) * n / rival_times["median"],
+            **ms_columns(rival_times),
+            **dict.fromkeys(("against_plain", "guesses", "right", "tokens_a_call", "same_ids")),
+        }
+        if name == "speculative":
+            speculation = speculations[temperature]
+            row["against_plain"] = times[plain]["median"] / rival_times["median"]
+            row["guesses"] = cfg.speculate
+            row["right"] = speculation.share_right
+            row["tokens_a_call"] = speculation.tokens_a_call
+            if temperature == 0:
+                row["same_ids"] = rivals[name, temperature]() == rivals[plain]()
+        yield row
+
+
+def llama_cpp_rows(cfg, compute, model):
+    """Returns the rows of one greedy text: by this model, its ONNX files where export_onnx.py wrote some, and
+    llama.cpp with 32, 8 and 4 bits a number. same: how many of its first ids are this model's.
+    """
+    start = checkpoint.open_checkpoint(cfg.init_from)
+    _, tokenizer = start.restore()
+    n_threads = torch.get_num_threads()
+    n_new = min(cfg.block_size - 41, 120)
+    *_, [row] = generate(model, [[tokenizer.eot]], 40, 1.0, seed=cfg.seed)
+    prompt = [tokenizer.eot, *row.ids]
+    rivals = {"PyTorch float32": functools.partial(write_greedy, model, prompt, n_new)}
+    for path in sorted(Path(start.path).parent.glob("onnx/*.onnx")):
+        exported, _, _ = onnx_model.load(str(path))
+        rivals[f"onnx/{path.name}"] = functools.partial(write_greedy, exported, prompt, n_new)
+    with tempfile.TemporaryDirectory() as folder:
+        for bits, name in gguf_file.BITS.items():
+            path = f"{folder}/{name}.gguf"
+            gguf_file.write(path, model, tokenizer, bits=bits)
+            llama = llama_cpp.Server(path, cfg.block_size, n_threads)
+            rivals[f"{LLAMA_CPP} {name}"] = functools.partial(llama.write, prompt, n_new)
+        times = race(rivals, cfg.seconds / 2, compute.device)
+    expected = rivals["PyTorch float32"]()
+    return [
+        {
+            "what": name,
+            "prompt": len(prompt),
+            "new": n_new,
+            "tokens_per_s": n_new / rival_times["median"],
+            **ms_columns(rival_times),
+            "same": len(os.path.commonprefix([rivals[name](), expected])),
+        }
+        for name, rival_times in times.items()
+    ]
+
+
+def bench_decode(cfg, compute):
+    """Times generate.py, greedy, in tokens/s; and in samples/s, drawn, for prompts of different lengths.
+
+    of_memory is the speed at which weights are read against what the memory gives. The next table has
+    the time with a cache against that without one, and with a draft the last one speculative decoding.
+    """
+    model = build_model(cfg).to(compute.device, compute.dtype).eval()
+    hf_model = convert(to_transformers, model)
+    model.lay_out_for_writing()
+    large = large_tensor(compute.device)
+    batch_sizes = (1, 8, 64) if compute.device.type == "cuda" else (1, 8)
+    seconds = cfg.seconds / 2 / (len(batch_sizes) + 1)
+    rows = []
+    for batch_size in batch_sizes:
+        rows += decode_rows(model, hf_model, large, batch_size, seconds, compute.compile)
+    rows += sample_rows(model, hf_model, seconds)
+    rows += cached_and_uncached_rows(cfg, compute, model)
+    if cfg.draft:
+        rows += speculation_rows(cfg, compute, model)
+    if cfg.against == LLAMA_CPP:
+        rows += llama_cpp_rows(cfg, compute, model)
+    return rows
