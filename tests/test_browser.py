@@ -39,6 +39,7 @@ from test_tokenizer import (
 import chat
 import checkpoint
 import export_onnx
+import onnx_integers
 import onnx_model
 import prepare
 import sample
@@ -1006,7 +1007,7 @@ def test_a_character_model_one_with_experts_and_one_with_windows(browser, tmp_pa
 def test_an_int8_model(browser, story_teller, folder_copy):
     path = folder_copy / "model_int8.onnx"
     proto = onnx.load(folder_copy / "model.onnx")
-    export_onnx.quantize(proto)
+    onnx_integers.quantize(proto)
     onnx.save(proto, path)
     teller = story_teller._replace(model=onnx_model.load(str(path))[0])
     reference = PROMPT + generated(teller, PROMPT)[0]

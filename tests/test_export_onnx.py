@@ -26,6 +26,8 @@ from test_train import SMALL
 
 import checkpoint
 import export_onnx
+import onnx_graph
+import onnx_integers
 import onnx_model
 import prepare
 import quantize
@@ -256,7 +258,7 @@ def test_a_setting_that_came_later_has_its_default(lab, folder_copy):
 def test_a_model_beyond_protobufs_limit_is_refused_at_once():
     cfg = ModelConfig(n_layer=12, n_head=16, n_embd=2048, vocab_size=1024)
     with torch.device("meta"), pytest.raises(Refusal, match="2 GB, and this model has 2.4"):
-        export_onnx.export(Transformer(cfg))
+        onnx_graph.export(Transformer(cfg))
 
 
 def test_an_onnxruntime_that_is_too_old_is_named(lab, monkeypatch):
@@ -437,11 +439,11 @@ def test_int8_is_a_quarter_and_near(lab):
 def test_wide_states_leave_the_error_of_the_weights(settings, tmp_path):
     """Two bytes a state are as good as float32 where the weights are the rounded ones."""
     model = build(block_size=64, n_layer=1, **settings)
-    proto = export_onnx.export(model)
+    proto = onnx_graph.export(model)
     errors = []
     for wide in False, True:
         integers = copy.deepcopy(proto)
-        export_onnx.quantize(integers, wide)
+        onnx_integers.quantize(integers, wide)
         path = tmp_path / "model_int8.onnx"
         path.write_bytes(integers.SerializeToString())
         onnx.checker.check_model(integers, full_check=True)
@@ -458,9 +460,8 @@ def test_wide_states_leave_the_error_of_the_weights(settings, tmp_path):
 
 
 def test_states_are_wide_where_one_byte_costs_too_much(lab, monkeypatch, tmp_path, capsys):
-    ways = [(options, words, -1) for options, words, _ in export_onnx.WAYS["int8"]]
-    monkeypatch.setitem(export_onnx.WAYS, "int8", ways)  # neither is good enough
-    monkeypatch.setitem(export_onnx.MAX_LOSS_INCREASE, "int8", -1)
+    ways = [way._replace(most=-1) for way in export_onnx.WAYS["int8"]]  # neither is good enough
+    monkeypatch.setitem(export_onnx.WAYS, "int8", ways)
     monkeypatch.chdir(lab.folder)
     with pytest.raises(Refusal, match="is written without it"):
         export("--quantize=int8", "--seconds=0", "--eval_tokens=512", f"--to={tmp_path}/onnx")
@@ -497,15 +498,15 @@ def rounded_groups(weight):
 def test_int4_is_the_model_with_rounded_weights_and_keeps_what_was_quantized(
     settings, is_quantized, table_bits, monkeypatch, tmp_path
 ):
-    monkeypatch.setattr(export_onnx, "INT4_STATES", 1)  # float32: what is left is the weights' error
+    monkeypatch.setattr(onnx_integers, "INT4_STATES", 1)  # float32: what is left is the weights' error
     model = build(**({"block_size": 64, "n_layer": 1, "n_embd": 64, "n_inner": 64} | settings))
     if is_quantized:  # by GPTQ, which leaves many groups without their lowest or highest number
         tuning = quantize.Config(to="nowhere", method="gptq", bits=4, group_size=64)
         codes, _ = quantize.quantize_model(copy.deepcopy(model), tuning, draw_ids(model.config, 4, 64))
         model = quantized.quantized(model, quantized.Quantization(4, 64, "gptq"), codes)
         model = quantized.dequantized(model.float())
-    proto = export_onnx.export(model)
-    export_onnx.quantize(proto, wide=True, bits=4, table_bits=table_bits)
+    proto = onnx_graph.export(model)
+    onnx_integers.quantize(proto, wide=True, bits=4, table_bits=table_bits)
     path = tmp_path / "model_int4.onnx"
     path.write_bytes(proto.SerializeToString())
     n_products = 4 if table_bits == 8 else 5
@@ -629,7 +630,7 @@ def test_the_grid_has_each_pair_of_settings():
 def test_every_setting(settings, tmp_path):
     model = build(**settings)
     path = tmp_path / "model.onnx"
-    path.write_bytes(export_onnx.export(model).SerializeToString())
+    path.write_bytes(onnx_graph.export(model).SerializeToString())
     exported = onnx_model.open_session(str(path), model.config)
     check_numbers(model, exported)
     check_file(path, model)
@@ -638,7 +639,7 @@ def test_every_setting(settings, tmp_path):
     assert complete(generate(exported, prompts, 20, temperature=0)) == reference
 
     int8_file = onnx.load(path)
-    export_onnx.quantize(int8_file)
+    onnx_integers.quantize(int8_file)
     linears = sum(isinstance(module, torch.nn.Linear) for module in model.modules())
     # in a block: k and v with q, up with gate; of experts two products are no Linears
     joined = {"gelu": 2, "swiglu": 3, "moe": 1}[model.config.mlp]
@@ -656,7 +657,7 @@ def test_every_setting(settings, tmp_path):
 
 
 def test_ctrl_c_while_torch_traces_ends_it_after_that(monkeypatch):
-    graph = export_onnx.Graph.forward
+    graph = onnx_graph.Graph.forward
 
     def interrupted(self, ids, past):
         if not calls:
@@ -668,8 +669,8 @@ def test_ctrl_c_while_torch_traces_ends_it_after_that(monkeypatch):
 
     calls = []
     handler = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(export_onnx.Graph, "forward", interrupted)
+    monkeypatch.setattr(onnx_graph.Graph, "forward", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        export_onnx.trace(build(block_size=16))
+        onnx_graph.trace(build(block_size=16))
     assert calls[:2] == ["begun", "ended"]
     assert signal.getsignal(signal.SIGINT) is handler
