@@ -23,7 +23,7 @@ from config import Refusal, hf_name, is_hf, run
 import checkpoint
 from data import text_rule
 from folders import new_folder
-from interop import gguf_file, hf_folder, hf_layout
+from interop import gguf_file, hf_folder, hf_layout, peft_layout
 from tokenizer import bos_processor
 
 
@@ -132,7 +132,7 @@ def write_tokenizer(folder, tokenizer, block_size):
 def write_peft_adapter(folder, base, model, tokenizer, adapter):
     """Fills the folder with what PEFT reads, of our loaded adapter. Raises ValueError."""
     lora_config = checkpoint.lora_config(adapter)
-    config, tensors = hf_layout.to_peft(model.config, lora_config, adapter["adapters"])
+    config, tensors = peft_layout.to_peft(model.config, lora_config, adapter["adapters"])
     notes = {
         "base_sha256": adapter["base_sha256"],
         "template": str(adapter["config"].get("template", "")),

@@ -5,7 +5,7 @@
 
 Llama, Qwen2, Qwen3, Mistral and GPT-2, with weights from safetensors, in one file or several, or from a
 .bin that is read with weights_only=True: no code runs. What our model does not have is refused by name
-(hf_layout.py). "hf:FILE.gguf" is read here too, by gguf_file.py. Everything raises Refusal, in one line.
+(hf_config.py). "hf:FILE.gguf" is read here too, by gguf_file.py. Everything raises Refusal, in one line.
 """
 
 import math
@@ -17,7 +17,7 @@ from dataclasses import replace
 import torch
 
 from config import Refusal
-from interop import gguf_file, hf_layout
+from interop import gguf_file, hf_config, hf_layout, peft_layout
 from interop.any_tokenizer import from_files
 from interop.foreign_tokenizer import FILES, parse_json, token_text
 from model import ModelConfig
@@ -240,9 +240,9 @@ def load(name):
     folder = find_folder(name)
     data = read_json(folder, "config.json")
     with reading(os.path.join(folder, "config.json")):
-        keys, without = hf_layout.read_config(data)
+        keys, without = hf_config.read_config(data)
         c = ModelConfig(**keys)
-    report_unknown(name, data["model_type"], hf_layout.unknown_keys(data))
+    report_unknown(name, data["model_type"], hf_config.unknown_keys(data))
     tokenizer = read_tokenizer(folder)
     tensors = read_tensors(folder, "model")
     with reading(folder):
@@ -293,7 +293,7 @@ def load_adapter(name, c):
     with reading(folder):
         data = read_json(folder, "adapter_config.json")
         tensors = read_tensors(folder, "adapter_model")
-        settings, adapters = hf_layout.from_peft(c, data, tensors)
+        settings, adapters = peft_layout.from_peft(c, data, tensors)
         base = f"{data.get('base_model_name_or_path')!r:.200}"
         return settings, adapters, base, read_notes(os.path.join(folder, "adapter_model.safetensors"))
 

@@ -28,7 +28,7 @@ import sample
 import serve
 import train
 from config import run
-from interop import hf_layout
+from interop import hf_config
 from model import HAS_CHUNKED_LOSS, ModelConfig, Transformer
 from tokenizer import Tokenizer
 
@@ -301,7 +301,7 @@ def make_hf_folders(folder):
             "no_sizes": {"model_type": "llama"},
             "list_hf": [1],
             "moe": {"model_type": "llama", "num_local_experts": 8},
-            "no_tensors": hf_layout.write_config("llama", ModelConfig(vocab_size=99, qk_norm=False)),
+            "no_tensors": hf_config.write_config("llama", ModelConfig(vocab_size=99, qk_norm=False)),
         }.items():
             Path(name).mkdir()
             if config is not None:

@@ -21,7 +21,7 @@ import checkpoint
 import hf
 import sample
 from config import Refusal, configure
-from interop import hf_layout
+from interop import hf_config, hf_layout
 from model import ModelConfig, Transformer
 from tokenizer import Tokenizer
 
@@ -54,8 +54,8 @@ def installed_config(kind, **keys):
 
 def open_config(data):
     """Returns what is read of a config.json, without keys that would be passed over."""
-    assert hf_layout.unknown_keys(data) == []
-    keys, without = hf_layout.read_config(data)
+    assert hf_config.unknown_keys(data) == []
+    keys, without = hf_config.read_config(data)
     return ModelConfig(**keys), without
 
 
@@ -67,7 +67,7 @@ REFUSED_UNLESS_EMPTY = {"pruned_heads", "cross_attention_hidden_size"}
 
 def keys_without_meaning(data):
     """Returns the keys of a config.json that have no meaning here, whatever their values."""
-    return set(hf_layout.unknown_keys(dict.fromkeys(data, 1) | {"model_type": data["model_type"]}))
+    return set(hf_config.unknown_keys(dict.fromkeys(data, 1) | {"model_type": data["model_type"]}))
 
 
 @pytest.mark.parametrize("version, kind", VERSIONS)
@@ -101,7 +101,7 @@ def test_a_missing_key_is_the_default_of_its_class(version, kind):
         except ValueError as e:
             assert str(e) == f"{key} is missing"
             missing.append(key)
-    sizes = set(hf_layout.SIZES[kind].values()) - {"n_inner"}
+    sizes = set(hf_config.SIZES[kind].values()) - {"n_inner"}
     assert set(missing) == sizes
 
 
@@ -138,8 +138,8 @@ NOTED = [
 @pytest.mark.parametrize("key", NOTED)
 def test_a_key_that_nobody_knows_passes(key):
     data = installed_config("llama")
-    assert hf_layout.unknown_keys(data | {key: 1}) == [key]
-    assert hf_layout.read_config(data | {key: 1}) == hf_layout.read_config(data)
+    assert hf_config.unknown_keys(data | {key: 1}) == [key]
+    assert hf_config.read_config(data | {key: 1}) == hf_config.read_config(data)
 
 
 REFUSED = [
@@ -170,7 +170,7 @@ REFUSED = [
 @pytest.mark.parametrize("keys, message", REFUSED)
 def test_a_key_that_may_change_what_is_computed_is_refused_by_name(keys, message):
     with pytest.raises(ValueError, match=message) as e:
-        hf_layout.read_config(installed_config("llama") | keys)
+        hf_config.read_config(installed_config("llama") | keys)
     assert len(str(e.value)) < 300 and "\n" not in str(e.value)
 
 
@@ -186,15 +186,15 @@ def test_a_key_that_may_change_what_is_computed_is_refused_by_name(keys, message
 )
 def test_a_key_of_another_kind_is_refused_by_name(kind, keys, message):
     with pytest.raises(ValueError, match=message):
-        hf_layout.read_config(installed_config(kind) | keys)
+        hf_config.read_config(installed_config(kind) | keys)
 
 
 def test_gpt2s_sizes_may_have_the_names_that_its_class_maps():
     own = installed_config("gpt2", n_layer=3, n_head=2, n_embd=32, n_positions=64)
     renamed = {
-        name: value for name, value in own.items() if name not in hf_layout.ALIASES["gpt2"].values()
+        name: value for name, value in own.items() if name not in hf_config.ALIASES["gpt2"].values()
     }
-    renamed |= {alias: own[key] for alias, key in hf_layout.ALIASES["gpt2"].items()}
+    renamed |= {alias: own[key] for alias, key in hf_config.ALIASES["gpt2"].items()}
     assert open_config(renamed) == open_config(own)
     assert transformers.GPT2Config(**renamed).to_dict() == transformers.GPT2Config(**own).to_dict()
 
@@ -248,7 +248,7 @@ def test_windows_are_read_or_refused_by_name(kind, keys, outcome):
     data = {key: value for key, value in data.items() if "window" not in key and key != "layer_types"}
     if isinstance(outcome, str):
         with pytest.raises(ValueError, match=outcome):
-            hf_layout.read_config(data | keys)
+            hf_config.read_config(data | keys)
         return
     c = open_config(data | keys)[0]
     assert (c.window, c.window_pattern) == (outcome or (0, "S"))
@@ -271,7 +271,7 @@ def test_windows_are_read_or_refused_by_name(kind, keys, outcome):
 )
 def test_kinds_that_are_not_here_are_refused_with_the_reason(kind, message):
     with pytest.raises(ValueError, match=message):
-        hf_layout.read_config(installed_config(kind))
+        hf_config.read_config(installed_config(kind))
 
 
 # ---- shapes of real models, as their config.json has them, with 2 layers, 300 tokens and random weights
@@ -446,7 +446,7 @@ def close(model, peer):
 
 def own_model(data, tensors):
     """Returns our model of a config.json and its tensors."""
-    keys, without = hf_layout.read_config(data)
+    keys, without = hf_config.read_config(data)
     c = ModelConfig(**keys)
     model = Transformer(c)
     model.load_state_dict(hf_layout.from_hf(data["model_type"], c, tensors, without))
@@ -460,7 +460,7 @@ def test_real_shapes_compute_what_transformers_does(name):
     layers = "n_layer" if SHAPES[name]["model_type"] == "gpt2" else "num_hidden_layers"
     data = SHAPES[name] | {layers: 2, "vocab_size": 300}
     peer = random_peer(data)
-    assert hf_layout.unknown_keys(data) == []
+    assert hf_config.unknown_keys(data) == []
     model = own_model(data, peer.state_dict())
     close(model, peer)
 
@@ -607,7 +607,7 @@ def test_rope_is_written_twice_and_either_is_enough(name):
     neither = {key: value for key, value in old.items() if key not in OLD_KEYS}
     for keys in data, old, new:
         assert rope_difference(model, keys, tensors) < 1e-4
-        assert hf_layout.read_config(keys) == hf_layout.read_config(data)
+        assert hf_config.read_config(keys) == hf_config.read_config(data)
     assert rope_difference(model, neither, tensors) > 0.01
 
 
@@ -640,7 +640,7 @@ def test_yarn_is_written_for_each_version_that_knows_the_kind(kind, changes, wri
     c = preset("llama", rope_scaling="yarn:4,64", block_size=256, **changes)
     data, _ = hf_layout.to_hf(c, {})
     assert {key: data[key] for key in written} == written
-    assert hf_layout.read_config(data)[0]["block_size"] == 256
+    assert hf_config.read_config(data)[0]["block_size"] == 256
 
 
 def test_a_context_that_is_not_yarns_is_refused_on_the_way_out():
@@ -651,7 +651,7 @@ def test_a_context_that_is_not_yarns_is_refused_on_the_way_out():
 
 def test_mlx_lm_has_the_attention_factor_as_mscale():
     """By its formula, in mlx_lm/models/rope_utils.py of 0.32.2, where mscale_all_dim is 0."""
-    scaling = hf_layout.write_rope_scaling("yarn:8,128,32,1,0.75")
+    scaling = hf_config.write_rope_scaling("yarn:8,128,32,1,0.75")
     assert 0.1 * scaling["mscale"] * math.log(scaling["factor"]) + 1 == pytest.approx(0.75)
     assert scaling["attention_factor"] == 0.75
 
@@ -680,7 +680,7 @@ def test_mlx_lm_has_the_attention_factor_as_mscale():
     ],
 )
 def test_rope_is_read_from_either_place(keys, expected):
-    assert hf_layout.read_rope(keys) == expected
+    assert hf_config.read_rope(keys) == expected
 
 
 @pytest.mark.parametrize(
@@ -715,4 +715,4 @@ def test_rope_is_read_from_either_place(keys, expected):
 )
 def test_two_ropes_that_disagree_are_refused(keys, message):
     with pytest.raises(ValueError, match=message):
-        hf_layout.read_rope(keys)
+        hf_config.read_rope(keys)
