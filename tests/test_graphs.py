@@ -1,4 +1,4 @@
-"""Static steps against the plain ones, on the processor, where a replay is a call; and captured, where there is a GPU."""
+"""Static steps against the plain ones, on the processor, where a replay is a call; and captured, on a GPU."""
 
 import itertools
 import math

@@ -465,7 +465,7 @@ def test_adapters_belong_over_floats(lab, tmp_path, monkeypatch):
     "argv, message",
     [
         (["--group_size=32"], "8 bits have a scale a row: leave out group_size, or --bits=4"),
-        (["--bits=4", "--group_size=64"], "down_proj has 96 inputs, no multiple of group_size=64: --group_size=32 fits"),
+        (["--bits=4", "--group_size=64"], "has 96 inputs, no multiple of group_size=64: --group_size=32 fits"),
         (["--bits=4", "--group_size=48"], "group_size of 4 bits must be 32 | 64 | 128, not 48"),
         (["--bits=3"], "bits must be 8 or 4, not 3"),
         (["--method=best"], "method must be rtn | gptq | awq, not 'best'"),

@@ -1,4 +1,4 @@
-"""Speculation writes the text of the plain loop, whatever the draft guesses: greedy to the id, sampled by chi-square."""
+"""Speculation writes the text of the plain loop, whatever the draft guesses: to the id, or by chi-square."""
 
 import copy
 import itertools
