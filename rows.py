@@ -297,6 +297,11 @@ def conversations(rows, text_rule=AS_IT_STANDS):
     return result
 
 
+def texts(messages):
+    """Returns role and text of each of messages, whether they are learned or not."""
+    return [(message.role, message.text) for message in messages]
+
+
 def preferences(rows):
     """Returns of each (place, row) the Conversation with the chosen answer and that with the rejected one, a
     pair. What both begin with is the prompt. Raises Refusal.
@@ -309,6 +314,11 @@ def preferences(rows):
             raise Refusal(f"{place}: {PREFERENCE} {here:.200}")
         *prompt, chosen, rejected = kind.columns
         sides = [kind.messages(row, place, [*prompt, side]) for side in (chosen, rejected)]
+        if prompt and kind.type is list:
+            start = kind.messages(row, place, prompt)
+            whole = [kind.messages(row, place, [side]) for side in (chosen, rejected)]
+            if all(texts(side[: len(start)]) == texts(start) for side in whole):
+                sides = whole  # they have the prompt in them
         common = 0
         for one, other in zip(*sides):
             if one != other:
@@ -392,6 +402,8 @@ def encode_row(row, tokenizer, template, T):
         encoded = [encode(conversation, tokenizer, template) for conversation in row]
     except ValueError as e:
         raise Refusal(f"{place}: {e}")
+    if len(encoded) == 2 and encoded[0] == encoded[1]:  # a template may drop what told their texts apart
+        return LeftOut(place, EQUAL)
     if not all(True in is_learned for _, is_learned in encoded):
         return LeftOut(place, NO_RESPONSE)
     if max(len(ids) for ids, _ in encoded) - 1 > T:

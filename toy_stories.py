@@ -486,7 +486,7 @@ def is_preferred(text):
 
 def preference_rows(n, seed=0):
     """Returns n rows {"prompt": how a story begins, "chosen": how it goes on, "rejected": the same with a flaw},
-    no two about one story. is_preferred tells the two apart.
+    no two with one prompt, so that none is held out and learned. is_preferred tells chosen and rejected apart.
     """
     random = Random(seed)
     rows = {}
@@ -508,7 +508,7 @@ def preference_rows(n, seed=0):
                 f"{body}\n{hero} never forgot that day.",
             ]
         )
-        rows[text] = {
+        rows[opening] = {
             "prompt": f"{opening}.",
             "chosen": text.removeprefix(f"{opening}."),
             "rejected": flawed.removeprefix(f"{opening}."),

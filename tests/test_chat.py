@@ -15,6 +15,7 @@ from data import prompt_ids
 from generate import Row
 from interop import hf_folder
 from interop.chat_template import ChatTemplate
+from rows import EQUAL, MODELS_OWN, LeftOut, encode_row, preferences
 from tokenizer import EOT, Tokenizer
 
 transformers = pytest.importorskip("transformers")
@@ -127,6 +128,15 @@ def test_what_is_learned_are_the_ids_of_transformers(name, tokenizer, tmp_path):
             continue
         ids, _ = encode_answers(ours, messages[:-1], [True] * len(messages))
         assert ids == reference.apply_chat_template(messages[:-1], return_dict=False)
+
+
+def test_answers_that_a_template_makes_the_same_are_no_pair(tmp_path):
+    instruct(tmp_path, smollm, HEADERS.replace("<s>", "<|im_start|>"))
+    tokenizer = hf_folder.read_tokenizer(str(tmp_path))
+    prompt = {"role": "user", "content": "a cat?"}
+    chosen, rejected = ([prompt, {"role": "assistant", "content": text}] for text in ("Yes.", "Yes. "))
+    [pair] = preferences([("line 1", {"chosen": chosen, "rejected": rejected})])
+    assert encode_row(pair, tokenizer, MODELS_OWN, 99) == LeftOut("line 1", EQUAL)
 
 
 def test_templates_that_are_broken_or_run_on_are_one_line():
