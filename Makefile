@@ -23,7 +23,7 @@ grpo: install  ## or by a reward for its own samples, by GRPO; five minutes
 
 ppo: install  ## or by PPO; four minutes
 	test -e out/demo/ckpt.pt || $(MAKE) demo
-	$(BIN)/python finetune_ppo.py --init_from=out/demo --baseline=value --learning_rate=7e-4 --max_iters=80 --dtype=float32 --out_dir=out/demo-ppo --overwrite
+	$(BIN)/python finetune_ppo.py --init_from=out/demo --baseline=value --learning_rate=7e-4 --max_iters=100 --eval_interval=25 --dtype=float32 --out_dir=out/demo-ppo --overwrite
 
 browser: install browser/node_modules/.package-lock.json  ## a page that writes with the demo model, at http://127.0.0.1:8000; needs npm
 	test -e out/demo/ckpt.pt || $(MAKE) demo

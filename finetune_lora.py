@@ -132,9 +132,9 @@ class Tuning:
     base_sha256: str
     moves_aside: bool  # out_dir holds what --overwrite is to move
 
-    def prepare(self):
+    def prepare(self, batch_size):
         """Puts adapters into the model, moves it to the device and returns what to train: the model,
-        perhaps compiled.
+        perhaps compiled. batch_size: the rows of a micro-batch.
 
         Raises Refusal where the model takes no such adapters, or memory does not hold what training
         takes.
@@ -152,7 +152,8 @@ class Tuning:
         learned, _ = lora.trainable(self.model)
         c = replace(self.model.config, block_size=self.T)
         adapt = partial(lora.inject, c=cfg) if cfg.rank else None
-        needs = training_bytes(cfg, c, self.compute, learned=learned, adapt=adapt, documents=True)
+        counted = replace(cfg, batch_size=batch_size)
+        needs = training_bytes(counted, c, self.compute, learned=learned, adapt=adapt, documents=True)
         check_memory(self.compute.device, needs, "try a smaller batch_size")
         self.model = self.model.to(self.compute.device)
         rmsnorm_message = choose_rmsnorm(self.model, cfg.rmsnorm, self.compute)
@@ -185,7 +186,8 @@ def open_tuning(cfg, kind, fixed=FIXED):
     """Returns the Tuning that a config means: a base opened, or a run that goes on, with the settings
     that it decides.
 
-    kind: of tuning, which the run's config keeps and a resumed one must have. Raises Refusal.
+    kind: of tuning, which the run's config keeps and a resumed one must have; fixed: the keys that a resumed one
+    cannot change. Raises Refusal.
     """
     resumed = None
     go_on_after_restart(cfg)
@@ -332,6 +334,7 @@ class FineTuning:
     count = staticmethod(count_targets)
     flops_per_token = 0  # padding and prompts make MFU mean little
     conversations_per_row = 1
+    fixed = FIXED  # keys that a run keeps when it goes on
 
     def __init__(self, tuning):
         self.tuning = tuning
@@ -379,6 +382,11 @@ class FineTuning:
         tokenizer = self.tuning.tokenizer
         has_start = ids[0] in (tokenizer.bos, tokenizer.eot)
         return tokenizer.decode(ids[has_start:]), ids
+
+    @property
+    def batch_size(self):
+        """Rows of a micro-batch."""
+        return self.cfg.batch_size
 
     def describe(self):
         """Returns what is learned from, in words."""
@@ -471,11 +479,11 @@ def main(cfg, Task=FineTuning):
 
 
 def tune(cfg, Task):
-    tuning = open_tuning(cfg, Task.kind)
+    tuning = open_tuning(cfg, Task.kind, Task.fixed)
     cfg = tuning.cfg
     compute = tuning.compute
     task = Task(tuning)
-    task.trained = tuning.prepare()
+    task.trained = tuning.prepare(task.batch_size)
     task.begin()
     if compute.is_main:
         learned, total = lora.trainable(tuning.model)

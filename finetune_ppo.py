@@ -35,7 +35,7 @@ import lora
 import toy_stories
 from chat import start_of_answer
 from data import evenly, micro_batches, to
-from finetune_reward import add_head, load_reward, saved_head
+from finetune_reward import add_head, load_reward, read_head, saved_head
 from generate import generate
 from rows import NO_RESPONSE, conversations, default_template, split_rows, training_packs
 from score import document_nats, evaluating
@@ -56,12 +56,13 @@ class Config(finetune_lora.Config):
     max_new_tokens: int = 128               # of a sample; one that does not end by then has no advantage
     updates: int = 1                        # steps on the same samples
     clip: float = 0.2                       # how far a step may go: ratios of probabilities from 1 - clip to 1 + clip
-    kl: float = 0.05                        # what a nat a token away from the reference costs
+    kl: float = 0.04                        # what a nat a token away from the reference costs
     scale: bool = True                      # group: divide advantages by their group's standard deviation
     gae: float = 1.0                        # value: how far an advantage looks past the next value; 1 = to the reward
     learning_rate: float = 1e-3             # the highest one
-    max_iters: int = 140                    # steps
-    eval_interval: int = 35                 # steps between evaluations, samples and checkpoints
+    max_iters: int = 160                    # steps
+    eval_interval: int = 40                 # steps between evaluations, samples and checkpoints
+    rank: int = 32                          # of the adapters
     # fmt: on
 
     built_in = "toy"
@@ -113,6 +114,24 @@ def find_reward(name, device="cpu", load=False):
     )
 
 
+def with_answer(row):
+    """Returns a row that ends with a prompt with an empty answer after it, any other as it is."""
+    if not isinstance(row, dict):
+        return row
+    prompt, messages = row.get("prompt"), row.get("messages")
+    if isinstance(prompt, str):
+        return {"prompt": prompt, "response": ""}
+    if "instruction" in row:
+        return row | {"output": ""}
+    if isinstance(prompt, list):
+        messages = prompt
+    if isinstance(messages, list) and messages:
+        last = messages[-1]
+        if isinstance(last, dict) and last.get("role") == "user":
+            return {"messages": [*messages, {"role": "assistant", "content": ""}]}
+    return row
+
+
 # -----------------------------------------------------------------------------------------------------
 # Advantages, (rows, 1) or (rows, T). Samples that were cut off have none, and count in no mean: else never to
 # end would be an advantage
@@ -120,7 +139,7 @@ def find_reward(name, device="cpu", load=False):
 
 def group_advantages(rewards, is_whole, group, scale=False):
     """Returns rewards (rows,) less the mean of each group of so many, divided with scale by its deviation."""
-    rewards = rewards.view(-1, group)
+    rewards = rewards.double().view(-1, group)  # in float32 equal ones differ from their mean
     is_whole = is_whole.view(-1, group)
     count = is_whole.sum(1, keepdim=True)
     mean = (rewards * is_whole).sum(1, keepdim=True) / count.clamp(min=1)
@@ -128,7 +147,7 @@ def group_advantages(rewards, is_whole, group, scale=False):
     if scale:
         variance = result.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)
         result = result / (variance.sqrt() + 1e-4)
-    return result.view(-1, 1)
+    return result.view(-1, 1).float()
 
 
 def value_advantages(rewards, values, is_answer, decay):
@@ -221,17 +240,15 @@ class Reinforcing(finetune_lora.FineTuning):
     kind = "reinforcement"
     panels = (("reward of held-out prompts", ("reward",)), ("nats a token from the reference", ("kl",)))
     val_packs = ()  # a prompt has a row of its own
+    fixed = finetune_lora.FIXED | {"baseline"}
     round = -1  # which one self.samples are of
     samples = ()  # the micro-batches of a round
 
     def convert(self, places_and_rows):
         """Returns the Conversations of rows, which need no answers."""
-        filled = []
-        for place, row in places_and_rows:
-            if isinstance(row, dict) and isinstance(row.get("prompt"), str):
-                row = {"prompt": row["prompt"], "response": ""}
-            filled.append((place, row))
-        return conversations(filled, self.text_rule)
+        return conversations(
+            [(place, with_answer(row)) for place, row in places_and_rows], self.text_rule
+        )
 
     def read(self):
         """Finds prompts, pairs of a text and its ids, to learn from and held out, and the template, where none
@@ -256,7 +273,7 @@ class Reinforcing(finetune_lora.FineTuning):
         """Returns the first prompts of Conversations that leave room for an answer, and a line about them."""
         prompts = []
         for conversation in conversations:
-            if conversation.problem not in ("", NO_RESPONSE):
+            if conversation.problem not in ("", NO_RESPONSE) or not conversation.turns:
                 continue
             prompt = conversation.turns[0].prompt
             try:
@@ -272,6 +289,10 @@ class Reinforcing(finetune_lora.FineTuning):
         return prompts, line + (
             f"; left out: {left_out:,} that are too long or no prompt" if left_out else ""
         )
+
+    @property
+    def batch_size(self):
+        return self.cfg.batch_size * self.cfg.group
 
     def describe(self):
         return f"{self.message}\n{self.val_message}"
@@ -334,7 +355,7 @@ class Reinforcing(finetune_lora.FineTuning):
         not changed for it.
         """
         model = self.tuning.model
-        return model.value_head(model.hidden(batch["idx"]).detach().float())[..., 0].float()
+        return read_head(model.value_head, model.hidden(batch["idx"]).detach())
 
     def sample(self, prompts, seed):
         """Samples an answer to each of prompts.
@@ -396,26 +417,29 @@ class Reinforcing(finetune_lora.FineTuning):
         return torch.tensor(len(batch["idx"]), device=batch["idx"].device)
 
     def validate(self, tokens=None):
-        """Returns figures of one sample a held-out prompt: the mean reward, and less than it val_loss; kl, in
-        nats a token; the share that was cut off; drift, see sample(); and of toy stories, nats a story.
+        """Returns figures of one sample a held-out prompt: the mean reward, of which val_loss is the negative; kl,
+        in nats a token; the share that was cut off, whose reward is the lowest, or 0 where that is lower; drift,
+        see sample(); and of toy stories, nats a story.
         """
-        size = self.cfg.batch_size * self.cfg.group
-        rewards, cut, drifts = [], 0, []
+        rewards, whole, drifts = [], [], []
         kl = torch.zeros(2, dtype=torch.float64)  # the sum over tokens, and their number
-        for i in range(0, len(self.val_prompts), size):
-            batch, some, drift = self.sample(self.val_prompts[i : i + size], (self.cfg.seed, i))
+        for i in range(0, len(self.val_prompts), self.batch_size):
+            batch, some, drift = self.sample(
+                self.val_prompts[i : i + self.batch_size], (self.cfg.seed, i)
+            )
             is_sampled = batch["targets"] != -100
             divergence = (k3(batch["old"], batch["reference"]) * is_sampled).sum()
             kl += torch.tensor([divergence.item(), is_sampled.sum().item()])
-            cut += (~batch["is_whole"]).sum().item()
+            whole += batch["is_whole"].tolist()
             rewards += some
             drifts.append(drift)
-        reward = float(np.mean(rewards))
+        # else never to end, which costs nothing in training, might be taken for the best
+        reward = float(np.where(whole, rewards, min(0, *rewards)).mean())
         figures = {
             "val_loss": -reward,
             "reward": reward,
             "kl": (kl[0] / kl[1].clamp(min=1)).item(),
-            "cut_off": cut / len(rewards),
+            "cut_off": 1 - float(np.mean(whole)),
             "drift": max(drifts),
         }
         if self.cfg.dataset == self.cfg.built_in:

@@ -67,6 +67,14 @@ def add_head(model, name, saved):
     setattr(model, name, head.to(model.device))
 
 
+def read_head(head, states):
+    """Returns the number that a layer of add_head reads from each of states (..., C): (...,) float32, under autocast
+    too, whose product of one column would keep 8 bits of it.
+    """
+    with torch.autocast(states.device.type, enabled=False):
+        return head(states.float())[..., 0]
+
+
 def saved_head(head):
     """Returns what add_head takes."""
     return {key: tensor.tolist() for key, tensor in head.state_dict().items()}
@@ -82,7 +90,7 @@ def is_last(batch):
 def rewards(model, batch):
     """Returns the reward of each document of a batch, of one row after the other, float32 (documents,)."""
     states = model.hidden(batch["idx"], doc=batch["doc"])[is_last(batch)]
-    return model.reward_head(states.float())[:, 0].float()
+    return read_head(model.reward_head, states)
 
 
 def load_reward(path, device="cpu"):

@@ -379,7 +379,15 @@ def fit(task, model, cfg, compute, resumed=None):
                 for group in optimizer.param_groups:
                     group["lr"] = lr * group["lr_scale"]
             began = time.monotonic()
-            batches = task.batches(state.step)
+            try:
+                batches = task.batches(state.step)
+            except Refusal as e:  # of a task that makes them from what the model writes
+                if state.step <= max(saved_step, first_step) or compute.world_size > 1:
+                    raise
+                read_steps()
+                save()
+                kept = f"{cfg.out_dir} has all steps up to {state.step}: --init_from=resume goes on"
+                raise Refusal(f"{e}; {kept}", e.status)
             unread.append(train(batches=batches, seed=(cfg.seed, state.step)))
             if compute.group and state.step == first_step:  # the longest: it compiles and connects
                 compute.group.hurry(2 * (time.monotonic() - began))

@@ -86,6 +86,14 @@ def messages(*turns):
         ),
         (
             {
+                "prompt": messages(("user", "ab")),
+                "chosen": messages(("user", "ab"), ("assistant", "cd")),
+                "rejected": messages(("user", "ab"), ("assistant", "e")),
+            },
+            SAME,
+        ),
+        (
+            {
                 "chosen": messages(*START, ("assistant", "e")),
                 "rejected": messages(*START, ("assistant", "fg")),
             },
@@ -146,7 +154,7 @@ def test_rows_that_cannot_be_read_are_refused(row, message):
 
 def test_the_grammar_tells_what_is_preferred():
     made = toy_stories.preference_rows(300, 5)
-    assert len({row["prompt"] + row["chosen"] for row in made}) == 300
+    assert len({row["prompt"] for row in made}) == 300
     for row in made:
         assert toy_stories.is_preferred(row["prompt"] + row["chosen"])
         assert not toy_stories.is_preferred(row["prompt"] + row["rejected"])
@@ -167,7 +175,7 @@ def small_task(shop, *argv):
     argv = [*TINY, f"--init_from={shop}/base", f"--dataset={shop}/pairs.jsonl", *argv]
     tuning = finetune_lora.open_tuning(configure(dpo.Config, argv), "preference tuning")
     task = dpo.Preferring(tuning)
-    task.trained = tuning.prepare()
+    task.trained = tuning.prepare(task.batch_size)
     task.begin()
     return task
 

@@ -603,8 +603,8 @@ def test_code_is_learned_with_its_indentation(shop):
 def one_and_two(shop, script, *argv):
     """Returns the checkpoints that one process and two wrote of the same run, whose logs are the same, too."""
     argv = [*TINY, "--init_from=base", "--gradient_accumulation_steps=2", "--max_iters=4", *argv]
-    call(script, *argv, "--out_dir=one", folder=shop)
-    run_together(shop, script.__name__, 2, *argv, "--out_dir=two")
+    call(script, *argv, "--out_dir=one", "--overwrite", folder=shop)
+    run_together(shop, script.__name__, 2, *argv, "--out_dir=two", "--overwrite")
     assert log(shop, "one") == log(shop, "two")
     one, two = adapter(shop, "one"), adapter(shop, "two")
     for key in "adapters", "optimizers", "val_loss":

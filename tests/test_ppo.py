@@ -1,11 +1,13 @@
 """Rewards: the loss beside its definition and TRL's, what sampling hands over, bandits, resuming to the bit."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from scripts import call
 from test_dpo import moved
-from test_finetune import TINY, one_and_two
+from test_finetune import TINY, adapter, one_and_two
 from test_model import build
 from test_prepare import write_rows
 from test_processes import run_together
@@ -68,7 +70,7 @@ def small_task(shop, *argv):
     ]
     tuning = finetune_lora.open_tuning(configure(ppo.Config, argv), "reinforcement")
     task = ppo.Reinforcing(tuning)
-    task.trained = tuning.prepare()
+    task.trained = tuning.prepare(task.batch_size)
     task.begin()
     return task
 
@@ -416,9 +418,10 @@ def test_stop_and_resume_is_an_uninterrupted_run_to_the_bit(shop, updates, basel
     assert log(shop, whole_dir) == log(shop, parts_dir)
 
 
-def test_two_processes_are_one(shop):
+@pytest.mark.parametrize("baseline", ["group", "value"])
+def test_two_processes_are_one(shop, baseline):
     """Also in how they whiten advantages."""
-    one_and_two(shop, ppo, "--baseline=value", *REWARDED, "--dataset=prompts.jsonl")
+    one_and_two(shop, ppo, f"--baseline={baseline}", *REWARDED, "--dataset=prompts.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -439,8 +442,65 @@ def test_mistakes_are_one_line(shop, argv, message):
     assert message in str(refusal.value) and not (shop / "refused").exists()
 
 
-def test_a_reward_that_is_no_number_is_refused_with_the_answer(shop):
+@pytest.mark.parametrize("value", [float("nan"), [1.0, 2.0]])
+def test_a_reward_that_is_no_number_ends_the_run_which_loses_nothing(shop, monkeypatch, value):
+    out_dir = f"refused-{type(value).__name__}"
+    judged = []
+
+    def judge(prompt, answer):
+        judged.append(answer)
+        return value if len(judged) > limit else float("e" not in answer)
+
+    monkeypatch.setattr(ppo, "find_reward", lambda name, device="cpu", load=False: judge)
+    limit = 180  # of 100 held-out prompts and 12 samples a step
+    settings = ["--max_iters=8", "--eval_interval=8"]
+    with pytest.raises(
+        Refusal, match=r"gives (nan|\[1.0, 2.0\]) for .*has all steps up to \d+: --init_from=resume"
+    ):
+        reinforce(shop, *settings, f"--out_dir={out_dir}")
+    assert 0 < adapter(shop, out_dir)["step"] < 8
+    limit = math.inf
+    call(ppo, f"--out_dir={out_dir}", "--init_from=resume", folder=shop)
+    reinforce(shop, *settings, f"--out_dir=accepted-{out_dir}")
+    assert same(adapter(shop, out_dir)["adapters"], adapter(shop, f"accepted-{out_dir}")["adapters"])
+
+
+def test_an_answer_that_was_cut_off_counts_as_the_worst(shop):
+    task = small_task(shop, "--max_new_tokens=1")
+    task.judge = lambda prompt, answer: 1.0
+    figures = task.validate()
+    assert figures["cut_off"] > 0.5
+    assert figures["reward"] == pytest.approx(1 - figures["cut_off"])
+    task.judge = lambda prompt, answer: -2.0
+    assert task.validate()["reward"] == -2
+
+
+def test_prompts_are_read_from_rows_of_every_kind_without_an_answer(shop):
     task = small_task(shop)
-    task.judge = lambda prompt, answer: float("nan")
-    with pytest.raises(Refusal, match="gives nan for"):
-        task.batches(0)
+    message = {"role": "user", "content": "ab"}
+    answer = {"role": "assistant", "content": "c"}
+    rows = [
+        {"prompt": "ab"},
+        {"prompt": [message]},
+        {"messages": [message]},
+        {"messages": [message, answer]},
+        {"instruction": "ab"},
+    ]
+    prompts, _ = task.read_prompts(task.convert([("here", row) for row in rows]), "to learn from")
+    assert [prompt for prompt, _ in prompts] == ["ab"] * 5
+    of_nobody = task.convert([("here", {"messages": [answer]}), ("here", rows[0])])
+    assert "1 prompts; left out: 1" in task.read_prompts(of_nobody, "held out")[1]
+
+
+def test_a_run_keeps_its_baseline(shop):
+    reinforce(shop, "--max_iters=1", "--out_dir=kept")
+    with pytest.raises(Refusal, match="baseline"):
+        call(ppo, "--out_dir=kept", "--init_from=resume", "--baseline=value", folder=shop)
+
+
+def test_equal_rewards_teach_nothing():
+    for reward in 1 / 3, 0.7, -1.1:
+        advantages = ppo.group_advantages(
+            torch.full((8,), reward), torch.ones(8, dtype=torch.bool), 8, True
+        )
+        assert not advantages.any()
