@@ -230,7 +230,7 @@ def test_attention_written_out_for_a_processor_is_sdpas(kind, n_kv_head, monkeyp
         assert (a - b).norm() < 0.02 * b.norm()
 
 
-def test_a_head_laid_out_for_writing_is_the_same_head():
+def test_a_model_laid_out_for_writing_is_the_same_model():
     model = build().eval()
     idx = tokens(2, T)
     expected = model(idx)[0]
@@ -238,6 +238,8 @@ def test_a_head_laid_out_for_writing_is_the_same_head():
     model.lay_out_for_writing()
     assert model.head.weight.stride() == (1, V)
     assert model.head.weight is model.wte.weight
+    assert model.blocks[0].mlp.up_proj.weight.stride() == (1, 48)
+    assert model.blocks[0].mlp.down_proj.weight.is_contiguous()
     assert all(torch.equal(x, state[name]) for name, x in model.state_dict().items())
     torch.testing.assert_close(model(idx)[0], expected, rtol=1e-5, atol=1e-6)
 
