@@ -29,7 +29,8 @@ import finetune_lora
 import lora
 import rows
 import toy_stories
-from data import prompt_ids, to
+from chat import start_of_answer
+from data import to
 from generate import generate
 from log import LOSSES
 from score import evaluating, means
@@ -184,7 +185,9 @@ class Preferring(finetune_lora.FineTuning):
         tuning = self.tuning
         _, held_out = rows.split_rows(self.cfg, rows.preferences)
         openings = [chosen.turns[-1].prompt for chosen, _ in held_out[:SAMPLES]]
-        prompts = [prompt_ids(tuning.tokenizer, opening) for opening in openings]
+        prompts = [
+            start_of_answer(tuning.tokenizer, opening, self.cfg.template)[1] for opening in openings
+        ]
         room = tuning.model.config.block_size - max(map(len, prompts))
         *_, samples = generate(
             tuning.model, prompts, room, 1.0, top_k=0, stop=tuning.tokenizer.ends, seed=self.cfg.seed
