@@ -97,9 +97,13 @@ def load_reward(path, device="cpu"):
     """Returns the reward function of a folder that this script wrote: (prompt, answer), both texts, to a number.
     Raises Refusal.
     """
-    start = open_checkpoint("", adapter=path)
+    advice = f"{path} is no reward model, which finetune_reward.py makes"
+    try:
+        start = open_checkpoint("", adapter=path)
+    except Refusal as e:
+        raise Refusal(f"{advice}: {e}")
     if start.task != KIND:
-        raise Refusal(f"{path} is no reward model: finetune_reward.py makes one")
+        raise Refusal(advice)
     model, tokenizer = start.restore(device)
     add_head(model, "reward_head", start.config["reward_head"])
     model.eval()

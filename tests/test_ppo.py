@@ -382,15 +382,16 @@ def test_reward_rises(shop, baseline):
     argv = [
         f"--baseline={baseline}",
         "--group=8",
-        "--kl=0.1",
-        "--learning_rate=5e-3",
-        "--max_iters=20",
-        "--eval_interval=20",
+        "--max_new_tokens=14",
+        "--kl=0.3",
+        "--learning_rate=2e-3",
+        "--max_iters=30",
+        "--eval_interval=30",
     ]
     reinforce(shop, *argv, f"--out_dir=rises-{baseline}")
     first, *_, last = [line for line in log(shop, f"rises-{baseline}") if "reward" in line]
-    assert first["reward"] < 0.7 and last["reward"] > 0.85
-    assert last["cut_off"] < 0.5  # never to end is the other way to write no e
+    assert last["reward"] > first["reward"] + 0.1
+    assert last["cut_off"] < 0.3  # never to end is the other way to write no e, and counts as writing one
     assert first["kl"] == 0 and last["kl"] > 0
 
 

@@ -7,6 +7,8 @@ import torch
 from scripts import call
 from test_dpo import ANSWERS, moved, shop  # shop is a fixture
 from test_finetune import TINY, one_and_two
+from test_ppo import REWARDED
+from test_ppo import shop as letters  # a fixture
 from test_processes import run_together
 from test_train import lab, log, same  # lab is a fixture
 
@@ -112,17 +114,25 @@ def test_two_processes_are_one(shop):
     assert one["config"]["reward_head"] == two["config"]["reward_head"]
 
 
-def test_what_it_judges_is_learned(shop, judge):
+def test_what_it_judges_is_learned(shop, letters, judge):
+    """By a model whose texts end, of which another folder has one."""
     argv = [
         *TINY,
-        "--init_from=base",
-        "--dataset=pairs.jsonl",
-        f"--reward={judge}",
-        "--max_new_tokens=4",
+        *REWARDED,
+        f"--init_from={letters}/base",
+        f"--dataset={letters}/prompts.jsonl",
+        f"--val_dataset={letters}/held.jsonl",
+        "--reward=judge",
+        "--group=8",
+        "--learning_rate=5e-3",
+        "--kl=0.3",
+        "--max_iters=20",
+        "--eval_interval=20",
     ]
-    call(finetune_ppo, *argv, "--max_iters=2", "--eval_interval=2", "--out_dir=judged", folder=shop)
-    rewards = [line["reward"] for line in log(shop, "judged") if "reward" in line]
-    assert len(rewards) == 2 and all(abs(reward) < 100 and reward != 0 for reward in rewards)
+    call(finetune_ppo, *argv, "--out_dir=judged", folder=shop)
+    first, last = (line for line in log(shop, "judged") if "reward" in line)
+    assert last["cut_off"] < 0.5
+    assert last["reward"] > first["reward"]
 
 
 @pytest.mark.parametrize(
@@ -142,7 +152,7 @@ def test_what_it_judges_is_learned(shop, judge):
         (
             finetune_ppo,
             ["--init_from=base", "--dataset=pairs.jsonl", "--reward=base", "--out_dir=there"],
-            "base",
+            "no reward model",
         ),
     ],
 )
