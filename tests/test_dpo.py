@@ -21,6 +21,7 @@ import rows
 import toy_stories
 import train
 from config import Refusal, configure
+from interop import hf_layout
 
 ANSWERS = [
     {"prompt": f"Is {a} {b}?", "chosen": f" {b.capitalize()}, yes.", "rejected": " No, never."}
@@ -332,12 +333,11 @@ def test_the_loss_and_its_gradient_are_those_of_trl(shop, tmp_path):
     loss.backward()
     assert abs(loss.item() - np.log(2)) > 1e-3
     assert loss.item() == pytest.approx(theirs.item(), rel=1e-5)
-    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
-    their_norm = torch.nn.utils.get_total_norm([p.grad for p in peer.parameters() if p.grad is not None])
-    assert norm.item() == pytest.approx(their_norm.item(), rel=1e-4)
-    torch.testing.assert_close(
-        model.wte.weight.grad, peer.get_input_embeddings().weight.grad, rtol=1e-3, atol=1e-6
-    )
+    _, grads = hf_layout.to_hf(model.config, {name: p.grad for name, p in model.named_parameters()})
+    named = dict(peer.named_parameters())
+    assert len(grads) >= len(named) > 10
+    for name, p in named.items():
+        torch.testing.assert_close(grads[name], p.grad, rtol=1e-3, atol=1e-5 * p.grad.abs().max().item())
 
 
 # Runs

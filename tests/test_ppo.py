@@ -391,7 +391,9 @@ def test_reward_rises(shop, baseline):
     reinforce(shop, *argv, f"--out_dir=rises-{baseline}")
     first, *_, last = [line for line in log(shop, f"rises-{baseline}") if "reward" in line]
     assert last["reward"] > first["reward"] + 0.1
-    assert last["cut_off"] < 0.3  # never to end is the other way to write no e, and counts as writing one
+    assert (
+        last["cut_off"] < 0.3
+    )  # never to end is the other way to write no e, and counts as writing one
     assert first["kl"] == 0 and last["kl"] > 0
 
 
