@@ -87,6 +87,11 @@ class Config(TrainConfig, lora.LoRAConfig):
     built_in = "moral"  # the dataset that is made here
     built_in_template = ""  # and the template of its rows, where that is another than their kind's
 
+    @property
+    def rows(self):
+        """Of a micro-batch."""
+        return self.batch_size
+
     def __post_init__(self):
         super().__post_init__()
         self.template = new_lines(self.template)
@@ -132,9 +137,9 @@ class Tuning:
     base_sha256: str
     moves_aside: bool  # out_dir holds what --overwrite is to move
 
-    def prepare(self, batch_size):
+    def prepare(self):
         """Puts adapters into the model, moves it to the device and returns what to train: the model,
-        perhaps compiled. batch_size: the rows of a micro-batch.
+        perhaps compiled.
 
         Raises Refusal where the model takes no such adapters, or memory does not hold what training
         takes.
@@ -152,7 +157,7 @@ class Tuning:
         learned, _ = lora.trainable(self.model)
         c = replace(self.model.config, block_size=self.T)
         adapt = partial(lora.inject, c=cfg) if cfg.rank else None
-        counted = replace(cfg, batch_size=batch_size)
+        counted = replace(cfg, batch_size=cfg.rows)
         needs = training_bytes(counted, c, self.compute, learned=learned, adapt=adapt, documents=True)
         check_memory(self.compute.device, needs, "try a smaller batch_size")
         self.model = self.model.to(self.compute.device)
@@ -206,13 +211,7 @@ def open_tuning(cfg, kind, fixed=FIXED):
     model, tokenizer = checkpoint.restore(base.state, base.path)
     width = 0 if cfg.eval_only else model.config.n_embd
     steps = 0 if cfg.eval_only else cfg.max_iters - (resumed["step"] if resumed else 0)
-    flops = (
-        6
-        * num_params(model)
-        * cfg.gradient_accumulation_steps
-        * cfg.batch_size
-        * model.config.block_size
-    )
+    flops = 6 * num_params(model) * cfg.gradient_accumulation_steps * cfg.rows * model.config.block_size
     compute = resolve(
         cfg.device, cfg.dtype, cfg.compile, join=True, train_width=width, work=(flops, steps)
     )
@@ -383,11 +382,6 @@ class FineTuning:
         has_start = ids[0] in (tokenizer.bos, tokenizer.eot)
         return tokenizer.decode(ids[has_start:]), ids
 
-    @property
-    def batch_size(self):
-        """Rows of a micro-batch."""
-        return self.cfg.batch_size
-
     def describe(self):
         """Returns what is learned from, in words."""
         packs = f"in {len(self.packs):,} rows of {self.length} tokens"
@@ -483,7 +477,7 @@ def tune(cfg, Task):
     cfg = tuning.cfg
     compute = tuning.compute
     task = Task(tuning)
-    task.trained = tuning.prepare(task.batch_size)
+    task.trained = tuning.prepare()
     task.begin()
     if compute.is_main:
         learned, total = lora.trainable(tuning.model)

@@ -68,6 +68,10 @@ class Config(finetune_lora.Config):
     built_in = "toy"
     built_in_template = "{prompt}"  # a story and how it goes on
 
+    @property
+    def rows(self):
+        return self.batch_size * self.group
+
     def __post_init__(self):
         super().__post_init__()
         if not self.rank:
@@ -290,10 +294,6 @@ class Reinforcing(finetune_lora.FineTuning):
             f"; left out: {left_out:,} that are too long or no prompt" if left_out else ""
         )
 
-    @property
-    def batch_size(self):
-        return self.cfg.batch_size * self.cfg.group
-
     def describe(self):
         return f"{self.message}\n{self.val_message}"
 
@@ -423,10 +423,9 @@ class Reinforcing(finetune_lora.FineTuning):
         """
         rewards, whole, drifts = [], [], []
         kl = torch.zeros(2, dtype=torch.float64)  # the sum over tokens, and their number
-        for i in range(0, len(self.val_prompts), self.batch_size):
-            batch, some, drift = self.sample(
-                self.val_prompts[i : i + self.batch_size], (self.cfg.seed, i)
-            )
+        for i in range(0, len(self.val_prompts), self.cfg.rows):
+            prompts = self.val_prompts[i : i + self.cfg.rows]
+            batch, some, drift = self.sample(prompts, (self.cfg.seed, i))
             is_sampled = batch["targets"] != -100
             divergence = (k3(batch["old"], batch["reference"]) * is_sampled).sum()
             kl += torch.tensor([divergence.item(), is_sampled.sum().item()])

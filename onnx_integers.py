@@ -40,9 +40,8 @@ def quantize(proto, wide=False, bits=8, table_bits=8):
         if is_look_up(node):
             table = node.input[0]
             if table_bits == 4:
-                added |= int4_arrays(table, weights[table]) | int4_look_up_arrays(
-                    weights[table].shape[1]
-                )
+                add_int4(added, table, weights[table])
+                added |= int4_look_up_arrays(weights[table].shape[1])
                 nodes += int4_look_up_nodes(table, output)
                 continue
             add_integers(added, table, weights[table], axis=1)
@@ -55,7 +54,7 @@ def quantize(proto, wide=False, bits=8, table_bits=8):
             by_row = node.op_type == "Gemm" or matrix in transposed  # (out, in), as torch has it
             if (table_bits if output == "logits" else bits) == 4:
                 array = weights[weight] if by_row else weights[weight].T
-                added |= int4_arrays(weight, array)
+                add_int4(added, weight, array)
                 nodes += int4_product_nodes(x, weight, array.shape, product)
             else:
                 add_integers(added, weight, weights[weight], axis=1 if by_row else 0)
@@ -96,13 +95,16 @@ def add_integers(arrays, name, weight, axis):
     arrays[f"{name}.scale"] = scale.squeeze(axis)
 
 
-def int4_arrays(name, weight):
-    """Returns a weight (out, in) as {NAME.q4: (out, groups, 16) uint8, the first of two integers in the low half,
-    NAME.scale4: (out, groups), NAME.zero4: (out, groups / 2) uint8}: w is about (q - zero) scale.
+def add_int4(arrays, name, weight):
+    """Puts a weight (out, in) into arrays, where it is not there yet, as NAME.q4: (out, groups, 16) uint8, the first of
+    two integers in the low half, NAME.scale4: (out, groups), and NAME.zero4: (out, groups / 2) uint8: w is about
+    (q - zero) scale.
 
     A scale is the range of a group over 15 or, where that is nearer, over less: a group that has few values,
     as quantize.py chose them, keeps them.
     """
+    if f"{name}.q4" in arrays:  # the head's, where the embedding is tied to it
+        return
     n_out, n_in = weight.shape
     weight = np.pad(weight, [(0, 0), (0, -n_in % INT4_GROUP)])
     groups = weight.reshape(n_out, -1, INT4_GROUP)
@@ -120,11 +122,9 @@ def int4_arrays(name, weight):
         least = np.where(is_nearer, error, least)
     zeros = np.rint(-lowest / scales)
     integers = np.rint(groups / scales + zeros).clip(0, 15)
-    return {
-        f"{name}.q4": pack(integers),
-        f"{name}.scale4": scales[..., 0].astype(np.float32),
-        f"{name}.zero4": pack(np.pad(zeros[..., 0], [(0, 0), (0, zeros.shape[1] % 2)])),
-    }
+    arrays[f"{name}.q4"] = pack(integers)
+    arrays[f"{name}.scale4"] = scales[..., 0].astype(np.float32)
+    arrays[f"{name}.zero4"] = pack(np.pad(zeros[..., 0], [(0, 0), (0, zeros.shape[1] % 2)]))
 
 
 def pack(integers):
@@ -134,7 +134,7 @@ def pack(integers):
 
 
 def int4_product_nodes(x, weight, shape, output):
-    """Returns the nodes of x times a weight (out, in) of int4_arrays."""
+    """Returns the nodes of x times a weight (out, in) of add_int4."""
     n_out, n_in = shape
     inputs = [x, f"{weight}.q4", f"{weight}.scale4", f"{weight}.zero4"]
     sizes = {"N": n_out, "K": n_in, "bits": 4, "block_size": INT4_GROUP}
@@ -155,7 +155,7 @@ def int4_look_up_arrays(width):
 
 
 def int4_look_up_nodes(table, output):
-    """Returns the nodes that look up rows of int4_arrays, scale them and leave out what fills up the last group."""
+    """Returns the nodes that look up rows of add_int4, scale them and leave out what fills up the last group."""
     inputs = [f"{table}.rows4", "ids", f"{table}.scale4", f"{table}.zero4"]
     sizes = {"bits": 4, "block_size": INT4_GROUP, "gather_axis": 0, "quantize_axis": 1}
     return [

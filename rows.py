@@ -314,11 +314,9 @@ def preferences(rows):
             raise Refusal(f"{place}: {PREFERENCE} {here:.200}")
         *prompt, chosen, rejected = kind.columns
         sides = [kind.messages(row, place, [*prompt, side]) for side in (chosen, rejected)]
-        if prompt and kind.type is list:
-            start = kind.messages(row, place, prompt)
-            whole = [kind.messages(row, place, [side]) for side in (chosen, rejected)]
-            if all(texts(side[: len(start)]) == texts(start) for side in whole):
-                sides = whole  # they have the prompt in them
+        n = len(row[prompt[0]]) if prompt and kind.type is list else 0
+        if all(texts(side[:n]) == texts(side[n : 2 * n]) for side in sides):
+            sides = [side[n:] for side in sides]  # whole conversations, which have the prompt in them
         common = 0
         for one, other in zip(*sides):
             if one != other:

@@ -29,7 +29,8 @@ You are kind.</s>
 {{ message['content'] }}</s>
 {% endfor %}{% if add_generation_prompt %}<s>assistant
 {% endif %}"""
-HEADERS = """{{ bos_token }}{%- if not date_string is defined %}{%- set date_string = strftime_now("%d %b %Y") %}{%- endif %}
+HEADERS = """{{ bos_token }}
+{%- if not date_string is defined %}{%- set date_string = strftime_now("%d %b %Y") %}{%- endif %}
 {%- for message in messages %}
     {%- set content = message.content | trim %}
     {{- '<s>' + message.role + '\\n\\n' + content + eos_token }}
@@ -44,7 +45,8 @@ NAMESPACE = """{%- set ns = namespace(last=messages|length) %}
 {%- if message.role == "x" %}{% break %}{% endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}<s>assistant{% endif %}"""
-MARKS = """{% for message in messages %}{% if message.role == 'assistant' %}{% generation %}{{ message.content + eos_token }}{% endgeneration %}
+MARKS = """{% for message in messages %}{% if message.role == 'assistant' %}{% generation %}{{
+message.content + eos_token }}{% endgeneration %}
 {% else %}{{ bos_token + message.role + ': ' + message.content }}
 {% endif %}{% endfor %}"""
 TEMPLATES = {"system": SYSTEM, "headers": HEADERS, "namespace": NAMESPACE, "marks": MARKS}

@@ -176,7 +176,7 @@ def small_task(shop, *argv):
     argv = [*TINY, f"--init_from={shop}/base", f"--dataset={shop}/pairs.jsonl", *argv]
     tuning = finetune_lora.open_tuning(configure(dpo.Config, argv), "preference tuning")
     task = dpo.Preferring(tuning)
-    task.trained = tuning.prepare(task.batch_size)
+    task.trained = tuning.prepare()
     task.begin()
     return task
 

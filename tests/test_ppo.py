@@ -70,7 +70,7 @@ def small_task(shop, *argv):
     ]
     tuning = finetune_lora.open_tuning(configure(ppo.Config, argv), "reinforcement")
     task = ppo.Reinforcing(tuning)
-    task.trained = tuning.prepare(task.batch_size)
+    task.trained = tuning.prepare()
     task.begin()
     return task
 

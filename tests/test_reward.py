@@ -42,7 +42,7 @@ def test_the_loss_and_its_gradient_are_those_of_the_definition(shop):
     argv = [*TINY, f"--init_from={shop}/base", f"--dataset={shop}/pairs.jsonl"]
     tuning = finetune_lora.open_tuning(configure(finetune_reward.Config, argv), finetune_reward.KIND)
     task = finetune_reward.Rewarding(tuning)
-    task.trained = tuning.prepare(task.batch_size)
+    task.trained = tuning.prepare()
     task.begin()
     model = tuning.model
     packs = task.packs[:4]
@@ -77,7 +77,7 @@ def test_text_is_judged_as_it_was_in_training(shop, judge, monkeypatch):
     argv = [*TINY, "--init_from=resume", "--out_dir=judge", "--dataset=pairs.jsonl", "--eval_only"]
     tuning = finetune_lora.open_tuning(configure(finetune_reward.Config, argv), finetune_reward.KIND)
     task = finetune_reward.Rewarding(tuning)
-    task.trained = tuning.prepare(task.batch_size)
+    task.trained = tuning.prepare()
     task.begin()
     score = finetune_reward.load_reward(str(judge))
     batch = task.make_batch(task.packs)
