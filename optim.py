@@ -28,7 +28,7 @@ def make_optimizers(model, cfg, compute):
 
     By role: what has two dimensions or more decays, vectors and scalars do not. Frozen parameters are in
     no group; every other one is in exactly one. compute: where they compute, and in which dtype Muon
-    multiplies (see muon_dtype).
+    multiplies (see muon_dtype); on a GPU that compiles, Muon is compiled, too.
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     hidden = [p for name, p in parameters.items() if p.dim() >= 2 and ".blocks." in f".{name}"]
@@ -55,6 +55,7 @@ def make_optimizers(model, cfg, compute):
             lr=cfg.learning_rate,
             momentum=cfg.momentum,
             dtype=muon_dtype(compute),
+            compile=compute.compile and compute.device.type == "cuda",
         )
         optimizers.append(muon)
     return optimizers
@@ -344,9 +345,11 @@ class Muon(Optimizer):
 
     can_skip = True
 
-    def __init__(self, groups, lr, momentum=0.95, weight_decay=0.1, dtype=torch.float32):
+    def __init__(self, groups, lr, momentum=0.95, weight_decay=0.1, dtype=torch.float32, compile=False):
         super().__init__(groups, lr=lr, momentum=momentum, weight_decay=weight_decay)
         self.dtype = dtype
+        # for each shape of matrices once
+        self.orthogonalize = torch.compile(orthogonalize, dynamic=False) if compile else orthogonalize
 
     @torch.no_grad()
     def step(self, is_skipped=None):
@@ -387,9 +390,9 @@ class Muon(Optimizer):
     def orthogonalized(self, updates, params):
         """Returns the updates of parameters of one shape orthogonalised, the shards of sharded ones."""
         if is_sharded(params[0]) and params[0].dim() == 2:
-            return apply_to_whole(orthogonalize, updates, params)
+            return apply_to_whole(self.orthogonalize, updates, params)
         updates = torch.stack(updates)  # of experts, shards are whole matrices
-        return list(orthogonalize(updates.flatten(0, -3)).view_as(updates))
+        return list(self.orthogonalize(updates.flatten(0, -3)).view_as(updates))
 
 
 def orthogonalize(G, coefficients=(3.4445, -4.775, 2.0315), steps=5, eps=1e-7):

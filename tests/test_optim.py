@@ -1,9 +1,13 @@
 """The optimizers against torch's, and Muon against the singular value decomposition."""
 
+from functools import partial
+
 import pytest
 import torch
 
-from optim import AdamW, Muon, orthogonalize
+import train
+from device import Compute
+from optim import AdamW, Muon, make_optimizers, orthogonalize
 
 SHAPES = [(24, 32), (24, 32), (32, 24), (48, 16), (1, 8)]
 
@@ -111,6 +115,30 @@ def test_each_experts_matrix_is_updated_as_if_alone():
     [together] = trained_experts([torch.nn.Parameter(weights.clone())])
     alone = trained_experts([torch.nn.Parameter(weight.clone()) for weight in weights.flatten(0, 1)])
     torch.testing.assert_close(together.flatten(0, 1), torch.stack(alone), rtol=0, atol=1e-6)
+
+
+def test_muon_is_compiled_on_a_gpu_that_compiles(monkeypatch):
+    """By dynamo without inductor, whose code rounds otherwise: the same weights to the bit, a graph a shape."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(tuple(inputs[0].shape))
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend, fullgraph=True))
+    shapes = [*SHAPES, (3, 2, 24, 16)]  # two matrices of one shape, and six in one parameter
+    cfg = train.Config(learning_rate=0.02)
+    results = []
+    for compute in (
+        Compute(torch.device("cpu"), "float32", True, ""),
+        Compute(torch.device("cuda"), "float32", True, ""),
+    ):
+        model = torch.nn.Module()
+        model.blocks = torch.nn.ParameterList(draw(shapes))
+        _, muon = make_optimizers(model, cfg, compute)
+        results.append(trained(muon, list(model.parameters())))
+    assert all(map(torch.equal, *results))
+    assert graphs == [(2, 24, 32), (1, 32, 24), (1, 48, 16), (1, 1, 8), (6, 24, 16)]
 
 
 @pytest.mark.parametrize("kind", [AdamW, Muon])
