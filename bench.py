@@ -7,6 +7,7 @@
     python bench.py decode --init_from=out/ts --draft=out/small    speculative decoding beside plain
     python bench.py quantize --init_from=out/ts     8 and 4 bits: what they lose, how large and fast they are
     python bench.py train --against=FOLDER      a step of nanoGPT too, of which FOLDER is a checkout
+    python bench.py learning --against=FOLDER   the time to nanoGPT's validation loss, which trains 2,000 steps first
     python bench.py decode --init_from=out/ts --against=llama.cpp    and llama.cpp, with 32, 8 and 4 bits
     python bench.py scale --processes=64 --n_layer=22 --n_head=32 --n_embd=2048    what a run in shards would take
 
@@ -39,6 +40,7 @@ import sources
 import toy_stories
 import train
 from bench_decode import LLAMA_CPP, bench_decode
+from bench_learning import NANOGPT, START, bench_learning
 from bench_ops import bench_attention, bench_rmsnorm, rmsnorm_kinds
 from bench_processes import bench_processes
 from bench_quantize import bench_quantize
@@ -70,7 +72,6 @@ from tokenizer import EOT, Tokenizer
 CONFIGS = Path(__file__).parent / "configs"
 SHAPE_KEYS = ("n_layer", "n_head", "n_embd", "block_size", "batch_size")
 ARCHITECTURE_KEYS = {"norm", "norm_position", "pos", "mlp"}
-NANOGPT = "nanoGPT"
 
 
 @dataclass
@@ -88,7 +89,11 @@ class Config(train.Config):
     seconds: float = 10.0  # time for each bench's rounds, of which there are at least three
     text: str = ""  # tokenizer: a file as prepare.py reads it instead of toy stories
     processes: int = 0  # scale: foresee a run by so many GPUs; 0 = run small models by two processes
-    against: str = ""  # train: a folder, a checkout of nanoGPT, whose code is run | decode: llama.cpp
+    against: str = (
+        ""  # train, learning: a folder, a checkout of nanoGPT, whose code is run | decode: llama.cpp
+    )
+    steps: int = 2000  # learning: that nanoGPT makes
+    share: float = 0.5  # learning: of so many, those that ours makes
     draft: str = (
         ""  # decode: a smaller model than init_from's, or ngram; speculative decoding is timed then
     )
@@ -118,6 +123,11 @@ class Config(train.Config):
             )
         if self.processes < 0:
             raise ValueError(f"processes cannot be negative, not {self.processes}")
+        if self.steps <= START or not 0 < self.share <= 1:
+            raise ValueError(
+                f"steps must be at least {START + 1}, not {self.steps}, "
+                f"and share above 0 and at most 1, not {self.share}"
+            )
         if not 0 <= self.seconds <= 3600:
             raise ValueError(f"seconds must be between 0 and 3600, not {self.seconds}")
         if not 1 <= self.speculate <= MOST_GUESSES:
@@ -578,6 +588,7 @@ BENCHES = {
     "processes": bench_processes,
     "scale": bench_scale,
 }
+LONG = {"learning": bench_learning}  # run where they are named
 
 
 def main(cfg):
@@ -586,6 +597,8 @@ def main(cfg):
         raise Refusal(
             "processes is what scale foresees, by itself: python bench.py scale --processes=..."
         )
+    if "learning" in names and (not cfg.nanogpt or cfg.init_from != "scratch"):
+        raise Refusal("learning is from scratch, against nanoGPT: --against=FOLDER, a checkout of it")
     cfg = take_shape(cfg)
     compute = resolve(cfg.device, cfg.dtype, cfg.compile)
     if not cfg.processes:  # else nothing of this size is run
@@ -597,7 +610,7 @@ def main(cfg):
     )
     figures = {}
     for name in names:
-        bench = BENCHES[name]
+        bench = (BENCHES | LONG)[name]
         title = " ".join(bench.__doc__.split())
         print(f"\n{name}: {title}", flush=True)
         try:
@@ -619,4 +632,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    run(main, Config, words=BENCHES)
+    run(main, Config, words=BENCHES | LONG)

@@ -24,11 +24,9 @@ def build_model(cfg):
     return Transformer(model_config(cfg))
 
 
-def make_training_step(cfg, compute, ops=None):
-    """Returns (step, model, optimizers), where step() is one real training step of train.py, with its
-    choice of an RMSNorm where ops is None.
-
-    step raises Refusal where the loss or the gradient is not finite: then no step was taken.
+def build_trained(cfg, compute, ops=None):
+    """Returns (model, what to train, perhaps compiled) as train.py has them, with its choice of an RMSNorm where
+    ops is None.
     """
     model = build_model(cfg)
     trained = train.place(model, compute)
@@ -38,6 +36,16 @@ def make_training_step(cfg, compute, ops=None):
     if ops is None:
         ops, _ = rmsnorm.choose(cfg.rmsnorm, compute.device, compute.compile)
     use_rmsnorm(model, ops)
+    return model, trained
+
+
+def make_training_step(cfg, compute, ops=None):
+    """Returns (step, model, optimizers), where step() is one real training step of train.py, of a model as
+    build_trained has it.
+
+    step raises Refusal where the loss or the gradient is not finite: then no step was taken.
+    """
+    model, trained = build_trained(cfg, compute, ops)
     optimizers = make_slow_optimizers(model, cfg, compute)
     scaler = make_scaler(compute)
     rows = torch.randint(cfg.vocab_size, (cfg.batch_size, cfg.block_size + 1))

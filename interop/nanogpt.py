@@ -4,8 +4,10 @@ import contextlib
 import importlib.util
 import io
 import os
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 
 from config import Refusal
 
@@ -27,9 +29,9 @@ def load(folder):
     return module
 
 
-def make_step(module, cfg, compute, learning_rate):
-    """Returns (step, model, optimizers), where step() is one step of nanoGPT's train.py with its own
-    defaults, at the shape and the rows of cfg.
+def make_update(module, cfg, compute, learning_rate):
+    """Returns (update, model, optimizer), where update(batches) is one step of nanoGPT's train.py with its own
+    defaults, at the shape of cfg, on micro-batches (inputs, targets), both (B, T).
     """
     config = module.GPTConfig(
         block_size=cfg.block_size,
@@ -46,14 +48,12 @@ def make_step(module, cfg, compute, learning_rate):
         optimizer = model.configure_optimizers(0.1, learning_rate, (0.9, 0.95), device)
     trained = torch.compile(model) if compute.compile else model
     scaler = torch.amp.GradScaler(device, enabled=compute.dtype == torch.float16)
-    rows = torch.randint(cfg.vocab_size, (cfg.batch_size, cfg.block_size + 1), device=compute.device)
-    X, Y = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
-    def step():
-        for _ in range(cfg.gradient_accumulation_steps):
+    def update(batches):
+        for X, Y in batches:
             with compute.autocast():
                 _, loss = trained(X, Y)
-                loss = loss / cfg.gradient_accumulation_steps
+                loss = loss / len(batches)
             scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -62,7 +62,28 @@ def make_step(module, cfg, compute, learning_rate):
         optimizer.zero_grad(set_to_none=True)
         return loss.item()  # waits for the device, as ours does
 
-    return step, model, [optimizer]
+    return update, model, optimizer
+
+
+def make_step(module, cfg, compute, learning_rate):
+    """Returns (step, model, optimizers), where step() is make_update's on random rows of the size of cfg's."""
+    update, model, optimizer = make_update(module, cfg, compute, learning_rate)
+    rows = torch.randint(cfg.vocab_size, (cfg.batch_size, cfg.block_size + 1), device=compute.device)
+    batch = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+    return partial(update, [batch] * cfg.gradient_accumulation_steps), model, [optimizer]
+
+
+class Scored(torch.nn.Module):
+    """A model of nanoGPT's, to be called as score.py calls ours: a sum over targets, of which -100 do not count."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, idx, targets, reduction):
+        logits, _ = self.model(idx, idx)  # without targets it gives the last token's alone
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction=reduction)
+        return logits, loss
 
 
 def flops_per_token(model):

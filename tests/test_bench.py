@@ -5,6 +5,8 @@ import io
 import json
 import math
 import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,12 +17,19 @@ from test_train import copied
 
 import bench
 import bench_decode
+import bench_learning
 import bench_ops
 import bench_step
 import measure
 import toy_stories
+import train
 from config import Refusal, configure
+from data import epoch_starts
 from device import resolve
+from interop import nanogpt
+from optim import get_lr, make_optimizers
+from score import evaluate
+from tokenizer import EOT
 
 CPU = torch.device("cpu")
 PLAIN_CPU = ["--device=cpu", "--dtype=float32"]
@@ -37,7 +46,7 @@ TINY = [
 
 
 def config(*argv):
-    return configure(bench.Config, [*TINY, *argv], bench.BENCHES)
+    return configure(bench.Config, [*TINY, *argv], bench.BENCHES | bench.LONG)
 
 
 @pytest.fixture
@@ -376,3 +385,126 @@ def test_without_hugging_face_the_rest_is_measured(monkeypatch, capsys):
     assert "no counterpart" in out
     assert "pip install transformers" in out
     assert out.count("prefill") >= 4
+
+
+# As much of nanoGPT's model.py as is called
+CHECKOUT = """
+from types import SimpleNamespace as GPTConfig
+import torch
+import torch.nn.functional as F
+
+class GPT(torch.nn.Embedding):
+    def __init__(self, config):
+        super().__init__(config.vocab_size, config.vocab_size)
+        self.config = config
+
+    def get_num_params(self):
+        return self.weight.numel()
+
+    def forward(self, idx, targets=None):
+        logits = super().forward(idx)
+        if targets is None:
+            return logits[:, [-1]], None
+        return logits, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1)
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        return torch.optim.AdamW(self.parameters(), learning_rate, betas, weight_decay=weight_decay)
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    (tmp_path / "model.py").write_text(CHECKOUT)
+    monkeypatch.setattr(bench_learning, "VALIDATION", 20)
+    monkeypatch.setattr(bench_learning, "TOLD", 50)
+    return str(tmp_path)
+
+
+def test_stories_to_learn_from_are_told_once(checkout):
+    ids, held_out, tokenizer = bench_learning.fresh_stories(9000, 400, seed=3)
+    texts = [text for text, _ in toy_stories.stories(220, 3)]
+    n = (ids == tokenizer.eot).sum()
+    assert len(ids) >= 9000 and n % 50 == 0
+    assert tokenizer.decode(held_out.tolist()) == "".join(f"{text}{EOT}" for text in texts[:20])
+    assert tokenizer.decode(ids.tolist()) == "".join(f"{text}{EOT}" for text in texts[20 : 20 + n])
+
+
+def test_time_to_a_loss_is_that_of_steps_after_the_start(clock):
+    cfg = replace(config(), max_iters=25, eval_interval=10, learning_rate=0.1, warmup_iters=0)
+    groups = [{}, {"lr_scale": 8}]
+    optimizers = [SimpleNamespace(param_groups=[group]) for group in groups]
+    losses = iter([3.0, 2.0, 1.0])
+
+    def validate():
+        clock(1000)
+        return next(losses)
+
+    def update(step):
+        clock(60 if step == 0 else 2)
+
+    start, points = bench_learning.learn(update, optimizers, validate, cfg, CPU)
+    assert start == 60 + 4 * 2
+    assert points == [(10, 5 * 2, 3.0), (20, 15 * 2, 2.0), (25, 20 * 2, 1.0)]
+    assert groups[1]["lr"] == 8 * groups[0]["lr"] > 0
+
+
+def test_nanogpt_learns_by_its_own_rates_and_ours_by_train_pys(checkout):
+    """Both beside loops written out; the tokens are counted: rows are never read twice."""
+    argv = "--steps=120 --share=0.2 --eval_interval=8 --eval_tokens=0 --gradient_accumulation_steps=2"
+    cfg = config("learning", f"--against={checkout}", "--warmup_iters=4", *argv.split())
+    compute = resolve("cpu", "float32", "false")
+    theirs, ours = bench_learning.bench_learning(cfg, compute)
+
+    ids, held_out, tokenizer = bench_learning.fresh_stories(120 * 64 + 32, 300, cfg.seed)
+    cfg = replace(cfg, vocab_size=tokenizer.vocab_size)
+    starts = epoch_starts(len(ids), 16, cfg.seed, 0)
+    assert len(starts) >= 120 * 4
+    rows = torch.stack([torch.from_numpy(ids[start : start + 17].astype(int)) for start in starts])
+    held_out = torch.from_numpy(held_out.astype(int))
+
+    torch.manual_seed(cfg.seed)
+    module = nanogpt.load(checkout)
+    model = module.GPT(module.GPTConfig(vocab_size=cfg.vocab_size, n_layer=2, n_embd=16, block_size=16))
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
+    for step in range(120):
+        rate = 1e-3 * (step + 1) / 101
+        if step >= 100:
+            rate = 1e-4 + 0.5 * (1 + math.cos(math.pi * (step - 100) / 20)) * 9e-4
+        optimizer.param_groups[0]["lr"] = rate
+        some = rows[4 * step : 4 * step + 4]
+        optimizer.zero_grad()
+        model(some[:, :-1].contiguous(), some[:, 1:].contiguous())[1].backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    with torch.no_grad():
+        loss = model(held_out[:-1], held_out[1:])[1].item()  # it sees one token at a time
+    assert theirs["val_loss"] == pytest.approx(loss, rel=1e-5)
+    assert (theirs["steps"], theirs["reached_step"], theirs["of_time"]) == (120, 120, 1)
+
+    cfg = replace(cfg, max_iters=24)
+    model, _ = bench_step.build_trained(cfg, compute)
+    optimizers = make_optimizers(model, cfg, compute)
+    losses = []
+    for step in range(24):
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["lr"] = get_lr(step, cfg) * group["lr_scale"]
+        parts = rows[4 * step : 4 * step + 4].split(2)
+        batches = [{"idx": part[:, :-1], "targets": part[:, 1:]} for part in parts]
+        train.train_step(model, optimizers, batches, compute, grad_clip=1.0)
+        if step % 8 == 7:
+            losses.append(evaluate(model, held_out.numpy(), 16, 2, compute))
+    assert ours["val_loss"] == losses[-1]
+    reached = [8 * (i + 1) for i, loss in enumerate(losses) if loss <= theirs["val_loss"]]
+    assert ours["reached_step"] == reached[0] < ours["steps"] == 24
+    assert ours["of_time"] == ours["reached_s"] / theirs["s"]
+
+
+def test_nanogpt_is_a_rival_from_a_checkout(checkout, capsys):
+    bench.main(config("train", f"--against={checkout}"))
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.split()[:2] for line in lines[-5:]]
+    pairs = [["llama", "adamw"], ["llama", "muon"], ["gpt2", "adamw"], ["gpt2", "muon"]]
+    assert rows == [["nanoGPT", "adamw"], *pairs]
+    for argv in [], [f"--against={checkout}", "--init_from=out/ts"]:
+        with pytest.raises(Refusal, match="from scratch, against nanoGPT: --against=FOLDER"):
+            bench.main(config("learning", *argv))

@@ -1,0 +1,135 @@
+"""What bench.py learning runs: nanoGPT and ours, trained on toy stories that nobody sees twice."""
+
+from dataclasses import replace
+from functools import partial
+from itertools import chain, islice, pairwise
+
+import numpy as np
+import torch
+
+import toy_stories
+import train
+from bench_step import build_trained
+from data import micro_batches, to, training_rows
+from interop import nanogpt
+from measure import time_rival
+from optim import get_lr, make_optimizers
+from score import evaluate
+from shards import id_type
+from tokenizer import Tokenizer
+
+NANOGPT = "nanoGPT"
+START = 5  # steps, in which models are compiled and graphs captured: timed apart
+VALIDATION = 2000  # stories that are not trained on
+TOLD = 10**4  # stories at a time
+
+
+def fresh_stories(n_tokens, vocab_size, seed):
+    """Returns (training ids, at least n_tokens of them, validation ids, tokenizer) of toy stories, each told once."""
+    texts = (text for text, _ in toy_stories.stories(10**12, seed))
+    held_out = list(islice(texts, VALIDATION))
+    told = list(islice(texts, TOLD))
+    tokenizer = Tokenizer.train(told, vocab_size)
+
+    def encode(texts):
+        ids = chain.from_iterable((*ids, tokenizer.eot) for ids in tokenizer.encode_batch(texts))
+        return np.fromiter(ids, id_type(tokenizer.vocab_size))
+
+    parts = [encode(told)]
+    while sum(map(len, parts)) < n_tokens:
+        parts.append(encode(list(islice(texts, TOLD))))
+    return np.concatenate(parts), encode(held_out), tokenizer
+
+
+def learn(update, optimizers, validate, cfg, device):
+    """Makes cfg.max_iters steps, update(step) each, at cfg's rates. Returns (seconds of the first START steps,
+    [(steps, seconds of those after START, validation loss)] every eval_interval and at the end).
+    """
+
+    def make_steps(first, end):
+        for step in range(first, end):
+            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+                group["lr"] = get_lr(step, cfg) * group.get("lr_scale", 1.0)
+            update(step)
+
+    start = time_rival(partial(make_steps, 0, START), device)
+    ends = [n for n in range(cfg.eval_interval, cfg.max_iters, cfg.eval_interval) if n > START]
+    seconds, points = 0.0, []
+    for first, end in pairwise([START, *ends, cfg.max_iters]):
+        seconds += time_rival(partial(make_steps, first, end), device)
+        points.append((end, seconds, validate()))
+    return start, points
+
+
+def nanogpts_rates(cfg):
+    """Returns cfg with nanoGPT's rates, which end with the run: those of its config/train_shakespeare_char.py,
+    and from GPT-2's width on the highest one of its train.py.
+    """
+    highest = 1e-3 if cfg.n_embd < 768 else 6e-4
+    settings = dict(schedule="cosine", learning_rate=highest, min_lr=highest / 10, lr_decay_iters=0)
+    return replace(cfg, max_iters=cfg.steps, eval_interval=cfg.steps, warmup_iters=100, **settings)
+
+
+def bench_learning(cfg, compute):
+    """Trains nanoGPT's model for --steps, then ours for --share of them, on the same toy stories, none seen twice.
+
+    Both have the same rows and tokens; each ends its schedule. s is the time of its steps, start_s that of the
+    first five, with what is compiled then, evaluations in neither. reached_s is when the validation loss was
+    first no higher than nanoGPT's last, of_time the share of nanoGPT's time.
+    """
+    gpt = nanogpt.load(cfg.nanogpt)
+    T = cfg.block_size
+    tokens = cfg.batch_size * T * cfg.gradient_accumulation_steps
+    # two rows more, as an epoch starts somewhere in the first one
+    ids, held_out, tokenizer = fresh_stories(cfg.steps * tokens + 2 * T, cfg.vocab_size, cfg.seed)
+    cfg = replace(cfg, vocab_size=tokenizer.vocab_size)
+
+    def batches(step):
+        rows = micro_batches(step, cfg, compute)
+        return [to(training_rows(ids, T, cfg.seed, *some), compute.device) for some in rows]
+
+    def loss_of(model):
+        return evaluate(model, held_out, T, cfg.batch_size, compute, cfg.eval_tokens)
+
+    def learn_theirs():
+        torch.manual_seed(cfg.seed)
+        update, model, optimizer = nanogpt.make_update(gpt, cfg, compute, cfg.learning_rate)
+
+        def update_on(step):
+            update([(batch["idx"], batch["targets"].contiguous()) for batch in batches(step)])
+
+        validate = partial(loss_of, nanogpt.Scored(model))
+        return learn(update_on, [optimizer], validate, nanogpts_rates(cfg), compute.device)
+
+    def learn_ours():
+        ours = replace(cfg, max_iters=max(START + 1, round(cfg.share * cfg.steps)), lr_decay_iters=0)
+        model, trained = build_trained(ours, compute)
+        optimizers = make_optimizers(model, ours, compute)
+        update = train.make_step(trained, optimizers, ours, compute)
+
+        def update_on(step):
+            update(batches=batches(step), seed=(cfg.seed, step))
+
+        return learn(update_on, optimizers, partial(loss_of, model), ours, compute.device)
+
+    runs = {(NANOGPT, "adamw"): learn_theirs(), ("ours", cfg.optimizer): learn_ours()}
+    [(_, limit, goal)] = runs[NANOGPT, "adamw"][1]
+    rows = []
+    for (name, optimizer), (start, points) in runs.items():
+        steps, seconds, loss = points[-1]
+        reached = next((point for point in points if point[2] <= goal), (None, None, None))
+        rows.append(
+            {
+                "by": name,
+                "optimizer": optimizer,
+                "steps": steps,
+                "start_s": start,
+                "s": seconds,
+                "tokens_per_s": (steps - START) * tokens / seconds,
+                "val_loss": loss,
+                "reached_step": reached[0],
+                "reached_s": reached[1],
+                "of_time": reached[1] / limit if reached[1] else None,
+            }
+        )
+    return rows
