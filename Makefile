@@ -55,9 +55,11 @@ AGAINST := $(if $(NANOGPT),--against=$(NANOGPT))
 gpu: .venv/installed-dev  ## with a CUDA GPU: its tests, then its tables; NANOGPT=FOLDER has a rival. Aims at 15 minutes, not measured
 	$(BIN)/python -m pytest -q -m "not slow" tests/test_device.py tests/test_graphs.py tests/test_rmsnorm.py
 	$(BIN)/python bench.py train configs/small.toml --dtype=bfloat16 $(AGAINST)
-	$(BIN)/python bench.py train configs/small.toml --dtype=bfloat16 --norm=rmsnorm
+	$(BIN)/python bench.py train configs/small.toml --dtype=bfloat16 --norm=rmsnorm --optimizer=muon $(AGAINST)
 	$(BIN)/python bench.py train configs/medium.toml --dtype=bfloat16 $(AGAINST)
-	$(BIN)/python bench.py train configs/medium.toml --dtype=bfloat16 --norm=rmsnorm
+	$(BIN)/python bench.py train configs/medium.toml --dtype=bfloat16 --norm=rmsnorm --optimizer=muon $(AGAINST)
+	$(if $(NANOGPT),$(BIN)/python bench.py learning configs/small.toml --dtype=bfloat16 $(AGAINST))
+	$(if $(NANOGPT),$(BIN)/python bench.py learning configs/medium.toml --gradient_accumulation_steps=1 --dtype=bfloat16 $(AGAINST))
 	$(BIN)/python bench.py decode configs/small.toml --dtype=bfloat16
 	$(BIN)/python bench.py rmsnorm
 	date +%T && $(BIN)/python train.py --out_dir=out/gpu --overwrite && date +%T
