@@ -60,7 +60,7 @@ def make_update(module, cfg, compute, learning_rate):
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        return loss.item()  # waits for the device, as ours does
+        return loss.item()  # waits for the device, as its train.py does at each step
 
     return update, model, optimizer
 
