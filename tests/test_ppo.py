@@ -1,7 +1,9 @@
 """Rewards: the loss beside its definition and TRL's, what sampling hands over, bandits, resuming to the bit."""
 
+import copy
 import math
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -12,14 +14,18 @@ from test_model import build
 from test_prepare import write_rows
 from test_processes import run_together
 from test_train import CPU, SMALL, log, same
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import checkpoint
 import finetune_lora
 import finetune_ppo as ppo
+import hf
+import lora
 import prepare
 import train
 from config import Refusal, configure
 from generate import generate
+from interop import hf_layout
 
 PROMPTS = ["--dataset=prompts.jsonl", "--val_dataset=held.jsonl"]
 REWARDED = [
@@ -174,84 +180,189 @@ def test_the_loss_of_values_is_that_of_the_definition():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scale", [False, True])
-def test_the_loss_and_its_gradient_are_those_of_trl(tmp_path, scale):
-    import datasets
+def test_the_loss_and_its_gradient_are_those_of_trl(shop, tmp_path, scale):
+    """Of one batch of samples, from weights that have moved away from those that sampled, and these from the
+    reference. TRL's divergence is ours where it is not multiplied by the ratio, as it is by default.
+    """
     import trl  # takes seconds
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=50,
-            hidden_size=16,
-            intermediate_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-        )
-    ).save_pretrained(tmp_path / "model")
-    model = LlamaForCausalLM.from_pretrained(tmp_path / "model")  # where TRL reads its reference from
-    tokenizer = AutoTokenizer.from_pretrained(write_tokenizer(tmp_path))
+    prompts = ["a", "bc", "dab", "cd"]  # TRL's are padded on their left
+    write_rows(shop / "unequal.jsonl", [{"prompt": prompt} for prompt in prompts])
+    argv = [f"--dataset={shop}/unequal.jsonl", "--kl=0.3", f"--scale={scale}", "--max_new_tokens=13"]
+    task = small_task(shop, *argv)
+    model = task.tuning.model
+    moved(model)
+    [batch] = task.batches(0)
+    rewards = [task.reward("", answer) for answer in answers(task, batch)]
+    batch["is_whole"][:] = True  # TRL lets what was cut off count in the mean
+    batch["advantage"] = ppo.group_advantages(torch.tensor(rewards), batch["is_whole"], 4, scale)
+    moved(model)
+    lora.merge(model)  # an ordinary model, of which all weights learn
+
+    checkpoint.save(f"{tmp_path}/ckpt.pt", model, task.tuning.tokenizer, {}, checkpoint.RunState())
+    call(hf, f"--out_dir={tmp_path}", f"--to={tmp_path}/moved")
+    peer = AutoModelForCausalLM.from_pretrained(tmp_path / "moved", dtype=torch.float32)
     config = trl.GRPOConfig(
-        str(tmp_path / "out"),
+        str(tmp_path / "trl"),
         beta=0.3,
         loss_type="grpo",
         use_bias_correction_kl=False,
         bf16=False,
         use_cpu=True,
         report_to=[],
-        num_generations=3,
-        per_device_train_batch_size=6,
+        num_generations=4,
+        per_device_train_batch_size=12,
         gradient_checkpointing=False,
     )
     trainer = trl.GRPOTrainer(
-        model,
+        peer,
         lambda completions, **_: [0.0] * len(completions),
         config,
-        train_dataset=datasets.Dataset.from_list([{"prompt": "a"}] * 6),
-        processing_class=tokenizer,
+        processing_class=AutoTokenizer.from_pretrained(tmp_path / "moved"),
+        train_dataset=datasets.Dataset.from_list([{"prompt": "a"}] * 12),
     )
-    logps, batch = random_batch(1)
-    rewards = [1.0, 0.0, 0.5, 2.0, 2.0, -1.0]
-    batch["is_whole"][:] = True  # TRL lets what was cut off count in the mean
-    batch["advantage"] = ppo.group_advantages(
-        torch.tensor(rewards), batch["is_whole"], 3, scale
-    ).double()
-    means = np.repeat(np.reshape(rewards, (2, 3)).mean(1), 3)
-    deviations = np.repeat(np.reshape(rewards, (2, 3)).std(1, ddof=1), 3) + 1e-4
-    expected = (np.array(rewards) - means) / (deviations if scale else 1)
-    np.testing.assert_allclose(batch["advantage"][:, 0], expected, rtol=1e-6)
-    trainer._get_per_token_logps_and_entropies = lambda *_, **__: (logps, torch.zeros_like(logps), None)
+    means = np.repeat(np.reshape(rewards, (3, 4)).mean(1), 4)
+    deviations = np.repeat(np.reshape(rewards, (3, 4)).std(1, ddof=1), 4) + 1e-4
+    advantages = (np.array(rewards) - means) / (deviations if scale else 1)
+    assert advantages.any()
     trainer.current_gradient_accumulation_steps = 1
-    mask = (batch["targets"] != -100).long()
     theirs = trainer._compute_loss(
-        model,
-        {
-            "prompt_ids": torch.zeros(6, 2, dtype=torch.long),
-            "prompt_mask": torch.ones(6, 2, dtype=torch.long),
-            "completion_ids": torch.zeros(6, 7, dtype=torch.long),
-            "completion_mask": mask,
-            "advantages": batch["advantage"][:, 0],
-            "old_per_token_logps": batch["old"],
-            "ref_per_token_logps": batch["reference"],
-        },
+        peer,
+        padded_for_trl(batch) | {"advantages": torch.tensor(advantages, dtype=torch.float32)},
     )
-    loss = ppo.policy_loss(logps, batch, 0.2, 0.3) / 6
-    assert loss.item() == pytest.approx(theirs.item(), rel=1e-12)
-    [gradient] = torch.autograd.grad(loss, logps)
-    [exact] = torch.autograd.grad(theirs, logps)
-    torch.testing.assert_close(gradient, exact, rtol=1e-10, atol=1e-14)
+    theirs.backward()
+
+    is_learned = batch["targets"] != -100
+    ratios = (ppo.token_logps(model, batch) - batch["old"]).exp()[is_learned]
+    assert ratios.min() < 0.8 and ratios.max() > 1.2  # some are clipped
+    loss = task.loss(model, batch) / 12
+    loss.backward()
+    assert loss.item() == pytest.approx(theirs.item(), rel=1e-5)
+    _, grads = hf_layout.to_hf(model.config, {name: p.grad for name, p in model.named_parameters()})
+    named = dict(peer.named_parameters())
+    assert len(grads) >= len(named) > 10
+    for name, p in named.items():
+        torch.testing.assert_close(grads[name], p.grad, rtol=1e-3, atol=1e-5 * p.grad.abs().max().item())
 
 
-def write_tokenizer(folder):
-    """Writes a tokenizer of words that transformers reads; returns its folder."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+def answers(task, batch):
+    """Returns the texts that were sampled."""
+    tokenizer = task.tuning.tokenizer
+    ids = [row[row != -100].tolist() for row in batch["targets"]]
+    return [tokenizer.decode_more(row[:-1] if row[-1] == tokenizer.eot else row) for row in ids]
 
-    words = {word: id for id, word in enumerate(["<pad>", "<eos>", *"abcdefgh"])}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
-    fast.save_pretrained(folder / "tokenizer")
-    return folder / "tokenizer"
+
+def padded_for_trl(batch):
+    """Returns a batch of task.sample as TRL's trainer has it: prompts and answers apart, the former with their
+    padding on the left.
+    """
+    targets = batch["targets"]
+    spans = [row.nonzero()[[0, -1], 0].tolist() for row in targets != -100]
+    width = max(first for first, _ in spans) + 1
+    length = max(last + 1 - first for first, last in spans)
+    n = len(targets)
+    result = {
+        "prompt_ids": torch.zeros(n, width, dtype=torch.long),
+        "prompt_mask": torch.zeros(n, width, dtype=torch.long),
+        "completion_ids": torch.zeros(n, length, dtype=torch.long),
+        "completion_mask": torch.zeros(n, length, dtype=torch.long),
+        "old_per_token_logps": torch.zeros(n, length),
+        "ref_per_token_logps": torch.zeros(n, length),
+    }
+    for row, (first, last) in enumerate(spans):
+        answer = slice(first, last + 1)
+        tokens = last + 1 - first
+        result["prompt_ids"][row, width - first - 1 :] = batch["idx"][row, : first + 1]
+        result["prompt_mask"][row, width - first - 1 :] = 1
+        result["completion_ids"][row, :tokens] = targets[row, answer]
+        result["completion_mask"][row, :tokens] = 1
+        result["old_per_token_logps"][row, :tokens] = batch["old"][row, answer]
+        result["ref_per_token_logps"][row, :tokens] = batch["reference"][row, answer]
+    return result
+
+
+@pytest.mark.parametrize("baseline", ["group", "value"])
+def test_the_loss_and_its_gradient_are_those_of_the_definition(shop, baseline):
+    """In float64, a text at a time: log p by the model that sampled, by its base and by one that has moved, from
+    the texts and rewards alone.
+    """
+    argv = ["--kl=0.3", f"--baseline={baseline}", "--gae=0.9", "--max_new_tokens=6"]
+    task = small_task(shop, *argv)
+    model = task.tuning.model
+    moved(model)
+    sampler = copy.deepcopy(model).double()
+    [batch] = task.batches(0)
+    moved(model)
+    exact = copy.deepcopy(model).double()
+    loss = task.loss(model, batch)
+    loss.backward()
+
+    rewards = [task.reward("", answer) for answer in answers(task, batch)]
+    whole = [
+        int(targets[targets != -100][-1]) == task.tuning.tokenizer.eot for targets in batch["targets"]
+    ]
+    assert 3 < sum(whole) < 12
+    texts = []  # (ids, the first sampled one's place)
+    for idx, targets in zip(batch["idx"], batch["targets"]):
+        first, last = (targets != -100).nonzero()[[0, -1], 0].tolist()
+        texts.append(([*idx[: first + 1].tolist(), *targets[first : last + 1].tolist()], first + 1))
+
+    def logps(of, ids, first):
+        every = of(torch.tensor([ids[:-1]]))[0].log_softmax(-1)[0]
+        return torch.stack([every[t - 1, ids[t]] for t in range(first, len(ids))])
+
+    def values(of, ids, first):
+        states = of.hidden(torch.tensor([ids[:-1]])).detach()
+        return of.value_head(states)[0, first - 1 :, 0]
+
+    with torch.no_grad():
+        old = [logps(sampler, *text) for text in texts]
+        with lora.switched_off(sampler):
+            reference = [logps(sampler, *text) for text in texts]
+        if baseline == "value":
+            before = [values(sampler, *text) for text in texts]
+    advantages = []
+    for row in range(12):
+        if baseline == "group":
+            group = [rewards[n] for n in range(row // 4 * 4, row // 4 * 4 + 4) if whole[n]]
+            of_row = rewards[row] - np.mean(group) if whole[row] else 0.0
+            deviation = np.std(group, ddof=1) if len(group) > 1 else 0.0
+            advantages.append([of_row / (deviation + 1e-4)] * len(old[row]))
+        else:
+            v = [*before[row].tolist(), 0.0]
+            n = len(v) - 1
+            deltas = [v[t + 1] - v[t] + (rewards[row] if t == n - 1 else 0.0) for t in range(n)]
+            advantages.append([sum(0.9 ** (k - t) * deltas[k] for k in range(t, n)) for t in range(n)])
+    goals = advantages
+    if baseline == "value":
+        goals = [
+            [a + v for a, v in zip(*row)] for row in zip(advantages, (row.tolist() for row in before))
+        ]
+        learned = [a for row in range(12) if whole[row] for a in advantages[row]]
+        advantages = [[(a - np.mean(learned)) / np.std(learned) for a in row] for row in advantages]
+
+    expected = 0.0
+    for row, text in enumerate(texts):
+        n = len(old[row])
+        now = logps(exact, *text)
+        for t in range(n):
+            ratio = (now[t] - old[row][t]).exp()
+            A = advantages[row][t]
+            gain = min(ratio * A, min(max(ratio, 1 - 0.2), 1 + 0.2) * A) if whole[row] else 0.0
+            share = (reference[row][t] - now[t]).exp()
+            expected = expected - (gain - 0.3 * (share - share.log() - 1)) / n
+        if baseline == "value" and whole[row]:
+            for v, old_v, goal in zip(values(exact, *text), before[row], goals[row]):
+                near = min(max(v, old_v - 0.2), old_v + 0.2)
+                expected = expected + max((v - goal) ** 2, (near - goal) ** 2) / 2 / n
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    grads = dict(exact.named_parameters())
+    learned = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    assert len(learned) > 10
+    for name, p in learned:
+        atol = 1e-4 * grads[name].grad.abs().max().item()
+        torch.testing.assert_close(p.grad.double(), grads[name].grad, rtol=1e-3, atol=atol)
 
 
 # What sampling hands over
