@@ -247,6 +247,7 @@ class Reinforcing(finetune_lora.FineTuning):
     fixed = finetune_lora.FIXED | {"baseline"}
     round = -1  # which one self.samples are of
     samples = ()  # the micro-batches of a round
+    drift = 0.0  # see sample(): the largest so far in training, of all processes
 
     def convert(self, places_and_rows):
         """Returns the Conversations of rows, which need no answers."""
@@ -309,6 +310,8 @@ class Reinforcing(finetune_lora.FineTuning):
             add_head(model, "value_head", saved)
         if self.cfg.updates > 1 and self.compute.world_size > 1:
             raise Refusal("several processes take one step on their samples: updates must be 1")
+        if self.tuning.resumed:
+            self.drift = self.tuning.resumed["config"].get("drift", 0.0)  # older runs have none
         if self.tuning.resumed and (saved := self.tuning.resumed["config"]["samples"]):
             self.round = saved["round"]
             self.samples = [
@@ -322,33 +325,50 @@ class Reinforcing(finetune_lora.FineTuning):
     def notes(self):
         batches = [{name: x.tolist() for name, x in batch.items()} for batch in self.samples]
         samples = {"round": self.round, "batches": batches} if self.cfg.updates > 1 else {}
-        notes = super().notes() | {"samples": samples}
+        notes = super().notes() | {"samples": samples, "drift": self.drift}
         if self.cfg.baseline == "value":
             notes["value_head"] = saved_head(self.tuning.model.value_head)
         return notes
 
     def batches(self, step):
-        """Returns this process's micro-batches of a step: new samples, or those of the step before."""
-        cfg = self.cfg
-        if self.round == step // cfg.updates:
+        """Returns this process's micro-batches of a step: new samples, or those of the step before. Raises Refusal, in
+        all processes, where a reward is none.
+        """
+        number = step // self.cfg.updates
+        if self.round == number:
             return self.samples
-        self.round = step // cfg.updates
-        self.samples = []
-        for first, n in micro_batches(self.round, cfg, self.compute):
-            prompts = training_packs(self.prompts, cfg.seed, first, n)
-            prompts = [prompt for prompt in prompts for _ in range(cfg.group)]
-            batch, rewards, _ = self.sample(prompts, (cfg.seed, first))
-            rewards = torch.tensor(rewards, device=self.compute.device)
-            if cfg.baseline == "group":
-                batch["advantage"] = group_advantages(rewards, batch["is_whole"], cfg.group, cfg.scale)
-            else:
-                is_answer = batch["targets"] != -100
-                batch["advantage"] = value_advantages(rewards, batch["value"], is_answer, cfg.gae)
-                batch["goal"] = batch["value"] + batch["advantage"]
-            self.samples.append(batch)
-        if cfg.baseline == "value":
-            whiten(self.samples, self.compute)
-        return self.samples
+        samples, drifts, refusal = [], [self.drift], None
+        try:
+            for first, n in micro_batches(number, self.cfg, self.compute):
+                batch, drift = self.learned_batch(first, n)
+                samples.append(batch)
+                drifts.append(drift)
+        except Refusal as e:  # which the others are told of before they wait for a gradient
+            refusal = e
+        said = torch.zeros(self.compute.world_size, 2)
+        said[self.compute.rank] = torch.tensor([max(drifts), refusal is not None])
+        self.drift, is_refused = self.compute.sum(said).amax(0).tolist()
+        if is_refused:
+            raise refusal or Refusal("a reward of another process is none, which says so", status=1)
+        if self.cfg.baseline == "value":
+            whiten(samples, self.compute)
+        self.round, self.samples = number, samples
+        return samples
+
+    def learned_batch(self, first, n):
+        """Returns samples for prompts first .. first+n of the stream, a batch with advantages, and their drift."""
+        cfg = self.cfg
+        prompts = training_packs(self.prompts, cfg.seed, first, n)
+        prompts = [prompt for prompt in prompts for _ in range(cfg.group)]
+        batch, rewards, drift = self.sample(prompts, (cfg.seed, first))
+        rewards = torch.tensor(rewards, device=self.compute.device)
+        if cfg.baseline == "group":
+            batch["advantage"] = group_advantages(rewards, batch["is_whole"], cfg.group, cfg.scale)
+        else:
+            is_answer = batch["targets"] != -100
+            batch["advantage"] = value_advantages(rewards, batch["value"], is_answer, cfg.gae)
+            batch["goal"] = batch["value"] + batch["advantage"]
+        return batch, drift
 
     def values(self, batch):
         """Returns what the value layer reads from the states before each token, (rows, T) float32. States are
@@ -419,9 +439,9 @@ class Reinforcing(finetune_lora.FineTuning):
     def validate(self, tokens=None):
         """Returns figures of one sample a held-out prompt: the mean reward, of which val_loss is the negative; kl,
         in nats a token; the share that was cut off, whose reward is the lowest, or 0 where that is lower; drift,
-        see sample(); and of toy stories, nats a story.
+        see sample(), the largest of these samples and of all that were learned from; and of toy stories, nats a story.
         """
-        rewards, whole, drifts = [], [], []
+        rewards, whole, drifts = [], [], [self.drift]
         kl = torch.zeros(2, dtype=torch.float64)  # the sum over tokens, and their number
         for i in range(0, len(self.val_prompts), self.cfg.rows):
             prompts = self.val_prompts[i : i + self.cfg.rows]

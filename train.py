@@ -381,11 +381,14 @@ def fit(task, model, cfg, compute, resumed=None):
             began = time.monotonic()
             try:
                 batches = task.batches(state.step)
-            except Refusal as e:  # of a task that makes them from what the model writes
-                if state.step <= max(saved_step, first_step) or compute.world_size > 1:
+            except (
+                Refusal
+            ) as e:  # in all processes: of a task that makes them from what the model writes
+                if state.step <= max(saved_step, first_step):
                     raise
                 read_steps()
                 save()
+                compute.barrier()
                 kept = f"{cfg.out_dir} has all steps up to {state.step}: --init_from=resume goes on"
                 raise Refusal(f"{e}; {kept}", e.status)
             unread.append(train(batches=batches, seed=(cfg.seed, state.step)))

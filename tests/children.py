@@ -2,6 +2,7 @@
 
 import importlib
 import itertools
+import math
 import multiprocessing
 import os
 import signal
@@ -45,7 +46,9 @@ def run_script(folder, script, argv, fault, env):
 
 
 def inject(place, call):
-    """Kills this process at the call-th time that it comes to a place in folders.write_atomic."""
+    """Kills this process at the call-th time that it comes to a place in folders.write_atomic; "reward": no place,
+    but the call-th reward that it gets is nan.
+    """
     calls = itertools.count(1)
 
     def due():
@@ -80,6 +83,13 @@ def inject(place, call):
 
         return faulty
 
+    def failing(find_reward):
+        def faulty(*args, **options):
+            judge = find_reward(*args, **options)
+            return lambda prompt, answer: math.nan if due() else judge(prompt, answer)
+
+        return faulty
+
     if place == "write":
         torch.save = half_saving(torch.save)
     elif place == "fsync":
@@ -88,6 +98,9 @@ def inject(place, call):
         os.replace = dying_before(os.replace)
     elif place == "renamed":
         os.replace = dying_after(os.replace)
+    elif place == "reward":
+        finetune_ppo = importlib.import_module("finetune_ppo")
+        finetune_ppo.find_reward = failing(finetune_ppo.find_reward)
     else:
         raise ValueError(f"unknown place {place!r}")
 

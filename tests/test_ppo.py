@@ -7,6 +7,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from children import error_output, finish, ranks, start
 from scripts import call
 from test_dpo import moved
 from test_finetune import TINY, adapter, one_and_two
@@ -397,6 +398,19 @@ def test_log_p_is_that_of_each_sampled_token_and_of_the_end():
         assert row.stop == (0 if row.end == "stop" else None)
 
 
+def test_the_drift_is_that_of_all_samples_so_far(shop):
+    task = small_task(shop)
+    sample = task.sample
+    drifts = iter([0.5, 0.25])
+    task.sample = lambda *args: (*sample(*args)[:2], next(drifts))
+    task.batches(0)
+    task.batches(1)
+    task.sample = sample
+    assert task.validate()["drift"] == task.notes()["drift"] == 0.5
+    task.drift = 0.0
+    assert 0 < task.validate()["drift"] < 1e-4
+
+
 def test_answers_that_are_cut_off_are_counted_and_not_learned(shop):
     task = small_task(shop, "--max_new_tokens=4")
     [batch] = task.batches(0)
@@ -556,8 +570,8 @@ def test_mistakes_are_one_line(shop, argv, message):
     assert message in str(refusal.value) and not (shop / "refused").exists()
 
 
-@pytest.mark.parametrize("value", [float("nan"), [1.0, 2.0]])
-def test_a_reward_that_is_no_number_ends_the_run_which_loses_nothing(shop, monkeypatch, value):
+@pytest.mark.parametrize("value, updates", [(float("nan"), 2), ([1.0, 2.0], 1)])
+def test_a_reward_that_is_no_number_ends_the_run_which_loses_nothing(shop, monkeypatch, value, updates):
     out_dir = f"refused-{type(value).__name__}"
     judged = []
 
@@ -566,17 +580,38 @@ def test_a_reward_that_is_no_number_ends_the_run_which_loses_nothing(shop, monke
         return value if len(judged) > limit else float("e" not in answer)
 
     monkeypatch.setattr(ppo, "find_reward", lambda name, device="cpu", load=False: judge)
-    limit = 180  # of 100 held-out prompts and 12 samples a step
-    settings = ["--max_iters=8", "--eval_interval=8"]
+    limit = 140  # of 100 held-out prompts and 24 samples a step or two: within a micro-batch's
+    settings = ["--gradient_accumulation_steps=2", f"--updates={updates}", "--eval_interval=8"]
     with pytest.raises(
         Refusal, match=r"gives (nan|\[1.0, 2.0\]) for .*has all steps up to \d+: --init_from=resume"
     ):
         reinforce(shop, *settings, f"--out_dir={out_dir}")
-    assert 0 < adapter(shop, out_dir)["step"] < 8
+    assert adapter(shop, out_dir)["step"] == updates
     limit = math.inf
     call(ppo, f"--out_dir={out_dir}", "--init_from=resume", folder=shop)
     reinforce(shop, *settings, f"--out_dir=accepted-{out_dir}")
     assert same(adapter(shop, out_dir)["adapters"], adapter(shop, f"accepted-{out_dir}")["adapters"])
+    assert log(shop, out_dir) == log(shop, f"accepted-{out_dir}")
+
+
+def test_a_reward_that_is_none_in_one_process_ends_both_and_loses_nothing(shop):
+    argv = [*TINY, *REWARDED, "--init_from=base", *PROMPTS, "--eval_interval=8", "--baseline=value"]
+    argv.append("--gradient_accumulation_steps=2")
+    faults = None, ("reward", 100 + 2 * 12 + 1)  # after held-out prompts and two micro-batches
+    processes = [
+        start(shop, "finetune_ppo", *argv, "--out_dir=one-fails", fault=fault, **env)
+        for fault, env in zip(faults, ranks(2))
+    ]
+    assert [finish(process, 60) for process in processes] == [1, 1]
+    reasons = ["a reward of another process is none, which says so", "gives nan for "]
+    for process, reason in zip(processes, reasons):
+        *_, line = error_output(shop, process).splitlines()
+        assert reason in line and error_output(shop, process).count("finetune_ppo.py: ") == 1
+        assert line.endswith("one-fails has all steps up to 2: --init_from=resume goes on")
+    call(ppo, "--out_dir=one-fails", "--init_from=resume", folder=shop)
+    call(ppo, *argv, "--out_dir=none-fails", folder=shop)
+    assert same(adapter(shop, "one-fails")["adapters"], adapter(shop, "none-fails")["adapters"])
+    assert log(shop, "one-fails") == log(shop, "none-fails")
 
 
 def test_an_answer_that_was_cut_off_counts_as_the_worst(shop):
