@@ -1,6 +1,9 @@
 """Preferences: rows, the loss beside its definition and TRL's, the reference, resuming to the bit."""
 
 import copy
+import json
+import shutil
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -8,7 +11,7 @@ import pytest
 import torch
 from scripts import call, printed
 from test_finetune import BYTES, TINY, chat, one_and_two, spelled
-from test_prepare import write_rows
+from test_prepare import hub, write_rows  # hub is a fixture
 from test_processes import run_together
 from test_train import SMALL, lab, log, same  # lab is a fixture
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -117,6 +120,32 @@ def test_of_every_kind_of_row_the_answers_alone_are_learned(row, expected):
         learned.lstrip("_") for _, learned in expected
     ]
     assert all(len(read) == len(learned) for read, learned in got)
+
+
+def test_every_file_format_gives_the_same_pairs(tmp_path, monkeypatch, hub):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow.parquet import write_table
+
+    monkeypatch.chdir(tmp_path)
+    chats = [
+        {
+            "prompt": messages(("user", row["prompt"])),
+            "chosen": messages(("assistant", row["chosen"])),
+            "rejected": messages(("assistant", row["rejected"])),
+        }
+        for row in ANSWERS
+    ]
+    expected = [
+        [[rows.Turn(row["prompt"], row[side])] for side in ("chosen", "rejected")] for row in ANSWERS
+    ]
+    for made in ANSWERS, chats:
+        write_rows(Path("r.jsonl"), made)
+        Path("r.json").write_text(json.dumps(made, indent=1))
+        write_table(pa.Table.from_pylist(made), "r.parquet")
+        hub.splits = {"train": iter(made)}
+        for dataset in "r.jsonl", "r.json", "r.parquet", "hf:me/pairs":
+            pairs = rows.preferences(rows.read_rows(dataset))
+            assert [[side.turns for side in pair] for pair in pairs] == expected, dataset
 
 
 def test_equal_long_and_empty_answers_are_counted_with_their_places(shop, capsys):
@@ -359,8 +388,32 @@ def test_stop_and_resume_is_an_uninterrupted_run_to_the_bit(shop, rank, name):
     assert log(shop, whole_dir) == log(shop, parts_dir)
 
 
-def test_two_processes_are_one(shop):
-    one_and_two(shop, dpo, "--dataset=pairs.jsonl")
+@pytest.mark.parametrize("rank", [2, 0])
+def test_two_processes_are_one(shop, rank):
+    """Also in the reference, of which each computes a part."""
+    one, two = one_and_two(shop, dpo, "--dataset=pairs.jsonl", f"--rank={rank}")
+    assert one["config"]["reference"] == two["config"]["reference"]
+    assert len(one["config"]["reference"]) == (0 if rank else 2 * len(ANSWERS))
+
+
+def test_a_run_goes_on_over_its_own_base_or_without_one(shop):
+    """Adapters know their base by its hash; a run of all weights keeps what the base said of the answers."""
+    prefer(shop, "--rank=0", "--out_dir=undisturbed")
+    shutil.copytree(shop / "base", shop / "mine")
+    for rank in 2, 0:
+        argv = ["--init_from=mine", f"--rank={rank}", "--max_iters=4", "--lr_decay_iters=8"]
+        prefer(shop, *argv, f"--out_dir=mine{rank}")
+    argv = ["--max_iters=2", "--block_size=48", "--out_dir=mine", "--overwrite"]
+    call(train, *SMALL, *argv, folder=shop)  # another one in its place
+    with pytest.raises(Refusal, match="mine2/adapter.pt was trained over another base than mine/ckpt"):
+        call(dpo, "--out_dir=mine2", "--init_from=resume", "--max_iters=8", folder=shop)
+    call(dpo, "--out_dir=mine0", "--init_from=resume", "--max_iters=8", folder=shop)
+    undisturbed, kept = (
+        checkpoint.load(str(shop / folder / "ckpt.pt"), checkpoint.KEYS)
+        for folder in ("undisturbed", "mine0")
+    )
+    assert same(undisturbed["model"], kept["model"])
+    assert log(shop, "undisturbed") == log(shop, "mine0")
 
 
 def test_what_is_preferred_is_learned(shop):
