@@ -416,6 +416,22 @@ def test_a_run_goes_on_over_its_own_base_or_without_one(shop):
     assert log(shop, "undisturbed") == log(shop, "mine0")
 
 
+def compiled_is_the_same(shop, script, *argv):
+    """Asserts that a compiled run of three steps logs what one that is not compiled does, within rounding."""
+    argv = [*TINY, "--init_from=base", "--max_iters=3", "--eval_interval=2", *argv]
+    for compile in "false", "true":
+        call(script, *argv, f"--compile={compile}", f"--out_dir=compile-{compile}", folder=shop)
+    plain, compiled = log(shop, "compile-false"), log(shop, "compile-true")
+    assert len(plain) == len(compiled) > 4
+    for line, other in zip(plain, compiled):
+        assert other == pytest.approx(line, rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_a_compiled_run_is_the_same(shop):
+    compiled_is_the_same(shop, dpo, "--dataset=pairs.jsonl")
+
+
 def test_what_is_preferred_is_learned(shop):
     prefer(shop, "--max_iters=60", "--eval_interval=60", "--beta=1", "--out_dir=learned")
     *_, last = [line for line in log(shop, "learned") if "accuracy" in line]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from children import error_output, finish, ranks, start
 from scripts import call
-from test_dpo import moved
+from test_dpo import compiled_is_the_same, moved
 from test_finetune import TINY, adapter, one_and_two
 from test_model import build
 from test_prepare import write_rows
@@ -550,6 +550,11 @@ def test_stop_and_resume_is_an_uninterrupted_run_to_the_bit(shop, updates, basel
 def test_two_processes_are_one(shop, baseline):
     """Also in how they whiten advantages."""
     one_and_two(shop, ppo, f"--baseline={baseline}", *REWARDED, "--dataset=prompts.jsonl")
+
+
+@pytest.mark.slow
+def test_a_compiled_run_is_the_same(shop):
+    compiled_is_the_same(shop, ppo, *REWARDED, *PROMPTS, "--baseline=value", "--updates=2")
 
 
 @pytest.mark.parametrize(
