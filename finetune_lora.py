@@ -233,10 +233,10 @@ def open_run(cfg, kind):
     else:
         start = open_checkpoint("", adapter=cfg.out_dir, prefer_adapter="adapter.pt")
     if start.task != kind or not start.last["optimizers"]:
-        raise Refusal(
-            f"{start.last_path} is no run of {kind} that could go on; "
-            f"--init_from={cfg.out_dir} --out_dir=OTHER starts from it"
-        )
+        way = f"--init_from={cfg.out_dir} --out_dir=OTHER starts from it"
+        if "ckpt.pt" not in names:
+            way = f"finetune_lora.py --merge --out_dir={cfg.out_dir} makes a base of it"
+        raise Refusal(f"{start.last_path} is no run of {kind} that could go on; {way}")
     return start
 
 

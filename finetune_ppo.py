@@ -88,6 +88,9 @@ class Config(finetune_lora.Config):
             raise ValueError("updates and max_new_tokens must be at least 1")
         if not 0 < self.clip < 1 or self.kl < 0:
             raise ValueError("clip must be between 0 and 1, and kl at least 0")
+        reward, out_dir = map(os.path.realpath, (self.reward, self.out_dir))
+        if reward == out_dir and os.path.isdir(reward):
+            raise ValueError(f"the reward model is in {self.out_dir}: give another --out_dir")
         find_reward(self.reward)
 
 

@@ -459,5 +459,6 @@ def test_a_run_of_another_kind_does_not_go_on_here(shop):
         shop / "sft.jsonl", [{"prompt": row["prompt"], "response": row["chosen"]} for row in ANSWERS]
     )
     call(finetune_lora, *TINY, "--init_from=base", "--dataset=sft.jsonl", "--out_dir=sft", folder=shop)
-    with pytest.raises(Refusal, match="is no run of preference tuning that could go on"):
+    message = "is no run of preference tuning that could go on; finetune_lora.py --merge --out_dir=sft"
+    with pytest.raises(Refusal, match=message):
         call(dpo, "--out_dir=sft", "--init_from=resume", folder=shop)

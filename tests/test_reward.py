@@ -154,6 +154,11 @@ def test_what_it_judges_is_learned(shop, letters, judge):
             ["--init_from=base", "--dataset=pairs.jsonl", "--reward=base", "--out_dir=there"],
             "no reward model",
         ),
+        (
+            finetune_ppo,
+            ["--init_from=base", "--reward=judge", "--out_dir=judge", "--overwrite"],
+            "the reward model is in judge: give another --out_dir",
+        ),
     ],
 )
 def test_mistakes_are_one_line(shop, judge, script, argv, message):
