@@ -39,6 +39,7 @@ from finetune_reward import add_head, load_reward, read_head, saved_head
 from generate import generate
 from rows import NO_RESPONSE, conversations, default_template, split_rows, training_packs
 from score import document_nats, evaluating
+from train import Unusable
 
 SAMPLES = 200  # of held-out prompts, one each, that an evaluation looks at
 STORIES = 100  # toy ones, on which it looks how well they are still told
@@ -334,9 +335,7 @@ class Reinforcing(finetune_lora.FineTuning):
         return notes
 
     def batches(self, step):
-        """Returns this process's micro-batches of a step: new samples, or those of the step before. Raises Refusal, in
-        all processes, where a reward is none.
-        """
+        """Returns this process's micro-batches of a step: new samples, or those of the step before. Raises Unusable."""
         number = step // self.cfg.updates
         if self.round == number:
             return self.samples
@@ -348,15 +347,24 @@ class Reinforcing(finetune_lora.FineTuning):
                 drifts.append(drift)
         except Refusal as e:  # which the others are told of before they wait for a gradient
             refusal = e
-        said = torch.zeros(self.compute.world_size, 2)
-        said[self.compute.rank] = torch.tensor([max(drifts), refusal is not None])
-        self.drift, is_refused = self.compute.sum(said).amax(0).tolist()
-        if is_refused:
-            raise refusal or Refusal("a reward of another process is none, which says so", status=1)
+        self.drift = self.agree(max(drifts), refusal)
         if self.cfg.baseline == "value":
             whiten(samples, self.compute)
         self.round, self.samples = number, samples
         return samples
+
+    def agree(self, drift, refusal):
+        """Returns the largest drift of all processes, of which this one brings its own, and its Refusal or None. Raises
+        Unusable in all of them where one has such a Refusal.
+        """
+        said = torch.zeros(self.compute.world_size, 2)
+        said[self.compute.rank] = torch.tensor([drift, refusal is not None])
+        drift, is_refused = self.compute.sum(said).amax(0).tolist()
+        if refusal:
+            raise Unusable(str(refusal), refusal.status)
+        if is_refused:
+            raise Unusable("a reward of another process is none, which says so", status=1)
+        return drift
 
     def learned_batch(self, first, n):
         """Returns samples for prompts first .. first+n of the stream, a batch with advantages, and their drift."""
@@ -444,17 +452,21 @@ class Reinforcing(finetune_lora.FineTuning):
         in nats a token; the share that was cut off, whose reward is the lowest, or 0 where that is lower; drift,
         see sample(), the largest of these samples and of all that were learned from; and of toy stories, nats a story.
         """
-        rewards, whole, drifts = [], [], [self.drift]
+        rewards, whole, drifts, refusal = [], [], [self.drift], None
         kl = torch.zeros(2, dtype=torch.float64)  # the sum over tokens, and their number
-        for i in range(0, len(self.val_prompts), self.cfg.rows):
-            prompts = self.val_prompts[i : i + self.cfg.rows]
-            batch, some, drift = self.sample(prompts, (self.cfg.seed, i))
-            is_sampled = batch["targets"] != -100
-            divergence = (k3(batch["old"], batch["reference"]) * is_sampled).sum()
-            kl += torch.tensor([divergence.item(), is_sampled.sum().item()])
-            whole += batch["is_whole"].tolist()
-            rewards += some
-            drifts.append(drift)
+        try:
+            for i in range(0, len(self.val_prompts), self.cfg.rows):
+                prompts = self.val_prompts[i : i + self.cfg.rows]
+                batch, some, drift = self.sample(prompts, (self.cfg.seed, i))
+                is_sampled = batch["targets"] != -100
+                divergence = (k3(batch["old"], batch["reference"]) * is_sampled).sum()
+                kl += torch.tensor([divergence.item(), is_sampled.sum().item()])
+                whole += batch["is_whole"].tolist()
+                rewards += some
+                drifts.append(drift)
+        except Refusal as e:
+            refusal = e
+        drift = self.agree(max(drifts), refusal)
         # else never to end, which costs nothing in training, might be taken for the best
         reward = float(np.where(whole, rewards, min(0, *rewards)).mean())
         figures = {
@@ -462,7 +474,7 @@ class Reinforcing(finetune_lora.FineTuning):
             "reward": reward,
             "kl": (kl[0] / kl[1].clamp(min=1)).item(),
             "cut_off": 1 - float(np.mean(whole)),
-            "drift": max(drifts),
+            "drift": drift,
         }
         if self.cfg.dataset == self.cfg.built_in:
             model, tokenizer = self.tuning.model, self.tuning.tokenizer

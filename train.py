@@ -270,12 +270,17 @@ class Diverged(Refusal):
         super().__init__(message, status=1)
 
 
+class Unusable(Refusal):
+    """What a task that learns from its own samples cannot go on from, raised in all processes at once."""
+
+
 def fit(task, model, cfg, compute, resumed=None):
     """Trains a model on a task to cfg.max_iters.
 
     task: has batches(step), loss(model, batch), count(batch), validate(), save(name, state), preview()
     and flops_per_token, as Pretraining below has them. model may be wrapped by torch.compile. resumed: a
     loaded checkpoint to go on from. Raises Diverged when a loss is not finite; what was saved before stays.
+    batches and validate may raise Unusable: all steps are saved then.
     """
     optimizers = make_optimizers(checkpoint.unwrap(model), cfg, compute)
     scaler = make_scaler(compute)
@@ -319,6 +324,16 @@ def fit(task, model, cfg, compute, resumed=None):
         saved_step = state.step
         saved_at = time.monotonic()
 
+    def end(e):
+        """Saves what was learned before it raises e, an Unusable."""
+        if state.step <= max(saved_step, first_step):
+            raise e
+        read_steps()
+        save()
+        compute.barrier()
+        kept = f"{cfg.out_dir} has all steps up to {state.step}: --init_from=resume goes on"
+        raise Refusal(f"{e}; {kept}", e.status)
+
     model.train()
     bar = tqdm(
         total=cfg.max_iters,
@@ -334,7 +349,10 @@ def fit(task, model, cfg, compute, resumed=None):
             if is_due and not (resumed and state.step == first_step):
                 read_steps()
                 pause = time.perf_counter()
-                figures = task.validate()
+                try:
+                    figures = task.validate()
+                except Unusable as e:
+                    end(e)
                 if not math.isfinite(figures["val_loss"]):
                     message = f"the validation loss is {figures['val_loss']} at step {state.step}"
                     raise Diverged(f"{message}; {advice(cfg)}")
@@ -381,16 +399,8 @@ def fit(task, model, cfg, compute, resumed=None):
             began = time.monotonic()
             try:
                 batches = task.batches(state.step)
-            except (
-                Refusal
-            ) as e:  # in all processes: of a task that makes them from what the model writes
-                if state.step <= max(saved_step, first_step):
-                    raise
-                read_steps()
-                save()
-                compute.barrier()
-                kept = f"{cfg.out_dir} has all steps up to {state.step}: --init_from=resume goes on"
-                raise Refusal(f"{e}; {kept}", e.status)
+            except Unusable as e:
+                end(e)
             unread.append(train(batches=batches, seed=(cfg.seed, state.step)))
             if compute.group and state.step == first_step:  # the longest: it compiles and connects
                 compute.group.hurry(2 * (time.monotonic() - began))
