@@ -6,8 +6,9 @@
 
 The folder also has tokenizer.json and config.json. model.onnx is one file, as large as the parameters;
 model_int8.onnx is about a quarter of that. model_int4.onnx is smaller still, with the embedding and the head in
-4 bits, too, where the loss allows it, and needs onnxruntime, whose own operators it has. Of a mixture of experts
-each computes each token, and a file says so in its metadata, as "experts": right, but slower than the model here.
+4 bits, too, where the loss allows it. Both need onnxruntime, whose own operators they have; model_plain_int8.onnx has
+operators of ONNX alone. Of a mixture of experts each computes each token, and a file says so in its metadata, as
+"experts": right, but slower than the model here.
 
 The graph takes ids (B, T) and the keys and values of the tokens before them, past_k.0 past_v.0
 past_k.1 ..., each (P, B, n_kv_head, head_dim). It returns logits (B, T, V) and present_k.0 present_v.0
@@ -60,12 +61,12 @@ class Way(NamedTuple):
 
 
 WAYS = {
-    "int8": [Way({}, "states of 1 byte", 0.01), Way({"wide": True}, "states of 2 bytes", 0.01)],
+    "int8": [Way({}, "groups of 8 bits", 0.01)],
     "int4": [
         Way({"bits": 4, "table_bits": 4}, "embedding and head in 4 bits", 0.01),
         Way({"bits": 4}, "embedding and head in 8 bits", 0.1),
-        Way({"bits": 4, "wide": True}, "embedding and head in 8 bits, states of 2 bytes", 0.1),
     ],
+    "plain_int8": [Way({"plain": True}, "8 bits in operators of ONNX alone", 0.01)],
 }
 
 
@@ -76,7 +77,9 @@ class Config:
     overwrite: bool = False  # move a folder that is in the way aside
     block_size: int = 0  # another context than the model's, as in sample.py; 0 = its own
     rope_scaling: str = ""  # another one than the model's, as in sample.py; "" = its own
-    quantize: str = "none"  # none | int8 | int4 (model_int8.onnx beside model.onnx: matrices in 8 bits)
+    quantize: str = (
+        "none"  # none | int8 | int4 | plain_int8 (model_int8.onnx beside model.onnx: in 8 bits)
+    )
     dataset: str = ""  # that is judged by the validation split of data/NAME; "" = the training's
     eval_tokens: int = 16384  # tokens of it, evenly spaced; 0 = all
     seconds: float = 5.0  # of PyTorch and onnxruntime taking turns; three rounds at least
@@ -87,7 +90,7 @@ class Config:
         if self.block_size < 0:
             raise ValueError("block_size must be at least 1, or 0 for the model's own")
         if self.quantize not in ("none", *WAYS):
-            raise ValueError(f"quantize must be none, int8 or int4, not {self.quantize!r}")
+            raise ValueError(f"quantize must be none, {', '.join(WAYS)}, not {self.quantize!r}")
         if self.eval_tokens < 0 or not 0 <= self.seconds <= 3600:
             raise ValueError("eval_tokens cannot be negative, and seconds must be between 0 and 3600")
         for library in "onnx", "onnxscript", "onnxruntime":

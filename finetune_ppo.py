@@ -357,9 +357,9 @@ class Reinforcing(finetune_lora.FineTuning):
         """Returns the largest drift of all processes, of which this one brings its own, and its Refusal or None. Raises
         Unusable in all of them where one has such a Refusal.
         """
-        said = torch.zeros(self.compute.world_size, 2)
-        said[self.compute.rank] = torch.tensor([drift, refusal is not None])
-        drift, is_refused = self.compute.sum(said).amax(0).tolist()
+        reports = torch.zeros(self.compute.world_size, 2)
+        reports[self.compute.rank] = torch.tensor([drift, refusal is not None])
+        drift, is_refused = self.compute.sum(reports).amax(0).tolist()
         if refusal:
             raise Unusable(str(refusal), refusal.status)
         if is_refused:

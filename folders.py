@@ -317,10 +317,11 @@ def advice(folder, name):
     onnx = os.path.join(folder, "onnx")
     if all(os.path.isfile(os.path.join(onnx, file)) for file in (name, "config.json")):
         return f"{folder}/onnx has one"
-    int8 = " --quantize=int8" if name == "model_int8.onnx" else ""
+    integers = name.removeprefix("model_").removesuffix(".onnx")
+    flag = f" --quantize={integers}" if integers in ("int8", "int4", "plain_int8") else ""
     if is_hf(folder):
-        return f"python export_onnx.py --out_dir={folder} --to=FOLDER{int8} writes one"
+        return f"python export_onnx.py --out_dir={folder} --to=FOLDER{flag} writes one"
     if holds_run(folder):
-        return f"python export_onnx.py --out_dir={folder}{int8} writes {folder}/onnx"
+        return f"python export_onnx.py --out_dir={folder}{flag} writes {folder}/onnx"
     to = "FOLDER" if os.path.exists(folder) else folder
-    return f"python export_onnx.py --out_dir=OUT --to={to}{int8} writes one"
+    return f"python export_onnx.py --out_dir=OUT --to={to}{flag} writes one"

@@ -226,11 +226,11 @@ def make_node(op, inputs, outputs, **attributes):
     return onnx.helper.make_node(op, inputs, outputs, **attributes)
 
 
-def make_cast(name, output, kind="FLOAT"):
-    """Returns the node that makes numbers float32, or of another type of ONNX."""
+def make_cast(name, output):
+    """Returns the node that makes numbers float32."""
     import onnx
 
-    return make_node("Cast", [name], [output], to=onnx.TensorProto.DataType.Value(kind))
+    return make_node("Cast", [name], [output], to=onnx.TensorProto.FLOAT)
 
 
 def read_arrays(proto):

@@ -784,7 +784,7 @@ CASES = [
     ("sample", f"--onnx=o_good --start='{'once upon a time ' * 20}'", "the context 32"),
     ("sample", "--onnx=o_good --num_samples=1000000000000", "num_samples"),
     ("export_onnx", "--quantise=int8", "did you mean quantize?"),
-    ("export_onnx", "--quantize=int2", "none, int8 or int4"),
+    ("export_onnx", "--quantize=int2", "none, int8, int4, plain_int8"),
     ("export_onnx", "--eval_tokens=-1", "eval_tokens"),
     ("export_onnx", "--block_size=-1", "block_size must be at least 1"),
     ("export_onnx", "--rope_scaling=yarn:2", "yarn:FACTOR,CONTEXT"),

@@ -395,10 +395,13 @@ def test_a_past_that_grows_in_its_place_is_the_one_of_fresh_arrays(lab, exported
 # int8
 
 
-def test_int8_is_a_quarter_and_near(lab):
+def test_plain_int8_is_a_quarter_and_near(lab, tmp_path):
     folder = lab.folder / "out/onnx"
     float32_file = onnx.load(folder / "model.onnx")
-    int8_file = onnx.load(folder / "model_int8.onnx")
+    path = tmp_path / "model_plain_int8.onnx"
+    int8_file = copy.deepcopy(float32_file)
+    onnx_integers.quantize(int8_file, plain=True)
+    path.write_bytes(int8_file.SerializeToString())
     onnx.checker.check_model(int8_file, full_check=True)
     ops = {node.op_type for node in int8_file.graph.node}
     assert ops <= PLAIN_OPS | {"DynamicQuantizeLinear", "MatMulInteger"}
@@ -429,76 +432,53 @@ def test_int8_is_a_quarter_and_near(lab):
     users = {node.op_type for node in int8_file.graph.node if table in node.input}
     assert users == {"Gather", "Transpose"}
 
-    int8 = onnx_model.load(str(folder / "model_int8.onnx"))[0]
-    assert 1e-4 < int8_error(lab.model, int8) < 0.1
-    assert "states of 1 byte" in lab.output
+    plain_error = int8_error(lab.model, onnx_model.open_session(str(path), lab.model.config))
+    error = int8_error(lab.model, onnx_model.load(str(folder / "model_int8.onnx"))[0])
+    assert 1e-4 < error < plain_error < 0.1
+    assert "groups of 8 bits" in lab.output
     assert "validation loss: float32" in lab.output
 
 
-@pytest.mark.parametrize("settings", [{}, {"bias": True, "tie": False, "n_kv_head": 2}])
-def test_wide_states_leave_the_error_of_the_weights(settings, tmp_path):
-    """Two bytes a state are as good as float32 where the weights are the rounded ones."""
-    model = build(block_size=64, n_layer=1, **settings)
-    proto = onnx_graph.export(model)
-    errors = []
-    for wide in False, True:
-        integers = copy.deepcopy(proto)
-        onnx_integers.quantize(integers, wide)
-        path = tmp_path / "model_int8.onnx"
-        path.write_bytes(integers.SerializeToString())
-        onnx.checker.check_model(integers, full_check=True)
-        int8 = onnx_model.open_session(str(path), model.config)
-        rounded = copy.deepcopy(model)
-        for weight in rounded.parameters():
-            if weight.ndim == 2:
-                weight.data = rounded_rows(weight.data)
-        errors.append(int8_error(rounded, int8).item())
-    ops = {node.op_type for node in integers.graph.node}
-    assert ops <= PLAIN_OPS | {"Floor", "Max", "MatMulInteger", "ReduceMax", "ReduceMin", "Round"}
-    narrow_error, wide_error = errors
-    assert wide_error < 1e-4 < 1e-3 < narrow_error
-
-
-def test_states_are_wide_where_one_byte_costs_too_much(lab, monkeypatch, tmp_path, capsys):
-    ways = [way._replace(most=-1) for way in export_onnx.WAYS["int8"]]  # neither is good enough
-    monkeypatch.setitem(export_onnx.WAYS, "int8", ways)
+def test_the_next_way_is_tried_where_one_loses_too_much(lab, monkeypatch, tmp_path, capsys):
+    ways = [way._replace(most=-1) for way in export_onnx.WAYS["int4"]]  # neither is good enough
+    monkeypatch.setitem(export_onnx.WAYS, "int4", ways)
     monkeypatch.chdir(lab.folder)
     with pytest.raises(Refusal, match="is written without it"):
-        export("--quantize=int8", "--seconds=0", "--eval_tokens=512", f"--to={tmp_path}/onnx")
+        export("--quantize=int4", "--seconds=0", "--eval_tokens=512", f"--to={tmp_path}/onnx")
     output = capsys.readouterr().out
-    assert output.index("states of 1 byte\n") < output.index("states of 2 bytes\n")
-    assert not (tmp_path / "onnx/model_int8.onnx").exists()
+    assert output.index("head in 4 bits\n") < output.index("head in 8 bits\n")
+    assert not (tmp_path / "onnx/model_int4.onnx").exists()
 
 
-def rounded_rows(weight):
-    """Each number to the nearest of 129 steps of its row."""
-    scale = weight.abs().amax(1, keepdim=True) / 64
-    return (weight / scale).round() * scale
-
-
-def rounded_groups(weight):
-    """Each number to the nearest of 16 between the lowest and the highest of its 32, 0 among them."""
-    groups = F.pad(weight, (0, -weight.size(1) % 32)).view(len(weight), -1, 32)
-    lowest, highest = groups.amin(-1, True).clamp(max=0), groups.amax(-1, True).clamp(min=0)
-    scale = (highest - lowest) / 15
-    zero = (-lowest / scale).round()
-    numbers = ((groups / scale + zero).round().clamp(0, 15) - zero) * scale
+def rounded_groups(weight, bits):
+    """Each number to the nearest of its group's: in 8 bits of 64 numbers, of 255 as far below 0 as above; in 4 of
+    32, of 16 between the lowest and the highest, 0 among them.
+    """
+    groups = F.pad(weight, (0, -weight.size(1) % (8 * bits))).view(len(weight), -1, 8 * bits)
+    if bits == 8:
+        scale = groups.abs().amax(-1, True) / 127
+        numbers = (groups / scale.clamp(min=1e-30)).round() * scale
+    else:
+        lowest, highest = groups.amin(-1, True).clamp(max=0), groups.amax(-1, True).clamp(min=0)
+        scale = (highest - lowest) / 15
+        zero = (-lowest / scale).round()
+        numbers = ((groups / scale + zero).round().clamp(0, 15) - zero) * scale
     return numbers.flatten(1)[:, : weight.size(1)]
 
 
-@pytest.mark.parametrize("table_bits", [4, 8])
-@pytest.mark.parametrize(
-    "settings, is_quantized",
-    [
-        ({}, False),
-        ({"bias": True, "tie": False, "n_kv_head": 2, "n_inner": 72, "n_embd": 40}, False),
-        ({}, True),
-    ],
-)
-def test_int4_is_the_model_with_rounded_weights_and_keeps_what_was_quantized(
-    settings, is_quantized, table_bits, monkeypatch, tmp_path
+ROUNDED = [
+    (bits, settings, False)
+    for bits in [(4, 4), (4, 8), (8, 8)]
+    for settings in ({}, {"bias": True, "tie": False, "n_kv_head": 2, "n_inner": 72, "n_embd": 40})
+]
+
+
+@pytest.mark.parametrize("both_bits, settings, is_quantized", [*ROUNDED, ((4, 4), {}, True)])
+def test_integers_are_the_model_with_rounded_weights_and_keep_what_was_quantized(
+    both_bits, settings, is_quantized, monkeypatch, tmp_path
 ):
-    monkeypatch.setattr(onnx_integers, "INT4_STATES", 1)  # float32: what is left is the weights' error
+    bits, table_bits = both_bits
+    monkeypatch.setattr(onnx_integers, "STATES", 1)  # float32: what is left is the weights' error
     model = build(**({"block_size": 64, "n_layer": 1, "n_embd": 64, "n_inner": 64} | settings))
     if is_quantized:  # by GPTQ, which leaves many groups without their lowest or highest number
         tuning = quantize.Config(to="nowhere", method="gptq", bits=4, group_size=64)
@@ -506,21 +486,20 @@ def test_int4_is_the_model_with_rounded_weights_and_keeps_what_was_quantized(
         model = quantized.quantized(model, quantized.Quantization(4, 64, "gptq"), codes)
         model = quantized.dequantized(model.float())
     proto = onnx_graph.export(model)
-    onnx_integers.quantize(proto, wide=True, bits=4, table_bits=table_bits)
-    path = tmp_path / "model_int4.onnx"
+    onnx_integers.quantize(proto, bits, table_bits)
+    path = tmp_path / "integers.onnx"
     path.write_bytes(proto.SerializeToString())
-    n_products = 4 if table_bits == 8 else 5
-    assert sum(node.op_type == "MatMulNBits" for node in proto.graph.node) == n_products
-    int4 = onnx_model.open_session(str(path), model.config)
+    assert sum(node.op_type == "MatMulNBits" for node in proto.graph.node) == 5
+    integers = onnx_model.open_session(str(path), model.config)
 
     rounded = copy.deepcopy(model)
     for table in {rounded.wte.weight, rounded.head.weight}:
-        table.data = rounded_rows(table.data) if table_bits == 8 else rounded_groups(table.data)
+        table.data = rounded_groups(table.data, table_bits)
     for linear in quantized.linears(rounded).values():
         if not is_quantized:
-            linear.weight.data = rounded_groups(linear.weight.data)
-    assert int8_error(rounded, int4) < 1e-4
-    assert is_quantized or int8_error(model, int4) > 1e-2
+            linear.weight.data = rounded_groups(linear.weight.data, bits)
+    assert int8_error(rounded, integers) < 1e-4
+    assert is_quantized or int8_error(model, integers) > (1e-2 if bits == 4 else 1e-3)
 
 
 def test_int4_is_written_beside_the_model_and_sample_reads_it(lab, monkeypatch, tmp_path, capsys):
@@ -639,7 +618,7 @@ def test_every_setting(settings, tmp_path):
     assert complete(generate(exported, prompts, 20, temperature=0)) == reference
 
     int8_file = onnx.load(path)
-    onnx_integers.quantize(int8_file)
+    onnx_integers.quantize(int8_file, plain=True)
     linears = sum(isinstance(module, torch.nn.Linear) for module in model.modules())
     # in a block: k and v with q, up with gate; of experts two products are no Linears
     joined = {"gelu": 2, "swiglu": 3, "moe": 1}[model.config.mlp]
