@@ -9,6 +9,7 @@ A folder holds model.onnx, tokenizer.json, config.json and, if it was asked for,
 
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import os
 
@@ -308,6 +309,18 @@ def check_description(config, c, tokenizer):
     if tokenizer.vocab_size != c.vocab_size:
         message = f"vocab_size is {c.vocab_size}"
         raise ValueError(f"{message}, and tokenizer.json has {tokenizer.vocab_size} tokens")
+
+
+def fingerprint(folder):
+    """Returns that of the model whose files are in a folder, "" where there is none or nothing to run it by."""
+    if not importlib.util.find_spec("onnxruntime") or not os.path.isfile(
+        os.path.join(folder, "model.onnx")
+    ):
+        return ""
+    try:
+        return json.loads(read_text(folder, "config.json"))["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return ""
 
 
 def load(path):

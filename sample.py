@@ -14,6 +14,7 @@ generate.py has the loop, which other scripts import.
 """
 
 import math
+import os
 import re
 import time
 from dataclasses import dataclass, replace
@@ -28,7 +29,7 @@ import lora
 import onnx_model
 import rmsnorm
 from chat import Chat, start_of_answer, talk
-from checkpoint import open_given
+from checkpoint import fingerprint, open_given
 from data import MODELS_OWN, STRIPPED, by_text_rule, prompt_ids, text_rule
 from device import check_memory, fast_bfloat16, resolve
 from generate import generate
@@ -45,7 +46,7 @@ class Config:
     # fmt: off
     out_dir: str = "out"             # a model's folder, a checkpoint file or hf:FOLDER_OR_NAME; an adapter's base
     adapter: str = ""                # the folder of a LoRA adapter, or its file
-    onnx: str = ""                   # a folder that export_onnx.py wrote, or an .onnx file in it; no out_dir then
+    onnx: str = "auto"               # auto (OUT_DIR/onnx of the same weights) | no | a folder or file of export_onnx.py
     raw: bool = False                # give --start as it is, without the template that the model was fine-tuned with
     chat: bool = False               # talk with it: a line, an answer; by the model's own chat template
     system: str = ""                 # chat: what the model is told first
@@ -84,15 +85,15 @@ class Config:
             )
         if self.past_end not in ("stop", "recompute", "slide"):
             raise ValueError(f"past_end must be stop, recompute or slide, not {self.past_end!r}")
-        if self.onnx and self.past_end == "slide":
+        if self.onnx_path and self.past_end == "slide":
             raise ValueError("an ONNX file keeps a text whole, until block_size: no slide")
         if not 1 <= self.speculate <= MOST_GUESSES:
             raise ValueError(
                 f"speculate must be at least 1 and at most {MOST_GUESSES}, not {self.speculate}"
             )
-        if self.is_compiled and (self.onnx or self.draft):
+        if self.is_compiled and (self.onnx_path or self.draft):
             raise ValueError("compile is for a model's own steps: leave out onnx and draft")
-        if self.onnx and self.draft:
+        if self.onnx_path and self.draft:
             raise ValueError(
                 "an ONNX file cannot take tokens back, as guesses of a draft must be: leave out draft"
             )
@@ -100,19 +101,13 @@ class Config:
             raise ValueError(
                 f"rmsnorm must be one of {' | '.join(rmsnorm.SETTINGS)}, not {self.rmsnorm!r}"
             )
-        is_plain = (
-            self.device in ("auto", "cpu")
-            and self.dtype in ("auto", "float32")
-            and self.rmsnorm != "cuda"
-        )
         if self.chat and (self.start or self.num_samples != 1):
             raise ValueError("chat reads what you type: leave out start and num_samples")
         if self.system and not self.chat:
             raise ValueError("system is what a chat begins with: --chat")
         if self.block_size < 0:
             raise ValueError("block_size must be at least 1, or 0 for the model's own")
-        is_plain = is_plain and not self.block_size and not self.rope_scaling
-        if self.onnx and (self.adapter or not is_plain):
+        if self.onnx_path and not self.is_plain:
             raise ValueError(
                 "an ONNX file is whole and computed on the CPU, as it was written: "
                 "leave out adapter, device, dtype, rmsnorm, block_size and rope_scaling"
@@ -121,6 +116,18 @@ class Config:
     @property
     def is_compiled(self):
         return self.compile.lower() in ("true", "1")
+
+    @property
+    def onnx_path(self):
+        """What --onnx names, "" where it names none."""
+        return "" if self.onnx in ("auto", "no") else self.onnx
+
+    @property
+    def is_plain(self):
+        """Whether a whole model is computed in float32 on the CPU, as it was trained."""
+        is_float32_on_cpu = self.device in ("auto", "cpu") and self.dtype in ("auto", "float32")
+        is_changed = self.adapter or self.block_size or self.rope_scaling or self.rmsnorm == "cuda"
+        return is_float32_on_cpu and not is_changed
 
 
 SEPARATOR = re.compile(r"^<\|endoftext\|>\n|<\|endoftext\|>", re.MULTILINE)
@@ -144,11 +151,25 @@ def read_start(start):
         raise Refusal(f"{path} is not UTF-8 text: byte {e.start}")
 
 
-def load_onnx(cfg):
-    """Returns (model, tokenizer, its settings, Compute, what to print of them) for --onnx."""
-    if "out_dir" in cfg.given:
-        raise Refusal("onnx takes the place of out_dir: give one of them")
-    model, tokenizer, config = onnx_model.load(cfg.onnx)
+def written_onnx(cfg, ckpt):
+    """Returns the folder that export_onnx.py wrote of a checkpoint's weights, where there is one that writes what cfg
+    asks for, and sooner; else "".
+    """
+    is_one_text = cfg.num_samples == 1 and not cfg.start.startswith("FILE:")
+    is_beyond = cfg.draft or cfg.is_compiled or cfg.past_end == "slide" or cfg.rmsnorm != "auto"
+    if cfg.onnx == "no" or is_beyond or not (cfg.is_plain and is_one_text):
+        return ""
+    folder = os.path.join(os.path.dirname(ckpt.path), "onnx")
+    is_slower = ckpt.state["model_config"].get("mlp") == "moe"  # each expert computes each token
+    written = onnx_model.fingerprint(folder)
+    if is_slower or not written or written != fingerprint(ckpt.stretched):
+        return ""
+    return folder
+
+
+def load_onnx(path):
+    """Returns (model, tokenizer, its settings, Compute, what to print of them) for what export_onnx.py wrote."""
+    model, tokenizer, config = onnx_model.load(path)
     message = f"{model.path}: onnxruntime, {torch.get_num_threads()} threads"
     # for the draw: two pools of threads that spin on the same cores slow each other down to a third
     torch.set_num_threads(1)
@@ -161,6 +182,9 @@ def load(cfg):
     ckpt.stretch(cfg.rope_scaling, cfg.block_size)
     compile = "false" if cfg.compile == "auto" else cfg.compile
     compute = resolve(cfg.device, cfg.dtype, compile)
+    if compute.device.type == "cpu" and (folder := written_onnx(cfg, ckpt)):
+        *results, message = load_onnx(folder)
+        return *results, f"{message}; --onnx=no is PyTorch"
     model, tokenizer = ckpt.restore()
     if model.quantization and cfg.dtype == "auto" and fast_bfloat16(compute.device):
         compute = resolve(cfg.device, "bfloat16", compile)  # which torch's kernels for integers take
@@ -233,7 +257,9 @@ def converse(steps, tokenizer, block_size, template, system):
 
 
 def main(cfg):
-    model, tokenizer, config, compute, message = load_onnx(cfg) if cfg.onnx else load(cfg)
+    if cfg.onnx_path and "out_dir" in cfg.given:
+        raise Refusal("onnx takes the place of out_dir: give one of them")
+    model, tokenizer, config, compute, message = load_onnx(cfg.onnx_path) if cfg.onnx_path else load(cfg)
     cfg, generation_message = model_defaults(cfg, tokenizer)
     starts = [str(config.get("start", ""))]  # a model's own is text: it names no file here
     if cfg.start:
@@ -285,7 +311,7 @@ def main(cfg):
             shown = "the model's chat template" if template == MODELS_OWN else repr(template)
             stripped = ", without the space around it" if rule == STRIPPED else ""
             print(f"each prompt is put into {shown}{stripped}; --raw leaves it as it is")
-        can_slide = not (cfg.onnx or model.config.what_ends_a_text)
+        can_slide = not (isinstance(model, onnx_model.OnnxModel) or model.config.what_ends_a_text)
         advice = f"--past_end={'slide' if can_slide else 'recompute'} goes on"
         if cfg.is_compiled:
             print(f"compiled in {compile_seconds(steps, prompts):.1f} s")

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import importlib.metadata
 import io
 import itertools
 import json
@@ -305,7 +306,7 @@ def test_sample_writes_the_same_text(lab, settings, capsys, monkeypatch):
     monkeypatch.chdir(lab.folder)
     Path("prompts").write_text("A dog<|endoftext|>The old owl and the cat")
     texts = []
-    for model in "--onnx=out/onnx", "--onnx=out/onnx/model.onnx", "--device=cpu --dtype=float32":
+    for model in "--onnx=out/onnx", "--onnx=out/onnx/model.onnx", "--onnx=no --device=cpu":
         sample.main(configure(sample.Config, [*model.split(), *settings.split()]))
         _path, *lines, _speed = capsys.readouterr().out.splitlines()
         texts.append(lines)
@@ -391,6 +392,28 @@ def test_a_past_that_grows_in_its_place_is_the_one_of_fresh_arrays(lab, exported
             np.testing.assert_array_equal(array[: len(reference)], reference)
 
 
+def test_sample_takes_the_graph_of_the_same_weights(lab, monkeypatch, tmp_path, capsys):
+    """Without being told, and never another model's, nor where PyTorch alone does what is asked for."""
+    shutil.copytree(lab.folder / "out", tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+
+    def text(*argv):
+        sample.main(configure(sample.Config, ["--max_new_tokens=20", *argv]))
+        message, _, text = capsys.readouterr().out.partition("\n")
+        return "onnxruntime" in message, text.rpartition("\n")[0].rpartition("\n")[0]
+
+    assert text() == (True, text("--onnx=no")[1])
+    for argv in ["--onnx=no"], ["--num_samples=2"], ["--dtype=bfloat16"], ["--draft=ngram"]:
+        assert not text(*argv)[0], argv
+    ckpt = checkpoint.load("out/ckpt.pt")
+    ckpt["model"]["norm.weight"] *= 2
+    torch.save(ckpt, "out/ckpt.pt")
+    assert not text()[0]
+    shutil.copytree(lab.folder / "out", "other")
+    (tmp_path / "other/onnx/config.json").write_text("{")
+    assert not text("--out_dir=other")[0]
+
+
 # -----------------------------------------------------------------------------------------------------
 # int8
 
@@ -464,6 +487,13 @@ def rounded_groups(weight, bits):
         zero = (-lowest / scale).round()
         numbers = ((groups / scale + zero).round().clamp(0, 15) - zero) * scale
     return numbers.flatten(1)[:, : weight.size(1)]
+
+
+def test_an_onnxruntime_without_their_look_up_is_refused(monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.22.1")
+    with pytest.raises(ValueError, match="int8 needs onnxruntime 1.23, and this is 1.22.1"):
+        export_onnx.Config(quantize="int8")
+    export_onnx.Config(quantize="plain_int8")
 
 
 ROUNDED = [
