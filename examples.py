@@ -86,7 +86,7 @@ def fingerprint(dataset, built_in=""):
     if not dataset:
         return ""
     if dataset == built_in:
-        return hash_json(BUILT_IN[dataset]())
+        return hash_json(BUILT_IN[dataset].rows())
     if is_hf(dataset):
         with sources.hub_splits(hf_name(dataset)):
             from huggingface_hub import HfApi

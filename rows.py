@@ -50,10 +50,20 @@ def read_rows(dataset, split="train", built_in="moral"):
     yield from readers[kind](dataset)
 
 
-# rows that are made here, half of them held out
+class BuiltIn(NamedTuple):
+    """Rows that are made here."""
+
+    make: Callable  # returns so many rows, the first ones to learn from
+    n_learned: int
+    n_held_out: int
+
+    def rows(self):
+        return self.make(self.n_learned + self.n_held_out, MORAL_SEED)
+
+
 BUILT_IN = {
-    "moral": lambda: toy_stories.moral_rows(400, MORAL_SEED),
-    "toy": lambda: toy_stories.preference_rows(1200, MORAL_SEED),
+    "moral": BuiltIn(toy_stories.moral_rows, 200, 200),
+    "toy": BuiltIn(toy_stories.preference_rows, 1800, 600),
 }
 
 
@@ -62,7 +72,9 @@ def read_both(cfg):
     where rows of the former are held out. Raises Refusal, also while they are read.
     """
     if cfg.dataset == cfg.built_in:
-        return [(f"{cfg.dataset} {n}", row) for n, row in enumerate(BUILT_IN[cfg.dataset]())], ()
+        built_in = BUILT_IN[cfg.dataset]
+        rows = [(f"{cfg.dataset} {n}", row) for n, row in enumerate(built_in.rows())]
+        return rows[: built_in.n_learned], rows[built_in.n_learned :]
     rows = read_rows(cfg.dataset, built_in=cfg.built_in)
     if cfg.val_dataset:
         return rows, read_rows(cfg.val_dataset)
@@ -76,8 +88,6 @@ def split_numbers(cfg, n, n_held_out):
     numbers = np.arange(n + n_held_out)
     if cfg.val_dataset or n_held_out:
         return numbers[:n], numbers[n:]
-    if cfg.dataset == cfg.built_in:
-        return numbers[: n // 2], numbers[n // 2 :]
     if n < 2:
         raise Refusal(
             f"{cfg.dataset} needs two rows, as one is held out, and has {n}; "

@@ -477,7 +477,11 @@ def is_preferred(text):
     """Returns whether no other hero comes into a text, and its last paragraph has the name of its own and the
     lesson that fits, and no other.
     """
-    hero, lesson = fate(text)
+    return keeps_its_end(text, *fate(text))
+
+
+def keeps_its_end(text, hero, lesson):
+    """Returns is_preferred of a story whose hero and lesson are known."""
     names = set(re.findall(r"\w+", text)) & set(HEROES)
     ending = text.rpartition("\n")[2]
     lessons = [other for other in LESSONS if other in ending]
@@ -495,7 +499,7 @@ def preference_rows(n, seed=0):
         hero, lesson = settled["{hero}"], settled["{lesson}"]
         opening, _, _ = text.partition(".")
         body, _, ending = text.rpartition("\n")
-        if not is_preferred(text):
+        if not keeps_its_end(text, hero, lesson):
             continue
         other_hero = random.choice([name for name in HEROES if name != hero])
         other_lesson = random.choice([other for other in LESSONS if other != lesson])
