@@ -504,9 +504,10 @@ def preference_rows(n, seed=0):
         other_hero = random.choice([name for name in HEROES if name != hero])
         other_lesson = random.choice([other for other in LESSONS if other != lesson])
         nobody = f"{settled['{mood}']} {settled['{kind}']}"
+        slip = random.choice([match.start() for match in re.finditer(rf"\b{hero}\b", text)][1:])
         flawed = random.choice(
             [
-                opening + text.removeprefix(opening).replace(hero, other_hero),
+                text[:slip] + text[slip:].replace(hero, other_hero),  # as a model would, on its way
                 text.replace(lesson, other_lesson),
                 f"{body}\nAnd so the {nobody} learned that {lesson}.",
                 f"{body}\n{hero} never forgot that day.",
