@@ -35,7 +35,8 @@ import measure
 import train
 from compare_report import CLOSE, draw, table
 from device import resolve, torchrun_ranks
-from eval import fit_batch, split_documents, units
+from eval import split_documents
+from lenses.likelihood import fit_batch, units
 from log import read_log
 from model import model_config
 from score import document_nats

@@ -12,8 +12,8 @@ compares two models on the same text: their bits a byte can be compared, their l
 is read over its base. The third has no lenses: lengths.html shows bits a byte by position up to 8
 contexts, of rope under each scaling.
 
-1 likelihood: loss, perplexity and bits a byte with 95% intervals over documents; loss by position; for
-  toy stories the distance to their entropy.
+1 likelihood (lenses/likelihood.py): loss, perplexity and bits a byte with 95% intervals over documents;
+  loss by position; for toy stories the distance to their entropy.
 2 probes (lenses/probes.py): questions with one right answer, chance beside the accuracy.
 3 reading (lenses/reading.py): samples for fixed prompts at a fixed seed, marked by rules beside real
   text, and by a judge (lenses/judge.py) if there is one.
@@ -23,11 +23,9 @@ The verdict (lenses/verdict.py) says whether the three agree.
 
 import functools
 import json
-import math
 import os
 import re
 from dataclasses import dataclass
-from itertools import islice
 from urllib.parse import urlsplit
 
 from config import Refusal, is_hf, run
@@ -38,26 +36,19 @@ from tqdm import tqdm
 
 import prepare
 import sources
-import toy_stories
 from checkpoint import Checkpoint, open_any
-from data import document_slices, evenly, prompt_ids
+from data import document_slices, prompt_ids
 from device import check_memory, resolve
 from generate import generate
-from lenses import judge, lengths, page, probes, reading, report
-from lenses.stats import bits, bootstrap, mean_interval, ratio
+from lenses import judge, lengths, likelihood, page, probes, reading, report
+from lenses.stats import mean_interval
 from lenses.verdict import compare, grade, verdict
-from model import HAS_CHUNKED_LOSS, Transformer
-from score import STORIES, above_floor, completion_nats, context_lengths, document_nats, position_nats
-from sizes import kv_cache_bytes, mask_bytes, num_active_params, num_params
+from model import Transformer
+from score import completion_nats
+from sizes import kv_cache_bytes, num_active_params, num_params
 from tokenizer import Tokenizer
 
 ELSEWHERE = "data elsewhere"  # of a checkpoint that was trained on what is not here
-FEW = 30  # documents; with fewer, text is resampled in slices, and paragraphs stand for documents
-SLICE = 1000  # bytes
-BINS = 24  # at most, of the loss by position
-LOGITS = 1 << 26  # held at once: 256 MB
-TRAINING_TOKENS = 1 << 16  # of the training text, about so many, for its loss
-LONG_TOKENS = 1 << 18  # of the joined texts of lengths, about so many
 PASSAGE_TOKENS = 1 << 22  # of a split, at its beginning, that passages are taken from
 PASSAGES = 3000  # that prompts, the cloze and real text are taken from
 PROMPTS = 8
@@ -244,7 +235,7 @@ def split_documents(ids, tokenizer):
 
 def passages(documents):
     """Returns the documents or, where they are few, the paragraphs in them."""
-    if len(documents) >= FEW:
+    if len(documents) >= likelihood.FEW:
         return documents
     paragraphs = [part.strip() for text in documents for part in text.split("\n\n")]
     return [paragraph for paragraph in paragraphs if paragraph]
@@ -254,240 +245,6 @@ def shuffled(items, seed, n):
     """Returns n of the items in random order."""
     order = np.random.default_rng(seed).permutation(len(items))
     return [items[i] for i in order[:n]]
-
-
-# -----------------------------------------------------------------------------------------------------
-# Lens 1: likelihood
-
-
-def units(documents, tokenizer, few):
-    """Returns the unit that each token belongs to, and each token's bytes, both int64 (n,).
-
-    documents: lists of ids. A unit is a document or, where documents are few, a slice of SLICE bytes.
-    Another tokenizer has the same units on the same text.
-    """
-    sizes = np.array([len(token) for token in tokenizer.tokens])
-    lengths = [sizes[ids] for ids in documents]
-    for document in lengths:
-        document[0] -= tokenizer.prefix  # which is not in the text
-    n_tokens = [len(document) for document in lengths]
-    lengths = np.concatenate(lengths)
-    if few:  # the slice of its last byte, which is the last of a token in other tokenizers too
-        last_byte = (np.cumsum(lengths) - 1).clip(0)
-        return last_byte // SLICE, lengths
-    return np.repeat(np.arange(len(documents)), n_tokens), lengths
-
-
-def unigram_nats(targets):
-    """Returns the entropy of the frequencies of target ids, nats a token."""
-    frequencies = np.bincount(targets) / len(targets)
-    frequencies = frequencies[frequencies > 0]
-    return -(frequencies * np.log(frequencies)).sum()
-
-
-def perplexity(loss):
-    return math.exp(min(loss, 700))
-
-
-def fit_batch(model):
-    """Returns how many rows of the whole context to read at once, and chunks the loss of a model where
-    even one row's logits are too many.
-    """
-    rows = LOGITS // (model.config.block_size * model.config.vocab_size)
-    model.chunked_loss = rows == 0 and HAS_CHUNKED_LOSS
-    return min(32, max(1, rows))
-
-
-def check_nats(subject, nats):
-    """Raises Refusal where a loss is not finite."""
-    if not np.isfinite(nats).all():
-        raise Refusal(f"{subject.path}: its loss is not finite; it was damaged in training", status=1)
-
-
-def likelihood(subject, documents, closed, compute, cfg):
-    """Returns the figures of the likelihood lens, and what to resample: float64 (units, 3).
-
-    Its columns are nats, tokens and bytes: of the text alone, each document from its own start, so that
-    models with any tokenizer are compared on the same bytes. What the ends cost stands beside it.
-    Raises Refusal.
-    """
-    model, tokenizer = subject.model, subject.tokenizer
-    T = model.config.block_size
-    batch_size = fit_batch(model)
-    encoded = tokenizer.encode_batch(documents)
-    document_losses = document_nats(model, encoded, tokenizer, compute, batch_size)
-    nats = np.concatenate([losses[:-1] for losses in document_losses])
-    ends = np.array([losses[-1] for losses in document_losses[: len(documents) - (not closed)]])
-    check_nats(subject, nats)
-    few = len(documents) < FEW
-    unit, lengths = units(encoded, tokenizer, few)
-    columns = np.column_stack([np.bincount(unit, nats), np.bincount(unit), np.bincount(unit, lengths)])
-    loss = nats.mean()
-    loss_low, loss_high = bootstrap(columns, ratio, cfg.resamples, cfg.seed)
-    bits_low, bits_high = bootstrap(columns, bits, cfg.resamples, cfg.seed)
-    unigram = unigram_nats(np.concatenate(encoded))
-    context = np.concatenate([context_lengths(len(ids) + 1, T)[:-1] for ids in encoded])
-    figures = {
-        "loss": loss,
-        "loss_low": loss_low,
-        "loss_high": loss_high,
-        "bits_per_byte": nats.sum() / lengths.sum() / math.log(2),
-        "tokens": len(nats),
-        "bytes": int(lengths.sum()),
-        "units": len(columns),
-        "unit": f"slices of {SLICE:,} bytes" if few else "documents",
-        "unigram": unigram,
-        "explained": 1 - loss / unigram if unigram else 0.0,
-        "by_position": by_position(nats, context),
-        "perplexity": perplexity(loss),
-        "perplexity_low": perplexity(loss_low),
-        "perplexity_high": perplexity(loss_high),
-        "bits_low": bits_low,
-        "bits_high": bits_high,
-    }
-    if len(ends):
-        figures["end"] = ends.mean()
-    if subject.has_training:
-        figures["training_loss"] = training_loss(subject, batch_size, compute)
-    return figures | toy_gap(documents, encoded, document_losses, T), columns
-
-
-def training_loss(subject, batch_size, compute):
-    """Returns the loss on documents of the training text, evenly spaced, of about TRAINING_TOKENS together."""
-    ids, tokenizer = subject.training
-    ends = np.count_nonzero(ids == tokenizer.eot)
-    if ends:
-        every = max(1, len(ids) // TRAINING_TOKENS)
-        documents = islice(document_slices(ids, tokenizer), 0, None, every)
-    else:
-        documents = [ids]
-    documents = [document[:TRAINING_TOKENS].tolist() for document in documents if len(document)]
-    nats = document_nats(subject.model, documents, tokenizer, compute, batch_size)
-    return np.concatenate([losses[:-1] for losses in nats]).mean()
-
-
-def by_position(nats, context):
-    """Returns the loss over the tokens of context, from 1 on: [[first, last, mean nats, targets]].
-
-    nats, context: of each target (n,). There are at most BINS bins, narrow ones first.
-    """
-    sums = np.bincount(context, nats)
-    counts = np.bincount(context)
-    end = len(counts)
-    edges = np.geomspace(1, end, BINS + 1).astype(int)
-    edges = np.unique(np.r_[edges, end])
-    bins = []
-    for first, after in zip(edges, edges[1:]):
-        targets = counts[first:after].sum()
-        mean = sums[first:after].sum() / targets
-        bins.append([int(first), int(after - 1), float(mean), int(targets)])
-    return bins
-
-
-def is_toy(documents):
-    """Returns whether the documents are toy stories, by the first 20."""
-    return all(toy_stories.log_prob(text) > -math.inf for text in documents[:20])
-
-
-def toy_gap(documents, encoded, nats, block_size):
-    """Returns the nats a story above the exact entropy of toy stories, with their standard error.
-
-    nats: what document_nats returns of the documents, encoded. Returns nothing for other texts, or where
-    a story is longer than the context.
-    """
-    longest = max(map(len, encoded[:STORIES]))
-    if not is_toy(documents) or longest >= block_size:
-        return {}
-    floor, gap = above_floor(documents[:STORIES], nats[:STORIES])
-    if not np.isfinite(floor).all():  # stories of another kind among them
-        return {}
-    return {
-        "floor": floor.mean(),
-        "above_floor": gap.mean(),
-        "above_floor_error": gap.std() / len(gap) ** 0.5,
-        "stories": len(gap),
-    }
-
-
-# -----------------------------------------------------------------------------------------------------
-# Lengths
-
-
-def long_rows(documents, tokenizer, length):
-    """Returns rows of length + 1 ids of the documents, joined as in data, evenly spaced, about LONG_TOKENS
-    together; and the bytes of each of their targets (n, length), -1 where it is no text. Raises Refusal.
-    """
-    encoded = tokenizer.encode_batch(documents)
-    _, sizes = units(encoded, tokenizer, few=False)
-    head = tokenizer.head
-    ids = np.concatenate([[*head, *document, tokenizer.eot] for document in encoded])
-    flags = [[False] * len(head) + [True] * len(document) + [False] for document in encoded]
-    stream_sizes = np.full(len(ids), -1)
-    stream_sizes[np.concatenate(flags)] = sizes
-    starts = np.arange(0, len(ids) - length, length)
-    if not len(starts):
-        problem = f"the text has {len(ids):,} tokens, and {length:,} positions need one more than that"
-        raise Refusal(f"{problem}: give a longer one with --text=FILE, or a smaller block_size")
-    starts = evenly(starts, math.ceil(LONG_TOKENS / length))
-    rows = np.stack([ids[start : start + length + 1] for start in starts])
-    return rows, np.stack([stream_sizes[start + 1 : start + length + 1] for start in starts])
-
-
-def read_lengths(subject, documents, length, edges, compute, cfg):
-    """Returns a dict of figures for each way to read a subject: as it is and, for rope, stretched.
-
-    Raises Refusal.
-    """
-    own = subject.model.config
-    rows, sizes = long_rows(documents, subject.tokenizer, length)
-    is_text = sizes >= 0
-    sizes = sizes * is_text
-    results = []
-    for scaling in lengths.scalings_for(own, length, cfg.rope_scaling):
-        subject.checkpoint.stretch(scaling, length)
-        model, _ = subject.checkpoint.restore()
-        check_memory(compute.device, mask_bytes(model.config), "try a smaller block_size")
-        model = model.to(compute.device)
-        nats = position_nats(model, rows, compute, fit_batch(model)) * is_text
-        check_nats(subject, nats)
-        way = {
-            "name": lengths.name_way(subject.name, scaling),
-            "out_dir": subject.name,
-            "rope_scaling": scaling or own.rope_scaling,
-            "n": len(rows),
-            "all": lengths.bits_per_byte(nats, sizes),
-        }
-        if not scaling:
-            nats_restarted = position_nats(subject.model, rows, compute, fit_batch(subject.model))
-            way["restarted"] = lengths.bits_per_byte(nats_restarted * is_text, sizes)
-        results.append(way | lengths.figures(nats, sizes, edges, cfg))
-    return results
-
-
-def compare_lengths(subjects, documents, text, compute, cfg):
-    """Returns the figures of the report on lengths, a dict. Raises Refusal."""
-    contexts = {subject.model.config.block_size for subject in subjects}
-    if len(contexts) > 1:
-        numbers = " and ".join(map(str, sorted(contexts)))
-        raise Refusal(f"lengths compares models of one context, and these have {numbers}")
-    [context] = contexts
-    length = cfg.block_size or lengths.TIMES * context
-    if length <= context:
-        raise Refusal(f"lengths goes past the context of {context}: block_size={length} does not")
-    edges = lengths.window_edges(context, length)
-    ways = []
-    for subject in subjects:
-        ways += read_lengths(subject, documents, length, edges, compute, cfg)
-    return {
-        "text": text,
-        "context": context,
-        "length": length,
-        "edges": edges.tolist(),
-        "ways": ways,
-        "seed": cfg.seed,
-        "computed": compute.message,
-        "notes": cautions(subjects, cfg),
-    }
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -512,7 +269,7 @@ def answer(subject, questions, compute, cfg):
 
 def openings(texts, documents):
     """Returns the prompts: the first words of texts, and the beginning of a document."""
-    prompts = [""] if len(documents) >= FEW else []
+    prompts = [""] if len(documents) >= likelihood.FEW else []
     for text in texts:
         if len(text.split()) > 2 * PROMPT_WORDS:
             beginning = " ".join(text.split(" ")[:PROMPT_WORDS])
@@ -673,7 +430,7 @@ def report_path(cfg, several):
 
 def measure(subject, documents, closed, questions, compute, cfg):
     """Returns a subject's result by the first two lenses, and the likelihood's columns to resample."""
-    figures, columns = likelihood(subject, documents, closed, compute, cfg)
+    figures, columns = likelihood.measure(subject, documents, closed, compute, cfg)
     result = {
         "out_dir": subject.name,
         "checkpoint": subject.path,
@@ -714,11 +471,13 @@ def main(cfg):
     documents, closed = read_file(cfg.text) if cfg.text else split_documents(*validation)
     text = cfg.text or f"{subjects[0].dataset}, validation split"
     if cfg.lengths:
-        whole = compare_lengths(subjects, documents, text, compute, cfg)
+        whole = lengths.compare(subjects, documents, text, compute, cfg) | {
+            "notes": cautions(subjects, cfg)
+        }
         publish(lengths.text(whole), lengths.page(whole), path, whole)
         return
     texts = shuffled(passages(documents), cfg.seed, PASSAGES)
-    toy = is_toy(documents)
+    toy = likelihood.is_toy(documents)
     make_probes = probes.toy_probes if toy else probes.story_probes
     questions = make_probes(texts, cfg.num_cases, cfg.seed)
     questions = probes.askable(questions, [subject.tokenizer for subject in subjects])
@@ -728,7 +487,7 @@ def main(cfg):
     columns = []  # of each subject's likelihood, to resample
     bytes_a_token = []
     known = all(subject.has_training for subject in subjects)
-    rules = Rules(toy, len(documents) >= FEW, known)
+    rules = Rules(toy, len(documents) >= likelihood.FEW, known)
     try:
         for subject in subjects:
             result, subject_columns = measure(subject, documents, closed, questions, compute, cfg)

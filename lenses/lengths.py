@@ -1,6 +1,6 @@
 """Bits a byte by position, far past the context of training: the report of eval.py --lengths.
 
-All is made from one dict of figures, here `whole`, which eval.compare_lengths returns. A way is one
+All is made from one dict of figures, here `whole`, which compare returns. A way is one
 model under one rope_scaling.
 """
 
@@ -9,13 +9,19 @@ import math
 import numpy as np
 
 from config import Refusal
+from data import evenly
+from device import check_memory
+from lenses.likelihood import check_nats, fit_batch, units
 from lenses.page import e, frame, html_table, line_plot
 from lenses.stats import bits, bootstrap
 from measure import align
+from score import position_nats
+from sizes import mask_bytes
 
 TIMES = 8  # contexts of training, where nothing else is given
 PARTS = 4  # windows that a context is cut into
 MARKS = 8  # at most, at the axis of positions
+TOKENS = 1 << 18  # of the joined texts, about so many
 
 
 def scalings_for(c, length, given):
@@ -65,6 +71,82 @@ def bits_per_byte(nats, sizes):
 
 def name_way(out_dir, scaling):
     return f"{out_dir}, {scaling}" if scaling else out_dir
+
+
+def long_rows(documents, tokenizer, length):
+    """Returns rows of length + 1 ids of the documents, joined as in data, evenly spaced, about TOKENS
+    together; and the bytes of each of their targets (n, length), -1 where it is no text. Raises Refusal.
+    """
+    encoded = tokenizer.encode_batch(documents)
+    _, sizes = units(encoded, tokenizer, few=False)
+    head = tokenizer.head
+    ids = np.concatenate([[*head, *document, tokenizer.eot] for document in encoded])
+    flags = [[False] * len(head) + [True] * len(document) + [False] for document in encoded]
+    stream_sizes = np.full(len(ids), -1)
+    stream_sizes[np.concatenate(flags)] = sizes
+    starts = np.arange(0, len(ids) - length, length)
+    if not len(starts):
+        problem = f"the text has {len(ids):,} tokens, and {length:,} positions need one more than that"
+        raise Refusal(f"{problem}: give a longer one with --text=FILE, or a smaller block_size")
+    starts = evenly(starts, math.ceil(TOKENS / length))
+    rows = np.stack([ids[start : start + length + 1] for start in starts])
+    return rows, np.stack([stream_sizes[start + 1 : start + length + 1] for start in starts])
+
+
+def read_lengths(subject, documents, length, edges, compute, cfg):
+    """Returns a dict of figures for each way to read a subject: as it is and, for rope, stretched.
+
+    Raises Refusal.
+    """
+    own = subject.model.config
+    rows, sizes = long_rows(documents, subject.tokenizer, length)
+    is_text = sizes >= 0
+    sizes = sizes * is_text
+    results = []
+    for scaling in scalings_for(own, length, cfg.rope_scaling):
+        subject.checkpoint.stretch(scaling, length)
+        model, _ = subject.checkpoint.restore()
+        check_memory(compute.device, mask_bytes(model.config), "try a smaller block_size")
+        model = model.to(compute.device)
+        nats = position_nats(model, rows, compute, fit_batch(model)) * is_text
+        check_nats(subject, nats)
+        way = {
+            "name": name_way(subject.name, scaling),
+            "out_dir": subject.name,
+            "rope_scaling": scaling or own.rope_scaling,
+            "n": len(rows),
+            "all": bits_per_byte(nats, sizes),
+        }
+        if not scaling:
+            nats_restarted = position_nats(subject.model, rows, compute, fit_batch(subject.model))
+            way["restarted"] = bits_per_byte(nats_restarted * is_text, sizes)
+        results.append(way | figures(nats, sizes, edges, cfg))
+    return results
+
+
+def compare(subjects, documents, text, compute, cfg):
+    """Returns the figures of the report on lengths, a dict. Raises Refusal."""
+    contexts = {subject.model.config.block_size for subject in subjects}
+    if len(contexts) > 1:
+        numbers = " and ".join(map(str, sorted(contexts)))
+        raise Refusal(f"lengths compares models of one context, and these have {numbers}")
+    [context] = contexts
+    length = cfg.block_size or TIMES * context
+    if length <= context:
+        raise Refusal(f"lengths goes past the context of {context}: block_size={length} does not")
+    edges = window_edges(context, length)
+    ways = []
+    for subject in subjects:
+        ways += read_lengths(subject, documents, length, edges, compute, cfg)
+    return {
+        "text": text,
+        "context": context,
+        "length": length,
+        "edges": edges.tolist(),
+        "ways": ways,
+        "seed": cfg.seed,
+        "computed": compute.message,
+    }
 
 
 # ---- the report

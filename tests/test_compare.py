@@ -17,7 +17,7 @@ import train
 from compare_report import verdict
 from config import Refusal, configure
 from device import resolve
-from lenses import stats
+from lenses import likelihood, stats
 from sizes import model_sizes
 
 SMALL = [
@@ -82,7 +82,7 @@ def test_a_loss_is_that_of_eval(lab, pair):
     with contextlib.chdir(lab):
         [subject], validation = evaluation.load_subjects(cfg, compute)
     documents, closed = evaluation.split_documents(*validation)
-    figures, _ = evaluation.likelihood(subject, documents, closed, compute, cfg)
+    figures, _ = likelihood.measure(subject, documents, closed, compute, cfg)
     assert row["bits_per_byte"] == pytest.approx(figures["bits_per_byte"], rel=1e-9)
     assert row["nats"] == pytest.approx(figures["loss"], rel=1e-9)
 

@@ -30,7 +30,7 @@ import toy_stories
 import train
 from config import Refusal
 from device import resolve
-from lenses import judge, lengths, page, probes, reading
+from lenses import judge, lengths, likelihood, page, probes, reading
 from lenses.stats import bits, bootstrap, mean_interval, resampled, wilson
 from lenses.verdict import compare, grade, verdict
 from model import ModelConfig, Transformer
@@ -319,7 +319,7 @@ def test_by_position_has_every_target_once():
     documents = [tokens(1, n, seed=n)[0].tolist() for n in (5, 24, 70)]
     nats = np.concatenate(document_nats(model, documents, tokenizer, CPU))
     context = np.concatenate([context_lengths(len(document) + 1, 24) for document in documents])
-    bins = evaluation.by_position(nats, context)
+    bins = likelihood.by_position(nats, context)
     firsts, lasts, means, counts = (list(column) for column in zip(*bins))
     assert firsts == [1] + [last + 1 for last in lasts[:-1]]  # each position once
     assert lasts[-1] == 24
@@ -370,11 +370,11 @@ def test_another_tokenizer_has_the_same_units_and_bytes(few):
         Tokenizer.train(documents, 600),
         Tokenizer.char(documents),
     ):
-        unit, lengths = evaluation.units(tokenizer.encode_batch(documents), tokenizer, few)
+        unit, lengths = likelihood.units(tokenizer.encode_batch(documents), tokenizer, few)
         sizes.append(np.bincount(unit, lengths))
     if few:  # slices of the text stand for documents, and end with a token
         first, *_ = sizes
-        assert abs(first[:-1] - evaluation.SLICE).max() < 20
+        assert abs(first[:-1] - likelihood.SLICE).max() < 20
         assert {len(s) for s in sizes} == {len(first)}
         assert {s.sum() for s in sizes} == {first.sum()}
     else:
@@ -389,7 +389,7 @@ def test_a_token_across_the_end_of_a_slice_makes_no_slice_more():
         Tokenizer.train([document, "zebras zebras zebras zebras"], 300),
         Tokenizer.char([document]),
     ):
-        unit, _ = evaluation.units([tokenizer.encode(document)], tokenizer, True)
+        unit, _ = likelihood.units([tokenizer.encode(document)], tokenizer, True)
         assert unit[-1] == 1
 
 

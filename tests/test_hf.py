@@ -34,6 +34,7 @@ from data import AS_IT_STANDS, STRIPPED, document_slices, prompt_ids
 from interop import hf_folder
 from interop.any_tokenizer import from_files, load_tokenizer
 from interop.foreign_tokenizer import FILES
+from lenses import likelihood
 from model import HAS_CHUNKED_LOSS
 from tokenizer import EOT, Tokenizer
 
@@ -800,7 +801,7 @@ def test_the_bytes_of_a_foreign_tokenizers_tokens_are_those_of_the_text(make):
     tokenizer = load_backend(make)
     documents = [text for text in texts(50) if text]
     ids = stream(documents, True, tokenizer)
-    unit, lengths = evaluation.units(tokenizer.encode_batch(documents), tokenizer, few=False)
+    unit, lengths = likelihood.units(tokenizer.encode_batch(documents), tokenizer, few=False)
     assert np.bincount(unit, lengths).tolist() == [len(document.encode()) for document in documents]
     assert evaluation.split_documents(ids, tokenizer) == (documents, True)
 
@@ -850,9 +851,9 @@ def small_subject(tokenizer):
 def test_logits_of_one_row_that_are_too_many_are_made_in_parts(monkeypatch):
     subject = small_subject(TOKENIZER)
     cfg = evaluation.Config(resamples=1000)
-    whole, _ = evaluation.likelihood(subject, DOCS, True, CPU, cfg)
-    monkeypatch.setattr(evaluation, "LOGITS", 999)
-    parts, _ = evaluation.likelihood(subject, DOCS, True, CPU, cfg)
+    whole, _ = likelihood.measure(subject, DOCS, True, CPU, cfg)
+    monkeypatch.setattr(likelihood, "LOGITS", 999)
+    parts, _ = likelihood.measure(subject, DOCS, True, CPU, cfg)
     assert subject.model.chunked_loss == HAS_CHUNKED_LOSS
     assert whole["loss"] == pytest.approx(parts["loss"], rel=1e-5)
 
