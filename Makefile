@@ -15,15 +15,15 @@ finetune: install  ## teach that model the morals of its stories, and show what 
 
 dpo: install  ## teach it by pairs of answers how its stories should end; a minute
 	test -e out/demo/ckpt.pt || $(MAKE) demo
-	$(BIN)/python finetune_dpo.py --init_from=out/demo --beta=1 --max_iters=60 --eval_interval=20 --out_dir=out/demo-dpo --overwrite
+	$(BIN)/python finetune_dpo.py --init_from=out/demo --beta=2 --rank=32 --max_iters=110 --eval_interval=55 --out_dir=out/demo-dpo --overwrite
 
-grpo: install  ## or by a reward for its own samples, by GRPO; four minutes
+grpo: install  ## or by a reward for its own samples, by GRPO; five minutes
 	test -e out/demo/ckpt.pt || $(MAKE) demo
 	$(BIN)/python finetune_ppo.py --init_from=out/demo --dtype=float32 --out_dir=out/demo-grpo --overwrite
 
 ppo: install  ## or by PPO; four minutes
 	test -e out/demo/ckpt.pt || $(MAKE) demo
-	$(BIN)/python finetune_ppo.py --init_from=out/demo --baseline=value --learning_rate=7e-4 --max_iters=100 --eval_interval=25 --dtype=float32 --out_dir=out/demo-ppo --overwrite
+	$(BIN)/python finetune_ppo.py --init_from=out/demo --baseline=value --max_iters=100 --eval_interval=25 --dtype=float32 --out_dir=out/demo-ppo --overwrite
 
 browser: install browser/node_modules/.package-lock.json  ## a page that writes with the demo model, at http://127.0.0.1:8000; needs npm
 	test -e out/demo/ckpt.pt || $(MAKE) demo

@@ -60,8 +60,8 @@ class Config(finetune_lora.Config):
     kl: float = 0.04                        # what a nat a token away from the reference costs
     scale: bool = True                      # group: divide advantages by their group's standard deviation
     gae: float = 1.0                        # value: how far an advantage looks past the next value; 1 = to the reward
-    learning_rate: float = 1e-3             # the highest one
-    max_iters: int = 160                    # steps
+    learning_rate: float = 7e-4             # the highest one
+    max_iters: int = 200                    # steps
     eval_interval: int = 40                 # steps between evaluations, samples and checkpoints
     rank: int = 32                          # of the adapters
     # fmt: on
