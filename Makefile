@@ -15,7 +15,7 @@ finetune: install  ## teach that model the morals of its stories, and show what 
 
 dpo: install  ## teach it by pairs of answers how its stories should end; a minute
 	test -e out/demo/ckpt.pt || $(MAKE) demo
-	$(BIN)/python finetune_dpo.py --init_from=out/demo --beta=2 --rank=32 --max_iters=110 --eval_interval=55 --out_dir=out/demo-dpo --overwrite
+	$(BIN)/python finetune_dpo.py --init_from=out/demo --beta=1 --rank=32 --max_iters=110 --eval_interval=55 --out_dir=out/demo-dpo --overwrite
 
 grpo: install  ## or by a reward for its own samples, by GRPO; five minutes
 	test -e out/demo/ckpt.pt || $(MAKE) demo
