@@ -64,7 +64,7 @@ def test_a_given_dtype_rules(fast):
 
 
 def test_float16_leaves_muon_in_float32():
-    compute = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float16)
+    compute = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float16, compile=False)
     _, muon = make_optimizers(build(), train.Config(), compute)
     assert muon.dtype == torch.float32
 
