@@ -61,7 +61,7 @@ def learn(update, optimizers, validate, cfg, device):
     return start, points
 
 
-def nanogpts_rates(cfg):
+def nanogpt_rates(cfg):
     """Returns cfg with nanoGPT's rates, which end with the run: those of its config/train_shakespeare_char.py,
     and from GPT-2's width on the highest one of its train.py.
     """
@@ -85,13 +85,13 @@ def bench_learning(cfg, compute):
     cfg = replace(cfg, vocab_size=tokenizer.vocab_size)
 
     def batches(step):
-        rows = micro_batches(step, cfg, compute)
-        return [to(training_rows(ids, T, cfg.seed, *some), compute.device) for some in rows]
+        spans = micro_batches(step, cfg, compute)
+        return [to(training_rows(ids, T, cfg.seed, first, n), compute.device) for first, n in spans]
 
     def loss_of(model):
         return evaluate(model, held_out, T, cfg.batch_size, compute, cfg.eval_tokens)
 
-    def learn_theirs():
+    def learn_nanogpt():
         torch.manual_seed(cfg.seed)
         update, model, optimizer = nanogpt.make_update(gpt, cfg, compute, cfg.learning_rate)
 
@@ -99,7 +99,7 @@ def bench_learning(cfg, compute):
             update([(batch["idx"], batch["targets"].contiguous()) for batch in batches(step)])
 
         validate = partial(loss_of, nanogpt.Scored(model))
-        return learn(update_on, [optimizer], validate, nanogpts_rates(cfg), compute.device)
+        return learn(update_on, [optimizer], validate, nanogpt_rates(cfg), compute.device)
 
     def learn_ours():
         ours = replace(cfg, max_iters=max(START + 1, round(cfg.share * cfg.steps)), lr_decay_iters=0)
@@ -112,7 +112,7 @@ def bench_learning(cfg, compute):
 
         return learn(update_on, optimizers, partial(loss_of, model), ours, compute.device)
 
-    runs = {(NANOGPT, "adamw"): learn_theirs(), ("ours", cfg.optimizer): learn_ours()}
+    runs = {(NANOGPT, "adamw"): learn_nanogpt(), ("ours", cfg.optimizer): learn_ours()}
     [(_, limit, goal)] = runs[NANOGPT, "adamw"][1]
     rows = []
     for (name, optimizer), (start, points) in runs.items():

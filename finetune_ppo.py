@@ -457,12 +457,12 @@ class Reinforcing(finetune_lora.FineTuning):
         try:
             for i in range(0, len(self.val_prompts), self.cfg.rows):
                 prompts = self.val_prompts[i : i + self.cfg.rows]
-                batch, some, drift = self.sample(prompts, (self.cfg.seed, i))
+                batch, batch_rewards, drift = self.sample(prompts, (self.cfg.seed, i))
                 is_sampled = batch["targets"] != -100
                 divergence = (k3(batch["old"], batch["reference"]) * is_sampled).sum()
                 kl += torch.tensor([divergence.item(), is_sampled.sum().item()])
                 whole += batch["is_whole"].tolist()
-                rewards += some
+                rewards += batch_rewards
                 drifts.append(drift)
         except Refusal as e:
             refusal = e
