@@ -89,9 +89,7 @@ class Config(train.Config):
     seconds: float = 10.0  # time for each bench's rounds, of which there are at least three
     text: str = ""  # tokenizer: a file as prepare.py reads it instead of toy stories
     processes: int = 0  # scale: foresee a run by so many GPUs; 0 = run small models by two processes
-    against: str = (
-        ""  # train, learning: a folder, a checkout of nanoGPT, whose code is run | decode: llama.cpp
-    )
+    against: str = ""  # train, learning: a checkout of nanoGPT, whose code is run | decode: llama.cpp
     steps: int = 2000  # learning: that nanoGPT makes
     share: float = 0.5  # learning: of so many, those that ours makes
     draft: str = (

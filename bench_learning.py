@@ -13,7 +13,7 @@ from bench_step import build_trained
 from data import micro_batches, to, training_rows
 from interop import nanogpt
 from measure import time_rival
-from optim import get_lr, make_optimizers
+from optim import get_lr, make_optimizers, set_rate
 from score import evaluate
 from shards import id_type
 from tokenizer import Tokenizer
@@ -48,8 +48,7 @@ def learn(update, optimizers, validate, cfg, device):
 
     def make_steps(first, end):
         for step in range(first, end):
-            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-                group["lr"] = get_lr(step, cfg) * group.get("lr_scale", 1.0)
+            set_rate(optimizers, get_lr(step, cfg))
             update(step)
 
     start = time_rival(partial(make_steps, 0, START), device)

@@ -215,6 +215,13 @@ def get_lr(step, cfg):
     return height * cfg.learning_rate + (1 - height) * cfg.min_lr
 
 
+def set_rate(optimizers, rate):
+    """Gives all groups of parameters a learning rate, times their own lr_scale where they have one."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group.get("lr_scale", 1.0)
+
+
 def last_step(cfg):
     """Returns the step where the rate is min_lr."""
     return cfg.lr_decay_iters or cfg.max_iters

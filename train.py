@@ -46,6 +46,7 @@ from optim import (
     muon_dtype,
     plan_rates,
     saved_schedule,
+    set_rate,
     step_unless,
 )
 from rmsnorm import choose, choose_rmsnorm, use_rmsnorm
@@ -393,9 +394,7 @@ def fit(task, model, cfg, compute, resumed=None):
                 break
 
             lr = get_lr(state.step, cfg)
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = lr * group["lr_scale"]
+            set_rate(optimizers, lr)
             began = time.monotonic()
             try:
                 batches = task.batches(state.step)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from scripts import call, printed
-from test_finetune import BYTES, TINY, chat, one_and_two, spelled
+from test_finetune import BYTES, TINY, chat, check_gradients, one_and_two, spelled
 from test_prepare import hub, write_rows  # hub is a fixture
 from test_processes import run_together
 from test_train import SMALL, lab, log, same  # lab is a fixture
@@ -24,7 +24,6 @@ import rows
 import toy_stories
 import train
 from config import Refusal, configure
-from interop import hf_layout
 
 ANSWERS = [
     {"prompt": f"Is {a} {b}?", "chosen": f" {b.capitalize()}, yes.", "rejected": " No, never."}
@@ -362,11 +361,7 @@ def test_the_loss_and_its_gradient_are_those_of_trl(shop, tmp_path):
     loss.backward()
     assert abs(loss.item() - np.log(2)) > 1e-3
     assert loss.item() == pytest.approx(theirs.item(), rel=1e-5)
-    _, grads = hf_layout.to_hf(model.config, {name: p.grad for name, p in model.named_parameters()})
-    named = dict(peer.named_parameters())
-    assert len(grads) >= len(named) > 10
-    for name, p in named.items():
-        torch.testing.assert_close(grads[name], p.grad, rtol=1e-3, atol=1e-5 * p.grad.abs().max().item())
+    check_gradients(model, peer)
 
 
 # Runs

@@ -32,6 +32,7 @@ import train
 from config import Refusal, configure
 from data import count_targets, prompt_ids, render
 from generate import Row
+from interop import hf_layout
 from rows import (
     MORAL_SEED,
     Turn,
@@ -598,6 +599,15 @@ def test_code_is_learned_with_its_indentation(shop):
     prompts = [prompt_ids(tokenizer, row["prompt"]) for row in rows]
     answers, _ = complete(sample.generate(model, prompts, 30, temperature=0, stop=tokenizer.ends))
     assert [tokenizer.decode_more(ids) for ids in answers] == [row["completion"] for row in rows]
+
+
+def check_gradients(model, peer):
+    """Compares each gradient of a model with that of its twin in transformers."""
+    _, grads = hf_layout.to_hf(model.config, {name: p.grad for name, p in model.named_parameters()})
+    named = dict(peer.named_parameters())
+    assert len(grads) >= len(named) > 10
+    for name, p in named.items():
+        torch.testing.assert_close(grads[name], p.grad, rtol=1e-3, atol=1e-5 * p.grad.abs().max().item())
 
 
 def one_and_two(shop, script, *argv):

@@ -10,7 +10,7 @@ import torch
 from children import error_output, finish, ranks, start
 from scripts import call
 from test_dpo import compiled_is_the_same, moved
-from test_finetune import TINY, adapter, one_and_two
+from test_finetune import TINY, adapter, check_gradients, one_and_two
 from test_model import build
 from test_prepare import write_rows
 from test_processes import run_together
@@ -26,7 +26,6 @@ import prepare
 import train
 from config import Refusal, configure
 from generate import generate
-from interop import hf_layout
 
 PROMPTS = ["--dataset=prompts.jsonl", "--val_dataset=held.jsonl"]
 REWARDED = [
@@ -239,11 +238,7 @@ def test_the_loss_and_its_gradient_are_those_of_trl(shop, tmp_path, scale):
     loss = task.loss(model, batch) / 12
     loss.backward()
     assert loss.item() == pytest.approx(theirs.item(), rel=1e-5)
-    _, grads = hf_layout.to_hf(model.config, {name: p.grad for name, p in model.named_parameters()})
-    named = dict(peer.named_parameters())
-    assert len(grads) >= len(named) > 10
-    for name, p in named.items():
-        torch.testing.assert_close(grads[name], p.grad, rtol=1e-3, atol=1e-5 * p.grad.abs().max().item())
+    check_gradients(model, peer)
 
 
 def answers(task, batch):
