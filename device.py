@@ -167,11 +167,13 @@ def join_processes(device, rank, world_size):
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = torch.distributed.PrefixStore(f"attempt {attempt}", store)
         torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+        group = Group(store, rank, world_size)
         # nccl connects at its first message; and who left with a Refusal while another still connects
         # would take that one down
         for place in dict.fromkeys((torch.device("cpu"), device)):  # in one order everywhere
             torch.distributed.all_reduce(torch.zeros(1, device=place))
-        return Group(store, rank, world_size)
+        torch.distributed.all_reduce(torch.zeros(1), group=group.patient)
+        return group
     except (RuntimeError, ValueError) as e:
         raise Refusal(
             f"{world_size} processes could not find each other: {str(e).splitlines()[0]}", status=1
