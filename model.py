@@ -165,6 +165,9 @@ def rms_norm(x, weight, eps):
     """Returns x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in float32 at least,
     in x's dtype.
     """
+    if x.dtype == weight.dtype and not torch.is_grad_enabled():
+        # to the bit what follows, which with gradients is the quicker of the two
+        return F.rms_norm(x, weight.shape, weight, eps)
     y = x.to(torch.promote_types(x.dtype, torch.float32))
     return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * weight).type_as(x)
 
@@ -816,7 +819,7 @@ class Transformer(nn.Module):
             return
         for linear in (module for module in self.modules() if isinstance(module, nn.Linear)):
             weight = linear.weight
-            if weight.size(0) > weight.size(1):
+            if weight.size(0) >= weight.size(1):
                 weight.data = weight.data.t().contiguous().t()
 
     def next_logits(self, idx, cache=None, doc=None):
