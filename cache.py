@@ -8,11 +8,13 @@ A layer with a window keeps the last tokens alone, in a ring. StaticCache is ano
 methods, for steps that are captured once and replayed.
 """
 
+import copy
 import numbers
 
 import torch
 
 REWIND = 8  # tokens that a ring holds beyond its window, so that as many can be forgotten
+PADDING = 64  # tokens of it, below which a processor reads them sooner than it makes another call
 
 
 def positions(doc):
@@ -26,6 +28,16 @@ def positions(doc):
 def capacity(window, max_len):
     """Returns how many tokens a layer with this window (0: it sees all) keeps of max_len."""
     return min(max_len, window + REWIND) if window else max_len
+
+
+def cut(lengths, first=0):
+    """Returns the rows, (first, last) of each run, to read together of windows of these lengths, which grow: halves
+    where that saves PADDING.
+    """
+    middle = len(lengths) // 2
+    if middle * (lengths[-1] - lengths[middle - 1]) < PADDING:
+        return [(first, first + len(lengths))]
+    return cut(lengths[:middle], first) + cut(lengths[middle:], first + middle)
 
 
 def rearranged(x, rows):
@@ -54,6 +66,7 @@ class KVCache:
         length    of the longest row: the same knowledge without asking the device
         docs      {window: (B, 1, capacity, 2) int64} once documents or padding were named: each token's document and
                   its position in it; else None
+        last      (B, 2) int64, those of each row's last token; position -1 where there is none; else None
     """
 
     def __init__(self, model, batch_size, max_len):
@@ -72,8 +85,57 @@ class KVCache:
         self.max_len = max_len
         self.is_level = True  # all rows have the same length
         self.docs = None
+        self.last = None
         # the length of each row before it was rewound: what was written over until then is gone
         self.longest = [0] * batch_size
+
+    def read(self, model, windows):
+        """Reads one window of ids a row, padded on the left, into this cache, which is empty; returns logits (B, V) of
+        what comes after each. Windows of growing length have little padding on a processor.
+        """
+        lengths = [len(window) for window in windows]
+        longest = max(lengths)
+        if min(lengths) == longest:
+            return model.next_logits(torch.tensor(windows, device=model.device), self)
+        self.name_documents()
+        runs = cut(lengths) if model.device.type == "cpu" else [(0, len(lengths))]
+        logits = []
+        for first, last in runs:
+            T = max(lengths[first:last])
+            padding = [T - length for length in lengths[first:last]]
+            idx = [[0] * n + list(window) for n, window in zip(padding, windows[first:last])]
+            doc = [[-1] * n + [0] * (T - n) for n in padding]
+            rows = self.part(slice(first, last), longest - T)
+            idx, doc = torch.tensor((idx, doc), device=model.device)
+            logits.append(model.next_logits(idx, rows, doc))
+        self.advance(longest)
+        return torch.cat(logits)
+
+    def part(self, rows, padding):
+        """Returns these rows, a slice, of an empty cache, with so many tokens of padding read, as a cache of the same
+        memory.
+        """
+        part = copy.copy(self)
+        part.k = [k[rows] for k in self.k]
+        part.v = [v[rows] for v in self.v]
+        part.lengths = self.lengths[rows] + padding
+        part.length = padding
+        part.docs = {window: docs[rows] for window, docs in self.docs.items()}
+        part.last = self.last[rows]
+        for docs in part.docs.values():
+            docs[..., 0] = -1
+        part.last.fill_(-1)
+        return part
+
+    def name_documents(self):
+        """Begins to keep documents. What came before is one."""
+        self.docs = {}
+        for window, size in self.sizes.items():
+            docs = self.lengths.new_zeros(len(self.lengths), 1, size, 2)
+            places = self.slot_places(size, 0)
+            docs[:, 0, : places.size(-1), 1] = places
+            self.docs[window] = docs
+        self.last = torch.stack((torch.zeros_like(self.lengths), self.lengths - 1), -1)
 
     def places(self, T):
         """Returns where T new tokens go: (T,) where the rows are level, else (B, T). Raises ValueError
@@ -122,28 +184,23 @@ class KVCache:
         if doc is None and self.docs is None:
             return places, places, None, {window: (keys, None) for window, keys in key_places.items()}
 
-        B = self.lengths.size(0)
-        if self.docs is None:  # what came before is one document
-            self.docs = {}
-            for window, size in self.sizes.items():
-                docs = torch.zeros(B, 1, size, 2, dtype=torch.long, device=doc.device)
-                old = self.slot_places(size, 0)
-                docs[:, 0, : old.size(-1), 1] = old
-                self.docs[window] = docs
-        docs = next(iter(self.docs.values()))  # any: each has the last token
-        last_slots = (self.lengths - 1).clamp(min=0) % docs.size(2)
-        last_doc, last_pos = docs[torch.arange(B, device=docs.device), 0, last_slots].unbind(-1)  # (B,)
-        next_pos = torch.where(self.lengths > 0, last_pos + 1, 0)[:, None]
+        if self.docs is None:
+            self.name_documents()
+        last_doc, last_pos = self.last.split(1, -1)  # (B, 1)
+        steps = torch.arange(T, device=places.device)
         if doc is None:
-            doc = last_doc[:, None].expand(B, T)
-            pos = next_pos + torch.arange(T, device=doc.device)
+            doc = last_doc.expand(-1, T)
+            pos = last_pos + 1 + steps
         else:
             pos = positions(doc)
-            goes_on = (pos == torch.arange(T, device=doc.device)) & (doc == last_doc[:, None])
-            pos = pos + torch.where(goes_on, next_pos, 0)
+            goes_on = (pos == steps) & (doc == last_doc)
+            pos = pos + torch.where(goes_on, last_pos + 1, 0)
+        new = torch.stack((doc, pos), -1)  # (B, T, 2)
+        doc = new[..., 0]
+        self.last.copy_(new[:, -1])
         keys = {}
         for window, docs in self.docs.items():
-            joined = self.join(docs, places, torch.stack((doc, pos), -1)[:, None])
+            joined = self.join(docs, places, new[:, None])
             keys[window] = (key_places[window], joined[:, 0, :, 0])
         return places, pos, doc, keys
 
@@ -190,6 +247,7 @@ class KVCache:
         self.longest = [self.longest[row] for row in rows]
         if self.docs is not None:
             self.docs = {window: rearranged(docs, rows) for window, docs in self.docs.items()}
+            self.last = rearranged(self.last, rows)
 
     def rewind(self, n):
         """Forgets the last n tokens: of every row, or with a list of numbers so many of each. Raises
@@ -212,6 +270,11 @@ class KVCache:
         self.length = max(lengths)
         self.is_level = min(lengths) == self.length
         self.lengths = torch.tensor(lengths, device=self.lengths.device)
+        if self.docs is not None:
+            docs = next(iter(self.docs.values()))  # any: each has the last token
+            last_slots = (self.lengths - 1).clamp(min=0) % docs.size(2)
+            self.last = docs[torch.arange(len(counts), device=docs.device), 0, last_slots]
+            self.last[self.lengths == 0, 1] = -1
 
 
 class StaticCache:
@@ -243,9 +306,7 @@ class StaticCache:
         self.row_docs = None  # (B, 1), that of the next token: the one of the last
         if cache.docs is not None:
             self.docs = {window: docs[:, 0, :, 0].clone() for window, docs in cache.docs.items()}
-            window, docs = next(iter(cache.docs.items()))  # any: each has the last token
-            last_slot = (cache.length - 1) % len(self.slots[window])
-            self.row_docs, last_pos = docs[:, 0, last_slot : last_slot + 1].clone().unbind(-1)
+            self.row_docs, last_pos = cache.last.clone().split(1, -1)
             self.pos = last_pos + 1
 
     def begin(self, T, doc=None):

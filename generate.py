@@ -149,25 +149,18 @@ def start_rows(model, prompts, max_new_tokens, stop, past_end):
 
 
 def prefill(model, windows, capacity, spare=0):
-    """Reads one window of ids a row, padded on the left: returns the last tokens' logits (B, V) and a
-    cache with room for `capacity` more, but for none past block_size, and for `spare` beyond either.
+    """Reads one window of ids a row: returns the last tokens' logits (B, V) and a cache with room for
+    `capacity` more, but for none past block_size, and for `spare` beyond either.
     """
-    device = model.device
     numbers = {}  # of each window: one that several rows share, as answers to one prompt do, is read once
     for window in windows:
         numbers.setdefault(tuple(window), len(numbers))
     lengths = [len(window) for window in numbers]
-    longest = max(lengths)
-    padded = [[0] * (longest - len(window)) + list(window) for window in numbers]
-    idx = torch.tensor(padded, device=device)
-    doc = None
-    if min(lengths) < longest:
-        doc = torch.tensor([[-1] * (longest - n) + [0] * n for n in lengths], device=device)
-    capacity += longest
+    capacity += max(lengths)
     if model.config.what_ends_a_text:
-        capacity = min(capacity, model.config.block_size + longest - min(lengths))
+        capacity = min(capacity, model.config.block_size + max(lengths) - min(lengths))
     cache = model.new_cache(len(numbers), capacity + spare)
-    logits = model.next_logits(idx, cache, doc)
+    logits = cache.read(model, list(numbers))
     if len(numbers) < len(windows):
         rows = [numbers[tuple(window)] for window in windows]
         cache.keep(rows)
@@ -235,14 +228,14 @@ def generate(
     device = model.device
     rng = torch.Generator(device).manual_seed(seed)
     exact = torch.float32 if device.type == "mps" else torch.float64  # which mps has not
-    batch = list(range(len(rows)))  # the rows that go on, in the order of the cache
-    numbers = None  # the same on the device, once some have ended
-    seen = seen_tokens(prompts, model, repetition_penalty)
+    # the rows that go on, in the order of the cache, which likes to read windows of growing length
+    batch = sorted(range(len(rows)), key=lambda number: len(rows[number].window))
+    numbers = torch.tensor(batch, device=device)
+    seen = seen_tokens([prompts[number] for number in batch], model, repetition_penalty)
 
     def uniform():
         """Returns the numbers (B, 1) of a step: drawn for all rows, so that none depends on when the others end."""
-        drawn = torch.rand(len(rows), 1, generator=rng, dtype=exact, device=device)
-        return drawn if numbers is None else drawn[numbers]
+        return torch.rand(len(rows), 1, generator=rng, dtype=exact, device=device)[numbers]
 
     def draw(logits, drawn):
         """Returns the next ids (B,), which are seen from now on, and their log p (B,), None where nobody asks."""

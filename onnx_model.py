@@ -130,16 +130,26 @@ class Part:
     """The rows of a batch whose prompts have the same length, so that they share one Past."""
 
     rows: torch.Tensor
-    padding: int  # tokens to leave out on the left of the prompt
     past: Past
 
 
 @dataclasses.dataclass
 class Cache:
-    """What OnnxModel.next_logits keeps between calls. The first call makes the parts."""
+    """What OnnxModel.next_logits keeps between calls."""
 
     max_len: int
     parts: list = dataclasses.field(default_factory=list)
+
+    def read(self, model, windows):
+        """Does what KVCache.read does, windows of one length at a time: the graph knows no padding."""
+        lengths = torch.tensor([len(window) for window in windows])
+        logits = torch.zeros(len(windows), model.config.vocab_size)
+        for length in lengths.unique().tolist():
+            rows = (lengths == length).nonzero()[:, 0]
+            past = model.new_past(len(rows), self.max_len)
+            self.parts.append(Part(rows, past))
+            logits[rows] = model.last_logits(torch.tensor([windows[row] for row in rows]), past)
+        return logits
 
     def keep(self, rows):
         """Makes row i what row rows[i] was, and forgets all others."""
@@ -148,7 +158,7 @@ class Cache:
             new = [i for i, row in enumerate(rows) if row in part.rows]
             if new:
                 part.past.keep([part.rows.tolist().index(rows[i]) for i in new])
-                parts.append(Part(torch.tensor(new), part.padding, part.past))
+                parts.append(Part(torch.tensor(new), part.past))
         self.parts = parts
 
 
@@ -191,27 +201,13 @@ class OnnxModel(nn.Module):
     def new_cache(self, batch_size, max_len):
         return Cache(max_len)
 
-    def split_by_padding(self, padding, max_len):
-        """Returns the Parts of a batch, given each row's padding (B,): the graph knows none."""
-        parts = []
-        for n in padding.unique().tolist():
-            rows = (padding == n).nonzero()[:, 0]
-            parts.append(Part(rows, n, self.new_past(len(rows), max_len)))
-        return parts
-
-    def next_logits(self, idx, cache, doc=None):
+    def next_logits(self, idx, cache):
         """Does what Transformer.next_logits does: returns logits (B, V) after the last of idx (B, T)."""
-        if not cache.parts:
-            padding = torch.zeros(len(idx), dtype=torch.long)
-            if doc is not None:
-                padding = (doc == -1).sum(1)
-            cache.parts = self.split_by_padding(padding, cache.max_len)
-        if len(cache.parts) == 1 and not cache.parts[0].padding:  # the usual case, without a copy
+        if len(cache.parts) == 1:  # the usual case, without a copy
             return self.last_logits(idx, cache.parts[0].past)
         logits = torch.zeros(len(idx), self.config.vocab_size)
         for part in cache.parts:
-            logits[part.rows] = self.last_logits(idx[part.rows, part.padding :], part.past)
-            part.padding = 0
+            logits[part.rows] = self.last_logits(idx[part.rows], part.past)
         return logits
 
     def forward(self, idx, targets, reduction="mean"):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_model import V, build, tokens
 
+import cache
 import finetune_lora
 import train
 from config import configure
@@ -135,6 +136,20 @@ def test_greedy_is_the_plain_loop_for_prompts_of_different_lengths(pos):
     rows, ends = complete(generate(model, prompts, 12, temperature=0))
     assert rows == [greedy(model, prompt, 12) for prompt in prompts]
     assert ends == ["length"] * 4
+
+
+@pytest.mark.parametrize("pattern", ["L", "S", "SL"])
+@pytest.mark.parametrize("pos", ["learned", "rope", "alibi"])
+def test_prompts_of_like_lengths_are_read_together_and_all_go_on_as_if_alone(pos, pattern, monkeypatch):
+    monkeypatch.setattr(cache, "PADDING", 8)
+    model = build(pos=pos, n_kv_head=2, window=3, window_pattern=pattern, block_size=64).double()
+    prompts = prompts_of(21, 1, 5, 50, 2, 22, 48, 3)
+    shapes = []
+    hook = model.wte.register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0].shape)))
+    rows, _ = complete(generate(model, prompts, 12, temperature=0))
+    hook.remove()
+    assert shapes == [(4, 5), (2, 22), (2, 50)] + [(8, 1)] * 11
+    assert rows == [greedy(model, prompt, 12) for prompt in prompts]
 
 
 def test_each_row_has_its_own_stop_and_the_others_go_on_as_if_alone():
