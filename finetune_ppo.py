@@ -431,7 +431,10 @@ class Reinforcing(finetune_lora.FineTuning):
         return batch, rewards, drift
 
     def reward(self, prompt, answer):
-        value = self.judge(prompt, answer)
+        try:
+            value = self.judge(prompt, answer)
+        except Exception as e:  # somebody's own: nothing that was learned is lost for it
+            raise Refusal(f"reward={self.cfg.reward} fails with {e!r:.200} for {answer!r:.80}", status=1)
         if not isinstance(value, (int, float)) or not math.isfinite(value):
             raise Refusal(f"reward={self.cfg.reward} gives {value!r:.40} for {answer!r:.80}", status=1)
         return float(value)

@@ -570,20 +570,23 @@ def test_mistakes_are_one_line(shop, argv, message):
     assert message in str(refusal.value) and not (shop / "refused").exists()
 
 
-@pytest.mark.parametrize("value, updates", [(float("nan"), 2), ([1.0, 2.0], 1)])
+@pytest.mark.parametrize("value, updates", [(float("nan"), 2), ([1.0, 2.0], 1), (None, 2)])
 def test_a_reward_that_is_no_number_ends_the_run_which_loses_nothing(shop, monkeypatch, value, updates):
     out_dir = f"refused-{type(value).__name__}"
     judged = []
 
     def judge(prompt, answer):
         judged.append(answer)
+        if len(judged) > limit and value is None:
+            raise KeyError("verdict")
         return value if len(judged) > limit else float("e" not in answer)
 
     monkeypatch.setattr(ppo, "find_reward", lambda name, device="cpu", load=False: judge)
     limit = 140  # of 100 held-out prompts and 24 samples a step or two: within a micro-batch's
     settings = ["--gradient_accumulation_steps=2", f"--updates={updates}", "--eval_interval=8"]
     with pytest.raises(
-        Refusal, match=r"gives (nan|\[1.0, 2.0\]) for .*has all steps up to \d+: --init_from=resume"
+        Refusal,
+        match=r"(gives (nan|\[1.0, 2.0\])|fails with KeyError\('verdict'\)) for .*has all steps up to \d+: --init_from=resume",
     ):
         reinforce(shop, *settings, f"--out_dir={out_dir}")
     assert adapter(shop, out_dir)["step"] == updates
