@@ -17,7 +17,7 @@ dpo: install  ## teach it by pairs of answers how its stories should end; a minu
 	test -e out/demo/ckpt.pt || $(MAKE) demo
 	$(BIN)/python finetune_dpo.py --init_from=out/demo --beta=1 --rank=32 --max_iters=110 --eval_interval=55 --out_dir=out/demo-dpo --overwrite
 
-grpo: install  ## or by a reward for its own samples, by GRPO; five minutes
+grpo: install  ## or by a reward for its own samples, by GRPO; six minutes
 	test -e out/demo/ckpt.pt || $(MAKE) demo
 	$(BIN)/python finetune_ppo.py --init_from=out/demo --dtype=float32 --out_dir=out/demo-grpo --overwrite
 

@@ -61,7 +61,7 @@ class Config(finetune_lora.Config):
     scale: bool = True                      # group: divide advantages by their group's standard deviation
     gae: float = 1.0                        # value: how far an advantage looks past the next value; 1 = to the reward
     learning_rate: float = 7e-4             # the highest one
-    max_iters: int = 200                    # steps
+    max_iters: int = 160                    # steps
     eval_interval: int = 40                 # steps between evaluations, samples and checkpoints
     rank: int = 32                          # of the adapters
     # fmt: on
