@@ -811,7 +811,7 @@ class Transformer(nn.Module):
         return KVCache(self, batch_size, max_len)
 
     def lay_out_for_writing(self):
-        """Puts the columns of matrices that have more rows, the head above all, one after the other in memory, on a
+        """Puts the columns of matrices with no fewer rows, the head above all, one after the other in memory, on a
         processor, where a product with one token reads them in up to a third of the time. For models that are
         not trained: no number changes.
         """

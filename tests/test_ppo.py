@@ -584,10 +584,8 @@ def test_a_reward_that_is_no_number_ends_the_run_which_loses_nothing(shop, monke
     monkeypatch.setattr(ppo, "find_reward", lambda name, device="cpu", load=False: judge)
     limit = 140  # of 100 held-out prompts and 24 samples a step or two: within a micro-batch's
     settings = ["--gradient_accumulation_steps=2", f"--updates={updates}", "--eval_interval=8"]
-    with pytest.raises(
-        Refusal,
-        match=r"(gives (nan|\[1.0, 2.0\])|fails with KeyError\('verdict'\)) for .*has all steps up to \d+: --init_from=resume",
-    ):
+    reason = r"(gives (nan|\[1.0, 2.0\])|fails with KeyError\('verdict'\))"
+    with pytest.raises(Refusal, match=reason + r" for .*has all steps up to \d+: --init_from=resume"):
         reinforce(shop, *settings, f"--out_dir={out_dir}")
     assert adapter(shop, out_dir)["step"] == updates
     limit = math.inf
