@@ -306,7 +306,6 @@ def bench_decode(cfg, compute):
     """
     model = build_model(cfg).to(compute.device, compute.dtype).eval()
     hf_model = convert(to_transformers, model)
-    model.lay_out_for_writing()
     large = large_tensor(compute.device)
     batch_sizes = (1, 8, 64) if compute.device.type == "cuda" else (1, 8)
     seconds = cfg.seconds / 2 / (len(batch_sizes) + 1)

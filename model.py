@@ -27,6 +27,9 @@ from rope_scaling import rope_frequencies, rope_scale
 
 LONGEST_WRITTEN_OUT = 1024  # tokens: see attention
 HAS_CHUNKED_LOSS = hasattr(nn, "LinearCrossEntropyOptions")  # from torch 2.13 on
+HAS_MKL = torch.backends.mkl.is_available()
+FEW_ROWS = 8
+LARGE_MATRIX = 2**16  # numbers: smaller ones come from a cache, and what counts is the number of calls
 
 
 @dataclass
@@ -155,6 +158,45 @@ MODEL_KEYS = tuple(field.name for field in fields(ModelConfig))
 def model_config(cfg):
     """Returns the ModelConfig inside a script's config, which may have more keys."""
     return ModelConfig(**{key: getattr(cfg, key) for key in MODEL_KEYS})
+
+
+# -----------------------------------------------------------------------------------------------------
+# Products
+
+
+class Linear(nn.Linear):
+    """nn.Linear, which on a processor multiplies the few rows of a decoding step in another way, where the matrix is so
+    large that it may not come from a cache.
+    """
+
+    def __init__(self, in_features, out_features, bias=True):
+        super().__init__(in_features, out_features, bias)
+        self.is_large = HAS_MKL and in_features * out_features >= LARGE_MATRIX
+
+    def forward(self, x):
+        weight, bias = self.weight, self.bias
+        is_few = self.is_large and x.numel() <= FEW_ROWS * self.in_features and is_plain(x)
+        if not is_few:
+            return F.linear(x, weight, bias)
+        y = few_rows_product(x.reshape(-1, self.in_features), weight).view(*x.shape[:-1], -1)
+        return y if bias is None else y + bias
+
+
+def is_plain(x):
+    """Tells whether x is computed now, by a processor, in float32."""
+    return x.dtype == torch.float32 and x.is_cpu and not torch.compiler.is_compiling()
+
+
+def few_rows_product(rows, weight):
+    """Returns F.linear(rows (n, in), weight (out, in)), for which MKL takes 1.3 to 6 times as long: by one thread, and
+    for a lone row as a product of matrix and vector (LOG.md).
+    """
+    if len(rows) != 1:
+        return torch.mm(weight, rows.t()).t().contiguous()
+    # halves of the matrix, each times the row as a column: to MKL they are products of matrices
+    if len(weight) % 2:
+        return torch.cat((few_rows_product(rows, weight[:-1]), F.linear(rows, weight[-1:])), 1)
+    return torch.bmm(weight.view(2, -1, rows.size(1)), rows.expand(2, 1, -1).mT).view(1, -1)
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -478,10 +520,10 @@ class Attention(nn.Module):
         self.window = c.window_of(layer)
         self.head_dim = c.head_dim
         self.dropout = c.dropout
-        self.q_proj = nn.Linear(c.n_embd, c.n_head * c.head_dim, bias=c.bias)
-        self.k_proj = nn.Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=c.bias)
-        self.v_proj = nn.Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=c.bias)
-        self.o_proj = nn.Linear(c.n_head * c.head_dim, c.n_embd, bias=c.bias)
+        self.q_proj = Linear(c.n_embd, c.n_head * c.head_dim, bias=c.bias)
+        self.k_proj = Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=c.bias)
+        self.v_proj = Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=c.bias)
+        self.o_proj = Linear(c.n_head * c.head_dim, c.n_embd, bias=c.bias)
         self.o_proj.into_residual = True  # see init_weights
         self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
@@ -512,8 +554,8 @@ class GELU(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.up_proj = nn.Linear(c.n_embd, c.n_inner, bias=c.bias)
-        self.down_proj = nn.Linear(c.n_inner, c.n_embd, bias=c.bias)
+        self.up_proj = Linear(c.n_embd, c.n_inner, bias=c.bias)
+        self.down_proj = Linear(c.n_inner, c.n_embd, bias=c.bias)
         self.down_proj.into_residual = True
 
     def forward(self, x):
@@ -525,9 +567,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.gate_proj = nn.Linear(c.n_embd, c.n_inner, bias=c.bias)
-        self.up_proj = nn.Linear(c.n_embd, c.n_inner, bias=c.bias)
-        self.down_proj = nn.Linear(c.n_inner, c.n_embd, bias=c.bias)
+        self.gate_proj = Linear(c.n_embd, c.n_inner, bias=c.bias)
+        self.up_proj = Linear(c.n_embd, c.n_inner, bias=c.bias)
+        self.down_proj = Linear(c.n_inner, c.n_embd, bias=c.bias)
         self.down_proj.into_residual = True
 
     @staticmethod
@@ -713,7 +755,7 @@ class Transformer(nn.Module):
         self.norm = nn.Identity()
         if getattr(block, "final_norm", True):
             self.norm = NORMS[c.norm](c.n_embd, eps=c.norm_eps, bias=c.bias)
-        self.head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
+        self.head = Linear(c.n_embd, c.vocab_size, bias=False)
         if c.tie_embeddings:
             self.head.weight = self.wte.weight
         self.init_weights()
@@ -809,18 +851,6 @@ class Transformer(nn.Module):
     def new_cache(self, batch_size, max_len):
         """Returns an empty KVCache for batch_size rows of up to max_len tokens."""
         return KVCache(self, batch_size, max_len)
-
-    def lay_out_for_writing(self):
-        """Puts the columns of matrices with no fewer rows, the head above all, one after the other in memory, on a
-        processor, where a product with one token reads them in up to a third of the time. For models that are
-        not trained: no number changes.
-        """
-        if self.device.type != "cpu":
-            return
-        for linear in (module for module in self.modules() if isinstance(module, nn.Linear)):
-            weight = linear.weight
-            if weight.size(0) >= weight.size(1):
-                weight.data = weight.data.t().contiguous().t()
 
     def next_logits(self, idx, cache=None, doc=None):
         """Returns logits (B, V) of what comes after the last of tokens idx (B, T); cache and doc as in hidden."""

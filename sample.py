@@ -193,7 +193,6 @@ def load(cfg):
         lora.merge(model)  # in float32; then it is as fast as its base
         paths = f"{ckpt.path} and {ckpt.adapter_path}"
     model = model.to(compute.device, compute.dtype)
-    model.lay_out_for_writing()
     rmsnorm_message = choose_rmsnorm(model, cfg.rmsnorm, compute)
     graph_message = ""
     if compute.device.type == "cuda":

@@ -447,7 +447,6 @@ def load_draft(path, model, tokenizer, n_guesses, compute, rmsnorm):
         draft = DraftModel(*restore_draft(path, tokenizer))
         configs.append(draft.model.config)
         draft.model.to(compute.device, compute.dtype)
-        draft.model.lay_out_for_writing()
         choose_rmsnorm(draft.model, rmsnorm, compute)
     if any(c.window for c in configs) and n_guesses > MOST_IN_RING:
         raise Refusal(

@@ -8,16 +8,20 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from model import (
     BLOCKS,
+    FEW_ROWS,
     HAS_CHUNKED_LOSS,
+    HAS_MKL,
     MLPS,
     NORMS,
     POSITIONS,
     ALiBi,
     KVCache,
+    Linear,
     ModelConfig,
     MoE,
     RoPE,
@@ -26,6 +30,7 @@ from model import (
     attention,
     attention_mask,
     balance_loss,
+    few_rows_product,
     recorded_routings,
     rotate,
 )
@@ -230,18 +235,29 @@ def test_attention_written_out_for_a_processor_is_sdpas(kind, n_kv_head, monkeyp
         assert (a - b).norm() < 0.02 * b.norm()
 
 
-def test_a_model_laid_out_for_writing_is_the_same_model():
-    model = build().eval()
-    idx = tokens(2, T)
-    expected = model(idx)[0]
-    state = {name: x.clone() for name, x in model.state_dict().items()}
-    model.lay_out_for_writing()
-    assert model.head.weight.stride() == (1, V)
-    assert model.head.weight is model.wte.weight
-    assert model.blocks[0].mlp.up_proj.weight.stride() == (1, 48)
-    assert model.blocks[0].mlp.down_proj.weight.is_contiguous()
-    assert all(torch.equal(x, state[name]) for name, x in model.state_dict().items())
-    torch.testing.assert_close(model(idx)[0], expected, rtol=1e-5, atol=1e-6)
+@pytest.mark.skipif(not HAS_MKL, reason="needs MKL")
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("n_out", [512, 601])
+@pytest.mark.parametrize("shape", [(1, 1), (1,), (2, 1), (2, 4), (FEW_ROWS,), (FEW_ROWS + 1, 1)])
+def test_the_few_rows_of_a_step_get_the_same_products(monkeypatch, shape, n_out, bias):
+    linear = Linear(160, n_out, bias)
+    reference = nn.Linear(160, n_out, bias).double()
+    reference.load_state_dict(linear.state_dict())
+    calls = []
+    monkeypatch.setattr(
+        "model.few_rows_product", lambda *inputs: calls.append(inputs) or few_rows_product(*inputs)
+    )
+    x = torch.randn(*shape, 3, 160)[..., -1, :]  # as a last token's states: not contiguous
+    exact_x = x.double()
+    results = []
+    for module, rows in ((linear, x), (reference, exact_x)):
+        y = module(rows.requires_grad_())
+        y.square().sum().backward()
+        results.append([y, rows.grad, *(parameter.grad for parameter in module.parameters())])
+    for ours, exact in zip(*results, strict=True):
+        assert ours.shape == exact.shape
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-4)
+    assert bool(calls) == (x.numel() <= FEW_ROWS * 160)
 
 
 def test_the_grid_is_whole():
