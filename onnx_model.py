@@ -203,6 +203,8 @@ class OnnxModel(nn.Module):
 
     def next_logits(self, idx, cache):
         """Does what Transformer.next_logits does: returns logits (B, V) after the last of idx (B, T)."""
+        if not cache.parts:
+            return cache.read(self, idx.tolist())
         if len(cache.parts) == 1:  # the usual case, without a copy
             return self.last_logits(idx, cache.parts[0].past)
         logits = torch.zeros(len(idx), self.config.vocab_size)

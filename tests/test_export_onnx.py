@@ -161,6 +161,15 @@ def int8_error(model, int8):
 # The file and its folder
 
 
+@torch.no_grad()
+def test_next_logits_are_a_transformers_from_an_empty_cache_on(lab, exported):
+    ids = draw_ids(lab.model.config, B=2, T=10)
+    cache = exported.new_cache(2, 10)
+    for first, last in ((0, 9), (9, 10)):
+        logits = exported.next_logits(ids[:, first:last], cache)
+        torch.testing.assert_close(logits, lab.model.next_logits(ids[:, :last]), rtol=0, atol=1e-4)
+
+
 def test_any_batch_length_and_past(lab, exported):
     check_numbers(lab.model, exported)
 
