@@ -28,8 +28,9 @@ from rope_scaling import rope_frequencies, rope_scale
 LONGEST_WRITTEN_OUT = 1024  # tokens: see attention
 HAS_CHUNKED_LOSS = hasattr(nn, "LinearCrossEntropyOptions")  # from torch 2.13 on
 HAS_MKL = torch.backends.mkl.is_available()
-FEW_ROWS = 8
+FEW_ROWS = 32
 LARGE_MATRIX = 2**16  # numbers: smaller ones come from a cache, and what counts is the number of calls
+PIECES = 8  # of a matrix, for so many threads
 
 
 @dataclass
@@ -188,15 +189,20 @@ def is_plain(x):
 
 
 def few_rows_product(rows, weight):
-    """Returns F.linear(rows (n, in), weight (out, in)), for which MKL takes 1.3 to 6 times as long: by one thread, and
+    """Returns F.linear(rows (n, in), weight (out, in)), for which MKL takes 1.2 to 6 times as long: by one thread, and
     for a lone row as a product of matrix and vector (LOG.md).
     """
-    if len(rows) != 1:
-        return torch.mm(weight, rows.t()).t().contiguous()
-    # halves of the matrix, each times the row as a column: to MKL they are products of matrices
+    n, n_in = rows.shape
     if len(weight) % 2:
         return torch.cat((few_rows_product(rows, weight[:-1]), F.linear(rows, weight[-1:])), 1)
-    return torch.bmm(weight.view(2, -1, rows.size(1)), rows.expand(2, 1, -1).mT).view(1, -1)
+    n_pieces = math.gcd(len(weight), PIECES)
+    pieces = weight.view(n_pieces, -1, n_in)
+    copies = rows.expand(n_pieces, n, n_in)
+    if n <= 8 and rows.numel() <= 4096:  # such rows are read as columns from the nearest cache
+        return torch.bmm(pieces, copies.mT).view(-1, n).t().contiguous()
+    if torch.get_num_threads() == 1:
+        return F.linear(rows, weight)
+    return torch.bmm(copies, pieces.mT).transpose(0, 1).reshape(n, -1)
 
 
 # -----------------------------------------------------------------------------------------------------

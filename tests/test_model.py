@@ -238,7 +238,7 @@ def test_attention_written_out_for_a_processor_is_sdpas(kind, n_kv_head, monkeyp
 @pytest.mark.skipif(not HAS_MKL, reason="needs MKL")
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("n_out", [512, 601])
-@pytest.mark.parametrize("shape", [(1, 1), (1,), (2, 1), (2, 4), (FEW_ROWS,), (FEW_ROWS + 1, 1)])
+@pytest.mark.parametrize("shape", [(1, 1), (1,), (2, 1), (2, 4), (9,), (FEW_ROWS, 1), (FEW_ROWS + 1,)])
 def test_the_few_rows_of_a_step_get_the_same_products(monkeypatch, shape, n_out, bias):
     linear = Linear(160, n_out, bias)
     reference = nn.Linear(160, n_out, bias).double()
