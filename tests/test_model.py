@@ -236,10 +236,12 @@ def test_attention_written_out_for_a_processor_is_sdpas(kind, n_kv_head, monkeyp
 
 
 @pytest.mark.skipif(not HAS_MKL, reason="needs MKL")
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("n_out", [512, 601])
 @pytest.mark.parametrize("shape", [(1, 1), (1,), (2, 1), (2, 4), (9,), (FEW_ROWS, 1), (FEW_ROWS + 1,)])
-def test_the_few_rows_of_a_step_get_the_same_products(monkeypatch, shape, n_out, bias):
+def test_the_few_rows_of_a_step_get_the_same_products(monkeypatch, shape, n_out, bias, threads):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     linear = Linear(160, n_out, bias)
     reference = nn.Linear(160, n_out, bias).double()
     reference.load_state_dict(linear.state_dict())
