@@ -17,11 +17,11 @@ dpo: install  ## teach it by pairs of answers how its stories should end; a minu
 	test -e out/demo/ckpt.pt || $(MAKE) demo
 	$(BIN)/python finetune_dpo.py --init_from=out/demo --beta=1 --rank=32 --max_iters=110 --eval_interval=55 --out_dir=out/demo-dpo --overwrite
 
-grpo: install  ## or by a reward for its own samples, by GRPO; six minutes
+grpo: install  ## or by a reward for its own samples, by GRPO; five minutes
 	test -e out/demo/ckpt.pt || $(MAKE) demo
 	$(BIN)/python finetune_ppo.py --init_from=out/demo --dtype=float32 --out_dir=out/demo-grpo --overwrite
 
-ppo: install  ## or by PPO; four minutes
+ppo: install  ## or by PPO; five minutes
 	test -e out/demo/ckpt.pt || $(MAKE) demo
 	$(BIN)/python finetune_ppo.py --init_from=out/demo --baseline=value --max_iters=100 --eval_interval=25 --dtype=float32 --out_dir=out/demo-ppo --overwrite
 

@@ -51,7 +51,7 @@ class Config(finetune_lora.Config):
     out_dir: str = "out/grpo"               # where adapter.pt, log.jsonl and loss.png go
     dataset: str = "toy"                    # toy (beginnings of stories) | a .json .jsonl .csv .parquet file | hf:NAME
     reward: str = "toy"                     # toy (by the grammar) | length:CHARACTERS | match:REGEX | FOLDER
-    batch_size: int = 8                     # prompts in a micro-batch
+    batch_size: int = 12                    # prompts in a micro-batch
     baseline: str = "group"                 # what rewards are compared with: group (GRPO) | value (PPO)
     group: int = 8                          # samples of a prompt
     max_new_tokens: int = 128               # of a sample; one that does not end by then has no advantage
@@ -61,7 +61,7 @@ class Config(finetune_lora.Config):
     scale: bool = True                      # group: divide advantages by their group's standard deviation
     gae: float = 1.0                        # value: how far an advantage looks past the next value; 1 = to the reward
     learning_rate: float = 7e-4             # the highest one
-    max_iters: int = 160                    # steps
+    max_iters: int = 120                    # steps
     eval_interval: int = 40                 # steps between evaluations, samples and checkpoints
     rank: int = 32                          # of the adapters
     # fmt: on
