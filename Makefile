@@ -21,7 +21,7 @@ grpo: install  ## or by a reward for its own samples, by GRPO; five minutes
 	test -e out/demo/ckpt.pt || $(MAKE) demo
 	$(BIN)/python finetune_ppo.py --init_from=out/demo --dtype=float32 --out_dir=out/demo-grpo --overwrite
 
-ppo: install  ## or by PPO; five minutes
+ppo: install  ## or by PPO; five to six minutes
 	test -e out/demo/ckpt.pt || $(MAKE) demo
 	$(BIN)/python finetune_ppo.py --init_from=out/demo --baseline=value --max_iters=100 --eval_interval=25 --dtype=float32 --out_dir=out/demo-ppo --overwrite
 
