@@ -22,15 +22,11 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from cache import KVCache, positions
-from grouped import GroupedProduct, Permute
+from products import GroupedProduct, Linear, Permute
 from rope_scaling import rope_frequencies, rope_scale
 
 LONGEST_WRITTEN_OUT = 1024  # tokens: see attention
 HAS_CHUNKED_LOSS = hasattr(nn, "LinearCrossEntropyOptions")  # from torch 2.13 on
-HAS_MKL = torch.backends.mkl.is_available()
-FEW_ROWS = 32
-LARGE_MATRIX = 2**16  # numbers: smaller ones come from a cache, and what counts is the number of calls
-PIECES = 8  # of a matrix, for so many threads
 
 
 @dataclass
@@ -159,50 +155,6 @@ MODEL_KEYS = tuple(field.name for field in fields(ModelConfig))
 def model_config(cfg):
     """Returns the ModelConfig inside a script's config, which may have more keys."""
     return ModelConfig(**{key: getattr(cfg, key) for key in MODEL_KEYS})
-
-
-# -----------------------------------------------------------------------------------------------------
-# Products
-
-
-class Linear(nn.Linear):
-    """nn.Linear, which on a processor multiplies the few rows of a decoding step in another way, where the matrix is so
-    large that it may not come from a cache.
-    """
-
-    def __init__(self, in_features, out_features, bias=True):
-        super().__init__(in_features, out_features, bias)
-        self.is_large = HAS_MKL and in_features * out_features >= LARGE_MATRIX
-
-    def forward(self, x):
-        weight, bias = self.weight, self.bias
-        is_few = self.is_large and x.numel() <= FEW_ROWS * self.in_features and is_plain(x)
-        if not is_few:
-            return F.linear(x, weight, bias)
-        y = few_rows_product(x.reshape(-1, self.in_features), weight).view(*x.shape[:-1], -1)
-        return y if bias is None else y + bias
-
-
-def is_plain(x):
-    """Tells whether x is computed now, by a processor, in float32."""
-    return x.dtype == torch.float32 and x.is_cpu and not torch.compiler.is_compiling()
-
-
-def few_rows_product(rows, weight):
-    """Returns F.linear(rows (n, in), weight (out, in)), for which MKL takes 1.2 to 6 times as long: by one thread, and
-    for a lone row as a product of matrix and vector (LOG.md).
-    """
-    n, n_in = rows.shape
-    if len(weight) % 2:
-        return torch.cat((few_rows_product(rows, weight[:-1]), F.linear(rows, weight[-1:])), 1)
-    n_pieces = math.gcd(len(weight), PIECES)
-    pieces = weight.view(n_pieces, -1, n_in)
-    copies = rows.expand(n_pieces, n, n_in)
-    if n <= 8 and rows.numel() <= 4096:  # such rows are read as columns from the nearest cache
-        return torch.bmm(pieces, copies.mT).view(-1, n).t().contiguous()
-    if torch.get_num_threads() == 1:
-        return F.linear(rows, weight)
-    return torch.bmm(copies, pieces.mT).transpose(0, 1).reshape(n, -1)
 
 
 # -----------------------------------------------------------------------------------------------------

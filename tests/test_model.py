@@ -13,15 +13,12 @@ from torch.utils.checkpoint import checkpoint
 
 from model import (
     BLOCKS,
-    FEW_ROWS,
     HAS_CHUNKED_LOSS,
-    HAS_MKL,
     MLPS,
     NORMS,
     POSITIONS,
     ALiBi,
     KVCache,
-    Linear,
     ModelConfig,
     MoE,
     RoPE,
@@ -30,10 +27,10 @@ from model import (
     attention,
     attention_mask,
     balance_loss,
-    few_rows_product,
     recorded_routings,
     rotate,
 )
+from products import FEW_ROWS, HAS_MKL, Linear, few_rows_product
 from rope_scaling import rope_frequencies, rope_scale
 from sizes import (
     activation_bytes,
@@ -247,7 +244,7 @@ def test_the_few_rows_of_a_step_get_the_same_products(monkeypatch, shape, n_out,
     reference.load_state_dict(linear.state_dict())
     calls = []
     monkeypatch.setattr(
-        "model.few_rows_product", lambda *inputs: calls.append(inputs) or few_rows_product(*inputs)
+        "products.few_rows_product", lambda *inputs: calls.append(inputs) or few_rows_product(*inputs)
     )
     x = torch.randn(*shape, 3, 160)[..., -1, :]  # as a last token's states: not contiguous
     exact_x = x.double()
