@@ -64,6 +64,7 @@ from measure import (
     race,
     to_megabytes,
 )
+from memory import check_training_memory
 from model import KVCache, ModelConfig
 from sizes import flops_per_token, kv_cache_bytes, num_active_params, num_params
 from speculate import MOST_GUESSES
@@ -600,7 +601,7 @@ def main(cfg):
     cfg = take_shape(cfg)
     compute = resolve(cfg.device, cfg.dtype, cfg.compile)
     if not cfg.processes:  # else nothing of this size is run
-        train.check_training_memory(cfg, compute)
+        check_training_memory(cfg, compute)
     print(f"{device_name(compute.device)}; {compute.message}; torch {torch.__version__}")
     print(
         f"{cfg.n_layer} layers, {cfg.n_head} heads, width {cfg.n_embd}, context {cfg.block_size}, "

@@ -15,10 +15,10 @@ from bench_step import make_training_step
 from data import micro_batches, rows_each
 from device import Compute
 from measure import peak_memory, to_megabytes
+from memory import training_parts
 from optim import muon_dtype
 from sharding import groups
 from sizes import flops_per_token, meta_model, num_params
-from train import training_parts
 
 PROBE = 1 << 20  # numbers in the message that a link's speed is measured by
 # Assumed of a large machine, not measured: 40% of an H100's 989 TFLOP/s in bfloat16, and half of a link of 400 Gb/s

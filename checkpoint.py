@@ -26,11 +26,11 @@ import lora
 import quantized
 from config import Refusal, convert, hf_name, is_hf, is_out_of_memory
 from data import text_rule
-from device import check_memory
 from folders import holds_run, is_free, write_atomic
 from interop import hf_folder
 from interop.any_tokenizer import load_tokenizer
 from interop.gguf_file import is_gguf
+from memory import check_memory
 from model import MODEL_KEYS, ModelConfig, Transformer
 from sharding import gathered, is_sharded
 from sizes import Undrawn, model_sizes

@@ -38,6 +38,7 @@ from device import resolve, torchrun_ranks
 from eval import split_documents
 from lenses.likelihood import fit_batch, units
 from log import read_log
+from memory import check_training_memory
 from model import model_config
 from score import document_nats
 from sizes import model_sizes
@@ -388,7 +389,7 @@ class Comparison:
                 train.check_data(trial, folder, data, tokenizer)
                 train.check_start(tokenizer, trial)
                 train.rows_each(trial, compute)
-                train.check_training_memory(trial, compute)
+                check_training_memory(trial, compute)
         except (Refusal, ValueError) as e:
             raise Refusal(f"variant {name}: {e}")
         return variant, meta

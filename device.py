@@ -346,40 +346,6 @@ def keep_freed_memory():
             libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep what is free at the end of the heap
 
 
-def machine_memory():
-    """Returns the bytes that this process can have: of the machine, of its container, or by ulimit -v;
-    inf where that cannot be told, as on Windows.
-    """
-    limits = [math.inf]
-    try:
-        import resource
-
-        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-        if limit != resource.RLIM_INFINITY:
-            limits.append(limit)
-    except (ImportError, AttributeError, ValueError, OSError):
-        pass
-    try:
-        with open("/sys/fs/cgroup/memory.max") as f:
-            limits.append(int(f.read()))
-    except (OSError, ValueError):  # no container, or "max"
-        pass
-    return min(limits)
-
-
-def check_memory(device, needs, advice):
-    """Raises Refusal when `needs` bytes are more than the device has in all."""
-    if device.type == "cuda":
-        memory = torch.cuda.mem_get_info(device)[1]
-    else:
-        memory = machine_memory()
-    if needs > memory:
-        raise Refusal(
-            f"this needs more than {needs / 2**30:,.0f} GiB and {device} has {memory / 2**30:,.0f}: {advice}"
-        )
-
-
 def auto_dtype(device, train_width):
     """What dtype=auto means, (a key of DTYPES, why): a fixed rule of device, task and width, so that a
     command computes the same each time. train_width: n_embd of a model to train, 0 to read or write text

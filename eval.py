@@ -38,11 +38,12 @@ import prepare
 import sources
 from checkpoint import Checkpoint, open_any
 from data import document_slices, prompt_ids
-from device import check_memory, resolve
+from device import resolve
 from generate import generate
 from lenses import judge, lengths, likelihood, page, probes, reading, report
 from lenses.stats import mean_interval
 from lenses.verdict import compare, grade, verdict
+from memory import check_memory
 from model import Transformer
 from score import completion_nats
 from sizes import kv_cache_bytes, num_active_params, num_params

@@ -43,11 +43,12 @@ from data import (
     rows_each,
     to,
 )
-from device import Compute, check_memory, resolve
+from device import Compute, resolve
 from examples import Source, find_encoded
 from generate import generate
 from lenses import probes
 from log import LOSSES, plot
+from memory import check_memory, training_bytes
 from rmsnorm import choose_rmsnorm
 from rows import conversations, packed_batch, split_rows, training_packs
 from score import completion_nats, floor_line, mean_nats, next_token_loss
@@ -59,7 +60,6 @@ from train import (
     go_on_after_restart,
     is_in_the_way,
     launch,
-    training_bytes,
 )
 
 

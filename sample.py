@@ -31,9 +31,10 @@ import rmsnorm
 from chat import Chat, start_of_answer, talk
 from checkpoint import fingerprint, open_given
 from data import MODELS_OWN, STRIPPED, by_text_rule, prompt_ids, text_rule
-from device import check_memory, fast_bfloat16, resolve
+from device import fast_bfloat16, resolve
 from generate import generate
 from graphs import whats_not_static
+from memory import check_memory
 from rmsnorm import choose_rmsnorm
 from sizes import kv_cache_bytes
 from speculate import MOST_GUESSES, DraftModel, Speculation, load_draft

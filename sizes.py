@@ -176,6 +176,19 @@ def flops_per_token(model, T):
     return 6 * multiplied + 12 * c.n_head * c.head_dim * keys
 
 
+def step_flops(cfg):
+    """Returns about how many floating-point operations a step takes: 6 a parameter and token. A run's tokenizer,
+    whose vocabulary counts, may not be there yet.
+    """
+    try:
+        parameters = model_sizes(
+            replace(model_config(cfg), vocab_size=cfg.vocab_size or 4096)
+        ).parameters
+    except ValueError:  # a size that check_training_memory refuses
+        return math.inf
+    return 6 * parameters * cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
+
+
 def kv_cache_bytes(c, batch_size, length, bytes_per_number=2):
     """Returns the bytes of the keys and values that a KVCache of `length` tokens has."""
     places = sum(capacity(c.window_of(layer), length) for layer in range(c.n_layer))

@@ -32,11 +32,12 @@ import prepare
 import rmsnorm
 from checkpoint import RunState, inherit, open_checkpoint
 from data import count_targets, micro_batches, prompt_ids, rows_each, to, training_rows
-from device import StopAfterStep, check_memory, name_of, peak_flops, resolve, torchrun_ranks
+from device import StopAfterStep, name_of, peak_flops, resolve, torchrun_ranks
 from generate import generate
 from gradients import GradientSum
 from graphs import TrainingStep, captures_steps, graph_message
 from log import Log, plot
+from memory import check_training_memory
 from model import HAS_CHUNKED_LOSS, ModelConfig, Transformer, model_config
 from optim import (
     get_lr,
@@ -49,10 +50,10 @@ from optim import (
     set_rate,
     step_unless,
 )
-from rmsnorm import choose, choose_rmsnorm, use_rmsnorm
+from rmsnorm import choose_rmsnorm
 from score import evaluate, expert_figures, expert_line, floor_line, next_token_loss
 from sharding import shard, whole
-from sizes import activation_bytes, flops_per_token, mask_bytes, model_sizes, size_text
+from sizes import flops_per_token, size_text, step_flops
 
 
 @dataclass
@@ -660,80 +661,6 @@ def check_data(cfg, folder, data, tokenizer):
         raise Refusal(
             f"vocab_size is the tokenizer's, {tokenizer.vocab_size}; leave it out (prepare.py --vocab_size chooses it)"
         )
-
-
-def training_parts(cfg, c, compute, learned=None, adapt=None, documents=False):
-    """Returns {part: bytes} of what a process holds while it trains a model of config c, at the least: weights,
-    tables, moments and gradients; a step's tokens; a mask; and kept, by a micro-batch for its backward pass,
-    with its logits and their gradient. Of weights in shards those of this process.
-
-    learned: how many weights learn, None for all; adapt: what makes the others freeze (see
-    sizes.activation_bytes); documents: whether rows have documents in them. Of --eval_only, which may
-    have fewer rows than a micro-batch, only the weights and tables count. Raises ValueError where the
-    numbers are too large to count.
-    """
-    sizes = model_sizes(c)
-    shards = compute.parts
-    weights = {"weights": 4 * sizes.parameters // shards, "tables": 4 * sizes.buffers}
-    if cfg.eval_only:
-        return weights
-    learned = sizes.parameters if learned is None else learned
-    moments = 8 * learned - (4 * sizes.hidden if cfg.optimizer == "muon" else 0)
-    rows = rows_each(cfg, compute)
-    batch_size = min(cfg.batch_size, rows)
-    tokens = batch_size * c.block_size
-    kept = 8 * tokens * c.vocab_size if cfg.loss == "plain" else 0
-
-    def change(model):
-        use_rmsnorm(model, choose(cfg.rmsnorm, compute.device)[0])
-        if adapt:
-            adapt(model)
-
-    # a compiler keeps what it chooses; a GPU says by itself that it is full, where a CPU's process is killed
-    if compute.device.type == "cpu" and not (compute.compile or cfg.gradient_checkpointing):
-        kept += tokens * activation_bytes(c, change) * compute.dtype.itemsize // 4
-    return weights | {
-        "moments": moments // shards,
-        # between micro-batches, without a message, they are whole
-        "gradients": 4 * learned // (1 if rows > batch_size else shards),
-        "tokens": 16 * rows * c.block_size,
-        "mask": mask_bytes(c, batch_size if documents else 0),
-        "kept": kept,
-    }
-
-
-def training_bytes(cfg, c, compute, **options):
-    """Returns less than training takes from its second step on, in bytes: of training_parts, whose options these
-    are, those that are always there, and the largest other one.
-    """
-    parts = training_parts(cfg, c, compute, **options)
-    passing = [parts.pop(name, 0) for name in ("gradients", "mask", "kept")]
-    return sum(parts.values()) + max(passing)
-
-
-def step_flops(cfg):
-    """Returns about how many floating-point operations a step takes: 6 a parameter and token. A run's tokenizer,
-    whose vocabulary counts, may not be there yet.
-    """
-    try:
-        parameters = model_sizes(
-            replace(model_config(cfg), vocab_size=cfg.vocab_size or 4096)
-        ).parameters
-    except ValueError:  # a size that check_training_memory refuses
-        return math.inf
-    return 6 * parameters * cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
-
-
-def check_training_memory(cfg, compute):
-    """Raises Refusal where the device cannot hold what training all weights of the config's model takes."""
-    advice = "try a smaller model or batch_size"
-    try:
-        # weights alone first: what they keep of a token is measured on two layers of them
-        check_memory(compute.device, model_sizes(cfg).bytes // compute.parts, advice)
-        needs = training_bytes(cfg, cfg, compute)
-    except ValueError as e:
-        raise Refusal(e)
-    check_memory(compute.device, needs, advice)
 
 
 def check_start(tokenizer, cfg):

@@ -10,11 +10,11 @@ import numpy as np
 
 from config import Refusal
 from data import evenly
-from device import check_memory
 from lenses.likelihood import check_nats, fit_batch, units
 from lenses.page import e, frame, html_table, line_plot
 from lenses.stats import bits, bootstrap
 from measure import align
+from memory import check_memory
 from score import position_nats
 from sizes import mask_bytes
 

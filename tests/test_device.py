@@ -25,7 +25,7 @@ from device import (
 )
 from model import Transformer, model_config
 from optim import make_optimizers
-from sizes import num_params
+from sizes import num_params, step_flops
 
 needs_bfloat16 = pytest.mark.skipif(
     not device.fast_bfloat16(torch.device("cpu")), reason="needs a processor with avx512_bf16 or AMX"
@@ -195,7 +195,7 @@ def test_auto_compiles_on_a_gpu_where_the_steps_take_longer(argv, is_compiled, m
     monkeypatch.setattr(device.shutil, "which", lambda _: "/usr/bin/cc")
     cfg = configure(train.Config, argv)
     gpu = torch.device("cuda")
-    work = train.step_flops(cfg), cfg.max_iters
+    work = step_flops(cfg), cfg.max_iters
     compiles, reason = choose_compile(gpu, "auto", torch.bfloat16, work)
     assert compiles == is_compiled
     assert f"compile={is_compiled} (" in reason
@@ -217,7 +217,7 @@ def test_the_rule_of_thumb_for_a_runs_seconds():
 def test_a_steps_operations_are_six_a_parameter_and_token():
     cfg = configure(train.Config, ["--vocab_size=300", "--gradient_accumulation_steps=3"])
     model = Transformer(model_config(cfg))
-    assert train.step_flops(cfg) == 6 * num_params(model) * 3 * cfg.batch_size * cfg.block_size
+    assert step_flops(cfg) == 6 * num_params(model) * 3 * cfg.batch_size * cfg.block_size
     cfg = configure(train.Config, ["--n_embd=10000000", "--n_head=1", "--n_inner=10000000"])
     cfg.vocab_size = 10**13  # more than check_training_memory can count, and refuses
-    assert train.step_flops(cfg) == math.inf
+    assert step_flops(cfg) == math.inf

@@ -17,6 +17,7 @@ from test_model import build, tokens
 
 import checkpoint
 import folders
+import memory
 import prepare
 import rmsnorm
 import toy_stories
@@ -717,7 +718,7 @@ def test_only_what_this_process_takes_is_counted():
     bytes_of = {}
     for world_size in 1, 8:
         compute = replace(CPU, world_size=world_size)
-        bytes_of[world_size] = train.training_bytes(cfg, cfg, compute)
+        bytes_of[world_size] = memory.training_bytes(cfg, cfg, compute)
     sizes = model_sizes(cfg)
     kept = activation_bytes(cfg, partial(use_rmsnorm, ops=rmsnorm.CPU)) + 8 * 300
     moments = 8 * sizes.parameters - 4 * sizes.hidden
@@ -726,15 +727,15 @@ def test_only_what_this_process_takes_is_counted():
     # of the 64 rows of a step 8 are each process's: half a micro-batch
     assert bytes_of[8] == sizes.bytes + moments + 16 * tokens // 2 + tokens // 2 * kept
     cfg.eval_only = True
-    assert train.training_bytes(cfg, cfg, CPU) == sizes.bytes
+    assert memory.training_bytes(cfg, cfg, CPU) == sizes.bytes
 
 
 def test_memory_is_foreseen_without_the_import_of_torchs_compiler():
     """Which would take a second of each start."""
     lines = [
-        "import sys, train",
+        "import sys, memory, train",
         "from device import resolve",
-        "train.check_training_memory(train.Config(vocab_size=300), resolve('cpu'))",
+        "memory.check_training_memory(train.Config(vocab_size=300), resolve('cpu'))",
         "sys.exit('torch._dynamo' in sys.modules)",
     ]
     subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True, cwd=ROOT)
