@@ -47,7 +47,7 @@ test: .venv/installed-dev  ## everything but the slow tests, offline
 	$(BIN)/python -m pytest -q -n auto --dist=worksteal -m "not slow" tests
 
 test-all: test  ## and what takes a C++ compiler, nvcc, Chromium or minutes
-	$(BIN)/python -m pytest -q -m slow tests
+	$(BIN)/python -m pytest -q -n auto --dist=worksteal -m slow tests
 
 # A step of nanoGPT too where NANOGPT names a checkout of it
 AGAINST := $(if $(NANOGPT),--against=$(NANOGPT))
