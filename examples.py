@@ -47,7 +47,7 @@ from rows import (
     split_numbers,
 )
 
-FORMAT = 2  # another one where the same rows become other arrays
+FORMAT = 3  # another one where the same rows become other arrays
 FOLDER = Path("data", ".encoded")
 CHUNK = 128  # rows that a thread encodes at a time
 SIDES = ("learn", "val")

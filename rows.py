@@ -139,9 +139,10 @@ PART = "a part of a content has type and text; here is"
 
 
 def messages_of_texts(row, place, columns):
-    """The last of the columns has the answer."""
+    """The last of the columns has the answer, those before it the lines of one prompt."""
     *prompts, answer = [sources.field(row, column, place, ROW) for column in columns]
-    return [*(Message("user", prompt) for prompt in prompts), Message("assistant", answer)]
+    prompt = "\n".join(filter(None, prompts))
+    return [Message("user", prompt), Message("assistant", answer)]
 
 
 def messages_of_alpaca(row, place, columns):
@@ -269,6 +270,7 @@ def turns_of(messages):
 
 NO_RESPONSE = "without a response"
 EQUAL = "whose chosen and rejected answer are the same"
+NO_PAIR = "whose sides are no two answers to one prompt"
 
 
 def problem_of(messages):
@@ -312,6 +314,11 @@ def texts(messages):
     return [(message.role, message.text) for message in messages]
 
 
+def role_at(messages, n):
+    """Returns the role of message n, "" where there is none."""
+    return messages[n].role if n < len(messages) else ""
+
+
 def preferences(rows):
     """Returns of each (place, row) the Conversation with the chosen answer and that with the rejected one, a
     pair. What both begin with is the prompt. Raises Refusal.
@@ -335,6 +342,8 @@ def preferences(rows):
         problem = next(filter(None, map(problem_of, sides)), "")
         if not problem and common == max(map(len, sides)):
             problem = EQUAL
+        if not problem and any(role_at(side, common) != "assistant" for side in sides):
+            problem = NO_PAIR
         pair = []
         for messages in sides:
             prompts = [message._replace(is_learned=False) for message in messages[:common]]
@@ -427,8 +436,10 @@ def check_template(template, tokenizer):
         raise Refusal(f"the template {template!r:.120}: {e}; --template=... is another")
 
 
-def side_line(name, n, left_out, T):
-    """Returns a line about the n rows of a side, of which some were LeftOut. Raises Refusal where all were."""
+def side_line(name, n, left_out, T, need="has a response and fits in"):
+    """Returns a line about the n rows of a side, of which some were LeftOut. Raises Refusal where all were: none met
+    the need.
+    """
     places = {}  # the reason: where
     for place, reason in left_out:
         places.setdefault(reason, []).append(place)
@@ -437,7 +448,7 @@ def side_line(name, n, left_out, T):
         f"{len(where):,} {reason} ({first_places(where)})" for reason, where in places.items()
     )
     if len(left_out) == n:
-        raise Refusal(f"{name}: none of its {n} rows has a response and fits in {T} tokens{reasons}")
+        raise Refusal(f"{name}: none of its {n} rows {need} {T} tokens{reasons}")
     return f"{name}: {n - len(left_out):,} rows{reasons}"
 
 

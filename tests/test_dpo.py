@@ -147,20 +147,31 @@ def test_every_file_format_gives_the_same_pairs(tmp_path, monkeypatch, hub):
             assert [[side.turns for side in pair] for pair in pairs] == expected, dataset
 
 
-def test_equal_long_and_empty_answers_are_counted_with_their_places(shop, capsys):
+def test_rows_without_two_answers_to_learn_from_are_counted_with_their_places(shop, capsys):
     bad = [
         {"prompt": "a", "chosen": "same", "rejected": "same"},
         {"prompt": "b" * 200, "chosen": "long", "rejected": "x"},
         {"prompt": "c", "chosen": "d", "rejected": ""},
+        {
+            "chosen": messages(("user", "e"), ("assistant", "f")),
+            "rejected": messages(("user", "g"), ("assistant", "h")),
+        },
+        {"chosen": messages(*START[:2]), "rejected": messages(*START, ("assistant", "i"))},
+        {
+            "chosen": messages(*START, ("assistant", "j")),
+            "rejected": messages(*START[:2], ("user", "k"), ("assistant", "j")),
+        },
     ]
     write_rows(shop / "bad.jsonl", ANSWERS + bad)
     write_rows(shop / "held.jsonl", ANSWERS[:2])
-    argv = ["--dataset=bad.jsonl", "--val_dataset=held.jsonl", "--eval_only"]
+    argv = ["--dataset=bad.jsonl", "--val_dataset=held.jsonl", "--eval_only", "--template={prompt}"]
     out = printed(capsys, dpo, *TINY, "--init_from=base", *argv, folder=shop)
     assert "bad.jsonl, to learn from: 20 rows; left out: " in out
     assert "1 whose chosen and rejected answer are the same (bad.jsonl line 21)" in out
     assert "1 that are longer than 48 tokens (bad.jsonl line 22)" in out
     assert "1 without a response (bad.jsonl line 23)" in out
+    lines = ", ".join(f"bad.jsonl line {n}" for n in (24, 25, 26))
+    assert f"3 whose sides are no two answers to one prompt ({lines})" in out
 
 
 @pytest.mark.parametrize(
@@ -204,7 +215,7 @@ def small_task(shop, *argv):
     argv = [*TINY, f"--init_from={shop}/base", f"--dataset={shop}/pairs.jsonl", *argv]
     tuning = finetune_lora.open_tuning(configure(dpo.Config, argv), "preference tuning")
     task = dpo.Preferring(tuning)
-    task.trained = tuning.prepare()
+    task.trained = tuning.prepare(task.length)
     task.begin()
     return task
 
