@@ -179,7 +179,9 @@ def find(out_dir, prefer="ckpt_best.pt"):
     if last == "adapter.pt":
         command = f"python finetune_lora.py --init_from=BASE --out_dir={free}"
         raise Refusal(f"there is no adapter in {out_dir}; {command} makes one")
-    if holds_run(out_dir, ["adapter.pt", "adapter_best.pt"]):
+    adapters = [os.path.join(out_dir, name) for name in ("adapter.pt", "adapter_best.pt")]
+    if path := next(filter(os.path.isfile, adapters), None):
+        refuse_reward_model(Checkpoint("", None, path, load(path, ADAPTER_KEYS)))
         raise Refusal(
             f"{out_dir} holds an adapter: sample.py --adapter={out_dir} and eval.py read it, "
             f"finetune_lora.py --merge --out_dir={out_dir} makes a checkpoint of it and its base"

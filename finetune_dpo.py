@@ -109,6 +109,7 @@ class Preferring(finetune_lora.FineTuning):
         ("share of pairs", ("accuracy",)),
         ("log p of an answer, nats", ("logp_chosen", "logp_rejected")),
     )
+    fixed = finetune_lora.FIXED | {"beta"}
     count = staticmethod(count_pairs)
     conversations_per_row = 2
     names = ("val_loss", "accuracy", "margin", "logp_chosen", "logp_rejected")  # of figures()

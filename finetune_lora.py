@@ -137,9 +137,9 @@ class Tuning:
     base_sha256: str
     moves_aside: bool  # out_dir holds what --overwrite is to move
 
-    def prepare(self):
-        """Puts adapters into the model, moves it to the device and returns what to train: the model,
-        perhaps compiled.
+    def prepare(self, length):
+        """Puts adapters into the model, moves it to the device and returns what to train on rows of this length: the
+        model, perhaps compiled.
 
         Raises Refusal where the model takes no such adapters, or memory does not hold what training
         takes.
@@ -155,7 +155,7 @@ class Tuning:
                 raise Refusal(e)
         self.base.state.pop("model")  # else both would be held until the end
         learned, _ = lora.trainable(self.model)
-        c = replace(self.model.config, block_size=self.T)
+        c = replace(self.model.config, block_size=length)
         adapt = partial(lora.inject, c=cfg) if cfg.rank else None
         counted = replace(cfg, batch_size=cfg.rows)
         needs = training_bytes(counted, c, self.compute, learned=learned, adapt=adapt, documents=True)
@@ -462,6 +462,11 @@ class FineTuning:
         _, held_out = split_rows(self.cfg, partial(conversations, text_rule=self.text_rule))
         return moral_lines(tuning.model, tuning.tokenizer, held_out, self.cfg.template, self.compute)
 
+    def next_command(self):
+        """Returns what one would run once the model has learned."""
+        cfg = self.cfg
+        return f'sample.py --{"adapter" if cfg.rank else "out_dir"}={cfg.out_dir} --start="..."'
+
 
 def main(cfg, Task=FineTuning):
     if cfg.merge:
@@ -477,7 +482,7 @@ def tune(cfg, Task):
     cfg = tuning.cfg
     compute = tuning.compute
     task = Task(tuning)
-    task.trained = tuning.prepare()
+    task.trained = tuning.prepare(task.length)
     task.begin()
     if compute.is_main:
         learned, total = lora.trainable(tuning.model)
@@ -499,9 +504,7 @@ def tune(cfg, Task):
     task.report("now" if cfg.eval_only else "after")
     if compute.is_main and not cfg.eval_only:
         print(plot(cfg.out_dir, task.panels))
-        print(
-            f'next: python sample.py --{"adapter" if cfg.rank else "out_dir"}={cfg.out_dir} --start="..."'
-        )
+        print(f"next: python {task.next_command()}")
     compute.close()
 
 

@@ -19,6 +19,7 @@ all alike, raise --kl or lower --learning_rate.
 
 import hashlib
 import math
+import numbers
 import os
 import re
 from contextlib import nullcontext
@@ -33,11 +34,19 @@ import torch
 import finetune_lora
 import lora
 import toy_stories
-from chat import start_of_answer
+from chat import conversation_ids
 from data import evenly, micro_batches, to
 from finetune_reward import add_head, load_reward, read_head, saved_head
 from generate import generate
-from rows import NO_RESPONSE, conversations, default_template, split_rows, training_packs
+from rows import (
+    NO_RESPONSE,
+    LeftOut,
+    conversations,
+    default_template,
+    side_line,
+    split_rows,
+    training_packs,
+)
 from score import document_nats, evaluating
 from train import Unusable
 
@@ -96,7 +105,7 @@ class Config(finetune_lora.Config):
 
 
 # -----------------------------------------------------------------------------------------------------
-# Rewards: functions of (prompt, answer), both texts
+# Rewards: functions of (prompt, answer), texts; of a conversation the prompt is its messages, [{"role", "content"}]
 
 
 def find_reward(name, device="cpu", load=False):
@@ -114,30 +123,34 @@ def find_reward(name, device="cpu", load=False):
     if kind == "match" and argument:
         try:
             pattern = re.compile(argument)
-        except re.error as e:
-            raise ValueError(f"reward: {argument!r} is no regular expression: {e}")
+        except (re.error, OverflowError, RecursionError) as e:
+            raise ValueError(f"reward: {argument!r:.80} is no regular expression: {e}")
         return lambda prompt, answer: float(pattern.search(answer) is not None)
     raise ValueError(
         f"reward must be toy, length:CHARACTERS, match:REGEX or the folder of a reward model, not {name!r}"
     )
 
 
-def with_answer(row):
-    """Returns a row that ends with a prompt with an empty answer after it, any other as it is."""
+def without_answer(row):
+    """Returns a row of texts with an empty answer, and a prompt of messages as a conversation."""
     if not isinstance(row, dict):
         return row
-    prompt, messages = row.get("prompt"), row.get("messages")
-    if isinstance(prompt, str):
+    prompt = row.get("prompt")
+    if isinstance(prompt, str) or row.keys() == {"prompt"} and not isinstance(prompt, list):
         return {"prompt": prompt, "response": ""}
     if "instruction" in row:
         return row | {"output": ""}
     if isinstance(prompt, list):
-        messages = prompt
-    if isinstance(messages, list) and messages:
-        last = messages[-1]
-        if isinstance(last, dict) and last.get("role") == "user":
-            return {"messages": [*messages, {"role": "assistant", "content": ""}]}
+        return {"messages": prompt}
     return row
+
+
+def prompt_messages(conversation):
+    """Returns the messages before the last answer of a Conversation, as chat.py has them."""
+    messages = [message for message in conversation.messages if message.text]
+    if messages and messages[-1].role == "assistant":
+        messages.pop()
+    return [{"role": message.role, "content": message.text} for message in messages]
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -248,7 +261,7 @@ class Reinforcing(finetune_lora.FineTuning):
     kind = "reinforcement"
     panels = (("reward of held-out prompts", ("reward",)), ("nats a token from the reference", ("kl",)))
     val_packs = ()  # a prompt has a row of its own
-    fixed = finetune_lora.FIXED | {"baseline"}
+    fixed = finetune_lora.FIXED | {"baseline", "reward"}
     round = -1  # which one self.samples are of
     samples = ()  # the micro-batches of a round
     drift = 0.0  # see sample(): the largest so far in training, of all processes
@@ -256,14 +269,18 @@ class Reinforcing(finetune_lora.FineTuning):
     def convert(self, places_and_rows):
         """Returns the Conversations of rows, which need no answers."""
         return conversations(
-            [(place, with_answer(row)) for place, row in places_and_rows], self.text_rule
+            [(place, without_answer(row)) for place, row in places_and_rows], self.text_rule
         )
 
     def read(self):
-        """Finds prompts, pairs of a text and its ids, to learn from and held out, and the template, where none
-        was named.
+        """Finds prompts, pairs of a text or messages and its ids, to learn from and held out, and the template, where
+        none was named.
         """
         cfg = self.cfg
+        if cfg.dataset != cfg.built_in and "reward" not in cfg.given and not self.tuning.resumed:
+            raise Refusal(
+                f"reward=toy judges toy stories, and not those of {cfg.dataset}: give a --reward"
+            )
         learned, held_out = split_rows(cfg, self.convert)
         cfg.template = cfg.template or default_template([*learned, *held_out])
         self.prompts, self.message = self.read_prompts(learned, "to learn from")
@@ -273,31 +290,32 @@ class Reinforcing(finetune_lora.FineTuning):
         chosen = evenly(np.arange(len(val_prompts)), SAMPLES)
         self.val_prompts = [val_prompts[number] for number in chosen]
         ids = b"".join(np.array(ids).tobytes() for _, ids in self.prompts)
+        self.length = self.tuning.T  # that a row has at most
         self.rows_sha256 = hashlib.sha256(ids).hexdigest()
 
     def first_prompt(self):
-        return self.val_prompts[0]
+        prompt, ids = self.val_prompts[0]
+        return prompt if isinstance(prompt, str) else prompt[-1]["content"], ids
 
     def read_prompts(self, conversations, name):
-        """Returns the first prompts of Conversations that leave room for an answer, and a line about them."""
-        prompts = []
+        """Returns the prompts of Conversations that leave room for an answer, and a line about them."""
+        prompts, left_out = [], []
         for conversation in conversations:
-            if conversation.problem not in ("", NO_RESPONSE) or not conversation.turns:
+            place, problem = conversation.place, conversation.problem
+            messages = prompt_messages(conversation)
+            if problem not in ("", NO_RESPONSE) or not messages:
+                left_out.append(LeftOut(place, problem or "without a prompt"))
                 continue
-            prompt = conversation.turns[0].prompt
             try:
-                _, ids = start_of_answer(self.tuning.tokenizer, prompt, self.cfg.template)
+                ids = conversation_ids(self.tuning.tokenizer, messages, self.cfg.template)
             except ValueError as e:
-                raise Refusal(f"{conversation.place}: {e}")
-            if len(ids) < self.tuning.T:
-                prompts.append((prompt, ids))
-        left_out = len(conversations) - len(prompts)
-        line = f"{self.cfg.dataset}, {name}: {len(prompts):,} prompts"
-        if not prompts:
-            raise Refusal(f"{line}, shorter than {self.tuning.T} tokens")
-        return prompts, line + (
-            f"; left out: {left_out:,} that are too long or no prompt" if left_out else ""
-        )
+                raise Refusal(f"{place}: {e}")
+            if len(ids) >= self.tuning.T:
+                left_out.append(LeftOut(place, f"that leave no room in {self.tuning.T} tokens"))
+                continue
+            prompts.append((messages[0]["content"] if len(messages) == 1 else messages, ids))
+        name = f"{self.cfg.dataset}, {name}"
+        return prompts, side_line(name, len(conversations), left_out, self.tuning.T, "leaves room in")
 
     def describe(self):
         return f"{self.message}\n{self.val_message}"
@@ -435,7 +453,7 @@ class Reinforcing(finetune_lora.FineTuning):
             value = self.judge(prompt, answer)
         except Exception as e:  # somebody's own: nothing that was learned is lost for it
             raise Refusal(f"reward={self.cfg.reward} fails with {e!r:.200} for {answer!r:.80}", status=1)
-        if not isinstance(value, (int, float)) or not math.isfinite(value):
+        if not isinstance(value, numbers.Real) or not math.isfinite(value):
             raise Refusal(f"reward={self.cfg.reward} gives {value!r:.40} for {answer!r:.80}", status=1)
         return float(value)
 

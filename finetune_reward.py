@@ -24,7 +24,7 @@ import torch.nn.functional as F
 import finetune_dpo
 import finetune_lora
 import rows
-from chat import start_of_answer
+from chat import conversation_ids
 from checkpoint import open_checkpoint
 from data import to
 from log import LOSSES
@@ -81,10 +81,13 @@ def saved_head(head):
 
 
 def is_last(batch):
-    """Returns which tokens are the last of their document, (rows, T)."""
-    doc = batch["doc"]
-    after = F.pad(doc[:, 1:], (0, 1), value=-1)
-    return (doc != after) & (doc != -1)
+    """Returns which tokens are the last of their document's answer, (rows, T): what ends it comes next, and a template
+    may write more after that.
+    """
+    doc = batch["doc"].clamp(min=0)
+    places = torch.arange(1, doc.size(1) + 1, device=doc.device) * (batch["targets"] != -100)
+    last = torch.zeros_like(doc).scatter_reduce(1, doc, places, "amax")  # of each document
+    return (places == last.gather(1, doc)) & (places > 0)
 
 
 def rewards(model, batch):
@@ -94,8 +97,8 @@ def rewards(model, batch):
 
 
 def load_reward(path, device="cpu"):
-    """Returns the reward function of a folder that this script wrote: (prompt, answer), both texts, to a number.
-    Raises Refusal.
+    """Returns the reward function of a folder that this script wrote, as finetune_ppo.py calls it: of (prompt, answer).
+    It raises ValueError where these do not fit in its context. Raises Refusal.
     """
     advice = f"{path} is no reward model, which finetune_reward.py makes"
     try:
@@ -110,10 +113,15 @@ def load_reward(path, device="cpu"):
 
     @torch.no_grad()
     def judge(prompt, answer):
-        _, ids = start_of_answer(tokenizer, prompt, start.config["template"])
-        ids = (ids + tokenizer.encode_more(answer))[-model.config.block_size :]
-        idx = torch.tensor([ids], device=device)
-        return rewards(model, {"idx": idx, "doc": torch.zeros_like(idx)}).item()
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        ids = conversation_ids(tokenizer, messages, start.config["template"])
+        idx = torch.tensor([ids + tokenizer.encode_more(answer)], device=device)
+        if idx.size(1) > model.config.block_size:
+            raise ValueError(
+                f"{idx.size(1)} tokens do not fit in the reward model's block_size={model.config.block_size}"
+            )
+        zeros = torch.zeros_like(idx)
+        return rewards(model, {"idx": idx, "targets": zeros, "doc": zeros}).item()
 
     return judge
 
@@ -126,6 +134,7 @@ class Rewarding(finetune_dpo.Preferring):
     """Learning which of two answers gets more: what train.fit needs of a task."""
 
     kind = KIND
+    fixed = finetune_lora.FIXED
     panels = (("loss, nats a pair", LOSSES), ("share of pairs", ("accuracy",)))
     names = ("val_loss", "accuracy", "margin", "reward_chosen", "reward_rejected")
 
@@ -174,6 +183,11 @@ class Rewarding(finetune_dpo.Preferring):
 
     def built_in_lines(self):
         return None
+
+    def next_command(self):
+        cfg = self.cfg
+        prompts = "" if cfg.dataset == cfg.built_in else f"--dataset={cfg.dataset} "
+        return f"finetune_ppo.py --init_from={self.tuning.base.path} {prompts}--reward={cfg.out_dir}"
 
 
 def main(cfg):

@@ -105,7 +105,7 @@ def inject(model, c):
             shape = f"{linear.out_features} x {linear.in_features}"
             raise ValueError(
                 f"rank {c.rank} is more than {name}, {shape}, can have: "
-                "take a smaller one, or 0, which trains all weights"
+                "take a smaller one; 0, where that is taken, trains all weights"
             )
     model.requires_grad_(False)
     for name, linear in linears.items():

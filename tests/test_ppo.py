@@ -10,7 +10,7 @@ import torch
 from children import error_output, finish, ranks, start
 from scripts import call
 from test_dpo import compiled_is_the_same, moved
-from test_finetune import TINY, adapter, check_gradients, one_and_two
+from test_finetune import TINY, adapter, chat, check_gradients, one_and_two
 from test_model import build
 from test_prepare import write_rows
 from test_processes import run_together
@@ -76,7 +76,7 @@ def small_task(shop, *argv):
     ]
     tuning = finetune_lora.open_tuning(configure(ppo.Config, argv), "reinforcement")
     task = ppo.Reinforcing(tuning)
-    task.trained = tuning.prepare()
+    task.trained = tuning.prepare(task.length)
     task.begin()
     return task
 
@@ -559,6 +559,7 @@ def test_a_compiled_run_is_the_same(shop):
         (["--rank=0"], "the reference is the base without its adapters"),
         (["--reward=nice"], "reward must be toy, length:CHARACTERS, match:"),
         (["--reward=match:("], "is no regular expression"),
+        (["--reward=match:a{99999999999}"], "is no regular expression"),
         (["--reward=length:0"], "reward must be toy"),
         (["--clip=1"], "clip must be between 0 and 1"),
         (["--updates=0"], "updates and max_new_tokens must be at least 1"),
@@ -643,14 +644,45 @@ def test_prompts_are_read_from_rows_of_every_kind_without_an_answer(shop):
     ]
     prompts, _ = task.read_prompts(task.convert([("here", row) for row in rows]), "to learn from")
     assert [prompt for prompt, _ in prompts] == ["ab"] * 5
-    of_nobody = task.convert([("here", {"messages": [answer]}), ("here", rows[0])])
-    assert "1 prompts; left out: 1" in task.read_prompts(of_nobody, "held out")[1]
+    rows = [{"messages": [answer]}, rows[0], {"prompt": "ab" * 99}]
+    _, line = task.read_prompts(task.convert([(f"row {n}", row) for n, row in enumerate(rows)]), "held")
+    length = task.tuning.T
+    assert line.endswith(
+        "held: 1 rows; left out: 1 that begin with an answer (row 0), "
+        f"1 that leave no room in {length} tokens (row 2)"
+    )
 
 
-def test_a_run_keeps_its_baseline(shop):
-    reinforce(shop, "--max_iters=1", "--out_dir=kept")
-    with pytest.raises(Refusal, match="baseline"):
-        call(ppo, "--out_dir=kept", "--init_from=resume", "--baseline=value", folder=shop)
+def test_the_prompt_of_a_conversation_is_all_before_its_last_answer(shop):
+    task = small_task(shop, "--template=<{prompt}>")
+    before = chat(("system", "be"), ("user", "ab"), ("assistant", "c"), ("user", "ba"))["messages"]
+    rows = [
+        {"messages": before},
+        {"messages": [*before, {"role": "assistant", "content": "cc"}]},
+        {"prompt": before},
+        {
+            "conversations": [
+                {"from": message["role"], "value": message["content"]} for message in before
+            ]
+        },
+    ]
+    tokenizer = task.tuning.tokenizer
+    ids = [tokenizer.eot, *tokenizer.encode("<be\nab>c"), tokenizer.eot, *tokenizer.encode("<ba>")]
+    prompts, _ = task.read_prompts(task.convert([("here", row) for row in rows]), "to learn from")
+    assert prompts == [(before, ids)] * 4
+
+
+@pytest.mark.parametrize("other", ["--baseline=value", "--reward=length:3"])
+def test_a_run_keeps_its_baseline_and_its_reward(shop, other):
+    reinforce(shop, "--max_iters=1", "--out_dir=kept", "--overwrite")
+    with pytest.raises(Refusal, match=other.partition("=")[0].removeprefix("--")):
+        call(ppo, "--out_dir=kept", "--init_from=resume", other, folder=shop)
+
+
+def test_other_prompts_than_toy_stories_need_a_reward(shop):
+    with pytest.raises(Refusal, match="reward=toy judges toy stories"):
+        call(ppo, *TINY, "--init_from=base", *PROMPTS, "--out_dir=there", folder=shop)
+    assert not (shop / "there").exists()
 
 
 def test_equal_rewards_teach_nothing():

@@ -5,10 +5,13 @@ import copy
 import pytest
 import torch
 from scripts import call
+from test_chat import SYSTEM, instruct
 from test_dpo import ANSWERS, moved, shop  # shop is a fixture
-from test_finetune import TINY, one_and_two
+from test_finetune import TINY, chat, one_and_two
+from test_hf import smollm
 from test_ppo import REWARDED
 from test_ppo import shop as letters  # a fixture
+from test_prepare import write_rows
 from test_processes import run_together
 from test_train import lab, log, same  # lab is a fixture
 
@@ -21,6 +24,9 @@ import finetune_reward
 import hf
 import sample
 from config import Refusal, configure
+from tokenizer import EOT
+
+ANSWERED = {"chosen": "The cat sat.", "rejected": "No"}
 
 
 def rate(shop, *argv):
@@ -42,7 +48,7 @@ def test_the_loss_and_its_gradient_are_those_of_the_definition(shop):
     argv = [*TINY, f"--init_from={shop}/base", f"--dataset={shop}/pairs.jsonl"]
     tuning = finetune_lora.open_tuning(configure(finetune_reward.Config, argv), finetune_reward.KIND)
     task = finetune_reward.Rewarding(tuning)
-    task.trained = tuning.prepare()
+    task.trained = tuning.prepare(task.length)
     task.begin()
     model = tuning.model
     packs = task.packs[:4]
@@ -77,7 +83,7 @@ def test_text_is_judged_as_it_was_in_training(shop, judge, monkeypatch):
     argv = [*TINY, "--init_from=resume", "--out_dir=judge", "--dataset=pairs.jsonl", "--eval_only"]
     tuning = finetune_lora.open_tuning(configure(finetune_reward.Config, argv), finetune_reward.KIND)
     task = finetune_reward.Rewarding(tuning)
-    task.trained = tuning.prepare()
+    task.trained = tuning.prepare(task.length)
     task.begin()
     score = finetune_reward.load_reward(str(judge))
     batch = task.make_batch(task.packs)
@@ -95,6 +101,26 @@ def test_text_is_judged_as_it_was_in_training(shop, judge, monkeypatch):
     }
     for number, value in zip(order, values):
         assert score(*texts[number]) == pytest.approx(value, abs=1e-5)
+
+
+def test_conversations_are_judged_as_in_training(shop, tmp_path):
+    """By the template of a model, which writes a new line after what ends an answer."""
+    template = SYSTEM.replace("<s>", "<|im_start|>").replace("</s>", EOT)
+    instruct(tmp_path / "instruct", smollm, template)
+    turns = [("user", "a cat?"), ("assistant", "Yes."), ("user", "sat?")]
+    sides = {side: chat(*turns, ("assistant", text)) for side, text in ANSWERED.items()}
+    write_rows(tmp_path / "pairs.jsonl", [{side: row["messages"] for side, row in sides.items()}] * 4)
+    argv = [*TINY, f"--init_from=hf:{tmp_path}/instruct", f"--dataset={tmp_path}/pairs.jsonl"]
+    argv += ["--max_iters=4", "--eval_interval=4", f"--out_dir={tmp_path}/judge"]
+    call(finetune_reward, *argv, folder=shop)
+    *_, last = [line for line in log(tmp_path, "judge") if "accuracy" in line]
+    score = finetune_reward.load_reward(str(tmp_path / "judge"))
+    prompt = chat(*turns)["messages"]
+    for side, text in ANSWERED.items():
+        assert score(prompt, text) == pytest.approx(last[f"reward_{side}"], abs=1e-4)
+    assert score(prompt, ANSWERED["chosen"]) - score(prompt, ANSWERED["rejected"]) > 0.01
+    with pytest.raises(ValueError, match="tokens do not fit in the reward model's block_size=256"):
+        score(prompt, "cat " * 300)
 
 
 def test_stop_and_resume_is_an_uninterrupted_run_to_the_bit(shop):
@@ -144,6 +170,8 @@ def test_what_it_judges_is_learned(shop, letters, judge):
             "judge/adapter_best.pt is a reward model, which judges text and writes none",
         ),
         (evaluation, ["--out_dir=judge"], "is a reward model, which judges text"),
+        (sample, ["--out_dir=judge"], "is a reward model, which judges text"),
+        (finetune_dpo, ["--init_from=judge", "--out_dir=there"], "is a reward model, which judges text"),
         (sample, ["--out_dir=base", "--draft=judge"], "is a reward model, which judges text"),
         (hf, ["--adapter=judge", "--to=there"], "is a reward model"),
         (finetune_lora, ["--out_dir=judge", "--merge"], "is a reward model"),
