@@ -15,7 +15,8 @@ from data import prompt_ids
 from generate import Row
 from interop import hf_folder
 from interop.chat_template import ChatTemplate
-from rows import EQUAL, MODELS_OWN, LeftOut, encode_row, preferences
+from rows import EQUAL, MODELS_OWN, LeftOut, encode, encode_row, preferences
+from rows import conversations as read_conversations
 from tokenizer import EOT, Tokenizer
 
 transformers = pytest.importorskip("transformers")
@@ -264,3 +265,14 @@ def test_special_tokens_are_special_where_asked(tmp_path):
     assert prompt_ids(tokenizer, text) != reference(text).input_ids
     ours = Tokenizer.train(["the cat"], 260)
     assert ours.encode_special(f"a{EOT}b") == [*ours.encode("a"), ours.eot, *ours.encode("b")]
+
+
+def test_instruction_and_input_are_lines_of_one_message(tmp_path):
+    instruct(tmp_path, smollm, SYSTEM.replace("<s>", "<|im_start|>").replace("</s>", EOT))
+    tokenizer = hf_folder.read_tokenizer(str(tmp_path))
+    for text, expected in [("", "add"), ("1 2", "add\n1 2")]:
+        row = {"instruction": "add", "input": text, "output": "3"}
+        [conversation] = read_conversations([("here", row)])
+        messages = [{"role": "user", "content": expected}, {"role": "assistant", "content": "3"}]
+        ids, _ = encode(conversation, tokenizer, MODELS_OWN)
+        assert ids == encode_answers(tokenizer, messages, [True] * 2)[0]
