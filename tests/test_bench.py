@@ -371,6 +371,8 @@ def test_a_folder_of_hugging_faces_is_decoded_beside_transformers(block_size, tm
     rows = bench.bench_decode(cfg, resolve("cpu", "float32", "false"))
     same = [row["same_ids"] for row in rows if row["what"] in ("transformers generate", "cached")]
     assert same == [True] * 6
+    drawn = [(row["what"], row["a_prompt"]) for row in rows if "samples_per_s" in row]
+    assert drawn == [(name, n) for n in (1, 8) for name in ("samples", "transformers samples")]
     with pytest.raises(Refusal, match="has n_layer=2, which cannot become 3"):
         bench.main(configure(bench.Config, [*argv, "--n_layer=3"], bench.BENCHES))
 
