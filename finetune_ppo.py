@@ -299,23 +299,29 @@ class Reinforcing(finetune_lora.FineTuning):
 
     def read_prompts(self, conversations, name):
         """Returns the prompts of Conversations that leave room for an answer, and a line about them."""
-        prompts, left_out = [], []
-        for conversation in conversations:
-            place, problem = conversation.place, conversation.problem
-            messages = prompt_messages(conversation)
-            if problem not in ("", NO_RESPONSE) or not messages:
-                left_out.append(LeftOut(place, problem or "without a prompt"))
-                continue
-            try:
-                ids = conversation_ids(self.tuning.tokenizer, messages, self.cfg.template)
-            except ValueError as e:
-                raise Refusal(f"{place}: {e}")
-            if len(ids) >= self.tuning.T:
-                left_out.append(LeftOut(place, f"that leave no room in {self.tuning.T} tokens"))
-                continue
-            prompts.append((messages[0]["content"] if len(messages) == 1 else messages, ids))
+        results = [self.encode_prompt(conversation) for conversation in conversations]
+        left_out = [result for result in results if isinstance(result, LeftOut)]
         name = f"{self.cfg.dataset}, {name}"
-        return prompts, side_line(name, len(conversations), left_out, self.tuning.T, "leaves room in")
+        line = side_line(name, len(results), left_out, self.tuning.T, "leaves room in")
+        return [result for result in results if not isinstance(result, LeftOut)], line
+
+    def encode_prompt(self, conversation):
+        """Returns the prompt of a Conversation, a text or messages, and its ids; LeftOut where it leaves no room for
+        an answer. Raises Refusal.
+        """
+        place, problem = conversation.place, conversation.problem
+        messages = prompt_messages(conversation)
+        if problem in ("", NO_RESPONSE):  # answers are not looked at
+            problem = "" if messages else "without a prompt"
+        if problem:
+            return LeftOut(place, problem)
+        try:
+            ids = conversation_ids(self.tuning.tokenizer, messages, self.cfg.template)
+        except ValueError as e:
+            raise Refusal(f"{place}: {e}")
+        if len(ids) >= self.tuning.T:
+            return LeftOut(place, f"that leave no room in {self.tuning.T} tokens")
+        return messages[0]["content"] if len(messages) == 1 else messages, ids
 
     def describe(self):
         return f"{self.message}\n{self.val_message}"
