@@ -44,9 +44,9 @@ ASCII_SPLIT = re.compile(PATTERN.replace(r"\p{L}", "A-Za-z").replace(r"\p{N}", "
 GAP = 100_000  # whitespace in a row; from a million on, tiktoken panics (a BaseException)
 LONG_GAP = regex.compile(r"(?<!\s)\s{%d}" % GAP)  # (?<!\s): tried once a run, not at each character
 
-# What different words may take while merges are learned from them, in word_bytes: 270,000 English ones or
-# so, with which a process has 200 MB. It has more where each word has other pairs, as of random characters.
-WORD_BYTES = 3_500_000
+# What different words may take while merges are learned from them, in word_bytes: 400,000 English ones or so, with which
+# a process has 250 MB. It has more where each word has other pairs, as of random characters.
+WORD_BYTES = 5_500_000
 
 # In JSON, GPT-2 writes a byte as one visible character: its own in Latin-1, or one from U+0100 on
 # where that is not visible. This dict runs by code point, as the ids do; ids in byte order would
@@ -168,11 +168,11 @@ def learn_merges(words, counts, first, stop, progress=iter):
     for word, count in zip(words, counts):
         ids += [*word, None]
         weights += [count] * (len(word) + 1)
-    before = array("q", range(-1, len(ids) - 1))  # ids[-1] is None, too
-    after = array("q", range(1, len(ids) + 1))
+    before = array("i", range(-1, len(ids) - 1))  # ids[-1] is None, too
+    after = array("i", range(1, len(ids) + 1))
     pair_count = defaultdict(int)
     # of the left id, in order; the pair may be gone from some
-    pair_places = defaultdict(partial(array, "q"))
+    pair_places = defaultdict(partial(array, "i"))
     for i, pair in enumerate(pairwise(ids)):
         if None not in pair:
             pair_count[pair] += weights[i]
