@@ -343,7 +343,8 @@ def main(cfg):
         message = f"{cfg.quantize} makes the validation loss {100 * increase:.1f}% worse"
         limit = f"more than {100 * limit:.0f}%"
         raise Refusal(f"{message}, {limit}: {folder} is written without it", status=1)
-    print(f"next: python sample.py --onnx={folder}")
+    file = "" if cfg.quantize == "none" else f"/model_{cfg.quantize}.onnx"
+    print(f"next: python sample.py --onnx={folder}{file}")
 
 
 if __name__ == "__main__":

@@ -359,6 +359,7 @@ class FineTuning:
                 self.preview_text, self.preview_ids = start_of_answer(tokenizer, start, cfg.template)
             except ValueError as e:
                 raise Refusal(e)
+        self.preview_tokens = min(tuning.T, 200)
         self.trained = None  # what is trained, once it is prepared
 
     def read(self):
@@ -378,9 +379,13 @@ class FineTuning:
         """Returns (text, ids) of what stands before the first held-out answer."""
         idx, targets = self.val_examples[0]
         ids = idx[: (targets != -100).argmax() + 1].tolist()
+        return self.text_of(ids), ids
+
+    def text_of(self, ids):
+        """Returns the text of a prompt's ids, without what begins a text."""
         tokenizer = self.tuning.tokenizer
         has_start = ids[0] in (tokenizer.bos, tokenizer.eot)
-        return tokenizer.decode(ids[has_start:]), ids
+        return tokenizer.decode(ids[has_start:])
 
     def describe(self):
         """Returns what is learned from, in words."""
@@ -431,7 +436,7 @@ class FineTuning:
         *_, [row] = generate(
             tuning.model,
             [self.preview_ids],
-            min(tuning.T, 200),
+            self.preview_tokens,
             temperature=0,
             stop=tuning.tokenizer.ends,
             past_end="recompute",

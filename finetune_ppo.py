@@ -294,8 +294,8 @@ class Reinforcing(finetune_lora.FineTuning):
         self.rows_sha256 = hashlib.sha256(ids).hexdigest()
 
     def first_prompt(self):
-        prompt, ids = self.val_prompts[0]
-        return prompt if isinstance(prompt, str) else prompt[-1]["content"], ids
+        _, ids = self.val_prompts[0]
+        return self.text_of(ids), ids
 
     def read_prompts(self, conversations, name):
         """Returns the prompts of Conversations that leave room for an answer, and a line about them."""
@@ -332,6 +332,7 @@ class Reinforcing(finetune_lora.FineTuning):
         """
         model = self.tuning.model
         lora.without_dropout(model)
+        self.preview_tokens = self.cfg.max_new_tokens
         self.judge = find_reward(self.cfg.reward, self.compute.device, load=True)
         if self.cfg.baseline == "value":
             saved = self.tuning.resumed["config"]["value_head"] if self.tuning.resumed else {}

@@ -44,8 +44,8 @@ ASCII_SPLIT = re.compile(PATTERN.replace(r"\p{L}", "A-Za-z").replace(r"\p{N}", "
 GAP = 100_000  # whitespace in a row; from a million on, tiktoken panics (a BaseException)
 LONG_GAP = regex.compile(r"(?<!\s)\s{%d}" % GAP)  # (?<!\s): tried once a run, not at each character
 
-# What different words may take while merges are learned from them, in word_bytes: 400,000 English ones or so, with which
-# a process has 250 MB. It has more where each word has other pairs, as of random characters.
+# What different words may take while merges are learned from them, in word_bytes: 400,000 English ones or so, with
+# which a process has 250 MB. It has more where each word has other pairs, as of random characters.
 WORD_BYTES = 5_500_000
 
 # In JSON, GPT-2 writes a byte as one visible character: its own in Latin-1, or one from U+0100 on
