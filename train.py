@@ -727,6 +727,8 @@ def pretrain(cfg):
             f"{size_text(model)}, {len(data['train']):,} training tokens, "
             f"{rows * cfg.block_size:,} tokens a step"
         )
+        if cfg.window >= cfg.block_size:
+            print(f"window={cfg.window} hides nothing in block_size={cfg.block_size}")
         if resume and not cfg.eval_only and start.state["step"] >= cfg.max_iters:
             print(f"{start.path} is at step {start.state['step']} already; a larger --max_iters goes on")
 

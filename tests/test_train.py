@@ -892,3 +892,10 @@ def test_floor_line_compares_like_with_like(lab):
             return None, nats
 
     assert " 0.0% above" in floor_line(Oracle(), tokenizer, data["val"], CPU, n=50)
+
+
+def test_a_window_that_hides_nothing_is_named(lab, capsys):
+    for window, is_named in (15, False), (16, True):
+        argv = ["--block_size=16", f"--window={window}", "--max_iters=1", f"--out_dir=w{window}"]
+        out = printed(capsys, train, *SMALL, *argv, folder=lab)
+        assert (f"window={window} hides nothing in block_size=16" in out) == is_named
