@@ -69,8 +69,8 @@ def mask_bytes(c, batch_size=0):
     """Returns less than the mask of a model of config c takes while it is made: the distances of tokens
     and what comes of them. batch_size: of rows with documents in them; 0 for plain rows.
 
-    Measured on two tokens, of which a window hides one: their pairs are as large as those of a long text. Raises
-    ValueError where the model is too large.
+    Measured on two tokens of a row, of which a window hides one: their pairs are as large as those of a long text.
+    Raises ValueError where the model is too large.
     """
     T = c.block_size
     # that of the layers that see most; one as long as the text hides nothing
@@ -85,9 +85,9 @@ def mask_bytes(c, batch_size=0):
     except RuntimeError as e:
         raise ValueError(f"a model of these sizes cannot be made: {str(e).splitlines()[0]}")
     places = torch.arange(2)
-    doc = torch.zeros(batch_size, 2) if batch_size else None
+    doc = torch.zeros(1, 2) if batch_size else None
     mask = make_sight(places, places, doc, doc, model.score_bias, window=short.window).mask
-    return 0 if mask is None else (mask.nbytes // 4 + 8) * queries * keys
+    return 0 if mask is None else (max(1, batch_size) * mask.nbytes // 4 + 8) * queries * keys
 
 
 def activation_bytes(c, adapt=None):
