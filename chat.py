@@ -26,10 +26,10 @@ def conversation_ids(tokenizer, messages, template=MODELS_OWN):
         if message["role"] != "assistant":
             prompts.append(message["content"])
             continue
-        ids += turn_ids(tokenizer, ids, render(template, "\n".join(filter(None, prompts))))
+        ids += turn_ids(tokenizer, ids, render(template, "\n".join(prompts)))
         ids += [*tokenizer.encode_more(message["content"]), tokenizer.eot]
         prompts = []
-    return ids + turn_ids(tokenizer, ids, render(template, "\n".join(filter(None, prompts))))
+    return ids + turn_ids(tokenizer, ids, render(template, "\n".join(prompts)))
 
 
 def start_of_answer(tokenizer, prompt, template):

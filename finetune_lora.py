@@ -359,7 +359,6 @@ class FineTuning:
                 self.preview_text, self.preview_ids = start_of_answer(tokenizer, start, cfg.template)
             except ValueError as e:
                 raise Refusal(e)
-        self.preview_tokens = min(tuning.T, 200)
         self.trained = None  # what is trained, once it is prepared
 
     def read(self):
@@ -374,6 +373,11 @@ class FineTuning:
         cfg.template = encoded.template
         self.length = encoded.length
         self.rows_sha256 = encoded.rows_sha256
+
+    @property
+    def preview_tokens(self):
+        """How many tokens a sample has at most."""
+        return min(self.tuning.T, 200)
 
     def first_prompt(self):
         """Returns (text, ids) of what stands before the first held-out answer."""

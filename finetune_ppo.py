@@ -41,6 +41,7 @@ from generate import generate
 from rows import (
     NO_RESPONSE,
     LeftOut,
+    chat_messages,
     conversations,
     default_template,
     side_line,
@@ -131,8 +132,8 @@ def find_reward(name, device="cpu", load=False):
     )
 
 
-def without_answer(row):
-    """Returns a row of texts with an empty answer, and a prompt of messages as a conversation."""
+def prompt_row(row):
+    """Returns a row as one that needs no answer: of texts with an empty one, a prompt of messages as a conversation."""
     if not isinstance(row, dict):
         return row
     prompt = row.get("prompt")
@@ -150,7 +151,7 @@ def prompt_messages(conversation):
     messages = [message for message in conversation.messages if message.text]
     if messages and messages[-1].role == "assistant":
         messages.pop()
-    return [{"role": message.role, "content": message.text} for message in messages]
+    return chat_messages(messages)
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -269,7 +270,7 @@ class Reinforcing(finetune_lora.FineTuning):
     def convert(self, places_and_rows):
         """Returns the Conversations of rows, which need no answers."""
         return conversations(
-            [(place, without_answer(row)) for place, row in places_and_rows], self.text_rule
+            [(place, prompt_row(row)) for place, row in places_and_rows], self.text_rule
         )
 
     def read(self):
@@ -292,6 +293,10 @@ class Reinforcing(finetune_lora.FineTuning):
         ids = b"".join(np.array(ids).tobytes() for _, ids in self.prompts)
         self.length = self.tuning.T  # that a row has at most
         self.rows_sha256 = hashlib.sha256(ids).hexdigest()
+
+    @property
+    def preview_tokens(self):
+        return self.cfg.max_new_tokens
 
     def first_prompt(self):
         _, ids = self.val_prompts[0]
@@ -332,7 +337,6 @@ class Reinforcing(finetune_lora.FineTuning):
         """
         model = self.tuning.model
         lora.without_dropout(model)
-        self.preview_tokens = self.cfg.max_new_tokens
         self.judge = find_reward(self.cfg.reward, self.compute.device, load=True)
         if self.cfg.baseline == "value":
             saved = self.tuning.resumed["config"]["value_head"] if self.tuning.resumed else {}

@@ -255,6 +255,11 @@ class Conversation(NamedTuple):
     problem: str = ""  # why it is left out, in words that follow a number of rows
 
 
+def chat_messages(messages):
+    """Returns Messages as chat.py and templates have them."""
+    return [{"role": message.role, "content": message.text} for message in messages]
+
+
 def turns_of(messages):
     """What stands before an answer is its prompt; what stands after the last one is left out."""
     turns = []
@@ -377,7 +382,7 @@ def encode(conversation, tokenizer, template):
     lacks, messages that the model's chat template refuses.
     """
     if template == MODELS_OWN:
-        messages = [{"role": m.role, "content": m.text} for m in conversation.messages]
+        messages = chat_messages(conversation.messages)
         is_learned = [message.is_learned for message in conversation.messages]
         return encode_answers(tokenizer, messages, is_learned)
     return encode_turns(conversation.turns, tokenizer, template)
