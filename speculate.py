@@ -24,9 +24,8 @@ import numpy as np
 import torch
 
 from cache import REWIND
-from checkpoint import ADAPTER_KEYS, Checkpoint, find, load, open_checkpoint, refuse_reward_model
+from checkpoint import open_checkpoint
 from config import Refusal
-from folders import holds_run
 from generate import GREEDY, distribution, documents_of, penalized, prefill, seen_tokens, start_rows
 from rmsnorm import choose_rmsnorm
 
@@ -432,9 +431,6 @@ class Speculation:
 # From the command line
 
 
-ADAPTERS = ("adapter_best.pt", "adapter.pt")
-
-
 def load_draft(path, model, tokenizer, n_guesses, compute, rmsnorm):
     """Returns the draft that path means for a model with this tokenizer: ngram, or a checkpoint as out_dir
     names one, which is computed as the model is.
@@ -463,9 +459,6 @@ def load_draft(path, model, tokenizer, n_guesses, compute, rmsnorm):
 
 def restore_draft(path, tokenizer):
     """Returns (model, the path of its file). Raises Refusal."""
-    if holds_run(path, ADAPTERS) and not holds_run(path, ("ckpt_best.pt", "ckpt.pt")):
-        adapter_path = find(path, ADAPTERS[0])
-        refuse_reward_model(Checkpoint("", None, adapter_path, load(adapter_path, ADAPTER_KEYS)))
     start = open_checkpoint(path)
     model, draft_tokenizer = start.restore()
     if draft_tokenizer.sha256 != tokenizer.sha256:
