@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from cache import KVCache, positions
-from products import GroupedProduct, Linear, Permute
+from products import GroupedProduct, Linear, Permute, joint_linear
 from rope_scaling import rope_frequencies, rope_scale
 
 LONGEST_WRITTEN_OUT = 1024  # tokens: see attention
@@ -488,10 +488,11 @@ class Attention(nn.Module):
 
     def forward(self, x, context):
         B, T, _ = x.shape
+        q, k, v = joint_linear(x, (self.q_proj, self.k_proj, self.v_proj))
         # q (B, H, T, D); k, v (B, n_kv_head, T, D)
-        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)
-        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        q = self.q_norm(q.view(B, T, -1, self.head_dim)).transpose(1, 2)
+        k = self.k_norm(k.view(B, T, -1, self.head_dim)).transpose(1, 2)
+        v = v.view(B, T, -1, self.head_dim).transpose(1, 2)
         if context.rotation is not None:
             q = rotate(q, *context.rotation)
             k = rotate(k, *context.rotation)

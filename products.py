@@ -1,5 +1,6 @@
-"""Matrix products that torch makes slowly: of a few rows on a processor, which decoding has (Linear), and of rows
-sorted by expert, each times its expert's matrix (GroupedProduct), which model.MoE needs.
+"""Matrix products that torch makes slowly: on a processor of a few rows, which decoding has, and of very many, which
+training has (Linear), and of rows sorted by expert, each times its expert's matrix (GroupedProduct), which model.MoE
+needs.
 """
 
 import math
@@ -9,35 +10,58 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 HAS_MKL = torch.backends.mkl.is_available()
+HAS_AVX512 = HAS_MKL and torch.backends.cpu.get_cpu_capability() == "AVX512"
 FEW_ROWS = 32
+MANY_ROWS = 1024
 LARGE_MATRIX = 2**16  # numbers: smaller ones come from a cache, and what counts is the number of calls
 PIECES = 8  # of a matrix, for so many threads
 
 # -----------------------------------------------------------------------------------------------------
-# Few rows
+# Few rows and many
 
 
 class Linear(nn.Linear):
-    """nn.Linear, which on a processor multiplies the few rows of a decoding step in another way, where the matrix is so
-    large that it may not come from a cache.
+    """nn.Linear, which on a processor multiplies the few rows of a decoding step and the many of a training step in
+    other ways, where the matrix is so large that it may not come from a cache.
     """
 
-    def __init__(self, in_features, out_features, bias=True):
-        super().__init__(in_features, out_features, bias)
-        self.is_large = HAS_MKL and in_features * out_features >= LARGE_MATRIX
-
     def forward(self, x):
-        weight, bias = self.weight, self.bias
-        is_few = self.is_large and x.numel() <= FEW_ROWS * self.in_features and is_plain(x)
-        if not is_few:
-            return F.linear(x, weight, bias)
-        y = few_rows_product(x.reshape(-1, self.in_features), weight).view(*x.shape[:-1], -1)
+        return linear(x, self.weight, self.bias)
+
+
+def linear(x, weight, bias=None):
+    """Returns F.linear(x, weight, bias)."""
+    if not HAS_MKL or weight.numel() < LARGE_MATRIX or not is_plain(x):
+        return F.linear(x, weight, bias)
+    if x.numel() <= FEW_ROWS * x.size(-1):
+        y = few_rows_product(x.reshape(-1, x.size(-1)), weight).view(*x.shape[:-1], -1)
         return y if bias is None else y + bias
+    if has_many_rows(x):
+        return many_rows_product(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+def joint_linear(x, linears):
+    """Returns what each of linears gives for x. In training that is one product, with all of their weights, where
+    many_rows_product makes it.
+    """
+    is_joint = torch.is_grad_enabled() and has_many_rows(x)
+    if not is_joint or any(type(module) is not Linear for module in linears):  # adapters, integers
+        return [module(x) for module in linears]
+    weight = torch.cat([module.weight for module in linears])
+    bias = None if linears[0].bias is None else torch.cat([module.bias for module in linears])
+    return linear(x, weight, bias).split([module.out_features for module in linears], -1)
 
 
 def is_plain(x):
     """Tells whether x is computed now, by a processor, in float32."""
     return x.dtype == torch.float32 and x.is_cpu and not torch.compiler.is_compiling()
+
+
+def has_many_rows(x):
+    """Tells whether many_rows_product is the quicker one for x: on one thread it is not, nor without AVX-512."""
+    is_large = x.numel() >= MANY_ROWS * x.size(-1)
+    return is_large and HAS_AVX512 and is_plain(x) and torch.get_num_threads() > 1
 
 
 def few_rows_product(rows, weight):
@@ -55,6 +79,17 @@ def few_rows_product(rows, weight):
     if torch.get_num_threads() == 1:
         return F.linear(rows, weight)
     return torch.bmm(copies, pieces.mT).transpose(0, 1).reshape(n, -1)
+
+
+def many_rows_product(x, weight, bias):
+    """Returns F.linear(x, weight, bias) as a convolution over an image of one line, a pixel a row: by oneDNN, which on
+    two threads with AVX-512 takes 0.9 to 0.95 of MKL's time, forward and backward (LOG.md).
+    """
+    image = x.reshape(1, 1, -1, x.size(-1)).permute(
+        0, 3, 1, 2
+    )  # (1, in, 1, n), the inputs of a row side by side
+    y = F.conv2d(image, weight[:, :, None, None], bias)
+    return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
 
 
 # -----------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The model against itself: each combination of toggles is causal, packed and cached exactly."""
 
+import copy
 import itertools
 import math
 import re
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import products
 from model import (
     BLOCKS,
     HAS_CHUNKED_LOSS,
@@ -30,7 +32,7 @@ from model import (
     recorded_routings,
     rotate,
 )
-from products import FEW_ROWS, HAS_MKL, Linear, few_rows_product
+from products import FEW_ROWS, HAS_MKL, Linear, few_rows_product, many_rows_product
 from rope_scaling import rope_frequencies, rope_scale
 from sizes import (
     activation_bytes,
@@ -257,6 +259,69 @@ def test_the_few_rows_of_a_step_get_the_same_products(monkeypatch, shape, n_out,
         assert ours.shape == exact.shape
         torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-4)
     assert bool(calls) == (x.numel() <= FEW_ROWS * 160)
+
+
+@pytest.fixture
+def many_rows(monkeypatch):
+    """Has all rows from 32 on multiplied as many are; yields the shapes of weights that were."""
+    monkeypatch.setattr(products, "has_many_rows", lambda x: x.numel() >= 32 * x.size(-1))
+    shapes = []
+
+    def note(x, weight, bias):
+        shapes.append(tuple(weight.shape))
+        return many_rows_product(x, weight, bias)
+
+    monkeypatch.setattr(products, "many_rows_product", note)
+    return shapes
+
+
+@pytest.mark.skipif(not HAS_MKL, reason="needs MKL")
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(1100,), (3, 400), (2, 5, 120)])
+def test_the_many_rows_of_a_training_step_get_the_same_products(many_rows, shape, bias):
+    linear = Linear(160, 601, bias)
+    reference = nn.Linear(160, 601, bias).double()
+    reference.load_state_dict(linear.state_dict())
+    x = torch.randn(*shape, 2, 160)[..., -1, :]  # not contiguous
+    dy = torch.randn(*shape, 601)
+    results = []
+    for module, rows in ((linear, x), (reference, x.double())):
+        y = module(rows.requires_grad_())
+        y.backward(dy.to(y.dtype))
+        results.append([y, rows.grad, *(parameter.grad for parameter in module.parameters())])
+    assert many_rows == [(601, 160)]
+    for ours, exact in zip(*results, strict=True):
+        assert ours.shape == exact.shape and ours.is_contiguous() == exact.is_contiguous()
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_training_step_multiplies_with_q_k_and_v_at_once(many_rows, bias):
+    model = build(n_embd=320, n_kv_head=2, bias=bias)
+    exact = copy.deepcopy(model).double()
+    for subject in model, exact:
+        subject(tokens(4), targets=tokens(4))[1].backward()
+    assert many_rows.count((640, 320)) == model.config.n_layer or not HAS_MKL
+    assert (320, 320) in many_rows or not HAS_MKL  # o_proj's
+    for ours, theirs in zip(model.parameters(), exact.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("is_trained", [True, False])
+@pytest.mark.parametrize("is_wrapped", [True, False])
+def test_linears_that_are_wrapped_or_only_watched_are_called_one_by_one(
+    many_rows, is_trained, is_wrapped
+):
+    """lora.py puts others in their place, and quantize.py reads by hooks what they are given."""
+    model = build()
+    attention = model.blocks[0].attn
+    if is_wrapped:
+        attention.k_proj = nn.Sequential(attention.k_proj)
+    calls = []
+    attention.q_proj.register_forward_hook(lambda *inputs: calls.append(inputs))
+    with torch.set_grad_enabled(is_trained):
+        model(tokens(4))
+    assert len(calls) == (is_wrapped or not is_trained)
 
 
 def test_the_grid_is_whole():
