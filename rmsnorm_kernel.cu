@@ -31,7 +31,8 @@ namespace {
 
 // A thread keeps as many chunks as fit in its registers without spilling: an SM has 65,536 for the threads that are on it.
 constexpr int FORWARD_THREADS = 1024, FORWARD_KEEP = 4;   // 64 registers; in bfloat16 a warp keeps a row of 1,024 numbers, a block one of 32,768
-constexpr int BACKWARD_THREADS = 512, BACKWARD_KEEP = 2;  // 128 registers: x, dy and dweight; in bfloat16 a block keeps a row of 8,192
+constexpr int BACKWARD_THREADS = 512;  // 128 registers: x and dy of two rows, dweight
+template <int N> constexpr int BACKWARD_KEEP = N == 1 ? 4 : 16 / N;  // 16 numbers, so that a block keeps a row of 8,192
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Numbers and chunks
@@ -154,61 +155,80 @@ forward_kernel(const T* __restrict__ x, const A* __restrict__ a, const W* __rest
 // x is what was normed: the sum, where there was one. ds, its gradient from elsewhere, may be null. partial (gridDim.x, dim) may be null: the weight is
 // frozen. A thread adds up the columns of the chunks that it keeps in registers; those of a longer row in its block's part itself.
 
+template <typename T, int N>
+struct Row {  // what a thread keeps of a row; zeros past the last one
+  float r;
+  Chunk<T, N> x[BACKWARD_KEEP<N>], dy[BACKWARD_KEEP<N>];
+};
+
 template <typename T, typename W, int N>
 __global__ void __launch_bounds__(BACKWARD_THREADS, 1)
 backward_kernel(const T* __restrict__ dy, const T* __restrict__ ds, const T* __restrict__ x, const W* __restrict__ weight,
                 const float* __restrict__ inv_rms, T* __restrict__ dx, float* __restrict__ partial, int64_t rows, int dim) {
-  const int rest = threadIdx.x + BACKWARD_KEEP * blockDim.x;
-  float dw[BACKWARD_KEEP][N] = {};
+  constexpr int KEEP = BACKWARD_KEEP<N>;
+  const int rest = threadIdx.x + KEEP * blockDim.x;
+  float dw[KEEP][N] = {};
   float* part = partial ? partial + int64_t(blockIdx.x) * dim : nullptr;
   if (partial)
     for (int c = rest; c < dim / N; c += blockDim.x)
       for (int j = 0; j < N; ++j) part[c * N + j] = 0.0f;
 
-  for (int64_t first = int64_t(blockIdx.x) * blockDim.y; first < rows; first += int64_t(gridDim.x) * blockDim.y) {
-    const int64_t row = first + threadIdx.y, at = row * (dim / N);
-    const int chunks = row < rows ? dim / N : 0;
-    const float r = row < rows ? inv_rms[row] : 0.0f;
-    float products = 0.0f;
+  auto fetch = [&](int64_t number) {
+    const int64_t at = number * (dim / N);
+    const int chunks = number < rows ? dim / N : 0;
+    Row<T, N> row;
+    row.r = number < rows ? inv_rms[number] : 0.0f;
+    UNROLL for (int k = 0; k < KEEP; ++k) row.x[k] = load<N>(x, at, threadIdx.x + k * blockDim.x, chunks);
+    UNROLL for (int k = 0; k < KEEP; ++k) row.dy[k] = load<N>(dy, at, threadIdx.x + k * blockDim.x, chunks);
+    return row;
+  };
+  const int64_t step = int64_t(gridDim.x) * blockDim.y;
+  int64_t number = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
+  Row<T, N> row = fetch(number);
+  for (; number - threadIdx.y < rows; number += step) {
+    const int64_t at = number * (dim / N);
+    const int chunks = number < rows ? dim / N : 0;  // threads without a row still take part in the sums of their warp and block
+    const Row<T, N> next = fetch(number + step);     // on its way while this row is summed, or the memory would rest meanwhile
+    Chunk<T, N> kept_ds[KEEP] = {};
+    if (ds) {
+      UNROLL for (int k = 0; k < KEEP; ++k) kept_ds[k] = load<N>(ds, at, threadIdx.x + k * blockDim.x, chunks);
+    }
 
+    float products = 0.0f;
     auto product = [&](const Chunk<T, N>& values, const Chunk<T, N>& grads, int c) {
       const Chunk<W, N> w = load<N>(weight, 0, c, chunks);
-      UNROLL for (int j = 0; j < N; ++j) products += grads.get(j) * w.get(j) * (values.get(j) * r);
+      UNROLL for (int j = 0; j < N; ++j) products += grads.get(j) * w.get(j) * values.get(j);
     };
-    Chunk<T, N> kept[BACKWARD_KEEP], kept_dy[BACKWARD_KEEP], kept_ds[BACKWARD_KEEP] = {};
-    UNROLL for (int k = 0; k < BACKWARD_KEEP; ++k) {
-      kept[k] = load<N>(x, at, threadIdx.x + k * blockDim.x, chunks);
-      kept_dy[k] = load<N>(dy, at, threadIdx.x + k * blockDim.x, chunks);
-      if (ds) kept_ds[k] = load<N>(ds, at, threadIdx.x + k * blockDim.x, chunks);
-    }
-    UNROLL for (int k = 0; k < BACKWARD_KEEP; ++k) product(kept[k], kept_dy[k], threadIdx.x + k * blockDim.x);
+    UNROLL for (int k = 0; k < KEEP; ++k) product(row.x[k], row.dy[k], threadIdx.x + k * blockDim.x);
     ONE_BY_ONE for (int c = rest; c < chunks; c += blockDim.x) product(load<N>(x, at, c, chunks), load<N>(dy, at, c, chunks), c);
 
-    const float mean = row_sum(products) * (1.0f / dim);
+    const float mean = row_sum(products) * row.r * (1.0f / dim);
+    const float share = row.r * row.r * mean;  // dx = r * dy * weight - x * r^2 * mean, in the fewest operations: next to memory they count
 
     auto gradient = [&](const Chunk<T, N>& values, const Chunk<T, N>& grads, const Chunk<T, N>& more, float* columns, int c) {
       const Chunk<W, N> w = load<N>(weight, 0, c, chunks);
       Chunk<T, N> out;
       UNROLL for (int j = 0; j < N; ++j) {
-        const float g = grads.get(j), n = values.get(j) * r;
-        columns[j] += g * n;
-        out.set(j, r * (g * w.get(j) - n * mean) + more.get(j));
+        const float g = grads.get(j) * row.r;
+        columns[j] += g * values.get(j);
+        out.set(j, g * w.get(j) + (more.get(j) - values.get(j) * share));
       }
       store<N>(dx, at, c, chunks, out);
     };
-    UNROLL for (int k = 0; k < BACKWARD_KEEP; ++k) gradient(kept[k], kept_dy[k], kept_ds[k], dw[k], threadIdx.x + k * blockDim.x);
+    UNROLL for (int k = 0; k < KEEP; ++k) gradient(row.x[k], row.dy[k], kept_ds[k], dw[k], threadIdx.x + k * blockDim.x);
     ONE_BY_ONE for (int c = rest; c < chunks; c += blockDim.x) {
       float columns[N] = {};
       gradient(load<N>(x, at, c, chunks), load<N>(dy, at, c, chunks), ds ? load<N>(ds, at, c, chunks) : Chunk<T, N>{}, columns, c);
       if (partial)
         for (int j = 0; j < N; ++j) part[c * N + j] += columns[j];
     }
+    row = next;
   }
   if (!partial) return;
 
-  DYNAMIC_SHARED(float, shared);  // (blockDim.y, dim) where several rows share the block; at most 128 x BACKWARD_KEEP x N numbers
+  DYNAMIC_SHARED(float, shared);  // (blockDim.y, dim) where several rows share the block; at most 128 x 16 numbers
   float* columns = blockDim.y > 1 ? shared + threadIdx.y * dim : part;
-  UNROLL for (int k = 0; k < BACKWARD_KEEP; ++k)
+  UNROLL for (int k = 0; k < KEEP; ++k)
     if (const int c = threadIdx.x + k * blockDim.x; c < dim / N)
       for (int j = 0; j < N; ++j) columns[c * N + j] = dw[k][j];
   if (blockDim.y > 1) {
@@ -292,7 +312,7 @@ int64_t most_parts() { return BACKWARD_THREADS / 128 * int64_t(attribute(cudaDev
 template <typename T, typename W, int N>
 const char* launch_backward(const void* dy, const void* ds, const void* x, const void* weight, const float* inv_rms, void* dx, float* partial,
                             void* dweight, int64_t rows, int dim, void* stream) {
-  const dim3 block = block_for(dim / N, BACKWARD_KEEP, BACKWARD_THREADS);
+  const dim3 block = block_for(dim / N, BACKWARD_KEEP<N>, BACKWARD_THREADS);
   const int64_t parts = most_parts(), threads = block.x * block.y;
   const unsigned grid = blocks_for(rows, block, threads < 128 ? parts : parts * 128 / threads);
   const int shared = partial && block.y > 1 ? block.y * dim * sizeof(float) : 0;
@@ -359,10 +379,10 @@ extern "C" int64_t rmsnorm_parts(int64_t rows) {
 #define TORCH_TARGET_VERSION 0x020b000000000000
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 using torch::headeronly::ScalarType;
@@ -402,13 +422,29 @@ int dtype_of(const Tensor& x) {
 
 void check(const char* error) { STD_TORCH_CHECK(error == nullptr, "rms_norm: ", error); }
 
-Tensor row_numbers(const Tensor& x) {
-  return torch::stable::new_empty(x, torch::headeronly::IntHeaderOnlyArrayRef(x.sizes().data(), x.dim() - 1), ScalarType::Float);
+// On x's device, by the C shim: torch::stable::empty_like looks an operator up by its name, for 2 us of the host's time.
+Tensor empty(const Tensor& x, torch::headeronly::IntHeaderOnlyArrayRef sizes, int32_t dtype) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * (sizes[i] > 0 ? sizes[i] : 1);
+  int32_t device_type = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), dtype, device_type, x.get_device_index(), &handle));
+  return Tensor(handle);
 }
+
+int32_t type_of(const Tensor& x) {
+  int32_t dtype = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  return dtype;
+}
+
+Tensor empty_like(const Tensor& x) { return empty(x, x.sizes(), type_of(x)); }
 
 std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, double eps) {
   const int dim = int(weight.size(0));
-  Tensor y = torch::stable::empty_like(x), inv_rms = row_numbers(x);
+  Tensor y = empty_like(x), inv_rms = empty(x, {x.numel() / dim}, aoti_torch_dtype_float32());
   Current current(x);
   check(rmsnorm_forward(x.data_ptr(), nullptr, weight.data_ptr(), nullptr, y.data_ptr(), static_cast<float*>(inv_rms.data_ptr()), x.numel() / dim, dim,
                         float(eps), dtype_of(x), dtype_of(x), dtype_of(weight), current.stream));
@@ -417,7 +453,7 @@ std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, doubl
 
 std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& a, const Tensor& weight, double eps) {
   const int dim = int(weight.size(0));
-  Tensor sum = torch::stable::empty_like(x), y = torch::stable::empty_like(x), inv_rms = row_numbers(x);
+  Tensor sum = empty_like(x), y = empty_like(x), inv_rms = empty(x, {x.numel() / dim}, aoti_torch_dtype_float32());
   Current current(x);
   check(rmsnorm_forward(x.data_ptr(), a.data_ptr(), weight.data_ptr(), sum.data_ptr(), y.data_ptr(), static_cast<float*>(inv_rms.data_ptr()),
                         x.numel() / dim, dim, float(eps), dtype_of(x), dtype_of(a), dtype_of(weight), current.stream));
@@ -429,8 +465,8 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& dy, const std::option
   const int dim = int(weight.size(0));
   const int64_t rows = x.numel() / dim;
   Current current(x);  // before rmsnorm_parts, which asks the current device
-  Tensor dx = torch::stable::empty_like(x), dweight = torch::stable::new_empty(weight, {weight_grad ? dim : 0});
-  Tensor partial = torch::stable::new_empty(x, {weight_grad ? rmsnorm_parts(rows) : 0, dim}, ScalarType::Float);
+  Tensor dx = empty_like(x), dweight = empty(weight, {weight_grad ? dim : 0}, type_of(weight));
+  Tensor partial = empty(x, {weight_grad ? rmsnorm_parts(rows) * dim : 0}, aoti_torch_dtype_float32());
   check(rmsnorm_backward(dy.data_ptr(), ds ? ds->data_ptr() : nullptr, x.data_ptr(), weight.data_ptr(), static_cast<const float*>(inv_rms.data_ptr()),
                          dx.data_ptr(), weight_grad ? static_cast<float*>(partial.data_ptr()) : nullptr, dweight.data_ptr(), rows, dim, dtype_of(x),
                          dtype_of(weight), current.stream));
