@@ -3,13 +3,15 @@
 import functools
 import itertools
 import math
+import time
 
 import torch
 import torch.nn.functional as F
 
 import rmsnorm
 from device import fast_bfloat16, name_of
-from measure import draw, large_tensor, ms_columns, peak_memory, race, to_megabytes
+from graphs import WARM_UP, Graph
+from measure import draw, large_tensor, ms_columns, peak_memory, race, synchronize, to_megabytes
 
 
 @functools.cache
@@ -33,7 +35,9 @@ def rmsnorm_kinds(device):
 def race_both_ways(functions, inputs, gradients, seconds, device):
     """Times functions of the inputs, the forward and the backward pass alone.
 
-    gradients are those of the outputs. Returns {(way, name): times}, the times as race() has them.
+    gradients are those of the outputs. On a GPU replays of a CUDA graph are timed, or a small kernel would be
+    hidden by its launch. Returns {(way, name): times}, the times as race() has them, with "host", the seconds
+    in which a call is launched, None on a processor.
     """
     import torch._functorch.config
 
@@ -42,15 +46,37 @@ def race_both_ways(functions, inputs, gradients, seconds, device):
     with torch._functorch.config.patch(donated_buffer=False):
         for way in "forward", "backward":
             rivals = {}
+            host_times = {}
             for name, function in functions.items():
-                rival = functools.partial(function, *inputs)
+                forward = functools.partial(function, *inputs)
+                graph = Graph(forward, device)
                 if way == "backward":
-                    rival = functools.partial(
-                        torch.autograd.grad, rival(), inputs, gradients, retain_graph=True
+                    with graph.beside():  # a backward pass runs on the stream of its forward pass
+                        outputs = forward()
+                    graph.function = functools.partial(
+                        torch.autograd.grad, outputs, inputs, gradients, retain_graph=True
                     )
-                rivals[way, name] = rival
-            times |= race(rivals, seconds / 2, device)
+                host_times[way, name] = launch_seconds(graph.function, device)
+                for _ in range(WARM_UP + 1):
+                    graph()
+                rivals[way, name] = graph
+            results = race(rivals, seconds / 2, device)
+            times |= {rival: results[rival] | {"host": host_times[rival]} for rival in results}
     return times
+
+
+def launch_seconds(function, device, calls=100):
+    """Returns the seconds in which the processor launches a call on a GPU, which it does not wait for; else None."""
+    if device.type != "cuda":
+        return None
+    function()
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(calls):
+        function()
+    seconds = (time.perf_counter() - start) / calls
+    synchronize(device)
+    return seconds
 
 
 def forward_and_backward(function, inputs, gradients):
@@ -59,6 +85,10 @@ def forward_and_backward(function, inputs, gradients):
     if not isinstance(outputs, tuple):
         outputs = (outputs,)
     return [*outputs, *torch.autograd.grad(outputs, inputs, gradients)]
+
+
+def to_microseconds(seconds):
+    return None if seconds is None else 1e6 * seconds
 
 
 def to_float64(x):
@@ -194,6 +224,7 @@ def norm_rows(cfg, compute, n_rows, hidden, dtype, copy_speed, seconds):
                 "dtype": name_of(dtype),
                 "by": name,
                 **ms_columns(rival_times),
+                "host_us": to_microseconds(rival_times["host"]),
                 "bytes": size,
                 "gb_per_s": speed / 1e9,
                 "of_copy": speed / copy_speed,
@@ -204,7 +235,8 @@ def norm_rows(cfg, compute, n_rows, hidden, dtype, copy_speed, seconds):
 def bench_rmsnorm(cfg, compute):
     """Times RMSNorm, and the sum with its norm (add), against torch's.
 
-    gb_per_s is of the bytes that must move, of_copy their share of what a plain copy moves.
+    gb_per_s is of the bytes that must move, of_copy their share of what a plain copy moves; host_us is how
+    long a call takes to be launched on a GPU.
     """
     rmsnorm_kinds(compute.device)  # builds the kernel
     copy_speed = measure_copy(compute.device)

@@ -13,6 +13,7 @@ capture fails, calls go on as plain ones, and one line says so.
 
 import functools
 import sys
+from contextlib import contextmanager
 
 import torch
 
@@ -46,17 +47,22 @@ class Graph:
             self.function()
         elif self.n_calls < WARM_UP:
             self.n_calls += 1
-            self.call_beside()
+            with self.beside():
+                self.function()
         else:
             self.capture()
             self()
 
-    def call_beside(self):
-        """Calls the function on the stream that will be captured; what comes after waits for it."""
+    @contextmanager
+    def beside(self):
+        """Has what is done go to the stream that will be captured, and what comes after wait for it."""
+        if self.device.type != "cuda":
+            yield
+            return
         current = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream), without_cast_cache():
-            self.function()
+            yield
         current.wait_stream(self.stream)
 
     def capture(self):
