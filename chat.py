@@ -6,6 +6,9 @@ A message is {"role": system | user | assistant, "content": text}. A model of th
 template (interop/chat_template.py); one that was fine-tuned here has a text with {prompt} in it.
 """
 
+import itertools
+from typing import NamedTuple
+
 from data import MODELS_OWN, prompt_ids, render
 
 HELP = "/reset starts anew, /quit or Ctrl-D leaves, Ctrl-C stops an answer"
@@ -20,16 +23,45 @@ def conversation_ids(tokenizer, messages, template=MODELS_OWN):
     if template == MODELS_OWN:
         _, ids = own_start(tokenizer, messages)
         return ids
-    ids = []
-    prompts = []  # since the last answer
-    for message in messages:
-        if message["role"] != "assistant":
+    waiting = {"role": "assistant", "content": ""}
+    ids, _ = encode_turns(tokenizer, turns_of([*messages, waiting], itertools.repeat(False)), template)
+    return ids
+
+
+class Turn(NamedTuple):
+    prompt: str
+    response: str  # "" where it is waited for
+    is_learned: bool = True
+
+
+def turns_of(messages, is_learned):
+    """Returns the Turns of messages, of whose answers those are learned that is_learned, a flag a message, says.
+    What stands before an answer is its prompt; what stands after the last one is left out.
+    """
+    turns = []
+    prompts = []
+    for message, is_target in zip(messages, is_learned):
+        if message["role"] == "assistant":
+            turns.append(Turn("\n".join(filter(None, prompts)), message["content"] or "", is_target))
+            prompts = []
+        else:
             prompts.append(message["content"])
-            continue
-        ids += turn_ids(tokenizer, ids, render(template, "\n".join(prompts)))
-        ids += [*tokenizer.encode_more(message["content"]), tokenizer.eot]
-        prompts = []
-    return ids + turn_ids(tokenizer, ids, render(template, "\n".join(prompts)))
+    return turns
+
+
+def encode_turns(tokenizer, turns, template):
+    """Returns (ids, whether each is learned). Prompt and response are encoded apart: their boundary is
+    one between tokens, and a prompt's ids are those that sample.py makes of it.
+    """
+    ids = []
+    is_target = []
+    for prompt, response, is_learned in turns:
+        text = render(template, prompt)
+        new_ids = tokenizer.encode_more(text) if ids else prompt_ids(tokenizer, text)
+        response_ids = tokenizer.encode_more(response) + [tokenizer.eot] if response else []
+        ids += new_ids + response_ids
+        is_target += [False] * len(new_ids) + [is_learned] * len(response_ids)
+    return ids, is_target
 
 
 def start_of_answer(tokenizer, prompt, template):
@@ -44,11 +76,6 @@ def own_start(tokenizer, messages):
     """Returns what start_of_answer does, of a conversation in the model's own template."""
     text = own_template(tokenizer).render(messages, add_generation_prompt=True)
     return text, tokenizer.encode_special(text)
-
-
-def turn_ids(tokenizer, ids, text):
-    """Returns the ids of a prompt in its template, which comes after ids or begins a conversation."""
-    return tokenizer.encode_more(text) if ids else prompt_ids(tokenizer, text)
 
 
 def own_template(tokenizer):

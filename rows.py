@@ -20,9 +20,9 @@ import torch
 
 import sources
 import toy_stories
-from chat import encode_answers, turn_ids
+from chat import encode_answers, encode_turns, turns_of
 from config import Refusal, hf_name, is_hf
-from data import AS_IT_STANDS, MODELS_OWN, STRIPPED, by_text_rule, render
+from data import AS_IT_STANDS, MODELS_OWN, STRIPPED, by_text_rule
 
 MORAL_SEED = 0  # other stories than data/toy's: a test looks
 
@@ -241,12 +241,6 @@ def kind_of(row, kinds=KINDS):
 # Conversations: the turns of a row
 
 
-class Turn(NamedTuple):
-    prompt: str
-    response: str
-    is_learned: bool = True
-
-
 class Conversation(NamedTuple):
     place: str
     kind: Kind
@@ -260,17 +254,10 @@ def chat_messages(messages):
     return [{"role": message.role, "content": message.text} for message in messages]
 
 
-def turns_of(messages):
-    """What stands before an answer is its prompt; what stands after the last one is left out."""
-    turns = []
-    prompts = []
-    for message in messages:
-        if message.role == "assistant":
-            turns.append(Turn("\n".join(filter(None, prompts)), message.text or "", message.is_learned))
-            prompts = []
-        else:
-            prompts.append(message.text)
-    return turns
+def conversation_of(place, kind, messages, problem):
+    """Returns the Conversation of Messages."""
+    turns = turns_of(chat_messages(messages), [message.is_learned for message in messages])
+    return Conversation(place, kind, messages, turns, problem)
 
 
 NO_RESPONSE = "without a response"
@@ -310,7 +297,7 @@ def conversations(rows, text_rule=AS_IT_STANDS):
         messages = [
             message._replace(text=by_text_rule(message.text or "", text_rule)) for message in messages
         ]
-        result.append(Conversation(place, kind, messages, turns_of(messages), problem))
+        result.append(conversation_of(place, kind, messages, problem))
     return result
 
 
@@ -353,7 +340,7 @@ def preferences(rows):
         for messages in sides:
             prompts = [message._replace(is_learned=False) for message in messages[:common]]
             messages = prompts + messages[common:]
-            pair.append(Conversation(place, kind, messages, turns_of(messages), problem))
+            pair.append(conversation_of(place, kind, messages, problem))
         result.append(tuple(pair))
     return result
 
@@ -385,21 +372,7 @@ def encode(conversation, tokenizer, template):
         messages = chat_messages(conversation.messages)
         is_learned = [message.is_learned for message in conversation.messages]
         return encode_answers(tokenizer, messages, is_learned)
-    return encode_turns(conversation.turns, tokenizer, template)
-
-
-def encode_turns(turns, tokenizer, template):
-    """Returns (ids, whether each is learned). Prompt and response are encoded apart: their boundary is
-    one between tokens, and a prompt's ids are those that sample.py makes of it.
-    """
-    ids = []
-    is_target = []
-    for prompt, response, is_learned in turns:
-        new_ids = turn_ids(tokenizer, ids, render(template, prompt))
-        response_ids = tokenizer.encode_more(response) + [tokenizer.eot] if response else []
-        ids += new_ids + response_ids
-        is_target += [False] * len(new_ids) + [is_learned] * len(response_ids)
-    return ids, is_target
+    return encode_turns(tokenizer, conversation.turns, template)
 
 
 def example(ids, is_learned):

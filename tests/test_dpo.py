@@ -23,6 +23,7 @@ import hf
 import rows
 import toy_stories
 import train
+from chat import Turn
 from config import Refusal, configure
 
 ANSWERS = [
@@ -134,9 +135,7 @@ def test_every_file_format_gives_the_same_pairs(tmp_path, monkeypatch, hub):
         }
         for row in ANSWERS
     ]
-    expected = [
-        [[rows.Turn(row["prompt"], row[side])] for side in ("chosen", "rejected")] for row in ANSWERS
-    ]
+    expected = [[[Turn(row["prompt"], row[side])] for side in ("chosen", "rejected")] for row in ANSWERS]
     for made in ANSWERS, chats:
         write_rows(Path("r.jsonl"), made)
         Path("r.json").write_text(json.dumps(made, indent=1))

@@ -29,13 +29,13 @@ import prepare
 import sample
 import toy_stories
 import train
+from chat import Turn
 from config import Refusal, configure
 from data import count_targets, prompt_ids, render
 from generate import Row
 from interop import hf_layout
 from rows import (
     MORAL_SEED,
-    Turn,
     conversations,
     default_template,
     encode,
