@@ -49,19 +49,23 @@ test: .venv/installed-dev  ## everything but the slow tests, offline
 test-all: test  ## and what takes a C++ compiler, nvcc, Chromium or minutes
 	$(BIN)/python -m pytest -q -n auto --dist=worksteal -m slow tests
 
+COMPILED := --dtype=bfloat16 --compile=true
 # A step of nanoGPT too where NANOGPT names a checkout of it
 AGAINST := $(if $(NANOGPT),--against=$(NANOGPT))
 
 gpu: .venv/installed-dev  ## with a CUDA GPU: its tests, then its tables; NANOGPT=FOLDER has a rival. Aims at 15 minutes, not measured
 	$(BIN)/python -m pytest -q -m "not slow" tests/test_device.py tests/test_graphs.py tests/test_rmsnorm.py
-	$(BIN)/python bench.py train configs/small.toml --dtype=bfloat16 $(AGAINST)
-	$(BIN)/python bench.py train configs/small.toml --dtype=bfloat16 --norm=rmsnorm --optimizer=muon $(AGAINST)
-	$(BIN)/python bench.py train configs/medium.toml --dtype=bfloat16 $(AGAINST)
-	$(BIN)/python bench.py train configs/medium.toml --dtype=bfloat16 --norm=rmsnorm --optimizer=muon $(AGAINST)
+	$(BIN)/python bench.py train configs/small.toml $(COMPILED) $(AGAINST)
+	$(BIN)/python bench.py train configs/small.toml $(COMPILED) --norm=rmsnorm --optimizer=muon $(AGAINST)
+	$(BIN)/python bench.py train configs/medium.toml $(COMPILED) --gradient_accumulation_steps=1 $(AGAINST)
+	$(BIN)/python bench.py train configs/medium.toml $(COMPILED) --gradient_accumulation_steps=1 --norm=rmsnorm --optimizer=muon $(AGAINST)
 	$(if $(NANOGPT),$(BIN)/python bench.py learning configs/small.toml --dtype=bfloat16 $(AGAINST))
 	$(if $(NANOGPT),$(BIN)/python bench.py learning configs/medium.toml --gradient_accumulation_steps=1 --dtype=bfloat16 $(AGAINST))
 	$(BIN)/python bench.py decode configs/small.toml --dtype=bfloat16
 	$(BIN)/python bench.py rmsnorm
+	$(BIN)/python train.py configs/small.toml --dataset=toy --max_iters=1 --out_dir=out/gpu-small --overwrite
+	for n in 1 64; do for compile in false true; do $(BIN)/python sample.py --out_dir=out/gpu-small --dtype=bfloat16 \
+		--num_samples=$$n --max_new_tokens=400 --compile=$$compile | tail -n 2; done; done
 	date +%T && $(BIN)/python train.py --out_dir=out/gpu --overwrite && date +%T
 
 torture: .venv/installed-dev  ## 1,000 kills of running scripts and 500 damaged files: nothing may be lost; half an hour

@@ -45,7 +45,7 @@ from bench_ops import bench_attention, bench_rmsnorm, rmsnorm_kinds
 from bench_processes import bench_processes
 from bench_quantize import bench_quantize
 from bench_scale import bench_scale
-from bench_step import build_model, make_training_step
+from bench_step import build_model, make_training_step, untimed_steps
 from data import to, training_rows
 from device import DTYPES, fast_bfloat16, name_of, peak_flops, resolve
 from graphs import captures_steps
@@ -199,7 +199,8 @@ def train_rivals(cfg, compute, dtypes):
     names = [cfg.optimizer]
     if gpt and "optimizer" not in cfg.given:
         names = ["adamw", "muon"]
-    for dtype, compiled in itertools.product(dtypes, sorted({False, compute.compile})):
+    compiles = {compute.compile} if "compile" in cfg.given else {False, compute.compile}
+    for dtype, compiled in itertools.product(dtypes, sorted(compiles)):
         variant_compute = resolve(cfg.device, dtype, str(compiled))
         if gpt:
             training = nanogpt.make_step(gpt, cfg, variant_compute, SLOW)
@@ -231,7 +232,7 @@ def train_rows(cfg, compute, dtypes):
     for dtype in dtypes:
         square = torch.randn(n, n, device=compute.device).to(DTYPES[dtype])
         products[dtype] = functools.partial(torch.matmul, square, square)
-    times = race(steps | products, cfg.seconds, compute.device)
+    times = race(steps | products, cfg.seconds, compute.device, untimed_steps(cfg, compute))
     tokens = cfg.batch_size * cfg.block_size * cfg.gradient_accumulation_steps
     for key, (compute, step, model, optimizers) in rivals.items():
         settings, optimizer, dtype, compiled, kind = key
@@ -305,7 +306,7 @@ def bench_experts(cfg, compute):
         training = make_training_step(replace(config, optimizer=optimizer), compute)
         rivals[name, optimizer] = training
     steps = {key: step for key, (step, _, _) in rivals.items()}
-    times = race(steps, cfg.seconds, compute.device)
+    times = race(steps, cfg.seconds, compute.device, untimed_steps(dense, compute))
     tokens = cfg.batch_size * cfg.block_size * cfg.gradient_accumulation_steps
     rows = []
     for (name, optimizer), (_, model, _) in rivals.items():
@@ -401,7 +402,7 @@ def bench_windows(cfg, compute):
     models = {"full": replace(cfg, window=0)}
     models["windows"] = replace(cfg, window=cfg.window or cfg.block_size // 8)
     steps = {name: make_training_step(model_cfg, compute)[0] for name, model_cfg in models.items()}
-    times = race(steps, cfg.seconds / 2, compute.device)
+    times = race(steps, cfg.seconds / 2, compute.device, untimed_steps(cfg, compute))
     tokens = cfg.batch_size * cfg.block_size * cfg.gradient_accumulation_steps
     for name, rival_times in times.items():
         row = {"what": "training step", "attention": name, "window": models[name].window or None}
@@ -552,7 +553,8 @@ def bench_data(cfg, compute):
         ids.tofile(path)
         batches = read_batches(cfg, np.memmap(path, dtype, mode="r"), compute.device)
         reading = functools.partial(next, batches)
-        times = race({"reading": reading, "training": step}, cfg.seconds, compute.device)
+        untimed = untimed_steps(cfg, compute)
+        times = race({"reading": reading, "training": step}, cfg.seconds, compute.device, untimed)
         del batches, reading  # Windows removes no file that is open
     tokens = cfg.batch_size * cfg.block_size
     speeds = {
@@ -598,6 +600,9 @@ def main(cfg):
         )
     if "learning" in names and (not cfg.nanogpt or cfg.init_from != "scratch"):
         raise Refusal("learning is from scratch, against nanoGPT: --against=FOLDER, a checkout of it")
+    if cfg.nanogpt and not {"train", "learning"} & {*names}:
+        rival = f"decode's rival is --against={LLAMA_CPP}"
+        raise Refusal(f"against={cfg.against} is a checkout of nanoGPT, for train and learning; {rival}")
     cfg = take_shape(cfg)
     compute = resolve(cfg.device, cfg.dtype, cfg.compile)
     if not cfg.processes:  # else nothing of this size is run

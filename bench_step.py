@@ -7,6 +7,7 @@ import rmsnorm
 import train
 from config import Refusal
 from data import padded, to
+from graphs import WARM_UP, captures_steps
 from measure import make_slow_optimizers
 from model import Transformer, model_config
 from optim import make_scaler
@@ -39,6 +40,11 @@ def build_trained(cfg, compute, ops=None):
     return model, trained
 
 
+def untimed_steps(cfg, compute):
+    """Returns how many steps after the first are no replays yet: race() leaves them out."""
+    return WARM_UP if captures_steps(cfg, compute) else 0
+
+
 def make_training_step(cfg, compute, ops=None):
     """Returns (step, model, optimizers), where step() is one real training step of train.py, of a model as
     build_trained has it.
@@ -53,9 +59,16 @@ def make_training_step(cfg, compute, ops=None):
     batches = [batch] * cfg.gradient_accumulation_steps
     update = train.make_step(trained, optimizers, cfg, compute, scaler=scaler)
 
+    unread = []
+
     def step():
-        loss, norm = update(batches=batches, seed=(0, 0))
-        if not train.is_usable(loss, norm, scaler):  # waits for the device
+        unread.append(update(batches=batches, seed=(0, 0)))
+        if compute.device.type == "cuda" and len(unread) == 1:
+            return
+        loss, norm = unread.pop(
+            0
+        )  # on a GPU of the step before: train.py, too, does not wait for this one
+        if not train.is_usable(loss, norm, scaler):
             figures = f"the loss is {loss} and its gradient norm {norm}"
             raise Refusal(f"{figures}: the step that was timed was none", status=1)
 

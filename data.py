@@ -53,7 +53,7 @@ def to(batch, device):
     """Moves a batch to the device, without waiting for a GPU."""
     if device.type != "cuda":
         return {key: x.to(device) for key, x in batch.items()}
-    return {key: x.pin_memory().to(device, non_blocking=True) for key, x in batch.items()}
+    return {key: x.contiguous().pin_memory().to(device, non_blocking=True) for key, x in batch.items()}
 
 
 def count_targets(batch):

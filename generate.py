@@ -159,7 +159,10 @@ def prefill(model, windows, capacity, spare=0):
     capacity += max(lengths)
     if model.config.what_ends_a_text:
         capacity = min(capacity, model.config.block_size + max(lengths) - min(lengths))
-    cache = model.new_cache(len(numbers), capacity + spare)
+    capacity += spare
+    if model.device.type == "cuda":  # where SDPA copies a mask of another width in each layer
+        capacity += -capacity % 8
+    cache = model.new_cache(len(numbers), capacity)
     logits = cache.read(model, list(numbers))
     if len(numbers) < len(windows):
         rows = [numbers[tuple(window)] for window in windows]

@@ -13,7 +13,8 @@ capture fails, calls go on as plain ones, and one line says so.
 
 import functools
 import sys
-from contextlib import contextmanager
+import weakref
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -28,6 +29,22 @@ def say(line):
     print(line, file=sys.stderr)
 
 
+@functools.cache
+def side_stream(device):
+    """Returns the stream that works are captured on: one, as each would have cuBLAS's workspaces of its own."""
+    return torch.cuda.Stream(device)
+
+
+captured = weakref.WeakSet()  # torch's graphs
+
+
+def memory_pool():
+    """Returns the pool that graphs share: what one has there between replays is alive, so that no other gets it,
+    and no two run at once. A pool ends with its last graph.
+    """
+    return next((graph.pool() for graph in captured), None) or torch.cuda.graph_pool_handle()
+
+
 class Graph:
     """A function that works on tensors which stay where they are, captured at its fourth call."""
 
@@ -38,7 +55,7 @@ class Graph:
         self.graph = None
         self.is_plain = device.type != "cuda"
         if not self.is_plain:
-            self.stream = torch.cuda.Stream(device)  # none but a side stream can be captured
+            self.stream = side_stream(device)  # none but a side stream can be captured
 
     def __call__(self):
         if self.graph is not None:
@@ -68,14 +85,31 @@ class Graph:
     def capture(self):
         """Records what the function launches; none of it runs. Goes on with plain calls where that fails."""
         graph = torch.cuda.CUDAGraph()
+        pool = memory_pool()
+        current = torch.cuda.current_stream(self.device)
         try:
-            with without_cast_cache(), torch.cuda.graph(graph, stream=self.stream):
+            with without_cast_cache(), torch.cuda.graph(graph, pool, self.stream):
                 self.function()
+            captured.add(graph)
             self.graph = graph
         except RuntimeError as e:
             self.is_plain = True
-            reason = str(e).partition("\n")[0]
+            self.failed = graph  # of which the allocator may have kept a pointer
+            self.clean_up(current, pool)
+            # what the function raised; torch then fails to end the capture, too
+            reason = str(e.__context__ or e).partition("\n")[0]
             say(f"steps are launched one by one, as they cannot be captured as a CUDA graph: {reason}")
+
+    def clean_up(self, current, pool):
+        """Undoes what torch leaves behind where a capture cannot be ended: its stream as the current one, the
+        allocator recording, and in some releases a generator that draws nothing until another capture has ended.
+        """
+        torch.cuda.set_stream(current)
+        with suppress(RuntimeError):  # it has stopped recording
+            torch._C._cuda_endAllocateToPool(current.device_index, pool)
+        with suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self.stream):
+            torch.zeros(1, device=self.device)
+        torch.cuda.set_stream(current)
 
 
 class without_cast_cache:
@@ -138,8 +172,10 @@ class Decoder:
         self.uniforms[0] = first
         self.new_ids = torch.zeros(n_steps, len(ids), dtype=torch.long, device=device)
         self.logps = torch.zeros(n_steps, len(ids), device=device)
-        step = torch.compile(self.step, dynamic=False) if is_compiled else self.step
-        self.graph = Graph(step, device)
+        step = torch.compile(Decoder.step, dynamic=False) if is_compiled else Decoder.step
+        # a cycle would keep keys, values and graph on the device until the garbage collector comes
+        this = weakref.ref(self)
+        self.graph = Graph(lambda: step(this()), device)
 
     def step(self):
         """Reads a token of each row and draws the next ones."""
@@ -239,6 +275,12 @@ class TrainingStep:
         """Returns (loss, gradient norm), as train_step does."""
         if self.batches is None:
             self.batches = [{key: x.clone() for key, x in batch.items()} for batch in batches]
+            if (
+                "torch._dynamo" in sys.modules
+            ):  # or evaluations of other sizes would make these variables
+                for batch in self.batches:
+                    for x in batch.values():
+                        torch._dynamo.mark_static(x)
         if shapes(batches) != shapes(self.batches):
             return self.step(batches=batches, seed=seed)
         for held, batch in zip(self.batches, batches):

@@ -53,18 +53,20 @@ def count_calls(rival, seconds, device):
     return max(1, min(1000, calls))
 
 
-def race(rivals, seconds, device):
+def race(rivals, seconds, device, untimed=0):
     """Times functions against each other, which take turns.
 
-    Each is called once (first), once to warm up, and then all in turn, there and back, up to 100 rounds,
-    until the time from the warm-up on is over. A processor, whose speed drifts, takes three rounds at least;
-    on a GPU the warm-up counts where there was time for no round.
+    Each is called once (first), `untimed` times more, once to warm up, and then all in turn, there and back, up
+    to 100 rounds, until the time from the warm-up on is over. A processor, whose speed drifts, takes three rounds
+    at least; on a GPU the warm-up counts where there was time for no round.
 
     rivals: {name: function}. A function may be a pair (setup, function) instead: what setup() returns,
     untimed, is the function's argument.
     Returns {name: {"first", "median", "min", "max"}} in seconds a call.
     """
     first = {name: time_rival(rival, device) for name, rival in rivals.items()}
+    for rival in list(rivals.values()) * untimed:
+        time_rival(rival, device)
     end = time.perf_counter() + seconds
     warm = {name: time_rival(rival, device) for name, rival in rivals.items()}
     calls = {name: count_calls(rivals[name], warm[name], device) for name in rivals}

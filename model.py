@@ -778,7 +778,7 @@ class Transformer(nn.Module):
         # autocast alone would keep x float32 and cast it at each product. In float16 it might overflow
         if product_dtype(x) == torch.bfloat16:
             x = x.bfloat16()
-        if T == 1 and x.device.type == "cpu":  # where SDPA would do it in each layer
+        if T == 1 and x.device.type in ("cpu", "cuda"):  # where SDPA would do it in each layer
             for window, sight in sights.items():
                 if sight.mask is not None and sight.mask.dtype == torch.bool:
                     sights[window] = sight._replace(mask=as_numbers(sight.mask, x.dtype))

@@ -377,29 +377,31 @@ class Muon(Optimizer):
         momenta = [local(self.state[p]["momentum_buffer"]) for p in params]
         grads = [local(p.grad) for p in params]
         if is_skipped is not None:
-            grads = [torch.where(is_skipped > 0, m, g) for m, g in zip(momenta, grads)]
+            is_skipped = is_skipped > 0
+            grads = [torch.where(is_skipped, m, g) for m, g in zip(momenta, grads)]
         torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
         updates = torch._foreach_lerp(grads, momenta, group["momentum"])
-        updates = self.orthogonalized([x.to(self.dtype) for x in updates], params)
+        updates = self.orthogonalized(updates, params)
         rows, columns = params[0].shape[-2:]
         rate = group["lr"] * 0.2 * max(rows, columns) ** 0.5
         params = [local(p) for p in params]
         weights = torch._foreach_mul(params, 1 - group["lr"] * group["weight_decay"])
-        updates = [x.to(params[0].dtype) for x in updates]
         if isinstance(rate, torch.Tensor):  # of a captured step, which has no numbers that change
             torch._foreach_sub_(weights, torch._foreach_mul(updates, rate))
         else:
             torch._foreach_add_(weights, updates, alpha=-rate)
         if is_skipped is not None:
-            weights = [torch.where(is_skipped > 0, p, w) for p, w in zip(params, weights)]
+            weights = [torch.where(is_skipped, p, w) for p, w in zip(params, weights)]
         torch._foreach_copy_(params, weights)
 
     def orthogonalized(self, updates, params):
         """Returns the updates of parameters of one shape orthogonalised, the shards of sharded ones."""
+        dtype = updates[0].dtype
         if is_sharded(params[0]) and params[0].dim() == 2:
-            return apply_to_whole(self.orthogonalize, updates, params)
-        updates = torch.stack(updates)  # of experts, shards are whole matrices
-        return list(self.orthogonalize(updates.flatten(0, -3)).view_as(updates))
+            updates = [x.to(self.dtype) for x in updates]
+            return [x.to(dtype) for x in apply_to_whole(self.orthogonalize, updates, params)]
+        updates = torch.stack(updates).to(self.dtype)  # of experts, shards are whole matrices
+        return list(self.orthogonalize(updates.flatten(0, -3)).view_as(updates).to(dtype))
 
 
 def orthogonalize(G, coefficients=(3.4445, -4.775, 2.0315), steps=5, eps=1e-7):

@@ -81,6 +81,10 @@ def test_a_race_takes_turns_and_tells_the_first_call_apart(clock):
         "a": {"first": 50, "median": 2, "min": 1, "max": 4},
         "b": {"first": 60, "median": 3, "min": 3, "max": 3},
     }
+    calls.clear()
+    a, b = rival("a", 50, 70, 80, 9, 1, 2, 4), rival("b", 60, 70, 80, 9, 3, 3, 3)
+    assert measure.race({"a": a, "b": b}, 0, CPU, untimed=2) == times  # what is captured meanwhile
+    assert calls == ["a", "b"] * 4 + ["a", "b", "b", "a", "a", "b"]
 
 
 GPU = torch.device("cuda")
@@ -510,3 +514,7 @@ def test_nanogpt_is_a_rival_from_a_checkout(checkout, capsys):
     for argv in [], [f"--against={checkout}", "--init_from=out/ts"]:
         with pytest.raises(Refusal, match="from scratch, against nanoGPT: --against=FOLDER"):
             bench.main(config("learning", *argv))
+    with pytest.raises(
+        Refusal, match="against=lama.cpp is a checkout of nanoGPT, for train and learning"
+    ):
+        bench.main(config("decode", "--against=lama.cpp"))

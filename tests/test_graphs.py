@@ -1,7 +1,9 @@
 """Static steps against the plain ones, on the processor, where a replay is a call; and captured, on a GPU."""
 
+import gc
 import itertools
 import math
+import weakref
 from dataclasses import replace
 from functools import partial
 
@@ -105,6 +107,20 @@ def test_rows_that_stop_leave_the_others_as_they_are():
     rows = assert_equal_texts(model, prompts, 20, stop=list(range(0, V, 12)), **SAMPLED)
     assert {end for _, end, _ in rows} >= {"stop"}
     assert len({len(ids) for ids, _, _ in rows}) > 2
+
+
+def test_a_decoder_is_gone_when_its_text_is():
+    """Not when the garbage collector comes, which frees a GPU's memory late."""
+    gc.disable()
+    try:
+        with torch.inference_mode():
+            decoder, cache = started(build(), prompts_of(3, 9), 5)
+            list(decoder)
+        watched = weakref.ref(decoder), weakref.ref(cache)
+        del decoder, cache
+        assert [reference() for reference in watched] == [None, None]
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("past_end", ["stop", "recompute", "slide"])
@@ -382,6 +398,12 @@ def test_a_capture_that_fails_leaves_plain_calls(capsys):
     assert graph.is_plain
     assert total.item() == 6
     assert "one by one" in capsys.readouterr().err
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    torch.nn.functional.dropout(torch.ones(8, device="cuda"))  # the generator draws again
+    another = Graph(lambda: total.add_(1), total.device)
+    for _ in range(6):
+        another()
+    assert not another.is_plain and total.item() == 12
 
 
 @pytest.mark.slow
