@@ -224,20 +224,24 @@ def write_each(write, model, prompts, n, temperature):
     return texts
 
 
-def speculation_rows(cfg, compute, model):
+def load_speculations(cfg, compute, model, tokenizer):
+    """Returns {temperature: Speculation}. Raises Refusal for a draft that cannot be the model's."""
+    speculations = {}
+    for temperature in (0.0, 0.8):
+        draft = load_draft(cfg.draft, model, tokenizer, cfg.speculate, compute, "torch")
+        speculations[temperature] = Speculation(draft, cfg.speculate, clock=None)
+    return speculations
+
+
+def speculation_rows(cfg, compute, model, tokenizer, speculations):
     """Yields the table's rows of plain and of speculative decoding, greedy and at temperature 0.8, after four
     beginnings of texts that the model itself has written, each by itself.
     """
-    _, tokenizer = checkpoint.open_checkpoint(cfg.init_from).restore()
     *_, rows = generate(model, [[tokenizer.eot]] * 4, 16, 1.0, seed=cfg.seed)
     prompts = [[tokenizer.eot, *row.ids] for row in rows]
     n = min(cfg.block_size - len(prompts[0]), 128)
     rivals = {}
-    speculations = {}
-    for temperature in (0.0, 0.8):
-        draft = load_draft(cfg.draft, model, tokenizer, cfg.speculate, compute, "torch")
-        speculation = Speculation(draft, cfg.speculate, clock=None)
-        speculations[temperature] = speculation
+    for temperature, speculation in speculations.items():
         for name, write in {"plain": generate, "speculative": speculation.generate}.items():
             arguments = (write, model, prompts, n, temperature)
             rivals[name, temperature] = functools.partial(write_each, *arguments)
@@ -305,6 +309,9 @@ def bench_decode(cfg, compute):
     the time with a cache against that without one, and with a draft the last one speculative decoding.
     """
     model = build_model(cfg).to(compute.device, compute.dtype).eval()
+    if cfg.draft:  # refused before minutes are over
+        _, tokenizer = checkpoint.open_checkpoint(cfg.init_from).restore()
+        speculations = load_speculations(cfg, compute, model, tokenizer)
     hf_model = convert(to_transformers, model)
     large = large_tensor(compute.device)
     batch_sizes = (1, 8, 64) if compute.device.type == "cuda" else (1, 8)
@@ -315,7 +322,7 @@ def bench_decode(cfg, compute):
     rows += sample_rows(model, hf_model, seconds)
     rows += cached_and_uncached_rows(cfg, compute, model)
     if cfg.draft:
-        rows += speculation_rows(cfg, compute, model)
+        rows += speculation_rows(cfg, compute, model, tokenizer, speculations)
     if cfg.against == LLAMA_CPP:
         rows += llama_cpp_rows(cfg, compute, model)
     return rows

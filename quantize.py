@@ -43,6 +43,8 @@ from score import evaluate
 
 BATCH = 8  # rows of text at a time
 COLUMNS = 128  # of a matrix, after which GPTQ changes all those that follow
+LONGEST = 2048  # tokens of a row of text, however long the model's context is
+SHORTEST = 256  # tokens of a text that is looked at, where the context is not shorter
 GRID = 20  # powers of the inputs' size that AWQ tries, from 0 on
 HELD_OUT = 1 << 15  # tokens of the validation split, about so many, that the loss is told of
 
@@ -65,6 +67,10 @@ class Config:
     def __post_init__(self):
         if not Path(self.to).name:
             raise ValueError(f"--to=FOLDER says where to write, not {self.to!r}")
+        if self.to.lower().endswith(".gguf"):
+            raise ValueError(
+                "quantize.py writes a folder: hf.py --to=FILE.gguf --bits=8 or 4 writes GGUF"
+            )
         if self.bits == 8 and self.group_size:
             raise ValueError("8 bits have a scale a row: leave out group_size, or --bits=4")
         if self.bits == 4 and not self.group_size:
@@ -413,9 +419,11 @@ def read_rows(cfg, data, reason, tokenizer, T):
     else:
         problem = f"{cfg.method} looks at text, and the model's own is not here ({reason})"
         raise Refusal(f"{problem}: --text=FILE, or --method=rtn")
+    if len(ids) <= min(SHORTEST, T):
+        problem = f"the text has {len(ids)} tokens, too few for {cfg.method}"
+        raise Refusal(f"{problem}: give a longer --text=FILE, or --method=rtn")
+    T = min(T, len(ids) - 1)
     starts = np.arange(0, len(ids) - T, T)
-    if not len(starts):
-        raise Refusal(f"the text has {len(ids)} tokens, and {cfg.method} looks at rows of {T}")
     return blocks(ids, evenly(starts, math.ceil(cfg.tokens / T)), T)["idx"]
 
 
@@ -459,7 +467,7 @@ def main(cfg):
     with new_folder(to, cfg.overwrite, "--overwrite moves it aside", [hf_name(ckpt.path)]) as tmp:
         model, tokenizer = ckpt.restore()
         check_kind(model, ckpt.path, cfg)
-        T = model.config.block_size
+        T = min(model.config.block_size, LONGEST)
         data, reason = load_ids(ckpt)
         rows = None
         if cfg.method != "rtn":
@@ -474,6 +482,8 @@ def main(cfg):
                 f"held-out loss: {before:.4f} nats a token, with {cfg.bits} bits {after:.4f}, "
                 f"{100 * (after / before - 1):+.2f}%"
             )
+        else:
+            print(f"no held-out loss, as the model's own data is not here ({reason})")
         model = quantized(model, Quantization(cfg.bits, cfg.group_size, cfg.method), codes)
         write(tmp, model, tokenizer, ckpt)
     size = (to / "ckpt.pt").stat().st_size

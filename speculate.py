@@ -459,7 +459,7 @@ def load_draft(path, model, tokenizer, n_guesses, compute, rmsnorm):
 
 def restore_draft(path, tokenizer):
     """Returns (model, the path of its file). Raises Refusal."""
-    start = open_checkpoint(path)
+    start = open_checkpoint(path, takes_integers=True)
     model, draft_tokenizer = start.restore()
     if draft_tokenizer.sha256 != tokenizer.sha256:
         raise Refusal(

@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ import bench
 import bench_decode
 import bench_step
 import checkpoint
+import quantize
+import quantized
 import sample
 from config import Refusal, configure
 from device import resolve
@@ -386,6 +389,20 @@ def test_the_command_line_writes_the_same_text(shop, capsys, draft):
     assert [text.strip() for text in many.split("-" * 80)[1:4]] == [written(plain).strip()] * 3
 
 
+def test_a_draft_may_be_of_integers(shop, capsys):
+    model, tokenizer = checkpoint.open_checkpoint(str(shop / "small")).restore()
+    codes, _ = quantize.quantize_model(model, quantize.Config(to="n"))
+    integers = quantized.quantized(model, quantized.Quantization(8, 0, "rtn"), codes)
+    checkpoint.save(
+        str(shop / "integers/ckpt.pt"), integers, tokenizer, {}, checkpoint.RunState(1, 2.0, 2.0)
+    )
+    argv = ["--out_dir=model", "--start=to be", "--temperature=0", "--max_new_tokens=50", "--device=cpu"]
+    plain = printed(capsys, sample, *argv, folder=shop)
+    output = printed(capsys, sample, *argv, "--draft=integers", folder=shop)
+    assert written(output) == written(plain)
+    assert "integers/ckpt.pt: " in output
+
+
 def test_a_conversation_is_the_same_and_has_one_trial(shop, capsys, monkeypatch):
     argv = ["--out_dir=small", "--chat", "--temperature=0", "--max_new_tokens=12", "--device=cpu"]
     outputs = []
@@ -408,7 +425,10 @@ def test_the_bench_times_both(shop, monkeypatch):
     argv += ["--device=cpu", "--dtype=float32", "--compile=false", "--block_size=60"]
     cfg = bench.take_shape(configure(bench.Config, argv, bench.BENCHES))
     compute = resolve("cpu", "float32", "false")
-    rows = list(bench_decode.speculation_rows(cfg, compute, bench_step.build_model(cfg).eval()))
+    model = bench_step.build_model(cfg).eval()
+    _, tokenizer = checkpoint.open_checkpoint(cfg.init_from).restore()
+    speculations = bench_decode.load_speculations(cfg, compute, model, tokenizer)
+    rows = list(bench_decode.speculation_rows(cfg, compute, model, tokenizer, speculations))
     assert [(row["what"], row["temperature"]) for row in rows] == [
         *itertools.product(("plain", "speculative"), [0.0]),
         *itertools.product(("plain", "speculative"), [0.8]),
@@ -420,6 +440,9 @@ def test_the_bench_times_both(shop, monkeypatch):
     assert rows[1]["same_ids"]
     with pytest.raises(Refusal, match="draft needs init_from"):
         configure(bench.Config, ["decode", "--draft=small"], bench.BENCHES)
+    monkeypatch.setattr(bench_decode, "decode_rows", None)  # nothing is timed before a draft is refused
+    with pytest.raises(Refusal, match="has another tokenizer than the model"):
+        bench_decode.bench_decode(replace(cfg, draft=str(shop / "other")), compute)
 
 
 @pytest.mark.parametrize(
