@@ -65,9 +65,8 @@ def make_training_step(cfg, compute, ops=None):
         unread.append(update(batches=batches, seed=(0, 0)))
         if compute.device.type == "cuda" and len(unread) == 1:
             return
-        loss, norm = unread.pop(
-            0
-        )  # on a GPU of the step before: train.py, too, does not wait for this one
+        # on a GPU those of the step before: train.py, too, does not wait for this one's
+        loss, norm = unread.pop(0)
         if not train.is_usable(loss, norm, scaler):
             figures = f"the loss is {loss} and its gradient norm {norm}"
             raise Refusal(f"{figures}: the step that was timed was none", status=1)

@@ -174,8 +174,8 @@ class Decoder:
         self.logps = torch.zeros(n_steps, len(ids), device=device)
         step = torch.compile(Decoder.step, dynamic=False) if is_compiled else Decoder.step
         # a cycle would keep keys, values and graph on the device until the garbage collector comes
-        this = weakref.ref(self)
-        self.graph = Graph(lambda: step(this()), device)
+        decoder = weakref.ref(self)
+        self.graph = Graph(lambda: step(decoder()), device)
 
     def step(self):
         """Reads a token of each row and draws the next ones."""
@@ -275,9 +275,8 @@ class TrainingStep:
         """Returns (loss, gradient norm), as train_step does."""
         if self.batches is None:
             self.batches = [{key: x.clone() for key, x in batch.items()} for batch in batches]
-            if (
-                "torch._dynamo" in sys.modules
-            ):  # or evaluations of other sizes would make these variables
+            if "torch._dynamo" in sys.modules:
+                # after evaluations of several sizes it would take these for variables
                 for batch in self.batches:
                     for x in batch.values():
                         torch._dynamo.mark_static(x)

@@ -85,9 +85,8 @@ def many_rows_product(x, weight, bias):
     """Returns F.linear(x, weight, bias) as a convolution over an image of one line, a pixel a row: by oneDNN, which on
     two threads with AVX-512 takes 0.9 to 0.95 of MKL's time, forward and backward (LOG.md).
     """
-    image = x.reshape(1, 1, -1, x.size(-1)).permute(
-        0, 3, 1, 2
-    )  # (1, in, 1, n), the inputs of a row side by side
+    # (1, in, 1, n), in memory as x is
+    image = x.reshape(1, 1, -1, x.size(-1)).permute(0, 3, 1, 2)
     y = F.conv2d(image, weight[:, :, None, None], bias)
     return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
 
