@@ -603,6 +603,8 @@ def main(cfg):
     if cfg.nanogpt and not {"train", "learning"} & {*names}:
         rival = f"decode's rival is --against={LLAMA_CPP}"
         raise Refusal(f"against={cfg.against} is a checkout of nanoGPT, for train and learning; {rival}")
+    if cfg.nanogpt:
+        nanogpt.load(cfg.nanogpt)  # refused before minutes are over
     cfg = take_shape(cfg)
     compute = resolve(cfg.device, cfg.dtype, cfg.compile)
     if not cfg.processes:  # else nothing of this size is run

@@ -331,7 +331,7 @@ def main(cfg):
     with new_folder(folder, cfg.overwrite, ways, [hf_name(ckpt.path)]) as tmp:
         model, tokenizer = ckpt.restore()
         if model.quantization:
-            print(f"{ckpt.path} is quantized: its integers are written out as float32")
+            print(f"{ckpt.path} is quantized: in model.onnx its integers are written out as float32")
             model = dequantized(model)
         ids = load_validation(cfg, ckpt.dataset, tokenizer) if cfg.quantize != "none" else None
         increase = write_folder(cfg, model, tokenizer, ckpt, ids, tmp)

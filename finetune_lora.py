@@ -236,7 +236,7 @@ def open_run(cfg, kind):
         way = f"--init_from={cfg.out_dir} --out_dir=OTHER starts from it"
         if "ckpt.pt" not in names:
             way = f"finetune_lora.py --merge --out_dir={cfg.out_dir} makes a base of it"
-        raise Refusal(f"{start.last_path} is no run of {kind} that could go on; {way}")
+        raise Refusal(f"{start.last_path} is no {kind} run that could go on; {way}")
     return start
 
 

@@ -17,6 +17,7 @@ the text depends on the guesses, and so on the clock too where speculation is gi
 """
 
 import math
+import os
 import time
 from dataclasses import dataclass
 
@@ -25,7 +26,7 @@ import torch
 
 from cache import REWIND
 from checkpoint import open_checkpoint
-from config import Refusal
+from config import Refusal, is_hf
 from generate import GREEDY, distribution, documents_of, penalized, prefill, seen_tokens, start_rows
 from rmsnorm import choose_rmsnorm
 
@@ -459,6 +460,10 @@ def load_draft(path, model, tokenizer, n_guesses, compute, rmsnorm):
 
 def restore_draft(path, tokenizer):
     """Returns (model, the path of its file). Raises Refusal."""
+    if not os.path.exists(path) and not is_hf(path):
+        raise Refusal(
+            f"there is no {path}: a draft is a smaller model's folder, or ngram, the text so far"
+        )
     start = open_checkpoint(path, takes_integers=True)
     model, draft_tokenizer = start.restore()
     if draft_tokenizer.sha256 != tokenizer.sha256:

@@ -128,8 +128,8 @@ def compare(subjects, documents, text, compute, cfg):
     """Returns the figures of the report on lengths, a dict. Raises Refusal."""
     contexts = {subject.model.config.block_size for subject in subjects}
     if len(contexts) > 1:
-        numbers = " and ".join(map(str, sorted(contexts)))
-        raise Refusal(f"lengths compares models of one context, and these have {numbers}")
+        numbers = ", ".join(f"{s.name} has {s.model.config.block_size}" for s in subjects)
+        raise Refusal(f"lengths compares models of one context, and {numbers}")
     [context] = contexts
     length = cfg.block_size or TIMES * context
     if length <= context:

@@ -464,6 +464,6 @@ def test_a_run_of_another_kind_does_not_go_on_here(shop):
         shop / "sft.jsonl", [{"prompt": row["prompt"], "response": row["chosen"]} for row in ANSWERS]
     )
     call(finetune_lora, *TINY, "--init_from=base", "--dataset=sft.jsonl", "--out_dir=sft", folder=shop)
-    message = "is no run of preference tuning that could go on; finetune_lora.py --merge --out_dir=sft"
+    message = "is no preference tuning run that could go on; finetune_lora.py --merge --out_dir=sft"
     with pytest.raises(Refusal, match=message):
         call(dpo, "--out_dir=sft", "--init_from=resume", folder=shop)

@@ -175,7 +175,7 @@ def test_what_it_judges_is_learned(shop, letters, judge):
         (sample, ["--out_dir=base", "--draft=judge"], "is a reward model, which judges text"),
         (hf, ["--adapter=judge", "--to=there"], "is a reward model"),
         (finetune_lora, ["--out_dir=judge", "--merge"], "is a reward model"),
-        (finetune_dpo, ["--out_dir=judge", "--init_from=resume"], "is no run of preference tuning"),
+        (finetune_dpo, ["--out_dir=judge", "--init_from=resume"], "is no preference tuning run"),
         (finetune_reward, ["--init_from=base", "--rank=0"], "rank must be at least 1"),
         (
             finetune_ppo,

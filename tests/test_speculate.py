@@ -450,7 +450,7 @@ def test_the_bench_times_both(shop, monkeypatch):
     [
         (["--draft=other"], "the draft other/ckpt.pt has another tokenizer than the model"),
         (["--draft=long"], "the draft long has a context of 121 tokens and the model 120"),
-        (["--draft=nowhere"], "there is no checkpoint in nowhere"),
+        (["--draft=nowhere"], "there is no nowhere: a draft is a smaller model's folder, or ngram"),
         (["--draft=windows", "--speculate=7"], "with windows speculate can be 6 at most"),
         (
             ["--out_dir=windows", "--draft=ngram", "--speculate=7"],
