@@ -828,7 +828,7 @@ def test_a_run_goes_on_with_its_own_rows_and_its_own_kind(shop):
     write_rows(rows, [*PAIRS, {"prompt": "New?", "response": "Yes."}])
     with pytest.raises(Refusal, match="other rows than when"):
         resume(shop, "changing", "--max_iters=2")
-    with pytest.raises(Refusal, match="no run of fine-tuning"):
+    with pytest.raises(Refusal, match="no fine-tuning run"):
         resume(shop, "base")
     shutil.copy(shop / "base/ckpt_best.pt", shop / "alone.pt")
     with pytest.raises(Refusal, match="alone.pt is a file"):
