@@ -41,9 +41,8 @@ def race_both_ways(functions, inputs, gradients, seconds, device):
     """
     import torch._functorch.config
 
-    n = (
-        10 if device.type == "cuda" else 1
-    )  # calls in a graph, whose launch, too, is longer than a small kernel
+    # calls in a graph, whose launch, too, is longer than a small kernel; calls before its replays
+    n, untimed = (10, WARM_UP) if device.type == "cuda" else (1, 0)
     times = {}
     # A compiled backward pass that may reuse its buffers refuses to run twice
     with torch._functorch.config.patch(donated_buffer=False):
@@ -63,10 +62,8 @@ def race_both_ways(functions, inputs, gradients, seconds, device):
                 with without_cast_cache():  # as in the graph, or it would be compiled twice
                     host_times[way, name] = launch_seconds(work, device)
                 graph.function = functools.partial(repeat, work, n)
-                for _ in range(WARM_UP + 1):
-                    graph()
                 rivals[way, name] = graph
-            for rival, result in race(rivals, seconds / 2, device).items():
+            for rival, result in race(rivals, seconds / 2, device, untimed).items():
                 result = {key: value / n for key, value in result.items()}
                 times[rival] = result | {"host": host_times[rival]}
     return times

@@ -186,7 +186,7 @@ backward_kernel(const T* __restrict__ dy, const T* __restrict__ ds, const T* __r
   int64_t number = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
   Row<T, N> row = fetch(number);
   for (; number - threadIdx.y < rows; number += step) {
-    const int64_t at = number * (dim / N);
+    const int64_t at = number * (dim / N);           // computed anew: kept in a Row, float32 would spill
     const int chunks = number < rows ? dim / N : 0;  // threads without a row still take part in the sums of their warp and block
     const Row<T, N> next = fetch(number + step);     // on its way while this row is summed, or the memory would rest meanwhile
     Chunk<T, N> kept_ds[KEEP] = {};

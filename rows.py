@@ -245,19 +245,21 @@ class Conversation(NamedTuple):
     place: str
     kind: Kind
     messages: list
-    turns: list
     problem: str = ""  # why it is left out, in words that follow a number of rows
+
+    @property
+    def is_learned(self):
+        """A flag a message."""
+        return [message.is_learned for message in self.messages]
+
+    @property
+    def turns(self):
+        return turns_of(chat_messages(self.messages), self.is_learned)
 
 
 def chat_messages(messages):
     """Returns Messages as chat.py and templates have them."""
     return [{"role": message.role, "content": message.text} for message in messages]
-
-
-def conversation_of(place, kind, messages, problem):
-    """Returns the Conversation of Messages."""
-    turns = turns_of(chat_messages(messages), [message.is_learned for message in messages])
-    return Conversation(place, kind, messages, turns, problem)
 
 
 NO_RESPONSE = "without a response"
@@ -297,7 +299,7 @@ def conversations(rows, text_rule=AS_IT_STANDS):
         messages = [
             message._replace(text=by_text_rule(message.text or "", text_rule)) for message in messages
         ]
-        result.append(conversation_of(place, kind, messages, problem))
+        result.append(Conversation(place, kind, messages, problem))
     return result
 
 
@@ -340,7 +342,7 @@ def preferences(rows):
         for messages in sides:
             prompts = [message._replace(is_learned=False) for message in messages[:common]]
             messages = prompts + messages[common:]
-            pair.append(conversation_of(place, kind, messages, problem))
+            pair.append(Conversation(place, kind, messages, problem))
         result.append(tuple(pair))
     return result
 
@@ -369,9 +371,7 @@ def encode(conversation, tokenizer, template):
     lacks, messages that the model's chat template refuses.
     """
     if template == MODELS_OWN:
-        messages = chat_messages(conversation.messages)
-        is_learned = [message.is_learned for message in conversation.messages]
-        return encode_answers(tokenizer, messages, is_learned)
+        return encode_answers(tokenizer, chat_messages(conversation.messages), conversation.is_learned)
     return encode_turns(tokenizer, conversation.turns, template)
 
 

@@ -1,10 +1,10 @@
 """nanoGPT from a checkout of it (https://github.com/karpathy/nanoGPT): its model and a step of its train.py."""
 
 import contextlib
+import functools
 import importlib.util
 import io
 import os
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from config import Refusal
 
 
+@functools.cache
 def load(folder):
     """Returns the module model.py of a checkout of nanoGPT, which runs its code. Raises Refusal where it is none."""
     path = os.path.join(folder, "model.py")
@@ -70,7 +71,7 @@ def make_step(module, cfg, compute, learning_rate):
     update, model, optimizer = make_update(module, cfg, compute, learning_rate)
     rows = torch.randint(cfg.vocab_size, (cfg.batch_size, cfg.block_size + 1), device=compute.device)
     batch = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
-    return partial(update, [batch] * cfg.gradient_accumulation_steps), model, [optimizer]
+    return functools.partial(update, [batch] * cfg.gradient_accumulation_steps), model, [optimizer]
 
 
 class Scored(torch.nn.Module):
