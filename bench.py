@@ -93,9 +93,7 @@ class Config(train.Config):
     against: str = ""  # train, learning: a checkout of nanoGPT, whose code is run | decode: llama.cpp
     steps: int = 2000  # learning: that nanoGPT makes
     share: float = 0.5  # learning: of so many, those that ours makes
-    draft: str = (
-        ""  # decode: a smaller model than init_from's, or ngram; speculative decoding is timed then
-    )
+    draft: str = ""  # decode: a smaller model, or ngram; speculative decoding is timed then
     speculate: int = 4  # draft: tokens that it guesses at a time
     group_size: int = 32  # quantize: inputs that share a scale with 4 bits: 32 | 64 | 128
     out_dir: str = "out/bench"  # where drawings go

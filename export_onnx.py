@@ -78,9 +78,7 @@ class Config:
     overwrite: bool = False  # move a folder that is in the way aside
     block_size: int = 0  # another context than the model's, as in sample.py; 0 = its own
     rope_scaling: str = ""  # another one than the model's, as in sample.py; "" = its own
-    quantize: str = (
-        "none"  # none | int8 | int4 | plain_int8 (model_int8.onnx beside model.onnx: in 8 bits)
-    )
+    quantize: str = "none"  # none | int8 | int4 | plain_int8: integers too, beside model.onnx
     dataset: str = ""  # that is judged by the validation split of data/NAME; "" = the training's
     eval_tokens: int = 16384  # tokens of it, evenly spaced; 0 = all
     seconds: float = 5.0  # of PyTorch and onnxruntime taking turns; three rounds at least

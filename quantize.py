@@ -57,9 +57,7 @@ class Config:
     method: str = "rtn"  # rtn | gptq | awq
     bits: int = 8  # of a matrix in a block, 8 | 4; embedding and head have 8 always
     group_size: int = 0  # inputs that share a scale with 4 bits: 32 | 64 | 128; 0 = 32
-    text: str = (
-        ""  # gptq, awq: a file as prepare.py reads it; "" = the training split of the model's data
-    )
+    text: str = ""  # gptq, awq: a file as prepare.py reads it; "" = the model's own training split
     tokens: int = 32768  # gptq, awq: of that text, about so many, evenly spaced
     damping: float = 0.01  # gptq: of the mean diagonal of X^T X, added to the diagonal
     act_order: bool = False  # gptq: columns with the largest inputs first

@@ -1,5 +1,6 @@
 """config.py: the command line, the files, and what is refused."""
 
+import importlib
 import os
 import signal
 import subprocess
@@ -192,6 +193,23 @@ def test_help_lists_every_key_with_default_and_comment(argv, capsys):
         "in every Linear",
         "auto | float32",
     ]
+
+
+SCRIPTS = [
+    p.stem
+    for p in sorted(ROOT.glob("*.py"))
+    if "\n    run(main, Config" in p.read_text(encoding="utf-8")
+]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_of_a_script_has_each_key_on_one_line(script):
+    module = importlib.import_module(script)
+    keys = config.read_keys(str(ROOT / f"{script}.py"), "Config")
+    assert {key: default for key, (default, _) in keys.items()} == {
+        field.name: field.default for field in fields(module.Config)
+    }
+    assert all(comment for _, comment in keys.values())
 
 
 def test_words_stand_anywhere_and_an_unknown_one_names_the_nearest(tmp_path, capsys):
