@@ -584,8 +584,9 @@ def write_context(kind, c):
 
     Of YaRN's settings, transformers up to 4.50 reads that one in place of
     original_max_position_embeddings; from 4.51 to 4.55 it takes the quotient of the two for the factor,
-    and knows Qwen3. Later versions read what stands there. Raises ValueError where the context is
-    not FACTOR times that of pre-training, as it has to be for the second, and to be read back.
+    and knows Qwen3, with experts too. Later versions read what stands there. Raises ValueError where
+    the context is not FACTOR times that of pre-training, as it has to be for the second, and to be read
+    back.
     """
     name, numbers = read_rope_scaling(c.rope_scaling)
     if name != "yarn":
@@ -596,4 +597,4 @@ def write_context(kind, c):
         problem = f"block_size is {c.block_size}, and by rope_scaling={c.rope_scaling} {stretched:g}"
         advice = "with yarn they must be equal (--block_size, --rope_scaling)"
         raise ValueError(f"{problem}: {advice}")
-    return c.block_size if kind == "qwen3" else int(original)
+    return c.block_size if kind.startswith("qwen3") else int(original)

@@ -631,6 +631,11 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
     [
         ("llama", {}, {"max_position_embeddings": 64, "rope_scaling": YARN}),
         ("llama", {"qk_norm": True}, {"max_position_embeddings": 256, "rope_scaling": YARN}),
+        (
+            "llama",
+            {"qk_norm": True, "mlp": "moe"},
+            {"max_position_embeddings": 256, "rope_scaling": YARN},
+        ),
     ],
 )
 def test_yarn_is_written_for_each_version_that_knows_the_kind(kind, changes, written):
