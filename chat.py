@@ -128,15 +128,16 @@ def added_ids(tokenizer, ids, text, longer):
 class Chat:
     """A conversation with a model: its messages, and what it answers.
 
-    generate: from ids to the steps of generate.generate, of one row.
+    generate: from ids to the steps of generate.generate, of one row. system: the text of the system message,
+    None where there is none.
     """
 
-    def __init__(self, generate, tokenizer, block_size, template=MODELS_OWN, system=""):
+    def __init__(self, generate, tokenizer, block_size, template=MODELS_OWN, system=None):
         self.generate = generate
         self.tokenizer = tokenizer
         self.block_size = block_size
         self.template = template
-        self.first = [{"role": "system", "content": system}] if system else []
+        self.first = [] if system is None else [{"role": "system", "content": system}]
         self.messages = list(self.first)
 
     def reset(self):

@@ -50,7 +50,7 @@ class Config:
     onnx: str = "auto"               # auto (OUT_DIR/onnx of the same weights) | no | a folder or file of export_onnx.py
     raw: bool = False                # give --start as it is, without the template that the model was fine-tuned with
     chat: bool = False               # talk with it: a line, an answer; by the model's own chat template
-    system: str = ""                 # chat: what the model is told first
+    system: str = ""                 # chat: what the model is told first; given empty, an empty system message
     start: str = ""                  # the prompt, \n a new line, or FILE:path; "" starts a new document
     special: bool = False            # special tokens that --start spells, as <|im_start|>, are special
     num_samples: int = 1             # continuations of each prompt, written in one batch
@@ -293,7 +293,8 @@ def main(cfg):
     message = "\n".join(filter(None, (message, generation_message)))
     if cfg.chat:
         print(message)
-        converse(steps, tokenizer, context, template, cfg.system)
+        system = cfg.system if "system" in cfg.given else None  # an empty one is a message too
+        converse(steps, tokenizer, context, template, system)
         if speculation:
             print(speculation.line())
         return

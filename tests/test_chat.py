@@ -227,7 +227,8 @@ def raise_end():
     raise EOFError
 
 
-def test_chat_from_the_command_line(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("system", ["x", ""])
+def test_chat_from_the_command_line(tmp_path, monkeypatch, capsys, system):
     """Greedy answers of two turns equal transformers' on the conversation so far."""
     source = SYSTEM.replace("<s>", "<|im_start|>").replace("</s>", EOT)
     reference = instruct(tmp_path, smollm, source, temperature=0.5, top_k=3)
@@ -235,10 +236,10 @@ def test_chat_from_the_command_line(tmp_path, monkeypatch, capsys):
     ours = hf_folder.read_tokenizer(str(tmp_path))
     argv = [f"--out_dir=hf:{tmp_path}", "--chat", "--temperature=0", "--max_new_tokens=8"]
     monkeypatch.setattr("sys.stdin", io.StringIO("cat\nsat\n"))
-    sample.main(configure(sample.Config, [*argv, "--system=x"]))
+    sample.main(configure(sample.Config, [*argv, f"--system={system}"]))
     output = capsys.readouterr().out
     assert "top_k 3, as the model's generation_config.json says" in output
-    messages = [{"role": "system", "content": "x"}]
+    messages = [{"role": "system", "content": system}]
     for text in "cat", "sat":
         messages.append({"role": "user", "content": text})
         ids = reference.apply_chat_template(
