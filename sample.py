@@ -32,7 +32,7 @@ from chat import Chat, start_of_answer, talk
 from checkpoint import fingerprint, open_given
 from data import MODELS_OWN, STRIPPED, by_text_rule, prompt_ids, text_rule
 from device import fast_bfloat16, resolve
-from generate import generate
+from generate import generate, start_rows
 from graphs import whats_not_static
 from memory import check_memory
 from rmsnorm import choose_rmsnorm
@@ -307,6 +307,8 @@ def main(cfg):
                 text, ids = start_of_answer(tokenizer, by_text_rule(start, rule), template)
             texts += [text] * cfg.num_samples
             prompts += [ids or prompt_ids(tokenizer, text, cfg.special)] * cfg.num_samples
+        # refuses what generate would, before a prompt is printed
+        start_rows(model, prompts, cfg.max_new_tokens, tokenizer.ends, cfg.past_end)
         print(message)
         if template and any(starts):
             shown = "the model's chat template" if template == MODELS_OWN else repr(template)
