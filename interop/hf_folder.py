@@ -3,9 +3,9 @@
     ckpt = load("HuggingFaceTB/SmolLM2-135M")         # what checkpoint.load returns for "hf:NAME"
     tokenizer = load_tokenizer("gpt2")                # how prepare.py --tokenizer=hf:gpt2 does
 
-Llama, Qwen2, Qwen3, Mistral and GPT-2, with weights from safetensors, in one file or several, or from a
-.bin that is read with weights_only=True: no code runs. What our model does not have is refused by name
-(hf_config.py). "hf:FILE.gguf" is read here too, by gguf_file.py. Everything raises Refusal, in one line.
+hf_config.py has the kinds of models, and refuses by name what ours does not have. Weights come from
+safetensors, in one file or several, or from a .bin that is read with weights_only=True: no code runs.
+"hf:FILE.gguf" is read here too, by gguf_file.py. Everything raises Refusal, in one line.
 """
 
 import math
