@@ -140,7 +140,7 @@ def look_up_nodes(table, bits, output):
     integers, *scales = quantized_inputs(table, bits)
     rows = f"{table}.rows"
     sizes = {"bits": bits, "block_size": GROUPS[bits], "gather_axis": 0, "quantize_axis": 1}
-    nodes = [
+    return [
         make_node("Reshape", [integers, "flat"], [rows]),
         make_node(
             "GatherBlockQuantized",
@@ -151,7 +151,6 @@ def look_up_nodes(table, bits, output):
         ),
         make_node("Slice", [f"{output}.filled", "first", "width", "last"], [output]),
     ]
-    return nodes
 
 
 # -----------------------------------------------------------------------------------------------------
