@@ -46,7 +46,7 @@ from bench_processes import bench_processes
 from bench_quantize import bench_quantize
 from bench_scale import bench_scale
 from bench_step import build_model, make_training_step, untimed_steps
-from data import to, training_rows
+from data import to, tokens_a_step, training_rows
 from device import DTYPES, fast_bfloat16, name_of, peak_flops, resolve
 from graphs import captures_steps
 from interop import nanogpt
@@ -231,7 +231,7 @@ def train_rows(cfg, compute, dtypes):
         square = torch.randn(n, n, device=compute.device).to(DTYPES[dtype])
         products[dtype] = functools.partial(torch.matmul, square, square)
     times = race(steps | products, cfg.seconds, compute.device, untimed_steps(cfg, compute))
-    tokens = cfg.batch_size * cfg.block_size * cfg.gradient_accumulation_steps
+    tokens = tokens_a_step(cfg)
     for key, (compute, step, model, optimizers) in rivals.items():
         settings, optimizer, dtype, compiled, kind = key
         tokens_per_s = tokens / times[key]["median"]
@@ -305,7 +305,7 @@ def bench_experts(cfg, compute):
         rivals[name, optimizer] = training
     steps = {key: step for key, (step, _, _) in rivals.items()}
     times = race(steps, cfg.seconds, compute.device, untimed_steps(dense, compute))
-    tokens = cfg.batch_size * cfg.block_size * cfg.gradient_accumulation_steps
+    tokens = tokens_a_step(cfg)
     rows = []
     for (name, optimizer), (_, model, _) in rivals.items():
         median = times[name, optimizer]["median"]
@@ -401,7 +401,7 @@ def bench_windows(cfg, compute):
     models["windows"] = replace(cfg, window=cfg.window or cfg.block_size // 8)
     steps = {name: make_training_step(model_cfg, compute)[0] for name, model_cfg in models.items()}
     times = race(steps, cfg.seconds / 2, compute.device, untimed_steps(cfg, compute))
-    tokens = cfg.batch_size * cfg.block_size * cfg.gradient_accumulation_steps
+    tokens = tokens_a_step(cfg)
     for name, rival_times in times.items():
         row = {"what": "training step", "attention": name, "window": models[name].window or None}
         yield row | {

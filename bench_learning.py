@@ -10,7 +10,7 @@ import torch
 import toy_stories
 import train
 from bench_step import build_trained
-from data import micro_batches, to, training_rows
+from data import micro_batches, to, tokens_a_step, training_rows
 from interop import nanogpt
 from measure import time_rival
 from optim import get_lr, make_optimizers, set_rate
@@ -78,7 +78,7 @@ def bench_learning(cfg, compute):
     """
     gpt = nanogpt.load(cfg.nanogpt)
     T = cfg.block_size
-    tokens = cfg.batch_size * T * cfg.gradient_accumulation_steps
+    tokens = tokens_a_step(cfg)
     # two rows more, as an epoch starts somewhere in the first one
     ids, held_out, tokenizer = fresh_stories(cfg.steps * tokens + 2 * T, cfg.vocab_size, cfg.seed)
     cfg = replace(cfg, vocab_size=tokenizer.vocab_size)

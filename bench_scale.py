@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench_processes import ROUNDS, N, join, run_processes, state_bytes, timed
 from bench_step import make_training_step
-from data import micro_batches, rows_each
+from data import micro_batches, rows_each, tokens_a_step
 from device import Compute
 from measure import peak_memory, to_megabytes
 from memory import training_parts
@@ -165,8 +165,7 @@ def work(rank, env, cfg, queue):
     step, model, _ = make_training_step(cfg, alone)
     step()
     seconds = median(timed(step, compute) for _ in range(ROUNDS))
-    tokens = cfg.block_size * cfg.batch_size * cfg.gradient_accumulation_steps
-    flops = tokens * flops_per_token(model, cfg.block_size)
+    flops = tokens_a_step(cfg) * flops_per_token(model, cfg.block_size)
     foreseen, measured = [], []
     for n_head in max(1, 2 * cfg.n_head // 3), cfg.n_head, 3 * cfg.n_head // 2:
         shape = with_heads(cfg, n_head)

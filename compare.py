@@ -34,6 +34,7 @@ import folders
 import measure
 import train
 from compare_report import CLOSE, draw, table
+from data import tokens_a_step
 from device import resolve, torchrun_ranks
 from eval import split_documents
 from lenses.likelihood import fit_batch, units
@@ -322,10 +323,6 @@ class Job:
         return result
 
 
-def tokens_a_step(cfg):
-    return cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
-
-
 def judge(task):
     """Returns the loss on the text of the whole validation split, each story from its own start: in nats
     a token and bits a byte.
@@ -352,11 +349,9 @@ class Comparison:
         self.sweep = read_sweep(cfg.sweep)
         self.variants = {}  # name: train.Config
         text_bytes = {}
-        if (
-            cfg.by == "seconds"
-            and self.sweep
-            and (others := [key for key in self.sweep[0] if key not in RATES])
-        ):
+        swept = self.sweep[0] if self.sweep else {}
+        others = [key for key in swept if key not in RATES]
+        if cfg.by == "seconds" and others:
             raise Refusal(
                 f"by=seconds measures a variant's speed once, which {others[0]} may change: sweep rates"
             )

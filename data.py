@@ -77,6 +77,11 @@ def rows_each(cfg, compute):
     return rows // compute.world_size
 
 
+def tokens_a_step(cfg):
+    """Returns how many tokens a step has, of all processes together."""
+    return cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
+
+
 def micro_batches(step, cfg, compute):
     """Returns (first row, number of rows) of each micro-batch of a step that is this process's."""
     share = rows_each(cfg, compute)
