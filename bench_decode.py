@@ -17,13 +17,13 @@ from generate import generate
 from graphs import CHUNK
 from hf import to_transformers
 from interop import gguf_file, llama_cpp
+from interop.any_tokenizer import load_tokenizer
 from measure import convert, count_bytes, draw, large_tensor, ms_columns, race
 from model import MoE
 from speculate import Speculation, load_draft
 
 LLAMA_CPP = "llama.cpp"
 SAMPLES = 32  # prompts continued together
-
 
 greedy_steps = functools.partial(generate, temperature=0)
 
@@ -267,18 +267,16 @@ def speculation_rows(cfg, compute, model, tokenizer, speculations):
         yield row
 
 
-def llama_cpp_rows(cfg, compute, model):
+def llama_cpp_rows(cfg, compute, model, tokenizer):
     """Returns the rows of one greedy text: by this model, its ONNX files where export_onnx.py wrote some, and
     llama.cpp with 32, 8 and 4 bits a number. same: how many of its first ids are this model's.
     """
-    start = checkpoint.open_checkpoint(cfg.init_from)
-    _, tokenizer = start.restore()
     n_threads = torch.get_num_threads()
     n_new = min(cfg.block_size - 41, 120)
     *_, [row] = generate(model, [[tokenizer.eot]], 40, 1.0, seed=cfg.seed)
     prompt = [tokenizer.eot, *row.ids]
     rivals = {"PyTorch float32": functools.partial(write_greedy, model, prompt, n_new)}
-    for path in sorted(Path(start.path).parent.glob("onnx/*.onnx")):
+    for path in sorted(Path(checkpoint.find(cfg.init_from)).parent.glob("onnx/*.onnx")):
         exported, _, _ = onnx_model.load(str(path))
         rivals[f"onnx/{path.name}"] = functools.partial(write_greedy, exported, prompt, n_new)
     with tempfile.TemporaryDirectory() as folder:
@@ -309,8 +307,9 @@ def bench_decode(cfg, compute):
     the time with a cache against that without one, and with a draft the last one speculative decoding.
     """
     model = build_model(cfg).to(compute.device, compute.dtype).eval()
+    if cfg.init_from != "scratch":
+        tokenizer = load_tokenizer(checkpoint.open_checkpoint(cfg.init_from).state["tokenizer"])
     if cfg.draft:  # refused before minutes are over
-        _, tokenizer = checkpoint.open_checkpoint(cfg.init_from).restore()
         speculations = load_speculations(cfg, compute, model, tokenizer)
     hf_model = convert(to_transformers, model)
     large = large_tensor(compute.device)
@@ -324,5 +323,5 @@ def bench_decode(cfg, compute):
     if cfg.draft:
         rows += speculation_rows(cfg, compute, model, tokenizer, speculations)
     if cfg.against == LLAMA_CPP:
-        rows += llama_cpp_rows(cfg, compute, model)
+        rows += llama_cpp_rows(cfg, compute, model, tokenizer)
     return rows

@@ -963,6 +963,7 @@ def test_bad_input_from_a_shell_is_one_line(script, args, message, shop):
     [
         ("train", "--out_dir=n --wandb_log", "wandb", "pip install wandb"),
         ("bench", "--plot", "matplotlib", "pip install matplotlib"),
+        ("bench", "decode --init_from=out --against=llama.cpp", "xllamacpp", "pip install xllamacpp"),
         ("export_onnx", "--to=n", "onnxruntime", "pip install onnxruntime"),
         ("export_onnx", "--to=n", "onnxscript", "pip install onnxscript"),
         ("sample", "--onnx=o_good", "onnxruntime", "pip install onnxruntime"),
