@@ -31,10 +31,10 @@ MORAL_SEED = 0  # other stories than data/toy's: a test looks
 # Rows: (place, row), where place says in words which one it is
 
 
-def read_rows(dataset, split="train", built_in="moral"):
+def read_rows(dataset, split="train", built_in=""):
     """Yields (place, row) of all rows, of a dataset on the hub those of a split, which may be missing.
 
-    Raises Refusal for what cannot be read.
+    built_in: what --dataset may name too; "" of --val_dataset. Raises Refusal for what cannot be read.
     """
     if is_hf(dataset):
         with sources.hub_splits(hf_name(dataset)) as splits:
@@ -44,9 +44,8 @@ def read_rows(dataset, split="train", built_in="moral"):
     readers = sources.ROW_READERS
     kind = sources.file_kind(dataset)
     if kind not in readers:
-        raise Refusal(
-            f"dataset must be {built_in}, a {' '.join(readers)} file or hf:NAME, not {dataset!r}"
-        )
+        key = f"dataset must be {built_in}," if built_in else "val_dataset must be"
+        raise Refusal(f"{key} a {' '.join(readers)} file or hf:NAME, not {dataset!r}")
     yield from readers[kind](dataset)
 
 
@@ -98,12 +97,12 @@ def split_numbers(cfg, n, n_held_out):
     return order[n_val:], order[:n_val]
 
 
-def split_rows(cfg, convert=None):
+def split_rows(cfg, convert):
     """Returns (what to learn from, what is held out), each a list of what convert(rows) makes of (place, row)
-    pairs, by itself their Conversations. Raises Refusal.
+    pairs. Raises Refusal.
     """
     # converted before they are shuffled: a Refusal is of the first row that it is about
-    learned, held_out = [(convert or conversations)(rows) for rows in read_both(cfg)]
+    learned, held_out = [convert(rows) for rows in read_both(cfg)]
     both = [*learned, *held_out]
     return tuple([both[i] for i in side] for side in split_numbers(cfg, len(learned), len(held_out)))
 

@@ -450,6 +450,7 @@ def test_what_is_preferred_is_learned(shop):
         (["--beta=0"], "beta must be above 0"),
         (["--dataset=toy", "--val_dataset=pairs.jsonl"], "toy has held-out rows of its own"),
         (["--dataset=pairs"], "dataset must be toy, a .json"),
+        (["--dataset=pairs.jsonl", "--val_dataset=toy"], "val_dataset must be a .json"),
     ],
 )
 def test_mistakes_are_one_line(shop, argv, message):

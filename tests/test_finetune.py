@@ -455,7 +455,7 @@ def test_the_held_out_loss_is_that_of_each_response_token_once(shop, capsys):
     with contextlib.chdir(shop):
         model, tokenizer = checkpoint.restore(checkpoint.load("base/ckpt_best.pt"), "base")
         cfg = configure(ft.Config, ["--dataset=rows.jsonl", "--val_fraction=0.3"])
-        learn, held_out = split_rows(cfg)
+        learn, held_out = split_rows(cfg, conversations)
     assert len(held_out) == 6
     turns = [turn for conversation in learn + held_out for turn in conversation.turns]
     assert sorted(turn.prompt for turn in turns) == sorted(row["prompt"] for row in PAIRS)
@@ -767,7 +767,7 @@ def test_it_learns(shop, argv):
 def test_no_moral_story_is_in_two_splits():
     """Nor among the stories that a model is pretrained on."""
     prompts = [row["prompt"] for row in toy_stories.moral_rows(400, MORAL_SEED)]
-    learn, held_out = split_rows(ft.Config())
+    learn, held_out = split_rows(ft.Config(), conversations)
     in_both_splits = [conversation.turns[0].prompt for conversation in learn + held_out]
     assert in_both_splits == prompts
     assert len(set(prompts)) == 400
