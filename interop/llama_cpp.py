@@ -13,7 +13,6 @@ import subprocess
 import sys
 import urllib.request
 import weakref
-from pathlib import Path
 
 ADDRESS = "listens at "
 
@@ -26,22 +25,15 @@ class Server:
     def __init__(self, path, n_ctx, n_threads=1, exact=False):
         import xllamacpp  # noqa: F401
 
-        command = [
-            sys.executable,
-            str(Path(__file__)),
-            str(path),
-            str(n_ctx),
-            str(n_threads),
-            str(exact),
-        ]
+        command = [sys.executable, __file__, str(path), str(n_ctx), str(n_threads), str(exact)]
         # it ends with its input, should this process be killed
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         process = subprocess.Popen(command, **pipes)
         weakref.finalize(self, process.kill)
-        line = " "
-        while line and not line.startswith(ADDRESS):
-            line = process.stdout.readline()
-        if not line:
+        for line in process.stdout:
+            if line.startswith(ADDRESS):
+                break
+        else:
             raise RuntimeError(f"llama.cpp cannot load {path}")
         self.address = line.removeprefix(ADDRESS).strip()
 
