@@ -301,11 +301,10 @@ def bench_experts(cfg, compute):
     dense = replace(cfg, mlp="swiglu")
     experts = replace(cfg, mlp="moe", n_inner=max(1, cfg.n_inner // cfg.n_expert_per_token))
     rivals = {}
-    for optimizer, (name, config) in itertools.product(
-        ("adamw", "muon"), {"dense": dense, "experts": experts}.items()
-    ):
-        training = make_training_step(replace(config, optimizer=optimizer), compute)
-        rivals[name, optimizer] = training
+    for optimizer in "adamw", "muon":
+        for name, config in ("dense", dense), ("experts", experts):
+            training = make_training_step(replace(config, optimizer=optimizer), compute)
+            rivals[name, optimizer] = training
     steps = {key: step for key, (step, _, _) in rivals.items()}
     times = race(steps, cfg.seconds, compute.device, untimed_steps(dense, compute))
     tokens = tokens_a_step(cfg)

@@ -35,8 +35,8 @@ class Turn(NamedTuple):
 
 
 def turns_of(messages, is_learned):
-    """Returns the Turns of messages, of whose answers those are learned that is_learned, a flag a message, says.
-    What stands before an answer is its prompt; what stands after the last one is left out.
+    """Returns the Turns of messages: what stands before an answer is its prompt, and what stands after the last
+    one is left out. is_learned: of each message, whether it is learned if it is an answer.
     """
     turns = []
     prompts = []
@@ -65,7 +65,9 @@ def encode_turns(tokenizer, turns, template):
 
 
 def start_of_answer(tokenizer, prompt, template):
-    """Returns (the text that a model reads before it answers a prompt, its ids). ValueError: as there."""
+    """Returns (the text that a model reads before it answers a prompt, its ids). ValueError: a prompt that the
+    model's own template refuses, or a character that a character model lacks.
+    """
     if template == MODELS_OWN:
         return own_start(tokenizer, [{"role": "user", "content": prompt}])
     text = render(template, prompt)

@@ -100,13 +100,13 @@ def load_reward(path, device="cpu"):
     """Returns the reward function of a folder that this script wrote, as finetune_ppo.py calls it: of (prompt, answer).
     It raises ValueError where these do not fit in its context. Raises Refusal.
     """
-    advice = f"{path} is no reward model, which finetune_reward.py makes"
+    problem = f"{path} is no reward model, which finetune_reward.py makes"
     try:
         start = open_checkpoint("", adapter=path)
     except Refusal as e:
-        raise Refusal(f"{advice}: {e}")
+        raise Refusal(f"{problem}: {e}")
     if start.task != KIND:
-        raise Refusal(advice)
+        raise Refusal(problem)
     model, tokenizer = start.restore(device)
     add_head(model, "reward_head", start.config["reward_head"])
     model.eval()

@@ -272,7 +272,7 @@ def large_tensor(device):
 
 
 def convert(to_hf, ours):
-    """Returns what of ours to_hf makes Hugging Face's, or None, and prints why."""
+    """Returns to_hf(ours), Hugging Face's counterpart of ours; None where there is none, and prints why."""
     try:
         return to_hf(ours)
     except ImportError as e:
