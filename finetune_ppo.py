@@ -265,7 +265,6 @@ class Reinforcing(finetune_lora.FineTuning):
     fixed = finetune_lora.FIXED | {"baseline", "reward"}
     round = -1  # which one self.samples are of
     samples = ()  # the micro-batches of a round
-    drift = 0.0  # see sample(): the largest so far in training, of all processes
 
     def convert(self, places_and_rows):
         """Returns the Conversations of rows, which need no answers."""
@@ -338,21 +337,18 @@ class Reinforcing(finetune_lora.FineTuning):
         model = self.tuning.model
         lora.without_dropout(model)
         self.judge = find_reward(self.cfg.reward, self.compute.device, load=True)
+        notes = self.tuning.resumed["config"] if self.tuning.resumed else {}
         if self.cfg.baseline == "value":
-            saved = self.tuning.resumed["config"]["value_head"] if self.tuning.resumed else {}
-            add_head(model, "value_head", saved)
+            add_head(model, "value_head", notes.get("value_head"))
         if self.cfg.updates > 1 and self.compute.world_size > 1:
             raise Refusal("several processes take one step on their samples: updates must be 1")
-        if self.tuning.resumed:
-            self.drift = self.tuning.resumed["config"].get("drift", 0.0)  # older runs have none
-        if self.tuning.resumed and (saved := self.tuning.resumed["config"]["samples"]):
-            self.round = saved["round"]
+        # see sample(): the largest so far in training, of all processes; older runs have none
+        self.drift = notes.get("drift", 0.0)
+        if samples := notes.get("samples"):
+            self.round = samples["round"]
             self.samples = [
-                {
-                    name: torch.tensor(values, device=self.compute.device)
-                    for name, values in batch.items()
-                }
-                for batch in saved["batches"]
+                to({name: torch.tensor(values) for name, values in batch.items()}, self.compute.device)
+                for batch in samples["batches"]
             ]
 
     def notes(self):
