@@ -463,20 +463,8 @@ def cautions(subjects, cfg):
     return notes
 
 
-def main(cfg):
-    compute = resolve(cfg.device, cfg.dtype, "false")
-    subjects, validation = load_subjects(cfg, compute)
-    path = report_path(cfg, len(subjects) > 1)
-    page.check(path)
-
-    documents, closed = read_file(cfg.text) if cfg.text else split_documents(*validation)
-    text = cfg.text or f"{subjects[0].dataset}, validation split"
-    if cfg.lengths:
-        whole = lengths.compare(subjects, documents, text, compute, cfg) | {
-            "notes": cautions(subjects, cfg)
-        }
-        publish(lengths.text(whole), lengths.page(whole), path, whole)
-        return
+def evaluate(subjects, documents, closed, text, compute, cfg):
+    """Returns the figures of the report by three lenses, a dict. Raises Refusal."""
     texts = shuffled(passages(documents), cfg.seed, PASSAGES)
     toy = likelihood.is_toy(documents)
     make_probes = probes.toy_probes if toy else probes.story_probes
@@ -509,7 +497,7 @@ def main(cfg):
         agree, sentence, ranking = compare(results, columns, unseen, cfg.resamples, cfg.seed)
     else:
         agree, sentence, ranking = results[0]["agree"], results[0]["verdict"], []
-    whole = {
+    return {
         "text": text,
         "checkpoints": results,
         "reference": reference,
@@ -520,7 +508,6 @@ def main(cfg):
         "verdict": sentence,
         "ranking": ranking,
     }
-    publish(report.text(whole), page.page(whole), path, whole)
 
 
 def publish(text, html, path, whole):
@@ -529,6 +516,22 @@ def publish(text, html, path, whole):
     page.write(path, html)
     print(f"\n{path}")
     print(json.dumps(report.short(whole), allow_nan=False))
+
+
+def main(cfg):
+    compute = resolve(cfg.device, cfg.dtype, "false")
+    subjects, validation = load_subjects(cfg, compute)
+    path = report_path(cfg, len(subjects) > 1)
+    page.check(path)
+    documents, closed = read_file(cfg.text) if cfg.text else split_documents(*validation)
+    text = cfg.text or f"{subjects[0].dataset}, validation split"
+    if cfg.lengths:
+        whole = lengths.compare(subjects, documents, text, compute, cfg)
+        whole["notes"] = cautions(subjects, cfg)
+        publish(lengths.text(whole), lengths.page(whole), path, whole)
+    else:
+        whole = evaluate(subjects, documents, closed, text, compute, cfg)
+        publish(report.text(whole), page.page(whole), path, whole)
 
 
 if __name__ == "__main__":

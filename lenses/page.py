@@ -325,7 +325,7 @@ def made_up_words(whole):
 
 
 def page(whole):
-    """Returns the report as HTML. whole: the figures as eval.main has them."""
+    """Returns the report as HTML. whole: the figures of eval.evaluate."""
     likelihood, probes, texts = sections(whole)
     title_1, about_1, header_1, rows_1 = likelihood
     title_2, about_2, header_2, rows_2 = probes
