@@ -276,24 +276,21 @@ def in_chunks(rows):
         yield chunk
 
 
-def make(source, key, folder):
-    """Writes the arrays of a source to a folder, meta.json last. Raises Refusal."""
-    cfg, together = source.cfg, source.conversations_per_row
-    rows, held_out = map(iter, read_both(cfg))
-    first_row = list(islice(rows, 1))
-    first = [*chain.from_iterable(convert(first_row, source))]
-    template = source.template or default_template(first)
-    check_template(template, source.tokenizer)
-    encode = partial(encode_chunk, source=source, template=template, first=first)
+def write_ids(datasets, encode, per_row, folder):
+    """Writes ids.bin and is_learned.bin of the rows of two datasets, of which encode makes Chunks with per_row
+    examples a row.
 
+    Returns (where each example starts, and where the last one ends; the first example of each row, -1
+    where it is left out; {number of a row: its LeftOut}; [number of rows of a dataset]). Raises Refusal.
+    """
     starts = array("q", [0])
-    first_examples = array("q")  # of each row; -1: it is left out
-    left_out = {}  # LeftOut, by the number of the row
-    n_rows = []  # of both datasets
+    first_examples = array("q")
+    left_out = {}
+    n_rows = []
     with open(folder / "ids.bin", "wb") as ids, open(folder / "is_learned.bin", "wb") as is_learned:
-        for some in chain(first_row, rows), held_out:
+        for rows in datasets:
             n_before = len(first_examples)
-            bar = tqdm(some, "encoding", unit=" rows", unit_scale=True, disable=None, leave=False)
+            bar = tqdm(rows, "encoding", unit=" rows", unit_scale=True, disable=None, leave=False)
             for _, chunk in in_threads(encode, in_chunks(bar), os.cpu_count() or 1):
                 ids.write(chunk.ids)
                 is_learned.write(chunk.is_learned)
@@ -302,30 +299,43 @@ def make(source, key, folder):
                     if row:
                         left_out[len(first_examples)] = row
                     first_examples.append(-1 if row else example_number)
-                    example_number += 0 if row else together
+                    example_number += 0 if row else per_row
                 for length in chunk.lengths:
                     starts.append(starts[-1] + length)
             n_rows.append(len(first_examples) - n_before)
+    return np.array(starts), np.array(first_examples), left_out, n_rows
 
-    arrays = {"starts": np.array(starts)}
-    first_examples = np.array(first_examples)
+
+def make(source, key, folder):
+    """Writes the arrays of a source to a folder, meta.json last. Raises Refusal."""
+    cfg, per_row = source.cfg, source.conversations_per_row
+    rows, held_out = map(iter, read_both(cfg))
+    first_row = list(islice(rows, 1))
+    first = [*chain.from_iterable(convert(first_row, source))]
+    template = source.template or default_template(first)
+    check_template(template, source.tokenizer)
+    encode = partial(encode_chunk, source=source, template=template, first=first)
+    datasets = chain(first_row, rows), held_out
+    starts, first_examples, left_out, n_rows = write_ids(datasets, encode, per_row, folder)
+
+    arrays = {"starts": starts}
     lines = {}
     length = source.T
     names = f"{cfg.dataset}, to learn from", f"{cfg.val_dataset or cfg.dataset}, held out"
     for side, name, order in zip(SIDES, names, split_numbers(cfg, *n_rows)):
-        mine = [left_out[row] for row in order.tolist() if row in left_out]
-        lines[side] = side_line(name, len(order), mine, source.T)
+        side_left_out = [left_out[row] for row in order.tolist() if row in left_out]
+        lines[side] = side_line(name, len(order), side_left_out, source.T)
         kept = first_examples[order]
         kept = kept[kept >= 0]
-        numbers = (kept[:, None] + np.arange(together)).ravel()
-        tokens = np.diff(arrays["starts"])[numbers] - 1
-        tokens = tokens.reshape(-1, together).sum(1)  # of each row
+        numbers = (kept[:, None] + np.arange(per_row)).ravel()
+        tokens = np.diff(starts)[numbers] - 1
+        tokens = tokens.reshape(-1, per_row).sum(1)  # of each row
         length = max(length, int(tokens.max()))
         packs = pack(tokens.tolist(), length)
         members = np.array(list(chain.from_iterable(packs)))
         arrays[f"{side}.numbers"] = numbers
-        arrays[f"{side}.packs"] = (members[:, None] * together + np.arange(together)).ravel()
-        arrays[f"{side}.pack_starts"] = np.cumsum([0, *(together * len(rows) for rows in packs)])
+        arrays[f"{side}.packs"] = (members[:, None] * per_row + np.arange(per_row)).ravel()
+        arrays[f"{side}.pack_starts"] = np.cumsum([0, *(per_row * len(rows) for rows in packs)])
     types = array_types(source.tokenizer.vocab_size)
     for name, values in arrays.items():
         values.astype(types[name]).tofile(folder / f"{name}.bin")
@@ -336,13 +346,13 @@ def make(source, key, folder):
         "lines": lines,
         "length": length,
         "files": {name: hash_file(folder / f"{name}.bin") for name in types},
-        "rows_sha256": hash_examples(folder, types, arrays, together),
+        "rows_sha256": hash_examples(folder, types, arrays, per_row),
     }
     text = json.dumps(meta | {"sha256": hash_json(meta)}, indent=1)
     (folder / "meta.json").write_text(text + "\n", encoding="utf-8")
 
 
-def hash_examples(folder, types, arrays, together):
+def hash_examples(folder, types, arrays, per_row):
     """Returns the hash of what a run that goes on must find again: the examples that are learned and, of
     preferences, those held out too, as the reference of both is kept.
     """
@@ -351,7 +361,7 @@ def hash_examples(folder, types, arrays, together):
         for name in ("ids", "is_learned")
     ]
     digest = hashlib.sha256()
-    for side in SIDES[:together]:
+    for side in SIDES[:per_row]:
         examples = Examples(ids, is_learned, arrays[f"{side}.numbers"])
         for n in range(len(examples)):
             for values in examples[n]:
