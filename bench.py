@@ -141,9 +141,10 @@ class Config(train.Config):
                 raise ValueError(f"text must be a file that ends in {endings}, not {self.text!r}")
         if self.plot and not importlib.util.find_spec("matplotlib"):
             raise ValueError("plot needs matplotlib: pip install matplotlib")
-        for library in ("gguf", "xllamacpp") if self.against == LLAMA_CPP else ():
-            if not importlib.util.find_spec(library):
-                raise ValueError(f"against=llama.cpp needs {library}: pip install {library}")
+        if self.against == LLAMA_CPP:
+            for library in "gguf", "xllamacpp":
+                if not importlib.util.find_spec(library):
+                    raise ValueError(f"against=llama.cpp needs {library}: pip install {library}")
 
 
 # -----------------------------------------------------------------------------------------------------

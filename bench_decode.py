@@ -272,10 +272,12 @@ def llama_cpp_rows(cfg, compute, model, tokenizer):
     llama.cpp with 32, 8 and 4 bits a number. same: how many of its first ids are this model's.
     """
     n_threads = torch.get_num_threads()
-    n_new = min(cfg.block_size - 41, 120)
-    *_, [row] = generate(model, [[tokenizer.eot]], 40, 1.0, seed=cfg.seed)
+    n_written = min(40, cfg.block_size // 2)
+    *_, [row] = generate(model, [[tokenizer.eot]], n_written, 1.0, seed=cfg.seed)
     prompt = [tokenizer.eot, *row.ids]
-    rivals = {"PyTorch float32": functools.partial(write_greedy, model, prompt, n_new)}
+    n_new = min(cfg.block_size - len(prompt), 120)
+    own = f"PyTorch {name_of(compute.dtype)}"
+    rivals = {own: functools.partial(write_greedy, model, prompt, n_new)}
     for path in sorted(Path(checkpoint.find(cfg.init_from)).parent.glob("onnx/*.onnx")):
         exported, _, _ = onnx_model.load(str(path))
         rivals[f"onnx/{path.name}"] = functools.partial(write_greedy, exported, prompt, n_new)
@@ -286,7 +288,7 @@ def llama_cpp_rows(cfg, compute, model, tokenizer):
             llama = llama_cpp.Server(path, cfg.block_size, n_threads)
             rivals[f"{LLAMA_CPP} {name}"] = functools.partial(llama.write, prompt, n_new)
         times = race(rivals, cfg.seconds / 2, compute.device)
-    expected = rivals["PyTorch float32"]()
+    expected = rivals[own]()
     return [
         {
             "what": name,
