@@ -87,9 +87,9 @@ def jinja_template(template, start, end):
         "{% for message in messages %}{% if message['role'] == 'assistant' %}"
         f"{turn}{{{{ message['content'] ~ {json.dumps(end, ensure_ascii=False)} }}}}"
         "{% set turn.prompt = '' %}{% set turn.n = 0 %}"
-        "{% else %}"
-        "{% set turn.prompt = turn.prompt ~ ('\\n' if turn.n else '') ~ message['content'] %}"
-        "{% set turn.n = turn.n + 1 %}"
+        "{% else %}{% if message['content'] %}"
+        "{% set turn.prompt = turn.prompt ~ ('\\n' if turn.prompt else '') ~ message['content'] %}"
+        "{% endif %}{% set turn.n = turn.n + 1 %}"
         f"{{% endif %}}{{% endfor %}}{{% if turn.n or add_generation_prompt %}}{turn}{{% endif %}}"
     )
 

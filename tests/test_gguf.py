@@ -355,6 +355,7 @@ CONVERSATIONS = [
         ("system", "é"),
         ("user", "{{ 你 }}"),
     ],
+    [("system", ""), ("user", "the"), ("user", ""), ("user", "cat")],
 ]
 
 
