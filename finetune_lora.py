@@ -388,8 +388,8 @@ class FineTuning:
     def text_of(self, ids):
         """Returns the text of a prompt's ids, without what begins a text."""
         tokenizer = self.tuning.tokenizer
-        has_start = ids[0] in (tokenizer.bos, tokenizer.eot)
-        return tokenizer.decode(ids[has_start:])
+        starts = tokenizer.bos, tokenizer.eot
+        return tokenizer.decode(ids[1:] if ids[0] in starts else ids)
 
     def describe(self):
         """Returns what is learned from, in words."""

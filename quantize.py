@@ -38,6 +38,7 @@ from data import blocks, evenly
 from device import resolve
 from eval import data_folder, load_data, read_file
 from folders import new_folder
+from interop.gguf_file import is_gguf
 from quantized import LARGEST, Codes, Quantization, check_groups, linears, quantized
 from score import evaluate
 
@@ -65,7 +66,7 @@ class Config:
     def __post_init__(self):
         if not Path(self.to).name:
             raise ValueError(f"--to=FOLDER says where to write, not {self.to!r}")
-        if self.to.lower().endswith(".gguf"):
+        if is_gguf(self.to):
             raise ValueError(
                 "quantize.py writes a folder: hf.py --to=FILE.gguf --bits=8 or 4 writes GGUF"
             )
