@@ -147,8 +147,10 @@ def prompt_row(row):
 
 
 def prompt_messages(conversation):
-    """Returns the messages before the last answer of a Conversation, as chat.py has them."""
-    messages = [message for message in conversation.messages if message.text]
+    """Returns the messages before the last answer of a Conversation, as chat.py has them; of empty ones those of
+    the system alone, which a model's own template may write otherwise than none.
+    """
+    messages = [message for message in conversation.messages if message.text or message.role == "system"]
     if messages and messages[-1].role == "assistant":
         messages.pop()
     return chat_messages(messages)
@@ -316,7 +318,7 @@ class Reinforcing(finetune_lora.FineTuning):
         place, problem = conversation.place, conversation.problem
         messages = prompt_messages(conversation)
         if problem in ("", NO_RESPONSE):  # answers are not looked at
-            problem = "" if messages else "without a prompt"
+            problem = "" if any(message["content"] for message in messages) else "without a prompt"
         if problem:
             return LeftOut(place, problem)
         try:

@@ -672,6 +672,15 @@ def test_the_prompt_of_a_conversation_is_all_before_its_last_answer(shop):
     assert prompts == [(before, ids)] * 4
 
 
+def test_an_empty_system_message_is_a_part_of_a_prompt(shop):
+    task = small_task(shop)
+    before = chat(("system", ""), ("user", "ab"))["messages"]
+    rows = [("here", {"prompt": before}), ("there", {"prompt": before[:1]})]
+    [(prompt, _)], line = task.read_prompts(task.convert(rows), "held")
+    assert prompt == before
+    assert line.endswith("left out: 1 without a prompt (there)")
+
+
 @pytest.mark.parametrize("other", ["--baseline=value", "--reward=length:3"])
 def test_a_run_keeps_its_baseline_and_its_reward(shop, other):
     reinforce(shop, "--max_iters=1", "--out_dir=kept", "--overwrite")
