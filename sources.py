@@ -307,8 +307,8 @@ def find_files(cfg, tmp, progress):
 def find_splits(key, cfg, tmp, progress, wanted):
     """Returns {split: files} of the source that the key (dataset or val_dataset) names.
 
-    wanted: {split: names on the hub}; of a hub dataset the first of them that is there is fetched. What is
-    no local file becomes one in tmp. Raises Refusal.
+    wanted: {split: names on the hub}; of a hub dataset the first of them that is there is fetched, and of
+    the first split one must be there. What is no local file becomes one in tmp. Raises Refusal.
     """
     dataset = getattr(cfg, key)
     if dataset in ("toy", "tinystories") or is_hf(dataset):
@@ -445,7 +445,8 @@ def fetch(dataset, cfg, folder, wanted):
 def fetch_from_hub(name, cfg, folder, wanted):
     """Streams splits of a hub dataset to packed files in folder, once; returns {split: [file]}."""
     files = {}
-    with hub_splits(name, wanted.get("train", ["train"])[0], cfg.column) as splits:
+    needed = next(iter(wanted.values()))
+    with hub_splits(name, needed, cfg.column) as splits:
         for split, names in wanted.items():
             if full_name := next((name for name in names if name in splits), ""):
                 texts = (field(row, cfg.column, name) for row in splits[full_name])
@@ -454,12 +455,12 @@ def fetch_from_hub(name, cfg, folder, wanted):
 
 
 @contextmanager
-def hub_splits(name, needed="train", column=None):
+def hub_splits(name, needed=("train",), column=None):
     """Gives the splits of NAME or NAME:CONFIG on the Hugging Face hub: {name: an iterable of rows}, which
     are read as one asks for them, and may be of one column only. NAME may be a folder as well.
 
-    Raises Refusal where the split `needed` is missing, and for what goes wrong inside the with, where the
-    rows are read.
+    Raises Refusal where all splits of `needed` are missing, and for what goes wrong inside the with, where
+    the rows are read.
     """
     name, _, config = name.partition(":")
     try:
@@ -470,8 +471,8 @@ def hub_splits(name, needed="train", column=None):
         if not os.path.isdir(name):
             HfApi().dataset_info(name, timeout=10)  # without a network load_dataset retries for 20 s
         splits = load_splits(name, config, column, datasets)
-        if needed not in splits:
-            raise Refusal(f"{name} has no split {needed}, only: {', '.join(splits)}")
+        if not any(split in splits for split in needed):
+            raise Refusal(f"{name} has no split {' or '.join(needed)}, only: {', '.join(splits)}")
         yield splits
     except Refusal:
         raise

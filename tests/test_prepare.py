@@ -561,6 +561,12 @@ def test_val_dataset_is_the_validation_split(capsys, hub):
     assert "own: left out, 2 files: dev.txt, test.txt" in out
     assert "tested: val, 1 file: test.txt" in out
     assert files("data/d") == sorted(path.name for path in Path("data/d").glob("*.*"))
+    hub.splits = {"test": rows(DOCS[:4])}
+    _, data, tokenizer = make("own", name="tested", val_dataset="hf:me/thing")
+    assert texts(data["val"], tokenizer) == DOCS[:4]
+    hub.splits = {"other": rows(DOCS[:4])}
+    message = "me/thing has no split validation or test or train, only: other"
+    assert refusal(make, "own", name="e", val_dataset="hf:me/thing") == message
     message = "no file or folder nowhere; a dataset of the Hugging Face hub is --val_dataset=hf:NAME"
     assert message in refusal(make, "own", name="e", val_dataset="nowhere")
     write("empty.txt", " ")
