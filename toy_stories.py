@@ -424,13 +424,18 @@ def moral(text):
     return title
 
 
-def possible(beginning):
-    """Returns whether a story begins so."""
+def continuations(beginning):
+    """Yields (text, log-probability in nats, settled slots) of the stories that begin so."""
 
     def fits(text):
         return text.startswith(beginning) or beginning.startswith(text)
 
-    return any(text.startswith(beginning) for text, _, _ in walk(all_options, fits))
+    return (story for story in walk(all_options, fits) if story[0].startswith(beginning))
+
+
+def possible(beginning):
+    """Returns whether a story begins so."""
+    return any(continuations(beginning))
 
 
 # The morals as answers. They begin as sentences of the stories do: "Good", "Even" and "Slow" stand in
@@ -464,12 +469,7 @@ def fate(text):
     while low < high:  # the longest beginning that is a story's
         middle = (low + high + 1) // 2
         low, high = (middle, high) if possible(text[:middle]) else (low, middle - 1)
-    beginning = text[:low]
-
-    def fits(story):
-        return story.startswith(beginning) or beginning.startswith(story)
-
-    *_, settled = next(walk(all_options, fits))
+    _, _, settled = next(continuations(text[:low]))
     return settled["{hero}"], settled["{lesson}"]
 
 
