@@ -33,7 +33,7 @@ def linear(x, weight, bias=None):
     """Returns F.linear(x, weight, bias)."""
     if not HAS_MKL or weight.numel() < LARGE_MATRIX or not is_plain(x):
         return F.linear(x, weight, bias)
-    if x.numel() <= FEW_ROWS * x.size(-1):
+    if 0 < x.numel() <= FEW_ROWS * x.size(-1):
         y = few_rows_product(x.reshape(-1, x.size(-1)), weight).view(*x.shape[:-1], -1)
         return y if bias is None else y + bias
     if has_many_rows(x):
