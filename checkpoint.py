@@ -103,13 +103,13 @@ def write_checkpoint(path, weights, config, state):
     first, which writes, has all of them once in its memory.
     """
     content = {"format": FORMAT} | weights | {"config": config} | state.to_dict()
-    tensors = content.get("model") or content["adapters"]
-    if any(map(is_sharded, tensors.values())):
+    key = "adapters" if "adapters" in weights else "model"
+    if any(map(is_sharded, content[key].values())):
         is_main = torch.distributed.get_rank() == 0
         content = gathered(content, keep=is_main)
         if not is_main:
             return
-    name = find_not_finite(content.get("model") or content["adapters"])
+    name = find_not_finite(content[key])
     if name is not None:
         problem = f"tensor {name} holds nan or infinity"
         raise Refusal(f"{path} is not written: {problem}; what was there is as it was", status=1)
@@ -220,9 +220,9 @@ def load(path, keys=KEYS):
         raise Refusal(f"{path} is not a TinyLM checkpoint")
     if type(ckpt["format"]) is not int or ckpt["format"] not in (FORMAT, QUANTIZED):
         raise Refusal(
-            f"{path} has checkpoint format {ckpt['format']!r:.60}; this version reads format {FORMAT}"
+            f"{path} has checkpoint format {ckpt['format']!r:.60}; this version reads {FORMAT} and {QUANTIZED}"
         )
-    is_quantized = ckpt.get("format") == QUANTIZED
+    is_quantized = ckpt["format"] == QUANTIZED
     if "adapters" in ckpt and keys is KEYS:
         raise Refusal(f"{path} is an adapter, not a checkpoint: sample.py --adapter={path} reads it")
     if "model" in ckpt and keys is ADAPTER_KEYS:

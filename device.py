@@ -385,7 +385,7 @@ PEAK_FLOPS = {
 
 
 def name_of(dtype):
-    """Returns a torch.dtype's name, such as "float32"."""
+    """Returns the name of a torch.dtype, such as "float32", or of a layout."""
     return str(dtype).removeprefix("torch.")
 
 

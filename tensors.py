@@ -2,6 +2,8 @@
 
 import torch
 
+from device import name_of
+
 FLOATS = torch.float32, torch.bfloat16, torch.float16, torch.float64
 INTEGERS = torch.int8, torch.uint8  # of quantized matrices
 
@@ -15,12 +17,11 @@ def check_tensor(name, x, dtypes=FLOATS):
     if not isinstance(name, str) or not isinstance(x, torch.Tensor):
         raise ValueError(f"{name!r:.60} is a {type(x).__name__}, where tensors by name were expected")
     if x.dtype not in dtypes:
-        dtype = str(x.dtype).removeprefix("torch.")
-        readable = "only float32, bfloat16, float16 and float64 are read"
-        raise ValueError(f"tensor {name} is {dtype}: {readable}")
+        readable = ", ".join(map(name_of, dtypes))
+        raise ValueError(f"tensor {name} is {name_of(x.dtype)}: only {readable} are read")
     if x.layout is not torch.strided or x.is_nested or x.device.type != "cpu":
-        layout = str(x.layout).removeprefix("torch.")
-        raise ValueError(f"tensor {name} ({layout}, on {x.device}) does not hold its numbers one by one")
+        kind = f"{name_of(x.layout)}, on {x.device}"
+        raise ValueError(f"tensor {name} ({kind}) does not hold its numbers one by one")
 
 
 def count_stored_numbers(tensors):
