@@ -296,14 +296,12 @@ def encode(rows, tokenizer, folder, cfg, progress, chars=None):
             stack.enter_context(writer)
         for chunk in islice(todo, done):  # what a killed run encoded is only read
             bar.update(sum(len(text) for _, text, *_ in chunk))
-        whole = sum(len(writer.whole) for writer in writers.values())
         threads = cfg.num_proc or os.cpu_count() or 1
         for chunk, ids in in_threads(lambda chunk: encode_chunk(chunk, tokenizer), todo, threads):
             bar.update(sum(len(text) for _, text, *_ in chunk))
             done += 1
-            for split, writer in writers.items():
-                writer.write(ids[split])
-            if whole < (whole := sum(len(writer.whole) for writer in writers.values())):
+            ended = [writer.write(ids[split]) for split, writer in writers.items()]
+            if any(ended):
                 progress.note_files(writers, done)
         for split, writer in writers.items():
             files = writer.finish()

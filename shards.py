@@ -123,7 +123,8 @@ class ShardWriter:
         return [*self.whole, {"file": name, "tokens": self.tokens, "sha256": self.digest.hexdigest()}]
 
     def write(self, ids):
-        """Appends ids, a 1-D array of the writer's dtype."""
+        """Appends ids, a 1-D array of the writer's dtype. Returns whether that ended a file."""
+        n_whole = len(self.whole)
         while len(ids):
             if not self.f:
                 self.f = open(self.folder / shard_name(self.split, len(self.whole)), "wb")
@@ -136,6 +137,7 @@ class ShardWriter:
             ids = ids[len(part) :]
             if self.tokens == self.size:
                 self.end_file()
+        return len(self.whole) > n_whole
 
     def end_file(self):
         sync(self.f)
