@@ -90,10 +90,12 @@ def micro_batches(step, cfg, compute):
 
 
 def document_slices(ids, tokenizer):
-    """Returns the documents of a split that end in it, as slices, without the token that begins each."""
+    """Yields the documents of a split that end in it, as slices, without the token that begins each."""
     ends = np.flatnonzero(ids == tokenizer.eot)
     starts = [0, *ends + 1]
-    return (ids[start + (ids[start] == tokenizer.bos) : end] for start, end in zip(starts, ends))
+    for start, end in zip(starts, ends):
+        has_bos = ids[start] == tokenizer.bos
+        yield ids[start + 1 : end] if has_bos else ids[start:end]
 
 
 def prompt_ids(tokenizer, text, special=False):
