@@ -536,9 +536,9 @@ class Tokenizer:
 
         OSError: it cannot be written.
         """
-        partial = Path(f"{path}.partial")
-        partial.write_bytes(self.tokenizer_json().encode())
-        os.replace(partial, path)
+        temporary = Path(f"{path}.partial")
+        temporary.write_bytes(self.tokenizer_json().encode())
+        os.replace(temporary, path)
 
     def save_files(self, folder):
         """Writes what a model's folder holds of its tokenizer: tokenizer.json."""
