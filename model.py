@@ -350,10 +350,10 @@ class Sight(NamedTuple):
 class Context(NamedTuple):
     """What the layers of one call share: where its tokens stand, and which of all tokens each may see."""
 
-    rotation: Any = None  # [cos, sin] for rotate(), or None
-    sights: Any = None  # {window: Sight}
-    cache: Any = None  # a KVCache, or None
-    places: Any = None  # where the new tokens go in it
+    rotation: Any  # [cos, sin] for rotate(), or None
+    sights: Any  # {window: Sight}
+    cache: Any  # a KVCache, or None
+    places: Any  # where the new tokens go in it
 
 
 def as_numbers(mask, dtype):

@@ -44,9 +44,9 @@ def meta_model(c):
         return Transformer(c)
 
 
-def one_layer(c, letter="S"):
-    """Returns the ModelConfig of one layer of config c, S windowed or L full."""
-    return replace(model_config(c), n_layer=1, window_pattern=letter)
+def one_layer(c):
+    """Returns the ModelConfig of one layer of config c, a windowed one where it has windows."""
+    return replace(model_config(c), n_layer=1, window_pattern="S")
 
 
 def model_sizes(c):
@@ -189,7 +189,7 @@ def step_flops(cfg):
     return 6 * parameters * cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
 
 
-def kv_cache_bytes(c, batch_size, length, bytes_per_number=2):
+def kv_cache_bytes(c, batch_size, length, bytes_per_number):
     """Returns the bytes of the keys and values that a KVCache of `length` tokens has."""
     places = sum(capacity(c.window_of(layer), length) for layer in range(c.n_layer))
     return 2 * batch_size * c.n_kv_head * places * c.head_dim * bytes_per_number

@@ -468,7 +468,7 @@ def test_the_cache_is_shaped_by_its_kv_heads_and_its_bytes_are_as_predicted():
     llama7b = ModelConfig(n_layer=32, n_head=32, n_embd=4096)
     for heads, mib in (32, 1024), (8, 256), (1, 32):
         llama7b.n_kv_head = heads
-        assert kv_cache_bytes(llama7b, 1, 2048) == mib * 2**20
+        assert kv_cache_bytes(llama7b, 1, 2048, 2) == mib * 2**20
 
 
 def test_the_cache_is_written_in_place():
