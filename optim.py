@@ -84,13 +84,16 @@ def step_unless(optimizers, is_skipped):
 
 # what the config decides anew of a saved group of parameters
 CHANGEABLE = {"lr", "lr_scale", "weight_decay", "betas", "momentum"}
+# Newton-Schulz's, of Muon
+NS_COEFFICIENTS = (3.4445, -4.775, 2.0315)
+NS_STEPS = 5
 # what torch's classes, whose state older checkpoints hold, were told and ours cannot be told otherwise
 FIXED = {
     "amsgrad": False,
     "maximize": False,
     "nesterov": True,
-    "ns_steps": 5,
-    "ns_coefficients": (3.4445, -4.775, 2.0315),
+    "ns_steps": NS_STEPS,
+    "ns_coefficients": NS_COEFFICIENTS,
     "adjust_lr_fn": "match_rms_adamw",
 }
 # what an optimizer keeps of each parameter after its first step
@@ -404,15 +407,15 @@ class Muon(Optimizer):
         return list(self.orthogonalize(updates.flatten(0, -3)).view_as(updates).to(dtype))
 
 
-def orthogonalize(G, coefficients=(3.4445, -4.775, 2.0315), steps=5, eps=1e-7):
+def orthogonalize(G):
     """Returns each matrix of G (n, rows, columns) with its singular values moved to about 1 (0.7 to
     1.2): a quintic Newton-Schulz iteration whose coefficients were chosen for steep ascent near 0, not
     for exactness.
     """
-    a, b, c = coefficients
+    a, b, c = NS_COEFFICIENTS
     X = G.mT if G.size(-2) > G.size(-1) else G  # the smaller side first: A below is (small, small)
-    X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)
-    for _ in range(steps):
+    X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    for _ in range(NS_STEPS):
         A = X @ X.mT
         X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
     return X.mT if G.size(-2) > G.size(-1) else X
