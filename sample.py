@@ -271,11 +271,7 @@ def main(cfg):
     caches = [(model.config, context)]
     if speculation and isinstance(speculation.draft, DraftModel):
         caches.append((speculation.draft.model.config, speculation.draft.context))
-    needs = 0
-    for c, longest in caches:
-        most = min(cfg.max_new_tokens, longest)
-        needs += kv_cache_bytes(c, cfg.num_samples * len(starts), most, compute.dtype.itemsize)
-    check_memory(compute.device, needs, "try a smaller num_samples")
+    check_caches(cfg, caches, cfg.num_samples * len(starts), compute)
     steps = partial(
         speculation.generate if speculation else generate,
         model,
@@ -295,34 +291,49 @@ def main(cfg):
         print(message)
         system = cfg.system if "system" in cfg.given else None  # an empty one is a message too
         converse(steps, tokenizer, context, template, system)
-        if speculation:
-            print(speculation.line())
-        return
+    else:
+        try:
+            texts, prompts = encode_starts(cfg, starts, tokenizer, template, rule)
+            # refuses what generate would, before a prompt is printed
+            start_rows(model, prompts, cfg.max_new_tokens, tokenizer.ends, cfg.past_end)
+            print(message)
+            if template and any(starts):
+                shown = "the model's chat template" if template == MODELS_OWN else repr(template)
+                stripped = ", without the space around it" if rule == STRIPPED else ""
+                print(f"each prompt is put into {shown}{stripped}; --raw leaves it as it is")
+            can_slide = not (isinstance(model, onnx_model.OnnxModel) or model.config.what_ends_a_text)
+            advice = f"--past_end={'slide' if can_slide else 'recompute'} goes on"
+            if cfg.is_compiled:
+                print(f"compiled in {compile_seconds(steps, prompts):.1f} s")
+            write(steps(prompts), texts, prompts, tokenizer, context, advice)
+        except ValueError as e:
+            raise Refusal(e)
+    if speculation:
+        print(speculation.line())
+
+
+def check_caches(cfg, caches, n_rows, compute):
+    """Raises Refusal where the device has no memory for caches, (config, context) each, of so many rows."""
+    needs = 0
+    for c, context in caches:
+        length = min(cfg.max_new_tokens, context)
+        needs += kv_cache_bytes(c, n_rows, length, compute.dtype.itemsize)
+    check_memory(compute.device, needs, "try a smaller num_samples")
+
+
+def encode_starts(cfg, starts, tokenizer, template, rule):
+    """Returns (texts, prompts): how each row's text starts, and its ids, num_samples rows a start. Raises
+    ValueError.
+    """
     texts = []
     prompts = []
-    try:
-        for start in starts:
-            text, ids = start, None
-            if template and start:  # an empty one starts a document, as ever
-                text, ids = start_of_answer(tokenizer, by_text_rule(start, rule), template)
-            texts += [text] * cfg.num_samples
-            prompts += [ids or prompt_ids(tokenizer, text, cfg.special)] * cfg.num_samples
-        # refuses what generate would, before a prompt is printed
-        start_rows(model, prompts, cfg.max_new_tokens, tokenizer.ends, cfg.past_end)
-        print(message)
-        if template and any(starts):
-            shown = "the model's chat template" if template == MODELS_OWN else repr(template)
-            stripped = ", without the space around it" if rule == STRIPPED else ""
-            print(f"each prompt is put into {shown}{stripped}; --raw leaves it as it is")
-        can_slide = not (isinstance(model, onnx_model.OnnxModel) or model.config.what_ends_a_text)
-        advice = f"--past_end={'slide' if can_slide else 'recompute'} goes on"
-        if cfg.is_compiled:
-            print(f"compiled in {compile_seconds(steps, prompts):.1f} s")
-        write(steps(prompts), texts, prompts, tokenizer, context, advice)
-        if speculation:
-            print(speculation.line())
-    except ValueError as e:
-        raise Refusal(e)
+    for start in starts:
+        text, ids = start, None
+        if template and start:  # an empty one starts a document, as ever
+            text, ids = start_of_answer(tokenizer, by_text_rule(start, rule), template)
+        texts += [text] * cfg.num_samples
+        prompts += [ids or prompt_ids(tokenizer, text, cfg.special)] * cfg.num_samples
+    return texts, prompts
 
 
 def compile_seconds(steps, prompts):
