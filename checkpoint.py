@@ -493,16 +493,16 @@ def open_checkpoint(
     return Checkpoint(path, None, adapter_path, adapters)
 
 
-def open_any(name, takes_integers=False):
-    """Returns the Checkpoint of a folder: of its model or, where it has none but adapters, of these over their
-    own base. A file and hf:FOLDER_OR_NAME are as for open_checkpoint. Raises Refusal.
+def open_any(name):
+    """Returns the Checkpoint of a folder: of its model, perhaps of integers, or, where it has none but adapters,
+    of these over their own base. A file and hf:FOLDER_OR_NAME are as for open_checkpoint. Raises Refusal.
     """
     has_adapters = holds_run(name, ["adapter_best.pt", "adapter.pt"])
     if has_adapters and not holds_run(name, ["ckpt_best.pt", "ckpt.pt"]):
         start = open_checkpoint("", adapter=name)
         refuse_reward_model(start)
         return start
-    return open_checkpoint(name, takes_integers=takes_integers)
+    return open_checkpoint(name, takes_integers=True)
 
 
 def open_given(cfg, adapter, takes_integers=False):

@@ -188,7 +188,7 @@ def load_subjects(cfg, compute):
     subjects = []
     validation = None
     for name in names:
-        ckpt = open_any(name, takes_integers=True)
+        ckpt = open_any(name)
         if not cfg.lengths:
             ckpt.stretch(cfg.rope_scaling, cfg.block_size)
         model, tokenizer = ckpt.restore(compute.device)

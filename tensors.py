@@ -60,7 +60,7 @@ def check_finite(tensors):
         raise NotFinite(f"tensor {name} holds nan or infinity, in float32; {advice}")
 
 
-def check_tensors(tensors, dtypes=FLOATS):
+def check_tensors(tensors, dtypes):
     """Raises ValueError where tensors by name are not of these dtypes, and all finite."""
     for name, x in tensors.items():
         check_tensor(name, x, dtypes)
