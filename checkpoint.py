@@ -127,8 +127,7 @@ def unwrap(model):
 
 def find(out_dir, prefer="ckpt_best.pt"):
     """Returns the file that out_dir means: itself when it is one, else the preferred one in it, else the
-    last: ckpt.pt or adapter.pt. hf:NAME stays as it is. Raises Refusal, which says what is there and
-    what reads it.
+    last: ckpt.pt or adapter.pt. hf:NAME stays as it is. Raises Refusal.
     """
     if os.path.isfile(out_dir):
         return out_dir
@@ -146,7 +145,14 @@ def find(out_dir, prefer="ckpt_best.pt"):
     for name in (prefer, last):
         if os.path.isfile(os.path.join(out_dir, name)):
             return os.path.join(out_dir, name)
+    refuse_missing(out_dir, last, has_model, has_peft)
 
+
+def refuse_missing(out_dir, last, has_model, has_peft):
+    """Raises the Refusal of an out_dir where `last`, ckpt.pt or adapter.pt, is missing: it says what is there
+    and what reads it.
+    """
+    folder = hf_name(out_dir)
     if os.path.isfile(os.path.join(folder, "model.onnx")):
         raise Refusal(f"{folder} holds an ONNX model, which sample.py --onnx={folder} reads")
     if last == "adapter.pt" and has_model and not has_peft:
