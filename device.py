@@ -16,7 +16,7 @@ from datetime import timedelta
 
 import torch
 
-from config import Refusal
+from config import BOOLS, Refusal
 
 # tf32: float32 numbers, whose products an Ampere or newer GPU rounds to 10 bits of mantissa; float32 is
 # float32 everywhere
@@ -274,9 +274,9 @@ def choose_compile(device, compile, dtype=torch.float32, work=None):
         if seconds < COMPILE_SECONDS:
             return False, f"compile=False (the steps take about {seconds:,.0f} s, compiling them longer)"
         return True, "compile=True (pays on a GPU)"
-    if compile.lower() not in ("true", "1", "false", "0"):
+    if compile.lower() not in BOOLS:
         raise Refusal(f"compile must be auto, true or false, not {compile!r}")
-    compile = compile.lower() in ("true", "1")
+    compile = BOOLS[compile.lower()]
     if compile and device.type == "cpu" and sys.platform == "win32":
         raise Refusal("compile=true was never tried on a Windows CPU; leave it out")
     return compile, f"compile={compile}"

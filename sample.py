@@ -20,7 +20,7 @@ import time
 from dataclasses import dataclass, replace
 from functools import partial
 
-from config import Refusal, convert, new_lines, run
+from config import BOOLS, Refusal, convert, new_lines, run
 
 # isort: split
 import torch
@@ -116,7 +116,7 @@ class Config:
 
     @property
     def is_compiled(self):
-        return self.compile.lower() in ("true", "1")
+        return BOOLS.get(self.compile.lower(), False)
 
     @property
     def onnx_path(self):
