@@ -594,22 +594,21 @@ def alone_in_out_dir(cfg):
 
 def open_start(cfg):
     """Returns the checkpoint that a run starts or goes on from, or None, and cfg with what it decides."""
-    resume = cfg.init_from == "resume"
-    if cfg.eval_only and cfg.init_from == "scratch":
-        raise Refusal(
-            "eval_only is of a model that is there: --init_from=resume for out_dir's, or --init_from=FOLDER"
-        )
     if cfg.init_from == "scratch":
+        if cfg.eval_only:
+            raise Refusal(
+                "eval_only is of a model that is there: --init_from=resume for out_dir's, or --init_from=FOLDER"
+            )
         return None, cfg
-    start = open_checkpoint(
-        cfg.out_dir if resume else cfg.init_from, "ckpt.pt" if resume else "ckpt_best.pt"
-    )
-    if resume and not cfg.eval_only:
+    if cfg.init_from != "resume":
+        start = open_checkpoint(cfg.init_from)
+        return start, inherit(cfg, start.state, start.path, resume=False)
+    start = open_checkpoint(cfg.out_dir, "ckpt.pt")
+    if not cfg.eval_only:
         check_resumable(start, cfg)
-    if not (resume and cfg.eval_only):
-        return start, inherit(cfg, start.state, start.path, resume)
+        return start, inherit(cfg, start.state, start.path, resume=True)
     dataset = cfg.dataset
-    cfg = inherit(cfg, start.state, start.path, resume, fixed=())  # which other data do not harm
+    cfg = inherit(cfg, start.state, start.path, resume=True, fixed=())  # which other data do not harm
     if "dataset" not in cfg.given:  # one that was fine-tuned has its base's
         cfg.dataset = start.dataset or dataset
     return start, cfg
