@@ -304,6 +304,14 @@ def fit(task, model, cfg, compute, resumed=None):
     saved_at = time.monotonic()
     log = Log(cfg, saved_step, compute)
     meter = Meter(task, compute)
+    bar = tqdm(
+        total=cfg.max_iters,
+        initial=state.step,
+        unit="step",
+        dynamic_ncols=True,
+        smoothing=0.05,
+        disable=None if compute.is_main else True,
+    )
     unread = []  # (loss, norm) tensors of the steps since the last line of the log
 
     def read_steps():
@@ -336,50 +344,44 @@ def fit(task, model, cfg, compute, resumed=None):
         kept = f"{cfg.out_dir} has all steps up to {state.step}: --init_from=resume goes on"
         raise Refusal(f"{e}; {kept}", e.status)
 
+    def validate():
+        """Validates, logs and saves, and prints a sample."""
+        try:
+            figures = task.validate()
+        except Unusable as e:
+            end(e)
+        if not math.isfinite(figures["val_loss"]):
+            message = f"the validation loss is {figures['val_loss']} at step {state.step}"
+            raise Diverged(f"{message}; {advice(cfg)}")
+        is_best = figures["val_loss"] < state.best_val_loss
+        state.val_loss = figures["val_loss"]
+        state.best_val_loss = min(state.best_val_loss, state.val_loss)
+        log.write({"step": state.step, **figures})
+        if state.step > first_step:
+            # ckpt.pt last: whoever goes on from it finds the log and the best one as it says
+            if is_best and compute.takes_part:
+                task.save("ckpt_best.pt", replace(state, optimizers=[], scaler=None))
+            save()
+        preview = task.preview() if compute.takes_part else ""
+        if compute.is_main:
+            bar.write(evaluation_line(state.step, figures, meter.speed), file=sys.stderr)
+            bar.write(f"{preview}\n", file=sys.stderr)
+        compute.barrier()  # the others wait for what the first one writes
+
     model.train()
-    bar = tqdm(
-        total=cfg.max_iters,
-        initial=state.step,
-        unit="step",
-        dynamic_ncols=True,
-        smoothing=0.05,
-        disable=None if compute.is_main else True,
-    )
     with StopAfterStep(compute) as stop, bar, compute.refusing_loss():
         while True:
             is_due = state.step % cfg.eval_interval == 0 or state.step == cfg.max_iters
             if is_due and not (resumed and state.step == first_step):
                 read_steps()
-                pause = time.perf_counter()
-                try:
-                    figures = task.validate()
-                except Unusable as e:
-                    end(e)
-                if not math.isfinite(figures["val_loss"]):
-                    message = f"the validation loss is {figures['val_loss']} at step {state.step}"
-                    raise Diverged(f"{message}; {advice(cfg)}")
-                is_best = figures["val_loss"] < state.best_val_loss
-                state.val_loss = figures["val_loss"]
-                state.best_val_loss = min(state.best_val_loss, state.val_loss)
-                log.write({"step": state.step, **figures})
-                if state.step > first_step:
-                    # ckpt.pt last: whoever goes on from it finds the log and the best one as it says
-                    if is_best and compute.takes_part:
-                        task.save("ckpt_best.pt", replace(state, optimizers=[], scaler=None))
-                    save()
-                preview = task.preview() if compute.takes_part else ""
-                if compute.is_main:
-                    bar.write(evaluation_line(state.step, figures, meter.speed), file=sys.stderr)
-                    bar.write(f"{preview}\n", file=sys.stderr)
-                compute.barrier()  # the others wait for what the first one writes
-                meter.start += time.perf_counter() - pause
+                with meter.paused():
+                    validate()
             is_stopped, is_late = stop.agree(time.monotonic() - saved_at >= 60 * cfg.save_minutes)
             if is_late and state.step > saved_step:
                 read_steps()
-                pause = time.perf_counter()
-                save()
-                compute.barrier()
-                meter.start += time.perf_counter() - pause
+                with meter.paused():
+                    save()
+                    compute.barrier()
             if is_stopped:
                 read_steps()
                 if state.step > saved_step:
@@ -431,6 +433,13 @@ class Meter:
 
     def add(self, batches):
         self.tokens += sum(batch["idx"].numel() for batch in batches) * self.world_size
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Leaves out the time of what is done meanwhile."""
+        pause = time.perf_counter()
+        yield
+        self.start += time.perf_counter() - pause
 
     def measure(self):
         """Returns the speed since the last call."""
