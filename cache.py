@@ -30,6 +30,13 @@ def capacity(window, max_len):
     return min(max_len, window + REWIND) if window else max_len
 
 
+def last_places(slots, place, size):
+    """Returns the last place up to this one that falls to each slot of a ring of this size; negative where there is
+    none. In a ring of 4 whose last token stands at place 5, slots 0 to 3 have 4, 5, 2 and 3.
+    """
+    return slots + size * ((place - slots) // size)
+
+
 def cut(lengths, first=0):
     """Returns the rows, (first, last) of each run, to read together of windows of these lengths, which grow: halves
     where that saves PADDING.
@@ -152,6 +159,7 @@ class KVCache:
 
     def overtakes(self, size, T):
         """Returns whether T new tokens in a ring of this size write over what the first of them see."""
+        # the first sees window - 1 tokens before it, and the ring keeps the last window + REWIND
         return self.length + T > size and T > REWIND + 1
 
     def slot_places(self, size, T):
@@ -163,7 +171,7 @@ class KVCache:
         if self.is_level and end <= size:
             return slots
         ends = end if self.is_level else (self.lengths + T)[:, None]
-        return slots + size * ((ends - 1 - slots) // size)
+        return last_places(slots, ends - 1, size)
 
     def begin(self, T, doc=None):
         """Makes room for T new tokens; doc (B, T) their documents, None: each row goes on with its last.
@@ -314,8 +322,7 @@ class StaticCache:
         keys = {}
         for window, slots in self.slots.items():
             size = len(slots)
-            # the last place up to this one that falls to each slot: negative where there is none
-            places = slots + size * ((self.place - slots) // size)
+            places = last_places(slots, self.place, size)
             if self.docs is not None:
                 self.docs[window].index_copy_(1, self.place % size, self.row_docs)
                 keys[window] = places[None], self.docs[window]

@@ -162,7 +162,11 @@ class DraftModel:
     its context is full it reads the last half again.
 
     After a round its cache lacks the last two tokens of each row: the model's own, and the one before it,
-    which is the last guess, never read, where all were right.
+    which is the last guess, never read, where all were right. A round of three guesses d, e, f after a, b, c:
+
+        the model writes   the text         the cache, rewound   behind
+        d, x               a b c d x        a b c                d x
+        d, e, f, y         a b c d e f y    a b c d e            f y
     """
 
     def __init__(self, model, name="the draft"):
