@@ -16,7 +16,7 @@ set -e
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
-"$folder/venv/bin/pip" install -q torch==2.13.0 numpy transformers==5.24.0 peft==0.21.2
+"$folder/venv/bin/pip" install -q torch==2.13.0 numpy==2.2.6 transformers==5.24.0 peft==0.21.2
 cat > "$folder/run.py" <<'PYTHON'
 import warnings
 
