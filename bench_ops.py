@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import rmsnorm
-from device import fast_bfloat16, name_of
+from device import fast_bfloat16, name_of, one_shape
 from graphs import WARM_UP, Graph, without_cast_cache
 from measure import draw, large_tensor, ms_columns, peak_memory, race, synchronize, to_megabytes
 
@@ -318,6 +318,6 @@ def bench_attention(cfg, compute):
         lengths = (512, 1024, 2048, 4096, 8192)
     rows = []
     for length in lengths:
-        rows += attention_rows(cfg, compute, length, cfg.seconds / len(lengths))
+        rows += one_shape()(attention_rows)(cfg, compute, length, cfg.seconds / len(lengths))
     draw(cfg, compute.device, "attention", rows, x="tokens", y="ms", by=("by", "way"))
     return rows

@@ -138,11 +138,26 @@ def resolve(
         keep_freed_memory()
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
+        torch.backends.cuda.enable_cudnn_sdp(False)  # but for one_shape
     group = join_processes(device, rank, world_size) if world_size > 1 else None
     if group:
         reasons.append(f"{world_size} processes{', weights in shards' if shard else ''}")
     shard = shard and world_size > 1  # one process is all there is
     return Compute(device, dtype, compile, ", ".join(reasons), rank, world_size, shard, group)
+
+
+@contextlib.contextmanager
+def one_shape():
+    """Returns the context of attention on a GPU whose shapes stay the same, in which it may be cuDNN's: where torch
+    has that come first, as on an H200, it is the fastest one in training, but plans for each new shape, for tenths
+    of a second. A text grows by a token a step, and rows to tune on or to score differ in length.
+    """
+    was_enabled = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(was_enabled)
 
 
 def torchrun_ranks():

@@ -32,7 +32,7 @@ import prepare
 import rmsnorm
 from checkpoint import RunState, inherit, open_checkpoint
 from data import count_targets, micro_batches, prompt_ids, rows_each, to, training_rows
-from device import StopAfterStep, name_of, peak_flops, resolve, torchrun_ranks
+from device import StopAfterStep, name_of, one_shape, peak_flops, resolve, torchrun_ranks
 from generate import generate
 from gradients import GradientSum
 from graphs import TrainingStep, captures_steps, graph_message
@@ -251,6 +251,8 @@ def make_step(model, optimizers, cfg, compute, task=None, scaler=None):
         settings |= dict(loss_fn=task.loss, count=task.count)
     step = partial(train_step, model, optimizers, **settings)
     is_static = task is None or getattr(task, "is_static", False)
+    if is_static and compute.device.type == "cuda":
+        step = one_shape()(step)
     if is_static and captures_steps(cfg, compute):
         return TrainingStep(step, optimizers, seed_dropout, compute.device)
     return step

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from config import Refusal
+from device import one_shape
 
 
 @functools.cache
@@ -63,7 +64,7 @@ def make_update(module, cfg, compute, learning_rate):
         optimizer.zero_grad(set_to_none=True)
         return loss.item()  # waits for the device, as its train.py does at each step
 
-    return update, model, optimizer
+    return one_shape()(update), model, optimizer  # with torch's own choice of an attention
 
 
 def make_step(module, cfg, compute, learning_rate):

@@ -221,3 +221,18 @@ def test_a_steps_operations_are_six_a_parameter_and_token():
     cfg = configure(train.Config, ["--n_embd=10000000", "--n_head=1", "--n_inner=10000000"])
     cfg.vocab_size = 10**13  # more than check_training_memory can count, and refuses
     assert step_flops(cfg) == math.inf
+
+
+def test_attention_is_cudnns_only_where_shapes_stay(monkeypatch):
+    """It plans for each new shape anew. resolve turns it off on a GPU."""
+    monkeypatch.setattr(train, "train_step", lambda *_, **__: torch.backends.cuda.cudnn_sdp_enabled())
+    cfg = train.Config(vocab_size=8)
+    several = device.Compute(torch.device("cuda"), "bfloat16", True, "", world_size=2)
+    was_enabled = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        for task, expected in (None, True), (SimpleNamespace(loss=None, count=None), False):
+            assert train.make_step(None, [], cfg, several, task)() is expected
+            assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(was_enabled)

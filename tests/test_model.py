@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 import products
@@ -198,6 +200,30 @@ def test_in_bfloat16_hidden_tokens_change_no_bit(pos, is_trained, autocast):
         assert torch.equal(changed[:, 9:], packed[:, 9:])
         assert not torch.equal(changed[:, 3:9], packed[:, 3:9])
         assert torch.equal(model(other_end, doc=doc)[0][:, :9], packed[:, :9])
+
+
+class SeesAttention(TorchFunctionMode):
+    """Notes how SDPA is called, and leaves it out."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.scaled_dot_product_attention:
+            self.calls.append((args[1].size(1), kwargs["enable_gqa"]))
+            return args[0]
+        return func(*args, **kwargs or {})
+
+
+def test_on_a_gpu_grouped_heads_under_a_mask_are_copied():
+    """Or SDPA would write the scores out: its kernel that takes a mask takes no groups."""
+    with FakeTensorMode(), SeesAttention() as seen:
+        q, k = (torch.empty(2, n, 1, 64, device="cuda") for n in (6, 2))
+        mask = torch.zeros(2, 1, 1, 1, device="cuda")
+        attention(q, k, k, mask)
+        attention(q, k, k)
+    assert seen.calls == [(6, False), (2, True)]
 
 
 @pytest.mark.parametrize("n_kv_head", [4, 2])
