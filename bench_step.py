@@ -49,7 +49,8 @@ def make_training_step(cfg, compute, ops=None):
     """Returns (step, model, optimizers), where step() is one real training step of train.py, of a model as
     build_trained has it.
 
-    step raises Refusal where the loss or the gradient is not finite: then no step was taken.
+    step raises Refusal where the loss or the gradient is not finite: then no step was taken. On a GPU it looks at
+    the first step and at every log_interval steps, as train.py does: to look is to wait for all that it was given.
     """
     model, trained = build_trained(cfg, compute, ops)
     optimizers = make_slow_optimizers(model, cfg, compute)
@@ -60,15 +61,19 @@ def make_training_step(cfg, compute, ops=None):
     update = train.make_step(trained, optimizers, cfg, compute, scaler=scaler)
 
     unread = []
+    n_unread = 1  # that are read together
 
     def step():
+        nonlocal n_unread
         unread.append(update(batches=batches, seed=(0, 0)))
-        if compute.device.type == "cuda" and len(unread) == 1:
+        if len(unread) < n_unread:
             return
-        # on a GPU those of the step before: train.py, too, does not wait for this one's
-        loss, norm = unread.pop(0)
-        if not train.is_usable(loss, norm, scaler):
-            figures = f"the loss is {loss} and its gradient norm {norm}"
-            raise Refusal(f"{figures}: the step that was timed was none", status=1)
+        for loss, norm in torch.stack([torch.stack(pair) for pair in unread]).tolist():
+            if not train.is_usable(loss, norm, scaler):
+                figures = f"the loss is {loss} and its gradient norm {norm}"
+                raise Refusal(f"{figures}: the step that was timed was none", status=1)
+        unread.clear()
+        if compute.device.type == "cuda":
+            n_unread = cfg.log_interval
 
     return step, model, optimizers

@@ -25,7 +25,7 @@ import toy_stories
 import train
 from config import Refusal, configure
 from data import epoch_starts
-from device import resolve
+from device import Compute, resolve
 from interop import nanogpt
 from optim import get_lr, make_optimizers
 from score import evaluate
@@ -105,6 +105,13 @@ def test_a_race_runs_until_its_time_is_over(clock, device, seconds, rounds, monk
     times = measure.race({"f": f}, seconds, device)
     assert len(calls) == 2 + rounds
     assert times["f"] == dict.fromkeys(("first", "median", "min", "max"), 1)
+
+
+def test_a_gpu_is_timed_over_several_calls():
+    seconds = (1e-6, 1.1e-5, 0.9e-3, 2e-3, 4.9e-3, 9e-3, 21e-3, 1)
+    numbers = [measure.count_calls(print, x, GPU) for x in seconds]
+    assert numbers == [1000, 454, 5, 4, 4, 2, 1, 1]
+    assert measure.count_calls(print, 1e-6, CPU) == 1 == measure.count_calls((print, print), 1e-6, GPU)
 
 
 def test_a_race_does_not_time_the_setup(clock):
@@ -317,6 +324,23 @@ def test_the_step_is_a_real_one_and_a_loss_of_nan_is_refused():
     with pytest.raises(Refusal, match="the loss is nan") as e:
         step()
     assert e.value.status == 1
+
+
+def test_on_a_gpu_steps_are_read_as_seldom_as_train_py_does(monkeypatch):
+    figures = iter([1.0] * 3 + [math.nan] + [1.0] * 9)
+
+    def update(**_):
+        return torch.tensor(next(figures)), torch.ones(())
+
+    monkeypatch.setattr(train, "make_step", lambda *_, **__: update)
+    monkeypatch.setattr(bench_step, "to", lambda batch, device: batch)
+    monkeypatch.setattr(bench_step, "build_trained", lambda *_: (torch.nn.Linear(1, 1),) * 2)
+    gpu = Compute(GPU, "bfloat16", False, "")
+    step, _, _ = bench.make_training_step(config("--log_interval=5", "--optimizer=adamw"), gpu)
+    for _ in range(5):
+        step()
+    with pytest.raises(Refusal, match="the loss is nan"):
+        step()
 
 
 def test_error_is_the_largest_of_outputs_and_gradients():
