@@ -55,7 +55,8 @@ class Graph:
         self.graph = None
         self.is_plain = device.type != "cuda"
         if not self.is_plain:
-            self.stream = side_stream(device)  # none but a side stream can be captured
+            # none but a side stream can be captured; its device has a number, where "cuda" may have none
+            self.stream = side_stream(torch.cuda.current_stream(device).device)
 
     def __call__(self):
         if self.graph is not None:

@@ -6,6 +6,7 @@ import math
 import weakref
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from test_sample import prompts_of
 from test_train import lab, run_train  # lab is a fixture
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import graphs
 import sample
 import train
 from cache import StaticCache
@@ -250,6 +252,17 @@ def test_a_graph_on_a_processor_is_a_call():
     for _ in range(6):
         graph()
     assert len(calls) == 6
+
+
+def test_graphs_of_a_device_share_a_stream_however_it_is_named(monkeypatch):
+    """train.py names a GPU "cuda", and its tensors "cuda:0"."""
+    current = SimpleNamespace(device=torch.device("cuda:0"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: object())
+    graphs.side_stream.cache_clear()
+    first, second = (Graph(None, torch.device(name)) for name in ("cuda", "cuda:0"))
+    assert first.stream is second.stream
+    graphs.side_stream.cache_clear()
 
 
 def tokens_of(step, n_micro, T=12):
