@@ -349,23 +349,19 @@ def compile_seconds(steps, prompts):
 def write(steps, texts, prompts, tokenizer, context, advice):
     """Prints the first row as it comes, then the others, then the speed; advice: for a full context."""
     line = "-" * 80
-    streams = [tokenizer.stream() for _ in texts]
-    texts = list(texts)
+    stream = tokenizer.stream()
     start = time.perf_counter()
     times = []
     print(f"{line}\n{texts[0]}", end="", flush=True)
     for rows in steps:
         times.append(time.perf_counter())
-        for i, row in enumerate(rows):
-            if row.new is None:
-                continue
-            piece = streams[i](row.new)
-            texts[i] += piece
-            if i == 0:
-                print(piece, end="", flush=True)
+        if rows[0].new is not None:
+            print(stream(rows[0].new), end="", flush=True)
     for i, row in enumerate(rows):
         if i > 0:
-            print(f"\n{line}\n{texts[i]}", end="")
+            # here, as a GPU would wait for that at each step of a large batch
+            text = "".join(map(tokenizer.stream(), row.ids))
+            print(f"\n{line}\n{texts[i]}{text}", end="")
         if row.end == "block_size":
             print(f"\n[the context of {context} tokens is full; {advice}]", end="")
     print(f"\n{line}\n{speed_line(prompts, rows, start, times)}")
