@@ -541,7 +541,8 @@ class SwiGLU(nn.Module):
         return math.ceil(8 * n_embd / 3 / 32) * 32
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = joint_linear(x, (self.gate_proj, self.up_proj), on_processor=False)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Routing(NamedTuple):

@@ -41,11 +41,13 @@ def linear(x, weight, bias=None):
     return F.linear(x, weight, bias)
 
 
-def joint_linear(x, linears):
+def joint_linear(x, linears, on_processor=True):
     """Returns what each of linears gives for x. In training that is one product, with all of their weights, where
-    many_rows_product makes it.
+    many_rows_product makes it, but for on_processor, and in a compiled step of a GPU.
     """
-    is_joint = torch.is_grad_enabled() and has_many_rows(x)
+    # a compiler writes the gradients of the pieces side by side, which else are copied there
+    is_compiled = x.is_cuda and torch.compiler.is_compiling()
+    is_joint = torch.is_grad_enabled() and (is_compiled or on_processor and has_many_rows(x))
     if not is_joint or any(type(module) is not Linear for module in linears):  # adapters, integers
         return [module(x) for module in linears]
     weight = torch.cat([module.weight for module in linears])

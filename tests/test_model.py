@@ -34,9 +34,10 @@ from model import (
     recorded_routings,
     rotate,
 )
-from products import FEW_ROWS, HAS_MKL, Linear, few_rows_product, many_rows_product
+from products import FEW_ROWS, HAS_MKL, Linear, few_rows_product, joint_linear, many_rows_product
 from rope_scaling import rope_frequencies, rope_scale
 from sizes import (
+    Undrawn,
     activation_bytes,
     flops_per_token,
     kv_cache_bytes,
@@ -200,6 +201,36 @@ def test_in_bfloat16_hidden_tokens_change_no_bit(pos, is_trained, autocast):
         assert torch.equal(changed[:, 9:], packed[:, 9:])
         assert not torch.equal(changed[:, 3:9], packed[:, 3:9])
         assert torch.equal(model(other_end, doc=doc)[0][:, :9], packed[:, :9])
+
+
+class SeesProducts(TorchFunctionMode):
+    """Notes the widths of what F.linear gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.widths = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **kwargs or {})
+        if func is F.linear:
+            self.widths.append(result.size(-1))
+        return result
+
+
+def test_in_a_compiled_step_of_a_gpu_products_of_one_input_are_one(monkeypatch):
+    """On a processor, uncompiled and without gradients, where weights would be copied for nothing, they stay."""
+
+    def widths(device, is_compiling, with_gradients=True):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: is_compiling)
+        with FakeTensorMode(), torch.device(device), Undrawn(), SeesProducts() as seen:
+            linears = [Linear(8, n, bias=False).requires_grad_(False) for n in (8, 4, 4)]
+            with torch.set_grad_enabled(with_gradients):
+                pieces = joint_linear(torch.empty(2, 3, 8), linears, on_processor=False)
+        assert [tuple(x.shape) for x in pieces] == [(2, 3, 8), (2, 3, 4), (2, 3, 4)]
+        return seen.widths
+
+    assert widths("cuda", True) == [16]
+    assert widths("cuda", False) == widths("cpu", True) == widths("cuda", True, False) == [8, 4, 4]
 
 
 class SeesAttention(TorchFunctionMode):
