@@ -332,7 +332,10 @@ class StaticCache:
 
     def update(self, layer, places, k, v):
         """Stores k, v (B, n_kv_head, 1, D) of the new tokens; returns those of all slots (B, n_kv_head, S, D)."""
-        slot = places[0] % self.k[layer].size(2)
+        slot = places[0]
+        size = self.k[layer].size(2)
+        if size <= self.last_place:  # a ring; else that were a kernel a layer for nothing
+            slot = slot % size
         self.k[layer].index_copy_(2, slot, k.type_as(self.k[layer]))
         self.v[layer].index_copy_(2, slot, v.type_as(self.v[layer]))
         return self.k[layer], self.v[layer]
