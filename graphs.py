@@ -18,6 +18,8 @@ from contextlib import contextmanager, suppress
 
 import torch
 
+from products import joined
+
 WARM_UP = 3  # plain calls before the capture: libraries load, and make room, at their first ones
 CHUNK = 8  # steps that are given to the GPU together, and read together
 FEWEST = 4 * CHUNK  # steps, below which a capture, as long as some plain steps, is hardly earned back
@@ -168,6 +170,8 @@ class Decoder:
         self.n_launched = 0
         self.ids = ids.clone()
         self.number = torch.zeros(1, dtype=torch.long, device=device)  # of the step
+        if device.type == "cuda":  # where a token's products are so small that their number counts
+            cache.joint = [joined(block.attn.projections) for block in model.blocks]
         first = uniform()
         self.uniforms = first.new_empty(n_steps, *first.shape)
         self.uniforms[0] = first

@@ -491,9 +491,16 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
 
+    @property
+    def projections(self):
+        return self.q_proj, self.k_proj, self.v_proj
+
     def forward(self, x, context):
         B, T, _ = x.shape
-        q, k, v = joint_linear(x, (self.q_proj, self.k_proj, self.v_proj))
+        joint = None
+        if context.cache is not None and context.cache.joint:
+            joint = context.cache.joint[self.layer]
+        q, k, v = joint_linear(x, self.projections, joint=joint)
         # q (B, H, T, D); k, v (B, n_kv_head, T, D)
         q = self.q_norm(q.view(B, T, -1, self.head_dim)).transpose(1, 2)
         k = self.k_norm(k.view(B, T, -1, self.head_dim)).transpose(1, 2)

@@ -41,18 +41,28 @@ def linear(x, weight, bias=None):
     return F.linear(x, weight, bias)
 
 
-def joint_linear(x, linears, on_processor=True):
+def joint_linear(x, linears, on_processor=True, joint=None):
     """Returns what each of linears gives for x. In training that is one product, with all of their weights, where
-    many_rows_product makes it, but for on_processor, and in a compiled step of a GPU.
+    many_rows_product makes it, but for on_processor, and in a compiled step of a GPU. joint: what joined gives of
+    them, where it is at hand.
     """
-    # a compiler writes the gradients of the pieces side by side, which else are copied there
-    is_compiled = x.is_cuda and torch.compiler.is_compiling()
-    is_joint = torch.is_grad_enabled() and (is_compiled or on_processor and has_many_rows(x))
-    if not is_joint or any(type(module) is not Linear for module in linears):  # adapters, integers
+    if joint is None:
+        # a compiler writes the gradients of the pieces side by side, which else are copied there
+        is_compiled = x.is_cuda and torch.compiler.is_compiling()
+        is_joint = torch.is_grad_enabled() and (is_compiled or on_processor and has_many_rows(x))
+        joint = joined(linears) if is_joint else None
+    if joint is None:
         return [module(x) for module in linears]
+    return linear(x, *joint).split([module.out_features for module in linears], -1)
+
+
+def joined(linears):
+    """Returns (weight, bias or None) of all linears together; None for adapters and integers."""
+    if any(type(module) is not Linear for module in linears):
+        return None
     weight = torch.cat([module.weight for module in linears])
     bias = None if linears[0].bias is None else torch.cat([module.bias for module in linears])
-    return linear(x, weight, bias).split([module.out_features for module in linears], -1)
+    return weight, bias
 
 
 def is_plain(x):

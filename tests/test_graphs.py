@@ -33,6 +33,7 @@ from graphs import (
     whats_not_static,
 )
 from optim import make_optimizers
+from products import joined
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 GREEDY = dict(temperature=0)
@@ -147,6 +148,18 @@ def test_a_static_cache_gives_the_logits_of_a_cache(name):
                 idx = torch.tensor([[i], [2 * i]])
                 expected = model.next_logits(idx, cache)
                 torch.testing.assert_close(model.next_logits(idx, static), expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "experts"])
+def test_q_k_and_v_as_one_product_give_the_same_logits(name):
+    """As a GPU has them; a processor has no use for it."""
+    model = build(**MODELS[name]).double()
+    with torch.no_grad():
+        caches = [StaticCache(prefill(model, prompts_of(3, 8), 16)[1], model.config) for _ in range(2)]
+        caches[1].joint = [joined(block.attn.projections) for block in model.blocks]
+        for i in range(3):
+            expected, logits = (model.next_logits(torch.tensor([[i], [2 * i]]), x) for x in caches)
+            torch.testing.assert_close(logits, expected, rtol=0, atol=1e-10)
 
 
 def test_rows_at_different_places_are_refused():
