@@ -76,8 +76,6 @@ class KVCache:
         last      (B, 2) int64, those of each row's last token; position -1 where there is none; else None
     """
 
-    joint = None  # as StaticCache has it
-
     def __init__(self, model, batch_size, max_len):
         c = model.config
         example = model.example
@@ -297,11 +295,10 @@ class StaticCache:
 
         place     (1,) int64: where the next token of each row goes
         pos       (1,) or (B, 1) int64: its position, of each row where there is padding
-        joint     of each layer what products.joined gives of q, k and v, where that saves products; else None
+        joint     of each layer what products.joined gives of q, k and v; None where they are products of their own
     """
 
     joint = None
-
     length = 0  # no count on the host: who calls knows where a row's context ends
 
     def __init__(self, cache, config):

@@ -355,6 +355,11 @@ class Context(NamedTuple):
     cache: Any  # a KVCache, or None
     places: Any  # where the new tokens go in it
 
+    def joint(self, layer):
+        """Returns the weights of a layer's q, k and v as one matrix where the cache has them so, else None."""
+        joint = getattr(self.cache, "joint", None)
+        return joint and joint[layer]
+
 
 def as_numbers(mask, dtype):
     """Returns what a boolean mask adds to scores: 0 where a key is seen, -inf elsewhere."""
@@ -497,10 +502,7 @@ class Attention(nn.Module):
 
     def forward(self, x, context):
         B, T, _ = x.shape
-        joint = None
-        if context.cache is not None and context.cache.joint:
-            joint = context.cache.joint[self.layer]
-        q, k, v = joint_linear(x, self.projections, joint=joint)
+        q, k, v = joint_linear(x, self.projections, context.joint(self.layer))
         # q (B, H, T, D); k, v (B, n_kv_head, T, D)
         q = self.q_norm(q.view(B, T, -1, self.head_dim)).transpose(1, 2)
         k = self.k_norm(k.view(B, T, -1, self.head_dim)).transpose(1, 2)

@@ -41,10 +41,10 @@ def linear(x, weight, bias=None):
     return F.linear(x, weight, bias)
 
 
-def joint_linear(x, linears, on_processor=True, joint=None):
-    """Returns what each of linears gives for x. In training that is one product, with all of their weights, where
-    many_rows_product makes it, but for on_processor, and in a compiled step of a GPU. joint: what joined gives of
-    them, where it is at hand.
+def joint_linear(x, linears, joint=None, on_processor=True):
+    """Returns what each of linears gives for x. In training that is one product, with all of their weights: in a
+    compiled step of a GPU, and on a processor where many_rows_product makes it, unless on_processor is False.
+    joint: what joined gives of them, where it is at hand.
     """
     if joint is None:
         # a compiler writes the gradients of the pieces side by side, which else are copied there
