@@ -37,7 +37,7 @@ install: .venv/installed  ## make .venv and install requirements.txt into it
 QUICK := (not combination or 2-True-True) \
 	and not (uninterrupted and (adamw or bfloat16)) \
 	and not (command_line or blows_up or as_fast or eval_only or init_from or whole_toy_story or chunked_loss_trains) \
-	and not (resume_keeps or want_of_memory or lengthened or experts_stop or compiled_experts)
+	and not (resume_keeps or want_of_memory or lengthened or experts_stop)
 
 test-quick: .venv/installed-dev  ## while you work on model.py or train.py: less than 40 seconds on two cores
 	$(BIN)/python -m pytest -q -n auto --dist=worksteal -m "not slow" -k "$(QUICK)" \

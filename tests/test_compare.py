@@ -87,7 +87,7 @@ def test_a_loss_is_that_of_eval(lab, pair):
     assert row["nats"] == pytest.approx(figures["loss"], rel=1e-9)
 
 
-@pytest.mark.parametrize("place", ["in a step", "before judging"])
+@pytest.mark.parametrize("place", ["in a step", pytest.param("before judging", marks=pytest.mark.slow)])
 def test_an_interrupted_comparison_ends_as_an_uninterrupted_one(lab, pair, monkeypatch, place):
     argv = [*SMALL, PAIR, "--seeds=1,2,3", f"--out_dir=out/{place.replace(' ', '_')}"]
     calls = 0

@@ -966,6 +966,7 @@ def test_several_checkpoints_with_different_tokenizers_are_compared(lab, capsys)
     assert figures(capsys.readouterr().out) == results
 
 
+@pytest.mark.slow
 def test_the_order_of_models_with_different_tokenizers_changes_nothing(lab, capsys):
     """Texts are cut at as many bytes, not at as many tokens of the first."""
     write_stories(lab / "stories.txt", STORIES)

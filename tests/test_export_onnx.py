@@ -512,7 +512,15 @@ ROUNDED = [
 ]
 
 
-@pytest.mark.parametrize("both_bits, settings, is_quantized", [*ROUNDED, ((4, 4), {}, True)])
+@pytest.mark.parametrize(
+    "both_bits, settings, is_quantized",
+    [
+        *ROUNDED[:1],
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ROUNDED[1:5]),
+        *ROUNDED[5:],
+        ((4, 4), {}, True),
+    ],
+)
 def test_integers_are_the_model_with_rounded_weights_and_keep_what_was_quantized(
     both_bits, settings, is_quantized, monkeypatch, tmp_path
 ):

@@ -132,7 +132,10 @@ def training_losses(lab, out_dir):
     return [line for line in log(lab, out_dir) if "loss" in line]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGINT, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGTERM, signal.SIGHUP))],
+)
 def test_a_signal_ends_the_run_after_its_step_with_advice_how_to_go_on(lab, number):
     whole = undisturbed(lab, 120)
     out_dir = f"stopped{number}"
@@ -180,6 +183,7 @@ def test_a_second_sighup_is_none_of_its_own(lab):
     assert last_line.startswith(f"train.py: stopped at step {step} by SIGHUP; ")
 
 
+@pytest.mark.slow
 def test_a_run_under_nohup_goes_on(lab):
     whole = undisturbed(lab, 120)
     command = [sys.executable, ROOT / "train.py", *ARGV, "--max_iters=120", "--out_dir=nohup"]

@@ -864,6 +864,7 @@ def test_experts_are_those_of_a_plain_loop(n_embd, n_inner, R, dtype):
         are_those_of_a_plain_loop(moe, moe, x)
 
 
+@pytest.mark.slow
 def test_compiled_experts_are_those_of_a_plain_loop():
     moe = moe_layer()
     forward = torch.compile(moe, backend="aot_eager", fullgraph=True)

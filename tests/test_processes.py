@@ -102,7 +102,7 @@ def save_gradient(path, n, rank, env):
     torch.save((loss.item(), norm.item(), gradient), f"{path}.{rank}")
 
 
-@pytest.mark.parametrize("n", [2, 3])
+@pytest.mark.parametrize("n", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_gradients_are_those_of_one_process(tmp_path, n):
     save_gradient(tmp_path / "one", 1, 0, {})
     fork_together(n, save_gradient, tmp_path / "all", n)

@@ -688,9 +688,10 @@ def test_numbers_at_the_edge_are_refused_or_work(lab, argv, refusal):
         (["--block_size=60000", "--batch_size=1", "--pos=alibi"], "this needs more than 54 GiB"),
         (["--block_size=32", "--batch_size=100000"], "this needs more than"),
         # what a step takes beyond what is foreseen: a third copy of the logits
-        (
+        pytest.param(
             ["--block_size=32", "--batch_size=7500", "--gradient_checkpointing"],
             "out of memory: a smaller batch_size or block_size or n_layer or n_embd takes less",
+            marks=pytest.mark.slow,
         ),
     ],
 )
