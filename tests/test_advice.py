@@ -151,24 +151,20 @@ SLOW_COMMANDS = {
     "folder": ["eval --out_dir={}", "export_onnx --out_dir={}"],
     "adapter": ["eval --out_dir={}", "export_onnx --out_dir={}"],
 }
-STATES = [
-    "empty",
-    "log",
+QUICK_STATES = ["empty", "log", "last", "adapter", "tuned", "folder", "onnx", "gone"]
+SLOW_STATES = [
     "best",
-    "last",
     "both",
-    "adapter",
     "adapter-best",
     "adapter-merged",
     "merged",
-    "tuned",
     "tuned-best",
-    "folder",
     "peft",
-    "onnx",
     "foreign",
-    "gone",
 ]
+STATES = QUICK_STATES + SLOW_STATES
+QUICK = [(state, COMMANDS) for state in QUICK_STATES]
+SLOW = [(state, COMMANDS) for state in SLOW_STATES] + list(SLOW_COMMANDS.items())
 
 
 @pytest.fixture(scope="module")
@@ -177,10 +173,9 @@ def refusals():
     return {}
 
 
-SLOW_CASES = [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_COMMANDS.items()]
-
-
-@pytest.mark.parametrize("state, commands", [(state, COMMANDS) for state in STATES] + SLOW_CASES)
+@pytest.mark.parametrize(
+    "state, commands", [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
+)
 def test_advice_that_is_followed_leads_to_something(states, refusals, state, commands, tmp_path):
     """Each piece of advice works, or what the next refusal advises does; each from the same state."""
 

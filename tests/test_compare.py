@@ -146,6 +146,7 @@ def test_a_variant_beside_itself_is_seldom_different(lab):
     assert sum("no difference" not in text for text in verdicts) <= 2
 
 
+@pytest.mark.slow
 def test_the_sweep_gives_everyone_the_same_trials_and_takes_the_best(lab):
     argv = ["--variants=a:;b: --norm=layernorm", "--sweep=learning_rate:1e-5,1e-2 warmup_iters:2,4"]
     argv += ["--seeds=7", "--sweep_budget=0.5", "--out_dir=out/sweep"]

@@ -244,6 +244,7 @@ def test_a_deep_models_rounding_is_measured_against_float64(lab, exported, monke
         export_onnx.check(other, exported, [0], 9)
 
 
+@pytest.mark.slow
 def test_a_model_is_exported_stretched_and_is_another_than_its_own(lab, exported, tmp_path):
     with contextlib.chdir(lab.folder):
         argv = ["--block_size=128", "--rope_scaling=yarn:2,64"]
@@ -682,6 +683,7 @@ def test_every_setting(settings, tmp_path):
 # Ctrl-C
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_torch_traces_ends_it_after_that(monkeypatch):
     graph = onnx_graph.Graph.forward
 

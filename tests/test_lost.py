@@ -92,23 +92,28 @@ def test_a_run_killed_at_20_random_moments_is_the_undisturbed_one(lab):
     assert_same_run(lab, whole, "killed")
 
 
+MORE_PLACES = [
+    ("write", 4),
+    ("fsync", 3),
+    ("fsync", 4),
+    ("fsync", 8),
+    ("rename", 3),
+    ("renamed", 2),
+    ("renamed", 4),
+]
+
+
 @pytest.mark.parametrize(
     "place, count",
     [
         ("write", 1),
         ("write", 2),
-        ("write", 4),
-        ("fsync", 3),
-        ("fsync", 4),
         ("fsync", 5),
-        ("fsync", 8),
         ("fsync", 10),
         ("rename", 2),
-        ("rename", 3),
         ("rename", 5),
-        ("renamed", 2),
         ("renamed", 3),
-        ("renamed", 4),
+        *(pytest.param(*place, marks=pytest.mark.slow) for place in MORE_PLACES),
     ],
 )
 def test_a_run_killed_within_a_save_is_the_undisturbed_one(lab, place, count):

@@ -116,9 +116,12 @@ def cached(model, idx, chunks, cache=None, doc=None):
 
 
 def case(*combination):
-    """A combination for pytest; of tie and qk_norm those that are both on or both off are quick to have."""
-    *_, tie, qk_norm = combination
-    return pytest.param(*combination, marks=[] if tie == qk_norm else pytest.mark.slow)
+    """A combination for pytest, a quarter of which is not slow: tie and qk_norm on with two heads for keys and
+    values, and off with others.
+    """
+    *_, n_kv_head, tie, qk_norm = combination
+    is_quick = tie == qk_norm == (n_kv_head == 2)
+    return pytest.param(*combination, marks=[] if is_quick else pytest.mark.slow)
 
 
 @pytest.mark.parametrize(
