@@ -97,11 +97,25 @@ def count_pairs(batch):
 # The task
 
 
-class Preferring(finetune_lora.FineTuning):
-    """Learning which of two answers is preferred: what train.fit needs of a task.
-
-    examples has the chosen and the rejected answers in turns; a pair shares a row, each a document of it.
+class Pairing(finetune_lora.FineTuning):
+    """A task of pairs of answers. examples has the chosen and the rejected ones in turns; a pair shares a row, each a
+    document of it. A class of this kind says the names of its figures, and figures(batch): their sums over a batch,
+    and the number of pairs.
     """
+
+    conversations_per_row = 2
+
+    def validate(self, tokens=None):
+        """Returns {name: mean over held-out pairs} of the figures."""
+        numbers = self.val_numbers(tokens)
+        size = self.cfg.batch_size
+        n = len(self.names)
+        values = means(self.trained, numbers, self.val_batch, size, self.compute, self.figures, n)
+        return dict(zip(self.names, values))
+
+
+class Preferring(Pairing):
+    """Learning which of two answers is preferred: what train.fit needs of a task."""
 
     kind = "preference tuning"
     panels = (
@@ -111,8 +125,8 @@ class Preferring(finetune_lora.FineTuning):
     )
     fixed = finetune_lora.FIXED | {"beta"}
     count = staticmethod(count_pairs)
-    conversations_per_row = 2
-    names = ("val_loss", "accuracy", "margin", "logp_chosen", "logp_rejected")  # of figures()
+    # accuracy: the share whose chosen answer gained more; margin: by how much, times beta; log p in nats
+    names = ("val_loss", "accuracy", "margin", "logp_chosen", "logp_rejected")
 
     def begin(self):
         """Computes what the reference, the base, gives the answers. A run of all weights keeps it: when it
@@ -157,19 +171,8 @@ class Preferring(finetune_lora.FineTuning):
         return -F.logsigmoid(self.cfg.beta * (chosen - rejected)).sum()
 
     def figures(self, batch):
-        """Returns the sums over a batch of what validate() reports, and the number of pairs."""
         chosen, rejected, logp_chosen, logp_rejected = gains(self.trained, batch)
         return sums_of_pairs(self.cfg.beta * (chosen - rejected), logp_chosen, logp_rejected)
-
-    def validate(self, tokens=None):
-        """Returns figures of held-out pairs, means: the loss; accuracy, the share whose chosen answer gained
-        more; margin, by how much, times beta; log p of both answers, in nats.
-        """
-        numbers = self.val_numbers(tokens)
-        size = self.cfg.batch_size
-        n = len(self.names)
-        values = means(self.trained, numbers, self.val_batch, size, self.compute, self.figures, n)
-        return dict(zip(self.names, values))
 
     def notes(self):
         reference = [] if self.cfg.rank else [*self.reference.tolist(), *self.val_reference.tolist()]

@@ -130,11 +130,10 @@ def load_reward(path, device="cpu"):
 # The task
 
 
-class Rewarding(finetune_dpo.Preferring):
+class Rewarding(finetune_dpo.Pairing):
     """Learning which of two answers gets more: what train.fit needs of a task."""
 
     kind = KIND
-    fixed = finetune_lora.FIXED
     panels = (("loss, nats a pair", LOSSES), ("share of pairs", ("accuracy",)))
     names = ("val_loss", "accuracy", "margin", "reward_chosen", "reward_rejected")
 
@@ -142,10 +141,6 @@ class Rewarding(finetune_dpo.Preferring):
         """Adds the layer that reads rewards."""
         saved = self.tuning.resumed["config"]["reward_head"] if self.tuning.resumed else {}
         add_head(self.tuning.model, "reward_head", saved)
-
-    # batches as FineTuning makes them, without a reference
-    make_batch = finetune_lora.FineTuning.make_batch
-    val_batch = finetune_lora.FineTuning.val_batch
 
     def loss(self, model, batch):
         """Returns -log sigmoid(the chosen answer's reward - the rejected one's), summed over pairs."""
@@ -163,8 +158,7 @@ class Rewarding(finetune_dpo.Preferring):
         return finetune_dpo.sums_of_pairs(chosen - rejected, chosen, rejected)
 
     def notes(self):
-        head = saved_head(self.tuning.model.reward_head)
-        return finetune_lora.FineTuning.notes(self) | {"reward_head": head}
+        return super().notes() | {"reward_head": saved_head(self.tuning.model.reward_head)}
 
     def preview(self):
         """Returns the rewards of the first held-out pair's answers."""
