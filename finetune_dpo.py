@@ -39,17 +39,23 @@ SAMPLES = 200  # of the built-in task, judged by the grammar
 
 
 @dataclass
-class Config(finetune_lora.Config):
+class PairConfig(finetune_lora.Config):
     # fmt: off
-    out_dir: str = "out/dpo"                # where adapter.pt, log.jsonl and loss.png go; with --rank=0 ckpt.pt
     dataset: str = "toy"                    # toy (made here) | a .json .jsonl .csv .parquet file | hf:NAME
-    beta: float = 0.1                       # how strongly the model is held to its reference, the base
     eval_tokens: int = 0                    # of held-out rows looked at meanwhile, always the same ones; 0 = all
     max_iters: int = 100                    # steps
     # fmt: on
 
     built_in = "toy"
     built_in_template = "{prompt}"  # a story and how it goes on
+
+
+@dataclass
+class Config(PairConfig):
+    # fmt: off
+    out_dir: str = "out/dpo"                # where adapter.pt, log.jsonl and loss.png go; with --rank=0 ckpt.pt
+    beta: float = 0.1                       # how strongly the model is held to its reference, the base
+    # fmt: on
 
     def __post_init__(self):
         super().__post_init__()

@@ -34,16 +34,8 @@ KIND = "reward model"  # what checkpoint.py knows the adapters by
 
 
 @dataclass
-class Config(finetune_lora.Config):
-    # fmt: off
-    out_dir: str = "out/reward"             # where adapter.pt, log.jsonl and loss.png go
-    dataset: str = "toy"                    # toy (made here) | a .json .jsonl .csv .parquet file | hf:NAME
-    eval_tokens: int = 0                    # of held-out rows looked at meanwhile, always the same ones; 0 = all
-    max_iters: int = 100                    # steps
-    # fmt: on
-
-    built_in = "toy"
-    built_in_template = "{prompt}"  # a story and how it goes on
+class Config(finetune_dpo.PairConfig):
+    out_dir: str = "out/reward"  # where adapter.pt, log.jsonl and loss.png go
 
     def __post_init__(self):
         super().__post_init__()
