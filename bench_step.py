@@ -30,10 +30,7 @@ def build_trained(cfg, compute, ops=None):
     ops is None.
     """
     model = build_model(cfg)
-    trained = train.place(model, compute)
-    model.gradient_checkpointing = cfg.gradient_checkpointing
-    model.chunked_loss = cfg.loss == "chunked"
-    model.balance = cfg.balance
+    trained = train.place(model, cfg, compute)
     if ops is None:
         ops, _ = rmsnorm.choose(cfg.rmsnorm, compute.device, compute.compile)
     use_rmsnorm(model, ops)

@@ -60,6 +60,7 @@ from train import (
     go_on_after_restart,
     is_in_the_way,
     launch,
+    place,
 )
 
 
@@ -160,17 +161,14 @@ class Tuning:
         counted = replace(cfg, batch_size=cfg.rows)
         needs = training_bytes(counted, c, self.compute, learned=learned, adapt=adapt, documents=True)
         check_memory(self.compute.device, needs, "try a smaller batch_size")
-        self.model = self.model.to(self.compute.device)
+        trained = place(self.model, cfg, self.compute)
         rmsnorm_message = choose_rmsnorm(self.model, cfg.rmsnorm, self.compute)
-        self.model.gradient_checkpointing = cfg.gradient_checkpointing
-        self.model.chunked_loss = cfg.loss == "chunked"
-        self.model.balance = cfg.balance
         if self.compute.is_main:
             print(f"{self.base.path}: {self.compute.message}{rmsnorm_message}")
             merged = os.path.join(cfg.out_dir, "ckpt.pt")
             if self.base.adapter and os.path.exists(merged):
                 print(f"{merged} is from an earlier --merge, and stays as it is")
-        return torch.compile(self.model) if self.compute.compile else self.model
+        return trained
 
     def save(self, name, state, notes):
         """Writes the adapters, or with --rank=0 the whole checkpoint, to out_dir; notes are kept beside the config."""

@@ -722,10 +722,7 @@ def pretrain(cfg):
         start.state.pop("model")  # else both would be held until the end
     else:
         model = Transformer(model_config(cfg))
-    model.gradient_checkpointing = cfg.gradient_checkpointing
-    model.chunked_loss = cfg.loss == "chunked"
-    model.balance = cfg.balance
-    trained = place(model, compute)
+    trained = place(model, cfg, compute)
     rmsnorm_message = choose_rmsnorm(model, cfg.rmsnorm, compute)
     if compute.is_main:
         muon_message = ""
@@ -752,8 +749,13 @@ def pretrain(cfg):
     return task
 
 
-def place(model, compute):
-    """Moves a Transformer to its device, or shares it out. Returns what to train, perhaps compiled."""
+def place(model, cfg, compute):
+    """Tells a Transformer how cfg has it trained, and moves it to its device, or shares it out. Returns what to train,
+    perhaps compiled.
+    """
+    model.gradient_checkpointing = cfg.gradient_checkpointing
+    model.chunked_loss = cfg.loss == "chunked"
+    model.balance = cfg.balance
     if compute.shards:
         if compute.compile:  # between their messages
             for block in model.blocks:
