@@ -311,7 +311,14 @@ def new_folder(to, overwrite, ways, reads=(), is_worth=None):
             shutil.rmtree(tmp, ignore_errors=True)
 
 
-def advice(folder, name):
+def split_onnx(path):
+    """Returns (folder, name) of the ONNX model that a path names: a folder, or one .onnx file in it."""
+    if path.endswith(".onnx") and not os.path.isdir(path):
+        return os.path.split(path)
+    return path, "model.onnx"
+
+
+def onnx_advice(folder, name):
     """Returns what to do where there is no ONNX model `name` in folder."""
     folder = folder or "."
     onnx = os.path.join(folder, "onnx")

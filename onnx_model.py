@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from config import Refusal
 from data import AS_IT_STANDS, text_rule
-from folders import advice
+from folders import onnx_advice, split_onnx
 from interop.foreign_tokenizer import FILES, ForeignTokenizer
 from model import ModelConfig
 from tokenizer import Tokenizer
@@ -283,7 +283,7 @@ def refusing(folder, name, onnx_name):
     try:
         yield
     except FileNotFoundError:
-        raise Refusal(f"there is no {path}; {advice(folder, onnx_name)}")
+        raise Refusal(f"there is no {path}; {onnx_advice(folder, onnx_name)}")
     except OSError as e:
         raise Refusal(f"cannot read {path}: {e.strerror}")
     except (ValueError, RecursionError) as e:
@@ -326,10 +326,7 @@ def load(path):
 
     Raises Refusal where the files are damaged, do not belong together or are of another format.
     """
-    folder = path
-    file = "model.onnx"
-    if path.endswith(".onnx") and not os.path.isdir(path):
-        folder, file = os.path.split(path)
+    folder, file = split_onnx(path)
     with refusing(folder, "config.json", file):
         config = json.loads(read_text(folder, "config.json"))
         if config["format"] not in READABLE:

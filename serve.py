@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 from config import Refusal, run
-from folders import advice
+from folders import onnx_advice, split_onnx
 
 HERE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "browser")
 ORT = "node_modules/onnxruntime-web/dist/"
@@ -102,22 +102,18 @@ class Server(ThreadingHTTPServer):
             super().handle_error(*args)
 
 
-def model_path(model):
-    return model if model.endswith(".onnx") else os.path.join(model, "model.onnx")
-
-
 def serve(model, port):
     """Returns the server, bound to 127.0.0.1 and not started. Raises OSError where the port is taken."""
     server = Server(("127.0.0.1", port), Handler)
-    server.folder, server.file = os.path.split(model_path(model))
+    server.folder, server.file = split_onnx(model)
     return server
 
 
 def main(cfg):
-    path = model_path(cfg.model)
+    folder, file = split_onnx(cfg.model)
+    path = os.path.join(folder, file)
     if not os.path.isfile(path):
-        folder, file = os.path.split(path)
-        raise Refusal(f"there is no {path}; {advice(folder, file)}")
+        raise Refusal(f"there is no {path}; {onnx_advice(folder, file)}")
     if not os.path.isfile(os.path.join(HERE, FILES[-1])):
         raise Refusal("onnxruntime-web is not installed: make browser, or npm ci in browser/")
     try:
