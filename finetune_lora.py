@@ -46,6 +46,7 @@ from data import (
 from device import Compute, resolve
 from examples import Source, find_encoded
 from generate import generate
+from graphs import graph_message
 from lenses import probes
 from log import LOSSES, plot
 from memory import check_memory, training_bytes
@@ -164,7 +165,8 @@ class Tuning:
         trained = place(self.model, cfg, self.compute)
         rmsnorm_message = choose_rmsnorm(self.model, cfg.rmsnorm, self.compute)
         if self.compute.is_main:
-            print(f"{self.base.path}: {self.compute.message}{rmsnorm_message}")
+            steps_message = graph_message(cfg, self.compute, is_static=False)
+            print(f"{self.base.path}: {self.compute.message}{rmsnorm_message}{steps_message}")
             merged = os.path.join(cfg.out_dir, "ckpt.pt")
             if self.base.adapter and os.path.exists(merged):
                 print(f"{merged} is from an earlier --merge, and stays as it is")

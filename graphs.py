@@ -246,11 +246,11 @@ def captures_steps(cfg, compute):
     return compute.device.type == "cuda" and not whats_not_captured(cfg, compute)
 
 
-def graph_message(cfg, compute):
-    """Returns what a training run says of graphs: "" on a processor, which has none."""
+def graph_message(cfg, compute, is_static=True):
+    """Returns what a training run says of graphs: "" on a processor, which has none. is_static: as of a task."""
     if compute.device.type != "cuda":
         return ""
-    reason = whats_not_captured(cfg, compute)
+    reason = whats_not_captured(cfg, compute) if is_static else "rows of different lengths"
     return f", no CUDA graph ({reason})" if reason else ", a CUDA graph a step"
 
 

@@ -376,8 +376,9 @@ def test_what_is_not_captured_is_said():
     for reason, (cfg, compute) in cases.items():
         assert graph_message(cfg, compute) == f", no CUDA graph ({reason})"
         assert not captures_steps(cfg, compute)
+    assert graph_message(CFG, gpu, is_static=False) == ", no CUDA graph (rows of different lengths)"
     cpu = resolve("cpu", "float32", "false")
-    assert graph_message(CFG, cpu) == ""
+    assert graph_message(CFG, cpu) == graph_message(CFG, cpu, is_static=False) == ""
     step = train.make_step(build(), [], CFG, cpu)
     assert step.func is train.train_step
 
