@@ -494,7 +494,7 @@ def bench_tokenizer(cfg, compute):
     if cfg.text:
         docs = list(sources.documents([cfg.text], prepare.Config(dataset=cfg.text)))
     else:
-        docs = [text for text, _ in toy_stories.stories(9000, cfg.seed)]
+        docs = toy_stories.texts(9000, cfg.seed)
     try:
         tokenizer = Tokenizer.train(docs, cfg.vocab_size)
     except ValueError as e:

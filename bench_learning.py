@@ -6,6 +6,7 @@ from itertools import chain, islice, pairwise
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import toy_stories
 import train
@@ -35,9 +36,12 @@ def fresh_stories(n_tokens, vocab_size, seed):
         ids = chain.from_iterable((*ids, tokenizer.eot) for ids in tokenizer.encode_batch(texts))
         return np.fromiter(ids, id_type(tokenizer.vocab_size))
 
-    parts = [encode(told)]
-    while sum(map(len, parts)) < n_tokens:
-        parts.append(encode(list(islice(texts, TOLD))))
+    parts = []
+    with tqdm(total=n_tokens, unit="token", dynamic_ncols=True, disable=None, desc="stories") as bar:
+        while sum(map(len, parts)) < n_tokens:
+            parts.append(encode(told))
+            bar.update(len(parts[-1]))
+            told = list(islice(texts, TOLD))
     return np.concatenate(parts), encode(held_out), tokenizer
 
 

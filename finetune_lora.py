@@ -311,9 +311,7 @@ def moral_lines(model, tokenizer, held_out, template, compute):
 def story_line(model, tokenizer, compute):
     """Returns a line: how well a model still tells toy stories."""
     stories = [
-        id
-        for text, _ in toy_stories.stories(500, seed=1)
-        for id in (*tokenizer.encode(text), tokenizer.eot)
+        id for text in toy_stories.texts(500, seed=1) for id in (*tokenizer.encode(text), tokenizer.eot)
     ]
     return floor_line(model, tokenizer, np.array(stories), compute)
 

@@ -508,7 +508,7 @@ class Reinforcing(finetune_lora.FineTuning):
         }
         if self.cfg.dataset == self.cfg.built_in:
             model, tokenizer = self.tuning.model, self.tuning.tokenizer
-            stories = [tokenizer.encode(text) for text, _ in toy_stories.stories(STORIES, seed=1)]
+            stories = [tokenizer.encode(text) for text in toy_stories.texts(STORIES, seed=1)]
             nats = document_nats(model, stories, tokenizer, self.compute)
             figures["story"] = float(np.mean([story.sum() for story in nats]))
         return figures

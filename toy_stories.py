@@ -394,6 +394,11 @@ def stories(n, seed=0):
         yield text, logp
 
 
+def texts(n, seed=0):
+    """Returns the texts of stories(n, seed), a list."""
+    return [text for text, _ in stories(n, seed)]
+
+
 def all_options(choice):
     return choice.options
 

@@ -146,7 +146,7 @@ def numbers(value, key=""):
 def everything(tmp_path_factory):
     """The folder, the printed lines and the results of one run of all benches."""
     folder = tmp_path_factory.mktemp("bench")
-    stories = [text for text, _ in toy_stories.stories(50)]
+    stories = toy_stories.texts(50)
     (folder / "stories.txt").write_text("<|endoftext|>".join(stories), encoding="utf-8")
     output = io.StringIO()
     with (
@@ -451,12 +451,12 @@ def checkout(tmp_path, monkeypatch):
 
 
 def test_stories_to_learn_from_are_told_once(checkout):
-    ids, held_out, tokenizer = bench_learning.fresh_stories(9000, 400, seed=3)
-    texts = [text for text, _ in toy_stories.stories(220, 3)]
+    ids, held_out, tokenizer = bench_learning.fresh_stories(30000, 400, seed=3)
     n = (ids == tokenizer.eot).sum()
-    assert len(ids) >= 9000 and n % 50 == 0
+    assert len(ids) >= 30000 and n % 50 == 0 and n > 100
+    texts = toy_stories.texts(20 + n, 3)
     assert tokenizer.decode(held_out.tolist()) == "".join(f"{text}{EOT}" for text in texts[:20])
-    assert tokenizer.decode(ids.tolist()) == "".join(f"{text}{EOT}" for text in texts[20 : 20 + n])
+    assert tokenizer.decode(ids.tolist()) == "".join(f"{text}{EOT}" for text in texts[20:])
 
 
 def test_time_to_a_loss_is_that_of_steps_after_the_start(clock):

@@ -199,7 +199,7 @@ def test_the_grammar_tells_what_is_preferred():
         assert not toy_stories.is_preferred(row["prompt"] + row["rejected"])
         assert toy_stories.derivations(row["prompt"] + row["chosen"])
     # of all stories, those that end with name and lesson: six closings in ten
-    stories = [text for text, _ in toy_stories.stories(2000, 6)]
+    stories = toy_stories.texts(2000, 6)
     assert abs(np.mean([toy_stories.is_preferred(text) for text in stories]) - 0.6) < 0.04
     # a slip on the way does not change what the story is about
     [(text, _)] = toy_stories.stories(1, 7)

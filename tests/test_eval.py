@@ -38,7 +38,7 @@ from score import completion_nats, context_lengths, document_nats, document_wind
 from tokenizer import Tokenizer
 
 CPU = resolve("cpu", "float32", "false")
-STORIES = [text for text, _ in toy_stories.stories(400, seed=77)]
+STORIES = toy_stories.texts(400, seed=77)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def lab(tmp_path_factory):
     call(prepare, "--num_stories=600", "--num_proc=1", "--vocab_size=500", folder=folder)
     brief = ["--max_iters=20", "--eval_interval=20"]
     call(train, *SMALL, *brief, "--block_size=192", "--out_dir=out/a", folder=folder)
-    write_stories(folder / "b.txt", [text for text, _ in toy_stories.stories(400, seed=3)])
+    write_stories(folder / "b.txt", toy_stories.texts(400, seed=3))
     argv = ["--dataset=b.txt", "--name=b", "--vocab_size=300", "--num_proc=1"]
     call(prepare, *argv, folder=folder)
     argv = ["--dataset=b", "--max_iters=1", "--block_size=64", "--out_dir=out/b"]

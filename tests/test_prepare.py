@@ -176,7 +176,7 @@ def test_every_format_gives_back_the_documents_and_the_same_bytes():
 
 def test_the_toy_stories():
     _, data, tokenizer = make("toy", name="", num_stories=120, seed=5)
-    assert all_texts(data, tokenizer) == sorted(text for text, _ in toy_stories.stories(120, 5))
+    assert all_texts(data, tokenizer) == sorted(toy_stories.texts(120, 5))
     assert files("data/toy") == ["meta.json", "tokenizer.json", "train.bin", "val.bin"]
 
 
