@@ -295,10 +295,9 @@ class StaticCache:
 
         place     (1,) int64: where the next token of each row goes
         pos       (1,) or (B, 1) int64: its position, of each row where there is padding
-        joint     of each layer what products.joined gives of q, k and v; None where they are products of their own
+        joint     {layer: what products.joined gives of its q, k and v}, of those that have one product for them
     """
 
-    joint = None
     length = 0  # no count on the host: who calls knows where a row's context ends
 
     def __init__(self, cache, config):
@@ -312,6 +311,7 @@ class StaticCache:
         self.last_pos = config.block_size - 1 if config.what_ends_a_text else cache.max_len - 1
         self.place = torch.full((1,), cache.length, device=device)
         self.pos = self.place.clone()
+        self.joint = {}
         self.docs = None  # {window: (B, size)}, the document of each slot, where rows are padded
         self.row_docs = None  # (B, 1), that of the next token: the one of the last
         if cache.docs is not None:

@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 
 import torch
 
+from model import Attention
 from products import joined
 
 WARM_UP = 3  # plain calls before the capture: libraries load, and make room, at their first ones
@@ -148,6 +149,11 @@ def is_worth_a_capture(model, n_steps):
     return is_static and n_steps >= FEWEST
 
 
+def joint_projections(model):
+    """Returns {layer: what products.joined gives of its q, k and v} of a model's Attentions."""
+    return {x.layer: joined(x.projections) for x in model.modules() if isinstance(x, Attention)}
+
+
 class Decoder:
     """Steps of one token for all rows of a batch, after their prompts.
 
@@ -171,7 +177,7 @@ class Decoder:
         self.ids = ids.clone()
         self.number = torch.zeros(1, dtype=torch.long, device=device)  # of the step
         if device.type == "cuda":  # where a token's products are so small that their number counts
-            cache.joint = [joined(block.attn.projections) for block in model.blocks]
+            cache.joint = joint_projections(model)
         first = uniform()
         self.uniforms = first.new_empty(n_steps, *first.shape)
         self.uniforms[0] = first

@@ -357,8 +357,7 @@ class Context(NamedTuple):
 
     def joint(self, layer):
         """Returns the weights of a layer's q, k and v as one matrix where the cache has them so, else None."""
-        joint = getattr(self.cache, "joint", None)
-        return joint and joint[layer]
+        return getattr(self.cache, "joint", {}).get(layer)
 
 
 def as_numbers(mask, dtype):

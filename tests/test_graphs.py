@@ -30,10 +30,10 @@ from graphs import (
     TrainingStep,
     captures_steps,
     graph_message,
+    joint_projections,
     whats_not_static,
 )
 from optim import make_optimizers
-from products import joined
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 GREEDY = dict(temperature=0)
@@ -156,7 +156,8 @@ def test_q_k_and_v_as_one_product_give_the_same_logits(name):
     model = build(**MODELS[name]).double()
     with torch.no_grad():
         caches = [StaticCache(prefill(model, prompts_of(3, 8), 16)[1], model.config) for _ in range(2)]
-        caches[1].joint = [joined(block.attn.projections) for block in model.blocks]
+        caches[1].joint = joint_projections(model)
+        assert sorted(caches[1].joint) == list(range(model.config.n_layer))
         for i in range(3):
             expected, logits = (model.next_logits(torch.tensor([[i], [2 * i]]), x) for x in caches)
             torch.testing.assert_close(logits, expected, rtol=0, atol=1e-10)
