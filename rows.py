@@ -131,7 +131,8 @@ ROW = (
     "or prompt and completion; here is"
 )
 PREFERENCE = (
-    "rows have prompt, chosen and rejected, or chosen and rejected as whole conversations; here is"
+    "rows have prompt or instruction, chosen and rejected, or chosen and rejected as whole "
+    "conversations; here is"
 )
 MESSAGE = "a message has role and content, or from and value; here is"
 PART = "a part of a content has type and text; here is"

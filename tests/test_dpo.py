@@ -178,7 +178,7 @@ def test_rows_without_two_answers_to_learn_from_are_counted_with_their_places(sh
     [
         (
             {"prompt": "a", "chosen": "b"},
-            "rows have prompt, chosen and rejected, or chosen and rejected as",
+            "rows have prompt or instruction, chosen and rejected, or chosen and rejected as",
         ),
         ({"prompt": "a", "chosen": 5, "rejected": "b"}, "column 'chosen' is not text but 5"),
         ({"chosen": "b", "rejected": "c"}, "column 'chosen' is not a list of messages but 'b'"),
