@@ -309,7 +309,7 @@ def bench_decode(cfg, compute):
     the time with a cache against that without one, and with a draft the last one speculative decoding.
     """
     model = build_model(cfg).to(compute.device, compute.dtype).eval()
-    if cfg.init_from != "scratch":
+    if cfg.draft or cfg.against == LLAMA_CPP:
         tokenizer = load_tokenizer(checkpoint.open_checkpoint(cfg.init_from).state["tokenizer"])
     if cfg.draft:  # refused before minutes are over
         speculations = load_speculations(cfg, compute, model, tokenizer)

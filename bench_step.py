@@ -65,7 +65,7 @@ def make_training_step(cfg, compute, ops=None):
         unread.append(update(batches=batches, seed=(0, 0)))
         if len(unread) < n_unread:
             return
-        for loss, norm in torch.stack([torch.stack(pair) for pair in unread]).tolist():
+        for loss, norm in train.read_figures(unread):
             if not train.is_usable(loss, norm, scaler):
                 figures = f"the loss is {loss} and its gradient norm {norm}"
                 raise Refusal(f"{figures}: the step that was timed was none", status=1)

@@ -441,19 +441,19 @@ def attention(q, k, v, mask=None, is_causal=False, dropout_p=0.0):
     times at 1,024 tokens (LOG.md).
     """
     is_slow = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad
-    if not is_slow or q.size(-2) > LONGEST_WRITTEN_OUT:
-        is_grouped = q.size(1) != k.size(1)
-        if is_grouped and mask is not None and q.device.type == "cuda":
-            # only cuDNN's takes groups under a mask, see device.one_shape; without it SDPA writes the scores out
-            k, v = (x.repeat_interleave(q.size(1) // k.size(1), 1) for x in (k, v))
-            is_grouped = False
+    is_written_out = is_slow and q.size(-2) <= LONGEST_WRITTEN_OUT
+    is_grouped = q.size(1) != k.size(1)
+    # on a GPU only cuDNN's takes groups under a mask, see device.one_shape; without it SDPA writes the scores out
+    if is_written_out or is_grouped and mask is not None and q.device.type == "cuda":
+        k, v = (x.repeat_interleave(q.size(1) // k.size(1), 1) for x in (k, v))
+        is_grouped = False
+    if not is_written_out:
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=is_causal, dropout_p=dropout_p, enable_gqa=is_grouped
         )
     T, S = q.size(-2), k.size(-2)
     if is_causal:
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril()
-    k, v = (x.repeat_interleave(q.size(1) // k.size(1), 1) for x in (k, v))
     scores = q * q.size(-1) ** -0.5 @ k.mT  # (B, H, T, S)
     if mask is not None and mask.dtype == torch.bool:
         mask = as_numbers(mask, q.dtype)

@@ -10,6 +10,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from cache import capacity
+from data import tokens_a_step
 from model import MoE, Transformer, make_sight, model_config
 from quantized import QuantizedLinear
 
@@ -186,7 +187,7 @@ def step_flops(cfg):
         ).parameters
     except ValueError:  # a size that check_training_memory refuses
         return math.inf
-    return 6 * parameters * cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
+    return 6 * parameters * tokens_a_step(cfg)
 
 
 def kv_cache_bytes(c, batch_size, length, bytes_per_number):

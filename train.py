@@ -318,7 +318,7 @@ def fit(task, model, cfg, compute, resumed=None):
 
     def read_steps():
         """Reads what the device computed since the last call into state.losses; returns the last gradient norm."""
-        results = torch.stack([torch.stack(step) for step in unread]).tolist() if unread else []
+        results = read_figures(unread)
         for step, (loss, norm) in enumerate(results, state.step - len(results)):
             if not is_usable(loss, norm, scaler):
                 raise Diverged(
@@ -420,6 +420,11 @@ def fit(task, model, cfg, compute, resumed=None):
                 bar.set_postfix({"loss": f"{loss:.3f}", **speed})
                 state.losses = []
     log.close()
+
+
+def read_figures(steps):
+    """Returns [(loss, gradient norm)] of steps as numbers: of tensors on a device, which is waited for once."""
+    return torch.stack([torch.stack(step) for step in steps]).tolist() if steps else []
 
 
 class Meter:

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._subclasses import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 import products
@@ -206,58 +205,46 @@ def test_in_bfloat16_hidden_tokens_change_no_bit(pos, is_trained, autocast):
         assert torch.equal(model(other_end, doc=doc)[0][:, :9], packed[:, :9])
 
 
-class SeesProducts(TorchFunctionMode):
-    """Notes the widths of what F.linear gives."""
-
-    def __init__(self):
-        super().__init__()
-        self.widths = []
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **kwargs or {})
-        if func is F.linear:
-            self.widths.append(result.size(-1))
-        return result
-
-
 def test_in_a_compiled_step_of_a_gpu_products_of_one_input_are_one(monkeypatch):
     """On a processor, uncompiled and without gradients, where weights would be copied for nothing, they stay."""
 
+    plain = F.linear
+    seen = []
+
+    def linear(x, weight, bias=None):
+        seen.append(len(weight))
+        return plain(x, weight, bias)
+
+    monkeypatch.setattr(F, "linear", linear)
+
     def widths(device, is_compiling, with_gradients=True):
+        seen.clear()
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: is_compiling)
-        with FakeTensorMode(), torch.device(device), Undrawn(), SeesProducts() as seen:
+        with FakeTensorMode(), torch.device(device), Undrawn():
             linears = [Linear(8, n, bias=False).requires_grad_(False) for n in (8, 4, 4)]
             with torch.set_grad_enabled(with_gradients):
                 pieces = joint_linear(torch.empty(2, 3, 8), linears, on_processor=False)
         assert [tuple(x.shape) for x in pieces] == [(2, 3, 8), (2, 3, 4), (2, 3, 4)]
-        return seen.widths
+        return list(seen)
 
     assert widths("cuda", True) == [16]
     assert widths("cuda", False) == widths("cpu", True) == widths("cuda", True, False) == [8, 4, 4]
 
 
-class SeesAttention(TorchFunctionMode):
-    """Notes how SDPA is called, and leaves it out."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is F.scaled_dot_product_attention:
-            self.calls.append((args[1].size(1), kwargs["enable_gqa"]))
-            return args[0]
-        return func(*args, **kwargs or {})
-
-
-def test_on_a_gpu_grouped_heads_under_a_mask_are_copied():
+def test_on_a_gpu_grouped_heads_under_a_mask_are_copied(monkeypatch):
     """Or SDPA would write the scores out: its kernel that takes a mask takes no groups."""
-    with FakeTensorMode(), SeesAttention() as seen:
+    calls = []
+
+    def sdpa(q, k, v, enable_gqa, **_):
+        calls.append((k.size(1), enable_gqa))
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", sdpa)
+    with FakeTensorMode():
         q, k = (torch.empty(2, n, 1, 64, device="cuda") for n in (6, 2))
         mask = torch.zeros(2, 1, 1, 1, device="cuda")
         attention(q, k, k, mask)
         attention(q, k, k)
-    assert seen.calls == [(6, False), (2, True)]
+    assert calls == [(6, False), (2, True)]
 
 
 @pytest.mark.parametrize("n_kv_head", [4, 2])
