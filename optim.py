@@ -3,6 +3,7 @@
 import math
 from collections import defaultdict
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch.optim.adamw import adamw
@@ -358,8 +359,12 @@ class Muon(Optimizer):
     def __init__(self, groups, lr, momentum=0.95, weight_decay=0.1, dtype=torch.float32, compile=False):
         super().__init__(groups, lr=lr, momentum=momentum, weight_decay=weight_decay)
         self.dtype = dtype
-        # for each shape of matrices once
-        self.orthogonalize = torch.compile(orthogonalize, dynamic=False) if compile else orthogonalize
+        self.is_compiled = compile
+        self.orthogonalize = orthogonalize
+        self.update = muon_update
+        if compile:  # for each shape of matrices once
+            self.orthogonalize = torch.compile(orthogonalize, dynamic=False)
+            self.update = torch.compile(muon_update, dynamic=False)
 
     @torch.no_grad()
     def step(self, is_skipped=None):
@@ -377,34 +382,46 @@ class Muon(Optimizer):
         for p in params:
             if not self.state[p]:
                 self.state[p] = {"momentum_buffer": torch.zeros_like(p)}
-        momenta = [local(self.state[p]["momentum_buffer"]) for p in params]
+        weights = [local(p) for p in params]
         grads = [local(p.grad) for p in params]
-        if is_skipped is not None:
-            is_skipped = is_skipped > 0
-            grads = [torch.where(is_skipped, m, g) for m, g in zip(momenta, grads)]
-        torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
-        updates = torch._foreach_lerp(grads, momenta, group["momentum"])
-        updates = self.orthogonalized(updates, params)
-        rows, columns = params[0].shape[-2:]
-        rate = group["lr"] * 0.2 * max(rows, columns) ** 0.5
-        params = [local(p) for p in params]
-        weights = torch._foreach_mul(params, 1 - group["lr"] * group["weight_decay"])
-        if isinstance(rate, torch.Tensor):  # of a captured step, which has no numbers that change
-            torch._foreach_sub_(weights, torch._foreach_mul(updates, rate))
-        else:
-            torch._foreach_add_(weights, updates, alpha=-rate)
-        if is_skipped is not None:
-            weights = [torch.where(is_skipped, p, w) for p, w in zip(params, weights)]
-        torch._foreach_copy_(params, weights)
+        momenta = [local(self.state[p]["momentum_buffer"]) for p in params]
+        settings = {key: group[key] for key in ("lr", "momentum", "weight_decay")}
+        settings["scale"] = 0.2 * max(params[0].shape[-2:]) ** 0.5  # updates are as long as AdamW's then
+        if is_sharded(params[0]) and params[0].dim() == 2:  # of experts, shards are whole matrices
+            orthogonalized = partial(apply_to_whole, self.orthogonalize, params=params)
+            muon_update(weights, grads, momenta, settings, is_skipped, self.dtype, orthogonalized)
+            return
+        is_number = not isinstance(group["lr"], torch.Tensor)
+        if self.is_compiled and is_number:  # which would be compiled anew at each step
+            settings["lr"] = torch.full((), group["lr"], device=weights[0].device)
+        self.update(weights, grads, momenta, settings, is_skipped, self.dtype, together)
 
-    def orthogonalized(self, updates, params):
-        """Returns the updates of parameters of one shape orthogonalised, the shards of sharded ones."""
-        dtype = updates[0].dtype
-        if is_sharded(params[0]) and params[0].dim() == 2:
-            updates = [x.to(self.dtype) for x in updates]
-            return [x.to(dtype) for x in apply_to_whole(self.orthogonalize, updates, params)]
-        updates = torch.stack(updates).to(self.dtype)  # of experts, shards are whole matrices
-        return list(self.orthogonalize(updates.flatten(0, -3)).view_as(updates).to(dtype))
+
+def muon_update(weights, grads, momenta, settings, is_skipped, dtype, orthogonalized):
+    """One step of Muon, in place: weights of one shape, their grads and their momenta, three lists. None, to the
+    bit, where is_skipped, a float tensor or None, is above 0. orthogonalized: of updates in dtype, as together.
+    """
+    if is_skipped is not None:
+        is_skipped = is_skipped > 0
+        grads = [torch.where(is_skipped, m, g) for m, g in zip(momenta, grads)]
+    torch._foreach_lerp_(momenta, grads, 1 - settings["momentum"])
+    updates = torch._foreach_lerp(grads, momenta, settings["momentum"])
+    updates = [x.to(w.dtype) for x, w in zip(orthogonalized([x.to(dtype) for x in updates]), weights)]
+    rate = settings["lr"] * settings["scale"]
+    new = torch._foreach_mul(weights, 1 - settings["lr"] * settings["weight_decay"])
+    if isinstance(rate, torch.Tensor):  # of a captured step, which has no numbers that change
+        torch._foreach_sub_(new, torch._foreach_mul(updates, rate))
+    else:
+        torch._foreach_add_(new, updates, alpha=-rate)
+    if is_skipped is not None:
+        new = [torch.where(is_skipped, w, n) for w, n in zip(weights, new)]
+    torch._foreach_copy_(weights, new)
+
+
+def together(updates):
+    """Returns the updates of parameters of one shape (..., rows, columns) orthogonalised."""
+    updates = torch.stack(updates)
+    return list(orthogonalize(updates.flatten(0, -3)).view_as(updates))
 
 
 def orthogonalize(G):

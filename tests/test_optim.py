@@ -118,27 +118,33 @@ def test_each_experts_matrix_is_updated_as_if_alone():
 
 
 def test_muon_is_compiled_on_a_gpu_that_compiles(monkeypatch):
-    """By dynamo without inductor, whose code rounds otherwise: the same weights to the bit, a graph a shape."""
+    """By dynamo without inductor, whose code rounds otherwise: the same weights to the bit, a graph a shape, and no
+    more of them for another rate.
+    """
     graphs = []
 
     def backend(graph, inputs):
-        graphs.append(tuple(inputs[0].shape))
+        weights = [x for x in inputs if x.dim() > 0]
+        graphs.append((len(weights) // 3, *weights[0].shape))  # with gradients and momenta
         return graph.forward
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend, fullgraph=True))
     shapes = [*SHAPES, (3, 2, 24, 16)]  # two matrices of one shape, and six in one parameter
     cfg = train.Config(learning_rate=0.02)
     results = []
-    for compute in (
-        Compute(torch.device("cpu"), "float32", True, ""),
-        Compute(torch.device("cuda"), "float32", True, ""),
-    ):
+    for device, as_rate in ("cpu", torch.tensor), ("cuda", torch.tensor), ("cuda", float):
         model = torch.nn.Module()
         model.blocks = torch.nn.ParameterList(draw(shapes))
-        _, muon = make_optimizers(model, cfg, compute)
-        results.append(trained(muon, list(model.parameters())))
-    assert all(map(torch.equal, *results))
-    assert graphs == [(2, 24, 32), (1, 32, 24), (1, 48, 16), (1, 1, 8), (6, 24, 16)]
+        _, muon = make_optimizers(model, cfg, Compute(torch.device(device), "float32", True, ""))
+        weights = list(model.parameters())
+        for rate in 0.02, 0.03:
+            muon.param_groups[0]["lr"] = as_rate(rate)
+            trained(muon, weights, lambda step: torch.tensor(float(step == 2)))
+        results.append(weights)
+    for weights in results[1:]:
+        assert all(map(torch.equal, results[0], weights))
+    kinds = [(2, 24, 32), (1, 32, 24), (1, 48, 16), (1, 1, 8), (1, 3, 2, 24, 16)]
+    assert graphs == kinds
 
 
 @pytest.mark.parametrize("kind", [AdamW, Muon])
