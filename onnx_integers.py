@@ -10,11 +10,12 @@ GROUPS = {8: 64, 4: 32}  # inputs that share a scale, by bits: sizes that onnxru
 INT8_LARGEST = 64  # a CPU without VNNI adds two products in 16 bits and saturates: 2 * 255 * 64 < 2^15
 
 
-def quantize(proto, bits=8, table_bits=8, plain=False):
+def quantize(proto, bits=8, table_bits=8, plain=False, group_size=0):
     """Rewrites the graph of export() so that it multiplies integers of 8 or 4 bits, in groups along the inputs that
-    share a scale: onnxruntime's MatMulNBits. The embedding and the head have table_bits. Groups of states become 8
-    bits at each call, too, so that one that is hundreds of times larger than all others, as SmolLM2 has, spoils
-    its neighbours alone. A router stays float32: which experts a token gets must not depend on rounding.
+    share a scale: onnxruntime's MatMulNBits. The embedding and the head have table_bits; group_size is that of all
+    others, 0: one that onnxruntime is quick at. Groups of states become 8 bits at each call, too, so that one that
+    is hundreds of times larger than all others, as SmolLM2 has, spoils its neighbours alone. A router stays
+    float32: which experts a token gets must not depend on rounding.
 
     plain takes operators of ONNX alone, for other runtimes and the page, and 8 bits: a weight has one scale for each
     output, the embedding and a head tied to it one for each token. The states of a call have one scale, so that its
@@ -45,7 +46,7 @@ def quantize(proto, bits=8, table_bits=8, plain=False):
                 nodes += plain_look_up_nodes(table, output)
             else:
                 width = weights[table].shape[1]
-                add_groups(added, table, weights[table], table_bits)
+                add_groups(added, table, weights[table], table_bits, GROUPS[table_bits])
                 added |= {"flat": np.array([0, -1]), "first": np.array([0]), "width": np.array([width])}
                 nodes += look_up_nodes(table, table_bits, output)
         elif node.op_type in ("Gemm", "MatMul") and node.input[1] in matrices:
@@ -62,9 +63,11 @@ def quantize(proto, bits=8, table_bits=8, plain=False):
                     nodes.append(states_node(x))
                 nodes += plain_product_nodes(x, weight, product)
             else:
-                n_bits = table_bits if output == "logits" else bits
-                add_groups(added, weight, array, n_bits)
-                nodes.append(product_node(x, weight, array.shape, n_bits, product))
+                n_bits, size = bits, group_size or GROUPS[bits]
+                if output == "logits":
+                    n_bits, size = table_bits, GROUPS[table_bits]
+                add_groups(added, weight, array, n_bits, size)
+                nodes.append(product_node(x, weight, array.shape, n_bits, size, product))
             if bias:
                 nodes.append(make_node("Add", [product, *bias], [output]))
         elif output not in transposed:
@@ -76,10 +79,11 @@ def quantize(proto, bits=8, table_bits=8, plain=False):
 # Groups, by onnxruntime's operators
 
 
-def add_groups(arrays, name, weight, bits):
-    """Puts a weight (out, in) into arrays, where it is not there yet, as NAME.q: (out, groups, bytes of a group)
-    uint8, of two integers of 4 bits the first in the low half; NAME.scale: (out, groups); and of 4 bits NAME.zero:
-    (out, groups / 2) uint8. w is about (q - zero) scale, with a zero of 128 for 8 bits.
+def add_groups(arrays, name, weight, bits, size):
+    """Puts a weight (out, in), in groups of so many inputs, into arrays, where it is not there yet, as NAME.q:
+    (out, groups, bytes of a group) uint8, of two integers of 4 bits the first in the low half; NAME.scale: (out,
+    groups); and of 4 bits NAME.zero: (out, groups / 2) uint8. w is about (q - zero) scale, with a zero of 128 for
+    8 bits.
 
     A scale of 4 bits is the range of a group over 15 or, where that is nearer, over less: a group that has few
     values, as quantize.py chose them, keeps them.
@@ -87,8 +91,8 @@ def add_groups(arrays, name, weight, bits):
     if f"{name}.q" in arrays:  # the head's, where the embedding is tied to it
         return
     n_out, n_in = weight.shape
-    weight = np.pad(weight, [(0, 0), (0, -n_in % GROUPS[bits])])
-    groups = weight.reshape(n_out, -1, GROUPS[bits])
+    weight = np.pad(weight, [(0, 0), (0, -n_in % size)])
+    groups = weight.reshape(n_out, -1, size)
     if bits == 8:
         scales = np.maximum(np.abs(groups).max(-1, keepdims=True), 1e-30) / 127
         arrays[f"{name}.q"] = (np.rint(groups / scales) + 128).astype(np.uint8)
@@ -127,11 +131,11 @@ def quantized_inputs(weight, bits):
     return [f"{weight}.q", f"{weight}.scale"] + ([f"{weight}.zero"] if bits == 4 else [])
 
 
-def product_node(x, weight, shape, bits, output):
+def product_node(x, weight, shape, bits, size, output):
     """Returns the node of x times a weight (out, in) of add_groups."""
     n_out, n_in = shape
     inputs = [x, *quantized_inputs(weight, bits)]
-    sizes = {"N": n_out, "K": n_in, "bits": bits, "block_size": GROUPS[bits]}
+    sizes = {"N": n_out, "K": n_in, "bits": bits, "block_size": size}
     return make_node("MatMulNBits", inputs, [output], domain=MICROSOFT, accuracy_level=STATES, **sizes)
 
 

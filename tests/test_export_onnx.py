@@ -483,11 +483,12 @@ def test_the_next_way_is_tried_where_one_loses_too_much(lab, monkeypatch, tmp_pa
     assert not (tmp_path / "onnx/model_int4.onnx").exists()
 
 
-def rounded_groups(weight, bits):
+def rounded_groups(weight, bits, size=0):
     """Each number to the nearest of its group's: in 8 bits of 64 numbers, of 255 as far below 0 as above; in 4 of
     32, of 16 between the lowest and the highest, 0 among them.
     """
-    groups = F.pad(weight, (0, -weight.size(1) % (8 * bits))).view(len(weight), -1, 8 * bits)
+    size = size or 8 * bits
+    groups = F.pad(weight, (0, -weight.size(1) % size)).view(len(weight), -1, size)
     if bits == 8:
         scale = groups.abs().amax(-1, True) / 127
         numbers = (groups / scale.clamp(min=1e-30)).round() * scale
@@ -507,23 +508,25 @@ def test_an_onnxruntime_without_their_look_up_is_refused(monkeypatch):
 
 
 ROUNDED = [
-    (bits, settings, False)
+    (bits, settings, False, 0)
     for bits in [(4, 4), (4, 8), (8, 8)]
     for settings in ({}, {"bias": True, "tie": False, "n_kv_head": 2, "n_inner": 72, "n_embd": 40})
 ]
 
 
 @pytest.mark.parametrize(
-    "both_bits, settings, is_quantized",
+    "both_bits, settings, is_quantized, group_size",
     [
         *ROUNDED[:1],
         *(pytest.param(*case, marks=pytest.mark.slow) for case in ROUNDED[1:5]),
         *ROUNDED[5:],
-        ((4, 4), {}, True),
+        ((4, 4), {}, True, 0),
+        ((4, 4), {}, True, 64),
+        ((4, 8), {"n_inner": 72}, False, 128),
     ],
 )
 def test_integers_are_the_model_with_rounded_weights_and_keep_what_was_quantized(
-    both_bits, settings, is_quantized, monkeypatch, tmp_path
+    both_bits, settings, is_quantized, group_size, monkeypatch, tmp_path
 ):
     bits, table_bits = both_bits
     monkeypatch.setattr(onnx_integers, "STATES", 1)  # float32: what is left is the weights' error
@@ -534,7 +537,7 @@ def test_integers_are_the_model_with_rounded_weights_and_keep_what_was_quantized
         model = quantized.quantized(model, quantized.Quantization(4, 64, "gptq"), codes)
         model = quantized.dequantized(model.float())
     proto = onnx_graph.export(model)
-    onnx_integers.quantize(proto, bits, table_bits)
+    onnx_integers.quantize(proto, bits, table_bits, group_size=group_size)
     path = tmp_path / "integers.onnx"
     path.write_bytes(proto.SerializeToString())
     assert sum(node.op_type == "MatMulNBits" for node in proto.graph.node) == 5
@@ -545,9 +548,30 @@ def test_integers_are_the_model_with_rounded_weights_and_keep_what_was_quantized
         table.data = rounded_groups(table.data, table_bits)
     for linear in quantized.linears(rounded).values():
         if not is_quantized:
-            linear.weight.data = rounded_groups(linear.weight.data, bits)
+            linear.weight.data = rounded_groups(linear.weight.data, bits, group_size)
     assert int8_error(rounded, integers) < 1e-4
     assert is_quantized or int8_error(model, integers) > (1e-2 if bits == 4 else 1e-3)
+
+
+def test_a_quantized_folder_keeps_its_groups(lab, monkeypatch, tmp_path, capsys):
+    """In integers of as many bits; what it had not in groups, and other bits, get those of everybody."""
+    monkeypatch.chdir(lab.folder)
+    model = build(vocab_size=lab.tokenizer.vocab_size, n_embd=64, n_inner=64, n_layer=1, block_size=64)
+    run_state = checkpoint.RunState(1, 2.0, 2.0)
+    checkpoint.save(f"{tmp_path}/wide/ckpt.pt", model, lab.tokenizer, {"dataset": "toy"}, run_state)
+    of_folder = [f"--out_dir={tmp_path}/wide", f"--to={tmp_path}/q", "--bits=4", "--group_size=64"]
+    quantize.main(configure(quantize.Config, of_folder))
+    sizes = {}
+    for kind in "int4", "int8":
+        options = f"--quantize={kind}", "--seconds=0", "--eval_tokens=512", f"--to={tmp_path}/{kind}"
+        export(f"--out_dir={tmp_path}/q", *options)
+        assert "written out as float32" in capsys.readouterr().out
+        nodes = onnx.load(tmp_path / kind / f"model_{kind}.onnx").graph.node
+        products = [node for node in nodes if node.op_type == "MatMulNBits"]
+        assert products[-1].output[0] == "logits"
+        attributes = [{x.name: x.i for x in node.attribute} for node in products]
+        sizes[kind] = [numbers["block_size"] for numbers in attributes]
+    assert sizes == {"int4": [64] * 4 + [32], "int8": [64] * 5}
 
 
 def test_int4_is_written_beside_the_model_and_sample_reads_it(lab, monkeypatch, tmp_path, capsys):
