@@ -6,7 +6,8 @@
 # What happens: generate() works out positions from the mask; GPT-2's forward pass does not, and the trainer hands over none.
 # So a completion after a shorter prompt is scored, and learned from, as many positions further on as its prompt was padded,
 # by rows of the table that had no part in writing it. The reference's log-probabilities and the ratio are taken in the same
-# way, so that no metric shows it. (RLOOTrainer leaves them out as well.) A Llama, which knows distances alone, is right.
+# way, so that no metric shows it. (By its source RLOOTrainer leaves them out as well.) A Llama, which knows distances alone,
+# is right.
 # Output seen (a prompt of one word beside one of eight, whose rewards are all 0 and so teach nothing; the average may differ
 # among processors):
 #   gpt2: a token's log-probability is off by 1.313 on average; positions written at [0..7], with a gradient [7..14]
