@@ -242,9 +242,8 @@ def generate(
 
     def draw(logits, drawn):
         """Returns the next ids (B,), which are seen from now on, and their log p (B,), None where nobody asks."""
-        if seen is not None:
-            logits = penalized(logits, seen, repetition_penalty)
-        ids = next_token(logits, temperature, top_k, top_p, drawn)
+        likely = logits if seen is None else penalized(logits, seen, repetition_penalty)
+        ids = next_token(likely, temperature, top_k, top_p, drawn)
         if seen is not None:
             seen.scatter_(1, ids[:, None], True)
         if not logps:

@@ -129,6 +129,16 @@ def test_repetition_penalty_sees_prompt_and_output():
     assert len({1, 2, 3, *ids[0]}) == 15
 
 
+def test_log_probabilities_are_the_models_own_whatever_the_draw_is_by():
+    model = build().double()
+    prompt = [1, 2, 3]
+    rules = dict(temperature=0.5, top_k=20, top_p=0.9, repetition_penalty=1.5)
+    *_, [row] = generate(model, [prompt], 12, logps=True, **rules)
+    logits, _ = model(torch.tensor([prompt + row.ids]))
+    expected = logits[0, len(prompt) - 1 : -1].log_softmax(-1).gather(1, torch.tensor(row.ids)[:, None])
+    assert row.logps == pytest.approx(expected[:, 0].tolist(), abs=1e-5)
+
+
 @pytest.mark.parametrize("pos", ["learned", "sinusoidal", "rope", "alibi", "none"])
 def test_greedy_is_the_plain_loop_for_prompts_of_different_lengths(pos):
     model = build(pos=pos, n_kv_head=2)
