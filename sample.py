@@ -357,11 +357,11 @@ def write(steps, texts, prompts, tokenizer, context, advice):
         times.append(time.perf_counter())
         if rows[0].new is not None:
             print(stream(rows[0].new), end="", flush=True)
+    print(stream(None), end="")  # of a character that was not finished
     for i, row in enumerate(rows):
         if i > 0:
             # here, as a GPU would wait for that at each step of a large batch
-            text = "".join(map(tokenizer.stream(), row.ids))
-            print(f"\n{line}\n{texts[i]}{text}", end="")
+            print(f"\n{line}\n{texts[i]}{tokenizer.decode_more(row.ids)}", end="")
         if row.end == "block_size":
             print(f"\n[the context of {context} tokens is full; {advice}]", end="")
     print(f"\n{line}\n{speed_line(prompts, rows, start, times)}")

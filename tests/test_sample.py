@@ -11,9 +11,10 @@ import finetune_lora
 import train
 from config import configure
 from data import AS_IT_STANDS, STRIPPED, text_rule
-from generate import generate, next_token, penalized
+from generate import Row, generate, next_token, penalized
 from model import ModelConfig, Transformer
-from sample import read_start
+from sample import read_start, write
+from tokenizer import Tokenizer
 
 
 @pytest.mark.parametrize(
@@ -54,6 +55,21 @@ def test_the_text_rule_of_configs_with_and_without_one():
     assert text_rule({}) == text_rule({"template": ""}) == AS_IT_STANDS
     assert text_rule({"template": "{prompt}"}) == STRIPPED
     assert text_rule({"template": "{prompt}", "text_rule": AS_IT_STANDS}) == AS_IT_STANDS
+
+
+def test_what_is_printed_of_a_row_is_its_text_also_where_a_character_is_unfinished(capsys):
+    tokenizer = Tokenizer.train(["é"], 257)
+    ids = [*tokenizer.encode("a"), tokenizer.encode("é")[0]]
+    row, other = Row([]), Row([], ids)
+
+    def steps():
+        for row.new in ids:
+            row.ids.append(row.new)
+            yield [row, other]
+
+    write(steps(), [">", ">"], [[0], [0]], tokenizer, 9, "")
+    assert tokenizer.decode(ids) == "a\ufffd"
+    assert capsys.readouterr().out.count("\n>a\ufffd\n") == 2
 
 
 def complete(steps):
