@@ -9,7 +9,7 @@ template (interop/chat_template.py); one that was fine-tuned here has a text wit
 import itertools
 from typing import NamedTuple
 
-from data import MODELS_OWN, prompt_ids, render
+from data import AS_IT_STANDS, MODELS_OWN, by_text_rule, prompt_ids, render
 
 HELP = "/reset starts anew, /quit or Ctrl-D leaves, Ctrl-C stops an answer"
 
@@ -131,16 +131,22 @@ class Chat:
     """A conversation with a model: its messages, and what it answers.
 
     generate: from ids to the steps of generate.generate, of one row. system: the text of the system message,
-    None where there is none.
+    None where there is none. text_rule: how the model learned such texts, see data.text_rule.
     """
 
-    def __init__(self, generate, tokenizer, block_size, template=MODELS_OWN, system=None):
+    def __init__(
+        self, generate, tokenizer, block_size, template=MODELS_OWN, system=None, text_rule=AS_IT_STANDS
+    ):
         self.generate = generate
         self.tokenizer = tokenizer
         self.block_size = block_size
         self.template = template
-        self.first = [] if system is None else [{"role": "system", "content": system}]
+        self.text_rule = text_rule
+        self.first = [] if system is None else [self.message("system", system)]
         self.messages = list(self.first)
+
+    def message(self, role, text):
+        return {"role": role, "content": by_text_rule(text, self.text_rule)}
 
     def reset(self):
         self.messages = list(self.first)
@@ -151,7 +157,7 @@ class Chat:
         Where the consumer stops, what it has had so far is the answer. ValueError: a conversation that
         does not fit in the context, of which the message is no part then.
         """
-        messages = [*self.messages, {"role": "user", "content": text}]
+        messages = [*self.messages, self.message("user", text)]
         ids = conversation_ids(self.tokenizer, messages, self.template)
         if len(ids) >= self.block_size:
             raise ValueError(

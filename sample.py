@@ -104,6 +104,10 @@ class Config:
             )
         if self.chat and (self.start or self.num_samples != 1):
             raise ValueError("chat reads what you type: leave out start and num_samples")
+        if self.chat and (self.raw or self.special):
+            raise ValueError(
+                "chat puts what you type into the model's template, as text: leave out raw and special"
+            )
         if self.system and not self.chat:
             raise ValueError("system is what a chat begins with: --chat")
         if self.block_size < 0:
@@ -243,7 +247,7 @@ def model_defaults(cfg, tokenizer):
     return cfg, f"{', '.join(texts)}, as the model's generation_config.json says" if texts else ""
 
 
-def converse(steps, tokenizer, block_size, template, system):
+def converse(steps, tokenizer, block_size, template, system, rule):
     """Talks with a model in the terminal; steps: from prompts to generate's. Raises Refusal where the
     model was never taught to.
     """
@@ -253,7 +257,7 @@ def converse(steps, tokenizer, block_size, template, system):
             "the model has no chat template, it writes texts: --start=TEXT begins one; "
             "finetune_lora.py teaches a model to answer"
         )
-    talk(Chat(steps, tokenizer, block_size, template, system))
+    talk(Chat(steps, tokenizer, block_size, template, system, rule))
 
 
 def main(cfg):
@@ -290,7 +294,7 @@ def main(cfg):
     if cfg.chat:
         print(message)
         system = cfg.system if "system" in cfg.given else None  # an empty one is a message too
-        converse(steps, tokenizer, context, template, system)
+        converse(steps, tokenizer, context, template, system, rule)
     else:
         try:
             texts, prompts = encode_starts(cfg, starts, tokenizer, template, rule)
@@ -325,6 +329,11 @@ def encode_starts(cfg, starts, tokenizer, template, rule):
     """Returns (texts, prompts): how each row's text starts, and its ids, num_samples rows a start. Raises
     ValueError.
     """
+    if cfg.special and template not in ("", MODELS_OWN):
+        raise ValueError(
+            f"the model was fine-tuned on prompts in {template!r:.60}, and all of that is text: leave out special, "
+            "or take --raw, which leaves out the template"
+        )
     texts = []
     prompts = []
     for start in starts:

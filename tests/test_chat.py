@@ -5,13 +5,14 @@ import itertools
 import random
 
 import pytest
-from test_hf import smollm, tinyllama, write_folder
+from scripts import call, printed, written
+from test_hf import save_checkpoint, smollm, tinyllama, write_folder
 
 import chat
 import sample
 from chat import Chat, conversation_ids, encode_answers
 from config import Refusal, configure
-from data import prompt_ids
+from data import AS_IT_STANDS, STRIPPED, prompt_ids
 from generate import Row
 from interop import hf_folder
 from interop.chat_template import ChatTemplate
@@ -249,6 +250,34 @@ def test_chat_from_the_command_line(tmp_path, monkeypatch, capsys, system):
         answer = ours.decode_more([id for id in answer if id != peer.config.eos_token_id])
         messages.append({"role": "assistant", "content": answer})
         assert f"> {answer}\n" in output
+
+
+@pytest.mark.parametrize("rule", [AS_IT_STANDS, STRIPPED])
+def test_what_is_typed_is_read_by_the_rule_that_a_model_learned_such_texts_by(
+    rule, tmp_path, monkeypatch, capsys
+):
+    config = {"template": "Q: {prompt}\nA:", "text_rule": rule}
+    save_checkpoint(tmp_path / "ckpt.pt", config=config)
+    argv = [f"--out_dir={tmp_path}", "--max_new_tokens=20"]
+    answers = []
+    for system, typed in (" Be brief. ", "  the cat "), ("Be brief.", "the cat"):
+        monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+        answers.append(printed(capsys, sample, *argv, "--chat", f"--system={system}"))
+    assert (answers[0] == answers[1]) == (rule == STRIPPED)
+    # and so with one message, which --start is
+    texts = [printed(capsys, sample, *argv, f"--start={typed}") for typed in ("  the cat ", "the cat")]
+    assert (written(texts[0]) == written(texts[1])) == (rule == STRIPPED)
+
+
+def test_special_and_raw_are_refused_where_they_would_change_nothing(tmp_path):
+    save_checkpoint(tmp_path / "ckpt.pt", config={"template": "Q: {prompt}\nA:"})
+    for argv, reason in (
+        (["--chat", "--raw"], "leave out raw and special"),
+        (["--chat", "--special"], "leave out raw and special"),
+        (["--start=a", "--special"], "all of that is text: leave out special, or take --raw"),
+    ):
+        with pytest.raises(Refusal, match=reason):
+            call(sample, f"--out_dir={tmp_path}", *argv)
 
 
 def test_a_model_without_a_template_is_not_talked_to(tmp_path):
