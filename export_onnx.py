@@ -17,7 +17,6 @@ does not check that P + T stays within block_size; its caller does.
 """
 
 import copy
-import importlib.metadata
 import importlib.util
 import itertools
 import json
@@ -96,7 +95,9 @@ class Config:
             if not importlib.util.find_spec(library):
                 raise ValueError(f"exporting needs {library}: pip install {library}")
         if self.quantize in ("int8", "int4"):
-            version = importlib.metadata.version("onnxruntime")
+            import onnxruntime
+
+            version = onnxruntime.__version__  # whatever its package is called, as onnxruntime-gpu
             if tuple(map(int, version.split(".")[:2])) < (1, 23):  # it does not know their look-up
                 raise ValueError(
                     f"{self.quantize} needs onnxruntime 1.23, and this is {version}: "
