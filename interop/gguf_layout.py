@@ -373,6 +373,7 @@ def read_rope(data, own_scaling, keys, divisors):
         original = data.number("rope.scaling.original_context_length", default=keys["block_size"])
         settings["rope_scaling"] += f",{original}"
         settings["block_size"] = read_context(keys["block_size"], settings["rope_scaling"])
+        check_betas(data)
         growth = data.number("rope.scaling.attn_factor", float, 1.0)
         if growth != 1:
             betas = "{beta_fast:g},{beta_slow:g}".format(**YARN_DEFAULTS)
@@ -383,6 +384,18 @@ def read_rope(data, own_scaling, keys, divisors):
             raise ValueError(f"there is {FREQUENCIES} beside rope.scaling.type {scaling}")
         settings["rope_scaling"] = find_llama3(own_scaling, keys | settings, divisors, data.architecture)
     return settings
+
+
+def check_betas(data):
+    """Raises ValueError for YaRN's betas, which llama.cpp's converter writes where config.json has them, where they
+    are not those that llama.cpp computes with in these architectures, whatever the file says.
+    """
+    for name, default in YARN_DEFAULTS.items():
+        key = f"rope.scaling.yarn_{name}"
+        if (beta := data.number(key, float, default)) != default:
+            raise ValueError(
+                f"{data.architecture}.{key} is {beta:g} and in llama.cpp always {default:g}"
+            )
 
 
 def find_llama3(own_scaling, keys, divisors, architecture):

@@ -492,6 +492,15 @@ def llama_file(tmp_path_factory):
             },
             "numbers of rope_scaling must be above 0 and at most 1e9: 'yarn:-2,",
         ),
+        (
+            {
+                "llama.rope.scaling.type": "yarn",
+                "llama.rope.scaling.factor": 4.0,
+                "llama.rope.scaling.yarn_beta_fast": 16.0,
+            },
+            "llama.rope.scaling.yarn_beta_fast is 16 and in llama.cpp always 32",
+        ),
+        ({"llama.rope.scaling.yarn_beta_fast": 32.0}, "yarn_beta_fast is 32.0, which is not known here"),
         ({"llama.rope.dimension_count": 8}, "llama.rope.dimension_count is 8 for heads of 16"),
         ({"llama.block_count": 3}, "its tensors have fewer numbers than its metadata needs"),
         ({"llama.block_count": 10**9}, "n_layer must be at least 1 and at most ten million"),
@@ -523,6 +532,20 @@ def test_metadata_is_refused_by_name(keys, message, llama_file, tmp_path):
     rewrite(llama_file, tmp_path / "a.gguf", change)
     with pytest.raises(Refusal, match=message):
         checkpoint.load(f"hf:{tmp_path}/a.gguf")
+
+
+def test_the_usual_betas_of_yarn_come_in_as_llama_cpps_converter_writes_them(tmp_path):
+    save_checkpoint(tmp_path / "ckpt.pt", "qwen3 with yarn")
+    export(tmp_path, "--out_dir=.", "--to=model.gguf")
+
+    def change(metadata, arrays):
+        betas = {"yarn_beta_fast": 32.0, "yarn_beta_slow": 1.0}
+        metadata |= {f"qwen3.rope.scaling.{key}": value for key, value in betas.items()}
+
+    rewrite(tmp_path / "model.gguf", tmp_path / "other.gguf", change)
+    before, after = (checkpoint.load(f"hf:{tmp_path}/{name}.gguf") for name in ("model", "other"))
+    assert after["model_config"] == before["model_config"]
+    assert after["model_config"]["rope_scaling"] == "yarn:8,32"
 
 
 def test_tensors_are_refused_by_name(llama_file, tmp_path):
