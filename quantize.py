@@ -430,7 +430,12 @@ def summary(cfg, errors):
     """Returns the lines about errors, {name: (error, that of rounding to the nearest)}."""
     if cfg.method == "rtn":
         return []
-    ratios = {name: error / nearest for name, (error, nearest) in errors.items() if nearest > 0}
+    # there is none of a matrix whose numbers are integers' already, nor a relative one of outputs of 0
+    ratios = {
+        name: error / nearest for name, (error, nearest) in errors.items() if 0 < nearest < math.inf
+    }
+    if not ratios:
+        return [f"{cfg.method}: no matrix in which rounding to the nearest makes an error"]
     mean = math.exp(np.mean([math.log(max(ratio, 1e-9)) for ratio in ratios.values()]))
     lines = [
         f"{cfg.method}: {len(ratios)} matrices with {mean:.2f} of the error of rounding to the nearest "

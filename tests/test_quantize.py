@@ -227,9 +227,12 @@ def test_each_matrix_is_measured_after_the_integers_before_it():
 
 def test_a_matrix_where_gptq_is_no_better_is_named():
     cfg = configure(quantize.Config, ["--to=n", "--bits=4", "--method=gptq"])
-    lines = quantize.summary(cfg, {"a": (0.5, 1.0), "b": (1.25, 1.0), "c": (0.0, 0.0)})
+    none = {"c": (0.0, 0.0), "d": (math.inf, math.inf)}  # as rounded already, and of zeros
+    lines = quantize.summary(cfg, {"a": (0.5, 1.0), "b": (1.25, 1.0)} | none)
     assert lines[0].startswith("gptq: 2 matrices with 0.79 of the error")
     assert lines[1:] == ["b: 1.250 of that error, gptq is no better there"]
+    [line] = quantize.summary(cfg, none)
+    assert line == "gptq: no matrix in which rounding to the nearest makes an error"
 
 
 # -----------------------------------------------------------------------------------------------------
