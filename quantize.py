@@ -237,17 +237,18 @@ def collect(block, names, states):
     is given states, [(x, context)]. Linears that are given the same tensor share their Inputs.
     """
     inputs = {}
-    last = {}  # in one call: the tensor that was seen last, and whose Inputs took it
+    last = None  # the tensor that was given last
+    shared = None  # the Inputs that it is in
 
     def hook(name):
         def note(module, arguments):
-            x = arguments[0]
-            owner = last["name"] if last.get("x") is x else name
-            last.update(x=x, name=owner)
-            if name not in inputs:
-                inputs[name] = inputs[owner] if owner in inputs else Inputs(x.size(-1))
-            if owner == name:
-                inputs[name].add(x)
+            nonlocal last, shared
+            [x] = arguments
+            if x is not last:
+                last = x
+                shared = inputs.get(name) or Inputs(x.size(-1))
+                shared.add(x)
+            inputs[name] = shared
 
         return note
 
