@@ -47,6 +47,9 @@ CLASSES = {
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "gpt2": "GPT2LMHeadModel",
 }
+# what a layer's attention is, by transformers' names, and the kinds whose layers may differ
+FULL, SLIDING = "full_attention", "sliding_attention"
+MIXED = ("qwen2", "qwen3")
 # patterns of our biases that Qwen2 does not have: its q, k and v alone have some
 QWEN2_WITHOUT = [r"\.o_proj\.bias$", r"\.mlp\..*bias$"]
 
@@ -63,7 +66,7 @@ def choose_kind(c):
         kind = "qwen3_moe" if c.qk_norm else "mixtral"
     elif c.qk_norm:
         kind = "qwen3"
-    elif "sliding_attention" in types:
+    elif SLIDING in types:
         kind = "mistral"
     needs = NEEDS[kind]
     if kind == "gpt2":
@@ -82,9 +85,7 @@ def choose_kind(c):
 
 def layer_types(c):
     """Returns the kind of attention of each layer, by transformers' names."""
-    return [
-        "sliding_attention" if c.window_of(layer) else "full_attention" for layer in range(c.n_layer)
-    ]
+    return [SLIDING if c.window_of(layer) else FULL for layer in range(c.n_layer)]
 
 
 # ---- config.json
@@ -384,40 +385,46 @@ def read_windows(kind, data, sizes):
     """Returns our window and window_pattern, nothing where each layer sees the whole context. Raises
     ValueError.
 
-    All layers of a Mistral and a Mixtral have the window. Qwen has one only with use_sliding_window, in
-    the layers that layer_types names, without it those from max_window_layers on, Qwen3-MoE in all. In a
-    Llama attention ignores sliding_window, but transformers' cache obeys it.
+    In a Llama attention ignores sliding_window, but transformers' cache obeys it.
     """
     n_layer, context = sizes["n_layer"], sizes["block_size"]
-    full, sliding = "full_attention", "sliding_attention"
-    is_qwen = kind.startswith("qwen")
-    is_used = not is_qwen or read_flag(data, "use_sliding_window")
-    may_mix = kind in ("qwen2", "qwen3")
-    types = data.get("layer_types")
-    if types is None:
-        first = 0 if is_used else n_layer
-        if is_used and may_mix:
-            first = read_number(data, "max_window_layers", kind=int)
-        types = [full if layer < first else sliding for layer in range(n_layer)]
-    elif not isinstance(types, list) or len(types) != n_layer or set(map(str, types)) - {full, sliding}:
-        raise ValueError(
-            f"layer_types is {types!r:.60}; here it is {full} or {sliding} for {n_layer} layers"
-        )
-    if sliding in types and not is_used:
-        raise ValueError(f"layer_types is {types!r:.60} without use_sliding_window")
-    if data.get("sliding_window") is None or may_mix and sliding not in types:
+    types = read_layer_types(kind, data, n_layer)
+    may_mix = kind in MIXED
+    if data.get("sliding_window") is None or may_mix and SLIDING not in types:
         return {}
     window = read_number(data, "sliding_window", kind=int)
     if window >= context:
         return {}
-    if kind == "llama" or window < 1 or full in types and not may_mix:
+    if kind == "llama" or window < 1 or FULL in types and not may_mix:
         problem = f"sliding_window is {window} in a context of {context}: not here in a {CLASSES[kind]}"
         advice = f"with max_position_embeddings {window} in config.json there is none"
         raise ValueError(f"{problem}; {advice}" if window > 0 else problem)
-    pattern = "".join("S" if name == sliding else "L" for name in types)
+    pattern = "".join("S" if name == SLIDING else "L" for name in types)
     lengths = range(1, n_layer + 1)
     period = next(n for n in lengths if (pattern[:n] * n_layer)[:n_layer] == pattern)
     return {"window": window, "window_pattern": pattern[:period]}
+
+
+def read_layer_types(kind, data, n_layer):
+    """Returns FULL or SLIDING of each layer, as layer_types has them. Raises ValueError.
+
+    Without it all layers of a Mistral and a Mixtral have the window. Qwen has one only with
+    use_sliding_window: in the layers from max_window_layers on, Qwen3-MoE in all.
+    """
+    is_used = not kind.startswith("qwen") or read_flag(data, "use_sliding_window")
+    types = data.get("layer_types")
+    if types is None:
+        first = 0 if is_used else n_layer
+        if is_used and kind in MIXED:
+            first = read_number(data, "max_window_layers", kind=int)
+        return [FULL if layer < first else SLIDING for layer in range(n_layer)]
+    if not isinstance(types, list) or len(types) != n_layer or set(map(str, types)) - {FULL, SLIDING}:
+        raise ValueError(
+            f"layer_types is {types!r:.60}; here it is {FULL} or {SLIDING} for {n_layer} layers"
+        )
+    if SLIDING in types and not is_used:
+        raise ValueError(f"layer_types is {types!r:.60} without use_sliding_window")
+    return types
 
 
 # kinds of rope_scaling by transformers' names; ntk has none, and is another rope_theta there
@@ -547,11 +554,11 @@ def write_config(kind, c):
     types = layer_types(c)
     if kind in ("mistral", "mixtral"):
         data["sliding_window"] = c.window_of(0) or None
-    elif "sliding_attention" in types:
+    elif SLIDING in types:
         data |= {"use_sliding_window": True, "sliding_window": c.window}
         if kind == "qwen3":
             # transformers before 4.53 knows no layer_types, only how many full layers come first
-            full_first = types.index("sliding_attention")
+            full_first = types.index(SLIDING)
             data |= {"max_window_layers": full_first, "layer_types": types}
     return data
 
