@@ -102,14 +102,12 @@ class Row:
         return self.stop is not None
 
     def take(self, id, limits):
-        """Takes the next id, which a row that has ended leaves alone. Returns whether the window is another
-        one now, which the model must read anew.
+        """Takes the next id of a row that has no end yet. Returns whether the window is another one now, which
+        the model must read anew.
         """
-        self.new = None
-        if not self.end and id in limits.stop:
+        if id in limits.stop:
             self.end = "stop"
             self.stop = id
-        if self.end:
             self.window = [id]
             return False
         self.new = id
@@ -197,6 +195,47 @@ def going_on(rows):
     return places
 
 
+class Sampler:
+    """Draws the next token of each row of a batch, of which those that have ended are left out in time.
+
+    numbers   (B,) which of all prompts the rows of the batch continue
+    seen      (B, V) bool, the tokens that each has or had in its prompt; None where no penalty asks
+    """
+
+    def __init__(self, model, prompts, numbers, seed, repetition_penalty, rules, logps):
+        self.device = model.device
+        self.rng = torch.Generator(self.device).manual_seed(seed)
+        self.exact = torch.float32 if self.device.type == "mps" else torch.float64  # which mps has not
+        self.n_prompts = len(prompts)
+        self.numbers = torch.tensor(numbers, device=self.device)
+        self.penalty = repetition_penalty
+        self.seen = seen_tokens([prompts[number] for number in numbers], model, repetition_penalty)
+        self.rules = rules  # temperature, top_k and top_p
+        self.logps = logps
+
+    def uniform(self):
+        """Returns the numbers (B, 1) of a step: drawn for all rows, so that none depends on when the others end."""
+        shape = self.n_prompts, 1
+        drawn = torch.rand(shape, generator=self.rng, dtype=self.exact, device=self.device)
+        return drawn[self.numbers]
+
+    def draw(self, logits, uniform):
+        """Returns the next ids (B,), which are seen from now on, and their log p (B,), None where nobody asks."""
+        likely = logits if self.seen is None else penalized(logits, self.seen, self.penalty)
+        ids = next_token(likely, *self.rules, uniform)
+        if self.seen is not None:
+            self.seen.scatter_(1, ids[:, None], True)
+        if not self.logps:
+            return ids, None
+        return ids, logits.float().log_softmax(-1).gather(1, ids[:, None])[:, 0]
+
+    def keep(self, places):
+        """Makes row i of the batch what row places[i] was, and forgets all others."""
+        self.numbers = self.numbers[places]
+        if self.seen is not None:
+            self.seen = self.seen[places]
+
+
 @torch.inference_mode()
 def generate(
     model,
@@ -228,28 +267,11 @@ def generate(
     first, and made by a Decoder anywhere.
     """
     rows, limits = start_rows(model, prompts, max_new_tokens, stop, past_end)
-    device = model.device
-    rng = torch.Generator(device).manual_seed(seed)
-    exact = torch.float32 if device.type == "mps" else torch.float64  # which mps has not
     # the rows that go on, in the order of the cache, which likes to read windows of growing length
-    batch = sorted(range(len(rows)), key=lambda number: len(rows[number].window))
-    numbers = torch.tensor(batch, device=device)
-    seen = seen_tokens([prompts[number] for number in batch], model, repetition_penalty)
-
-    def uniform():
-        """Returns the numbers (B, 1) of a step: drawn for all rows, so that none depends on when the others end."""
-        return torch.rand(len(rows), 1, generator=rng, dtype=exact, device=device)[numbers]
-
-    def draw(logits, drawn):
-        """Returns the next ids (B,), which are seen from now on, and their log p (B,), None where nobody asks."""
-        likely = logits if seen is None else penalized(logits, seen, repetition_penalty)
-        ids = next_token(likely, temperature, top_k, top_p, drawn)
-        if seen is not None:
-            seen.scatter_(1, ids[:, None], True)
-        if not logps:
-            return ids, None
-        return ids, logits.float().log_softmax(-1).gather(1, ids[:, None])[:, 0]
-
+    numbers = sorted(range(len(rows)), key=lambda number: len(rows[number].window))
+    batch = [rows[number] for number in numbers]
+    rules = temperature, top_k, top_p
+    sampler = Sampler(model, prompts, numbers, seed, repetition_penalty, rules, logps)
     ids = None  # (B,) the tokens of the last step
     cache = None
     decoder = None  # the iterator of a Decoder, where one makes the steps
@@ -260,25 +282,23 @@ def generate(
         for step in range(max_new_tokens):
             n_left = max_new_tokens - step
             is_read = cache is None
-            if is_read:
-                windows = [rows[number].window for number in batch]
-                # a compiler is spared one shape a text
-                room = max(n_left, model.config.block_size) if compile else n_left
-                logits, cache = prefill(model, windows, room)
-            elif decoder is None:
-                logits = model.next_logits(ids[:, None], cache)
-            if decoder is None:
-                ids, id_logps = draw(logits, uniform())
-                chosen = ids.tolist()
-                chosen_logps = id_logps.tolist() if logps else [None] * len(batch)
-            else:
+            if decoder is not None:
                 chosen, chosen_logps = next(decoder)
                 n_ahead -= 1
+            else:
+                if is_read:
+                    # a compiler is spared one shape a text
+                    room = max(n_left, model.config.block_size) if compile else n_left
+                    logits, cache = prefill(model, [row.window for row in batch], room)
+                else:
+                    logits = model.next_logits(ids[:, None], cache)
+                ids, id_logps = sampler.draw(logits, sampler.uniform())
+                chosen = ids.tolist()
+                chosen_logps = id_logps.tolist() if logps else [None] * len(batch)
 
             for row in rows:
                 row.new = None
-            for number, id, logp in zip(batch, chosen, chosen_logps):
-                row = rows[number]
+            for row, id, logp in zip(batch, chosen, chosen_logps):
                 if row.end:  # a decoder goes on with those that have
                     continue
                 if logps:
@@ -286,7 +306,7 @@ def generate(
                 if row.take(id, limits):
                     cache = None
             yield rows
-            places = going_on([rows[number] for number in batch])
+            places = going_on(batch)
             if not places:
                 break
             if decoder is not None and n_ahead == 0:  # whoever was to be read anew has ended before
@@ -295,16 +315,15 @@ def generate(
                 decoder = None
             if decoder is None and len(places) < len(batch):
                 batch = [batch[place] for place in places]
-                numbers = torch.tensor(batch, device=device)
                 ids = ids[places]
-                if seen is not None:
-                    seen = seen[places]
+                sampler.keep(places)
                 if cache is not None:
                     cache.keep(places)
             if is_read and cache is not None:
                 n_ahead = min(n_left - 1, steps_until_reread(rows, limits))
                 if compile or graph or graph is None and is_worth_a_capture(model, n_ahead):
                     static = StaticCache(cache, model.config)
-                    decoder = iter(Decoder(model, static, ids, draw, uniform, n_ahead, compile))
+                    steps = Decoder(model, static, ids, sampler.draw, sampler.uniform, n_ahead, compile)
+                    decoder = iter(steps)
     finally:
         model.train(was_training)
