@@ -279,8 +279,9 @@ class ForeignTokenizer(Tokenizer):
 
     @cached_property
     def settings(self):
-        """What tokenizer_config.json says, a dict."""
-        return parse_json(self.files.get("tokenizer_config.json", "{}"))
+        """What tokenizer_config.json and special_tokens_map.json say, a dict."""
+        names = "tokenizer_config.json", "special_tokens_map.json"
+        return join_settings(*(parse_json(self.files.get(name, "{}")) for name in names))
 
     @cached_property
     def generation(self):
@@ -319,6 +320,13 @@ def parse_json(text):
     if not isinstance(data, dict):
         raise ValueError(f"it is not a JSON object but a {type(data).__name__}")
     return data
+
+
+def join_settings(settings, special_tokens):
+    """Returns what tokenizer_config.json and special_tokens_map.json say together, as to transformers: where the
+    former lists all added tokens, it does not read the latter.
+    """
+    return settings if "added_tokens_decoder" in settings else settings | special_tokens
 
 
 def token_text(token):

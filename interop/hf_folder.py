@@ -19,7 +19,7 @@ import torch
 from config import Refusal
 from interop import gguf_file, hf_config, hf_layout, peft_layout
 from interop.any_tokenizer import from_files
-from interop.foreign_tokenizer import FILES, parse_json, token_text
+from interop.foreign_tokenizer import FILES, join_settings, parse_json, token_text
 from model import ModelConfig
 from tensors import NotFinite
 
@@ -171,14 +171,16 @@ def find_eot(folder, data, settings):
 def read_tokenizer(folder):
     """Returns the Tokenizer or ForeignTokenizer of the folder.
 
-    Its end of text is the one that tokenizer_config.json or else config.json names. Raises Refusal.
+    Its end of text is the one that tokenizer_config.json, special_tokens_map.json or else config.json names.
+    Raises Refusal.
     """
     path = os.path.join(folder, "tokenizer.json")
     if not os.path.exists(path):
         call = "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         raise Refusal(f"there is no tokenizer.json in {folder}; transformers writes one: {call}")
     data = read_json(folder, "tokenizer.json")
-    settings = read_json(folder, "tokenizer_config.json", {})
+    names = "tokenizer_config.json", "special_tokens_map.json"
+    settings = join_settings(*(read_json(folder, name, {}) for name in names))
     files = {name: text for name in FILES if (text := read_text(folder, name)) is not None}
     with reading(path):
         eot = find_eot(folder, data, settings)

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import json
 import random
 
 import pytest
@@ -85,6 +86,29 @@ def test_the_ids_of_conversations_are_those_of_transformers(name, tokenizer, tmp
     for messages in conversations(50):
         expected = reference.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         assert conversation_ids(ours, messages) == expected
+
+
+@pytest.mark.parametrize("lists_added_tokens", [False, True])
+def test_special_tokens_are_those_of_the_file_that_transformers_reads(lists_added_tokens, tmp_path):
+    """tokenizer_config.json alone where it lists all added tokens, else special_tokens_map.json before it."""
+    source = "{{ bos_token }}{{ messages[0].content }}{{ eos_token }}{{ pad_token }}"
+    instruct(tmp_path, smollm, source)
+    path = tmp_path / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    del settings["bos_token"]
+    end = {"content": EOT, "lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
+    if lists_added_tokens:
+        settings["added_tokens_decoder"] = {"0": end | {"special": True}}
+    path.write_text(json.dumps(settings))
+    special_tokens = {"bos_token": end, "eos_token": "<|im_start|>", "pad_token": EOT}
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(special_tokens))
+    reference = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ours = hf_folder.read_tokenizer(str(tmp_path))
+    messages = [{"role": "user", "content": "a cat"}]
+    expected = f"a cat{EOT}" if lists_added_tokens else f"{EOT}a cat<|im_start|>{EOT}"
+    assert reference.apply_chat_template(messages, tokenize=False) == expected
+    assert ours.chat_template.render(messages) == expected
+    assert ours.eot == reference.eos_token_id
 
 
 def spread(tokenizer, ids, is_target):
