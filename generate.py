@@ -178,10 +178,12 @@ def documents_of(rows, T, device):
     return torch.tensor([[-1 if row.end else 0] * T for row in rows], device=device)
 
 
-def steps_until_reread(rows, limits):
-    """Returns after how many steps the first window is full and must be read anew; inf where none ever is."""
+def most_steps(rows, limits):
+    """Returns how many steps there can be until the first window is full and must be read anew. Where none ever
+    is, it is what the context has room for: the same for prompts of all lengths, so that a compiler sees one shape.
+    """
     if not limits.is_recomputed:
-        return math.inf
+        return limits.block_size
     return min(limits.block_size + 1 - len(row.window) for row in rows if not row.end)
 
 
@@ -320,7 +322,7 @@ def generate(
                 if cache is not None:
                     cache.keep(places)
             if is_read and cache is not None:
-                n_ahead = min(n_left - 1, steps_until_reread(rows, limits))
+                n_ahead = min(n_left - 1, most_steps(rows, limits))
                 if compile or graph or graph is None and is_worth_a_capture(model, n_ahead):
                     static = StaticCache(cache, model.config)
                     steps = Decoder(model, static, ids, sampler.draw, sampler.uniform, n_ahead, compile)

@@ -244,6 +244,15 @@ def test_rows_end_at_the_end_of_the_context():
     assert ends == ["block_size"] * 2
 
 
+def test_steps_that_a_full_context_leaves_no_room_for_are_not_prepared():
+    model = build()
+    prompts = prompts_of(20, 6)
+    settings = dict(temperature=1.0, top_k=0)
+    expected = complete(generate(model, prompts, 30, graph=False, **settings))
+    assert complete(generate(model, prompts, 10**13, graph=True, **settings)) == expected
+    assert expected[1] == ["block_size"] * 2
+
+
 @pytest.mark.parametrize("n", [3, 23, 24, 25, 60])
 def test_recompute_goes_on_from_the_last_half_of_the_window(n):
     model = build()
