@@ -51,13 +51,23 @@ def is_free(folder):
 def in_the_way(folder, overwrite, ways):
     """Returns whether folder holds anything that move_aside is to move.
 
-    Raises Refusal where it does and overwrite was not given; `ways` tells the ways out.
+    Raises Refusal where it does and overwrite was not given, `ways` tells the ways out; and where the current
+    folder would be moved.
     """
     if not os.path.exists(folder) or os.path.isdir(folder) and not os.listdir(folder):
         return False
     if not overwrite:
         raise Refusal(f"{folder} is there already: {ways}")
+    refuse_around(folder, ["."])
     return True
+
+
+def refuse_around(folder, paths):
+    """Raises Refusal where a folder holds one of the paths, of which "." is the current folder."""
+    for path in paths:
+        if os.path.exists(path) and Path(path).resolve().is_relative_to(Path(folder).resolve()):
+            name = "the current folder" if path == "." else path
+            raise Refusal(f"{folder} cannot be written: {name} is in it")
 
 
 def move_aside(folder, keep=()):
@@ -286,10 +296,7 @@ def new_folder(to, overwrite, ways, reads=(), is_worth=None):
     """
     to = Path(os.path.realpath(to) if os.path.islink(to) else to)
     moving = in_the_way(to, overwrite, ways)
-    for path in (".", *reads):
-        if os.path.exists(path) and Path(path).resolve().is_relative_to(to.resolve()):
-            name = "the current folder" if path == "." else path
-            raise Refusal(f"{to} cannot be written: {name} is in it")
+    refuse_around(to, [".", *reads])
     tmp = temporary(to, time.time_ns())
     try:
         if is_worth:

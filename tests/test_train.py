@@ -812,6 +812,14 @@ def test_other_runs_and_a_run_without_a_checkpoint_are_not_in_the_way(tmp_path):
         is_in_the_way()
 
 
+def test_the_current_folder_is_not_moved_aside(tmp_path, monkeypatch):
+    (tmp_path / "thesis.txt").write_text("not ours")
+    monkeypatch.chdir(tmp_path)
+    for out_dir in ".", "..", tmp_path:
+        with pytest.raises(Refusal, match="cannot be written: the current folder is in it"):
+            train.is_in_the_way(configure(train.Config, [f"--out_dir={out_dir}", "--overwrite"]))
+
+
 def test_embeddings_learn_so_many_times_as_fast(lab):
     embeddings = {}
     projections = {}
