@@ -319,10 +319,12 @@ def find_splits(key, cfg, tmp, progress, wanted):
         return splits
     path = Path(dataset)
     if is_pattern(dataset):
-        paths = [Path(match) for match in glob.iglob(dataset, recursive=True)]
+        folder = base_folder(dataset)  # whose name may have a [ in it
+        pattern = str(path.relative_to(folder))
+        paths = [folder / match for match in glob.iglob(pattern, root_dir=folder, recursive=True)]
         if not paths:
             raise Refusal(f"{dataset} matches no file")
-        splits = named_splits(paths, base_folder(dataset))
+        splits = named_splits(paths, folder)
     elif path.is_dir():
         splits = named_splits(path.rglob("*"), path)
     elif path.exists():

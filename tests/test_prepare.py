@@ -534,6 +534,11 @@ def test_the_splits_of_a_pattern():
     write_txt("odd[1].txt", DOCS)  # a name that is there is no pattern
     _, data, tokenizer = make("odd[1].txt", name="")
     assert all_texts(data, tokenizer) == sorted(DOCS)
+    write_txt("odd[1]/a.txt", DOCS[:120])  # nor is that of a folder before one
+    write_txt("odd1/a.txt", DOCS[120:])
+    meta, data, tokenizer = make("odd[1]/*.txt", name="h")
+    assert all_texts(data, tokenizer) == sorted(DOCS[:120])
+    assert origins(meta)["train"].startswith("odd[1]/*.txt, 1 file: a.txt; ")
 
 
 def test_val_dataset_is_the_validation_split(capsys, hub):
