@@ -151,6 +151,11 @@ class Config(train.Config):
 # What several benches need
 
 
+def redrawn(cfg):
+    """Returns cfg without the weights of init_from, which fit no other shape."""
+    return replace(cfg, init_from="scratch")
+
+
 def take_shape(cfg):
     """Returns cfg with the shape of init_from, where that is a model; texts are no longer than without."""
     if cfg.init_from == "scratch":
@@ -182,9 +187,9 @@ def train_dtypes(cfg, compute):
 def architectures(cfg):
     """Returns {name: config}: LLaMA's and GPT-2's settings under the given ones.
 
-    Where those choose an architecture themselves, it is the only one.
+    Where those choose an architecture themselves, or init_from has one, it is the only one.
     """
-    if ARCHITECTURE_KEYS & cfg.given.keys():
+    if ARCHITECTURE_KEYS & cfg.given.keys() or cfg.init_from != "scratch":
         return {"as given": cfg}
     configs = {}
     for name in "llama", "gpt2":
@@ -299,8 +304,8 @@ def bench_experts(cfg, compute):
     Of n_expert SwiGLUs that are n_expert_per_token times as narrow a token goes through so many. against
     is the time by the dense model's with the same optimizer; muon has all experts' matrices to turn.
     """
-    dense = replace(cfg, mlp="swiglu")
-    experts = replace(cfg, mlp="moe", n_inner=max(1, cfg.n_inner // cfg.n_expert_per_token))
+    dense = replace(redrawn(cfg), mlp="swiglu")
+    experts = replace(dense, mlp="moe", n_inner=max(1, cfg.n_inner // cfg.n_expert_per_token))
     rivals = {}
     for optimizer in "adamw", "muon":
         for name, config in ("dense", dense), ("experts", experts):
@@ -371,9 +376,9 @@ def bench_kvcache(cfg, compute):
         yield kv_cache_row("7B", config, 1, 2048, torch.float16)
     for heads in range(cfg.n_head, 0, -1):
         if cfg.n_head % heads == 0:
-            yield allocated_cache_row(replace(cfg, n_kv_head=heads), compute)
+            yield allocated_cache_row(replace(redrawn(cfg), n_kv_head=heads), compute)
     if not cfg.window:
-        yield allocated_cache_row(replace(cfg, window=cfg.block_size // 8), compute)
+        yield allocated_cache_row(replace(redrawn(cfg), window=cfg.block_size // 8), compute)
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -400,8 +405,8 @@ def bench_windows(cfg, compute):
     """Times windows in all layers (--window, an eighth of block_size) against full attention: a training
     step, and the step of one token early and late in the context.
     """
-    models = {"full": replace(cfg, window=0)}
-    models["windows"] = replace(cfg, window=cfg.window or cfg.block_size // 8)
+    full = replace(redrawn(cfg), window=0)
+    models = {"full": full, "windows": replace(full, window=cfg.window or cfg.block_size // 8)}
     steps = {name: make_training_step(model_cfg, compute)[0] for name, model_cfg in models.items()}
     times = race(steps, cfg.seconds / 2, compute.device, untimed_steps(cfg, compute))
     tokens = tokens_a_step(cfg)

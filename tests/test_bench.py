@@ -20,6 +20,7 @@ import bench_decode
 import bench_learning
 import bench_ops
 import bench_step
+import checkpoint
 import measure
 import toy_stories
 import train
@@ -27,9 +28,11 @@ from config import Refusal, configure
 from data import epoch_starts
 from device import Compute, resolve
 from interop import nanogpt
+from model import ModelConfig, Transformer
 from optim import get_lr, make_optimizers
 from score import evaluate
-from tokenizer import EOT
+from sizes import num_params
+from tokenizer import EOT, Tokenizer
 
 CPU = torch.device("cpu")
 PLAIN_CPU = ["--device=cpu", "--dtype=float32"]
@@ -403,6 +406,38 @@ def test_a_folder_of_hugging_faces_is_decoded_beside_transformers(block_size, tm
     assert drawn == [(name, n) for n in (1, 8) for name in ("samples", "transformers samples")]
     with pytest.raises(Refusal, match="has n_layer=2, which cannot become 3"):
         bench.main(configure(bench.Config, [*argv, "--n_layer=3"], bench.BENCHES))
+
+
+def test_a_checkpoint_is_trained_as_it_is_and_its_shape_alone_is_varied(tmp_path, monkeypatch):
+    tokenizer = Tokenizer.char(["abcdefg"])
+    c = ModelConfig(
+        n_layer=2, n_head=4, n_embd=32, block_size=32, vocab_size=tokenizer.vocab_size, pos="alibi"
+    )
+    model = Transformer(c)
+    checkpoint.save(f"{tmp_path}/ckpt.pt", model, tokenizer, {}, checkpoint.RunState(1, 2.0, 2.0))
+    argv = [f"--init_from={tmp_path}", "--batch_size=2", "--seconds=0", *PLAIN_CPU]
+    cfg = bench.take_shape(configure(bench.Config, argv))
+    compute = resolve("cpu", "float32", "false")
+    [row] = bench.train_rows(cfg, compute, ["float32"])
+    assert (row["settings"], row["parameters"]) == ("as given", num_params(model))
+    dense, experts, *_ = bench.bench_experts(cfg, compute)
+    assert dense["parameters"] == num_params(model) < experts["parameters"]
+    caches = [row for row in bench.bench_kvcache(cfg, compute) if row["shape"] != "7B"]
+    assert [(row["n_kv_head"], row["window"]) for row in caches] == [
+        (4, None),
+        (2, None),
+        (1, None),
+        (4, 4),
+    ]
+    windows = []
+
+    def step_of(model, position):
+        windows.append(model.config.window)
+        return lambda: None
+
+    monkeypatch.setattr(bench, "next_token_step", step_of)
+    list(bench.bench_windows(cfg, compute))
+    assert windows == [0, 0, 4, 4]
 
 
 def test_without_hugging_face_the_rest_is_measured(monkeypatch, capsys):
