@@ -9,7 +9,7 @@
     python bench.py train --against=FOLDER      a step of nanoGPT too, of which FOLDER is a checkout
     python bench.py learning --against=FOLDER   the time to nanoGPT's validation loss, which trains 2,000 steps first
     python bench.py decode --init_from=out/ts --against=llama.cpp    and llama.cpp, with 32, 8 and 4 bits
-    python bench.py scale --processes=64 --n_layer=22 --n_head=32 --n_embd=2048    what a run in shards would take
+    python bench.py scale --processes=64 --n_layer=22 --n_head=32 --n_embd=2048 --batch_size=64    a run in shards
 
 Rivals take turns within one run, so that a machine whose speed drifts is fair to all. ms is a median,
 ms_min and ms_max its spread; first_ms is the first call, where compiling and allocating happen. Weights
@@ -34,6 +34,7 @@ import torch
 
 import checkpoint
 import prepare
+import quantize
 import rmsnorm
 import shards
 import sources
@@ -113,6 +114,7 @@ class Config(train.Config):
         for key in SHAPE_KEYS:
             if not getattr(self, key):
                 setattr(self, key, shape[key])
+        self.eval_only = False  # or no memory would be foreseen for training
         super().__post_init__()
         if self.block_size < 16 or self.vocab_size < 1:
             raise ValueError(
@@ -131,6 +133,7 @@ class Config(train.Config):
             raise ValueError(
                 f"speculate must be at least 1 and at most {MOST_GUESSES}, not {self.speculate}"
             )
+        quantize.Config(to="nowhere", bits=4, group_size=self.group_size)  # raises for another size
         if self.against == LLAMA_CPP and self.init_from == "scratch":
             raise ValueError("llama.cpp wants a tokenizer: give init_from")
         if self.draft and self.init_from == "scratch":
@@ -497,7 +500,7 @@ def train_hf_tokenizer(docs, vocab_size):
 def bench_tokenizer(cfg, compute):
     """Times learning a vocabulary and encoding with it, in MB/s of text, beside Hugging Face's."""
     if cfg.text:
-        docs = list(sources.documents([cfg.text], prepare.Config(dataset=cfg.text)))
+        docs = list(sources.documents([cfg.text], prepare.Config(dataset=cfg.text, name="text")))
     else:
         docs = toy_stories.texts(9000, cfg.seed)
     try:

@@ -150,7 +150,7 @@ def everything(tmp_path_factory):
     """The folder, the printed lines and the results of one run of all benches."""
     folder = tmp_path_factory.mktemp("bench")
     stories = toy_stories.texts(50)
-    (folder / "stories.txt").write_text("<|endoftext|>".join(stories), encoding="utf-8")
+    (folder / ".stories.txt").write_text("<|endoftext|>".join(stories), encoding="utf-8")
     output = io.StringIO()
     with (
         contextlib.chdir(folder),
@@ -158,7 +158,7 @@ def everything(tmp_path_factory):
         pytest.MonkeyPatch.context() as patch,
     ):
         patch.setattr(measure, "LARGE", 1 << 16)
-        bench.main(config("--plot", "--json", "--text=stories.txt"))
+        bench.main(config("--plot", "--json", "--text=.stories.txt"))
     lines = output.getvalue().splitlines()
     return folder, lines, json.loads(lines[-1])
 
@@ -381,6 +381,22 @@ def test_explicit_attention_is_attention():
         bench_ops.explicit_attention(q, k, v),
         torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True),
     )
+
+
+def test_a_run_in_shards_is_foreseen_and_may_be_any_of_train_pys():
+    [line] = [line for line in bench.__doc__.splitlines() if " scale " in line]
+    _, command, _ = line.split("    ")
+    argv = command.split()[2:]
+    [row] = bench.bench_scale(configure(bench.Config, argv, bench.BENCHES), None)
+    assert row["processes"] == 64
+    assert bench.bench_scale(configure(bench.Config, [*argv, "--eval_only"], bench.BENCHES), None) == [
+        row
+    ]
+
+
+def test_a_group_size_that_quantize_py_has_not_is_refused_at_once():
+    with pytest.raises(Refusal, match="group_size of 4 bits must be .* 128, not 48"):
+        config("quantize", "--group_size=48")
 
 
 @pytest.mark.parametrize("block_size", [16, 24])
