@@ -165,15 +165,12 @@ def csv_rows(path, column=None):
     csv.field_size_limit(2**31 - 1)  # instead of 131,072 characters: a field is a document
     n = 0
     with opened(path, newline="") as f:
-        rows = csv.reader(f, strict=True)
+        rows = filter(None, csv.reader(f, strict=True))  # a blank line is no row, nor a header
         try:
             header = next(rows, [])
             if column and header:
                 field(dict.fromkeys(header), column, path)
-            for values in rows:
-                if not values:  # a blank line
-                    continue
-                n += 1
+            for n, values in enumerate(rows, 1):
                 place = f"{path} row {n}"
                 if len(values) != len(header):
                     problem = f"{len(values)} columns where the header has {len(header)}"

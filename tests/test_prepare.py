@@ -607,7 +607,7 @@ def test_what_csv_holds():
     assert rows[1] == ("c.csv row 2", {"id": "1", "story": long})
     cfg = Config(dataset="c.csv", column="story")
     assert list(sources.documents(["c.csv"], cfg)) == ["a\r\nb", long.strip(), "é日"]
-    write("c.csv", "\ufeffid,text\n\n1,one\n\n2,two")
+    write("c.csv", "\ufeff\n\nid,text\n\n1,one\n\n2,two")
     assert list(sources.documents(["c.csv"], Config(dataset="c.csv"))) == ["one", "two"]
 
 
