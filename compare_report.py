@@ -140,7 +140,8 @@ def draw(comparison, path):
             ax.fill_between(
                 x[1:], bits.min(0)[1:], bits.max(0)[1:], color=line.get_color(), alpha=0.2, lw=0
             )
-    by_step.set(xlabel="step", ylabel="validation loss, bits a byte", title=comparison.cfg.out_dir)
+    by_step.set(xlabel="step", ylabel="validation loss, bits a byte")
+    by_step.set_title(comparison.cfg.out_dir, parse_math=False)  # a name may have a $ in it
     by_second.set(xlabel="seconds of training")
     for ax in (by_step, by_second):
         ax.grid(alpha=0.3)

@@ -96,7 +96,8 @@ def plot(out_dir, panels=(("loss, nats a token", LOSSES),)):
         for key in keys:
             style = {"alpha": 0.7} if key == "loss" else {"marker": "o", "ms": 3}
             draw_curve(ax, lines, key, label=NAMES.get(key, key), lw=1, **style)
-        ax.set(xlabel="step", ylabel=label, title=out_dir)
+        ax.set(xlabel="step", ylabel=label)
+        ax.set_title(out_dir, parse_math=False)  # a name may have a $ in it
         if keys == LOSSES:
             ax.set(yscale="log")
             ax.yaxis.set_major_formatter("{x:g}")

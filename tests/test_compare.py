@@ -48,8 +48,8 @@ def lab(tmp_path_factory):
 @pytest.fixture(scope="module")
 def pair(lab):
     """The folder of a comparison of a good and a bad learning rate, three seeds, in one go."""
-    call(compare, *SMALL, PAIR, "--seeds=1,2,3", "--out_dir=out/pair", folder=lab)
-    return lab / "out/pair"
+    call(compare, *SMALL, PAIR, "--seeds=1,2,3", "--out_dir=out/pair$^$", folder=lab)
+    return lab / "out/pair$^$"
 
 
 def comparison(lab, *argv):
@@ -339,12 +339,12 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_anew(lab):
 def test_a_comparison_in_use_is_not_moved_aside(lab, pair):
     with contextlib.chdir(lab), folders.alone(pair / "runs/good-1"):
         with pytest.raises(Refusal, match="is training in"):
-            call(compare, *SMALL, PAIR, "--seeds=1,2,3", "--out_dir=out/pair", "--overwrite")
+            call(compare, *SMALL, PAIR, "--seeds=1,2,3", "--out_dir=out/pair$^$", "--overwrite")
     assert (pair / "results.jsonl").exists()
 
 
 def test_another_comparison_in_the_folder_is_refused(lab, pair):
-    argv = [*SMALL, PAIR, "--seeds=1,2,3", "--out_dir=out/pair"]
+    argv = [*SMALL, PAIR, "--seeds=1,2,3", "--out_dir=out/pair$^$"]
     before = (pair / "results.jsonl").read_text()
     with pytest.raises(Refusal, match="has max_iters=8, not 9: --overwrite moves"):
         call(compare, *argv, "--budget=9", folder=lab)

@@ -744,15 +744,15 @@ def test_memory_is_foreseen_without_the_import_of_torchs_compiler():
 
 def test_the_log_the_best_checkpoint_and_the_plot(lab):
     pytest.importorskip("matplotlib")
-    run_train(lab, "--out_dir=p")
-    lines = log(lab, "p")
+    run_train(lab, "--out_dir=p$^$")  # no formula
+    lines = log(lab, "p$^$")
     val_losses = {line["step"]: line["val_loss"] for line in lines if "val_loss" in line}
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 13))
     assert list(val_losses) == [0, 4, 8, 12]
     del val_losses[0]  # before the first step there is nothing to save
-    assert load(lab, "p", "ckpt_best.pt")["val_loss"] == min(val_losses.values())
-    assert (lab / "p/loss.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(os.listdir(lab / "p")) == ["ckpt.pt", "ckpt_best.pt", "log.jsonl", "loss.png"]
+    assert load(lab, "p$^$", "ckpt_best.pt")["val_loss"] == min(val_losses.values())
+    assert (lab / "p$^$/loss.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(os.listdir(lab / "p$^$")) == ["ckpt.pt", "ckpt_best.pt", "log.jsonl", "loss.png"]
 
 
 def test_from_the_command_line_with_the_default_data_and_then_a_story(tmp_path):
