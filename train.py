@@ -720,6 +720,8 @@ def pretrain(cfg):
             advice = "prepare the data with its own"
             if is_hf(start.path):
                 advice += f": prepare.py --tokenizer={start.path}"
+            elif "dataset" not in cfg.given and start.dataset not in ("", cfg.dataset):
+                advice = f"--dataset={start.dataset} is what it learned from"
             raise Refusal(f"{start.path} was trained with another tokenizer than {folder}'s; {advice}")
         if not resume:
             start.crop(cfg)
