@@ -90,7 +90,7 @@ class TrainConfig:
     device: str = "auto"                    # auto | cpu | cuda | cuda:N | mps
     dtype: str = "auto"                     # of products: auto | float32 | tf32 | bfloat16 | float16; kept on resume
     compile: str = "auto"                   # torch.compile: auto | true | false
-    rmsnorm: str = "auto"                   # RMSNorm by: auto | torch | cpu | cuda (our kernel); not kept on resume
+    rmsnorm: str = "auto"                   # RMSNorm by: auto | torch | cpu | cuda (our kernel)
     seed: int = 1337                        # of weights, batches and dropout
     start: str = ""                         # what the sample at each evaluation starts from, \n a new line
     wandb_log: bool = False                 # log to Weights & Biases too
