@@ -58,7 +58,7 @@ from tqdm import tqdm
 
 from folders import new_folder
 from interop.any_tokenizer import load_tokenizer
-from progress import STATE, Progress, has_files, write_text
+from progress import STATE, Progress, has_parts, write_text
 from shards import (
     SPLITS,
     check_entries,
@@ -460,7 +460,7 @@ def prepare(cfg):
     """
     folder = Path("data", cfg.name)
     ways = "--overwrite prepares it anew (the old one is kept beside it), --name= another"
-    with new_folder(folder, cfg.overwrite, ways, is_worth=has_files) as tmp:
+    with new_folder(folder, cfg.overwrite, ways, is_worth=has_parts) as tmp:
         build(cfg, tmp)
     return folder.as_posix()
 

@@ -118,9 +118,9 @@ def read_state(folder):
     return state if isinstance(state, dict) else {}
 
 
-def has_files(folder):
-    """Returns whether there are finished files of ids in an unfinished folder."""
-    return "files" in read_state(folder)
+def has_parts(folder):
+    """Returns whether an unfinished folder has what takes long: what was fetched, or finished files of ids."""
+    return not {"fetched", "files"}.isdisjoint(read_state(folder))
 
 
 def write_text(path, text):

@@ -9,12 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_prepare import files, make_docs, write_txt
+from test_prepare import files, make_docs, write_jsonl, write_txt
 
 import prepare
 import progress
 import sources
+from config import Refusal
 from prepare import Config, load
+from tokenizer import Tokenizer
 
 ROOT = Path(prepare.__file__).parent
 DOCS = make_docs(800)
@@ -271,6 +273,31 @@ shards.ShardWriter.end_file = stop
     assert encoded < num_chunks()
     assert contents("data/d") == whole
     assert files("data") == ["d"]
+
+
+@pytest.mark.parametrize("place", ["tokenizer.Tokenizer.train", "prepare.encode"])
+def test_what_was_fetched_or_learned_before_an_interruption_is_kept(place, monkeypatch, capsys):
+    settings = {"dataset": "toy", "num_stories": 400}
+    process = start(f"{place} = lambda *args: signal.raise_signal(signal.SIGINT)", **settings)
+    out, _ = process.communicate()
+    assert process.returncode != 0
+    assert f"what is done stays in {left()}: the same command goes on with it\n" in out
+    monkeypatch.setattr(sources.toy_stories, "stories", None)
+    if place == "prepare.encode":
+        monkeypatch.setattr(prepare, "learn", None)
+    out, _ = run_again(monkeypatch, capsys, **settings)
+    assert "going on" in out
+    assert load("data/d")
+
+
+def test_what_a_wrong_command_has_done_is_not_kept():
+    write_txt("c.txt", DOCS)
+    write_txt("v.txt", ["\u2603"])
+    Tokenizer.char(DOCS).save("chars.json")
+    settings = SETTINGS | {"val_dataset": "v.txt", "tokenizer": "chars.json"}
+    with pytest.raises(Refusal, match="character '\u2603' .* is not one of the"):
+        prepare.prepare(Config(**settings))
+    assert files("data") == []
 
 
 @slow
