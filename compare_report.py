@@ -145,5 +145,6 @@ def draw(comparison, path):
     by_second.set(xlabel="seconds of training")
     for ax in (by_step, by_second):
         ax.grid(alpha=0.3)
-    by_step.legend()
+    if by_step.lines:  # none where all runs diverged
+        by_step.legend()
     folders.write_atomic(path, lambda f: figure.savefig(f, format="png", dpi=120))

@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import signal
+import warnings
 
 import numpy as np
 import pytest
@@ -334,6 +335,16 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_anew(lab):
     call(compare, *SMALL, *argv, "--budget=9", folder=lab)
     [row] = results(lab / "out/killed")
     assert row["steps"] == 9
+
+
+def test_a_comparison_whose_runs_all_diverged_has_no_legend(lab):
+    argv = ["--variants=a: ; b: --optimizer=adamw", "--learning_rate=1e30", "--seeds=1"]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "No artists")  # which a legend of none is
+        call(compare, *SMALL, *argv, "--out_dir=out/diverged", folder=lab)
+    table = (lab / "out/diverged/table.md").read_text()
+    assert "- b against a: no seed of which both runs ended; 2 runs diverged" in table
+    assert (lab / "out/diverged/curves.png").exists()
 
 
 def test_a_comparison_in_use_is_not_moved_aside(lab, pair):
