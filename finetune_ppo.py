@@ -44,6 +44,7 @@ from rows import (
     chat_messages,
     conversations,
     default_template,
+    kind_of,
     side_line,
     split_rows,
     training_packs,
@@ -133,9 +134,18 @@ def find_reward(name, device="cpu", load=False):
 
 
 def prompt_row(row):
-    """Returns a row as one that needs no answer: of texts with an empty one, a prompt of messages as a conversation."""
+    """Returns a row as one that needs no answer: of texts with an empty one, a prompt of messages as a conversation.
+    Where it has one it is of the kind that finetune_lora.py reads, with that kind's template.
+    """
     if not isinstance(row, dict):
         return row
+    kind = kind_of(row)
+    *prompts, answer = kind.columns
+    has_prompt = all(isinstance(row.get(column), kind.type) for column in prompts or [answer])
+    if has_prompt and answer in row:
+        if kind.type is str:
+            return row | {answer: ""}
+        return {"messages": row["prompt"]} if prompts else row
     prompt = row.get("prompt")
     if isinstance(prompt, str) or row.keys() == {"prompt"} and not isinstance(prompt, list):
         return {"prompt": prompt, "response": ""}

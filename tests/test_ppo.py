@@ -26,6 +26,7 @@ import prepare
 import train
 from config import Refusal, configure
 from generate import generate
+from rows import chat_messages, conversations, default_template
 
 PROMPTS = ["--dataset=prompts.jsonl", "--val_dataset=held.jsonl"]
 REWARDED = [
@@ -651,6 +652,24 @@ def test_prompts_are_read_from_rows_of_every_kind_without_an_answer(shop):
         "held: 1 rows; left out: 1 that begin with an answer (row 0), "
         f"1 that leave no room in {length} tokens (row 2)"
     )
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "ab", "response": "c"},
+        {"prompt": "ab", "completion": "c"},
+        {"instruction": "ab", "output": "c", "prompt": "all of it: ab c"},
+        {"prompt": "b", **chat(("user", "ab"), ("assistant", "c"))},
+        {"prompt": chat(("user", "ab"))["messages"], "completion": chat(("assistant", "c"))["messages"]},
+    ],
+)
+def test_a_row_has_the_prompt_that_finetune_lora_reads_and_its_template(shop, row):
+    [learned] = conversations([("here", row)])
+    task = small_task(shop)
+    [prompt] = task.convert([("here", row)])
+    assert default_template([prompt]) == default_template([learned])
+    assert ppo.prompt_messages(prompt) == chat_messages(learned.messages[:-1])
 
 
 def test_the_prompt_of_a_conversation_is_all_before_its_last_answer(shop):
