@@ -112,10 +112,10 @@ def split_rows(cfg, convert):
 
 
 class Message(NamedTuple):
-    role: str  # system | user | assistant
+    role: str  # system | user | assistant | tool
     text: str | None  # None where it has no content
     is_learned: bool = True  # if it is an answer
-    has_calls: bool = False  # of tools
+    has_calls: bool = False  # of tools, or is one or its result
 
 
 # the names of chat formats and of ShareGPT
@@ -125,6 +125,10 @@ ROLES = {
     "human": "user",
     "assistant": "assistant",
     "gpt": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "function_call": "tool",
+    "observation": "tool",
 }
 ROW = (
     "rows have prompt and response, instruction and output, messages, conversations, "
@@ -173,7 +177,8 @@ def read_message(message, place, is_learned):
     if role not in ROLES:
         known = ", ".join(ROLES)
         raise Refusal(f"{place}: a role is {role!r:.40}, which is not read; known are {known}")
-    has_calls = bool(message.get("tool_calls") or message.get("function_call"))
+    calls = message.get("tool_calls") or message.get("function_call") or ROLES[role] == "tool"
+    has_calls = bool(calls)
     text = None
     if content_key in message or not has_calls:
         text = read_content(message, content_key, place)

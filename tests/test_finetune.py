@@ -192,6 +192,7 @@ def test_masks_by_hand(row, template, read, learned):
 
 
 CALL = {"role": "assistant", "content": "I ask.", "tool_calls": [{"id": 1}]}
+USED = [*chat(("user", "a"))["messages"], CALL | {"content": None}, {"role": "tool", "content": "5"}]
 
 
 @pytest.mark.parametrize(
@@ -212,6 +213,18 @@ CALL = {"role": "assistant", "content": "I ask.", "tool_calls": [{"id": 1}]}
         ({"messages": [*chat(("user", "a"))["messages"], CALL]}, "with a call of a tool"),
         (
             {"messages": [*chat(("user", "a"))["messages"], CALL | {"content": None}]},
+            "with a call of a tool",
+        ),
+        ({"messages": [*USED, *chat(("assistant", "5 it is."))["messages"]]}, "with a call of a tool"),
+        (
+            {
+                "conversations": [
+                    {"from": "human", "value": "a"},
+                    {"from": "function_call", "value": "{}"},
+                    {"from": "observation", "value": "5"},
+                    {"from": "gpt", "value": "5 it is."},
+                ]
+            },
             "with a call of a tool",
         ),
         ({"prompt": "a", "response": None}, "without a response"),
@@ -240,9 +253,12 @@ def test_rows_that_are_no_conversation_are_counted_with_their_places(row, proble
         ({"messages": None}, "r line 3: column 'messages' is not a list of messages but null"),
         ({"messages": "hello"}, "r line 3: column 'messages' is not a list of messages but 'hello'"),
         ({"conversations": None}, "column 'conversations' is not a list of messages but null"),
-        (chat(("tool", "x")), "r line 3, message 1 of 'messages': a role is 'tool', which is not read"),
+        (
+            chat(("critic", "x")),
+            "r line 3, message 1 of 'messages': a role is 'critic', which is not read",
+        ),
         (chat(("user", "x"), ("developer", "y")), "message 2 of 'messages': a role is 'developer'"),
-        ({"conversations": [{"from": "function_call", "value": "x"}]}, "a role is 'function_call'"),
+        ({"conversations": [{"from": "bot", "value": "x"}]}, "a role is 'bot'"),
         ({"messages": [{"role": "user"}]}, "no column 'content'; a message has role and content"),
         ({"messages": [None]}, "no column 'role'; a message has .*: none, as it is a NoneType"),
         (
