@@ -325,7 +325,9 @@ def preferences(rows):
     result = []
     for place, row in rows:
         kind = kind_of(row, PREFERENCE_KINDS)
-        if not isinstance(row, dict) or not {*kind.columns} <= row.keys():
+        is_complete = isinstance(row, dict) and {*kind.columns} <= row.keys()
+        # two texts alone: their prompt has another name, or stands in both
+        if not is_complete or kind.type is list and isinstance(row["chosen"], str):
             here = ", ".join(map(str, row)) if isinstance(row, dict) else f"{row!r:.40}"
             raise Refusal(f"{place}: {PREFERENCE} {here:.200}")
         *prompt, chosen, rejected = kind.columns

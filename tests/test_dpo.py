@@ -181,7 +181,12 @@ def test_rows_without_two_answers_to_learn_from_are_counted_with_their_places(sh
             "rows have prompt or instruction, chosen and rejected, or chosen and rejected as",
         ),
         ({"prompt": "a", "chosen": 5, "rejected": "b"}, "column 'chosen' is not text but 5"),
-        ({"chosen": "b", "rejected": "c"}, "column 'chosen' is not a list of messages but 'b'"),
+        ({"chosen": "b", "rejected": "c"}, "as whole conversations; here is chosen, rejected"),
+        (
+            {"question": "a", "chosen": "b", "rejected": "c"},
+            "as whole conversations; here is question, chosen, rejected",
+        ),
+        ({"chosen": [], "rejected": "c"}, "column 'rejected' is not a list of messages but 'c'"),
         ("text", "here is 'text'"),
     ],
 )
