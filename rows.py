@@ -93,7 +93,7 @@ def split_numbers(cfg, n, n_held_out):
             "--val_dataset names others to hold out"
         )
     order = np.random.default_rng(cfg.seed).permutation(n)
-    n_val = max(1, round(cfg.val_fraction * n))
+    n_val = min(n - 1, max(1, round(cfg.val_fraction * n)))
     return order[n_val:], order[:n_val]
 
 
@@ -425,6 +425,8 @@ def side_line(name, n, left_out, T, need="has a response and fits in"):
     """Returns a line about the n rows of a side, of which some were LeftOut. Raises Refusal where all were: none met
     the need.
     """
+    if not n:
+        raise Refusal(f"{name}: there is no row in it")
     places = {}  # the reason: where
     for place, reason in left_out:
         places.setdefault(reason, []).append(place)

@@ -744,7 +744,7 @@ CASES = [
     ("finetune_lora", "--out_dir=n --dataset=one.json", "needs two rows"),
     ("finetune_lora", "--out_dir=n --dataset=mute.json", "none of its 18 rows has a response"),
     ("finetune_lora", "--out_dir=n --dataset=long_rows.json", "fits in 32 tokens"),
-    ("finetune_lora", "--out_dir=n --dataset=pairs.json --val_dataset=none.json", "none of its 0 rows"),
+    ("finetune_lora", "--out_dir=n --dataset=pairs.json --val_dataset=none.json", "no row in it"),
     ("finetune_lora", "--out_dir=n --dataset=pairs.json --batch_size=1000000000", "GiB"),
     ("finetune_lora", "--out_dir=lora --init_from=resume --rank=3", "rank=2, which cannot become 3"),
     ("finetune_lora", "--out_dir=a_base --init_from=resume", "another base"),

@@ -46,6 +46,7 @@ from rows import (
     packed_batch,
     read_rows,
     side_line,
+    split_numbers,
     split_rows,
     training_packs,
 )
@@ -245,6 +246,16 @@ def test_rows_that_are_no_conversation_are_counted_with_their_places(row, proble
     with pytest.raises(Refusal, match=f"none of its 5 rows .*; left out: 5 {problem} ") as e:
         side_line("r.jsonl", 5, [left_out._replace(place="x")] * 5, 48)
     assert str(e.value).endswith("(x, x, x, ...)")
+
+
+@pytest.mark.parametrize(
+    "n, fraction, n_val", [(2, 0.1, 1), (20, 0.1, 2), (20, 0.5, 10), (20, 0.99, 19), (2, 0.9, 1)]
+)
+def test_a_fraction_leaves_a_row_to_either_side(n, fraction, n_val):
+    cfg = configure(ft.Config, ["--dataset=rows.jsonl", f"--val_fraction={fraction}"])
+    learned, held_out = split_numbers(cfg, n, 0)
+    assert len(held_out) == n_val
+    assert sorted([*learned, *held_out]) == list(range(n))
 
 
 @pytest.mark.parametrize(
