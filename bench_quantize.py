@@ -28,11 +28,8 @@ def held_out(cfg, model):
     reason = "weights are random"
     if cfg.init_from != "scratch":
         start = checkpoint.open_checkpoint(cfg.init_from)
-        folder = data_folder(start)
-        load = functools.cache(prepare.load)  # which reads all of the data, to check it
         try:
-            data, tokenizer = load_data(folder, start, load)
-            meta, *_ = load(folder)
+            meta, data, tokenizer = load_data(data_folder(start), start, prepare.load)
             split = meta["splits"]["val"]
             bits = split["tokens"] / split["bytes"] / math.log(2)
             settings = quantize.Config(to="nowhere")

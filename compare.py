@@ -13,7 +13,6 @@ or on another device, takes its share of the runs.
 import contextlib
 import itertools
 import json
-import math
 import os
 import shlex
 import signal
@@ -27,7 +26,6 @@ from pathlib import Path
 from config import COMMAND_LINE, Refusal, configure, convert, nearest, run
 
 # isort: split
-import numpy as np
 import torch
 
 import folders
@@ -37,11 +35,11 @@ from compare_report import CLOSE, draw, table
 from data import tokens_a_step
 from device import resolve, torchrun_ranks
 from eval import split_documents
-from lenses.likelihood import fit_batch, units
+from lenses.likelihood import text_nats, units
+from lenses.stats import bits_per_byte
 from log import read_log
 from memory import check_training_memory
 from model import model_config
-from score import document_nats
 from sizes import model_sizes
 
 BUDGETS = ("steps", "tokens", "seconds")
@@ -330,10 +328,9 @@ def judge(task):
     tokenizer = task.tokenizer
     documents, _ = split_documents(task.data["val"], tokenizer)
     encoded = tokenizer.encode_batch(documents)
-    losses = document_nats(task.model, encoded, tokenizer, task.compute, fit_batch(task.model))
-    nats = np.concatenate([document[:-1] for document in losses])  # without its end, which is no text
+    _, nats = text_nats(task.model, tokenizer, encoded, task.compute)
     _, lengths = units(encoded, tokenizer, few=False)
-    return {"nats": nats.mean(), "bits_per_byte": nats.sum() / lengths.sum() / math.log(2)}
+    return {"nats": nats.mean(), "bits_per_byte": bits_per_byte(nats, lengths)}
 
 
 # -----------------------------------------------------------------------------------------------------

@@ -165,14 +165,14 @@ def data_folder(ckpt):
 
 
 def load_data(folder, ckpt, load):
-    """Returns the splits and the tokenizer that a checkpoint was trained with. Raises Refusal."""
+    """Returns what load, prepare.load, does of the data that a checkpoint was trained with. Raises Refusal."""
     if folder == ELSEWHERE:
         raise Refusal("it was trained elsewhere, on what is not here")
-    _, data, tokenizer = load(folder)
+    meta, data, tokenizer = load(folder)
     if tokenizer.sha256 != ckpt.state["tokenizer_sha256"]:
         change = "was prepared anew, with another tokenizer than"
         raise Refusal(f"{folder} {change} {ckpt.path} was trained with")
-    return data, tokenizer
+    return meta, data, tokenizer
 
 
 def load_subjects(cfg, compute):
@@ -194,7 +194,7 @@ def load_subjects(cfg, compute):
         model, tokenizer = ckpt.restore(compute.device)
         dataset = data_folder(ckpt)
         try:
-            data, data_tokenizer = load_data(dataset, ckpt, load)
+            _, data, data_tokenizer = load_data(dataset, ckpt, load)
             training = data["train"], data_tokenizer
             if not subjects:
                 validation = data["val"], data_tokenizer

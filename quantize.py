@@ -400,7 +400,7 @@ def quantize_model(model, cfg, rows=None):
 def load_ids(ckpt):
     """Returns ({"train", "val"} of the model's own data, or {} where it is not here; why it is not)."""
     try:
-        data, _ = load_data(data_folder(ckpt), ckpt, prepare.load)
+        _, data, _ = load_data(data_folder(ckpt), ckpt, prepare.load)
     except Refusal as e:
         return {}, str(e)
     return data, ""

@@ -12,7 +12,7 @@ from config import Refusal
 from data import evenly
 from lenses.likelihood import check_nats, fit_batch, units
 from lenses.page import e, frame, html_table, line_plot
-from lenses.stats import bits, bootstrap
+from lenses.stats import bits, bits_per_byte, bootstrap
 from measure import align
 from memory import check_memory
 from score import position_nats
@@ -63,10 +63,6 @@ def figures(nats, sizes, edges, cfg):
         rows["low"].append(low)
         rows["high"].append(high)
     return rows
-
-
-def bits_per_byte(nats, sizes):
-    return float(nats.sum() / sizes.sum() / math.log(2))
 
 
 def name_way(out_dir, scaling):

@@ -8,7 +8,7 @@ import numpy as np
 import toy_stories
 from config import Refusal
 from data import document_slices
-from lenses.stats import bits, bootstrap, ratio
+from lenses.stats import bits, bits_per_byte, bootstrap, ratio
 from model import HAS_CHUNKED_LOSS
 from score import STORIES, above_floor, context_lengths, document_nats
 
@@ -63,6 +63,14 @@ def check_nats(subject, nats):
         raise Refusal(f"{subject.path}: its loss is not finite; it was damaged in training", status=1)
 
 
+def text_nats(model, tokenizer, encoded, compute):
+    """Returns what score.document_nats returns of documents, lists of ids, and of the tokens of all of them together
+    -log p in nats (n,): without their ends, which are no text.
+    """
+    losses = document_nats(model, encoded, tokenizer, compute, fit_batch(model))
+    return losses, np.concatenate([document[:-1] for document in losses])
+
+
 def measure(subject, documents, closed, compute, cfg):
     """Returns the figures of the likelihood lens, and what to resample: float64 (units, 3).
 
@@ -70,12 +78,10 @@ def measure(subject, documents, closed, compute, cfg):
     models with any tokenizer are compared on the same bytes. What the ends cost stands beside it.
     Raises Refusal.
     """
-    model, tokenizer = subject.model, subject.tokenizer
-    T = model.config.block_size
-    batch_size = fit_batch(model)
+    tokenizer = subject.tokenizer
+    T = subject.model.config.block_size
     encoded = tokenizer.encode_batch(documents)
-    document_losses = document_nats(model, encoded, tokenizer, compute, batch_size)
-    nats = np.concatenate([losses[:-1] for losses in document_losses])
+    document_losses, nats = text_nats(subject.model, tokenizer, encoded, compute)
     ends = np.array([losses[-1] for losses in document_losses[: len(documents) - (not closed)]])
     check_nats(subject, nats)
     few = len(documents) < FEW
@@ -90,7 +96,7 @@ def measure(subject, documents, closed, compute, cfg):
         "loss": loss,
         "loss_low": loss_low,
         "loss_high": loss_high,
-        "bits_per_byte": nats.sum() / lengths.sum() / math.log(2),
+        "bits_per_byte": bits_per_byte(nats, lengths),
         "tokens": len(nats),
         "bytes": int(lengths.sum()),
         "units": len(columns),
@@ -107,11 +113,11 @@ def measure(subject, documents, closed, compute, cfg):
     if len(ends):
         figures["end"] = ends.mean()
     if subject.has_training:
-        figures["training_loss"] = training_loss(subject, batch_size, compute)
+        figures["training_loss"] = training_loss(subject, compute)
     return figures | toy_gap(documents, encoded, document_losses, T), columns
 
 
-def training_loss(subject, batch_size, compute):
+def training_loss(subject, compute):
     """Returns the loss on documents of the training text, evenly spaced, of about TRAINING_TOKENS together."""
     ids, tokenizer = subject.training
     ends = np.count_nonzero(ids == tokenizer.eot)
@@ -121,8 +127,8 @@ def training_loss(subject, batch_size, compute):
     else:
         documents = [ids]
     documents = [document[:TRAINING_TOKENS].tolist() for document in documents if len(document)]
-    nats = document_nats(subject.model, documents, tokenizer, compute, batch_size)
-    return np.concatenate([losses[:-1] for losses in nats]).mean()
+    _, nats = text_nats(subject.model, tokenizer, documents, compute)
+    return nats.mean()
 
 
 def by_position(nats, context):

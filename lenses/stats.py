@@ -74,6 +74,11 @@ def bits(sums):
     return nats / n_bytes / math.log(2)
 
 
+def bits_per_byte(nats, sizes):
+    """Returns bits a byte of the nats and the bytes of tokens."""
+    return float(nats.sum() / sizes.sum() / math.log(2))
+
+
 def paired(results, others):
     """Returns by how much the results of runs exceed others with the same seeds, in the mean; half the 95%
     interval of that (Student's t); and the number of those seeds. None for what too few of them leave open.
