@@ -4,7 +4,7 @@
     python bench.py train decode --n_layer=8    two of them, another shape; configs/*.toml work too
     python bench.py rmsnorm --plot --json       bench_rmsnorm.png in out_dir, and a last line of JSON
     python bench.py decode --init_from=hf:FOLDER    a model's shape and weights; a checkpoint's too
-    python bench.py decode --init_from=out/ts --draft=out/small    speculative decoding beside plain
+    python bench.py decode --init_from=out/ts --draft=out/draft    speculative decoding beside plain
     python bench.py quantize --init_from=out/ts     8 and 4 bits: what they lose, how large and fast they are
     python bench.py train --against=FOLDER      a step of nanoGPT too, of which FOLDER is a checkout
     python bench.py learning --against=FOLDER   the time to nanoGPT's validation loss, which trains 2,000 steps first

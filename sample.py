@@ -5,7 +5,7 @@
     python sample.py --start=FILE:prompts.txt --max_new_tokens=100         prompts, <|endoftext|> between them
     python sample.py --adapter=out/lora --start="What is it?"              what finetune_lora.py has learned
     python sample.py --onnx=out/ts/onnx                                    what export_onnx.py wrote, run by onnxruntime
-    python sample.py --out_dir=out/ts --draft=out/small                    the same text sooner: speculative decoding
+    python sample.py --out_dir=out/ts --draft=out/draft                    the same text sooner: speculative decoding
     python sample.py --out_dir=hf:FOLDER --chat                            a conversation in the terminal
     python sample.py --num_samples=64 --compile=true                       on a GPU: slow to start, then fast
     python sample.py --block_size=1024 --rope_scaling=yarn:8,128           past its own context, 128

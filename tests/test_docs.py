@@ -1,0 +1,39 @@
+"""The commands of README.md and docs/, which a reader pastes one after the other."""
+
+import shlex
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+# the key that names the place where a script writes
+PLACES = {"prepare.py": "name", "quantize.py": "to", "hf.py": "to"}
+TRAINING = "train finetune_lora finetune_dpo finetune_reward finetune_ppo export_onnx".split()
+PLACES |= {f"{name}.py": "out_dir" for name in TRAINING}
+
+
+def commands():
+    """Yields the words of each command that starts with python."""
+    for page in PAGES:
+        for line in page.read_text(encoding="utf-8").splitlines():
+            if line.startswith("    python ") and line.count('"') % 2 == 0:
+                for command in line.partition(" # ")[0].split("&&"):
+                    yield shlex.split(command)
+
+
+def written_place(words):
+    """Returns (script, place) that a command writes to, which must be free; None for one that writes nowhere, to
+    what is there, or to a place that the reader names.
+    """
+    _, script, *rest = words
+    keys = dict(word.removeprefix("--").partition("=")[::2] for word in rest)
+    goes_on = keys.get("init_from") == "resume" or "merge" in keys
+    if script not in PLACES or goes_on or {"--to=FOLDER", "--pos=POS", "[--bits=32|16|8|4]"} & {*rest}:
+        return None
+    return script, keys.get(PLACES[script], "its default")
+
+
+def test_no_command_of_a_page_writes_where_another_has():
+    places = Counter(filter(None, map(written_place, commands())))
+    assert len(places) > 25
+    assert [place for place, n in places.items() if n > 1] == []
