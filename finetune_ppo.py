@@ -289,6 +289,8 @@ class Reinforcing(finetune_lora.FineTuning):
         none was named.
         """
         cfg = self.cfg
+        if "eval_tokens" in cfg.given:
+            raise Refusal(f"an evaluation samples {SAMPLES} held-out prompts: leave eval_tokens out")
         if cfg.dataset != cfg.built_in and "reward" not in cfg.given and not self.tuning.resumed:
             raise Refusal(
                 f"reward=toy judges toy stories, and not those of {cfg.dataset}: give a --reward"

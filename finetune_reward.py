@@ -129,6 +129,11 @@ class Rewarding(finetune_dpo.Pairing):
     panels = (("loss, nats a pair", LOSSES), ("share of pairs", ("accuracy",)))
     names = ("val_loss", "accuracy", "margin", "reward_chosen", "reward_rejected")
 
+    def read(self):
+        if "start" in self.cfg.given:
+            raise Refusal("a reward model writes no sample that could have a start: leave it out")
+        super().read()
+
     def begin(self):
         """Adds the layer that reads rewards."""
         saved = self.tuning.resumed["config"]["reward_head"] if self.tuning.resumed else {}

@@ -177,6 +177,12 @@ def test_what_it_judges_is_learned(shop, letters, judge):
         (finetune_lora, ["--out_dir=judge", "--merge"], "is a reward model"),
         (finetune_dpo, ["--out_dir=judge", "--init_from=resume"], "is no preference tuning run"),
         (finetune_reward, ["--init_from=base", "--rank=0"], "rank must be at least 1"),
+        (finetune_reward, ["--init_from=base", "--start=a", "--out_dir=there"], "leave it out"),
+        (
+            finetune_ppo,
+            ["--init_from=base", "--eval_tokens=9", "--out_dir=there"],
+            "samples 200 held-out prompts: leave eval_tokens out",
+        ),
         (
             finetune_ppo,
             ["--init_from=base", "--dataset=pairs.jsonl", "--reward=base", "--out_dir=there"],
