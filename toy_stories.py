@@ -1,7 +1,7 @@
 """An endless offline supply of tiny stories whose exact probability is known.
 
     python toy_stories.py --n=5 --seed=1
-    python -c "import toy_stories as t; print(*(s for s, _ in t.stories(30000)), sep='\n\n')" > toy.txt
+    python -c "import toy_stories as t; print(*(s for s, _ in t.stories(30000)), sep='\\n\\n')" > toy.txt
     python -c "import toy_stories as t; [(s, _)] = t.stories(1, 7); print(s, t.moral(s), t.log_prob(s))"
 
 A small probabilistic grammar writes them: eleven plots, each with its own troubles, helpers and moral,

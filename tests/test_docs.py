@@ -1,8 +1,11 @@
-"""The commands of README.md and docs/, which a reader pastes one after the other."""
+"""The commands of README.md, docs/ and -h, which a reader pastes one after the other."""
 
+import ast
 import shlex
 from collections import Counter
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -37,3 +40,13 @@ def test_no_command_of_a_page_writes_where_another_has():
     places = Counter(filter(None, map(written_place, commands())))
     assert len(places) > 25
     assert [place for place, n in places.items() if n > 1] == []
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("*.py")), ids=lambda path: path.name)
+def test_a_docstring_prints_as_it_is_written_but_for_backslashes(path):
+    """A new line within a command's quotes would be one that no shell takes."""
+    source = path.read_text(encoding="utf-8")
+    first, *_ = ast.parse(source).body
+    if isinstance(first, ast.Expr):
+        written = ast.get_source_segment(source, first)
+        assert written[3:-3].replace(r"\\", "\\") == first.value.value
