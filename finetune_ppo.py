@@ -8,8 +8,8 @@ arXiv:1707.06347) and GRPO (Shao et al. 2024, arXiv:2402.03300), which differ in
 --baseline=value, PPO: generalized advantage estimation (Schulman et al. 2016, arXiv:1506.02438) over the values
 that a linear layer learns to read from the states, all advantages of a step whitened.
 
-Prompts are those of the rows that finetune_lora.py takes, whose answers are not looked at. A step samples
---group answers to each of --batch_size prompts, and --updates - 1 more steps learn from the same ones.
+Prompts are those of the rows that finetune_lora.py and finetune_dpo.py take, whose answers are not looked at. A
+step samples --group answers to each of --batch_size prompts, and --updates - 1 more steps learn from the same ones.
 Only adapters learn: the base with its adapters switched off is the reference that --kl holds them to.
 
 What to look at: reward rises on held-out prompts, and kl, nats a token away from the reference, with it.
@@ -153,6 +153,8 @@ def prompt_row(row):
         return row | {"output": ""}
     if isinstance(prompt, list):
         return {"messages": prompt}
+    if isinstance(row.get("chosen"), list):  # pairs of whole conversations
+        return {"messages": row["chosen"]}
     return row
 
 

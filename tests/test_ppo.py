@@ -642,9 +642,11 @@ def test_prompts_are_read_from_rows_of_every_kind_without_an_answer(shop):
         {"messages": [message]},
         {"messages": [message, answer]},
         {"instruction": "ab"},
+        {"prompt": "ab", "chosen": "c", "rejected": "d"},
+        {"chosen": [message, answer], "rejected": [message]},
     ]
     prompts, _ = task.read_prompts(task.convert([("here", row) for row in rows]), "to learn from")
-    assert [prompt for prompt, _ in prompts] == ["ab"] * 5
+    assert [prompt for prompt, _ in prompts] == ["ab"] * 7
     rows = [{"messages": [answer]}, rows[0], {"prompt": "ab" * 99}]
     _, line = task.read_prompts(task.convert([(f"row {n}", row) for n, row in enumerate(rows)]), "held")
     length = task.tuning.T
