@@ -45,7 +45,12 @@ def judge(shop):
 
 
 def test_the_loss_and_its_gradient_are_those_of_the_definition(shop):
-    argv = [*TINY, f"--init_from={shop}/base", f"--dataset={shop}/pairs.jsonl"]
+    argv = [
+        *TINY,
+        f"--init_from={shop}/base",
+        f"--dataset={shop}/pairs.jsonl",
+        f"--out_dir={shop}/there",
+    ]
     tuning = finetune_lora.open_tuning(configure(finetune_reward.Config, argv), finetune_reward.KIND)
     task = finetune_reward.Rewarding(tuning)
     task.trained = tuning.prepare(task.length)
