@@ -292,13 +292,12 @@ def new_folder(to, overwrite, ways, reads=(), is_worth=None):
     which nothing reads and the next run for the same `to` removes.
 
     With is_worth, a function of a folder, the next run gets it to fill instead, as it was left; and what a
-    run that failed leaves stays for the next one where is_worth(folder), but not where the command was wrong.
+    run that failed leaves stays for the next one where is_worth(folder).
     """
     to = Path(os.path.realpath(to) if os.path.islink(to) else to)
     moving = in_the_way(to, overwrite, ways)
     refuse_around(to, [".", *reads])
     tmp = temporary(to, time.time_ns())
-    is_wrong = False
     try:
         if is_worth:
             take_over(to, tmp)
@@ -310,13 +309,10 @@ def new_folder(to, overwrite, ways, reads=(), is_worth=None):
         elif to.exists():
             to.rmdir()
         tmp.rename(to)
-    except Refusal as e:
-        is_wrong = e.status == 2
-        raise
     except OSError as e:
         raise Refusal(f"cannot write {to}: {e}", status=1)
     finally:
-        if is_worth and is_worth(tmp) and not is_wrong:
+        if is_worth and is_worth(tmp):
             print(f"what is done stays in {tmp}: the same command goes on with it")
         else:
             shutil.rmtree(tmp, ignore_errors=True)

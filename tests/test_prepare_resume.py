@@ -9,12 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_prepare import files, make_docs, write_jsonl, write_txt
+from test_prepare import files, make_docs, write_txt
 
 import prepare
 import progress
 import sources
-from config import Refusal
 from prepare import Config, load
 from tokenizer import Tokenizer
 
@@ -290,14 +289,17 @@ def test_what_was_fetched_or_learned_before_an_interruption_is_kept(place, monke
     assert load("data/d")
 
 
-def test_what_a_wrong_command_has_done_is_not_kept():
-    write_txt("c.txt", DOCS)
-    write_txt("v.txt", ["\u2603"])
-    Tokenizer.char(DOCS).save("chars.json")
-    settings = SETTINGS | {"val_dataset": "v.txt", "tokenizer": "chars.json"}
-    with pytest.raises(Refusal, match="character '\u2603' .* is not one of the"):
-        prepare.prepare(Config(**settings))
-    assert files("data") == []
+def test_what_was_fetched_is_kept_where_another_file_is_wrong(monkeypatch, capsys):
+    Path("v.json").write_text("[")
+    settings = {"dataset": "toy", "num_stories": 400, "val_dataset": "v.json"}
+    process = start(**settings)  # whose folder a living process would keep
+    _, errors = process.communicate()
+    assert "v.json is not JSON" in errors
+    Path("v.json").write_text(json.dumps([{"text": text} for text in DOCS]))
+    monkeypatch.setattr(sources.toy_stories, "stories", None)
+    out, _ = run_again(monkeypatch, capsys, **settings)
+    assert "going on" in out
+    assert load("data/d")
 
 
 @slow
