@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 from config import Refusal, is_hf
 
 RUN = ("ckpt.pt", "ckpt_best.pt", "adapter.pt", "adapter_best.pt")
+BESIDE = r".*\.gguf|bench_.*\.png"  # files of hf.py and bench.py
 LOCK = ".lock"
 PID = ".pid"  # of the process that has the lock: where a lock is mandatory nobody else reads its file
 
@@ -40,12 +41,13 @@ def others_in(folder):
 
 
 def is_free(folder):
-    """Returns whether a run can begin in folder as it is: nothing is there but other runs, and the log of
-    one that made no checkpoint.
+    """Returns whether a run can begin in folder as it is: nothing is there but subfolders, as of other runs and what
+    was made of them, files that other scripts write beside those, and the log of a run that made no checkpoint.
     """
     if not os.path.isdir(folder):
         return not os.path.exists(folder)
-    return set(os.listdir(folder)) <= {*others_in(folder), "log.jsonl"}
+    files = {path.name for path in Path(folder).iterdir() if not path.is_dir()}
+    return all(re.fullmatch(BESIDE, name) for name in files - {LOCK, PID, "log.jsonl"})
 
 
 def in_the_way(folder, overwrite, ways):

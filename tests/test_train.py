@@ -794,7 +794,9 @@ def test_other_runs_and_a_run_without_a_checkpoint_are_not_in_the_way(tmp_path):
     def is_in_the_way(*argv):
         return train.is_in_the_way(configure(train.Config, [f"--out_dir={out}", *argv]))
 
-    for path in "demo/ckpt.pt", "lora/adapter_best.pt", "log.jsonl":
+    runs = "demo/ckpt.pt", "lora/adapter_best.pt"
+    exports = "demo-hf/config.json", "demo.gguf", "bench_decode.png"
+    for path in *runs, *exports, "log.jsonl":
         (out / path).parent.mkdir(parents=True, exist_ok=True)
         (out / path).write_text(path)
     assert not is_in_the_way()
@@ -806,16 +808,20 @@ def test_other_runs_and_a_run_without_a_checkpoint_are_not_in_the_way(tmp_path):
     folders.move_aside(out, folders.others_in(out))
     [aside] = tmp_path.glob("out.old-*")
     assert sorted(os.listdir(out)) == ["demo", "lora"]
-    assert sorted(os.listdir(aside)) == ["ckpt.pt", "log.jsonl", "onnx"]
+    exported = ["bench_decode.png", "ckpt.pt", "demo-hf", "demo.gguf", "log.jsonl", "onnx"]
+    assert sorted(os.listdir(aside)) == exported
     (out / "thesis.txt").write_text("not ours")
     with pytest.raises(Refusal, match="already: --overwrite moves it aside"):
         is_in_the_way()
 
 
 def test_the_current_folder_is_not_moved_aside(tmp_path, monkeypatch):
-    (tmp_path / "thesis.txt").write_text("not ours")
-    monkeypatch.chdir(tmp_path)
-    for out_dir in ".", "..", tmp_path:
+    here = tmp_path / "here"
+    here.mkdir()
+    for folder in tmp_path, here:
+        (folder / "thesis.txt").write_text("not ours")
+    monkeypatch.chdir(here)
+    for out_dir in ".", "..", here:
         with pytest.raises(Refusal, match="cannot be written: the current folder is in it"):
             train.is_in_the_way(configure(train.Config, [f"--out_dir={out_dir}", "--overwrite"]))
 
