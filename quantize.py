@@ -378,7 +378,9 @@ def quantize_model(model, cfg, rows=None):
         table.weight.copy_(codes[name].dense())
     errors = {}
     states = block_inputs(model, rows) if rows is not None else []
-    with tqdm(total=len(linears(model)), unit="matrix", dynamic_ncols=True, desc=cfg.method) as bar:
+    with tqdm(
+        total=len(linears(model)), unit="matrix", dynamic_ncols=True, desc=cfg.method, disable=None
+    ) as bar:
         for number, block in enumerate(model.blocks):
             prefix = f"blocks.{number}."
             names = [name for name in linears(model) if name.startswith(prefix)]

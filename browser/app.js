@@ -210,7 +210,7 @@ function take(token, id) {
   }));
 }
 
-const onDesk = () => ({ tokens, from, draft: editing ? edit.value : null });
+const onDesk = () => ({ tokens, from, draft: editing ? edit.value : null, fingerprint: config.fingerprint });
 
 const nothing = () => ({ tokens: [], from: 0, draft: config.start });
 const unwritten = () => editing && blank() && ["", config.start.trim()].includes(edit.value.trim());
@@ -219,7 +219,8 @@ const unwritten = () => editing && blank() && ["", config.start.trim()].includes
 function lay(story) {
   tokens = [];
   cut(0);
-  for (const { id, ...more } of story.tokens) push(id, more);
+  const isJudged = story.fingerprint === config.fingerprint;  // else by another model with the same tokenizer: p and others are its own
+  for (const { id, given, p, others } of story.tokens) push(id, isJudged ? { given, p, others } : { given });
   from = story.from;
   editing = blank() || story.draft !== null;
   edit.value = story.draft ?? "";

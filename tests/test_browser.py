@@ -1004,6 +1004,35 @@ def test_a_character_model_one_with_experts_and_one_with_windows(browser, tmp_pa
 
 
 @pytest.mark.slow
+def test_a_story_is_judged_anew_by_another_model(browser, folder_copy):
+    """One of the same tokenizer finds the last one's story, and nothing of what that thought of it."""
+
+    def judgement(page):
+        page.focus(12)
+        page.browser.key("ArrowDown")
+        return page.alternatives()
+
+    with opened(browser, folder_copy) as page:
+        text = page.write(PROMPT, temperature=0)
+        given = page.given_tokens()
+        first = judgement(page)
+        page.open()
+        assert page.settle() == text
+        assert judgement(page) == first
+        proto = onnx.load(folder_copy / "model.onnx")
+        *_, gain = [weight for weight in proto.graph.initializer if weight.name.endswith("norm.weight")]
+        gain.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(gain) / 2, gain.name))
+        onnx.save(proto, folder_copy / "model.onnx")
+        edit_config(folder_copy, fingerprint="another")
+        page.open()
+        assert page.settle() == text
+        assert page.given_tokens() == given
+        second = judgement(page)
+        assert len(second) == len(first)
+        assert [p for _, p in second] != [p for _, p in first]
+
+
+@pytest.mark.slow
 def test_an_int8_model(browser, story_teller, folder_copy):
     path = folder_copy / "model_plain_int8.onnx"
     proto = onnx.load(folder_copy / "model.onnx")
