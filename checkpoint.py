@@ -443,6 +443,14 @@ class Checkpoint:
         """The loaded checkpoint as stretch changes it."""
         return self.state | {"model_config": self.state["model_config"] | self.changes}
 
+    @property
+    def fingerprint(self):
+        """That of the model which restore returns. Raises Refusal where it cannot have these settings."""
+        try:
+            return fingerprint(self.stretched)
+        except (ValueError, TypeError) as e:
+            raise damaged(self.path, e)
+
     def restore(self, device="cpu"):
         """Returns (model, tokenizer), with the adapters, where there are any, in the model. Raises Refusal."""
         model, tokenizer = restore(self.stretched, self.path, device)

@@ -291,7 +291,7 @@ def write_folder(cfg, model, tokenizer, ckpt, ids, folder):
     there, 0 without them. Raises Refusal where model.onnx does not compute what the model does.
     """
     start = str(ckpt.config.get("start", ""))
-    fingerprint = checkpoint.fingerprint(ckpt.stretched)
+    fingerprint = ckpt.fingerprint
     description = onnx_model.describe(
         model.config, tokenizer, start, ckpt.template, fingerprint, ckpt.text_rule
     )

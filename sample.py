@@ -29,7 +29,7 @@ import lora
 import onnx_model
 import rmsnorm
 from chat import Chat, start_of_answer, talk
-from checkpoint import fingerprint, open_given
+from checkpoint import open_given
 from data import MODELS_OWN, STRIPPED, by_text_rule, prompt_ids, text_rule
 from device import fast_bfloat16, resolve
 from generate import generate, start_rows
@@ -167,7 +167,7 @@ def written_onnx(cfg, ckpt):
     folder = os.path.join(os.path.dirname(ckpt.path), "onnx")
     is_slower = ckpt.state["model_config"].get("mlp") == "moe"  # each expert computes each token
     written = onnx_model.fingerprint(folder)
-    if is_slower or not written or written != fingerprint(ckpt.stretched):
+    if is_slower or not written or written != ckpt.fingerprint:
         return ""
     return folder
 
