@@ -34,6 +34,7 @@ from config import Refusal, is_hf, run
 import numpy as np
 from tqdm import tqdm
 
+import folders
 import prepare
 import sources
 from checkpoint import Checkpoint, open_any
@@ -522,16 +523,17 @@ def main(cfg):
     compute = resolve(cfg.device, cfg.dtype, "false")
     subjects, validation = load_subjects(cfg, compute)
     path = report_path(cfg, len(subjects) > 1)
-    page.check(path)
-    documents, closed = read_file(cfg.text) if cfg.text else split_documents(*validation)
-    text = cfg.text or f"{subjects[0].dataset}, validation split"
-    if cfg.lengths:
-        whole = lengths.compare(subjects, documents, text, compute, cfg)
-        whole["notes"] = cautions(subjects, cfg)
-        publish(lengths.text(whole), lengths.page(whole), path, whole)
-    else:
-        whole = evaluate(subjects, documents, closed, text, compute, cfg)
-        publish(report.text(whole), page.page(whole), path, whole)
+    with folders.without_empty(os.path.dirname(path)):
+        page.check(path)
+        documents, closed = read_file(cfg.text) if cfg.text else split_documents(*validation)
+        text = cfg.text or f"{subjects[0].dataset}, validation split"
+        if cfg.lengths:
+            whole = lengths.compare(subjects, documents, text, compute, cfg)
+            whole["notes"] = cautions(subjects, cfg)
+            publish(lengths.text(whole), lengths.page(whole), path, whole)
+        else:
+            whole = evaluate(subjects, documents, closed, text, compute, cfg)
+            publish(report.text(whole), page.page(whole), path, whole)
 
 
 if __name__ == "__main__":

@@ -136,6 +136,20 @@ def read_pid(folder):
 
 
 @contextmanager
+def without_empty(folder):
+    """Removes at the end of the block those of a folder and its parents that were not there before it and
+    have nothing in them.
+    """
+    missing = [path for path in (Path(folder), *Path(folder).parents) if not os.path.exists(path)]
+    try:
+        yield
+    finally:
+        for path in missing:
+            with suppress(OSError, ValueError):  # a zero byte is in no name
+                path.rmdir()
+
+
+@contextmanager
 def alone(folder, make=True, waits=None):
     """Keeps other runs out of a folder until the block or its process ends, and removes from it what dead
     ones had half written.
@@ -144,26 +158,23 @@ def alone(folder, make=True, waits=None):
     acquire() takes it. Raises Refusal.
     """
     folder = Path(folder)
-    made = [path for path in (folder, *folder.parents) if make and not os.path.exists(path)]
-    if make:
-        with suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True)
-    lock = acquire(folder, waits)
-    try:
-        if lock:
+    with without_empty(folder):
+        if make:
             with suppress(OSError):
-                (folder / PID).write_text(str(os.getpid()))
-            remove_temporaries(folder)
-        yield
-    finally:
-        if lock:
-            for name in (PID, LOCK):
-                with suppress(OSError):  # Windows keeps a file that is open: it is in nobody's way
-                    (folder / name).unlink()
-            lock.release()
-        for path in made:
-            with suppress(OSError):
-                path.rmdir()
+                folder.mkdir(parents=True, exist_ok=True)
+        lock = acquire(folder, waits)
+        try:
+            if lock:
+                with suppress(OSError):
+                    (folder / PID).write_text(str(os.getpid()))
+                remove_temporaries(folder)
+            yield
+        finally:
+            if lock:
+                for name in (PID, LOCK):
+                    with suppress(OSError):  # Windows keeps a file that is open: it is in nobody's way
+                        (folder / name).unlink()
+                lock.release()
 
 
 def remove_temporaries(folder):

@@ -1054,3 +1054,17 @@ def test_a_page_that_is_no_report_is_left_alone(lab):
     with pytest.raises(Refusal, match="not written by eval.py"):
         evaluate(lab, "--out_dir=out/a", "--report_dir=foreign")
     assert path.read_text() == "<p>somebody's page"
+
+
+def test_an_interrupted_evaluation_leaves_no_folder_behind(lab, monkeypatch):
+    """But those that were there before it, empty or not."""
+
+    def interrupted(*_):
+        assert (lab / "mine/new/r").is_dir()
+        raise KeyboardInterrupt
+
+    (lab / "mine").mkdir()
+    monkeypatch.setattr(evaluation, "evaluate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(lab, "--out_dir=out/a", "--report_dir=mine/new/r")
+    assert list((lab / "mine").iterdir()) == []
