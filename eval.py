@@ -202,8 +202,10 @@ def load_subjects(cfg, compute):
         except Refusal as e:
             training = str(e)
             if not subjects and not cfg.text:
-                problem = f"{ckpt.path} was trained on {dataset}, which cannot be read: {e}"
-                raise Refusal(f"{problem}. Or give a text with --text=FILE")
+                problem = f"{ckpt.path} was trained on {dataset}, which cannot be read: {e}. Or"
+                if dataset == ELSEWHERE:
+                    problem = f"{ckpt.path}: {e};"
+                raise Refusal(f"{problem} give a text with --text=FILE")
         step = ckpt.last["step"]
         subjects.append(Subject(name, ckpt.last_path, step, model, tokenizer, dataset, training, ckpt))
     return subjects, validation

@@ -680,7 +680,7 @@ CASES = [
         "the template",
     ),
     ("export_onnx", "--out_dir=merged --to=n --quantize=int8", "--dataset=NAME names data"),
-    ("eval", "--out_dir=merged", "trained elsewhere"),
+    ("eval", "--out_dir=merged", "ckpt.pt: it was trained elsewhere, on what is not here; give a text"),
     ("prepare", "--dataset=good.txt --name=n --tokenizer=tokenizer.json", "--tokenizer=hf:FOLDER"),
     ("sample", "--adapter=a_version", "format 9"),
     ("sample", "--adapter=a_base", "another base"),
