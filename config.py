@@ -158,6 +158,8 @@ def configure(Config, argv, words=(), defaults=None):
 def find_field(fields, key, source):
     if key not in fields:
         advice = nearest(key.replace("-", "_"), fields)
+        if key == "init_from" and "out_dir" in fields:  # as in nanoGPT's sample.py
+            advice = "a model is named by --out_dir=FOLDER or --out_dir=hf:gpt2"
         raise Refusal(f"{source}: there is no key {key!r}; {advice}")
     return fields[key]
 

@@ -234,14 +234,14 @@ def choose_device(name, local_rank):
             name = "mps"
         reason = " (the best one here)"
     try:
+        if name.partition(":")[0] not in ("cuda", "mps", "cpu"):
+            raise RuntimeError("only cuda, mps and cpu are known to work")
         device = torch.device(name)
         if local_rank is not None and device.type == "cuda" and device.index is not None:
             raise Refusal(f"several processes take a GPU each: --device=cuda, not {name}")
         if name == "cuda" and local_rank is not None:
             device = torch.device(name, local_rank)
         torch.empty(1, device=device)
-        if device.type not in ("cuda", "mps", "cpu"):
-            raise RuntimeError("only cuda, mps and cpu are known to work")
     except (RuntimeError, AssertionError) as e:
         raise Refusal(
             f"device={name} cannot be used here ({str(e).splitlines()[0]}); --device=cpu always can"
