@@ -276,13 +276,23 @@ def check_numbers(ckpt):
             raise ValueError(f"losses has {loss!r:.60}, which is no finite number")
 
 
+def settings_of(ckpt, path):
+    """Returns the ModelConfig of a loaded checkpoint. Raises Refusal where model.py has no such model, as where a
+    class of one's own is gone.
+    """
+    try:
+        return ModelConfig(**ckpt["model_config"])
+    except (ValueError, TypeError) as e:
+        raise Refusal(f"{path} is damaged, or of a model that model.py has no longer: {e}", status=1)
+
+
 def restore(ckpt, path, device="cpu"):
     """Returns (model, tokenizer) from a loaded checkpoint: the model in eval mode, float32, on device.
     Raises Refusal where its parts do not belong together, or memory does not hold it.
     """
+    config = settings_of(ckpt, path)
     try:
         tokenizer = load_tokenizer(ckpt["tokenizer"])
-        config = ModelConfig(**ckpt["model_config"])
         if tokenizer.sha256 != ckpt["tokenizer_sha256"] or tokenizer.vocab_size != config.vocab_size:
             raise ValueError("its tokenizer is not the one it was trained with")
         sizes = model_sizes(config)
@@ -426,10 +436,7 @@ class Checkpoint:
         self.changes = {key: value for key, value in given.items() if value}
         if not self.changes:
             return
-        try:
-            c = ModelConfig(**self.state["model_config"])
-        except (ValueError, TypeError) as e:
-            raise damaged(self.path, e)
+        c = settings_of(self.state, self.path)
         if c.pos == "learned" and (rope_scaling or block_size != c.block_size):
             problem = f"{self.path} has learned positions, a table of {c.block_size}"
             raise Refusal(f"{problem}: neither block_size nor rope_scaling makes it another one")
@@ -445,11 +452,9 @@ class Checkpoint:
 
     @property
     def fingerprint(self):
-        """That of the model which restore returns. Raises Refusal where it cannot have these settings."""
-        try:
-            return fingerprint(self.stretched)
-        except (ValueError, TypeError) as e:
-            raise damaged(self.path, e)
+        """That of the model which restore returns. Raises Refusal where model.py has none such."""
+        settings_of(self.stretched, self.path)
+        return fingerprint(self.stretched)
 
     def restore(self, device="cpu"):
         """Returns (model, tokenizer), with the adapters, where there are any, in the model. Raises Refusal."""

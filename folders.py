@@ -1,5 +1,6 @@
 """Folders and files that a script writes: whole or not at all, and never over what a user had."""
 
+import errno
 import os
 import platform
 import re
@@ -323,6 +324,8 @@ def new_folder(to, overwrite, ways, reads=(), is_worth=None):
             to.rmdir()
         tmp.rename(to)
     except OSError as e:
+        if e.errno in (errno.EEXIST, errno.ENOTEMPTY):
+            raise Refusal(f"another process has written {to} meanwhile: {ways}", status=1)
         raise Refusal(f"cannot write {to}: {e}", status=1)
     finally:
         if is_worth and is_worth(tmp):

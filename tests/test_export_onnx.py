@@ -423,7 +423,7 @@ def test_sample_takes_the_graph_of_the_same_weights(lab, monkeypatch, tmp_path, 
     assert not text("--out_dir=other")[0]
     ckpt["model_config"]["norm"] = "maxnorm"  # a class that model.py had when it was trained
     torch.save(ckpt, "out/ckpt.pt")
-    with pytest.raises(Refusal, match="out/ckpt.pt is damaged: norm must be one of"):
+    with pytest.raises(Refusal, match="of a model that model.py has no longer: norm must be one of"):
         text()
 
 
