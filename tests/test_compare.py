@@ -341,10 +341,10 @@ def test_a_comparison_whose_runs_all_diverged_has_no_legend(lab):
     argv = ["--variants=a: ; b: --optimizer=adamw", "--learning_rate=1e30", "--seeds=1"]
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "No artists")  # which a legend of none is
-        call(compare, *SMALL, *argv, "--out_dir=out/diverged", folder=lab)
-    table = (lab / "out/diverged/table.md").read_text()
+        call(compare, *SMALL, *argv, "--out_dir=out/all-diverged", folder=lab)
+    table = (lab / "out/all-diverged/table.md").read_text()
     assert "- b against a: no seed of which both runs ended; 2 runs diverged" in table
-    assert (lab / "out/diverged/curves.png").exists()
+    assert (lab / "out/all-diverged/curves.png").exists()
 
 
 def test_a_comparison_in_use_is_not_moved_aside(lab, pair):
