@@ -520,10 +520,9 @@ ROUNDED = [
 @pytest.mark.parametrize(
     "both_bits, settings, is_quantized, group_size",
     [
-        *ROUNDED[:1],
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in ROUNDED[1:5]),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ROUNDED[:5]),
         *ROUNDED[5:],
-        ((4, 4), {}, True, 0),
+        pytest.param((4, 4), {}, True, 0, marks=pytest.mark.slow),
         ((4, 4), {}, True, 64),
         ((4, 8), {"n_inner": 72}, False, 128),
     ],
@@ -556,6 +555,7 @@ def test_integers_are_the_model_with_rounded_weights_and_keep_what_was_quantized
     assert is_quantized or int8_error(model, integers) > (1e-2 if bits == 4 else 1e-3)
 
 
+@pytest.mark.slow
 def test_a_quantized_folder_keeps_its_groups(lab, monkeypatch, tmp_path, capsys):
     """In integers of as many bits; what it had not in groups, and other bits, get those of everybody."""
     monkeypatch.chdir(lab.folder)

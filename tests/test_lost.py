@@ -269,16 +269,6 @@ def test_a_second_run_in_an_out_dir_is_refused_with_the_pid_of_the_first(lab, li
     resume(lab, "living/run", f"--max_iters={step + 1}")
 
 
-def test_the_slower_of_two_that_write_one_folder_says_so(tmp_path):
-    to = tmp_path / "folder"
-    with pytest.raises(Refusal, match="another process has written .*folder meanwhile: --overwrite"):
-        with folders.new_folder(to, False, "--overwrite moves it aside"):
-            to.mkdir()
-            (to / "theirs").write_text("theirs")
-    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
-    assert (to / "theirs").read_text() == "theirs"
-
-
 def test_a_lock_dies_with_its_process(lab, living):
     living.kill()
     assert finish(living) == -signal.SIGKILL

@@ -1054,7 +1054,7 @@ def test_another_run_that_was_faster_is_not_overwritten(monkeypatch):
         write("data/d/meta.json", "of the faster run")
 
     monkeypatch.setattr(prepare, "build", build_and_be_late)
-    assert "cannot write data" in refusal(make)
+    assert "another process has written data/d meanwhile: --overwrite prepares it anew" in refusal(make)
     assert files("data") == ["d"]
     assert files("data/d") == ["meta.json"]
 
