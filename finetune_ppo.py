@@ -135,27 +135,24 @@ def find_reward(name, device="cpu", load=False):
 
 def prompt_row(row):
     """Returns a row as one that needs no answer: of texts with an empty one, a prompt of messages as a conversation.
-    Where it has one it is of the kind that finetune_lora.py reads, with that kind's template.
+    Where it has one it is of the kind that finetune_lora.py or else finetune_dpo.py reads, with that kind's template.
     """
     if not isinstance(row, dict):
         return row
     kind = kind_of(row)
-    *prompts, answer = kind.columns
-    has_prompt = all(isinstance(row.get(column), kind.type) for column in prompts or [answer])
-    if has_prompt and answer in row:
+    column, *answers = kind.columns
+    if {*answers} <= row.keys() and isinstance(row.get(column), kind.type):
         if kind.type is str:
-            return row | {answer: ""}
-        return {"messages": row["prompt"]} if prompts else row
+            return row | {answers[-1]: ""}
+        return {"messages": row["prompt"]} if answers else row
     prompt = row.get("prompt")
+    if isinstance(row.get("chosen"), list):  # after a prompt of messages, else with its own
+        return {"messages": prompt if isinstance(prompt, list) else row["chosen"]}
     if isinstance(prompt, str) or row.keys() == {"prompt"} and not isinstance(prompt, list):
         return {"prompt": prompt, "response": ""}
     if "instruction" in row:
         return row | {"output": ""}
-    if isinstance(prompt, list):
-        return {"messages": prompt}
-    if isinstance(row.get("chosen"), list):  # pairs of whole conversations
-        return {"messages": row["chosen"]}
-    return row
+    return {"messages": prompt} if isinstance(prompt, list) else row
 
 
 def prompt_messages(conversation):

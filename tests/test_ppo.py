@@ -26,7 +26,7 @@ import prepare
 import train
 from config import Refusal, configure
 from generate import generate
-from rows import chat_messages, conversations, default_template
+from rows import chat_messages, conversations, default_template, preferences
 
 PROMPTS = ["--dataset=prompts.jsonl", "--val_dataset=held.jsonl"]
 REWARDED = [
@@ -670,6 +670,28 @@ def test_a_row_has_the_prompt_that_finetune_lora_reads_and_its_template(shop, ro
     [learned] = conversations([("here", row)])
     task = small_task(shop)
     [prompt] = task.convert([("here", row)])
+    assert default_template([prompt]) == default_template([learned])
+    assert ppo.prompt_messages(prompt) == chat_messages(learned.messages[:-1])
+
+
+TEXTS = {"chosen": "c", "rejected": "d"}
+WHOLE = {side: chat(("user", "ab"), ("assistant", text))["messages"] for side, text in TEXTS.items()}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "ab", **TEXTS},
+        {"instruction": "a", "input": "b", **TEXTS},
+        {"prompt": chat(("user", "ab"))["messages"], **WHOLE},
+        WHOLE,
+        {"prompt": "b", **WHOLE},
+        {"instruction": "b", "prompt": None, **WHOLE},
+    ],
+)
+def test_a_pair_has_the_prompt_that_finetune_dpo_reads_and_its_template(shop, row):
+    [[learned, _]] = preferences([("here", row)])
+    [prompt] = small_task(shop).convert([("here", row)])
     assert default_template([prompt]) == default_template([learned])
     assert ppo.prompt_messages(prompt) == chat_messages(learned.messages[:-1])
 
