@@ -2,17 +2,22 @@
 
 import ast
 import shlex
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-# the key that names the place where a script writes
-PLACES = {"prepare.py": "name", "quantize.py": "to", "hf.py": "to"}
-TRAINING = "train finetune_lora finetune_dpo finetune_reward finetune_ppo export_onnx".split()
-PLACES |= {f"{name}.py": "out_dir" for name in TRAINING}
+# where a script writes, by its keys
+PLACES = {
+    "prepare.py": "data/{name}",
+    "quantize.py": "{to}",
+    "hf.py": "{to}",
+    "export_onnx.py": "{out_dir}/onnx",
+}
+TRAINING = "train finetune_lora finetune_dpo finetune_reward finetune_ppo".split()
+PLACES |= {f"{name}.py": "{out_dir}" for name in TRAINING}
 
 
 def commands():
@@ -25,15 +30,15 @@ def commands():
 
 
 def written_place(words):
-    """Returns (script, place) that a command writes to, which must be free; None for one that writes nowhere, to
-    what is there, or to a place that the reader names.
+    """Returns the place that a command writes to, which must be free; None for one that writes nowhere, to what is
+    there, or to a place that the reader names.
     """
     _, script, *rest = words
     keys = dict(word.removeprefix("--").partition("=")[::2] for word in rest)
     goes_on = keys.get("init_from") == "resume" or "merge" in keys
     if script not in PLACES or goes_on or {"--to=FOLDER", "--pos=POS", "[--bits=32|16|8|4]"} & {*rest}:
         return None
-    return script, keys.get(PLACES[script], "its default")
+    return PLACES[script].format_map(defaultdict(lambda: f"the default of {script}", keys))
 
 
 def test_no_command_of_a_page_writes_where_another_has():
