@@ -559,10 +559,11 @@ def test_integers_are_the_model_with_rounded_weights_and_keep_what_was_quantized
 def test_a_quantized_folder_keeps_its_groups(lab, monkeypatch, tmp_path, capsys):
     """In integers of as many bits; what it had not in groups, and other bits, get those of everybody."""
     monkeypatch.chdir(lab.folder)
-    model = build(vocab_size=lab.tokenizer.vocab_size, n_embd=64, n_inner=64, n_layer=1, block_size=64)
+    shape = {"n_embd": 128, "n_inner": 128, "n_layer": 1, "block_size": 64}
+    model = build(vocab_size=lab.tokenizer.vocab_size, **shape)
     run_state = checkpoint.RunState(1, 2.0, 2.0)
     checkpoint.save(f"{tmp_path}/wide/ckpt.pt", model, lab.tokenizer, {"dataset": "toy"}, run_state)
-    of_folder = [f"--out_dir={tmp_path}/wide", f"--to={tmp_path}/q", "--bits=4", "--group_size=64"]
+    of_folder = [f"--out_dir={tmp_path}/wide", f"--to={tmp_path}/q", "--bits=4", "--group_size=128"]
     quantize.main(configure(quantize.Config, of_folder))
     sizes = {}
     for kind in "int4", "int8":
@@ -574,7 +575,7 @@ def test_a_quantized_folder_keeps_its_groups(lab, monkeypatch, tmp_path, capsys)
         assert products[-1].output[0] == "logits"
         attributes = [{x.name: x.i for x in node.attribute} for node in products]
         sizes[kind] = [numbers["block_size"] for numbers in attributes]
-    assert sizes == {"int4": [64] * 4 + [32], "int8": [64] * 5}
+    assert sizes == {"int4": [128] * 4 + [32], "int8": [64] * 5}
 
 
 def test_int4_is_written_beside_the_model_and_sample_reads_it(lab, monkeypatch, tmp_path, capsys):
