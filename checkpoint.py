@@ -282,7 +282,7 @@ def settings_of(ckpt, path):
     """
     try:
         return ModelConfig(**ckpt["model_config"])
-    except (ValueError, TypeError) as e:
+    except (ValueError, TypeError, OverflowError) as e:
         raise Refusal(f"{path} is damaged, or of a model that model.py has no longer: {e}", status=1)
 
 
@@ -307,7 +307,7 @@ def restore(ckpt, path, device="cpu"):
         else:
             model = Transformer(config)
             model.load_state_dict(ckpt["model"])
-    except (ValueError, TypeError, AttributeError, RuntimeError, MemoryError) as e:
+    except (ValueError, TypeError, AttributeError, OverflowError, RuntimeError, MemoryError) as e:
         if is_out_of_memory(e):
             raise too_large(path)
         raise damaged(path, str(e).splitlines()[0])
