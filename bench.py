@@ -34,7 +34,6 @@ import torch
 
 import checkpoint
 import prepare
-import quantize
 import rmsnorm
 import shards
 import sources
@@ -67,6 +66,7 @@ from measure import (
 )
 from memory import check_training_memory
 from model import KVCache, ModelConfig
+from quantized import Quantization
 from sizes import flops_per_token, kv_cache_bytes, num_active_params, num_params
 from speculate import MOST_GUESSES
 from tokenizer import EOT, Tokenizer
@@ -133,7 +133,7 @@ class Config(train.Config):
             raise ValueError(
                 f"speculate must be at least 1 and at most {MOST_GUESSES}, not {self.speculate}"
             )
-        quantize.Config(to="nowhere", bits=4, group_size=self.group_size)  # raises for another size
+        Quantization(4, self.group_size)  # raises for another size
         if self.against == LLAMA_CPP and self.init_from == "scratch":
             raise ValueError("llama.cpp wants a tokenizer: give init_from")
         if self.draft and self.init_from == "scratch":

@@ -394,9 +394,10 @@ def test_a_run_in_shards_is_foreseen_and_may_be_any_of_train_pys():
     ]
 
 
-def test_a_group_size_that_quantize_py_has_not_is_refused_at_once():
-    with pytest.raises(Refusal, match="group_size of 4 bits must be .* 128, not 48"):
-        config("quantize", "--group_size=48")
+@pytest.mark.parametrize("size", [0, 48])
+def test_a_group_size_that_4_bits_have_not_is_refused_at_once(size):
+    with pytest.raises(Refusal, match=f"group_size of 4 bits must be .* 128, not {size}"):
+        config("quantize", f"--group_size={size}")
 
 
 @pytest.mark.parametrize("block_size", [16, 24])
