@@ -280,8 +280,7 @@ class ForeignTokenizer(Tokenizer):
     @cached_property
     def settings(self):
         """What tokenizer_config.json and special_tokens_map.json say, a dict."""
-        names = "tokenizer_config.json", "special_tokens_map.json"
-        return join_settings(*(parse_json(self.files.get(name, "{}")) for name in names))
+        return read_settings(lambda name: parse_json(self.files.get(name, "{}")))
 
     @cached_property
     def generation(self):
@@ -322,10 +321,11 @@ def parse_json(text):
     return data
 
 
-def join_settings(settings, special_tokens):
+def read_settings(read):
     """Returns what tokenizer_config.json and special_tokens_map.json say together, as to transformers: where the
-    former lists all added tokens, it does not read the latter.
+    former lists all added tokens, it does not look at the latter. read(name): the dict in a file, {} without one.
     """
+    settings, special_tokens = read("tokenizer_config.json"), read("special_tokens_map.json")
     return settings if "added_tokens_decoder" in settings else settings | special_tokens
 
 

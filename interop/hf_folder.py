@@ -19,7 +19,7 @@ import torch
 from config import Refusal
 from interop import gguf_file, hf_config, hf_layout, peft_layout
 from interop.any_tokenizer import from_files
-from interop.foreign_tokenizer import FILES, join_settings, parse_json, token_text
+from interop.foreign_tokenizer import FILES, parse_json, read_settings, token_text
 from model import ModelConfig
 from tensors import NotFinite
 
@@ -163,8 +163,8 @@ def find_eot(folder, data, settings):
         ids = read_json(folder, "config.json", {}).get("eos_token_id")
         eot = ids[0] if isinstance(ids, list) and ids else ids
     if eot is None:
-        names = "eos_token in tokenizer_config.json nor eos_token_id in config.json"
-        raise ValueError(f"neither {names} says which token ends a text")
+        names = "eos_token in tokenizer_config.json or special_tokens_map.json"
+        raise ValueError(f"neither {names} nor eos_token_id in config.json says which token ends a text")
     return eot
 
 
@@ -179,8 +179,7 @@ def read_tokenizer(folder):
         call = "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         raise Refusal(f"there is no tokenizer.json in {folder}; transformers writes one: {call}")
     data = read_json(folder, "tokenizer.json")
-    names = "tokenizer_config.json", "special_tokens_map.json"
-    settings = join_settings(*(read_json(folder, name, {}) for name in names))
+    settings = read_settings(lambda name: read_json(folder, name, {}))
     files = {name: text for name in FILES if (text := read_text(folder, name)) is not None}
     with reading(path):
         eot = find_eot(folder, data, settings)
