@@ -429,7 +429,7 @@ class Checkpoint:
     def stretch(self, rope_scaling="", block_size=0):
         """Takes another rope_scaling or context for the model that restore returns: "" and 0 for its own.
 
-        The state, and with it the fingerprint, stays as it is. Raises Refusal where positions cannot:
+        The state, by whose fingerprint adapters know it, stays as it is. Raises Refusal where positions cannot:
         only rope has a scaling, and a learned table has no more places.
         """
         given = {"rope_scaling": rope_scaling, "block_size": block_size}
@@ -452,7 +452,9 @@ class Checkpoint:
 
     @property
     def fingerprint(self):
-        """That of the model which restore returns. Raises Refusal where model.py has none such."""
+        """That of the model which restore returns, without adapters. Raises Refusal where model.py has no such
+        model.
+        """
         settings_of(self.stretched, self.path)
         return fingerprint(self.stretched)
 

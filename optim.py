@@ -409,7 +409,7 @@ def muon_update(weights, grads, momenta, settings, is_skipped, dtype, orthogonal
     updates = [x.to(w.dtype) for x, w in zip(orthogonalized([x.to(dtype) for x in updates]), weights)]
     rate = settings["lr"] * settings["scale"]
     new = torch._foreach_mul(weights, 1 - settings["lr"] * settings["weight_decay"])
-    if isinstance(rate, torch.Tensor):  # of a captured step, which has no numbers that change
+    if isinstance(rate, torch.Tensor):  # where a step is captured or compiled: no number of it changes
         torch._foreach_sub_(new, torch._foreach_mul(updates, rate))
     else:
         torch._foreach_add_(new, updates, alpha=-rate)

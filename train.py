@@ -582,8 +582,8 @@ def go_on_after_restart(cfg):
 
 
 def is_in_the_way(cfg, last=("ckpt.pt",)):
-    """Returns whether out_dir holds something that --overwrite is to move aside: other runs in it, and
-    the log of one that made no checkpoint, are none. Raises Refusal where --overwrite was not given.
+    """Returns whether out_dir holds something that --overwrite is to move aside: what folders.is_free allows is
+    none. Raises Refusal where --overwrite was not given.
 
     last: the names of checkpoints that the script goes on from.
     """
