@@ -388,25 +388,26 @@ class Muon(Optimizer):
         settings = {key: group[key] for key in ("lr", "momentum", "weight_decay")}
         settings["scale"] = 0.2 * max(params[0].shape[-2:]) ** 0.5  # updates are as long as AdamW's then
         if is_sharded(params[0]) and params[0].dim() == 2:  # of experts, shards are whole matrices
-            orthogonalized = partial(apply_to_whole, self.orthogonalize, params=params)
-            muon_update(weights, grads, momenta, settings, is_skipped, self.dtype, orthogonalized)
+            function = partial(apply_to_whole, self.orthogonalize, params=params)
+            muon_update(weights, grads, momenta, settings, is_skipped, self.dtype, function)
             return
         is_number = not isinstance(group["lr"], torch.Tensor)
         if self.is_compiled and is_number:  # which would be compiled anew at each step
             settings["lr"] = torch.full((), group["lr"], device=weights[0].device)
-        self.update(weights, grads, momenta, settings, is_skipped, self.dtype, together)
+        self.update(weights, grads, momenta, settings, is_skipped, self.dtype, orthogonalize_list)
 
 
-def muon_update(weights, grads, momenta, settings, is_skipped, dtype, orthogonalized):
+def muon_update(weights, grads, momenta, settings, is_skipped, dtype, function):
     """One step of Muon, in place: weights of one shape, their grads and their momenta, three lists. None, to the
-    bit, where is_skipped, a float tensor or None, is above 0. orthogonalized: of updates in dtype, as together.
+    bit, where is_skipped, a float tensor or None, is above 0. function(updates), of a list in dtype: what
+    orthogonalize_list returns.
     """
     if is_skipped is not None:
         is_skipped = is_skipped > 0
         grads = [torch.where(is_skipped, m, g) for m, g in zip(momenta, grads)]
     torch._foreach_lerp_(momenta, grads, 1 - settings["momentum"])
     updates = torch._foreach_lerp(grads, momenta, settings["momentum"])
-    updates = [x.to(w.dtype) for x, w in zip(orthogonalized([x.to(dtype) for x in updates]), weights)]
+    updates = [x.to(w.dtype) for x, w in zip(function([x.to(dtype) for x in updates]), weights)]
     rate = settings["lr"] * settings["scale"]
     new = torch._foreach_mul(weights, 1 - settings["lr"] * settings["weight_decay"])
     if isinstance(rate, torch.Tensor):  # where a step is captured or compiled: no number of it changes
@@ -418,7 +419,7 @@ def muon_update(weights, grads, momenta, settings, is_skipped, dtype, orthogonal
     torch._foreach_copy_(weights, new)
 
 
-def together(updates):
+def orthogonalize_list(updates):
     """Returns the updates of parameters of one shape (..., rows, columns) orthogonalised."""
     updates = torch.stack(updates)
     return list(orthogonalize(updates.flatten(0, -3)).view_as(updates))
