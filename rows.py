@@ -177,8 +177,7 @@ def read_message(message, place, is_learned):
     if role not in ROLES:
         known = ", ".join(ROLES)
         raise Refusal(f"{place}: a role is {role!r:.40}, which is not read; known are {known}")
-    calls = message.get("tool_calls") or message.get("function_call") or ROLES[role] == "tool"
-    has_calls = bool(calls)
+    has_calls = bool(message.get("tool_calls") or message.get("function_call")) or ROLES[role] == "tool"
     text = None
     if content_key in message or not has_calls:
         text = read_content(message, content_key, place)
