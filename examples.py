@@ -44,6 +44,7 @@ from rows import (
     preferences,
     read_both,
     side_line,
+    side_names,
     split_numbers,
 )
 
@@ -321,8 +322,7 @@ def make(source, key, folder):
     arrays = {"starts": starts}
     lines = {}
     length = source.T
-    names = f"{cfg.dataset}, to learn from", f"{cfg.val_dataset or cfg.dataset}, held out"
-    for side, name, order in zip(SIDES, names, split_numbers(cfg, *n_rows)):
+    for side, name, order in zip(SIDES, side_names(cfg), split_numbers(cfg, *n_rows)):
         side_left_out = [left_out[row] for row in order.tolist() if row in left_out]
         lines[side] = side_line(name, len(order), side_left_out, source.T)
         kept = first_examples[order]

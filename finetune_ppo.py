@@ -46,6 +46,7 @@ from rows import (
     default_template,
     kind_of,
     side_line,
+    side_names,
     split_rows,
     training_packs,
 )
@@ -296,8 +297,9 @@ class Reinforcing(finetune_lora.FineTuning):
             )
         learned, held_out = split_rows(cfg, self.convert)
         cfg.template = cfg.template or default_template([*learned, *held_out])
-        self.prompts, self.message = self.read_prompts(learned, "to learn from")
-        val_prompts, self.val_message = self.read_prompts(held_out, "held out")
+        name, val_name = side_names(cfg)
+        self.prompts, self.message = self.read_prompts(learned, name)
+        val_prompts, self.val_message = self.read_prompts(held_out, val_name)
         if cfg.dataset == cfg.built_in:
             self.panels = (*self.panels, ("nats a story", ("story",)))
         chosen = evenly(np.arange(len(val_prompts)), SAMPLES)
@@ -318,7 +320,6 @@ class Reinforcing(finetune_lora.FineTuning):
         """Returns the prompts of Conversations that leave room for an answer, and a line about them."""
         results = [self.encode_prompt(conversation) for conversation in conversations]
         left_out = [result for result in results if isinstance(result, LeftOut)]
-        name = f"{self.cfg.dataset}, {name}"
         line = side_line(name, len(results), left_out, self.tuning.T, "leaves room in")
         return [result for result in results if not isinstance(result, LeftOut)], line
 

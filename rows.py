@@ -420,6 +420,11 @@ def check_template(template, tokenizer):
         raise Refusal(f"the template {template!r:.120}: {e}; --template=... is another")
 
 
+def side_names(cfg):
+    """Returns what lines call the rows to learn from and those held out."""
+    return f"{cfg.dataset}, to learn from", f"{cfg.val_dataset or cfg.dataset}, held out"
+
+
 def side_line(name, n, left_out, T, need="has a response and fits in"):
     """Returns a line about the n rows of a side, of which some were LeftOut. Raises Refusal where all were: none met
     the need.

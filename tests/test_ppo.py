@@ -674,6 +674,13 @@ def test_a_row_has_the_prompt_that_finetune_lora_reads_and_its_template(shop, ro
     assert ppo.prompt_messages(prompt) == chat_messages(learned.messages[:-1])
 
 
+@pytest.mark.parametrize("key, side", [("dataset", "to learn from"), ("val_dataset", "held out")])
+def test_a_file_without_prompts_is_named(shop, key, side):
+    (shop / "none.json").write_text("[]")
+    with pytest.raises(Refusal, match=f"^none.json, {side}: there is no row in it"):
+        reinforce(shop, f"--{key}=none.json", "--out_dir=there")
+
+
 TEXTS = {"chosen": "c", "rejected": "d"}
 WHOLE = {side: chat(("user", "ab"), ("assistant", text))["messages"] for side, text in TEXTS.items()}
 
