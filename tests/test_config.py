@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 import pytest
 import torch
+import tqdm
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scripts import ROOT
@@ -382,6 +383,8 @@ def test_work_does_not_depend_on_a_reader(tmp_path, sink, flush):
     ],
 )
 def test_a_script_that_only_prints_ends_where_it_cannot(tmp_path, sink, line):
+    if sink != "closed" and tuple(map(int, tqdm.__version__.split(".")[:2])) < (4, 70):
+        pytest.skip("an older tqdm says at its end that it cannot print, too")
     result = run_into(tmp_path, sink, [STDOUT], FLUSH=True, ONLY_PRINTS=True)
     assert result == (1, "", line, False)
     status, _, err, _ = run_into(tmp_path, sink, [STDOUT], FLUSH=False, ONLY_PRINTS=True)
@@ -430,7 +433,7 @@ def test_ctrl_c_while_torch_is_imported_is_quiet(tmp_path, script):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="a signal to a process")
-@pytest.mark.parametrize("module", ["numpy._core.multiarray", "torch.types", "torch.nn.modules.linear"])
+@pytest.mark.parametrize("module", ["numpy.linalg", "torch.types", "torch.nn.modules.linear"])
 def test_ctrl_c_anywhere_in_the_import_of_torch_is_quiet(tmp_path, module):
     command = ["-X", "importtime", ROOT / "train.py", "--no_such_key"]
     status, printed = interrupt(command, lambda line: line.rsplit("|")[-1].strip() == module, tmp_path)

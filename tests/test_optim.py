@@ -118,8 +118,8 @@ def test_each_experts_matrix_is_updated_as_if_alone():
 
 
 def test_muon_is_compiled_on_a_gpu_that_compiles(monkeypatch):
-    """By dynamo without inductor, whose code rounds otherwise: the same weights to the bit, a graph a shape, and no
-    more of them for another rate.
+    """By dynamo without inductor, whose code rounds otherwise: the same weights (to the bit from torch 2.13 on, before
+    it writes lerp out), a graph a shape, and no more of them for another rate.
     """
     graphs = []
 
@@ -142,7 +142,8 @@ def test_muon_is_compiled_on_a_gpu_that_compiles(monkeypatch):
             trained(muon, weights, lambda step: torch.tensor(float(step == 2)))
         results.append(weights)
     for weights in results[1:]:
-        assert all(map(torch.equal, results[0], weights))
+        for p, q in zip(results[0], weights):
+            torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
     kinds = [(2, 24, 32), (1, 32, 24), (1, 48, 16), (1, 1, 8), (1, 3, 2, 24, 16)]
     assert graphs == kinds
 
