@@ -39,7 +39,7 @@ from folders import new_folder, write_atomic
 from generate import generate
 from measure import race
 from onnx_graph import DENSE, OPSET, export
-from onnx_integers import quantize
+from onnx_integers import LEAST, quantize
 from quantized import dequantized
 from score import evaluate
 from sizes import num_params, size_text
@@ -95,14 +95,9 @@ class Config:
             if not importlib.util.find_spec(library):
                 raise ValueError(f"exporting needs {library}: pip install {library}")
         if self.quantize in ("int8", "int4"):
-            import onnxruntime
-
-            version = onnxruntime.__version__  # whatever its package is called, as onnxruntime-gpu
-            if tuple(map(int, version.split(".")[:2])) < (1, 23):  # it does not know their look-up
-                raise ValueError(
-                    f"{self.quantize} needs onnxruntime 1.23, and this is {version}: "
-                    "pip install --upgrade onnxruntime, or --quantize=plain_int8"
-                )
+            least = LEAST[int(self.quantize[-1])]
+            if problem := onnx_model.older_than(least):
+                raise ValueError(f"{self.quantize} {problem}, or --quantize=plain_int8")
 
 
 # -----------------------------------------------------------------------------------------------------

@@ -227,6 +227,17 @@ class OnnxModel(nn.Module):
 # Reading a folder
 
 
+def older_than(version):
+    """Returns what is to be said where onnxruntime is older than a version, else ""."""
+    import onnxruntime
+
+    own = onnxruntime.__version__  # whatever its package is called, as onnxruntime-gpu
+    numbers, least = (tuple(map(int, x.split(".")[:2])) for x in (own, version))
+    if numbers >= least:
+        return ""
+    return f"needs onnxruntime {version}, and this is {own}: pip install --upgrade onnxruntime"
+
+
 def open_session(path, c):
     """Returns the OnnxModel in a file, on as many threads as torch has.
 
@@ -353,6 +364,9 @@ def load(path):
         check_description(config, c, tokenizer)
     model = open_session(os.path.join(folder, file), c)
     metadata = model.session.get_modelmeta().custom_metadata_map
+    with refusing(folder, file, file):
+        if problem := older_than(metadata.get("onnxruntime", "1.21")):
+            raise Refusal(f"{model.path} {problem}")
     if metadata.get("fingerprint") != config["fingerprint"]:
         message = f"{model.path} is another model than the one of config.json and tokenizer.json"
         raise Refusal(f"{message} beside it: export it again")

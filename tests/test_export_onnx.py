@@ -508,6 +508,10 @@ def test_an_onnxruntime_without_their_look_up_is_refused(monkeypatch):
     with pytest.raises(ValueError, match="int8 needs onnxruntime 1.23, and this is 1.22.1"):
         export_onnx.Config(quantize="int8")
     export_onnx.Config(quantize="plain_int8")
+    monkeypatch.setattr(onnxruntime, "__version__", "1.26.0")
+    with pytest.raises(ValueError, match="int4 needs onnxruntime 1.27, and this is 1.26.0"):
+        export_onnx.Config(quantize="int4")
+    export_onnx.Config(quantize="int8")
 
 
 ROUNDED = [
@@ -586,6 +590,10 @@ def test_int4_is_written_beside_the_model_and_sample_reads_it(lab, monkeypatch, 
     assert path.stat().st_size < (lab.folder / "out/onnx/model_int8.onnx").stat().st_size
     assert int8_error(lab.model, onnx_model.load(str(path))[0]) < 0.5
     sample.main(configure(sample.Config, [f"--onnx={path}", "--num_samples=1", "--max_new_tokens=5"]))
+    monkeypatch.setattr(onnxruntime, "__version__", "1.26.0")
+    onnx_model.load(str(lab.folder / "out/onnx/model_int8.onnx"))
+    with pytest.raises(Refusal, match="model_int4.onnx needs onnxruntime 1.27, and this is 1.26.0"):
+        onnx_model.load(str(path))
 
 
 def test_int8_that_forgets_would_be_seen(lab, tmp_path):
