@@ -415,6 +415,21 @@ def test_rows_are_rewound_apart(pos, documents):
         cache.rewind([25, 0, 0])
 
 
+@pytest.mark.parametrize("pos", ["learned", "rope"])
+def test_rows_are_rewound_to_before_documents_were_named(pos):
+    """One to the middle of what had no name, one to nothing: positions go on from there."""
+    model = build(pos=pos).double()
+    idx = tokens(2, 9)
+    cache = KVCache(model, 2, 24)
+    with torch.no_grad():
+        cached(model, idx[:, :6], 6, cache)
+        cached(model, idx[:, 6:], 3, cache, doc=torch.zeros(2, 3, dtype=torch.long))
+        cache.rewind([5, 9])
+        logits = cached(model, torch.stack((idx[0, 4:8], idx[1, :4])), 2, cache)
+        exactly(logits[0], model(idx)[0][0, 4:8])
+        exactly(logits[1], model(idx)[0][1, :4])
+
+
 @pytest.mark.parametrize("pos", POSITIONS)
 def test_a_document_past_block_size_is_refused_and_several_within_are_not(pos):
     model = build(pos=pos)
@@ -668,6 +683,14 @@ def test_loss_is_cross_entropy_over_targets_that_are_not_masked(chunked_loss):
     torch.testing.assert_close(each.double(), nats, rtol=1e-4, atol=1e-5)
 
 
+def test_the_loss_of_bfloat16_logits_is_float32():
+    model = build().bfloat16()
+    idx = tokens()
+    logits, loss = model(idx, idx, reduction="none")
+    expected = F.cross_entropy(logits.double().mT, idx, reduction="none")
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_gradient_checkpointing_changes_nothing(monkeypatch):
     idx = tokens()
     calls = []
@@ -698,6 +721,51 @@ def test_dropout_is_in_training_only():
     assert torch.equal(model(idx)[0], model(idx)[0])
     model.train()
     assert not torch.equal(model(idx)[0], model(idx)[0])
+
+
+@pytest.mark.parametrize("norm_position", BLOCKS)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16]
+)  # in the latter attention is written out
+def test_dropout_is_on_embeddings_weights_and_both_branches(norm_position, dtype):
+    """What was dropped is 0, a quarter of it, and the rest is a third more."""
+    model = (
+        build(dropout=0.25, norm_position=norm_position, norm="layernorm", pos="none").to(dtype).train()
+    )
+    block = model.blocks[0]
+    block.attn.v_proj.weight.data.zero_()
+    block.attn.v_proj.bias.data.fill_(1)  # then attention returns the sum of its weights
+    seen = {}
+
+    def keep(name):
+        return lambda _, arguments, y=None: seen.update({name: arguments[0], name + "'s": y})
+
+    for name in "attn", "mlp", "norm1", "norm2", "attn.o_proj":
+        block.get_submodule(name).register_forward_hook(keep(name))
+    block.register_forward_hook(keep("block"))
+    idx = tokens()
+    model(idx)
+    x, y = seen["block"], seen["block's"]
+    between = seen["norm2"] if norm_position == "pre" else seen["norm1's"]
+    sums = (between, y) if norm_position == "pre" else (seen["norm1"], seen["norm2"])
+    branches = (seen["attn's"], sums[0] - x), (seen["mlp's"], sums[1] - between)
+    for whole, dropped in ((model.wte(idx), x), *branches):
+        is_kept = dropped != 0
+        assert 0.65 < is_kept.float().mean() < 0.85
+        torch.testing.assert_close(dropped[is_kept], (whole / 0.75)[is_kept], rtol=0.05, atol=0.05)
+    weights = seen["attn.o_proj"]
+    first = weights[:, 0].float()  # of the first token, which sees itself alone
+    assert set(first.unique().tolist()) == {0.0, torch.tensor(1 / 0.75).to(dtype).item()}
+    assert weights[:, 1:].float().std() > 0.05 and abs(weights.float().mean() - 1) < 0.2
+
+
+def test_in_bfloat16_the_gradients_of_layernorm_are_added_up_in_float32():
+    norm = NORMS["layernorm"](8, eps=1e-5, bias=True)
+    x = torch.randn(4100, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    norm(x).sum().backward()
+    assert torch.equal(norm.bias.grad, torch.full((8,), 4100.0))
+    gain = F.layer_norm(x.double(), (8,)).sum(0)
+    torch.testing.assert_close(norm.weight.grad.double(), gain, rtol=1e-4, atol=1e-2)
 
 
 # Positions
@@ -812,6 +880,8 @@ def test_autocast_is_close_to_float32_for_each_position():
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 rough_loss = model(idx, idx)[1]
                 rough_logits = cached(model, idx, [10, 1, 5])
+                # and so are the states between blocks
+                assert model.hidden(idx).dtype == torch.bfloat16
         assert math.isclose(rough_loss, loss, rel_tol=0.05)
         assert (rough_logits.float() - logits).abs().max() < 0.5
 
@@ -915,6 +985,9 @@ def test_balance_is_learned_and_never_reported():
             model.balance = 0.3
             loss = model(idx, targets, doc=doc, reduction=reduction)[1]
             assert torch.equal(loss, plain)
+            assert all(
+                block.mlp.routings is None for block in model.blocks
+            )  # the backward pass adds none
             for gradient, right in zip(torch.autograd.grad(loss, params), expected):
                 exactly(gradient, right)
             model.gradient_checkpointing = False
