@@ -98,6 +98,17 @@ def test_windows_add_up_over_layers(pattern, sees):
 ENDLESS = [pos for pos in POSITIONS if pos != "learned"]
 
 
+@pytest.mark.parametrize("settings", [{"pos": "sinusoidal"}, {"rope_scaling": "yarn:4,6"}])
+def test_computed_tables_have_the_rows_of_tables_with_an_end(settings):
+    endless, ended = windowed(**settings), windowed(window=0, **settings)
+    part = "rotary" if "rope_scaling" in settings else "add_pos"
+    places = torch.arange(24).view(2, 12)
+    for name in "cos", "sin":
+        tables = [getattr(getattr(model, part), name) for model in (endless, ended)]
+        assert not isinstance(tables[0], torch.Tensor)
+        assert torch.equal(tables[0][places], tables[1][places])
+
+
 @pytest.mark.parametrize("pos", ENDLESS)
 def test_a_text_of_ten_contexts_is_read_with_a_cache_as_without(pos):
     model = windowed(pos)
@@ -163,8 +174,9 @@ def test_a_rewind_is_exact_as_far_as_a_ring_reaches(pos, pattern):
             exactly(logits[1], whole[1, 14:22])
 
 
-def test_a_rewind_past_what_a_ring_keeps_is_refused():
-    model = windowed()
+@pytest.mark.parametrize("pattern", ["S", "SL"])
+def test_a_rewind_past_what_a_ring_keeps_is_refused(pattern):
+    model = windowed(pattern=pattern, block_size=LONG)
     cache = KVCache(model, 1, LONG)
     with torch.no_grad():
         model.hidden(tokens(1, WINDOW + REWIND), cache)
