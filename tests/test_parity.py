@@ -35,6 +35,7 @@ def preset(name, **changes):
         "head_dim": 0,
         "n_inner": 0,
         "block_size": 1024,
+        "norm_eps": 1e-3,  # a share of what is normed: a norm with another one would be seen
     }
     return ModelConfig(**(settings | small | changes))
 
