@@ -135,6 +135,15 @@ def test_the_end_of_the_context(past_end, lengths):
         assert_equal_texts(model, prompts_of(*lengths), 45, past_end=past_end, stop=stop, **SAMPLED)
 
 
+def test_the_row_that_was_to_be_read_anew_may_end_before():
+    """At each of its tokens, the last of those that are planned too."""
+    model = build().double()
+    prompts = prompts_of(19, 3)
+    [(ids, _, _), _] = assert_equal_texts(model, prompts, 8, past_end="recompute", **GREEDY)
+    for id in ids:
+        assert_equal_texts(model, prompts, 8, past_end="recompute", stop=(id,), **GREEDY)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_a_static_cache_gives_the_logits_of_a_cache(name):
     model = build(**MODELS[name]).double()

@@ -125,6 +125,16 @@ def test_top_k_top_p_and_temperature_by_hand():
     assert support(four, temperature=1e-4) == {3}
 
 
+def test_the_ends_of_the_unit_interval_draw_no_token_that_cannot_be():
+    """float32 sums to less than 1 in some rows. nan, of a model that is broken, draws some id."""
+    logits = torch.randn(1000, 9, generator=torch.Generator().manual_seed(0))
+    logits[:, [0, -1]] = -torch.inf
+    for end, id in (0.0, 1), (1 - 2**-53, 7):
+        drawn = next_token(logits, uniform=torch.full((1000, 1), end, dtype=torch.float64))
+        assert (drawn == id).all()
+    assert 0 <= next_token(torch.full((1, 9), torch.nan), uniform=uniform(1, seed=0)) < 9
+
+
 def test_draws_have_the_right_frequencies():
     p = torch.tensor([0.4, 0.3, 0.2, 0.06, 0.04])
     logits = p.log().expand(20_000, -1)
