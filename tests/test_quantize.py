@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -225,6 +226,33 @@ def test_each_matrix_is_measured_after_the_integers_before_it():
         assert errors[name][0] == pytest.approx(error.item(), rel=1e-4)
 
 
+def test_awqs_errors_are_of_each_matrix_before_it_was_scaled():
+    model = make().float()
+    block = model.blocks[0]
+    gain = block.norm1.weight.clone()
+    names = "attn.q_proj", "attn.k_proj"
+    original = {name: block.get_submodule(name).weight.clone() for name in names}
+    cfg = configure(quantize.Config, ["--to=n", "--bits=4", "--method=awq"])
+    _, errors = quantize.quantize_model(model, cfg, tokens(B=4))
+    given = []
+    block.attn.q_proj.register_forward_pre_hook(lambda _, x: given.append(x[0].double().flatten(0, 1)))
+    model.hidden(tokens(B=4))
+    X = given[0] * (gain / block.norm1.weight).double()  # what it was before
+    assert not torch.allclose(X, given[0])
+    for name, W in original.items():
+        Q = block.get_submodule(name).weight.double()
+        Y = X @ W.double().T
+        nearest = X @ quantize.rtn(W, 4, 32).dense().double().T
+        expected = [((y - Y).norm() / Y.norm()).item() ** 2 for y in (given[0] @ Q.T, nearest)]
+        assert errors[f"blocks.0.{name}"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_calibration_reads_each_token_once():
+    cfg = configure(quantize.Config, ["--to=n", "--method=awq", "--tokens=1000000"])
+    rows = quantize.read_rows(cfg, {"train": np.arange(1005)}, "", None, 100)
+    assert torch.equal(rows, torch.arange(1000).view(10, 100))
+
+
 def test_a_matrix_where_gptq_is_no_better_is_named():
     cfg = configure(quantize.Config, ["--to=n", "--bits=4", "--method=gptq"])
     none = {"c": (0.0, 0.0), "d": (math.inf, math.inf)}  # as rounded already, and of zeros
@@ -307,6 +335,15 @@ def test_what_was_made_for_a_dtype_does_not_outlive_it():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert linear(x).dtype == torch.bfloat16
     assert torch.equal(linear(x), first)
+    # nor are many rows multiplied with it in another
+    many = draw(quantized.FEW + 1, 64).bfloat16()
+    dense = linear.weight.bfloat16()
+    assert torch.equal(linear(many), F.linear(many, dense))
+    assert torch.equal(linear(x), first)
+    # nor does it outlive the integers that it was made of
+    codes = linear.codes()
+    linear.set_codes(codes._replace(scales=2 * codes.scales))
+    assert torch.equal(linear(x), 2 * first)
 
 
 # -----------------------------------------------------------------------------------------------------
