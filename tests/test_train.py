@@ -109,6 +109,9 @@ def test_targets_are_inputs_shifted_by_one_and_an_epoch_sees_each_block_once():
         assert (starts.sort().values.diff() == T).all()
     assert not (first.diff() > 0).all()
     assert not torch.equal(first - first.min(), second - second.min())
+    # epochs are cut anywhere: over some of them each token is a row's first
+    cuts = {epoch_starts(len(data), T, seed, epoch).min() for epoch in range(60)}
+    assert cuts == set(range(T))
 
 
 def test_a_row_depends_on_its_number_alone():
@@ -232,22 +235,25 @@ def test_steps_at_a_rate_of_0_are_said(lab, capsys):
 @pytest.mark.parametrize("tie, mlp", [(True, "swiglu"), (False, "moe")])
 def test_each_parameter_is_in_one_group_by_role(optimizer, tie, mlp):
     model = build("layernorm", pos="learned", tie=tie, mlp=mlp)
-    optimizers = train.make_optimizers(model, train.Config(optimizer=optimizer), CPU)
-    roles = [
-        (id(p), (type(o).__name__, group["weight_decay"]))
-        for o in optimizers
-        for group in o.param_groups
-        for p in group["params"]
-    ]
+    settings = dict(weight_decay=0.3, embd_lr_scale=2.5, beta1=0.7, beta2=0.8, momentum=0.6)
+    optimizers = train.make_optimizers(model, train.Config(optimizer=optimizer, **settings), CPU)
+    groups = [(type(o).__name__, group) for o in optimizers for group in o.param_groups]
+    roles = [(id(p), (name, group)) for name, group in groups for p in group["params"]]
     assert len(roles) == len(dict(roles)) == len(list(model.parameters()))
     for name, p in model.named_parameters():
-        if p.dim() == 1:
-            role = ("AdamW", 0.0)
-        elif "blocks" in name and optimizer == "muon":
-            role = ("Muon", 0.1)
-        else:
-            role = ("AdamW", 0.1)
-        assert dict(roles)[id(p)] == role, name
+        is_muons = p.dim() > 1 and "blocks" in name and optimizer == "muon"
+        kind, group = dict(roles)[id(p)]
+        assert kind == ("Muon" if is_muons else "AdamW"), name
+        assert group["weight_decay"] == (0.0 if p.dim() == 1 else 0.3), name
+        assert group["lr_scale"] == (2.5 if optimizer == "muon" and not is_muons else 1.0), name
+        assert group["momentum"] == 0.6 if is_muons else group["betas"] == (0.7, 0.8), name
+
+
+def test_muon_multiplies_in_the_dtype_of_the_run_but_in_no_float16():
+    for name in "float32", "bfloat16", "float16":
+        compute = replace(CPU, dtype_name=name)
+        _, muon = train.make_optimizers(build(), train.Config(optimizer="muon"), compute)
+        assert muon.dtype == (torch.float32 if name == "float16" else compute.dtype)
 
 
 def test_frozen_parameters_are_in_no_group():
