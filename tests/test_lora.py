@@ -65,6 +65,7 @@ def test_zero_b_changes_no_bit_and_merged_is_unmerged(mlp, n_kv_head, norm_posit
             assert (unmerged - logits).abs().max() > 1e-2, target
             merge(model)
             torch.testing.assert_close(model(idx)[0], unmerged, rtol=0, atol=1e-12, msg=target)
+            assert all(p.requires_grad for p in model.parameters())
             merged = model.state_dict()
             assert merged.keys() == weights.keys()
             assert model.head.weight is model.wte.weight
@@ -98,6 +99,15 @@ def test_a_half_precision_weight_is_merged_in_float32():
     torch.testing.assert_close(layer.merged().weight.double(), exact, rtol=2**-8, atol=1e-7)
 
 
+@pytest.mark.parametrize("context", [lora.switched_off, lora.folded_in])
+def test_a_failure_leaves_weights_and_adapters_as_they_were(context):
+    model = adapted()
+    expected = model(tokens())[0]
+    with pytest.raises(ArithmeticError), context(model):
+        raise ArithmeticError
+    assert torch.equal(model(tokens())[0], expected)
+
+
 def test_only_adapters_change():
     model = adapted().train()
     before = {name: w.clone() for name, w in model.state_dict().items()}
@@ -111,6 +121,9 @@ def test_only_adapters_change():
 
 
 def test_dropout_is_on_the_input_of_the_adapter_and_in_training_alone():
+    model = build()  # in eval mode
+    lora.inject(model, lora.LoRAConfig(lora_dropout=0.5))
+    assert not any(module.training for module in model.modules())
     layer = adapted(dropout=0.5).blocks[0].attn.q_proj
     x = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
