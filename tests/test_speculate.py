@@ -23,7 +23,7 @@ from config import Refusal, configure
 from device import resolve
 from generate import Row, generate
 from model import ModelConfig, Transformer
-from speculate import MOST_IN_RING, TRIAL, DraftModel, Draws, Lookup, Speculation
+from speculate import LEAST_ROUNDS, MOST_IN_RING, TRIAL, DraftModel, Draws, Lookup, Speculation
 from tokenizer import Tokenizer
 
 slow = pytest.mark.slow
@@ -345,6 +345,24 @@ def test_speculation_that_is_slower_goes_back_to_plain():
         # by turns 1 and 5
         assert "the speed of plain decoding over the first 66 tokens" in speculation.line()
         assert ("so the rest was plain" in speculation.line()) == speculation.is_off
+
+
+def test_a_trial_has_rounds_enough_without_the_first_and_counts_rows_that_go_on():
+    model = build(block_size=130).double()
+    target, draft = copy.deepcopy(model), copy.deepcopy(model)
+    prompts = prompts_of(3, 5)
+    [_, (ids, _, _)] = ended(generate(model, prompts, 1, temperature=0))
+    clock = Clock({target: 1.0, draft: 0.0})
+    first = {1: 100.0, 21: 1000.0}  # seconds more that the first call of so many tokens takes
+    target.blocks[0].register_forward_hook(
+        lambda _, arguments, y: clock.move(first.pop(arguments[0].size(1), 0.0))
+    )
+    speculation = Speculation(DraftModel(draft), 20, clock)
+    *_, rows = speculation.generate(target, prompts, 120, temperature=0, stop=ids)
+    assert [len(row.ids) for row in rows] == [120, 0]  # the second is padding from the start
+    assert not first
+    assert speculation.n_tokens == (LEAST_ROUNDS + 1) * (1 + 21)
+    assert speculation.gain == pytest.approx(21)
 
 
 # From the command line
