@@ -264,6 +264,7 @@ def test_the_loss_and_its_gradient_are_those_of_the_definition(shop, rank):
     loss.backward()
 
     expected = 0
+    figures = []  # of each pair
     numbers = [number for pack in packs for number in pack]
     assert len(numbers) > 4  # rows have several pairs
     answers = {tuple(row.values()) for row in ANSWERS}
@@ -272,8 +273,14 @@ def test_the_loss_and_its_gradient_are_those_of_the_definition(shop, rank):
         policy = [logp(exact, task.examples[n]) for n in (chosen, rejected)]
         reference = [logp(base, task.examples[n]).detach() for n in (chosen, rejected)]
         margin = (policy[0] - reference[0]) - (policy[1] - reference[1])
-        expected = expected - torch.log(1 / (1 + torch.exp(-0.3 * margin)))
+        nats = -torch.log(1 / (1 + torch.exp(-0.3 * margin)))
+        figures.append([x.item() for x in (nats, margin > 0, 0.3 * margin, *policy)])
+        expected = expected + nats
     expected.backward()
+    computed = task.figures(task.make_batch(packs)).tolist()
+    assert computed == pytest.approx([*np.sum(figures, axis=0), len(figures)], rel=1e-4)
+    nothing = torch.zeros(3)
+    assert dpo.sums_of_pairs(nothing, nothing, nothing)[1] == 0  # who gained nothing is not ahead
     assert dpo.count_pairs(task.make_batch(packs)) == len(numbers) // 2
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     grads = {name: p.grad for name, p in exact.named_parameters() if p.grad is not None}
