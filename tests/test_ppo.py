@@ -381,6 +381,30 @@ def test_ratios_begin_at_1_and_the_divergence_at_0_to_the_bit(shop):
     assert torch.equal(ppo.token_logps(task.trained, again)[is_learned], again["old"][is_learned])
 
 
+def test_samples_are_drawn_from_the_whole_distribution_without_dropout(shop):
+    """Then log p of a token is less than the mean over all tokens as often as more: their sum has the deviation of
+    independent draws.
+    """
+    task = small_task(shop, "--lora_dropout=0.5", "--max_new_tokens=24")
+    model = task.tuning.model.train()
+    moved(model)
+    for scale in 0.3, 2.0:  # all tokens are likely, and twice as unequal
+        model.head.weight.data *= scale
+        batch, _, drift = task.sample(task.prompts * 20, (1, 2))
+        assert drift < 1e-4
+        with torch.no_grad():
+            logps = model.eval()(batch["idx"])[0].double().log_softmax(-1)
+        model.train()
+        is_sampled = batch["targets"] != -100
+        logps = logps[is_sampled]
+        sampled = logps.gather(1, batch["targets"][is_sampled][:, None])[:, 0]
+        torch.testing.assert_close(sampled.float(), batch["old"][is_sampled], rtol=1e-4, atol=1e-4)
+        p = logps.exp()
+        mean = (p * logps).sum(-1)
+        variance = (p * (logps - mean[:, None]).square()).sum()
+        assert abs((sampled - mean).sum()) < 3 * variance.sqrt()
+
+
 def test_log_p_is_that_of_each_sampled_token_and_of_the_end():
     model = build(vocab_size=12, block_size=24, n_layer=1).double().eval()
     prompts = [[1, 2, 3], [4], [5, 6]]
