@@ -421,7 +421,7 @@ def test_sample_takes_the_graph_of_the_same_weights(lab, monkeypatch, tmp_path, 
     shutil.copytree(lab.folder / "out", "other")
     (tmp_path / "other/onnx/config.json").write_text("{")
     assert not text("--out_dir=other")[0]
-    ckpt["model_config"]["norm"] = "maxnorm"  # a class that model.py had when it was trained
+    ckpt["model_config"]["norm"] = "gone"  # a class that model.py had when it was trained
     torch.save(ckpt, "out/ckpt.pt")
     with pytest.raises(Refusal, match="of a model that model.py has no longer: norm must be one of"):
         text()
