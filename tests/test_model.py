@@ -724,14 +724,11 @@ def test_dropout_is_in_training_only():
 
 
 @pytest.mark.parametrize("norm_position", BLOCKS)
-@pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.bfloat16]
-)  # in the latter attention is written out
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dropout_is_on_embeddings_weights_and_both_branches(norm_position, dtype):
-    """What was dropped is 0, a quarter of it, and the rest is a third more."""
-    model = (
-        build(dropout=0.25, norm_position=norm_position, norm="layernorm", pos="none").to(dtype).train()
-    )
+    """What was dropped is 0, a quarter of it, and the rest is a third more. In bfloat16 attention is written out."""
+    settings = dict(dropout=0.25, norm_position=norm_position, norm="layernorm", pos="none")
+    model = build(**settings).to(dtype).train()
     block = model.blocks[0]
     block.attn.v_proj.weight.data.zero_()
     block.attn.v_proj.bias.data.fill_(1)  # then attention returns the sum of its weights
@@ -985,9 +982,8 @@ def test_balance_is_learned_and_never_reported():
             model.balance = 0.3
             loss = model(idx, targets, doc=doc, reduction=reduction)[1]
             assert torch.equal(loss, plain)
-            assert all(
-                block.mlp.routings is None for block in model.blocks
-            )  # the backward pass adds none
+            # the backward pass adds none
+            assert all(block.mlp.routings is None for block in model.blocks)
             for gradient, right in zip(torch.autograd.grad(loss, params), expected):
                 exactly(gradient, right)
             model.gradient_checkpointing = False
