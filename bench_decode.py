@@ -306,22 +306,24 @@ def bench_decode(cfg, compute):
     """Times generate.py, greedy, in tokens/s; and in samples/s, drawn, for prompts of different lengths.
 
     of_memory is the speed at which weights are read against what the memory gives. The next table has
-    the time with a cache against that without one, and with a draft the last one speculative decoding.
+    the time with a cache against that without one, and with a draft the last one speculative decoding. Against
+    llama.cpp there is a text of both alone.
     """
     model = build_model(cfg).to(compute.device, compute.dtype).eval()
     if cfg.draft or cfg.against == LLAMA_CPP:
         tokenizer = load_tokenizer(checkpoint.open_checkpoint(cfg.init_from).state["tokenizer"])
     if cfg.draft:  # refused before minutes are over
         speculations = load_speculations(cfg, compute, model, tokenizer)
-    hf_model = convert(to_transformers, model)
-    large = large_tensor(compute.device)
-    batch_sizes = (1, 8, 64) if compute.device.type == "cuda" else (1, 8)
-    seconds = cfg.seconds / 2 / (len(batch_sizes) + 1)
     rows = []
-    for batch_size in batch_sizes:
-        rows += decode_rows(model, hf_model, large, batch_size, seconds, compute.compile)
-    rows += sample_rows(model, hf_model, seconds)
-    rows += cached_and_uncached_rows(cfg, compute, model)
+    if cfg.against != LLAMA_CPP:  # beside which these would take a quarter of an hour of 135M parameters
+        hf_model = convert(to_transformers, model)
+        large = large_tensor(compute.device)
+        batch_sizes = (1, 8, 64) if compute.device.type == "cuda" else (1, 8)
+        seconds = cfg.seconds / 2 / (len(batch_sizes) + 1)
+        for batch_size in batch_sizes:
+            rows += decode_rows(model, hf_model, large, batch_size, seconds, compute.compile)
+        rows += sample_rows(model, hf_model, seconds)
+        rows += cached_and_uncached_rows(cfg, compute, model)
     if cfg.draft:
         rows += speculation_rows(cfg, compute, model, tokenizer, speculations)
     if cfg.against == LLAMA_CPP:
