@@ -3,7 +3,6 @@
 import copy
 import functools
 import io
-import math
 
 import torch
 
@@ -17,7 +16,7 @@ from config import Refusal
 from device import fast_bfloat16, name_of, resolve
 from eval import data_folder, load_data
 from measure import ms_columns, race
-from score import evaluate
+from score import bits_per_nat, evaluate
 
 
 def held_out(cfg, model):
@@ -30,10 +29,9 @@ def held_out(cfg, model):
         start = checkpoint.open_checkpoint(cfg.init_from)
         try:
             meta, data, tokenizer = load_data(data_folder(start), start, prepare.load)
-            split = meta["splits"]["val"]
-            bits = split["tokens"] / split["bytes"] / math.log(2)
             settings = quantize.Config(to="nowhere")
-            return quantize.read_rows(settings, data, "", tokenizer, T), data["val"], bits
+            rows = quantize.read_rows(settings, data, "", tokenizer, T)
+            return rows, data["val"], bits_per_nat(meta["splits"]["val"])
         except Refusal as e:
             reason = str(e)
     print(f"without losses: {reason}")

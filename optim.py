@@ -387,14 +387,13 @@ class Muon(Optimizer):
         momenta = [local(self.state[p]["momentum_buffer"]) for p in params]
         settings = {key: group[key] for key in ("lr", "momentum", "weight_decay")}
         settings["scale"] = 0.2 * max(params[0].shape[-2:]) ** 0.5  # updates are as long as AdamW's then
-        if is_sharded(params[0]) and params[0].dim() == 2:  # of experts, shards are whole matrices
-            function = partial(apply_to_whole, self.orthogonalize, params=params)
-            muon_update(weights, grads, momenta, settings, is_skipped, self.dtype, function)
-            return
+        update, function = self.update, orthogonalize_list
         is_number = not isinstance(group["lr"], torch.Tensor)
-        if self.is_compiled and is_number:  # which would be compiled anew at each step
+        if is_sharded(params[0]) and params[0].dim() == 2:  # of experts, shards are whole matrices
+            update, function = muon_update, partial(apply_to_whole, self.orthogonalize, params=params)
+        elif self.is_compiled and is_number:  # which would be compiled anew at each step
             settings["lr"] = torch.full((), group["lr"], device=weights[0].device)
-        self.update(weights, grads, momenta, settings, is_skipped, self.dtype, orthogonalize_list)
+        update(weights, grads, momenta, settings, is_skipped, self.dtype, function)
 
 
 def muon_update(weights, grads, momenta, settings, is_skipped, dtype, function):

@@ -39,6 +39,11 @@ def evaluating(model):
         model.train(was_training)
 
 
+def bits_per_nat(split):
+    """Returns the bits a byte that a loss of one nat a token is on a split, as meta.json has it."""
+    return split["tokens"] / split["bytes"] / math.log(2)
+
+
 def evaluate(model, data, T, batch_size, compute, tokens=0):
     """Returns nats a token on a split (1-D array of ids) in blocks of T, each target once; with `tokens`
     only on about so many, evenly spaced and always the same.

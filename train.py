@@ -51,7 +51,7 @@ from optim import (
     step_unless,
 )
 from rmsnorm import choose_rmsnorm
-from score import evaluate, expert_figures, expert_line, floor_line, next_token_loss
+from score import bits_per_nat, evaluate, expert_figures, expert_line, floor_line, next_token_loss
 from sharding import shard, whole
 from sizes import flops_per_token, size_text, step_flops
 
@@ -501,9 +501,7 @@ class Pretraining:
         self.data = data
         self.compute = compute
         self.flops_per_token = flops_per_token(model, cfg.block_size)
-        split = meta["splits"]["val"]
-        # of a loss of one nat a token
-        self.bits_per_byte = split["tokens"] / split["bytes"] / math.log(2)
+        self.bits_per_byte = bits_per_nat(meta["splits"]["val"])  # of a loss of one nat a token
 
     def batches(self, step):
         """Returns this process's micro-batches of a step, on its device."""
