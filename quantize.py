@@ -17,13 +17,15 @@ Which integers (quantized.py has what they stand for):
 
 The last two look at what each matrix is given, on training text of the model's own data or --text, a
 block at a time, after blocks that are integers already; gptq also after the matrices before in its
-block. Errors are relative ones of a matrix's outputs there: ||X (W - Q)^T||^2 / ||X W^T||^2.
+block. Errors are relative ones of a matrix's outputs there: ||X (W - Q)^T||^2 / ||X W^T||^2. An expert is
+given the tokens that go to it; where that is none, its numbers are rounded to the nearest.
 """
 
 import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from config import Refusal, hf_name, run
 
@@ -86,7 +88,8 @@ class Config:
 
 
 # -----------------------------------------------------------------------------------------------------
-# A matrix. W (out, in) is float32 or float64; H (in, in) is X^T X of its inputs X (n, in), float64
+# A matrix. W (out, in) is float32 or float64; H (in, in) is X^T X of its inputs X (n, in), float64. Where
+# W may be those of experts (n_expert, out, in), H is (n_expert, in, in), and their Codes stand below each other
 
 
 def find_scales(W, bits):
@@ -120,6 +123,11 @@ def to_codes(codes, scales, zeros, bits):
     return Codes(codes.to(torch.uint8), scales, zeros.to(torch.uint8))
 
 
+def stacked_codes(matrices):
+    """Returns the Codes of all matrices, a list of Codes, below each other."""
+    return Codes(*[None if parts[0] is None else torch.cat(parts) for parts in zip(*matrices)])
+
+
 def group_scales(W, bits, group_size):
     """Returns the scales and zeros (out, groups) of W."""
     groups = W.split(group_size or W.size(1), 1)
@@ -128,7 +136,8 @@ def group_scales(W, bits, group_size):
 
 
 def rtn(W, bits, group_size):
-    """Returns W's Codes, each number rounded to the nearest."""
+    """Returns the Codes of W, or of experts, each number rounded to the nearest."""
+    W = W.flatten(0, -2)
     scales, zeros = group_scales(W, bits, group_size)
     width = W.size(1) // scales.size(1)
     of_columns = [x.repeat_interleave(width, 1) for x in (scales, zeros)]
@@ -177,16 +186,16 @@ def gptq(W, H, bits, group_size, damping=0.01, act_order=False):
 
 
 def error_of(W, codes, H):
-    """Returns the relative error of the outputs of a matrix that became Codes, or inf."""
+    """Returns the relative error of the outputs of a matrix that became Codes, or of all experts, or inf."""
     W = W.double()
-    D = W - codes.dense().double()
+    D = W - codes.dense().view_as(W).double()
     size = ((W @ H) * W).sum()
     error = ((D @ H) * D).sum()
     return (error / size).item() if size > 0 else math.inf
 
 
-def awq_scale(matrices, H, sizes, bits, group_size, spread=None):
-    """Returns the scale s (m,) of the inputs of matrices that changes their outputs least, all together,
+def awq_scale(pairs, sizes, bits, group_size, spread=None):
+    """Returns the scale s (m,) of the inputs of matrices, [(W, H)], that changes their outputs least, all together,
     when W s is rounded to the nearest and inputs are divided by s.
 
     sizes (m,): the mean of each input's absolute values, of which s is a power, from 0 to 1. spread makes
@@ -201,7 +210,7 @@ def awq_scale(matrices, H, sizes, bits, group_size, spread=None):
         s = s / (s.max() * s.min()).sqrt()
         of_inputs = spread(s)
         error = 0.0
-        for W in matrices:
+        for W, H in pairs:
             D = rtn(W * of_inputs, bits, group_size).dense() / of_inputs - W
             error += ((D @ H) * D).sum().item()
         if error < least:
@@ -214,27 +223,35 @@ def awq_scale(matrices, H, sizes, bits, group_size, spread=None):
 
 
 class Inputs:
-    """What a Linear was given: X^T X, float64 (in, in), and the sum of |X| (in,) over n rows."""
+    """What each of n matrices was given, experts or the one of a Linear: X^T X, float64 (n, in, in), and the sums of
+    |X| (n, in), float64, over so many rows (n,).
+    """
 
-    def __init__(self, n_in):
-        self.H = torch.zeros(n_in, n_in, dtype=torch.float64)
-        self.sums = torch.zeros(n_in, dtype=torch.float64)
-        self.n = 0
+    def __init__(self, n, n_in):
+        self.H = torch.zeros(n, n_in, n_in, dtype=torch.float64)
+        self.sums = torch.zeros(n, n_in, dtype=torch.float64)
+        self.n_rows = torch.zeros(n)
 
-    def add(self, x):
-        x = x.flatten(0, -2)
-        self.H += (x.T @ x).double()
-        self.sums += x.abs().sum(0).double()
-        self.n += len(x)
+    def add(self, parts):
+        """Adds rows (rows, in), a tensor a matrix."""
+        for i, x in enumerate(parts):
+            self.H[i] += (x.T @ x).double()
+            self.sums[i] += x.abs().sum(0).double()
+            self.n_rows[i] += len(x)
 
-    @property
-    def sizes(self):
-        return self.sums / self.n
+    def sizes(self, numbers):
+        """Returns the mean of each input's absolute values (in,) in matrices of these numbers, a list."""
+        return self.sums[numbers].sum(0) / self.n_rows[numbers].sum().clamp(min=1)
+
+
+def rows_of(x, ends=None):
+    """Returns [rows (n, in)], a tensor a matrix, of what a Linear or an ExpertLinear is called with."""
+    return [x.flatten(0, -2)] if ends is None else x.tensor_split(ends[:-1].long())
 
 
 def collect(block, names, states):
-    """Returns {name: Inputs} of Linears in a block, in the order in which they are called, when the block
-    is given states, [(x, context)]. Linears that are given the same tensor share their Inputs.
+    """Returns {name: Inputs} of Linears, of experts too, in a block, in the order in which they are called, when the
+    block is given states, [(x, context)]. Those that are given the same tensor share their Inputs.
     """
     inputs = {}
     last = None  # the tensor that was given last
@@ -243,11 +260,11 @@ def collect(block, names, states):
     def hook(name):
         def note(module, arguments):
             nonlocal last, shared
-            [x] = arguments
-            if x is not last:
-                last = x
-                shared = inputs.get(name) or Inputs(x.size(-1))
-                shared.add(x)
+            if arguments[0] is not last:
+                last = arguments[0]
+                parts = rows_of(*arguments)
+                shared = inputs.get(name) or Inputs(len(parts), last.size(-1))
+                shared.add(parts)
             inputs[name] = shared
 
         return note
@@ -276,8 +293,14 @@ def block_inputs(model, rows):
 
 
 # -----------------------------------------------------------------------------------------------------
-# A block. A function yields the name of each of its Linears with the Codes to put there, their error and
-# that of rounding to the nearest; what is yielded is in its place when it goes on
+# A block. A function yields the name of each of its Linears, of experts too, with the Codes to put there, their
+# error and that of rounding to the nearest; what is yielded is in its place when it goes on
+
+
+def stacked(module):
+    """Returns the matrices (n, out, in) of experts, or of a Linear its one, in the module's memory."""
+    weight = module.weight
+    return weight.view(-1, *weight.shape[-2:])
 
 
 def names_by_inputs(inputs):
@@ -302,64 +325,85 @@ def gptq_block(block, names, states, cfg, c):
             inputs = collect(block, group, states)
         for name in group:
             H = inputs[name].H
-            W = block.get_submodule(name).weight
+            W = stacked(block.get_submodule(name))
             nearest = error_of(W, rtn(W, cfg.bits, cfg.group_size), H)
-            codes = gptq(W, H, cfg.bits, cfg.group_size, cfg.damping, cfg.act_order)
+            rules = cfg.bits, cfg.group_size, cfg.damping, cfg.act_order
+            codes = stacked_codes([gptq(*pair, *rules) for pair in zip(W, H)])
             yield name, codes, error_of(W, codes, H), nearest
 
 
+class Fold(NamedTuple):
+    """Where AWQ's scale goes: from the inputs of some matrices into what they are in proportion to."""
+
+    before: Any  # tensors, whose rows are those inputs, of a norm or a Linear
+    names: Any  # of the Linears that read them
+    experts: Any = (0,)  # the numbers of those in them that do
+    unrounded: Any = ()  # matrices that read them, too
+
+
 def folds(block, c):
-    """Returns [(norm or Linear that takes a scale, names of the Linears after it)] of a block, where
-    nothing else reads what stands between them and it is in proportion to the weights of the former.
-    """
-    pairs = []
+    """Returns the Folds of a block."""
+    result = []
+    mlp = block.mlp
     # after the sum they would read the residual stream itself
     if c.norm_position == "pre" and c.norm in ("rmsnorm", "layernorm"):
-        pairs.append((block.norm1, ["attn.q_proj", "attn.k_proj", "attn.v_proj"]))
-        mlp = {"gelu": ["mlp.up_proj"], "swiglu": ["mlp.gate_proj", "mlp.up_proj"]}
-        if c.mlp in mlp:
-            pairs.append((block.norm2, mlp[c.mlp]))
+        norm1, norm2 = list(block.norm1.parameters()), list(block.norm2.parameters())
+        result.append(Fold(norm1, ["attn.q_proj", "attn.k_proj", "attn.v_proj"]))
+        if c.mlp == "gelu":
+            result.append(Fold(norm2, ["mlp.up_proj"]))
+        if c.mlp == "swiglu":
+            result.append(Fold(norm2, ["mlp.gate_proj", "mlp.up_proj"]))
+        if c.mlp == "moe":
+            experts = list(range(c.n_expert))
+            result.append(Fold(norm2, ["mlp.gate_proj", "mlp.up_proj"], experts, [mlp.router.weight]))
     if c.norm_position in ("pre", "post"):
-        pairs.append((block.attn.v_proj, ["attn.o_proj"]))
+        result.append(Fold(list(block.attn.v_proj.parameters()), ["attn.o_proj"]))
         if c.mlp == "swiglu":  # in GELU's a function is between them
-            pairs.append((block.mlp.up_proj, ["mlp.down_proj"]))
-    return pairs
+            result.append(Fold(list(mlp.up_proj.parameters()), ["mlp.down_proj"]))
+        if c.mlp == "moe":
+            for expert, matrix in enumerate(mlp.up_proj.weight):
+                result.append(Fold([matrix], ["mlp.down_proj"], [expert]))
+    return result
 
 
 def awq_block(block, names, states, cfg, c):
     """Scales the inputs of all Linears, then rounds to the nearest."""
     inputs = collect(block, names, states)
-    modules = {name: block.get_submodule(name) for name in names}
+    W = {name: stacked(block.get_submodule(name)) for name in names}
     H = {name: inputs[name].H for name in names}
     nearest = {}
-    for name, module in modules.items():
-        codes = rtn(module.weight, cfg.bits, cfg.group_size)
-        nearest[name] = error_of(module.weight, codes, H[name])
+    for name in names:
+        codes = rtn(W[name], cfg.bits, cfg.group_size)
+        nearest[name] = error_of(W[name], codes, H[name])
     of_heads = c.n_kv_head, c.n_head // c.n_kv_head, c.head_dim
 
     def spread(s):
         """From the outputs of v_proj to the inputs of o_proj, where several heads read one's values."""
         return s.view(c.n_kv_head, 1, c.head_dim).expand(of_heads).flatten()
 
-    for before, after in folds(block, c):
-        shared = inputs[after[0]]
-        matrices = [modules[name].weight.double() for name in after]
-        sizes = shared.sizes
-        is_grouped = before is block.attn.v_proj
+    for fold in folds(block, c):
+        experts = list(fold.experts)
+        shared = inputs[fold.names[0]]
+        pairs = [
+            (W[name][expert].double(), shared.H[expert]) for name in fold.names for expert in experts
+        ]
+        sizes = shared.sizes(experts)
+        is_grouped = fold.names == ["attn.o_proj"]
         if is_grouped:
             sizes = sizes.view(of_heads).mean(1).flatten()
-        s = awq_scale(
-            matrices, shared.H, sizes, cfg.bits, cfg.group_size, spread if is_grouped else None
-        )
-        for parameter in before.parameters():
-            parameter.div_(s.view(-1, *[1] * (parameter.dim() - 1)))
+        s = awq_scale(pairs, sizes, cfg.bits, cfg.group_size, spread if is_grouped else None)
+        for tensor in fold.before:
+            tensor.div_(s.view(-1, *[1] * (tensor.dim() - 1)))
         s = spread(s) if is_grouped else s
-        for name in after:
-            modules[name].weight.mul_(s)
-            H[name] = shared.H / s / s[:, None]
-    for name, module in modules.items():
-        codes = rtn(module.weight, cfg.bits, cfg.group_size)
-        yield name, codes, error_of(module.weight, codes, H[name]), nearest[name]
+        for matrix in fold.unrounded:
+            matrix.mul_(s)
+        for name in fold.names:
+            W[name][experts] *= s
+            H[name] = H[name].clone()
+            H[name][experts] /= s * s[:, None]
+    for name in names:
+        codes = rtn(W[name], cfg.bits, cfg.group_size)
+        yield name, codes, error_of(W[name], codes, H[name]), nearest[name]
 
 
 BLOCKS = {"rtn": rtn_block, "gptq": gptq_block, "awq": awq_block}  # by method
@@ -389,7 +433,8 @@ def quantize_model(model, cfg, rows=None):
             for name, chosen, error, nearest in results:
                 codes[prefix + name] = chosen
                 errors[prefix + name] = error, nearest
-                block.get_submodule(name).weight.copy_(chosen.dense())
+                weight = block.get_submodule(name).weight
+                weight.copy_(chosen.dense().view_as(weight))
                 bar.update()
             states = [(block(x, context), context) for x, context in states]
     return codes, errors
@@ -456,24 +501,15 @@ def loss_on(model, data, T):
     return evaluate(model, data["val"], T, BATCH, resolve("cpu", "float32", "false"), HELD_OUT)
 
 
-def check_kind(model, path, cfg):
-    """Raises Refusal for a model that cannot be quantized as cfg says."""
-    if model.config.mlp == "moe":
-        raise Refusal(
-            f"{path} is a mixture of experts, whose matrices quantize.py does not make integers"
-        )
-    try:
-        check_groups(model, cfg.group_size)
-    except ValueError as e:
-        raise Refusal(e)
-
-
 def main(cfg):
     ckpt = checkpoint.open_checkpoint(cfg.out_dir)
     to = Path(os.path.abspath(cfg.to))
     with new_folder(to, cfg.overwrite, "--overwrite moves it aside", [hf_name(ckpt.path)]) as tmp:
         model, tokenizer = ckpt.restore()
-        check_kind(model, ckpt.path, cfg)
+        try:
+            check_groups(model, cfg.group_size)
+        except ValueError as e:
+            raise Refusal(e)
         T = min(model.config.block_size, LONGEST)
         data, reason = load_ids(ckpt)
         rows = None

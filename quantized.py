@@ -3,16 +3,17 @@
     8 bits   w = q scale             q in -127 ... 127, a scale a row
     4 bits   w = (q - zero) scale    q and zero in 0 ... 15, a scale and a zero for each group of inputs
 
-Every Linear in a block has the checkpoint's bits. The embedding and the head have 8 always, one table
-for both where they are tied; norms, biases, routers and learned positions stay float. Scales are
-rounded to bfloat16 before integers are chosen, so that they are the same numbers in every dtype and
-(q - zero) scale is exact in float32.
+Every Linear in a block has the checkpoint's bits, those of experts too. The embedding and the head have
+8 always, one table for both where they are tied; norms, biases, routers and learned positions stay
+float. Scales are rounded to bfloat16 before integers are chosen, so that they are the same numbers in
+every dtype and (q - zero) scale is exact in float32.
 
 In bfloat16 a few rows, as in decoding, are multiplied by torch's own kernels where their limits hold
-(kernel_of). Anything else is a product with the matrix written out: of many rows for each call, of a
-few once, and kept. So in float32 a model that samples holds all but its embedding's rows twice, as
-integers and as numbers, and is as fast as its float model; in bfloat16 the kernel for 4 bits has the
-integers in an order of its own, a second copy. A tied table is there once, as embedding and as head.
+(kernel_of), but for experts. Anything else is a product with the matrix written out: of many rows for
+each call, of a few once, and kept. So in float32 a model that samples holds all but its embedding's
+rows twice, as integers and as numbers, and is as fast as its float model; in bfloat16 the kernel for 4
+bits has the integers in an order of its own, a second copy. A tied table is there once, as embedding
+and as head.
 """
 
 import copy
@@ -24,7 +25,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import lora
-from model import product_dtype
+from model import ExpertLinear, product_dtype
 
 METHODS = ("rtn", "gptq", "awq")
 GROUP_SIZES = (32, 64, 128)
@@ -235,11 +236,19 @@ class QuantizedLinear(nn.Module):
             return
         self.forget()
         self.made_for = dtype
-        self.kernel = kernel_of(self, dtype)
+        self.kernel = self.choose_kernel(dtype)
         if self.kernel:
             self.tensors = self.kernel.prepare(self)
         else:
             self.matrix = self.weight.to(dtype)
+
+    def choose_kernel(self, dtype):
+        return kernel_of(self, dtype)
+
+    def written_out(self, dtype):
+        """Returns the weight in a dtype, as it is kept or anew."""
+        is_kept = self.matrix is not None and self.made_for == dtype
+        return self.matrix if is_kept else self.weight.to(dtype)
 
     def forward(self, x):
         dtype = product_dtype(x)
@@ -251,9 +260,30 @@ class QuantizedLinear(nn.Module):
             y = self.kernel.multiply(rows.contiguous(), *self.tensors)
             y = y if bias is None else y + bias
         else:
-            has_matrix = self.matrix is not None and self.made_for == dtype
-            y = F.linear(rows, self.matrix if has_matrix else self.weight.to(dtype), bias)
+            y = F.linear(rows, self.written_out(dtype), bias)
         return y.unflatten(0, x.shape[:-1])
+
+
+class QuantizedExpertLinear(QuantizedLinear):
+    """An ExpertLinear of integers: one matrix (n_expert out, in), of all experts below each other."""
+
+    def __init__(self, n_expert, in_features, out_features, quantization):
+        super().__init__(in_features, n_expert * out_features, quantization)
+        self.n_expert = n_expert
+
+    @property
+    def weight(self):
+        """The matrices written out, (n_expert, out, in), in the dtype of the scales."""
+        return super().weight.unflatten(0, (self.n_expert, -1))
+
+    def choose_kernel(self, dtype):
+        return None
+
+    def forward(self, rows, ends):
+        dtype = product_dtype(rows)
+        if len(rows) <= FEW:
+            self.prepare(dtype)
+        return ExpertLinear.multiply(rows, self.written_out(dtype), ends)
 
 
 class QuantizedEmbedding(nn.Module):
@@ -276,11 +306,11 @@ class QuantizedEmbedding(nn.Module):
 
 
 def linears(model):
-    """Returns {name: Linear} of those that have the checkpoint's bits: all in blocks but routers, of which
-    it depends where a token goes.
+    """Returns {name: Linear or ExpertLinear} of those that have the checkpoint's bits: all in blocks but routers,
+    of which it depends where a token goes.
     """
     modules = model.blocks.named_modules(prefix="blocks")
-    kinds = nn.Linear, QuantizedLinear
+    kinds = nn.Linear, ExpertLinear, QuantizedLinear
     return {
         name: module
         for name, module in modules
@@ -302,13 +332,19 @@ def check_groups(model, group_size):
             )
 
 
+def empty(linear, quantization):
+    """Returns a Linear or ExpertLinear of integers, all 0, of the same shape as a float one."""
+    *n_expert, n_out, n_in = linear.weight.shape
+    if n_expert:
+        return QuantizedExpertLinear(*n_expert, n_in, n_out, quantization)
+    return QuantizedLinear(n_in, n_out, quantization, linear.bias is not None)
+
+
 def install(model, quantization):
     """Puts modules of integers, all 0, in the place of a Transformer's matrices. Raises ValueError."""
     check_groups(model, quantization.group_size)
     for name, linear in linears(model).items():
-        has_bias = linear.bias is not None
-        empty = QuantizedLinear(linear.in_features, linear.out_features, quantization, has_bias)
-        lora.replace(model, name, empty)
+        lora.replace(model, name, empty(linear, quantization))
     c = model.config
     rows = Quantization(8, 0, quantization.method)
     model.head = QuantizedLinear(c.n_embd, c.vocab_size, rows)
@@ -320,18 +356,30 @@ def install(model, quantization):
 @torch.no_grad()
 def quantized(model, quantization, codes):
     """Returns a copy of a Transformer whose matrices are those in codes, {name: Codes}: of each Linear in
-    blocks, of the head and of wte. Its scales are bfloat16, as in a file; .float() computes with them exactly.
+    blocks, of experts below each other, of the head and of wte. Its scales are bfloat16, as in a file;
+    .float() computes with them exactly.
     """
     other = copy.deepcopy(model)
     install(other, quantization)
     own = linears(other)
     for name, linear in linears(model).items():
-        if linear.bias is not None:
-            own[name].bias.copy_(linear.bias)
+        for bias in own[name].parameters():
+            bias.copy_(linear.bias)
     own |= {"head": other.head, "wte": other.wte.table}
     for name, linear in own.items():
         linear.set_codes(codes[name])
     return other.eval()
+
+
+def dense(linear):
+    """Returns the float Linear or ExpertLinear, in float32, of one of integers."""
+    *n_expert, n_out, n_in = linear.weight.shape
+    if n_expert:
+        other = ExpertLinear(*n_expert, n_in, n_out)
+    else:
+        other = nn.Linear(n_in, n_out, bias=linear.bias is not None)
+    other.load_state_dict(dict(linear.named_parameters()) | {"weight": linear.weight})
+    return other
 
 
 @torch.no_grad()
@@ -339,11 +387,7 @@ def dequantized(model):
     """Returns the float Transformer that computes what a quantized one does, in float32."""
     other = copy.deepcopy(model)
     for name, linear in linears(model).items():
-        dense = nn.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None)
-        dense.weight.copy_(linear.weight)
-        if linear.bias is not None:
-            dense.bias.copy_(linear.bias)
-        lora.replace(other, name, dense)
+        lora.replace(other, name, dense(linear))
     V, C = model.head.out_features, model.head.in_features
     other.wte = nn.Embedding(V, C, _weight=model.wte.weight.float())
     other.head = nn.Linear(C, V, bias=False)

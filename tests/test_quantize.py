@@ -1,6 +1,7 @@
 """Quantized models: integers by their definitions, files that only readers read, text as without."""
 
 import contextlib
+import copy
 import itertools
 import math
 
@@ -162,7 +163,8 @@ def test_awq_takes_the_power_whose_outputs_are_nearest(bits, group_size):
     assert 0 < best < 19
     s = X.abs().mean(0) ** (best / 20)
     expected = s / (s.max() * s.min()).sqrt()
-    computed = quantize.awq_scale(matrices, X.T @ X, X.abs().mean(0), bits, group_size)
+    pairs = [(W, X.T @ X) for W in matrices]
+    computed = quantize.awq_scale(pairs, X.abs().mean(0), bits, group_size)
     torch.testing.assert_close(computed, expected)
 
 
@@ -180,6 +182,8 @@ def make(mlp="swiglu", **settings):
         {"n_kv_head": 1, "norm": "layernorm", "bias": True, "qk_norm": False},
         {"mlp": "gelu", "pos": "learned"},
         {"norm_position": "post", "bias": True},
+        {"mlp": "moe", "n_expert": 3},
+        {"mlp": "moe", "n_expert": 3, "norm_position": "post"},
     ],
 )
 def test_scaling_inputs_changes_nothing_but_what_is_rounded(settings, monkeypatch):
@@ -190,7 +194,7 @@ def test_scaling_inputs_changes_nothing_but_what_is_rounded(settings, monkeypatc
     monkeypatch.setattr(quantize, "rtn", lambda W, *_: Codes(W.clone(), ones, None))
     used = []
 
-    def any_scale(matrices, H, sizes, bits, group_size, spread=None):
+    def any_scale(pairs, sizes, bits, group_size, spread=None):
         used.append(sizes)
         return 0.5 + torch.rand(len(sizes), dtype=torch.float64)
 
@@ -203,27 +207,62 @@ def test_scaling_inputs_changes_nothing_but_what_is_rounded(settings, monkeypatc
         getattr(model, name).weight.data.copy_(weights[f"{name}.weight"])
     torch.testing.assert_close(model(tokens())[0], before)
     is_pre = settings.get("norm_position") != "post"
-    n_folds = 2 * is_pre + 1 + (settings.get("mlp") != "gelu")
+    n_folds = 2 * is_pre + 1 + {"gelu": 0, "moe": 3}.get(settings.get("mlp"), 1)
     assert len(used) == 2 * n_folds
     assert is_pre == (not torch.equal(model.state_dict()[norms[0]], weights[norms[0]]))
 
 
-def test_each_matrix_is_measured_after_the_integers_before_it():
+@pytest.mark.parametrize("mlp", ["swiglu", "moe"])
+def test_each_matrix_is_measured_after_the_integers_before_it(mlp):
     """By hooks on the model that quantize_model leaves behind: gptq's error on what each really gets."""
-    model = make().float()
+    model = make(mlp).float()
     original = {name: linear.weight.clone() for name, linear in linears(model).items()}
     cfg = configure(quantize.Config, ["--to=n", "--bits=4", "--method=gptq"])
     _, errors = quantize.quantize_model(model, cfg, tokens(B=4))
     given = {}
     for name, linear in linears(model).items():
-        linear.register_forward_pre_hook(lambda _, x, name=name: given.update({name: x[0].double()}))
+        linear.register_forward_pre_hook(lambda _, x, name=name: given.update({name: x}))
     model.hidden(tokens(B=4))
     assert given.keys() == errors.keys() == original.keys()
     for name, linear in linears(model).items():
-        X = given[name].flatten(0, 1)
+        x, *ends = given[name]
+        X = x.flatten(0, -2).double()
         W, Q = original[name].double(), linear.weight.double()
-        error = ((X @ (W - Q).T).norm() / (X @ W.T).norm()) ** 2
-        assert errors[name][0] == pytest.approx(error.item(), rel=1e-4)
+        if ends:  # the expert of each row
+            experts = torch.searchsorted(ends[0], torch.arange(len(X)), right=True)
+            W, Q = W[experts], Q[experts]
+            changed, whole = ((D @ X[..., None]).norm() for D in (W - Q, W))
+        else:
+            changed, whole = ((X @ D.T).norm() for D in (W - Q, W))
+        assert errors[name][0] == pytest.approx((changed / whole).item() ** 2, rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_an_expert_is_rounded_by_its_own_tokens(method):
+    """Six tokens to one of eight experts each: of two no token comes to, and what is rounded to the nearest is theirs."""
+    model = make("moe", n_expert_per_token=1).float()
+    cfg = configure(quantize.Config, ["--to=n", "--bits=4", f"--method={method}"])
+    original = copy.deepcopy(model.blocks[0].mlp)
+    idx = tokens(B=1, T=6)
+    codes, _ = quantize.quantize_model(model, cfg, idx)
+    given = {}
+    for name in "gate_proj", "down_proj":
+        linear = model.blocks[0].mlp.get_submodule(name)
+        linear.register_forward_pre_hook(lambda _, x, name=name: given.update({name: x}))
+    model.hidden(idx)
+    n_rows = given["gate_proj"][1].diff(prepend=torch.zeros(1, dtype=torch.int32))
+    assert 0 in n_rows and n_rows.sum() == 6
+    name = "gate_proj" if method == "gptq" else "down_proj"  # whose scale each expert has alone
+    W = original.get_submodule(name).weight
+    parts = codes[f"blocks.0.mlp.{name}"].codes.view(W.shape)
+    rows, ends = given[name]
+    for expert in range(8):
+        x = rows[ends[expert] - n_rows[expert] : ends[expert]]
+        nearest = quantize.rtn(W[expert], 4, 32).codes
+        if n_rows[expert] == 0:
+            assert torch.equal(parts[expert], nearest)
+        elif method == "gptq":
+            assert torch.equal(parts[expert], quantize.gptq(W[expert], x.T @ x, 4, 32).codes)
 
 
 def test_awqs_errors_are_of_each_matrix_before_it_was_scaled():
@@ -368,6 +407,8 @@ def quantize_made(method="rtn", bits=4, **settings):
         ("gptq", {"tie": False, "bias": True, "norm": "layernorm"}),
         ("awq", {"mlp": "gelu", "pos": "learned", "n_kv_head": 2}),
         ("awq", {"norm_position": "post", "pos": "alibi"}),
+        ("gptq", {"mlp": "moe", "n_expert": 4}),
+        ("awq", {"mlp": "moe", "n_expert": 4, "norm": "layernorm", "qk_norm": False}),
     ],
 )
 def test_a_model_of_integers_computes_what_its_numbers_do(bits, method, settings):
@@ -383,8 +424,9 @@ def test_a_model_of_integers_computes_what_its_numbers_do(bits, method, settings
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_text_is_the_same_with_a_cache_and_without(bits):
-    _, integers = quantize_made("gptq", bits)
+@pytest.mark.parametrize("mlp", ["swiglu", "moe"])
+def test_text_is_the_same_with_a_cache_and_without(bits, mlp):
+    _, integers = quantize_made("gptq", bits, mlp=mlp)
     prompts = [[1, 2, 3], [4]]
     *_, rows = generate(integers, prompts, 15, temperature=0)
     uncached = [bench_decode.generate_uncached(integers, [prompt], 15)[0] for prompt in prompts]
@@ -533,7 +575,28 @@ def test_a_wrong_command_is_one_line(argv, message, lab, monkeypatch):
     assert not (lab / "n").exists()
 
 
-def test_sizes_without_a_group_and_experts_are_named(lab, tmp_path, monkeypatch):
+def test_experts_become_integers_too(lab, monkeypatch, capsys):
+    """With a text by sample.py as by the numbers that they stand for."""
+    monkeypatch.chdir(lab)
+    _, tokenizer = checkpoint.open_checkpoint("out").restore()
+    model = build(vocab_size=tokenizer.vocab_size, n_embd=64, n_inner=96, mlp="moe")
+    checkpoint.save("moe/ckpt.pt", model, tokenizer, {"dataset": "t"}, checkpoint.RunState())
+    argv = ["--out_dir=moe", "--to=moe/4", "--bits=4", "--method=gptq", "--tokens=100"]
+    assert "14 matrices with" in printed(capsys, quantize, *argv)
+    integers, _ = checkpoint.open_checkpoint("moe/4", takes_integers=True).restore()
+    assert num_params(integers) == num_params(model)
+    argv = ["--out_dir=moe/4", "--start=the cat", "--temperature=0", "--max_new_tokens=12"]
+    text = written(printed(capsys, sample, *argv, "--device=cpu", "--dtype=float32"))
+    prompts = [prompt_ids(tokenizer, "the cat")]
+    numbers = quantized.dequantized(integers)
+    *_, [row] = generate(numbers, prompts, 12, temperature=0, stop=tokenizer.ends)
+    stream = tokenizer.stream()
+    assert text == "\nthe cat" + "".join(stream(id) for id in row.ids) + "\n"
+    n_bytes = [(lab / name / "ckpt.pt").stat().st_size for name in ("moe", "moe/4")]
+    assert n_bytes[1] < 0.2 * n_bytes[0]
+
+
+def test_sizes_without_a_group_are_named(lab, tmp_path, monkeypatch):
     tokenizer = Tokenizer.train(["ab"], 257)
     state = checkpoint.RunState(1, 2.0, 2.0)
     monkeypatch.chdir(tmp_path)
@@ -541,9 +604,6 @@ def test_sizes_without_a_group_and_experts_are_named(lab, tmp_path, monkeypatch)
     with pytest.raises(Refusal, match="has 40 inputs, no multiple of group_size=32: no group fits"):
         call(quantize, "--out_dir=odd", "--bits=4", "--to=n")
     call(quantize, "--out_dir=odd", "--to=n")
-    checkpoint.save("moe/ckpt.pt", build(vocab_size=257, mlp="moe"), tokenizer, {}, state)
-    with pytest.raises(Refusal, match="moe/ckpt.pt is a mixture of experts"):
-        call(quantize, "--out_dir=moe", "--to=m")
 
 
 @pytest.mark.parametrize(
