@@ -2,6 +2,7 @@
 
 import math
 import os
+from pathlib import Path
 
 import torch
 
@@ -10,10 +11,13 @@ from data import rows_each
 from rmsnorm import choose, use_rmsnorm
 from sizes import activation_bytes, mask_bytes, model_sizes
 
+OWN_GROUPS = Path("/proc/self/cgroup")
+GROUPS = Path("/sys/fs/cgroup")
+
 
 def machine_memory():
-    """Returns the bytes that this process can have: of the machine, of its container, or by ulimit -v;
-    inf where that cannot be told, as on Windows.
+    """Returns the bytes that this process can have: of the machine, of its container or job, or by ulimit
+    -v; inf where that cannot be told, as on Windows.
     """
     limits = [math.inf]
     try:
@@ -25,12 +29,33 @@ def machine_memory():
             limits.append(limit)
     except (ImportError, AttributeError, ValueError, OSError):
         pass
+    return min(limits + group_limits())
+
+
+def group_limits():
+    """Returns the bytes that each group of processes may have which this one is in (Linux's cgroups): of a
+    container, or of a scheduler's job.
+    """
+    limits = []
     try:
-        with open("/sys/fs/cgroup/memory.max") as f:
-            limits.append(int(f.read()))
-    except (OSError, ValueError):  # no container, or "max"
-        pass
-    return min(limits)
+        lines = OWN_GROUPS.read_text().splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        _, controllers, group = line.split(":", 2)
+        if controllers == "":  # version 2
+            root, name = GROUPS, "memory.max"
+        elif controllers == "memory":
+            root, name = GROUPS / "memory", "memory.limit_in_bytes"
+        else:
+            continue
+        parts = group.strip("/").split("/")
+        for n in range(len(parts) + 1):
+            try:
+                limits.append(int(root.joinpath(*parts[:n], name).read_text()))
+            except (OSError, ValueError):  # "max", or a group that a container does not see
+                pass
+    return limits
 
 
 def check_memory(device, needs, advice):

@@ -737,6 +737,31 @@ def test_only_what_this_process_takes_is_counted():
     assert memory.training_bytes(cfg, cfg, CPU) == sizes.bytes
 
 
+@pytest.mark.parametrize(
+    "line, folder, name",
+    [
+        ("0::/job_7/step_0", "", "memory.max"),
+        ("4:memory:/job_7/step_0", "memory/", "memory.limit_in_bytes"),
+    ],
+)
+def test_the_memory_of_a_schedulers_job_is_what_a_process_has(line, folder, name, tmp_path, monkeypatch):
+    """The least of its own group of processes and of those that this one is in, in both versions of cgroups."""
+    (tmp_path / "own").write_text(f"9:cpuset:/elsewhere\n{line}\n")
+    monkeypatch.setattr(memory, "OWN_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(memory, "GROUPS", tmp_path)
+    assert memory.group_limits() == []
+    step = tmp_path / folder / "job_7/step_0"
+    step.mkdir(parents=True)
+    (step / name).write_text("max\n")
+    (step.parent / name).write_text("3000000\n")
+    assert memory.machine_memory() == 3000000
+    (step / name).write_text("2000000\n")
+    (tmp_path / folder / name).write_text("9000000\n")
+    assert memory.machine_memory() == 2000000
+    with pytest.raises(Refusal, match="this needs more than 0 GiB and cpu has 0: advice"):
+        memory.check_memory(torch.device("cpu"), 2000001, "advice")
+
+
 def test_memory_is_foreseen_without_the_import_of_torchs_compiler():
     """Which would take a second of each start."""
     lines = [
