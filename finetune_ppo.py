@@ -36,7 +36,7 @@ import lora
 import toy_stories
 from chat import conversation_ids
 from data import evenly, micro_batches, to
-from finetune_reward import add_head, load_reward, read_head, saved_head
+from finetune_reward import add_head, load_reward, read_head, reward_sha256, saved_head
 from generate import generate
 from rows import (
     NO_RESPONSE,
@@ -350,8 +350,13 @@ class Reinforcing(finetune_lora.FineTuning):
         """
         model = self.tuning.model
         lora.without_dropout(model)
-        self.judge = find_reward(self.cfg.reward, self.compute.device, load=True)
+        reward = self.cfg.reward
+        self.judge = find_reward(reward, self.compute.device, load=True)
+        self.reward_sha256 = reward_sha256(reward) if os.path.isdir(reward) else ""
         notes = self.tuning.resumed["config"] if self.tuning.resumed else {}
+        if notes.get("reward_sha256", self.reward_sha256) != self.reward_sha256:  # older runs have none
+            path = self.tuning.base.last_path
+            raise Refusal(f"{reward} is another one than when {path} was begun: give another --out_dir")
         if self.cfg.baseline == "value":
             add_head(model, "value_head", notes.get("value_head"))
         if self.cfg.updates > 1 and self.compute.world_size > 1:
@@ -369,6 +374,7 @@ class Reinforcing(finetune_lora.FineTuning):
         batches = [{name: x.tolist() for name, x in batch.items()} for batch in self.samples]
         samples = {"round": self.round, "batches": batches} if self.cfg.updates > 1 else {}
         notes = super().notes() | {"samples": samples, "drift": self.drift}
+        notes["reward_sha256"] = self.reward_sha256
         if self.cfg.baseline == "value":
             notes["value_head"] = saved_head(self.tuning.model.value_head)
         return notes

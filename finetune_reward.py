@@ -27,6 +27,7 @@ import rows
 from chat import conversation_ids
 from checkpoint import open_checkpoint
 from data import to
+from examples import hash_file
 from log import LOSSES
 from score import evaluating
 
@@ -116,6 +117,11 @@ def load_reward(path, device="cpu"):
         return rewards(model, {"idx": idx, "targets": zeros, "doc": zeros}).item()
 
     return judge
+
+
+def reward_sha256(path):
+    """Returns what tells a reward model from others: of its adapters, which name their base by its own."""
+    return hash_file(open_checkpoint("", adapter=path).adapter_path)
 
 
 # -----------------------------------------------------------------------------------------------------

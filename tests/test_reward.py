@@ -1,6 +1,7 @@
 """Reward models: the loss beside its definition, text judged as it was in training, resuming to the bit."""
 
 import copy
+import shutil
 
 import pytest
 import torch
@@ -164,6 +165,26 @@ def test_what_it_judges_is_learned(shop, letters, judge):
     first, last = (line for line in log(shop, "judged") if "reward" in line)
     assert last["cut_off"] < 0.5
     assert last["reward"] > first["reward"]
+
+
+def test_a_run_keeps_its_reward_model(shop, letters, judge):
+    """By what it computes: its folder may hold another one by then."""
+    shutil.copytree(judge, shop / "passing")
+    prompts = f"--dataset={letters}/prompts.jsonl", f"--val_dataset={letters}/held.jsonl"
+    argv = [*TINY, *REWARDED, *prompts, "--reward=passing", "--eval_interval=1"]
+    call(
+        finetune_ppo,
+        *argv,
+        f"--init_from={letters}/base",
+        "--out_dir=kept",
+        "--max_iters=1",
+        folder=shop,
+    )
+    resume = "--init_from=resume", "--out_dir=kept"
+    call(finetune_ppo, *resume, "--max_iters=2", folder=shop)
+    rate(shop, "--max_iters=1", "--out_dir=passing", "--overwrite")
+    with pytest.raises(Refusal, match="passing is another one than when kept/adapter.pt was begun"):
+        call(finetune_ppo, *resume, "--max_iters=3", folder=shop)
 
 
 @pytest.mark.parametrize(
