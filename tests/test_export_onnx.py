@@ -527,6 +527,7 @@ ROUNDED = [
         *(pytest.param(*case, marks=pytest.mark.slow) for case in ROUNDED[:5]),
         *ROUNDED[5:],
         pytest.param((4, 4), {}, True, 0, marks=pytest.mark.slow),
+        pytest.param((4, 4), {"mlp": "moe", "n_expert": 2}, True, 64, marks=pytest.mark.slow),
         ((4, 4), {}, True, 64),
         ((4, 8), {"n_inner": 72}, False, 128),
     ],
