@@ -173,8 +173,9 @@ def rms_norm(x, weight, eps):
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm with a gain and no bias, whatever `bias` says. rmsnorm.py has a CUDA kernel for it
-    (--rmsnorm=cuda).
+    """RMSNorm with a gain and no bias, whatever `bias` says. This class alone, and none made of it, is trained by
+    rmsnorm.py's functions: on a processor, and by a CUDA kernel with --rmsnorm=cuda. So another formula gets a
+    name of its own in NORMS, or --rmsnorm=torch.
     """
 
     def __init__(self, dim, eps, bias=False):

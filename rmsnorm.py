@@ -257,8 +257,8 @@ def use_rmsnorm(model, ops):
     plain = {fast: norm for classes in BY_OPS.values() for norm, fast in classes.items()}
     for module in model.modules():
         module.__class__ = plain.get(type(module), type(module))
-        norm = getattr(module, "norm2", module)  # a block is fused where its norms are RMSNorms
-        if isinstance(norm, RMSNorm):
+        norm = type(getattr(module, "norm2", module))  # a block is fused where its norms are RMSNorms
+        if plain.get(norm, norm) is RMSNorm:  # and of no class that is made of it
             module.__class__ = BY_OPS[ops].get(type(module), type(module))
 
 

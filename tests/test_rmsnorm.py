@@ -25,7 +25,7 @@ import train
 from config import configure
 from data import padded, to
 from device import resolve
-from model import NORMS, ModelConfig, Transformer
+from model import NORMS, ModelConfig, RMSNorm, Transformer, rms_norm
 from optim import make_optimizers
 from rmsnorm import use_rmsnorm
 
@@ -353,6 +353,25 @@ def test_a_model_trains_alike(device, norm_position, dtype, compiled):
         losses.append(torch.tensor(steps))
     tolerance = 3e-5 if dtype == "float32" else 2e-2
     torch.testing.assert_close(*losses, rtol=tolerance, atol=0)
+
+
+class OnePlusNorm(RMSNorm):
+    """Gemma's, which counts its gain from 1."""
+
+    def forward(self, x):
+        return rms_norm(x, 1 + self.weight, self.eps)
+
+
+@pytest.mark.parametrize("norm_position", ["pre", "post"])
+def test_a_norm_that_is_made_of_rmsnorm_stays_itself(device, norm_position, monkeypatch):
+    """In a model whose queries and keys are normed by RMSNorm."""
+    monkeypatch.setitem(NORMS, "rmsnorm", OnePlusNorm)
+    model = tiny(norm_position).to(device)
+    ids = torch.arange(16, device=device)[None]
+    expected = model(ids)[0]
+    for ops in rmsnorm.CUDA, rmsnorm.CPU, rmsnorm.TORCH:
+        use_rmsnorm(model, ops)
+        torch.testing.assert_close(model(ids)[0], expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(3, 5, 24), (7, 2, 1), (0, 4)])
