@@ -173,9 +173,8 @@ def rms_norm(x, weight, eps):
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm with a gain and no bias, whatever `bias` says. This class alone, and none made of it, is trained by
-    rmsnorm.py's functions: on a processor, and by a CUDA kernel with --rmsnorm=cuda. So another formula gets a
-    name of its own in NORMS, or --rmsnorm=torch.
+    """RMSNorm with a gain and no bias, whatever `bias` says. rmsnorm.py has a quicker way to train it on a processor
+    and a CUDA kernel (--rmsnorm=cuda), which are taken while they compute the same.
     """
 
     def __init__(self, dim, eps, bias=False):

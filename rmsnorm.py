@@ -10,6 +10,7 @@ a, its norm). x may have any shape, its last dimension is normed; the weight is 
 dtype; the result has x's dtype.
 """
 
+import copy
 import functools
 import hashlib
 import os
@@ -252,14 +253,36 @@ BY_OPS = {
 
 def use_rmsnorm(model, ops):
     """Has a model's RMSNorms, and with CUDA the blocks around them, computed by TORCH, CPU or CUDA. A
-    run-time switch: the weights are the same.
+    run-time switch: the weights are the same. Returns whether that is so; where RMSNorm computes something
+    else, it stays TORCH.
     """
     plain = {fast: norm for classes in BY_OPS.values() for norm, fast in classes.items()}
     for module in model.modules():
         module.__class__ = plain.get(type(module), type(module))
-        norm = type(getattr(module, "norm2", module))  # a block is fused where its norms are RMSNorms
-        if plain.get(norm, norm) is RMSNorm:  # and of no class that is made of it
-            module.__class__ = BY_OPS[ops].get(type(module), type(module))
+    norms = [module for module in model.modules() if type(module) is RMSNorm]
+    if ops is not TORCH and norms and not agrees(norms[0], ops):
+        return False
+    # a block is fused where its norms are RMSNorms, and of no class that is made of it
+    blocks = [module for module in model.modules() if type(getattr(module, "norm2", None)) is RMSNorm]
+    for module in (*blocks, *norms):
+        module.__class__ = BY_OPS[ops].get(type(module), type(module))
+    return True
+
+
+def agrees(norm, ops):
+    """Returns whether ops compute what an RMSNorm does, which one may have changed in model.py: with gains other
+    than 1, and of small states, for which eps counts.
+    """
+    try:
+        norm = copy.deepcopy(norm).float().requires_grad_()
+        dim = norm.weight.numel()
+        norm.weight.data.copy_(torch.linspace(0.5, 1.5, dim))
+        x = torch.linspace(0, 9, 2 * dim).sin().view(2, dim) * torch.tensor([[1.0], [0.001]])
+        x = x.to(norm.weight)
+        with torch.enable_grad():
+            return torch.allclose(ops.norm(x, norm.weight, norm.eps), norm(x), rtol=1e-3, atol=1e-6)
+    except AttributeError:  # it has no gain any more, or no eps
+        return False
 
 
 def register():
@@ -373,5 +396,6 @@ def choose_rmsnorm(model, setting, compute):
         choose(setting, compute.device, compute.compile)
     compute.barrier()
     ops, why = choose(setting, compute.device, compute.compile)
-    use_rmsnorm(model, ops)
+    if not use_rmsnorm(model, ops):
+        why = "rmsnorm=torch (model.py's RMSNorm computes something else than rmsnorm.py's)"
     return f", {why}" if why else ""

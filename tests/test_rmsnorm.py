@@ -374,6 +374,38 @@ def test_a_norm_that_is_made_of_rmsnorm_stays_itself(device, norm_position, monk
         torch.testing.assert_close(model(ids)[0], expected, rtol=1e-4, atol=1e-5)
 
 
+CHANGES = {
+    "gains from 1 on": lambda self, x: rms_norm(x, 1 + self.weight, self.eps),
+    "no eps": lambda self, x: rms_norm(x, self.weight, 0.0),
+    "no root": lambda self, x: x / x.abs().mean(-1, keepdim=True) * self.weight,
+    "no gain": lambda self, x: rms_norm(x, torch.ones_like(self.weight), self.eps),
+    "the mean taken off": lambda self, x: rms_norm(x - x.mean(-1, keepdim=True), self.weight, self.eps),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_one_changes_in_rmsnorm_is_what_is_trained(device, change, monkeypatch):
+    """And not what rmsnorm.py computes, as sample.py would then write by another formula."""
+    monkeypatch.setattr(RMSNorm, "forward", CHANGES[change])
+    model = tiny("pre").to(device)
+    ids = torch.arange(16, device=device)[None]
+    expected = model(ids)[0]
+    compute = resolve(device.type, "float32", "false")
+    for setting in "auto", "cpu", "cuda":
+        line = rmsnorm.choose_rmsnorm(model, setting, compute)
+        assert "rmsnorm=torch" in line or setting == "auto" and device.type == "cuda"
+        assert torch.equal(model(ids)[0], expected)
+
+
+def test_the_shapes_of_any_model_agree_and_a_norm_without_eps_does_not(device):
+    for dim in 1, 2, 7, 48, 4096:
+        for dtype in torch.float32, torch.bfloat16, torch.float64:
+            norm = RMSNorm(dim, EPS).to(device, dtype)
+            assert all(rmsnorm.agrees(norm, ops) for ops in (rmsnorm.CPU, rmsnorm.CUDA))
+    del norm.eps
+    assert not rmsnorm.agrees(norm, rmsnorm.CPU)
+
+
 @pytest.mark.parametrize("shape", [(3, 5, 24), (7, 2, 1), (0, 4)])
 def test_layer_norms_gradient_is_rms_norms(shape):
     g = torch.Generator().manual_seed(0)
