@@ -57,11 +57,11 @@ from measure import (
     device_name,
     git_commit,
     make_slow_optimizers,
-    moments,
     ms_columns,
     peak_memory,
     print_tables,
     race,
+    state_bytes,
     to_megabytes,
 )
 from memory import check_training_memory
@@ -228,11 +228,6 @@ def train_rivals(cfg, compute, dtypes):
     return rivals
 
 
-def count_state_bytes(model, optimizers):
-    """Returns the bytes that stay between steps: weights, tables and the optimizers' state."""
-    return count_bytes([*model.parameters(), *model.buffers(), *moments(optimizers)])
-
-
 def train_rows(cfg, compute, dtypes):
     """Yields the table's rows."""
     rivals = train_rivals(cfg, compute, dtypes)
@@ -252,12 +247,12 @@ def train_rows(cfg, compute, dtypes):
         else:
             flops = flops_per_token(model, cfg.block_size) * tokens_per_s
         matmul_flops = 2 * n**3 / times[dtype]["median"]
-        data_sheet_flops = peak_flops(compute)
+        data_sheet_flops = peak_flops(compute.device, compute.dtype)
         is_graph = settings != NANOGPT and captures_steps(cfg, compute)
         # a graph keeps its memory between steps
         peak = None if is_graph else peak_memory(compute.device, step)
         if peak is not None:
-            peak += count_state_bytes(model, optimizers)
+            peak += state_bytes(model, optimizers) + count_bytes(model.buffers())
         against = {}
         if cfg.nanogpt:
             rival = times[NANOGPT, "adamw", dtype, compiled, None]

@@ -12,8 +12,7 @@ import gradients
 import train
 from bench_step import make_training_step
 from device import resolve
-from measure import count_bytes, moments
-from sharding import local
+from measure import state_bytes
 
 N = 2  # processes
 DELAYS = (0.0, 0.05)  # seconds that each message of gradients takes more
@@ -54,11 +53,6 @@ def free_port():
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return str(listener.getsockname()[1])
-
-
-def state_bytes(model, optimizers):
-    """Returns the bytes of weights and moments that this process holds."""
-    return count_bytes(map(local, [*model.parameters(), *moments(optimizers)]))
 
 
 def timed(step, compute):

@@ -285,7 +285,7 @@ def choose_compile(device, compile, dtype=torch.float32, work=None):
             or torch.cuda.get_device_capability(device) < (7, 0)
         ):
             return False, "compile=False (not here)"
-        seconds = math.inf if work is None else training_seconds(*work, device_peak(device, dtype))
+        seconds = math.inf if work is None else training_seconds(*work, peak_flops(device, dtype))
         if seconds < COMPILE_SECONDS:
             return False, f"compile=False (the steps take about {seconds:,.0f} s, compiling them longer)"
         return True, "compile=True (pays on a GPU)"
@@ -404,15 +404,10 @@ def name_of(dtype):
     return str(dtype).removeprefix("torch.")
 
 
-def peak_flops(compute):
+def peak_flops(device, dtype):
     """Dense half-precision FLOP/s of the GPU by its data sheet; None where it is not known or not what
-    is used: then no MFU is printed.
+    products in a torch.dtype use: then no MFU is printed.
     """
-    return device_peak(compute.device, compute.dtype)
-
-
-def device_peak(device, dtype):
-    """Returns what peak_flops does, of a device and a torch.dtype."""
     if device.type != "cuda" or dtype == torch.float32:
         return None
     name = torch.cuda.get_device_name(device)

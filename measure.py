@@ -16,6 +16,7 @@ import torch
 
 from folders import write_atomic
 from optim import make_optimizers
+from sharding import local
 
 SLOW = 1e-7  # a learning rate
 LARGE = 1 << 26  # float32 numbers: 256 MB, more than caches hold
@@ -123,10 +124,11 @@ def make_slow_optimizers(model, cfg, compute):
     return make_optimizers(model, replace(cfg, learning_rate=SLOW, min_lr=0.0), compute)
 
 
-def moments(optimizers):
-    """Returns the tensors of the optimizers' states."""
+def state_bytes(model, optimizers):
+    """Returns the bytes of weights and moments, which stay between steps; in shards those of this process."""
     states = [state for optimizer in optimizers for state in optimizer.state.values()]
-    return [x for state in states for x in state.values()]
+    moments = [x for state in states for x in state.values()]
+    return count_bytes(map(local, [*model.parameters(), *moments]))
 
 
 def peak_resident_bytes():

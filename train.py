@@ -431,7 +431,7 @@ class Meter:
     """Tokens a second of training, and MFU where the GPU's peak is known; what is not training does not count."""
 
     def __init__(self, task, compute):
-        self.peak = peak_flops(compute)
+        self.peak = peak_flops(compute.device, compute.dtype)
         self.flops_per_token = task.flops_per_token
         self.world_size = compute.world_size
         self.tokens = 0

@@ -172,10 +172,9 @@ def test_bfloat16_learns_as_float32_does(lab):
 )
 def test_a_gpu_is_known_by_its_whole_name(name, flops, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
-    compute = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
-    assert peak_flops(compute) == flops
-    compute.dtype = torch.float32
-    assert peak_flops(compute) is None
+    cuda = torch.device("cuda")
+    assert peak_flops(cuda, torch.bfloat16) == flops
+    assert peak_flops(cuda, torch.float32) is None
 
 
 @pytest.mark.parametrize(
