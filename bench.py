@@ -607,6 +607,8 @@ def main(cfg):
     if cfg.nanogpt and not {"train", "learning"} & {*names}:
         rival = f"decode's rival is --against={LLAMA_CPP}"
         raise Refusal(f"against={cfg.against} is a checkout of nanoGPT, for train and learning; {rival}")
+    if (cfg.draft or cfg.against == LLAMA_CPP) and "decode" not in names:
+        raise Refusal(f"draft and against={LLAMA_CPP} are decode's: python bench.py decode ...")
     if cfg.nanogpt:
         nanogpt.load(cfg.nanogpt)  # refused before minutes are over
     cfg = take_shape(cfg)

@@ -394,6 +394,14 @@ def test_a_run_in_shards_is_foreseen_and_may_be_any_of_train_pys():
     ]
 
 
+def test_what_decode_alone_reads_is_refused_without_it(monkeypatch):
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda _: True)
+    for argv in ["--draft=ngram"], ["--against=llama.cpp"]:
+        cfg = config("train", "--init_from=out/ts", *argv)
+        with pytest.raises(Refusal, match="are decode's: python bench.py decode"):
+            bench.main(cfg)
+
+
 @pytest.mark.parametrize("size", [0, 48])
 def test_a_group_size_that_4_bits_have_not_is_refused_at_once(size):
     with pytest.raises(Refusal, match=f"group_size of 4 bits must be .* 128, not {size}"):
