@@ -662,7 +662,7 @@ MLPS = {"gelu": GELU, "swiglu": SwiGLU, "moe": MoE}
 
 # -----------------------------------------------------------------------------------------------------
 # Blocks. A layout is built as Block(config, layer); a final norm follows the last one unless the class
-# says final_norm = False
+# says final_norm = False. With --rmsnorm=cuda these two are computed as rmsnorm.py has them
 
 
 class PreNorm(nn.Module):
