@@ -318,7 +318,8 @@ def find_splits(key, cfg, tmp, progress, wanted):
     if is_pattern(dataset):
         folder = base_folder(dataset)  # whose name may have a [ in it
         pattern = str(path.relative_to(folder))
-        paths = [folder / match for match in glob.iglob(pattern, root_dir=folder, recursive=True)]
+        # each once: to glob a second ** is another way to the same file
+        paths = {folder / match for match in glob.iglob(pattern, root_dir=folder, recursive=True)}
         if not paths:
             raise Refusal(f"{dataset} matches no file")
         splits = named_splits(paths, folder)
