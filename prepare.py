@@ -69,7 +69,7 @@ from shards import (
     strangers,
 )
 from sources import base_folder, documents, file_kind, find_files, is_pattern, unpacked
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, check_vocab_size
 
 FORMAT = 2
 FORMATS = (1, FORMAT)  # that load reads; 1 had one file a split
@@ -136,6 +136,8 @@ class Config:
                 "tokenizer must be bpe, char, gpt2, gpt2:FOLDER, hf:FOLDER_OR_NAME or a tokenizer.json, "
                 f"not {self.tokenizer!r}"
             )
+        if self.tokenizer == "bpe":  # learned last: what was fetched by then would be for nothing
+            check_vocab_size(self.vocab_size)
         if not 0 < self.val_fraction < 1:
             raise ValueError(f"val_fraction must be between 0 and 1, not {self.val_fraction}")
         for key, least in (("num_stories", 1), ("num_proc", 0), ("shard_mb", 1), ("seed", 0)):

@@ -94,6 +94,13 @@ def byte_chars(token):
 # ---- merges
 
 
+def check_vocab_size(vocab_size):
+    """Raises ValueError where a vocabulary of this size has no room for end-of-text and the bytes."""
+    if vocab_size < 257:
+        needed = f"{EOT} and the 256 bytes already make 257"
+        raise ValueError(f"vocab_size {vocab_size} is too small: {needed}")
+
+
 def count_words(docs):
     """Returns {word: how often it is there} of texts, an iterable.
 
@@ -453,9 +460,7 @@ class Tokenizer:
         has no more pairs. progress as in learn_merges. ValueError: vocab_size below 257, no text, docs
         one str.
         """
-        if vocab_size < 257:
-            needed = f"{EOT} and the 256 bytes already make 257"
-            raise ValueError(f"vocab_size {vocab_size} is too small: {needed}")
+        check_vocab_size(vocab_size)
         if isinstance(docs, str):
             expected = "an iterable of documents was expected, such as [text]"
             raise ValueError(f"docs is one str, where {expected}")

@@ -415,8 +415,9 @@ CASES = [
     ("prepare", "--dataset=good.parquet --column=story", "--column= chooses from: id, text"),
     ("prepare", "--dataset=good.parquet --column=id", "not text but 0"),
     ("prepare", "--dataset=bad.parquet", "cannot read bad.parquet as parquet"),
-    ("prepare", "--dataset=good.txt --vocab_size=100", "257"),
-    ("prepare", "--dataset=good.txt --vocab_size=-1", "257"),
+    # before anything is read
+    ("prepare", "--dataset=nowhere.txt --vocab_size=100", "257"),
+    ("prepare", "--dataset=nowhere.txt --vocab_size=-1", "257"),
     ("prepare", "--dataset=good.txt --tokenizer=gpt3", "gpt2:FOLDER"),
     ("prepare", "--dataset=good.txt --tokenizer=tokenizer.json", "tokenizer.json"),
     ("prepare", "--dataset=good.txt --tokenizer=missing.json", "missing.json"),
