@@ -89,10 +89,11 @@ def fingerprint(dataset, built_in=""):
     if dataset == built_in:
         return hash_json(BUILT_IN[dataset].rows())
     if is_hf(dataset):
-        with sources.hub_splits(hf_name(dataset)):
+        name = hf_name(dataset).partition(":")[0]
+        with sources.refusing_hub(name):
             from huggingface_hub import HfApi
 
-            return HfApi().dataset_info(hf_name(dataset).partition(":")[0], timeout=10).sha
+            return HfApi().dataset_info(name, timeout=10).sha
     if sources.file_kind(dataset) not in sources.ROW_READERS:
         return ""  # read_rows() says so
     try:

@@ -37,9 +37,9 @@ def read_rows(dataset, split="train", built_in=""):
     built_in: what --dataset may name too; "" of --val_dataset. Raises Refusal for what cannot be read.
     """
     if is_hf(dataset):
-        with sources.hub_splits(hf_name(dataset)) as splits:
-            for n, row in enumerate(splits.get(split, ()), 1):
-                yield f"{dataset} row {n}", row
+        rows = sources.hub_splits(hf_name(dataset)).get(split, ())
+        for n, row in enumerate(rows, 1):
+            yield f"{dataset} row {n}", row
         return
     readers = sources.ROW_READERS
     kind = sources.file_kind(dataset)

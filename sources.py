@@ -445,35 +445,45 @@ def fetch(dataset, cfg, folder, wanted):
 def fetch_from_hub(name, cfg, folder, wanted):
     """Streams splits of a hub dataset to packed files in folder, once; returns {split: [file]}."""
     files = {}
-    needed = next(iter(wanted.values()))
-    with hub_splits(name, needed, cfg.column) as splits:
-        for split, names in wanted.items():
-            if full_name := next((name for name in names if name in splits), ""):
-                texts = (field(row, cfg.column, name) for row in splits[full_name])
-                files[split] = [spool(texts, folder / f"{full_name}.jsonl.zst", cfg)]
+    splits = hub_splits(name, next(iter(wanted.values())), cfg.column)
+    for split, names in wanted.items():
+        if full_name := next((name for name in names if name in splits), ""):
+            texts = (field(row, cfg.column, name) for row in splits[full_name])
+            files[split] = [spool(texts, folder / f"{full_name}.jsonl.zst", cfg)]
     return files
 
 
-@contextmanager
 def hub_splits(name, needed=("train",), column=None):
-    """Gives the splits of NAME or NAME:CONFIG on the Hugging Face hub: {name: an iterable of rows}, which
+    """Returns the splits of NAME or NAME:CONFIG on the Hugging Face hub: {name: an iterable of rows}, which
     are read as one asks for them, and may be of one column only. NAME may be a folder as well.
 
-    Raises Refusal where all splits of `needed` are missing, and for what goes wrong inside the with, where
-    the rows are read.
+    Raises Refusal, also where all splits of `needed` are missing; so do the rows.
     """
     name, _, config = name.partition(":")
-    try:
+    with refusing_hub(name):
         import datasets
         from huggingface_hub import HfApi
-        from huggingface_hub.errors import RepositoryNotFoundError
 
         if not os.path.isdir(name):
             HfApi().dataset_info(name, timeout=10)  # without a network load_dataset retries for 20 s
         splits = load_splits(name, config, column, datasets)
-        if not any(split in splits for split in needed):
-            raise Refusal(f"{name} has no split {' or '.join(needed)}, only: {', '.join(splits)}")
-        yield splits
+    if not any(split in splits for split in needed):
+        raise Refusal(f"{name} has no split {' or '.join(needed)}, only: {', '.join(splits)}")
+    return {split: hub_rows(name, rows) for split, rows in splits.items()}
+
+
+def hub_rows(name, rows):
+    with refusing_hub(name):
+        yield from rows
+
+
+@contextmanager
+def refusing_hub(name):
+    """Turns what goes wrong inside the with, where a dataset of the hub is read, into a Refusal."""
+    try:
+        from huggingface_hub.errors import RepositoryNotFoundError
+
+        yield
     except Refusal:
         raise
     except ImportError as e:

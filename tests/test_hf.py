@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import random
-import resource
 import time
 from dataclasses import asdict
 from itertools import islice
@@ -18,7 +17,7 @@ import pytest
 import torch
 from test_eval import stream
 from test_parity import build_preset
-from test_prepare import DOCS
+from test_prepare import DOCS, file_size_limit
 from test_train import CPU, SMALL
 
 import checkpoint
@@ -636,17 +635,6 @@ def test_a_character_model_goes_out(tmp_path):
 
 # -----------------------------------------------------------------------------------------------------
 # Where it is written
-
-
-@contextlib.contextmanager
-def file_size_limit(size):
-    """No file may grow beyond so many bytes, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.fixture

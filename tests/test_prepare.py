@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -132,6 +133,17 @@ def refusal(function, *args, **kwargs):
     with pytest.raises(Refusal) as e:
         function(*args, **kwargs)
     return str(e.value)
+
+
+@contextlib.contextmanager
+def file_size_limit(size):
+    """No file may grow beyond so many bytes, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 # ---- what goes in comes out
@@ -1297,6 +1309,27 @@ def test_mistakes_with_the_hub_are_refused(hub):
     message = "cannot read a/b from the Hugging Face hub (RuntimeError: out of order)"
     assert message in refusal(make, "hf:a/b")
     assert files("data") == []
+
+
+def test_a_library_of_the_hub_that_does_not_fit_another_is_one_line(hub, monkeypatch):
+    write("libraries/datasets.py", "raise AttributeError('module pyarrow has no attribute x')")
+    monkeypatch.syspath_prepend("libraries")
+    monkeypatch.delitem(sys.modules, "datasets")
+    message = "cannot read a/b from the Hugging Face hub (AttributeError: module pyarrow has no"
+    assert message in refusal(make, "hf:a/b")
+
+
+@pytest.mark.parametrize("limit", [1000, "all but the last byte"])
+def test_a_disk_that_is_full_while_a_stream_is_written_is_not_the_hubs_fault(limit, hub, tmp_path):
+    if limit != 1000:  # it fails where the file is closed
+        path = sources.spool(DOCS, tmp_path / "whole/train.jsonl.zst", Config())
+        limit = path.stat().st_size - 1
+    hub.splits = {"train": rows(DOCS)}
+    with file_size_limit(limit), pytest.raises(Refusal) as e:
+        make("hf:a/b")
+    assert e.value.status == 1
+    assert str(e.value).startswith("cannot write data/d: ")
+    assert "hub" not in str(e.value)
 
 
 class NotFound(BaseHTTPRequestHandler):
