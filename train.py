@@ -31,7 +31,7 @@ import folders
 import prepare
 import rmsnorm
 from checkpoint import RunState, inherit, open_checkpoint
-from data import count_targets, micro_batches, prompt_ids, rows_each, to, training_rows
+from data import count_targets, micro_batches, prompt_ids, to, tokens_a_step, training_rows
 from device import StopAfterStep, name_of, one_shape, peak_flops, resolve, torchrun_ranks
 from generate import generate
 from gradients import GradientSum
@@ -707,20 +707,13 @@ def pretrain(cfg):
         cfg.device, cfg.dtype, cfg.compile, join=True, train_width=width, shard=shards, work=work
     )
     cfg.dtype = compute.dtype_name  # a resumed run keeps it, on another processor too
-    rows = compute.world_size * rows_each(cfg, compute)
     folder, meta, data, tokenizer = open_data(cfg, compute)
     cfg.vocab_size = tokenizer.vocab_size
     check_training_memory(cfg, compute)
 
     torch.manual_seed(cfg.seed)
     if start:
-        if start.state["tokenizer_sha256"] != tokenizer.sha256:
-            advice = "prepare the data with its own"
-            if is_hf(start.path):
-                advice += f": prepare.py --tokenizer={start.path}"
-            elif "dataset" not in cfg.given and start.dataset not in ("", cfg.dataset):
-                advice = f"--dataset={start.dataset} is what it learned from"
-            raise Refusal(f"{start.path} was trained with another tokenizer than {folder}'s; {advice}")
+        check_tokenizer(start, tokenizer, folder, cfg)
         if not resume:
             start.crop(cfg)
         model, _ = start.restore()
@@ -730,18 +723,8 @@ def pretrain(cfg):
     trained = place(model, cfg, compute)
     rmsnorm_message = choose_rmsnorm(model, cfg.rmsnorm, compute)
     if compute.is_main:
-        muon_message = ""
-        if cfg.optimizer == "muon":
-            muon_message = f", Muon in {name_of(muon_dtype(compute))}"
-        steps_message = "" if cfg.eval_only else graph_message(cfg, compute)
-        print(f"{compute.message}{muon_message}{rmsnorm_message}{steps_message}")
-        print(
-            f"{size_text(model)}, {len(data['train']):,} training tokens, "
-            f"{rows * cfg.block_size:,} tokens a step"
-        )
-        if cfg.window >= cfg.block_size:
-            print(f"window={cfg.window} hides nothing in block_size={cfg.block_size}")
-        if resume and not cfg.eval_only and start.state["step"] >= cfg.max_iters:
+        print_setup(model, data, rmsnorm_message, cfg, compute)
+        if resume and steps <= 0 and not cfg.eval_only:
             print(f"{start.path} is at step {start.state['step']} already; a larger --max_iters goes on")
 
     if not cfg.eval_only:  # which writes no samples
@@ -752,6 +735,30 @@ def pretrain(cfg):
     if not cfg.eval_only:
         fit(task, trained, cfg, compute, start.state if resume else None)
     return task
+
+
+def check_tokenizer(start, tokenizer, folder, cfg):
+    """Raises Refusal where a start was trained with another tokenizer than that of the data in folder."""
+    if start.state["tokenizer_sha256"] == tokenizer.sha256:
+        return
+    way = "prepare the data with its own"
+    if is_hf(start.path):
+        way += f": prepare.py --tokenizer={start.path}"
+    elif "dataset" not in cfg.given and start.dataset not in ("", cfg.dataset):
+        way = f"--dataset={start.dataset} is what it learned from"
+    raise Refusal(f"{start.path} was trained with another tokenizer than {folder}'s; {way}")
+
+
+def print_setup(model, data, rmsnorm_message, cfg, compute):
+    """Prints how and how much a run computes."""
+    muon_message = f", Muon in {name_of(muon_dtype(compute))}" if cfg.optimizer == "muon" else ""
+    steps_message = "" if cfg.eval_only else graph_message(cfg, compute)
+    print(f"{compute.message}{muon_message}{rmsnorm_message}{steps_message}")
+    print(
+        f"{size_text(model)}, {len(data['train']):,} training tokens, {tokens_a_step(cfg):,} tokens a step"
+    )
+    if cfg.window >= cfg.block_size:
+        print(f"window={cfg.window} hides nothing in block_size={cfg.block_size}")
 
 
 def place(model, cfg, compute):
