@@ -539,7 +539,8 @@ def refusing_damage(path):
     except (OSError, ValueError) as e:
         problem = e
     again = f"python prepare.py --dataset=... --name={path.parent.name} --overwrite"
-    raise Refusal(f"{path}: {problem}; prepare it again: {again}")
+    status = 2 if path.name == "meta.json" else 1  # without that, the folder is no dataset of ours
+    raise Refusal(f"{path}: {problem}; prepare it again: {again}", status)
 
 
 def main(cfg):

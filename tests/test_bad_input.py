@@ -531,12 +531,6 @@ CASES = [
     ("train", "--out_dir=n --dataset=no_meta", "meta.json: there is no such file"),
     ("train", "--out_dir=n --dataset=meta_text", "meta.json"),
     ("train", "--out_dir=n --dataset=version_meta", "format 99"),
-    ("train", "--out_dir=n --dataset=short_bin", "train.bin"),
-    ("train", "--out_dir=n --dataset=odd_bin", "train.bin"),
-    ("train", "--out_dir=n --dataset=changed_bin", "sha256"),
-    ("train", "--out_dir=n --dataset=no_tokenizer", "tokenizer.json: there is no such file"),
-    ("train", "--out_dir=n --dataset=foreign_tokenizer", "not the tokenizer"),
-    ("train", "--out_dir=n --dataset=big_ids", "holds id 5000"),
     ("train", "--out_dir=n --init_from=nowhere", "no checkpoint in nowhere"),
     ("train", "--out_dir=n --init_from=resume", "no checkpoint in n"),
     ("train", "--out_dir=n --init_from=folder", "no checkpoint in folder"),
@@ -872,6 +866,12 @@ CASES = [
 
 # a file that is not as it was written: exit status 1
 DAMAGED = [
+    ("train", "--out_dir=n --dataset=short_bin", "train.bin"),
+    ("train", "--out_dir=n --dataset=odd_bin", "train.bin"),
+    ("train", "--out_dir=n --dataset=changed_bin", "sha256"),
+    ("train", "--out_dir=n --dataset=no_tokenizer", "tokenizer.json: there is no such file"),
+    ("train", "--out_dir=n --dataset=foreign_tokenizer", "not the tokenizer"),
+    ("train", "--out_dir=n --dataset=big_ids", "holds id 5000"),
     ("train", "--out_dir=optimizers --init_from=resume --max_iters=3", "damaged"),
     ("train", "--out_dir=losses --init_from=resume --max_iters=3", "damaged"),
     (
