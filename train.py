@@ -581,15 +581,15 @@ def go_on_after_restart(cfg):
 
 def is_in_the_way(cfg, last=("ckpt.pt",)):
     """Returns whether out_dir holds something that --overwrite is to move aside: what folders.is_free allows is
-    none. Raises Refusal where --overwrite was not given.
+    none. Raises Refusal where --overwrite was not given, or out_dir is a file.
 
     last: the names of checkpoints that the script goes on from.
     """
-    if cfg.init_from == "resume" or cfg.eval_only:
+    if cfg.eval_only:
         return False
     if os.path.exists(cfg.out_dir) and not os.path.isdir(cfg.out_dir):
         raise Refusal(f"{cfg.out_dir} is a file, and out_dir a folder to write")
-    if folders.is_free(cfg.out_dir):
+    if cfg.init_from == "resume" or folders.is_free(cfg.out_dir):
         return False
     ways = "--overwrite moves it aside, --out_dir=OTHER writes elsewhere"
     if folders.holds_run(cfg.out_dir, last):

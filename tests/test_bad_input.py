@@ -667,6 +667,8 @@ CASES = [
     ("train", "--out_dir=tuned --init_from=resume", "was fine-tuned"),
     ("train", "--out_dir=n --eval_only", "--init_from=resume for out_dir"),
     ("train", "--out_dir=a_file", "is a file"),
+    ("train", "--out_dir=out/ckpt.pt --init_from=resume --max_iters=3", "out/ckpt.pt is a file"),
+    ("finetune_lora", "--out_dir=lora/adapter.pt --init_from=resume", "lora/adapter.pt is a file"),
     ("train", "--out_dir=n --dataset=tinystories", "prepare.py --dataset=tinystories makes"),
     ("train", "--out_dir=n --init_from=gpt2", "hub is hf:gpt2"),
     ("sample", "--adapter=good_hf", "a whole model"),
