@@ -173,15 +173,17 @@ def prompt_messages(conversation):
 
 def group_advantages(rewards, is_whole, group, scale=False):
     """Returns rewards (rows,) less the mean of each group of so many, divided with scale by its deviation."""
-    rewards = rewards.double().view(-1, group)  # in float32 equal ones differ from their mean
-    is_whole = is_whole.view(-1, group)
+    device = rewards.device
+    # in float32 equal ones differ from their mean, and mps has no float64
+    rewards = rewards.cpu().double().view(-1, group)
+    is_whole = is_whole.cpu().view(-1, group)
     count = is_whole.sum(1, keepdim=True)
     mean = (rewards * is_whole).sum(1, keepdim=True) / count.clamp(min=1)
     result = (rewards - mean) * is_whole
     if scale:
         variance = result.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)
         result = result / (variance.sqrt() + 1e-4)
-    return result.view(-1, 1).float()
+    return result.view(-1, 1).float().to(device)
 
 
 def value_advantages(rewards, values, is_answer, decay):
@@ -205,7 +207,7 @@ def whiten(batches, compute):
     n = len(batches)
     sums = torch.zeros(n * compute.world_size, 3, dtype=torch.float64)
     for i, batch in enumerate(batches, compute.rank * n):
-        values = batch["advantage"][is_learned(batch)].double()
+        values = batch["advantage"][is_learned(batch)].cpu().double()
         sums[i] = torch.stack([values.sum(), values.square().sum(), torch.ones_like(values).sum()])
     total, square, count = compute.sum(sums).sum(0).tolist()
     mean = total / max(1, count)

@@ -6,6 +6,7 @@ All of it in nats, each target once, however many processes share the work.
 
 import math
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -49,9 +50,7 @@ def evaluate(model, data, T, batch_size, compute, tokens=0):
     only on about so many, evenly spaced and always the same.
     """
     starts = evenly(np.arange(0, len(data) - 1, T), math.ceil(tokens / T))
-    return mean_nats(
-        model, starts, lambda batch_starts: blocks(data, batch_starts, T), batch_size, compute
-    )
+    return mean_nats(model, starts, partial(blocks, data, T=T), batch_size, compute)
 
 
 def mean_nats(model, rows, make_batch, batch_size, compute):
@@ -77,7 +76,7 @@ def means(model, rows, make_batch, batch_size, compute, measure, n):
         for i, is_counted in shared_batches(len(batches), compute):
             batch = to(make_batch(batches[i]), compute.device)
             with compute.autocast():
-                figures = measure(batch).double().cpu()
+                figures = measure(batch).cpu().double()  # mps has no float64
             if is_counted:
                 sums[i] = figures
     *totals, count = compute.sum(sums).sum(0).tolist()
@@ -101,30 +100,25 @@ def expert_figures(model, data, T, batch_size, compute):
     """
     if model.config.mlp != "moe":
         return {}
-    starts = evenly(np.arange(0, len(data) - 1, T), math.ceil(ROUTED_TOKENS / T))
-    batches = np.array_split(starts, math.ceil(len(starts) / batch_size))
-    # of each batch and layer: the tokens of each expert, then all tokens, then their entropies
     n_layer, n_expert = model.config.n_layer, model.config.n_expert
-    sums = torch.zeros(len(batches), n_layer, n_expert + 2, dtype=torch.float64)
-    with evaluating(model):
-        for i, is_counted in shared_batches(len(batches), compute):
-            batch = to(blocks(data, batches[i], T), compute.device)
-            is_token = batch["targets"] != -100
-            with compute.autocast(), recorded_routings(model) as routings:
-                model.next_logits(batch["idx"])
-            if not is_counted:
-                continue
-            for layer, (probabilities, experts) in enumerate(routings):
-                counts = torch.bincount(experts[is_token].flatten(), minlength=n_expert)
-                entropies = -torch.xlogy(probabilities, probabilities).sum(-1)[is_token]
-                sums[i, layer, :n_expert] = counts.double().cpu()
-                sums[i, layer, n_expert] = float(is_token.sum())
-                sums[i, layer, n_expert + 1] = float(entropies.sum())
-    sums = compute.sum(sums).sum(0)
-    means = sums / sums[:, n_expert : n_expert + 1]
+
+    def measure(batch):
+        is_token = batch["targets"] != -100
+        with recorded_routings(model) as routings:
+            model.next_logits(batch["idx"])
+        sums = []  # of each layer: the tokens of each expert, then the entropies of all tokens
+        for probabilities, experts in routings:
+            sums.append(torch.bincount(experts[is_token].flatten(), minlength=n_expert))
+            sums.append(-torch.xlogy(probabilities, probabilities).sum(-1)[is_token].sum()[None])
+        return torch.cat([*sums, is_token.sum()[None]])
+
+    starts = evenly(np.arange(0, len(data) - 1, T), math.ceil(ROUTED_TOKENS / T))
+    n = n_layer * (n_expert + 1)
+    figures = means(model, starts, partial(blocks, data, T=T), batch_size, compute, measure, n)
+    layers = np.reshape(figures, (n_layer, n_expert + 1)).tolist()
     return {
-        "expert_share": [[round(share, 5) for share in row[:n_expert].tolist()] for row in means],
-        "router_entropy": [round(row[-1].item(), 4) for row in means],
+        "expert_share": [[round(share, 5) for share in shares] for *shares, _ in layers],
+        "router_entropy": [round(entropy, 4) for *_, entropy in layers],
     }
 
 
@@ -258,9 +252,9 @@ def batch_nats(model, rows, lengths, compute):
     with compute.autocast():
         hidden = model.hidden(ids[:, :-1])
         logits = model.head(hidden[is_target])  # of the completions alone
-        losses = F.cross_entropy(logits.float(), targets, reduction="none").double()
+        losses = F.cross_entropy(logits.float(), targets, reduction="none").cpu().double()
     nats = torch.zeros(is_target.shape, dtype=torch.double)
-    nats.masked_scatter_(is_target.cpu(), losses.cpu())
+    nats.masked_scatter_(is_target.cpu(), losses)
     return nats.sum(1).numpy()
 
 

@@ -14,7 +14,7 @@ from test_finetune import TINY, adapter, chat, check_gradients, one_and_two
 from test_model import build
 from test_prepare import write_rows
 from test_processes import run_together
-from test_train import CPU, SMALL, log, same
+from test_train import CPU, SMALL, WithoutFloat64, log, same
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import checkpoint
@@ -177,6 +177,22 @@ def test_the_loss_of_values_is_that_of_the_definition():
     learned = batch["advantage"][ppo.is_learned(batch)]
     assert learned.mean().item() == pytest.approx(0, abs=1e-12)
     assert learned.std(correction=0).item() == pytest.approx(1, abs=1e-6)
+
+
+def test_advantages_need_no_float64_of_the_device():
+    _, batch = random_batch(3)
+
+    def advantages():
+        batch["advantage"] = ppo.group_advantages(torch.arange(6.0), batch["is_whole"], 3, True).expand(
+            batch["targets"].shape
+        )
+        ppo.whiten([batch], CPU)
+        return batch["advantage"]
+
+    expected = advantages()
+    assert expected.isfinite().all() and expected.any()
+    with WithoutFloat64():
+        assert torch.equal(advantages(), expected)
 
 
 @pytest.mark.slow

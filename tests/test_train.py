@@ -14,6 +14,7 @@ import pytest
 import torch
 from scripts import ROOT, call, printed, shell
 from test_model import build, tokens
+from torch.overrides import TorchFunctionMode
 
 import checkpoint
 import folders
@@ -28,8 +29,9 @@ from device import resolve
 from model import HAS_CHUNKED_LOSS, ModelConfig, recorded_routings
 from optim import plan_rates, saved_schedule
 from rmsnorm import use_rmsnorm
-from score import document_nats, evaluate, expert_figures, expert_line, floor_line
+from score import completion_nats, document_nats, evaluate, expert_figures, expert_line, floor_line
 from sizes import activation_bytes, model_sizes
+from tokenizer import Tokenizer
 
 CPU = resolve("cpu", "float32", "false")
 SMALL = [
@@ -478,6 +480,40 @@ def test_evaluate_counts_each_target_once():
     spread = (24 * blocks[0] + 10 * blocks[4]) / 34
     assert evaluate(model, data, 24, 2, CPU, tokens=48) == pytest.approx(spread, rel=1e-5)
     assert evaluate(model, data[:25], 24, 2, CPU, tokens=48) == pytest.approx(blocks[0], rel=1e-5)
+
+
+class WithoutFloat64(TorchFunctionMode):
+    """Stands in for mps, which has no float64: refuses double() of a tensor that cpu() has not returned."""
+
+    def __enter__(self):
+        self.on_host = []
+        return super().__enter__()
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.double and not any(args[0] is x for x in self.on_host):
+            raise TypeError("Cannot convert a MPS Tensor to float64")
+        result = function(*args, **kwargs or {})
+        if function is torch.Tensor.cpu:
+            self.on_host.append(result)
+        return result
+
+
+def test_figures_need_no_float64_of_the_device():
+    model = build(mlp="moe")
+    tokenizer = Tokenizer.char(["abc "])
+    data = tokens(1, 108)[0].numpy().astype(np.uint16)
+
+    def figures():
+        return [
+            evaluate(model, data, 24, 2, CPU),
+            expert_figures(model, data, 24, 2, CPU),
+            document_nats(model, [[1, 2, 3]], tokenizer, CPU)[0].tolist(),
+            completion_nats(model, tokenizer, [("a", "b c")], CPU).tolist(),
+        ]
+
+    expected = figures()
+    with WithoutFloat64():
+        assert figures() == expected
 
 
 def test_dead_experts_are_named():
