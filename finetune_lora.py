@@ -48,7 +48,7 @@ from examples import Source, find_encoded
 from generate import generate
 from graphs import graph_message
 from lenses import probes
-from log import LOSSES, plot
+from log import PANELS, plot
 from memory import check_memory, training_bytes
 from rmsnorm import choose_rmsnorm
 from rows import conversations, packed_batch, split_rows, training_packs
@@ -326,7 +326,7 @@ class FineTuning:
     """
 
     kind = "fine-tuning"
-    panels = (("loss, nats a token", LOSSES),)  # of loss.png
+    panels = PANELS  # of loss.png
     loss = staticmethod(next_token_loss)
     count = staticmethod(count_targets)
     flops_per_token = 0  # padding and prompts make MFU mean little

@@ -79,10 +79,11 @@ def parse_line(text):
 
 
 LOSSES = ("loss", "val_loss")
+PANELS = (("loss, nats a token", LOSSES),)
 NAMES = {"loss": "training", "val_loss": "validation"}
 
 
-def plot(out_dir, panels=(("loss, nats a token", LOSSES),)):
+def plot(out_dir, panels=PANELS):
     """Draws log.jsonl as loss.png, a panel for each (label, keys of the log). Returns a line to print."""
     try:
         # pyplot would look for a screen, and takes as long to import as the drawing
