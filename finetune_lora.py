@@ -38,8 +38,6 @@ from data import (
     count_targets,
     evenly,
     micro_batches,
-    prompt_ids,
-    render,
     rows_each,
     to,
 )
@@ -276,24 +274,29 @@ def moral_lines(model, tokenizer, held_out, template, compute):
     """Returns two lines: what a model knows of the held-out morals, by two accuracies, and how well it
     still tells stories.
     """
+
+    def story_ids(tokenizer, story):
+        _, ids = start_of_answer(tokenizer, story, template)
+        return ids
+
     most = 1 + max(len(tokenizer.encode_more(answer)) for answer in toy_stories.ANSWERS)
     prompts = []
     cases = []
     is_unsaid = []  # the story itself does not give the moral away
     for conversation in held_out:
         [(story, answer, _)] = conversation.turns
-        context = render(template, story)
-        prompt = prompt_ids(tokenizer, context)
+        prompt = story_ids(tokenizer, story)
         if len(prompt) + most - 1 > model.config.block_size:
             continue
         wrong = [a for a in toy_stories.ANSWERS if a != answer]
         prompts.append(prompt)
-        cases.append(probes.Case(context, [answer, *wrong]))
+        cases.append(probes.Case(story, [answer, *wrong]))
         is_unsaid.append(answer.removeprefix("So ")[:-1] not in story)
     if not prompts:
         return f"block_size={model.config.block_size} is too short for a story and its moral"
     ranked = probes.ask(
-        probes.Probe("moral", "", cases), lambda pairs: completion_nats(model, tokenizer, pairs, compute)
+        probes.Probe("moral", "", cases),
+        lambda pairs: completion_nats(model, tokenizer, pairs, compute, story_ids),
     )
     *_, answers = generate(model, prompts, most, temperature=0, stop=tokenizer.ends)
     is_exact = np.array(

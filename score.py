@@ -211,16 +211,17 @@ def context_lengths(n, T):
     )
 
 
-def completion_nats(model, tokenizer, pairs, compute):
+def completion_nats(model, tokenizer, pairs, compute, context_ids=prompt_ids):
     """Returns -log p of each completion after its context, in nats: float64 (pairs,).
 
-    pairs: (context, completion). A context too long for the model loses its beginning.
+    pairs: (context, completion). context_ids(tokenizer, context): where they begin. A context too long for
+    the model loses its beginning.
     """
     rows = []
     lengths = []  # of the completions, in tokens
     for context, completion in pairs:
         ids = tokenizer.encode_more(completion)
-        row = prompt_ids(tokenizer, context) + ids
+        row = context_ids(tokenizer, context) + ids
         rows.append(row[-model.config.block_size - 1 :])
         lengths.append(len(ids))
     nats = np.zeros(len(rows))

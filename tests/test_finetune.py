@@ -31,9 +31,11 @@ import toy_stories
 import train
 from chat import Turn
 from config import Refusal, configure
-from data import count_targets, prompt_ids, render
+from data import MODELS_OWN, count_targets, prompt_ids, render
 from generate import Row
 from interop import hf_layout
+from interop.chat_template import jinja_template
+from interop.foreign_tokenizer import ForeignTokenizer
 from rows import (
     MORAL_SEED,
     conversations,
@@ -50,7 +52,7 @@ from rows import (
     split_rows,
     training_packs,
 )
-from tokenizer import Tokenizer
+from tokenizer import EOT, Tokenizer
 
 BYTES = Tokenizer.train(["abc"], 257)  # no merges: a token a byte
 PAIRS = [
@@ -824,7 +826,7 @@ def test_the_morals_are_counted_right(shop, monkeypatch):
     """A model that always gives one answer, and ranks it first, is right as often as rows have it."""
     answer = toy_stories.ANSWERS[3]
 
-    def completion_nats(model, tokenizer, pairs, compute):
+    def completion_nats(model, tokenizer, pairs, compute, context_ids):
         return [0.0 if completion == answer else 1.0 for _, completion in pairs]
 
     def generate(model, prompts, n, temperature, stop):
@@ -846,6 +848,22 @@ def test_the_morals_are_counted_right(shop, monkeypatch):
         f"({sum(right_and_unsaid)} of the {sum(unsaid)} that leave it unsaid), "
         f"the likeliest of the 11 {share} (chance 9.1%)"
     )
+
+
+def test_morals_are_asked_in_the_models_own_chat_template(shop):
+    """One that writes what a template with {prompt} does: the same stories, answers and ranks."""
+    _, _, tokenizer = prepare.load(shop / "data/toy")
+    template = "Q: {prompt}\nA: "
+    files = {
+        "tokenizer.json": tokenizer.tokenizer_json(),
+        "chat_template.jinja": jinja_template(template, EOT, EOT),
+    }
+    own = ForeignTokenizer(files, tokenizer.eot, tokenizer.eot)
+    model = build(vocab_size=tokenizer.vocab_size, block_size=160)
+    model.head.weight.data *= 20  # so that the story decides which answer is the likeliest
+    held_out = conversations([("", row) for row in toy_stories.moral_rows(60, seed=4)])
+    expected = ft.moral_lines(model, tokenizer, held_out, template, CPU)
+    assert ft.moral_lines(model, own, held_out, MODELS_OWN, CPU) == expected
 
 
 def test_a_run_goes_on_with_its_own_rows_and_its_own_kind(shop):
