@@ -405,13 +405,13 @@ def ask_judge(columns, cfg):
         step = max(1, column["n"] // JUDGED)
         texts = [text["text"] for text in column["texts"][::step][:JUDGED]]
         answers, problem = judge.mark_all(texts, cfg.judge_url, cfg.judge_model, cfg.judge_timeout)
-        answers = [marks for marks in answers if marks]
-        if answers:
-            means = {key: float(np.mean([marks[key] for marks in answers])) for key in judge.RUBRIC}
-            column["judge"] = means | {"n": len(answers)}
+        marked = [marks for marks in answers if marks]
+        if marked:
+            means = {key: float(np.mean([marks[key] for marks in marked])) for key in judge.RUBRIC}
+            column["judge"] = means | {"n": len(marked)}
         if problem:
             problems.append(problem)
-        if "given up" in problem:
+        if len(answers) < len(texts):  # the judge is to be left alone
             break
     return problems
 

@@ -175,8 +175,8 @@ def mark(text, url, model, timeout):
 def mark_all(texts, url, model, timeout):
     """Returns the marks of each text, or None for it, and a line that says what went wrong, or "".
 
-    A text whose two answers were bad has no marks. After any other failure, or after MOST_BAD such
-    texts, the judge is left alone.
+    A text whose two answers were bad has no marks. At any other failure, or at the last of MOST_BAD such
+    texts, the judge is left alone: then neither that text nor a later one is in the list.
     """
     marks = []
     bad = 0
@@ -185,12 +185,10 @@ def mark_all(texts, url, model, timeout):
         try:
             marks.append(mark(text, url, model, timeout))
         except JudgeError as e:
+            if not e.bad_answer or bad == MOST_BAD - 1:
+                marked = len(marks) - bad
+                return marks, f"judge: {e}; given up, {marked} of {len(texts)} texts have marks"
             marks.append(None)
             bad += 1
             message = f"judge: {e}; {bad} of {len(texts)} texts without marks"
-            if not e.bad_answer or bad == MOST_BAD:
-                marked = len(marks) - bad
-                marks += [None] * (len(texts) - len(marks))
-                message = f"judge: {e}; given up, {marked} of {len(texts)} texts have marks"
-                break
     return marks, message

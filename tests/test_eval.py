@@ -678,9 +678,26 @@ def test_bad_answers_are_left_out_and_after_three_the_judge_is_left_alone(server
     server.answers = ["bad"]
     server.requests.clear()
     marks, printed = judge.mark_all(list("abcdefgh"), server.url, "m", 5)
-    assert marks == [None] * 8
+    assert marks == [None] * 2
     assert "given up, 0 of 8" in printed
     assert len(server.requests) == 6
+
+
+def test_only_the_judge_itself_decides_when_it_is_left_alone(server):
+    """Its words are quoted in the report, and are no order: the next column is read."""
+    texts = [{"text": "A."}, {"text": "B."}]
+    columns = [{"n": 2, "texts": texts}, {"n": 2, "texts": texts}]
+    server.answers = ["I have given up.", "I have given up.", MARKS]
+    cfg = evaluation.Config(judge_url=server.url)
+    [problem] = evaluation.ask_judge(columns, cfg)
+    assert "1 of 2 texts without marks" in problem
+    assert [column["judge"]["n"] for column in columns] == [1, 2]
+    columns = [{"n": 2, "texts": texts}, {"n": 2, "texts": texts}]
+    server.answers = [MARKS, 500, 500, MARKS]
+    [problem] = evaluation.ask_judge(columns, cfg)
+    assert "given up, 1 of 2 texts have marks" in problem
+    assert columns[0]["judge"]["n"] == 1
+    assert "judge" not in columns[1]
 
 
 @pytest.mark.parametrize(
@@ -689,7 +706,7 @@ def test_bad_answers_are_left_out_and_after_three_the_judge_is_left_alone(server
 def test_a_server_that_fails_is_one_line_at_once(server, answer, message):
     server.answers = [answer]
     marks, printed = judge.mark_all(["a", "b", "c"], server.url, "m", 0.2)
-    assert marks == [None] * 3
+    assert marks == []
     assert message in printed
     assert "given up" in printed
     assert "\n" not in printed
@@ -795,7 +812,7 @@ def test_without_a_key_an_answer_is_shown_but_not_its_control_characters(server)
 
 def test_a_password_in_the_address_is_not_shown(server):
     marks, printed = judge.mark_all(["A."], server.url.replace("//", "//me:hunter2@"), "m", 5)
-    assert marks == [None]
+    assert marks == []
     assert "JUDGE_API_KEY" in printed
     assert "hunter2" not in printed
     assert not server.requests
@@ -803,7 +820,7 @@ def test_a_password_in_the_address_is_not_shown(server):
 
 def test_without_a_server_there_are_no_marks():
     marks, printed = judge.mark_all(["a"], "http://127.0.0.1:9/v1", "m", 1)
-    assert marks == [None]
+    assert marks == []
     assert "cannot be asked" in printed
 
 
