@@ -40,7 +40,7 @@ LEVELS = "poor", "fair", "good"
 # What to look at where one lens is below (-1) or above (1) the others.
 LOOK = {
     ("likelihood", -1): "it writes and answers better than it predicts: "
-    "is this text like the one it was trained on?",
+    "see whether this text is like the one it was trained on",
     ("likelihood", 1): "it predicts better than it writes and answers: "
     "look at the samples and the wrong answers, which a low loss does not show",
     ("probes", -1): "the text looks right, but it does not keep track of who and what: "

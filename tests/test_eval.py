@@ -851,6 +851,7 @@ def test_the_verdict_names_the_lens_that_differs():
         agree, printed = verdict_of(*levels)
         assert not agree
         assert f"Look at {lens} first" in printed, printed
+        assert re.search(r"\w\.$", printed), printed
 
 
 def test_levels_of_each_lens_and_of_a_copier():
