@@ -122,11 +122,11 @@ def expert_figures(model, data, T, batch_size, compute):
     }
 
 
-def expert_line(figures, balance):
-    """Returns a line on expert_figures: which experts are dead, or how far from that they are."""
+def expert_line(figures, n_tokens, balance):
+    """Returns a line on expert_figures of a split of n_tokens: which experts are dead, or by how much not."""
     shares = figures["expert_share"]
     entropy = figures["router_entropy"]
-    seen = f"of {ROUTED_TOKENS:,} validation tokens"
+    seen = f"of {min(ROUTED_TOKENS, n_tokens):,} validation tokens"
     dead = [
         f"{expert} in layer {layer}"
         for layer, row in enumerate(shares)

@@ -791,7 +791,7 @@ def report(task):
             f"{figures['val_bits_per_byte']:.4f} bits a byte"
         )
         if "expert_share" in figures:
-            print(expert_line(figures, cfg.balance))
+            print(expert_line(figures, len(task.data["val"]), cfg.balance))
         if floor:
             print(floor)
         if not cfg.eval_only:

@@ -532,7 +532,9 @@ def test_dead_experts_are_named():
         assert figures["expert_share"][layer] == pytest.approx(shares, abs=1e-5)
         entropy = torch.distributions.Categorical(probabilities).entropy().mean().item()
         assert figures["router_entropy"][layer] == pytest.approx(entropy, abs=1e-4)
-    assert expert_line(figures, 0.01).startswith("no expert is dead: each got ")
+    line = expert_line(figures, len(data), 0.01)
+    assert line.startswith("no expert is dead: each got ")
+    assert "of 108 validation tokens" in line
 
     router = model.blocks[1].mlp.router.weight.data
     router[1] = 2 * router[0]
@@ -541,7 +543,7 @@ def test_dead_experts_are_named():
     figures = expert_figures(model, data, 24, 2, CPU)
     dead = [expert for expert in range(8) if figures["expert_share"][1][expert] == 0]
     assert 7 in dead
-    line = expert_line(figures, 0.01)
+    line = expert_line(figures, len(data), 0.01)
     assert f"{len(dead)} experts are dead" in line
     assert "7 in layer 1" in line
     assert "--balance above 0.01" in line
