@@ -51,7 +51,7 @@ class Config:
     raw: bool = False                # give --start as it is, without the template that the model was fine-tuned with
     chat: bool = False               # talk with it: a line, an answer; by the model's own chat template
     system: str = ""                 # chat: what the model is told first; given empty, an empty system message
-    start: str = ""                  # the prompt, \n a new line, or FILE:path; "" starts a new document
+    start: str = ""                  # the prompt, \n a new line, or FILE:path; given empty, a new document
     special: bool = False            # special tokens that --start spells, as <|im_start|>, are special
     num_samples: int = 1             # continuations of each prompt, written in one batch
     max_new_tokens: int = 500        # tokens at most, each
@@ -265,9 +265,8 @@ def main(cfg):
         raise Refusal("onnx takes the place of out_dir: give one of them")
     model, tokenizer, config, compute, message = load_onnx(cfg.onnx_path) if cfg.onnx_path else load(cfg)
     cfg, generation_message = model_defaults(cfg, tokenizer)
-    starts = [str(config.get("start", ""))]  # a model's own is text: it names no file here
-    if cfg.start:
-        starts = read_start(cfg.start)
+    # a model's own start is text: it names no file here
+    starts = read_start(cfg.start) if "start" in cfg.given else [str(config.get("start", ""))]
     template = "" if cfg.raw else str(config.get("template", ""))
     rule = text_rule(config)
     context = math.inf if cfg.past_end == "slide" else model.config.block_size

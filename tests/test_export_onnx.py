@@ -20,6 +20,7 @@ onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
+from scripts import printed, written
 from test_model import build
 from test_sample import complete
 from test_train import SMALL
@@ -35,6 +36,7 @@ import quantized
 import sample
 import train
 from config import Refusal, configure
+from data import prompt_ids
 from generate import generate
 from model import MLPS, NORMS, POSITIONS, ModelConfig, Transformer
 from sizes import num_params
@@ -344,6 +346,17 @@ def test_a_start_that_came_with_the_model_names_no_file(folder_copy, capsys, mon
     output = capsys.readouterr().out
     assert "FILE:secret" in output
     assert "A secret" not in output
+
+
+def test_an_empty_start_is_a_new_document_and_a_missing_one_the_models_own(lab, capsys, monkeypatch):
+    monkeypatch.chdir(lab.folder)
+    keys = ["--raw", "--temperature=0", "--max_new_tokens=9"]
+    for start, given in ("", ["--start="]), ("Once", []):
+        prompt = prompt_ids(lab.tokenizer, start)
+        stop = lab.tokenizer.ends
+        [ids], _ = complete(generate(lab.model, [prompt], 9, temperature=0, stop=stop))
+        text = start + lab.tokenizer.decode(ids)
+        assert written(printed(capsys, sample, *keys, *given)) == f"\n{text}\n"
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
