@@ -120,7 +120,7 @@ def pieces(ids, tokenizer, size=1 << 18):
     What stands between documents is a word of its own.
     """
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    separators = [re.escape(tokenizer.tokens[id].decode()) for id in (tokenizer.eot, tokenizer.bos)]
+    separators = [re.escape(tokenizer.tokens[id].decode()) for id in (tokenizer.eot, *tokenizer.head)]
     separator = re.compile("|".join(separators))
     rest = ""
     starts = range(0, len(ids), size)

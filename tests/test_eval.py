@@ -30,6 +30,7 @@ import toy_stories
 import train
 from config import Refusal
 from device import resolve
+from interop.foreign_tokenizer import ForeignTokenizer
 from lenses import judge, lengths, likelihood, page, probes, reading
 from lenses.stats import bits, bootstrap, mean_interval, resampled, wilson
 from lenses.verdict import compare, grade, verdict
@@ -552,9 +553,13 @@ def test_distinct_pairs_by_hand():
     assert reading.distinct([]) == 0
 
 
+@pytest.mark.parametrize("has_bos", [True, False])
 @pytest.mark.parametrize("size", [64, 1 << 18])
-def test_the_copied_share_and_made_up_words_are_found(size, monkeypatch):
+def test_the_copied_share_and_made_up_words_are_found(size, has_bos, monkeypatch):
     tokenizer = Tokenizer.train(STORIES, 400)
+    if not has_bos:  # as of GPT-2, SmolLM2 and Qwen
+        files = {"tokenizer.json": tokenizer.tokenizer_json()}
+        tokenizer = ForeignTokenizer(files, tokenizer.eot, None)
     ids = stream(STORIES[:100], True, tokenizer).astype(np.uint16)
     pieces = reading.pieces
     monkeypatch.setattr(reading, "pieces", lambda ids, tokenizer: pieces(ids, tokenizer, size))
