@@ -97,8 +97,6 @@ class Config:
             raise ValueError("temperature cannot be negative; 0 is greedy")
         if self.seed < 0:
             raise ValueError("seed cannot be negative")
-        if self.block_size < 0:
-            raise ValueError("block_size must be at least 1, or 0 for the models' own")
         if not 0 < self.judge_timeout <= 3600:
             limits = "above 0 and at most 3600 seconds"
             raise ValueError(f"judge_timeout must be {limits}, not {self.judge_timeout}")

@@ -85,8 +85,6 @@ class Config:
     def __post_init__(self):
         if self.to and (not Path(self.to).name or self.to.endswith(".onnx")):
             raise ValueError(f"to is a folder to write, not {self.to!r}")
-        if self.block_size < 0:
-            raise ValueError("block_size must be at least 1, or 0 for the model's own")
         if self.quantize not in ("none", *WAYS):
             raise ValueError(f"quantize must be none, {', '.join(WAYS)}, not {self.quantize!r}")
         if self.eval_tokens < 0 or not 0 <= self.seconds <= 3600:

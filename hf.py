@@ -40,8 +40,6 @@ class Config:
     def __post_init__(self):
         if not Path(self.to).name:
             raise ValueError(f"--to=FOLDER says where to write, not {self.to!r}")
-        if self.block_size < 0:
-            raise ValueError("block_size must be at least 1, or 0 for the model's own")
         if self.adapter and (self.block_size or self.rope_scaling):
             raise ValueError("an adapter has no positions: leave out block_size and rope_scaling")
         if self.adapter and gguf_file.is_gguf(self.to):

@@ -110,8 +110,6 @@ class Config:
             )
         if self.system and not self.chat:
             raise ValueError("system is what a chat begins with: --chat")
-        if self.block_size < 0:
-            raise ValueError("block_size must be at least 1, or 0 for the model's own")
         if self.onnx_path and not self.is_plain:
             raise ValueError(
                 "an ONNX file is whole and computed on the CPU, as it was written: "
