@@ -341,7 +341,8 @@ class Reinforcing(finetune_lora.FineTuning):
             raise Refusal(f"{place}: {e}")
         if len(ids) >= self.tuning.T:
             return LeftOut(place, f"that leave no room in {self.tuning.T} tokens")
-        return messages[0]["content"] if len(messages) == 1 else messages, ids
+        is_text = [message["role"] for message in messages] == ["user"]
+        return messages[0]["content"] if is_text else messages, ids
 
     def describe(self):
         return f"{self.message}\n{self.val_message}"

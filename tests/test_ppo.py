@@ -771,6 +771,15 @@ def test_an_empty_system_message_is_a_part_of_a_prompt(shop):
     assert line.endswith("left out: 1 without a prompt (there)")
 
 
+def test_only_a_users_message_is_judged_as_a_text(shop):
+    """A reward model, which would take a text for a user's, was taught the roles of a conversation."""
+    task = small_task(shop)
+    for role in "user", "system":
+        before = chat((role, "ab"))["messages"]
+        [(prompt, _)], _ = task.read_prompts(task.convert([("here", {"prompt": before})]), "held")
+        assert prompt == ("ab" if role == "user" else before)
+
+
 @pytest.mark.parametrize("other", ["--baseline=value", "--reward=length:3"])
 def test_a_run_keeps_its_baseline_and_its_reward(shop, other):
     reinforce(shop, "--max_iters=1", "--out_dir=kept", "--overwrite")
