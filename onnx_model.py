@@ -163,7 +163,7 @@ class Cache:
 
 
 class OnnxModel(nn.Module):
-    """Offers what generate.generate and train.evaluate need of a Transformer, by onnxruntime."""
+    """Offers what generate.generate and score.evaluate need of a Transformer, by onnxruntime."""
 
     device = torch.device("cpu")
 
@@ -252,7 +252,7 @@ def open_session(path, c):
         version = onnxruntime.__version__
         raise Refusal(f"onnxruntime {version} is too old: pip install --upgrade onnxruntime")
     if not os.path.isfile(path):
-        raise Refusal(f"there is no {path}; python export_onnx.py makes one")
+        raise Refusal(f"there is no {path}; {onnx_advice(*os.path.split(path))}")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 4  # fatal alone: a Refusal says what goes wrong

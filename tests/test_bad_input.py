@@ -778,6 +778,7 @@ CASES = [
     ("sample", "--out_dir=o_good", "--onnx=o_good reads"),
     ("sample", "--onnx=out", "--out_dir=out writes out/onnx"),
     ("sample", "--onnx=hf:good_hf", "--to=FOLDER writes one"),
+    ("sample", "--onnx=o_good/model_int8.onnx", "--quantize=int8 writes one"),
     ("sample", "--onnx=o_good --adapter=lora", "leave out adapter"),
     ("sample", "--onnx=o_good --start=once", "cannot be computed"),
     ("sample", "--onnx=o_good --device=cuda", "leave out adapter"),
