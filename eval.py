@@ -331,7 +331,7 @@ def read(texts, rules, cfg, copied=None, made_up=None):
         marks = reading.marks(text["text"], ended, unknown, rules.toy)
         share = None if copied is None else float(copied[i])
         marked.append(text | {"marks": marks, "copied": share})
-    scores = [float(np.mean(list(text["marks"].values()))) for text in marked]
+    scores = reading.mean_marks(marked)
     low, high = mean_interval(scores, cfg.resamples, cfg.seed)
     column = {
         "score": float(np.mean(scores)),

@@ -111,6 +111,11 @@ def marks(text, ended, made_up=(), toy=False):
     return results if words else dict.fromkeys(results, 0.0)
 
 
+def mean_marks(texts):
+    """Returns the mean mark of each text that has its marks beside it, {"marks": {rule: mark}, ...}."""
+    return [float(np.mean(list(text["marks"].values()))) for text in texts]
+
+
 # ---- against the training text, which is read once, in pieces, so that memory does not grow with it
 
 

@@ -10,7 +10,7 @@ from itertools import combinations
 
 import numpy as np
 
-from lenses import probes
+from lenses import probes, reading
 from lenses.stats import bits, bootstrap, mean_interval
 
 # The thresholds (fair from, good from) of each lens, chosen on this project's models.
@@ -136,11 +136,6 @@ def bits_gap(sums):
     return bits(sums[:, 3:]) - bits(sums[:, :3])
 
 
-def text_scores(result):
-    """Returns the mean mark of each text that a checkpoint wrote."""
-    return [np.mean(list(text["marks"].values())) for text in result["reading"]["texts"]]
-
-
 def gap_intervals(a, b, columns_a, columns_b, resamples, seed):
     """Returns {lens: 95% interval of how much better checkpoint a is than b}."""
     both = np.hstack([columns_a, columns_b])  # the same units of text, so resampled together
@@ -150,7 +145,7 @@ def gap_intervals(a, b, columns_a, columns_b, resamples, seed):
         skills_b = probes.skills(b["probes"]["probes"])
         differences = [x - y for x, y in zip(skills_a, skills_b)]
         gaps["probes"] = probes.skill_interval(differences, resamples, seed)
-    scores = np.subtract(text_scores(a), text_scores(b))
+    scores = np.subtract(*(reading.mean_marks(result["reading"]["texts"]) for result in (a, b)))
     gaps["reading"] = mean_interval(scores, resamples, seed)
     return gaps
 
