@@ -112,7 +112,7 @@ def template_errors(TemplateError):
     except (TemplateError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as e:
         reason = " ".join(str(e).split()) or type(e).__name__
         raise ValueError(f"the model's chat template: {reason:.200}") from None
-    except (RecursionError, MemoryError, OverflowError, LookupError) as e:
+    except (RecursionError, MemoryError, LookupError) as e:
         raise ValueError(f"the model's chat template fails ({type(e).__name__})") from None
 
 

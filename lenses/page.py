@@ -110,7 +110,7 @@ def html_table(header, rows, left=1, top=None, drawings=None):
 def bar(probe, i):
     """Returns accuracy, interval and chance on a line from 0 to 100%, in the colour of checkpoint i."""
     places = [f"--{key}:{probe[key]:.1%}" for key in ("accuracy", "low", "high", "chance")]
-    return f'<i class=bar style="--c:var(--c{i % 6});{";".join(places)}"></i>'
+    return f'<i class=bar style="--c:var(--c{i % COLOURS});{";".join(places)}"></i>'
 
 
 def probe_table(header, rows, whole):
