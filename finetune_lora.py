@@ -421,7 +421,7 @@ class FineTuning:
     def val_numbers(self, tokens):
         """Returns which held-out packs are looked at, evenly spaced."""
         tokens = self.cfg.eval_tokens if tokens is None else tokens
-        return evenly(np.arange(len(self.val_packs)), math.ceil(tokens / self.tuning.T))
+        return evenly(np.arange(len(self.val_packs)), math.ceil(tokens / self.length))
 
     def val_batch(self, numbers):
         packs = [self.val_packs[number] for number in numbers]

@@ -252,6 +252,14 @@ def texts(task, chosen, rejected):
         yield tokenizer.decode(idx[first:].tolist())
 
 
+def test_so_many_tokens_are_looked_at_also_where_a_pair_is_longer_than_an_example_may_be(shop):
+    task = small_task(shop, "--max_length=28", "--val_fraction=0.5")
+    assert task.length > task.tuning.T
+    for n in 1, 2, 3:
+        assert len(task.val_numbers(n * task.length)) == n
+    assert len(task.val_numbers(0)) == len(task.val_packs) > 3
+
+
 @pytest.mark.parametrize("rank", [2, 0])
 def test_the_loss_and_its_gradient_are_those_of_the_definition(shop, rank):
     task = small_task(shop, f"--rank={rank}", "--beta=0.3")
