@@ -25,6 +25,7 @@ onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
 import chromium
+from scripts import call
 from test_model import build
 from test_sample import complete
 from test_tokenizer import (
@@ -81,8 +82,8 @@ def story_teller(tmp_path_factory):
     ]
     with contextlib.chdir(folder):
         prepare.prepare(configure(prepare.Config, ["--num_stories=3000", "--num_proc=1"]))
-        train.main(configure(train.Config, settings))
-        export_onnx.main(configure(export_onnx.Config, ["--out_dir=out", "--seconds=0"]))
+        call(train, *settings)
+        call(export_onnx, "--out_dir=out", "--seconds=0")
         path = checkpoint.find("out")
         model, tokenizer = checkpoint.restore(checkpoint.load(path), path)
     return StoryTeller(folder / "out/onnx", model, tokenizer)
@@ -956,7 +957,7 @@ def test_an_instruct_model_writes_its_text_or_is_refused_by_name(browser, tmp_pa
     with contextlib.chdir(tmp_path):
         instruct(tmp_path / "folder", tinylm, SYSTEM, eos_token_id=[0, 200])
         export = ["--out_dir=hf:folder", "--to=onnx", "--seconds=0"]
-        export_onnx.main(configure(export_onnx.Config, export))
+        call(export_onnx, *export)
         model, tokenizer = checkpoint.open_checkpoint("hf:folder").restore()
     folder = tmp_path / "onnx"
     _, exported_tokenizer, _ = onnx_model.load(str(folder))
@@ -991,7 +992,7 @@ def test_a_character_model_one_with_experts_and_one_with_windows(browser, tmp_pa
     run_state = checkpoint.RunState(1, 2.0, 2.0)
     with contextlib.chdir(tmp_path):
         checkpoint.save("out/ckpt.pt", model, tokenizer, {"dataset": ""}, run_state)
-        export_onnx.main(configure(export_onnx.Config, ["--seconds=0"]))
+        call(export_onnx, "--seconds=0")
     teller = StoryTeller(tmp_path / "out/onnx", model.eval(), tokenizer)
     prompt = CHAR_DOCS[0][:5]
     with opened(browser, teller.folder) as page:
@@ -1486,4 +1487,4 @@ def test_a_free_port_takes_the_place_of_a_taken_one(
 )
 def test_a_users_mistake_is_refused_with_advice(argv, message, without_npm):
     with pytest.raises(Refusal, match=message):
-        serve.main(configure(serve.Config, argv))
+        call(serve, *argv)

@@ -261,7 +261,7 @@ def test_chat_from_the_command_line(tmp_path, monkeypatch, capsys, system):
     ours = hf_folder.read_tokenizer(str(tmp_path))
     argv = [f"--out_dir=hf:{tmp_path}", "--chat", "--temperature=0", "--max_new_tokens=8"]
     monkeypatch.setattr("sys.stdin", io.StringIO("cat\nsat\n"))
-    sample.main(configure(sample.Config, [*argv, f"--system={system}"]))
+    call(sample, *argv, f"--system={system}")
     output = capsys.readouterr().out
     assert "top_k 3, as the model's generation_config.json says" in output
     messages = [{"role": "system", "content": system}]
@@ -307,7 +307,7 @@ def test_special_and_raw_are_refused_where_they_would_change_nothing(tmp_path):
 def test_a_model_without_a_template_is_not_talked_to(tmp_path):
     write_folder(tmp_path, "llama", smollm)
     with pytest.raises(Refusal, match="has no chat template"):
-        sample.main(configure(sample.Config, [f"--out_dir=hf:{tmp_path}", "--chat"]))
+        call(sample, f"--out_dir=hf:{tmp_path}", "--chat")
 
 
 def test_special_tokens_are_special_where_asked(tmp_path):

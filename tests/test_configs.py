@@ -5,14 +5,13 @@ hf_configs.json has the default configs of transformers 4.40 to 5.24, from each 
 they are from which version on; a version alone is the first one without the key.
 """
 
-import contextlib
 import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
-from test_hf import GPT2_SIZES, LLAMA_SIZES
+from test_hf import GPT2_SIZES, LLAMA_SIZES, export, open_peer
 from test_model import redraw
 from test_parity import SCALE, preset
 from test_prepare import DOCS
@@ -511,15 +510,6 @@ def load_folder(folder):
     return checkpoint.restore(checkpoint.load(path), path)[0].eval()
 
 
-def export(folder, *argv):
-    with contextlib.chdir(folder):
-        hf.main(configure(hf.Config, list(argv)))
-
-
-def load_peer(folder):
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
-
-
 def test_unknown_keys_are_named_in_one_line(tmp_path, capsys):
     peer = write_folder(tmp_path, "llama")
     capsys.readouterr()
@@ -547,7 +537,7 @@ def test_qwen2_goes_out_as_it_came_in(tmp_path):
     model = load_folder(tmp_path / "a")
     close(model, peer)
     export(tmp_path, "--out_dir=hf:a", "--to=b")
-    again = load_peer(tmp_path / "b")
+    again = open_peer(tmp_path / "b")
     assert type(again).__name__ == "Qwen2ForCausalLM"
     close(model, again)
     before = load_file(tmp_path / "a/model.safetensors")
@@ -566,7 +556,7 @@ def test_qwen2_with_more_biases_goes_out_as_llama(changed, tmp_path):
     tokenizer = Tokenizer.train(DOCS, 300)
     checkpoint.save(str(tmp_path / "ckpt.pt"), model, tokenizer, {}, checkpoint.RunState(1, 2.0, 2.0))
     export(tmp_path, "--out_dir=ckpt.pt", "--to=b")
-    again = load_peer(tmp_path / "b")
+    again = open_peer(tmp_path / "b")
     assert type(again).__name__ == "LlamaForCausalLM"
     assert again.config.attention_bias and again.config.mlp_bias
     close(model, again)
@@ -577,7 +567,7 @@ def test_mistral_goes_out_as_llama(tmp_path):
     model = load_folder(tmp_path / "a")
     close(model, peer)
     export(tmp_path, "--out_dir=hf:a", "--to=b")
-    again = load_peer(tmp_path / "b")
+    again = open_peer(tmp_path / "b")
     assert type(again).__name__ == "LlamaForCausalLM"
     close(model, again)
 

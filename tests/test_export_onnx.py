@@ -20,7 +20,7 @@ onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
-from scripts import printed, written
+from scripts import call, printed, written
 from test_model import build
 from test_sample import complete
 from test_train import SMALL
@@ -91,7 +91,7 @@ def folder_copy(lab, tmp_path):
 
 
 def export(*argv):
-    export_onnx.main(configure(export_onnx.Config, list(argv)))
+    call(export_onnx, *argv)
 
 
 def draw_ids(config, B, T, seed=0):
@@ -318,7 +318,7 @@ def test_sample_writes_the_same_text(lab, settings, capsys, monkeypatch):
     Path("prompts").write_text("A dog<|endoftext|>The old owl and the cat")
     texts = []
     for model in "--onnx=out/onnx", "--onnx=out/onnx/model.onnx", "--onnx=no --device=cpu":
-        sample.main(configure(sample.Config, [*model.split(), *settings.split()]))
+        call(sample, *model.split(), *settings.split())
         _path, *lines, _speed = capsys.readouterr().out.splitlines()
         texts.append(lines)
     assert texts[0] == texts[1] == texts[2]
@@ -334,7 +334,7 @@ def test_a_prompt_is_taken_by_the_rule_of_the_export(rule, shown, folder_copy, c
     if rule:
         change_config(folder_copy, lambda config: config.update(text_rule=rule))
     keys = [f"--onnx={folder_copy}", "--start= Why? ", "--max_new_tokens=1"]
-    sample.main(configure(sample.Config, keys))
+    call(sample, *keys)
     assert capsys.readouterr().out.split("-" * 80)[1].startswith(f"\n{shown}")
 
 
@@ -342,7 +342,7 @@ def test_a_start_that_came_with_the_model_names_no_file(folder_copy, capsys, mon
     change_config(folder_copy, lambda config: config.update(start="FILE:secret"))
     monkeypatch.chdir(folder_copy.parent)
     Path("secret").write_text("A secret")
-    sample.main(configure(sample.Config, ["--onnx=onnx", "--raw", "--max_new_tokens=1"]))
+    call(sample, "--onnx=onnx", "--raw", "--max_new_tokens=1")
     output = capsys.readouterr().out
     assert "FILE:secret" in output
     assert "A secret" not in output
@@ -420,7 +420,7 @@ def test_sample_takes_the_graph_of_the_same_weights(lab, monkeypatch, tmp_path, 
     monkeypatch.chdir(tmp_path)
 
     def text(*argv):
-        sample.main(configure(sample.Config, ["--max_new_tokens=20", *argv]))
+        call(sample, "--max_new_tokens=20", *argv)
         message, _, text = capsys.readouterr().out.partition("\n")
         return "onnxruntime" in message, text.rpartition("\n")[0].rpartition("\n")[0]
 
@@ -582,7 +582,7 @@ def test_a_quantized_folder_keeps_its_groups(lab, monkeypatch, tmp_path, capsys)
     run_state = checkpoint.RunState(1, 2.0, 2.0)
     checkpoint.save(f"{tmp_path}/wide/ckpt.pt", model, lab.tokenizer, {"dataset": "toy"}, run_state)
     of_folder = [f"--out_dir={tmp_path}/wide", f"--to={tmp_path}/q", "--bits=4", "--group_size=128"]
-    quantize.main(configure(quantize.Config, of_folder))
+    call(quantize, *of_folder)
     sizes = {}
     for kind in "int4", "int8":
         options = f"--quantize={kind}", "--seconds=0", "--eval_tokens=512", f"--to={tmp_path}/{kind}"
@@ -603,7 +603,7 @@ def test_int4_is_written_beside_the_model_and_sample_reads_it(lab, monkeypatch, 
     path = tmp_path / "onnx/model_int4.onnx"
     assert path.stat().st_size < (lab.folder / "out/onnx/model_int8.onnx").stat().st_size
     assert int8_error(lab.model, onnx_model.load(str(path))[0]) < 0.5
-    sample.main(configure(sample.Config, [f"--onnx={path}", "--num_samples=1", "--max_new_tokens=5"]))
+    call(sample, f"--onnx={path}", "--num_samples=1", "--max_new_tokens=5")
     monkeypatch.setattr(onnxruntime, "__version__", "1.26.0")
     onnx_model.load(str(lab.folder / "out/onnx/model_int8.onnx"))
     with pytest.raises(Refusal, match="model_int4.onnx needs onnxruntime 1.27, and this is 1.26.0"):
@@ -630,7 +630,7 @@ def test_int8_that_is_worse_is_not_kept(lab, monkeypatch, capsys):
     """A channel that is never on, with enormous weights: float32 is the same, int8 loses all others."""
     monkeypatch.chdir(lab.folder)
     settings = ["--max_iters=60", "--no-tie_embeddings", "--out_dir=bad", "--block_size=64"]
-    train.main(configure(train.Config, [*SMALL, *settings]))
+    call(train, *SMALL, *settings)
     ckpt = checkpoint.load("bad/ckpt.pt")
     ckpt["model"]["norm.weight"][0] = 0
     ckpt["model"]["head.weight"][:, 0] = 1e4

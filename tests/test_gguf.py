@@ -20,6 +20,7 @@ from test_hf import (
     TOKENIZER,
     WORDS,
     check_logits,
+    export,
     file_size_limit,
     llama_metaspace_first,
     save_checkpoint,
@@ -86,10 +87,6 @@ def lines(n):
         "don’t",
     ]
     return ["".join(rng.choices(words, k=rng.randrange(1, 16))) for _ in range(n)]
-
-
-def export(folder, *argv):
-    call(hf, *argv, folder=folder)
 
 
 def of_words(pre, ignore_merges=False, normalizer=None):

@@ -11,8 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from scripts import printed, written
-from test_model import V, build
-from test_sample import prompts_of
+from test_model import V, build, prompts_of
 from test_train import lab, run_train  # lab is a fixture
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scripts import call
 from test_eval import stream
 from test_parity import build_preset
 from test_prepare import DOCS, file_size_limit
@@ -55,13 +56,12 @@ def texts(n, seed=0):
     return ["".join(rng.choices(WORDS, k=rng.randrange(12))) for _ in range(n)]
 
 
-def run(script, *argv):
-    script.main(configure(script.Config, list(argv)))
-
-
 def export(folder, *argv):
-    with contextlib.chdir(folder):
-        run(hf, *argv)
+    call(hf, *argv, folder=folder)
+
+
+def open_peer(folder):
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
 
 
 def write_text(path):
@@ -522,7 +522,7 @@ def test_a_model_goes_out_stretched(tmp_path):
     ckpt.stretch("yarn:2,256", 512)
     stretched, _ = ckpt.restore()
     folder = tmp_path / "folder"
-    peer = transformers.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
+    peer = open_peer(folder)
     check_logits(stretched, peer)
     again, _ = checkpoint.open_checkpoint(f"hf:{tmp_path}/folder").restore()
     assert again.config == stretched.config
@@ -537,7 +537,7 @@ def test_out_and_in_again(name, tmp_path):
     export(tmp_path, "--out_dir=.", "--to=folder")
     assert sorted(os.listdir(tmp_path)) == ["ckpt.pt", "folder"]
     folder = tmp_path / "folder"
-    peer = transformers.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
+    peer = open_peer(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     assert type(peer).__name__ == MODELS[name][2]
     check_logits(model, peer)
@@ -603,12 +603,12 @@ def test_a_foreign_tokenizer_goes_out_to_onnx(tokenizer, tmp_path, monkeypatch, 
 
     monkeypatch.chdir(tmp_path)
     write_folder("a", "llama", tokenizer)
-    run(export_onnx, "--out_dir=hf:a", "--to=b", "--seconds=0")
+    call(export_onnx, "--out_dir=hf:a", "--to=b", "--seconds=0")
     capsys.readouterr()
     outputs = []
     for model in "--onnx=b", "--out_dir=hf:a", "--onnx=b/model.onnx":
         for start in "the cat at 12", "":
-            run(sample, model, f"--start={start}", "--max_new_tokens=40")
+            call(sample, model, f"--start={start}", "--max_new_tokens=40")
         lines = capsys.readouterr().out.splitlines()
         # without the paths and the speed
         outputs.append([line for line in lines if not line.startswith(("prefill", "b/", "hf:a"))])
@@ -1404,9 +1404,9 @@ def test_prepare_train_and_sample_from_a_folder(tokenizer, kind, tmp_path, capsy
     monkeypatch.chdir(tmp_path)
     peer = write_folder("folder", kind, tokenizer)
     write_text("text.txt")
-    run(prepare, "--dataset=text.txt", "--tokenizer=hf:folder", "--name=d")
+    call(prepare, "--dataset=text.txt", "--tokenizer=hf:folder", "--name=d")
     _, data, foreign = prepare.load("data/d")
-    run(
+    call(
         train,
         *(setting for setting in SMALL if not setting.startswith("--n_")),
         "--dataset=d",
@@ -1426,7 +1426,7 @@ def test_prepare_train_and_sample_from_a_folder(tokenizer, kind, tmp_path, capsy
 
     capsys.readouterr()
     settings = ["--start=the cat", "--max_new_tokens=8", "--temperature=0", *PLAIN_CPU]
-    run(sample, "--out_dir=hf:folder", *settings)
+    call(sample, "--out_dir=hf:folder", *settings)
     prompt = prompt_ids(read_folder("folder")[1], "the cat")
     generated = peer.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=8)
     reference = generated[0, len(prompt) :].tolist()
@@ -1441,11 +1441,11 @@ def test_eval_starts_from_a_folder(tmp_path, capsys, monkeypatch):
     write_folder("folder", "llama", tinyllama)
     write_text("text.txt")
     sizes = ["--num_samples=1", "--max_new_tokens=8", "--num_cases=22", "--resamples=1000"]
-    run(evaluation, "--out_dir=hf:folder", "--text=text.txt", *sizes, *PLAIN_CPU)
+    call(evaluation, "--out_dir=hf:folder", "--text=text.txt", *sizes, *PLAIN_CPU)
     assert json.loads(capsys.readouterr().out.splitlines()[-1])
     assert Path("out/compare/report.html").exists()
     with pytest.raises(Refusal, match="--text=FILE"):
-        run(evaluation, "--out_dir=hf:folder")
+        call(evaluation, "--out_dir=hf:folder")
 
 
 def test_fine_tuning_starts_from_a_folder_and_ends_in_one(tmp_path, capsys, monkeypatch):
@@ -1457,8 +1457,8 @@ def test_fine_tuning_starts_from_a_folder_and_ends_in_one(tmp_path, capsys, monk
     Path("rows.jsonl").write_text("".join(lines), encoding="utf-8")
     sizes = ["--max_iters=1", "--rank=2", "--max_length=40"]
     settings = ["--init_from=hf:folder", "--dataset=rows.jsonl", "--out_dir=lora", *sizes]
-    run(finetune_lora, *settings, *PLAIN_CPU)
-    run(sample, "--adapter=lora", "--start=the cat", "--max_new_tokens=4", *PLAIN_CPU)
+    call(finetune_lora, *settings, *PLAIN_CPU)
+    call(sample, "--adapter=lora", "--start=the cat", "--max_new_tokens=4", *PLAIN_CPU)
     assert "hf:folder and lora/adapter" in capsys.readouterr().out
 
     # PEFT's folder names its base
@@ -1466,7 +1466,7 @@ def test_fine_tuning_starts_from_a_folder_and_ends_in_one(tmp_path, capsys, monk
     peer = peft.AutoPeftModelForCausalLM.from_pretrained("lora-peft")
     assert peer.config.vocab_size == vocab_size
 
-    run(finetune_lora, "--merge", "--out_dir=lora")
+    call(finetune_lora, "--merge", "--out_dir=lora")
     export(tmp_path, "--out_dir=lora/ckpt.pt", "--to=merged")
     peer = transformers.AutoModelForCausalLM.from_pretrained("merged")
     assert peer.config.vocab_size == vocab_size
@@ -1479,6 +1479,6 @@ def test_train_says_how_to_prepare_with_the_tokenizer_of_a_folder(tmp_path, monk
     prepare.prepare(configure(prepare.Config, ["--dataset=text.txt", "--name=d", "--vocab_size=300"]))
     settings = ["--dataset=d", "--init_from=hf:folder"]
     with pytest.raises(Refusal, match="prepare.py --tokenizer=hf:folder"):
-        run(train, *settings, "--block_size=32")
+        call(train, *settings, "--block_size=32")
     with pytest.raises(Refusal, match="block_size=64, which cannot become 128"):
-        run(train, *settings, "--block_size=128")
+        call(train, *settings, "--block_size=128")

@@ -9,7 +9,7 @@ import shutil
 
 import pytest
 import torch
-from test_hf import MODELS, TOKENIZER, check_logits, edit_json, export, save_checkpoint
+from test_hf import MODELS, TOKENIZER, check_logits, edit_json, export, open_peer, save_checkpoint
 
 import onnx_model
 from hf import write_json
@@ -32,10 +32,6 @@ def write_folder(tmp_path, name, **changes):
     model = save_checkpoint(tmp_path / "ckpt.pt", name, **changes)
     export(tmp_path, "--out_dir=.", "--to=folder")
     return model, tmp_path / "folder"
-
-
-def open_peer(folder):
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
 
 
 @pytest.mark.parametrize("name", ROPE_MODELS)

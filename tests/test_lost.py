@@ -332,7 +332,7 @@ def train_on_a_full_disk(folder, argv, limit):
     os.chdir(folder)
     sys.stdout = sys.stderr = open(os.devnull, "w")
     try:
-        train.main(configure(train.Config, argv))
+        call(train, *argv)
     except Refusal as e:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         Path("refused").write_text(f"{e.status} {e}")

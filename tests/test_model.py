@@ -99,6 +99,11 @@ def tokens(B=2, T=T, seed=1):
     return torch.randint(V, (B, T), generator=torch.Generator().manual_seed(seed))
 
 
+def prompts_of(*lengths):
+    """Returns prompts of these lengths, lists of ids."""
+    return [tokens(1, n, seed=n)[0].tolist() for n in lengths]
+
+
 def exactly(a, b):
     """An identity in float64, to any processor's rounding. torch.testing takes ten times as long."""
     assert a.shape == b.shape and a.dtype == b.dtype

@@ -8,7 +8,7 @@ import torch
 from scripts import call
 from test_chat import SYSTEM, instruct
 from test_dpo import ANSWERS, moved, shop  # shop is a fixture
-from test_finetune import TINY, chat, one_and_two
+from test_finetune import TINY, adapter, chat, one_and_two
 from test_hf import smollm
 from test_ppo import REWARDED
 from test_ppo import shop as letters  # a fixture
@@ -32,10 +32,6 @@ ANSWERED = {"chosen": "The cat sat.", "rejected": "No"}
 
 def rate(shop, *argv):
     call(finetune_reward, *TINY, "--init_from=base", "--dataset=pairs.jsonl", *argv, folder=shop)
-
-
-def adapter(shop, out_dir):
-    return checkpoint.load(str(shop / out_dir / "adapter.pt"), checkpoint.ADAPTER_KEYS)
 
 
 @pytest.fixture(scope="module")

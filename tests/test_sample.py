@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from test_model import V, build, tokens
+from test_model import V, build, prompts_of, tokens
 
 import cache
 import finetune_lora
@@ -86,10 +86,6 @@ def greedy(model, prompt, n):
             logits = model(torch.tensor([ids]))[0]
             ids.append(logits[0, -1].argmax().item())
     return ids[len(prompt) :]
-
-
-def prompts_of(*lengths):
-    return [tokens(1, n, seed=n)[0].tolist() for n in lengths]
 
 
 def uniform(n, seed):

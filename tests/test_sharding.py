@@ -192,7 +192,7 @@ def save_held_bytes(path, argv, rank, env):
         return train_step(*args, **options)
 
     train.train_step = noted
-    train.main(configure(train.Config, argv))
+    call(train, *argv)
     torch.save(held[1], f"{path}.{rank}")
 
 

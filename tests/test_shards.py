@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scripts import call
-from test_prepare import DOCS, edit, files, make_docs, refusal, write_txt
+from test_prepare import DOCS, edit, files, in_an_empty_folder, make_docs, refusal, write_txt
 
 import prepare
 import train
@@ -19,11 +19,6 @@ from data import training_rows
 from log import read_log
 from prepare import Config, load
 from shards import Shards
-
-
-@pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from scripts import call, printed, written
-from test_model import V, build, tokens
+from test_model import V, build, prompts_of
 from test_windows import windowed
 
 import bench
@@ -56,10 +56,6 @@ def ended(steps):
                 ids.append(row.new)
     assert news == [row.ids for row in rows]
     return [(row.ids, row.end, row.stop) for row in rows]
-
-
-def prompts_of(*lengths):
-    return [tokens(1, n, seed=n)[0].tolist() for n in lengths]
 
 
 class Memory(Lookup):
