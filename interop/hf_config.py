@@ -381,6 +381,11 @@ def read_llama_config(kind, data, sizes):
     return keys, without
 
 
+def uses_window(kind, data):
+    """Returns whether sliding_window is meant: that of a Qwen is with use_sliding_window alone."""
+    return not kind.startswith("qwen") or read_flag(data, "use_sliding_window")
+
+
 def read_windows(kind, data, sizes):
     """Returns our window and window_pattern, nothing where each layer sees the whole context. Raises
     ValueError.
@@ -390,7 +395,9 @@ def read_windows(kind, data, sizes):
     n_layer, context = sizes["n_layer"], sizes["block_size"]
     types = read_layer_types(kind, data, n_layer)
     may_mix = kind in MIXED
-    if data.get("sliding_window") is None or may_mix and SLIDING not in types:
+    if data.get("sliding_window") is None or not uses_window(kind, data):
+        return {}
+    if may_mix and SLIDING not in types:
         return {}
     window = read_number(data, "sliding_window", kind=int)
     if window >= context:
@@ -411,7 +418,7 @@ def read_layer_types(kind, data, n_layer):
     Without it all layers of a Mistral and a Mixtral have the window. Qwen has one only with
     use_sliding_window: in the layers from max_window_layers on, Qwen3-MoE in all.
     """
-    is_used = not kind.startswith("qwen") or read_flag(data, "use_sliding_window")
+    is_used = uses_window(kind, data)
     types = data.get("layer_types")
     if types is None:
         first = 0 if is_used else n_layer

@@ -86,11 +86,9 @@ def test_the_installed_version_has_no_key_that_is_not_known(kind):
         assert data | {"transformers_version": version} == default_config(version, kind)
 
 
-@pytest.mark.parametrize("version, kind", VERSIONS)
-def test_a_missing_key_is_the_default_of_its_class(version, kind):
-    data = default_config(version, kind)
-    if kind == "mistral":  # the window's default, 4096, is no window then
-        data["max_position_embeddings"] = 4096
+def check_missing_keys(data):
+    """Asserts that a config.json means the same without any key of it, each by itself, but for the sizes."""
+    kind = data["model_type"]
     whole = open_config(data)
     missing = []
     for key in data.keys() - {"model_type"}:
@@ -100,8 +98,25 @@ def test_a_missing_key_is_the_default_of_its_class(version, kind):
         except ValueError as e:
             assert str(e) == f"{key} is missing"
             missing.append(key)
-    sizes = set(hf_config.SIZES[kind].values()) - {"n_inner"}
+    sizes = set(hf_config.SIZES[kind].values()) - {"n_inner"} - hf_config.DEFAULTS[kind].keys()
     assert set(missing) == sizes
+
+
+@pytest.mark.parametrize("version, kind", VERSIONS)
+def test_a_missing_key_is_the_default_of_its_class(version, kind):
+    data = default_config(version, kind)
+    if kind == "mistral":  # the window's default, 4096, is no window then
+        data["max_position_embeddings"] = 4096
+    check_missing_keys(data)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_a_missing_key_of_experts_is_the_default_of_its_class(kind):
+    """That of the installed version, in which Qwen3-MoE's experts are counted by Mixtral's key."""
+    data = installed_config(kind)
+    if "num_local_experts" in data:
+        data[hf_config.SIZES[kind]["n_expert"]] = data.pop("num_local_experts")
+    check_missing_keys(data)
 
 
 PASSED = [
@@ -237,6 +252,10 @@ WINDOWS = [
     ("qwen2", {"layer_types": ["sliding_attention", *FULL[1:]]}, "layer_types is"),
     ("qwen3", {"layer_types": FULL[1:]}, "here it is full_attention or sliding_attention for 4 layers"),
     ("qwen3", {"use_sliding_window": 1}, "use_sliding_window is 1, where true or false"),
+    ("qwen3_moe", {}, None),
+    ("qwen3_moe", {"sliding_window": 32}, None),
+    ("qwen3_moe", QWENS, (32, "S")),
+    ("qwen3_moe", QWENS | {"layer_types": FULL}, "sliding_window is 32 in a context of 64: not here"),
 ]
 
 

@@ -1197,9 +1197,10 @@ def test_what_is_no_folder_of_a_model_is_refused(tmp_path):
             checkpoint.load(f"hf:{name}")
 
 
-def test_a_vocabulary_that_is_larger_than_the_tokenizers_is_refused(tmp_path):
-    write_folder(tmp_path, "llama", vocab_size=500)
-    with pytest.raises(Refusal, match="500 tokens and its tokenizer 300"):
+@pytest.mark.parametrize("vocab_size", [500, 299])
+def test_a_vocabulary_that_is_not_the_tokenizers_is_refused(vocab_size, tmp_path):
+    write_folder(tmp_path, "llama", vocab_size=vocab_size)
+    with pytest.raises(Refusal, match=f"{vocab_size} tokens and its tokenizer 300"):
         read_folder(tmp_path)
 
 
@@ -1321,7 +1322,7 @@ RANK_PATTERN = {"v_proj": 2, r"layers\.1\.mlp\.down_proj": 6}
             {
                 "target_modules": ["k_proj", "v_proj", "down_proj"],
                 "rank_pattern": RANK_PATTERN,
-                "alpha_pattern": {"k_proj": 1},
+                "alpha_pattern": {"k_proj": 1, "proj": 9},  # no module has the second name
             },
         ),
         ("gpt2", {"target_modules": ["c_attn"]}),
