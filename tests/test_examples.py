@@ -119,7 +119,8 @@ def test_the_built_in_rows_are_halved_and_found_again(folder):
 
 
 def test_the_same_bytes_are_found_again_and_any_change_is_not(folder):
-    rows = PAIRS * 3
+    answers = {"chosen": " Yes!", "rejected": " No!"}
+    rows = [row | answers for row in PAIRS * 3]
     write_rows("rows.jsonl", rows)
     write_rows("held.jsonl", PAIRS)
     write_rows("held2.jsonl", PAIRS)
@@ -140,14 +141,17 @@ def test_the_same_bytes_are_found_again_and_any_change_is_not(folder):
         source(*plain, "--val_fraction=0.2"),
         source(*plain, "--val_dataset=held.jsonl"),
         source(*plain, "--val_dataset=held2.jsonl"),  # lines name the file
+        source(*plain, together=2),
     ]
     for n, settings in enumerate(changes, 2):
         check(find_encoded(settings, True), settings)
         assert len(list(Path("data/.encoded").iterdir())) == n
-    write_rows("rows.jsonl", [*rows[:-1], rows[-1] | {"response": "Another."}])
-    settings = source(*plain)
-    check(find_encoded(settings, True), settings)
-    assert len(list(Path("data/.encoded").iterdir())) == n + 1
+    for name, changed, argv in ("held", PAIRS[1:], ["--val_dataset=held.jsonl"]), ("rows", rows[1:], []):
+        write_rows(f"{name}.jsonl", changed)
+        settings = source(*plain, *argv)
+        check(find_encoded(settings, True), settings)
+        n += 1
+        assert len(list(Path("data/.encoded").iterdir())) == n
     assert not list(Path("data/.encoded").rglob(".*"))  # no lock, nothing half written
 
 

@@ -573,6 +573,42 @@ def test_integers_are_the_model_with_rounded_weights_and_keep_what_was_quantized
     assert is_quantized or int8_error(model, integers) > (1e-2 if bits == 4 else 1e-3)
 
 
+def test_groups_of_one_sign_are_rounded_as_closely_as_others():
+    """Each number to its nearest step of a fifteenth of the range from 0."""
+    sizes = np.random.default_rng(0).uniform(0.5, 1, (4, 64)).astype(np.float32)
+    weight = (
+        sizes
+        * np.array([[1], [-1], [0], [1]])
+        * np.where(np.arange(64) % 5 > 0, 1, [[1], [1], [1], [-1]])
+    )
+    arrays = {}
+    onnx_integers.add_groups(arrays, "w", weight, 4, 32)
+    q, zeros = (
+        np.stack([x & 15, x >> 4], -1).reshape(4, 2, -1) for x in (arrays["w.q"], arrays["w.zero"])
+    )
+    scales = arrays["w.scale"][..., None]
+    error = np.abs((q.astype(int) - zeros) * scales - weight.reshape(4, 2, 32))
+    assert (error <= 0.501 * scales).all()
+    groups = weight.reshape(4, 2, 32)
+    width = np.maximum(groups.max(-1), 0) - np.minimum(groups.min(-1), 0)
+    np.testing.assert_allclose(scales[..., 0], width / 15, rtol=1e-6, atol=1e-29)
+
+
+@pytest.mark.slow
+def test_a_router_is_not_rounded_and_experts_are():
+    model = build(mlp="moe", block_size=64, n_layer=1)
+    exported = onnx_graph.export(model)
+    for plain in False, True:
+        proto = copy.deepcopy(exported)
+        onnx_integers.quantize(proto, plain=plain)
+        arrays = {x.name: onnx.numpy_helper.to_array(x) for x in proto.graph.initializer}
+        [name] = [name for name in arrays if "router" in name]
+        np.testing.assert_array_equal(arrays[name], model.blocks[0].mlp.router.weight.detach().numpy())
+        mlp = name.removesuffix("router.weight")
+        integers = {name for name in arrays if name.startswith(mlp) and name.endswith(".q")}
+        assert integers == {f"{mlp}both_proj.weight.q", f"{mlp}down_proj.weight.q"}
+
+
 @pytest.mark.slow
 def test_a_quantized_folder_keeps_its_groups(lab, monkeypatch, tmp_path, capsys):
     """In integers of as many bits; what it had not in groups, and other bits, get those of everybody."""

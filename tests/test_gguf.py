@@ -171,7 +171,10 @@ def test_fewer_bits_are_those_of_the_package(tmp_path, capsys):
     for bits, name in (16, "F16"), (8, "Q8_0"), (4, "Q4_0"):
         file = f"{bits}.gguf"
         output = printed(capsys, hf, "--out_dir=.", f"--to={file}", f"--bits={bits}", folder=tmp_path)
-        kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / file).tensors}
+        reader = gguf.GGUFReader(tmp_path / file)
+        file_type = gguf.LlamaFileType(reader.fields["general.file_type"].contents())
+        assert file_type.name == f"MOSTLY_{name}"
+        kinds = {t.name: t.tensor_type.name for t in reader.tensors}
         expected = dict.fromkeys(kinds, name)
         expected |= {tensor: "F32" for tensor in kinds if "norm" in tensor or "gate_inp" in tensor}
         expected |= {tensor: "F16" for tensor in kinds if "ffn_down" in tensor}
@@ -183,6 +186,13 @@ def test_fewer_bits_are_those_of_the_package(tmp_path, capsys):
         np.testing.assert_array_equal(after.blocks[0].attn.v_proj.weight.detach().numpy(), reference)
         bound = {16: 1e-3, 8: 0.01, 4: 0.15}[bits] * np.abs(weight).max()
         assert 0 < np.abs(reference - weight).max() < bound
+
+
+def test_positions_have_all_bits(tmp_path):
+    save_checkpoint(tmp_path / "ckpt.pt", "gpt2")
+    export(tmp_path, "--out_dir=.", "--to=model.gguf", "--bits=16")
+    kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    assert kinds["position_embd.weight"] == "F32" and kinds["token_embd.weight"] == "F16"
 
 
 def test_other_types_come_in(tmp_path):
@@ -426,7 +436,7 @@ def test_a_tokenizer_that_llama_cpp_does_not_have_is_refused(make, message, tmp_
 def test_numbers_that_fewer_bits_do_not_hold_are_refused(tmp_path):
     model = save_checkpoint(tmp_path / "ckpt.pt")
     with torch.no_grad():
-        model.blocks[1].attn.o_proj.weight[0, 0] = 7e4
+        model.blocks[1].attn.o_proj.weight[0, 0] = -7e4
     checkpoint.save(str(tmp_path / "ckpt.pt"), model, TOKENIZER, {}, checkpoint.RunState(1, 2.0, 2.0))
     for bits in 16, 8, 4:
         with pytest.raises(Refusal, match="tensor blk.1.attn_output.weight has numbers above 65,504"):
@@ -531,6 +541,26 @@ def test_metadata_is_refused_by_name(keys, message, llama_file, tmp_path):
         checkpoint.load(f"hf:{tmp_path}/a.gguf")
 
 
+def test_keys_that_are_absent_have_llama_cpps_defaults(tmp_path):
+    """Those that it does not ask for where they say nothing new."""
+    changes = dict(n_kv_head=4, rope_theta=1e4, block_size=256, rope_scaling="yarn:2,128")
+    save_checkpoint(tmp_path / "ckpt.pt", **changes)
+    export(tmp_path, "--out_dir=.", "--to=model.gguf")
+    sizes = ["head_count_kv", "key_length", "value_length"]
+    absent = [f"attention.{key}" for key in sizes]
+    absent += ["rope.dimension_count", "rope.freq_base", "rope.scaling.original_context_length"]
+
+    def change(metadata, arrays):
+        metadata["llama.context_length"] = 128  # that of pre-training, as in a folder
+        for key in absent:
+            del metadata[f"llama.{key}"]
+
+    rewrite(tmp_path / "model.gguf", tmp_path / "other.gguf", change)
+    before, after = (checkpoint.load(f"hf:{tmp_path}/{name}.gguf") for name in ("model", "other"))
+    assert after["model_config"] == before["model_config"]
+    assert checkpoint.fingerprint(after) == checkpoint.fingerprint(before)
+
+
 def test_the_usual_betas_of_yarn_come_in_as_llama_cpps_converter_writes_them(tmp_path):
     save_checkpoint(tmp_path / "ckpt.pt", "qwen3 with yarn")
     export(tmp_path, "--out_dir=.", "--to=model.gguf")
@@ -573,6 +603,19 @@ def test_tensors_are_refused_by_name(llama_file, tmp_path):
     assert check("is damaged: tensor blk.0.attn_norm.weight holds nan", spoil) == 1
     assert check("tensor blk.0.attn_norm.weight is I8, which is not read here", count) == 2
     assert check("rope_freqs.weight divides frequencies otherwise", stretch) == 2
+
+
+def test_divisors_of_frequencies_that_are_a_little_off_are_refused(tmp_path):
+    save_checkpoint(tmp_path / "ckpt.pt", "llama3")
+    export(tmp_path, "--out_dir=.", "--to=model.gguf")
+
+    def change(metadata, arrays):
+        divisors, _ = arrays["rope_freqs.weight"]
+        divisors[3] *= 1.001
+
+    rewrite(tmp_path / "model.gguf", tmp_path / "other.gguf", change)
+    with pytest.raises(Refusal, match="rope_freqs.weight divides frequencies otherwise"):
+        checkpoint.load(f"hf:{tmp_path}/other.gguf")
 
 
 def test_a_damaged_file_is_one_line(llama_file, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import datasets
 import numpy as np
@@ -23,6 +24,7 @@ import finetune_ppo as ppo
 import hf
 import lora
 import prepare
+import toy_stories
 import train
 from config import Refusal, configure
 from generate import generate
@@ -434,6 +436,16 @@ def test_log_p_is_that_of_each_sampled_token_and_of_the_end():
         assert row.stop == (0 if row.end == "stop" else None)
 
 
+def test_several_steps_on_the_same_samples_go_on_with_the_prompts_that_come_next(shop):
+    twice, once = (small_task(shop, f"--updates={n}") for n in (2, 1))
+    for step in range(4):
+        [batch], [expected] = twice.batches(step), once.batches(step // 2)
+        assert all(torch.equal(batch[name], expected[name]) for name in expected)
+    twice.compute = replace(twice.compute, world_size=2)
+    with pytest.raises(Refusal, match="several processes take one step on their samples"):
+        twice.begin()
+
+
 def test_the_drift_is_that_of_all_samples_so_far(shop):
     task = small_task(shop)
     sample = task.sample
@@ -468,6 +480,15 @@ def test_what_was_cut_off_has_no_advantage_and_gives_none(scale):
         )
         got = ppo.group_advantages(torch.tensor(rewards), is_whole, 4, scale)
         np.testing.assert_allclose(got[:, 0], expected, rtol=1e-6)
+
+
+def test_built_in_rewards_by_hand():
+    length, match, toy = map(ppo.find_reward, ("length:4", "match:b+c", "toy"))
+    assert [length("ab", answer) for answer in ("", "abc", "abcd", "abcdef")] == [-1, -0.25, 0, -0.5]
+    assert [match("bc", answer) for answer in ("abbcd", "ac", "bc", "")] == [1, 0, 1, 0]
+    for row in toy_stories.preference_rows(20, seed=5):
+        assert [toy(row["prompt"], row[side]) for side in ("chosen", "rejected")] == [1, 0]
+        assert toy("", row["chosen"]) == 0  # without its beginning
 
 
 def test_groups_have_the_same_prompt_and_advantages_their_own_mean(shop):
@@ -694,6 +715,10 @@ def test_prompts_are_read_from_rows_of_every_kind_without_an_answer(shop):
         "held: 1 rows; left out: 1 that begin with an answer (row 0), "
         f"1 that leave no room in {length} tokens (row 2)"
     )
+    # end of text comes before it, and one token of an answer after it
+    most = [(f"{n} letters", {"prompt": "e" * n}) for n in (length - 2, length - 1)]
+    [(_, ids)], line = task.read_prompts(task.convert(most), "held")
+    assert len(ids) == length - 1 and f"tokens ({length - 1} letters)" in line
 
 
 @pytest.mark.parametrize(
@@ -780,11 +805,15 @@ def test_only_a_users_message_is_judged_as_a_text(shop):
         assert prompt == ("ab" if role == "user" else before)
 
 
-@pytest.mark.parametrize("other", ["--baseline=value", "--reward=length:3"])
-def test_a_run_keeps_its_baseline_and_its_reward(shop, other):
-    reinforce(shop, "--max_iters=1", "--out_dir=kept", "--overwrite")
-    with pytest.raises(Refusal, match=other.partition("=")[0].removeprefix("--")):
-        call(ppo, "--out_dir=kept", "--init_from=resume", other, folder=shop)
+def test_a_run_keeps_its_baseline_its_reward_and_its_prompts(shop):
+    write_rows(shop / "own.jsonl", [{"prompt": letter} for letter in "abc"])
+    reinforce(shop, "--dataset=own.jsonl", "--max_iters=1", "--out_dir=kept")
+    for other in "--baseline=value", "--reward=length:3":
+        with pytest.raises(Refusal, match=other.partition("=")[0].removeprefix("--")):
+            call(ppo, "--out_dir=kept", "--init_from=resume", other, folder=shop)
+    write_rows(shop / "own.jsonl", [{"prompt": letter} for letter in "abd"])
+    with pytest.raises(Refusal, match="own.jsonl holds other rows than when"):
+        call(ppo, "--out_dir=kept", "--init_from=resume", "--max_iters=2", folder=shop)
 
 
 def test_other_prompts_than_toy_stories_need_a_reward(shop):

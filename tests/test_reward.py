@@ -1,6 +1,7 @@
 """Reward models: the loss beside its definition, text judged as it was in training, resuming to the bit."""
 
 import copy
+import math
 import shutil
 
 import pytest
@@ -78,6 +79,15 @@ def test_the_loss_and_its_gradient_are_those_of_the_definition(shop):
             torch.testing.assert_close(p.grad.double(), grads[name].grad, rtol=1e-3, atol=2e-5)
 
 
+def test_a_number_keeps_its_bits_under_autocast():
+    torch.manual_seed(0)
+    head, states = torch.nn.Linear(64, 1), torch.randn(5, 7, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        numbers = finetune_reward.read_head(head, states)
+    exact = (states.double() * head.weight.double()).sum(-1) + head.bias.double()
+    torch.testing.assert_close(numbers, exact.float(), rtol=0, atol=1e-6)
+
+
 def test_text_is_judged_as_it_was_in_training(shop, judge, monkeypatch):
     monkeypatch.chdir(shop)
     *_, last = [line for line in log(shop, "judge") if "accuracy" in line]
@@ -121,8 +131,13 @@ def test_conversations_are_judged_as_in_training(shop, tmp_path):
     for side, text in ANSWERED.items():
         assert score(prompt, text) == pytest.approx(last[f"reward_{side}"], abs=1e-4)
     assert score(prompt, ANSWERED["chosen"]) - score(prompt, ANSWERED["rejected"]) > 0.01
-    with pytest.raises(ValueError, match="tokens do not fit in the reward model's block_size=256"):
-        score(prompt, "cat " * 300)
+    # the context may be full: a digit is a token
+    with pytest.raises(ValueError, match="tokens do not fit in the reward model's block_size=256") as e:
+        score(prompt, "7" * 300)
+    n = 300 - (int(str(e.value).split()[0]) - 256)
+    assert math.isfinite(score(prompt, "7" * n))
+    with pytest.raises(ValueError, match="^257 tokens do not fit"):
+        score(prompt, "7" * (n + 1))
 
 
 def test_stop_and_resume_is_an_uninterrupted_run_to_the_bit(shop):

@@ -127,6 +127,20 @@ def test_any_right_and_wrong_guesses_leave_the_text_as_it_is():
         assert ended(speculation.generate(model, prompts, 20, temperature=0, stop=stop)) == expected
 
 
+def test_tokens_a_call_are_those_of_calls_with_guesses():
+    model = build().double()
+    prompts = prompts_of(3)
+    [(ids, _, _)] = ended(generate(model, prompts, 20, temperature=0))
+    sizes = []
+    model.blocks[0].register_forward_hook(lambda _, arguments, y: sizes.append(arguments[0].size(1)))
+    speculation = untried(Memory([ids], lambda row, i: i % 5 > 0), 3)
+    ended(speculation.generate(model, prompts, 20, temperature=0))
+    n_alone = 1 + sizes[1:].count(1)  # tokens, the first one among them
+    n_calls = len(sizes) - n_alone
+    assert n_calls > 3 and 0 < speculation.share_right < 1
+    assert speculation.tokens_a_call == pytest.approx((20 - n_alone) / n_calls)
+
+
 def test_a_row_that_ends_soon_makes_all_guess_less_until_then():
     """And is padding afterwards, for which the caches have room."""
     model = build().double()

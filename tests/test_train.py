@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 from functools import partial
+from inspect import signature
 
 import numpy as np
 import pytest
@@ -249,6 +250,7 @@ def test_each_parameter_is_in_one_group_by_role(optimizer, tie, mlp):
         assert group["weight_decay"] == (0.0 if p.dim() == 1 else 0.3), name
         assert group["lr_scale"] == (2.5 if optimizer == "muon" and not is_muons else 1.0), name
         assert group["momentum"] == 0.6 if is_muons else group["betas"] == (0.7, 0.8), name
+        assert is_muons or group["eps"] == signature(torch.optim.AdamW).parameters["eps"].default, name
 
 
 def test_muon_multiplies_in_the_dtype_of_the_run_but_in_no_float16():
@@ -818,6 +820,13 @@ def test_the_log_the_best_checkpoint_and_the_plot(lab):
     val_losses = {line["step"]: line["val_loss"] for line in lines if "val_loss" in line}
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 13))
     assert list(val_losses) == [0, 4, 8, 12]
+    _, data, tokenizer = prepare.load(lab / "data/toy")
+    ids = data["val"]
+    n_bytes = len(tokenizer.decode(ids[ids != tokenizer.eot].tolist()).encode())
+    bits = [line["val_bits_per_byte"] for line in lines if "val_loss" in line]
+    assert bits == pytest.approx(
+        [nats * len(ids) / math.log(2) / n_bytes for nats in val_losses.values()]
+    )
     del val_losses[0]  # before the first step there is nothing to save
     assert load(lab, "p$^$", "ckpt_best.pt")["val_loss"] == min(val_losses.values())
     assert (lab / "p$^$/loss.png").read_bytes().startswith(b"\x89PNG")
@@ -961,21 +970,36 @@ def test_no_model_is_below_the_floor(lab):
 
 
 def test_floor_line_compares_like_with_like(lab):
-    """A model that gives each story its exact probability is at the floor: the line must say 0.0%."""
+    """A model that gives each story its exact probability is at the floor: the line must say 0.0%. One that is above it
+    by a part of a story's length is so by a mean and with an error that are known.
+    """
     _, data, tokenizer = prepare.load(lab / "data/toy")
 
     class Oracle(torch.nn.Module):
         config = ModelConfig(vocab_size=tokenizer.vocab_size)
+        nats_a_token = 0.0  # too many
+        stories = {}  # (exact nats, how many more)
 
         def forward(self, idx, targets, reduction):
             nats = torch.zeros(targets.shape)
             for row, ids in zip(nats, targets):
                 ids = ids[ids != -100].tolist()
                 assert ids[-1] == tokenizer.eot
-                row[0] = -toy_stories.log_prob(tokenizer.decode(ids[:-1]))
+                text = tokenizer.decode(ids[:-1])
+                self.stories[text] = -toy_stories.log_prob(text), self.nats_a_token * len(ids)
+                row[0], row[len(ids) - 1] = self.stories[text]
             return None, nats
 
-    assert " 0.0% above" in floor_line(Oracle(), tokenizer, data["val"], CPU, n=50)
+    oracle = Oracle()
+    assert " 0.0% above" in floor_line(oracle, tokenizer, data["val"], CPU, n=50)
+    oracle.nats_a_token = 0.4
+    line = floor_line(oracle, tokenizer, data["val"], CPU, n=50)
+    exact, more = map(np.array, zip(*(nats for nats in oracle.stories.values() if nats[0] < math.inf)))
+    assert line == (
+        f"{len(exact)} unseen stories: {np.mean(exact + more):.2f} nats a story, "
+        f"{100 * more.sum() / exact.sum():.1f}% above their exact entropy of {exact.mean():.2f} "
+        f"(standard error of the difference {np.sqrt(more.var() / len(more)):.2f})"
+    )
 
 
 def test_a_window_that_hides_nothing_is_named(lab, capsys):
