@@ -597,9 +597,12 @@ def inherit(cfg, ckpt, path, resume, fixed=DATA_KEYS):
             continue
         is_fixed = key in MODEL_KEYS or resume and key in fixed
         if is_fixed and getattr(cfg, key) != value:
-            raise Refusal(
-                f"{path} has {key}={value!r}, which cannot become {getattr(cfg, key)!r}; leave it out"
-            )
+            advice = "leave it out"
+            if key in ("block_size", "rope_scaling") and not resume and saved["pos"] == "rope":
+                keys = f"--out_dir={path} --{key}={getattr(cfg, key)}"
+                advice = f"hf.py {keys} --to=FOLDER stretches it, for --init_from=hf:FOLDER"
+            problem = f"{path} has {key}={value!r}, which cannot become {getattr(cfg, key)!r}"
+            raise Refusal(f"{problem}; {advice}")
     try:
         cfg.__post_init__()
     except (ValueError, TypeError) as e:

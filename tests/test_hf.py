@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import time
 from dataclasses import asdict
 from itertools import islice
@@ -1483,3 +1484,22 @@ def test_train_says_how_to_prepare_with_the_tokenizer_of_a_folder(tmp_path, monk
         call(train, *settings, "--block_size=32")
     with pytest.raises(Refusal, match="block_size=64, which cannot become 128"):
         call(train, *settings, "--block_size=128")
+
+
+def test_the_refusal_of_a_longer_context_leads_to_a_run_that_has_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_text("text.txt")
+    prepare.prepare(configure(prepare.Config, ["--dataset=text.txt", "--name=d", "--vocab_size=300"]))
+    settings = [*SMALL, "--dataset=d", "--max_iters=1"]
+    call(train, *settings, "--block_size=16", "--out_dir=short")
+    rest = [key for key in settings if not key.startswith(("--n_", "--block_size"))]
+    with pytest.raises(Refusal, match="block_size=16, which cannot become 32") as e:
+        call(train, *rest, "--init_from=short", "--block_size=32", "--out_dir=long")
+    advice = re.search("hf.py (.*) --to=FOLDER .* --init_from=hf:FOLDER$", str(e.value))[1]
+    call(hf, *advice.split(), "--to=stretched")
+    call(train, *rest, "--init_from=hf:stretched", "--out_dir=long")
+    assert checkpoint.load("long/ckpt.pt")["model_config"]["block_size"] == 32
+
+    call(train, *settings, "--block_size=16", "--pos=learned", "--out_dir=table")
+    with pytest.raises(Refusal, match="cannot become 32; leave it out"):
+        call(train, *rest, "--init_from=table", "--block_size=32", "--out_dir=longer_table")
