@@ -47,7 +47,7 @@ def generate_uncached(model, prompts, n):
     """Returns n greedy ids a row, each from the whole text read anew. Prompts are of one length."""
     ids = torch.tensor(prompts, device=model.device)
     for _ in range(n):
-        logits = model.head(model.hidden(ids)[:, -1])
+        logits = model.logits(model.hidden(ids)[:, -1])
         ids = torch.cat((ids, logits.argmax(-1, keepdim=True)), 1)
     return ids[:, len(prompts[0]) :].tolist()
 

@@ -702,9 +702,10 @@ BLOCKS = {"pre": PreNorm, "post": PostNorm}
 class Transformer(nn.Module):
     """A decoder-only language model. Three run-time switches, not part of the architecture, are plain
     attributes: gradient_checkpointing (recompute each block in the backward pass: less memory, a third
-    more time), chunked_loss (never hold all logits at once; then a call with targets returns no logits)
-    and balance (how much of balance_loss is learned with the loss, in training mode). quantization says
-    how matrices are stored that quantized.py has put in the place of these.
+    more time), chunked_loss (never hold all logits at once; then a call with targets returns none, and
+    does not ask logits(): see has_plain_logits) and balance (how much of balance_loss is learned with the
+    loss, in training mode). quantization says how matrices are stored that quantized.py has put in the
+    place of these.
     """
 
     gradient_checkpointing = False
@@ -827,19 +828,35 @@ class Transformer(nn.Module):
 
     def next_logits(self, idx, cache=None, doc=None):
         """Returns logits (B, V) of what comes after the last of tokens idx (B, T); cache and doc as in hidden."""
-        return self.head(self.hidden(idx, cache, doc)[:, -1])
+        return self.logits(self.hidden(idx, cache, doc)[:, -1])
+
+    def logits(self, x):
+        """Returns the logits (..., V) of final states x (..., C). Whoever wants logits asks here."""
+        return self.head(x)
+
+    @torch.no_grad()
+    def has_plain_logits(self):
+        """Returns whether logits() multiplies by the head's weight and does no more, as a chunked loss does."""
+        example = self.example
+        weight = self.head.weight.to(example)
+        x = torch.linspace(0, 9, weight.size(1)).sin().to(example)
+        x *= 100 / F.linear(x, weight).abs().max().clamp(min=1e-6)  # so that a cap shows
+        logits = self.logits(x[None])[0]
+        bias = getattr(self.head, "bias", None)  # which would not show before it has learned
+        return bias is None and torch.allclose(logits, F.linear(x, weight), rtol=0.01, atol=1)
 
     def forward(self, idx, targets=None, cache=None, doc=None, reduction="mean"):
         """Returns (logits, loss): logits (B, T, V); loss None without targets, else cross-entropy in
         nats over targets (B, T).
 
-        targets of -100 do not count. reduction: mean | sum | none, the last giving (B, T). What balance
+        It is -log p, which is evaluated, too: what only training adds to it goes into Pretraining.loss (train.py).
+        Targets of -100 do not count. reduction: mean | sum | none, the last giving (B, T). What balance
         adds to a mean or a sum changes its gradient alone, and never its value.
         """
         with recorded_routings(self) as routings:
             x = self.hidden(idx, cache, doc)
         if targets is None:
-            return self.head(x), None
+            return self.logits(x), None
         logits = None
         if self.chunked_loss:
             loss = F.linear_cross_entropy(
@@ -850,7 +867,7 @@ class Transformer(nn.Module):
                 options=nn.LinearCrossEntropyOptions(),
             )
         else:
-            logits = self.head(x)
+            logits = self.logits(x)
             loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction=reduction)
         if reduction == "none":
             return logits, loss.view_as(targets)

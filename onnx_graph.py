@@ -213,7 +213,7 @@ class Graph(nn.Module):
             mask = masks[model.config.window_of(layer)]
             x = block(x, (cos_sin, mask, layer_past, present))
         x = model.norm(x).view(T, B, -1).transpose(0, 1)
-        return model.head(x), *present
+        return model.logits(x), *present
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -257,6 +257,11 @@ def replace(proto, nodes, removed, added):
 def is_look_up(node):
     """Tells the embedding's node from all others."""
     return node.op_type == "Gather" and node.input[1] == "ids"
+
+
+def find_head(proto):
+    """Returns the head's node: the last product, after which logits may be capped."""
+    return next(node for node in reversed(proto.graph.node) if node.op_type in ("Gemm", "MatMul"))
 
 
 def strip_metadata(proto):
@@ -311,7 +316,7 @@ def remove_unused(proto):
 
 def tie_head(proto):
     """Makes a tied head a Transpose of the embedding where torch has made a transposed copy of it."""
-    head = next(node for node in proto.graph.node if node.output[0] == "logits")
+    head = find_head(proto)
     look_up = next(node for node in proto.graph.node if is_look_up(node))
     folded = head.input[1]
     if all(tensor.name != folded for tensor in proto.graph.initializer):

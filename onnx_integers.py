@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from onnx_graph import is_look_up, make_cast, make_node, read_arrays, replace
+from onnx_graph import find_head, is_look_up, make_cast, make_node, read_arrays, replace
 
 MICROSOFT = "com.microsoft"  # onnxruntime's own operators
 STATES = 4  # how exact its products are: with states of 8 bits, a scale for each group
@@ -39,6 +39,7 @@ def quantize(proto, bits=8, table_bits=8, plain=False, group_size=0):
     removed = set()
     nodes = []
     quantized = set()  # the states that are integers already
+    head = find_head(proto).output[0]
     for node in proto.graph.node:
         output = node.output[0]
         if is_look_up(node):
@@ -68,7 +69,7 @@ def quantize(proto, bits=8, table_bits=8, plain=False, group_size=0):
                 nodes += plain_product_nodes(x, weight, product)
             else:
                 n_bits, size = bits, group_size or GROUPS[bits]
-                if output == "logits":
+                if output == head:
                     n_bits, size = table_bits, GROUPS[table_bits]
                 add_groups(added, weight, array, n_bits, size)
                 nodes.append(product_node(x, weight, array.shape, n_bits, size, product))

@@ -252,7 +252,7 @@ def batch_nats(model, rows, lengths, compute):
     targets = ids[:, 1:][is_target]
     with compute.autocast():
         hidden = model.hidden(ids[:, :-1])
-        logits = model.head(hidden[is_target])  # of the completions alone
+        logits = model.logits(hidden[is_target])  # of the completions alone
         losses = F.cross_entropy(logits.float(), targets, reduction="none").cpu().double()
     nats = torch.zeros(is_target.shape, dtype=torch.double)
     nats.masked_scatter_(is_target.cpu(), losses)

@@ -767,6 +767,10 @@ def place(model, cfg, compute):
     """
     model.gradient_checkpointing = cfg.gradient_checkpointing
     model.chunked_loss = cfg.loss == "chunked"
+    if model.chunked_loss and not model.has_plain_logits():
+        raise Refusal(
+            "loss=chunked multiplies by the head alone, and model.py's logits() does more: --loss=plain"
+        )
     model.balance = cfg.balance
     if compute.shards:
         if compute.compile:  # between their messages

@@ -53,7 +53,7 @@ def fit_batch(model):
     even one row's logits are too many.
     """
     rows = LOGITS // (model.config.block_size * model.config.vocab_size)
-    model.chunked_loss = rows == 0 and HAS_CHUNKED_LOSS
+    model.chunked_loss = rows == 0 and HAS_CHUNKED_LOSS and model.has_plain_logits()
     return min(32, max(1, rows))
 
 
