@@ -380,7 +380,6 @@ class Comparison:
                 compute = resolve(self.cfg.device, trial.dtype, trial.compile)
                 train.check_data(trial, folder, data, tokenizer)
                 train.check_start(tokenizer, trial)
-                train.rows_each(trial, compute)
                 check_training_memory(trial, compute)
         except (Refusal, ValueError) as e:
             raise Refusal(f"variant {name}: {e}")
