@@ -92,7 +92,7 @@ def notes(comparison, results):
     cfg = comparison.cfg
     rows = [row for rows in results.values() for row in rows if row["bits_per_byte"] is not None]
     yield (
-        f"Equal: {cfg.by}, {cfg.budget:,g} a run. The loss is of the whole validation split, story by story; "
+        f"Equal: {cfg.by}, {cfg.budget:,.10g} a run. The loss is of the whole validation split, story by story; "
         "the spread is the standard deviation over seeds, and +- half the 95% interval of the paired difference. "
         "One verdict in twenty is wrong where there is no difference."
     )

@@ -15,7 +15,7 @@ import eval as evaluation
 import folders
 import prepare
 import train
-from compare_report import verdict
+from compare_report import notes, verdict
 from config import Refusal, configure
 from device import resolve
 from lenses import likelihood, stats
@@ -207,6 +207,14 @@ def test_tokens_and_seconds_are_the_same_for_all(lab, monkeypatch):
         speed = sum(timing["result"]["tokens_per_s"] for timing in timings) / 2
         [row] = [row for row in results(lab / "out/seconds") if row["variant"] == name]
         assert row["steps"] == max(1, round(0.05 * speed / (batch_size * 32)))
+
+
+@pytest.mark.parametrize(
+    "by, budget, words", [("tokens", "1234567", "tokens, 1,234,567"), ("seconds", "0.5", "seconds, 0.5")]
+)
+def test_the_budget_is_told_in_full(lab, by, budget, words):
+    compared = comparison(lab, "--variants=a:", f"--by={by}", f"--budget={budget}")
+    assert f"Equal: {words} a run." in "".join(notes(compared, {}))
 
 
 def test_the_order_is_fair_to_a_machine_that_slows_down():
