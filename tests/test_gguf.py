@@ -363,6 +363,7 @@ CONVERSATIONS = [
         ("user", "{{ 你 }}"),
     ],
     [("system", ""), ("user", "the"), ("user", ""), ("user", "cat")],
+    [("user", "the"), ("assistant", ""), ("user", "cat"), ("assistant", None), ("user", "rat")],
 ]
 
 
