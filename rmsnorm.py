@@ -10,7 +10,6 @@ a, its norm). x may have any shape, its last dimension is normed; the weight is 
 dtype; the result has x's dtype.
 """
 
-import copy
 import functools
 import hashlib
 import os
@@ -270,18 +269,24 @@ def use_rmsnorm(model, ops):
 
 
 def agrees(norm, ops):
-    """Returns whether ops compute what an RMSNorm does, which one may have changed in model.py: with gains other
-    than 1, and of small states, for which eps counts.
+    """Returns whether ops compute what an RMSNorm does, which one may have changed in model.py, and its gradients:
+    with gains other than 1, and of small states, for which eps counts.
     """
+    gains = {
+        name: torch.linspace(0.5, 1.5, p.numel(), device=p.device).view(p.shape).requires_grad_()
+        for name, p in norm.named_parameters()  # of which a process may have a part
+    }
     try:
-        norm = copy.deepcopy(norm).float().requires_grad_()
-        dim = norm.weight.numel()
-        norm.weight.data.copy_(torch.linspace(0.5, 1.5, dim))
-        x = torch.linspace(0, 9, 2 * dim).sin().view(2, dim) * torch.tensor([[1.0], [0.001]])
-        x = x.to(norm.weight)
+        weight = gains["weight"]
+        dim = max(2, weight.numel())  # one gain for a whole state is something else
+        x = torch.linspace(0, 9, 2 * dim, device=weight.device).sin().view(1, 2, dim)
+        x = (x * x.new_tensor([[1.0], [0.001]])).requires_grad_()
         with torch.enable_grad():
-            return torch.allclose(ops.norm(x, norm.weight, norm.eps), norm(x), rtol=1e-3, atol=1e-6)
-    except AttributeError:  # it has no gain any more, or no eps
+            results = []
+            for y in torch.func.functional_call(norm, gains, x), ops.norm(x, weight, norm.eps):
+                results.append([y, *torch.autograd.grad(y, (x, *gains.values()), y.cos())])
+        return all(torch.allclose(*pair, rtol=1e-3, atol=1e-4) for pair in zip(*results))
+    except Exception:  # it has no gain any more, or no eps, or whatever it stumbles over
         return False
 
 

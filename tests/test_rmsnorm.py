@@ -380,6 +380,9 @@ CHANGES = {
     "no root": lambda self, x: x / x.abs().mean(-1, keepdim=True) * self.weight,
     "no gain": lambda self, x: rms_norm(x, torch.ones_like(self.weight), self.eps),
     "the mean taken off": lambda self, x: rms_norm(x - x.mean(-1, keepdim=True), self.weight, self.eps),
+    "no gradient of the size": lambda self, x: (
+        x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps).detach() * self.weight
+    ),
 }
 
 
@@ -397,8 +400,29 @@ def test_what_one_changes_in_rmsnorm_is_what_is_trained(device, change, monkeypa
         assert torch.equal(model(ids)[0], expected)
 
 
+def test_a_gain_or_bias_that_one_adds_to_rmsnorm_is_trained(monkeypatch):
+    """The bias is 0 at first, as a LayerNorm's: only its learning tells."""
+    norm = RMSNorm(48, EPS)
+    norm.weight = torch.nn.Parameter(torch.ones(1))
+    assert not rmsnorm.agrees(norm, rmsnorm.CPU)
+    norm = RMSNorm(48, EPS)
+    norm.bias = torch.nn.Parameter(torch.zeros(48))
+    forward = RMSNorm.forward
+    monkeypatch.setattr(RMSNorm, "forward", lambda self, x: forward(self, x) + self.bias)
+    assert not rmsnorm.agrees(norm, rmsnorm.CPU)
+
+
+def test_an_rmsnorm_that_takes_states_alone_agrees(monkeypatch):
+    def forward(self, x):
+        B, T, C = x.shape
+        return rms_norm(x.view(B * T, C), self.weight, self.eps).view(B, T, C)
+
+    monkeypatch.setattr(RMSNorm, "forward", forward)
+    assert rmsnorm.agrees(RMSNorm(48, EPS), rmsnorm.CPU)
+
+
 def test_the_shapes_of_any_model_agree_and_a_norm_without_eps_does_not(device):
-    for dim in 1, 2, 7, 48, 4096:
+    for dim in 2, 7, 48, 4096:
         for dtype in torch.float32, torch.bfloat16, torch.float64:
             norm = RMSNorm(dim, EPS).to(device, dtype)
             assert all(rmsnorm.agrees(norm, ops) for ops in (rmsnorm.CPU, rmsnorm.CUDA))
