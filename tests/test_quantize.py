@@ -361,6 +361,30 @@ def test_no_kernel_is_called_outside_its_limits(monkeypatch):
     assert fits(make_linear(8)[1], torch.bfloat16) is None
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_kernel_that_computes_something_else_is_not_taken(bits):
+    """Zeros or scales of other groups, rows of other outputs, a product off by a twentieth, a failure."""
+    linear = make_linear(bits)[1].bfloat16()
+    kernel = quantized.INT8 if bits == 8 else quantized.INT4_CPU
+    assert quantized.agrees(kernel, linear)
+
+    def fail(x, *tensors):
+        raise RuntimeError
+
+    def others(name):
+        other = copy.deepcopy(linear)
+        tensor = getattr(other, name)
+        tensor.copy_(tensor.roll(1, 0))
+        return kernel._replace(prepare=lambda _: kernel.prepare(other))
+
+    names = ["codes8", "scales8"] if bits == 8 else ["codes4", "scales4", "zeros4"]
+    changed = [others(name) for name in names]
+    for multiply in fail, lambda *args: 1.05 * kernel.multiply(*args):
+        changed.append(kernel._replace(multiply=multiply))
+    for other in changed:
+        assert not quantized.agrees(other, linear)
+
+
 def test_what_was_made_for_a_dtype_does_not_outlive_it():
     _, linear = make_linear(4, bias=False)
     x = draw(2, 64).float()

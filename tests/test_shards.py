@@ -14,11 +14,12 @@ from scripts import call
 from test_prepare import DOCS, edit, files, in_an_empty_folder, make_docs, refusal, write_txt
 
 import prepare
+import shards
 import train
 from data import training_rows
 from log import read_log
 from prepare import Config, load
-from shards import Shards
+from shards import Shards, check_file
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +107,17 @@ def test_a_run_is_the_same_to_the_bit(pair):
         logs.append([{key: line[key] for key in line.keys() - {"tokens_per_s"}} for line in lines])
     assert logs[0] == logs[1]
     assert sum("val_loss" in line for line in logs[0]) >= 2
+
+
+def test_a_file_that_is_checked_in_pieces_has_the_hash_and_the_highest_id_of_the_whole(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(shards, "HASH_CHUNK", 7)
+    ids = np.array([3, 900, *range(20)], "<u2")
+    ids.tofile(tmp_path / "train.bin")
+    sha256 = hashlib.sha256(ids.tobytes()).hexdigest()
+    digest, highest = check_file(tmp_path / "train.bin", ids.dtype, len(ids), sha256)
+    assert (digest.hexdigest(), highest) == (sha256, 900)
 
 
 def test_a_size_below_one_is_refused():

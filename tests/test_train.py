@@ -9,6 +9,7 @@ import sys
 from dataclasses import asdict, replace
 from functools import partial
 from inspect import signature
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -516,6 +517,27 @@ def test_figures_need_no_float64_of_the_device():
     expected = figures()
     with WithoutFloat64():
         assert figures() == expected
+
+
+def test_the_speed_is_that_of_all_processes_while_they_train(monkeypatch):
+    """By a clock that stands still: 32 tokens in each of two processes a step."""
+    now = 0.0
+    monkeypatch.setattr(train.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(train, "peak_flops", lambda device, dtype: 1e6)
+    meter = train.Meter(SimpleNamespace(flops_per_token=500), replace(CPU, world_size=2))
+    batches = [{"idx": torch.zeros(3, 8)}, {"idx": torch.zeros(1, 8)}]
+    for n_steps, speed in (1, 16), (4, 64), (1, 16):
+        for _ in range(n_steps):
+            meter.add(batches)
+        now += 3
+        with meter.paused():
+            now += 100
+        now += 1
+        assert meter.measure() == meter.speed == {"tokens_per_s": speed, "mfu": speed * 500 / 1e6 / 2}
+    monkeypatch.setattr(train, "peak_flops", lambda device, dtype: None)  # no data sheet has it
+    meter = train.Meter(SimpleNamespace(flops_per_token=500), CPU)
+    now += 1
+    assert meter.measure() == {"tokens_per_s": 0}
 
 
 def test_dead_experts_are_named():
