@@ -19,6 +19,7 @@ import bench
 import bench_decode
 import bench_learning
 import bench_ops
+import bench_scale
 import bench_step
 import checkpoint
 import measure
@@ -236,6 +237,86 @@ def test_a_decoding_step_reads_the_experts_that_its_rows_go_to():
     assert all_read == 4 * sum(p.numel() for p in model.parameters())
     assert all_read - bench_decode.count_bytes_a_step(model, 1) == 2 * 6 * expert
     assert all_read - bench_decode.count_bytes_a_step(model, 2) == 2 * 4 * expert
+
+
+def test_a_decoding_step_reads_no_row_of_a_table_but_its_own():
+    model = bench_step.build_model(config("--pos=learned", "--tie_embeddings=false"))
+    read = [p for name, p in model.named_parameters() if name not in ("wte.weight", "add_pos.weight")]
+    assert bench_decode.count_bytes_a_step(model, 1) == 4 * sum(p.numel() for p in read)
+    tied = bench_step.build_model(config())
+    assert bench_decode.count_bytes_a_step(tied, 1) == 4 * num_params(tied)
+
+
+@pytest.fixture
+def seconds(monkeypatch):
+    """Races are not run: the first rival takes a second, the next one two."""
+
+    def by_place(rivals, *_):
+        columns = "first", "median", "min", "max"
+        return {name: dict.fromkeys(columns, float(i)) for i, name in enumerate(rivals, 1)}
+
+    for module in bench, bench_decode, bench_ops:
+        monkeypatch.setattr(module, "race", by_place)
+
+
+def test_training_is_told_by_its_operations(seconds, monkeypatch):
+    """6 a weight and token, 12 a score's number; of 2 n^3 a product's and of a data sheet's."""
+    monkeypatch.setattr(bench, "peak_flops", lambda device, dtype: 1e9)
+    monkeypatch.setattr(bench, "peak_memory", lambda device, step: step() or 1000)
+    cfg = config("--optimizer=adamw", "--gradient_accumulation_steps=3")
+    rows = list(bench.train_rows(cfg, resolve("cpu", "float32", "false"), ["float32"]))
+    C = 16
+    scores = 12 * 2 * C * 16
+    llama = 300 * C + 2 * (4 * C * C + 3 * C * 64 + 2 * C) + C
+    gpt2 = 300 * C + 2 * (12 * C * C + 13 * C) + 2 * C  # and places, which are no product
+    for row, weights, time in zip(rows, (llama, gpt2), (1, 2), strict=True):
+        flops = (6 * weights + scores) * 3 * 32 / time
+        assert row["tokens_per_s"] == 3 * 32 / time
+        assert row["mfu"] == pytest.approx(flops / 1e9)
+        assert row["of_matmul"] == pytest.approx(flops / (2 * 1024**3 / 3))
+    # weights, two moments, and of each tensor how many steps it has had
+    assert rows[1]["peak_mb"] == pytest.approx(
+        (1000 + 12 * (gpt2 + 16 * C) + 4 * (2 + 2 * 16 + 2)) / 1e6
+    )
+    for row in bench.bench_experts(cfg, resolve("cpu", "float32", "false")):
+        assert row["mflop_a_token"] == pytest.approx((6 * row["active"] + scores) / 1e6)
+        assert row["weights_mb"] == pytest.approx(4 * row["parameters"] / 1e6)
+    reading, training = bench.bench_data(cfg, resolve("cpu", "float32", "false"))
+    assert (reading["tokens_per_s"], training["tokens_per_s"]) == (32, 3 * 32 / 2)
+    assert reading["against_training"] == 2 / 3
+
+
+def test_reading_is_told_by_its_bytes(seconds, monkeypatch):
+    model = bench_step.build_model(config()).eval()
+    large = torch.zeros(1000)
+    prefill, decode, whole = bench_decode.decode_rows(model, None, large, 2, 0)  # and the sum of large
+    assert [row["tokens_per_s"] for row in (prefill, decode, whole)] == [2 * 8, 2 * 7 / 2, 2 * 8 / 3]
+    assert decode["weights_gb_per_s"] == pytest.approx(4 * num_params(model) * 7 / 2 / 1e9)
+    assert decode["memory_gb_per_s"] == pytest.approx(4000 / 4 / 1e9)
+    assert decode["of_memory"] == pytest.approx(4 * num_params(model) * 7 / 2 / 1000)
+    rows = bench_decode.cached_and_uncached_rows(config(), resolve("cpu", "float32", "false"), model)
+    assert [row["against_half"] for row in rows] == [None, 2, 3 / 2, 4 / 3, None, 6 / 5, 7 / 6, 8 / 7]
+    monkeypatch.setattr(bench_ops, "large_tensor", lambda device: torch.zeros(1000))
+    assert bench_ops.measure_copy(CPU) == 8000
+    compute = resolve("cpu", "float32", "false")
+    for row in bench_ops.norm_rows(config(), compute, 4, 8, torch.float32, 8000, 0):
+        assert row["gb_per_s"] * row["ms"] * 1e6 == pytest.approx(row["bytes"])
+        assert row["of_copy"] * 8000 == pytest.approx(row["gb_per_s"] * 1e9)
+
+
+def test_a_process_in_shards_is_foreseen_by_its_parts():
+    cfg = config("--gradient_accumulation_steps=6")
+    compute = replace(resolve("cpu", "float32", "false"), world_size=2, shards=True)
+    row = bench_scale.foresee(cfg, compute, 1e9, bench_scale.Link(0.5, 1e6))
+    C = 16
+    block = 4 * C * C + 3 * C * 64 + 2 * C + 2 * 8
+    weights = 300 * C + 2 * block + C
+    assert row["gathered_mb"] == pytest.approx(4 * weights / 1e6)  # of two blocks both
+    assert row["state_mb"] == pytest.approx((4 * weights + 8 * weights - 8 * (block - 48)) / 2 / 1e6)
+    # rows that each of two processes takes: three micro-batches of two
+    flops = (6 * weights + 12 * 2 * C * 16) * 16 * 6
+    assert row["compute_ms"] == pytest.approx(flops / 1e6)
+    assert row["messages_ms"] == pytest.approx(500 * row["messages"] + 1e3 * row["messages_mb"])
 
 
 def test_the_cache_table_from_a_shell():
