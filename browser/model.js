@@ -36,7 +36,6 @@ async function load(described) {
   cut(0);
   try {
     await forward([config.eot]);  // what is slow the first time, too
-    if (held.length !== config.vocab_size) throw Error("its vocabulary is another");
   } catch (e) {
     throw Error(`model/model.onnx does not work as model/config.json says it should: ${short(e)}`);
   }
@@ -60,6 +59,7 @@ function cut(n) {
 async function forward(ids, scored) {
   const V = config.vocab_size, input = new ort.Tensor("int64", BigInt64Array.from(ids, BigInt), [1, ids.length]);
   const { logits, ...present } = await session.run({ ids: input, ...cache });
+  if (logits.dims.at(-1) !== V) throw Error("its vocabulary is another");
   const row = j => j < 0 ? held : logits.data.subarray(j * V, (j + 1) * V);
   const scores = scored ? [] : ids.map((id, j) => row(j - 1) && score(row(j - 1), id));
   cache = Object.fromEntries(Object.entries(present).map(([name, t]) => [name.replace("present", "past"), t]));
