@@ -196,7 +196,7 @@ function press() {
 function again() {
   work(() => {
     $("seed").value = (Number($("seed").value) + 1) % 2 ** 53;
-    return write(() => cut(Math.max(1, tokens.findLastIndex(t => t.given) + 1)));
+    return write(() => cut(Math.max(1, tokens.findLastIndex(t => t.given && !isEnd(t.id)) + 1)));  // an end that you took, too, gives way
   });
 }
 

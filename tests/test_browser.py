@@ -761,6 +761,26 @@ def test_alternatives_are_the_models_and_are_taken_by_mouse_by_key_and_by_finger
 
 
 @pytest.mark.slow
+def test_an_end_that_the_reader_took_gives_way_to_another(page):
+    seed = 1
+    while "ended its story" not in page.message():
+        if page.editor() is None:
+            page.new_story()
+        page.write(PROMPT, temperature=0.5, seed=seed)
+        seed += 1
+    text = page.text()
+    show_alternatives(page, page.run(f"{SPANS}.length - 1"), "mouse")
+    names = [name for name, _ in page.alternatives()]
+    take_alternative(page, names.index("∎ the end"), "mouse")
+    assert page.settle() == text
+    assert page.run(f"{select('story')}.querySelector('.end').matches('.given')")
+    page.click("again")
+    other = page.settle()
+    assert other.startswith(PROMPT) and other != text
+    assert "".join(page.given_tokens()) == PROMPT
+
+
+@pytest.mark.slow
 def test_keys_alone(page):
     """Enter writes, Escape closes, stops and leaves the editor, the arrows move."""
     page.type(PROMPT)
@@ -1172,6 +1192,13 @@ def replace_tokenizer(folder):
     Tokenizer.train(["another text"], 260).save(folder / "tokenizer.json")
 
 
+def shrink_vocabulary(folder):
+    tokenizer = Tokenizer.train(["another text"], 260)
+    tokenizer.save(folder / "tokenizer.json")
+    eot = tokenizer.eot
+    edit_config(folder, vocab_size=tokenizer.vocab_size, eot=eot, bos=eot, ends=[eot])
+
+
 # the message, and the damage to a folder that it is about
 DAMAGES = {
     "config.json is not there": lambda folder: (folder / "config.json").unlink(),
@@ -1182,6 +1209,7 @@ DAMAGES = {
     "are not of one model": lambda folder: edit_config(folder, n_layer=3),
     "tokenizer.json and model/config.json": replace_tokenizer,
     "does not work as": lambda folder: edit_config(folder, head_dim=16),
+    "its vocabulary is another": shrink_vocabulary,
     "tokenizer.json is not there": lambda folder: (folder / "tokenizer.json").unlink(),
     "tokenizer.json is damaged": lambda folder: (folder / "tokenizer.json").write_bytes(b"\0\xff"),
     "tokenizer.json cannot be used": lambda folder: (folder / "tokenizer.json").write_text("[]"),
