@@ -234,7 +234,8 @@ class Job:
             return None
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise Refusal(
-                f"{self.path} is damaged ({e}); without it and {self.folder} the run starts anew"
+                f"{self.path} is damaged ({e}); without it and {self.folder} the run starts anew",
+                status=1,
             )
         if result is None and not self.is_begun:
             return None
@@ -303,6 +304,9 @@ class Job:
         cfg, compute = task.cfg, task.compute
         lines = read_log(self.folder / "log.jsonl")
         speeds = [line["tokens_per_s"] for line in lines if "tokens_per_s" in line]
+        if not speeds or "val_bits_per_byte" not in lines[-1]:
+            problem = f"{self.folder}/log.jsonl is damaged: it ends before its run"
+            raise Refusal(f"{problem}; without {self.folder} the run starts anew", status=1)
         tokens_per_s = statistics.median(speeds[1:] or speeds)  # the first has what is done once
         tokens = cfg.max_iters * tokens_a_step(cfg)
         result = {

@@ -132,6 +132,8 @@ def draw(comparison, path):
                 curves.append(curve(job.folder, result["seconds"] / result["steps"]))
         if not curves:
             continue
+        longest = max(len(steps) for steps, *_ in curves)  # a log may have been lost since
+        curves = [curve for curve in curves if len(curve[0]) == longest]
         steps = curves[0][0]
         seconds = np.mean([x for _, x, _ in curves], 0)
         bits = np.array([y for _, _, y in curves])

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import shutil
 import signal
 import warnings
 
@@ -368,3 +369,28 @@ def test_another_comparison_in_the_folder_is_refused(lab, pair):
     with pytest.raises(Refusal, match="has max_iters=8, not 9: --overwrite moves"):
         call(compare, *argv, "--budget=9", folder=lab)
     assert (pair / "results.jsonl").read_text() == before
+
+
+def test_a_log_or_a_result_that_is_lost_is_one_line_and_its_run_can_start_anew(lab):
+    argv = [*SMALL, "--variants=a:", "--seeds=1,2", "--out_dir=out/lost"]
+    call(compare, *argv, folder=lab)
+    before = results(lab / "out/lost")
+    run = lab / "out/lost/runs/a-1"
+    result = run.with_name("a-1.json")
+    (run / "log.jsonl").write_text("")
+    (lab / "out/lost/curves.png").unlink()
+    call(compare, *argv, folder=lab)
+    assert (lab / "out/lost/curves.png").exists()
+    result.write_text(result.read_text()[:100])
+    with pytest.raises(Refusal, match=r"a-1.json is damaged .* starts anew") as refusal:
+        call(compare, *argv, folder=lab)
+    assert refusal.value.status == 1
+    result.unlink()
+    with pytest.raises(
+        Refusal, match="a-1/log.jsonl is damaged: .* without out/lost/runs/a-1 "
+    ) as refusal:
+        call(compare, *argv, folder=lab)
+    assert refusal.value.status == 1
+    shutil.rmtree(run)
+    call(compare, *argv, folder=lab)
+    assert results(lab / "out/lost") == before
