@@ -310,7 +310,7 @@ def restore(ckpt, path, device="cpu"):
     except (ValueError, TypeError, AttributeError, OverflowError, RuntimeError, MemoryError) as e:
         if is_out_of_memory(e):
             raise too_large(path)
-        raise damaged(path, str(e).splitlines()[0])
+        raise damaged(path, " ".join(str(e).splitlines()[:2]))  # in the second one torch names a tensor
     return model.to(device).eval(), tokenizer
 
 
