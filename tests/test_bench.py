@@ -32,7 +32,7 @@ from interop import nanogpt
 from model import ModelConfig, Transformer
 from optim import get_lr, make_optimizers
 from score import evaluate
-from sizes import num_params
+from sizes import model_sizes, num_params
 from tokenizer import EOT, Tokenizer
 
 CPU = torch.device("cpu")
@@ -316,6 +316,10 @@ def test_a_process_in_shards_is_foreseen_by_its_parts():
     # rows that each of two processes takes: three micro-batches of two
     flops = (6 * weights + 12 * 2 * C * 16) * 16 * 6
     assert row["compute_ms"] == pytest.approx(flops / 1e6)
+    assert row["gradients_mb"] == pytest.approx(4 * weights / 1e6)  # whole between micro-batches
+    rest = 16 * 6 * 16 + 4 * model_sizes(cfg).buffers  # ids and targets; cos and sin
+    parts = sum(row[f"{name}_mb"] for name in ("state", "gradients", "gathered", "kept"))
+    assert row["peak_mb"] == pytest.approx(parts + rest / 1e6)
     assert row["messages_ms"] == pytest.approx(500 * row["messages"] + 1e3 * row["messages_mb"])
 
 
@@ -351,6 +355,11 @@ def test_the_table_of_windows_has_what_was_asked_for():
         ("one token", "windows", 4, 1),
         ("one token", "windows", 4, 15),
     ]
+    ms = [row["ms"] for row in rows]
+    against_full = [1, ms[1] / ms[0], 1, 1, ms[4] / ms[2], ms[5] / ms[3]]
+    assert [row["against_full"] for row in rows] == pytest.approx(against_full)
+    against_early = [1, ms[3] / ms[2], 1, ms[5] / ms[4]]
+    assert [row["against_early"] for row in rows[2:]] == pytest.approx(against_early)
 
 
 @pytest.mark.parametrize(
