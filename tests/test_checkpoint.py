@@ -63,6 +63,36 @@ def test_a_base_is_the_same_one_with_later_settings_that_are_off(saved):
     assert checkpoint.fingerprint(ckpt | {"model_config": windowed}) != fingerprint
 
 
+def test_a_base_that_computes_otherwise_with_the_same_weights_is_another_one(tmp_path):
+    path = str(tmp_path / "ckpt.pt")
+    model = build(vocab_size=257, mlp="moe")
+    checkpoint.save(path, model, Tokenizer.train(["ab"], 257), {}, checkpoint.RunState(1, 2.0, 2.0))
+    ckpt = checkpoint.load(path)
+    changes = [{"n_expert_per_token": 1}, {"norm_topk_prob": False}, {"window": 4}]
+    changes += [{"norm_eps": 0.1}, {"rope_scaling": "linear:2"}]
+    fingerprints = {checkpoint.fingerprint(ckpt)}
+    for change in changes:
+        other = ckpt | {"model_config": ckpt["model_config"] | change}
+        fingerprints.add(checkpoint.fingerprint(other))
+        restored, _ = checkpoint.restore(other, path)
+        assert not torch.equal(restored(tokens())[0], model(tokens())[0]), change
+    assert len(fingerprints) == 1 + len(changes)
+
+
+def test_a_run_that_starts_from_a_checkpoint_has_its_own_context_and_dropout(tmp_path):
+    path = str(tmp_path / "ckpt.pt")
+    model = build(vocab_size=257, pos="learned")
+    checkpoint.save(path, model, Tokenizer.train(["ab"], 257), {}, checkpoint.RunState(1, 2.0, 2.0))
+    cfg = replace(model.config, block_size=12, dropout=0.5)
+    start = checkpoint.open_checkpoint(path)
+    start.crop(cfg)
+    cropped, _ = start.restore()
+    assert cropped.config == cfg
+    idx = tokens(T=12)
+    assert torch.equal(cropped(idx)[0], model(idx)[0])
+    assert not torch.equal(cropped.train()(idx)[0], model(idx)[0])
+
+
 def test_stretching_changes_what_is_restored_and_nothing_else(tmp_path):
     path = str(tmp_path / "ckpt.pt")
     tokenizer = Tokenizer.train(["ab"], 257)

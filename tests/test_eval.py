@@ -13,6 +13,7 @@ import threading
 import time
 import traceback
 from collections import Counter
+from types import SimpleNamespace
 from urllib.parse import quote
 
 import numpy as np
@@ -337,12 +338,16 @@ def test_the_text_is_what_prepare_wrote_and_the_figures_are_of_its_bytes_alone(l
     model, _ = checkpoint.restore(checkpoint.load(str(lab / "out/a/ckpt_best.pt")), "a")
     nats = []
     ends = []
+    gaps = []  # above the stories' entropy
+    counts = Counter()
     for text in documents:
         ids = torch.tensor([[tokenizer.eot, *tokenizer.encode(text), tokenizer.eot]])
         with torch.no_grad():
             losses = model(ids[:, :-1], ids[:, 1:], reduction="none")[1][0].double()
         nats += losses[:-1].tolist()
         ends.append(losses[-1].item())
+        gaps.append(losses.sum().item() + toy_stories.log_prob(text))
+        counts.update(tokenizer.encode(text))
     loss = np.mean(nats)
     evaluate(lab, "--out_dir=out/a")
     results = figures(capsys.readouterr().out)["checkpoints"][0]["likelihood"]
@@ -358,8 +363,12 @@ def test_the_text_is_what_prepare_wrote_and_the_figures_are_of_its_bytes_alone(l
     assert results["loss_low"] < loss < results["loss_high"]
     low_share = results["bits_low"] / results["bits_per_byte"]
     assert low_share == pytest.approx(results["loss_low"] / loss, rel=0.02)
-    assert results["above_floor"] > 0
-    assert results["stories"] == min(500, split["documents"])
+    assert results["stories"] == len(gaps) == split["documents"]
+    assert results["above_floor"] == pytest.approx(np.mean(gaps), rel=1e-4)
+    assert results["above_floor_error"] == pytest.approx(np.std(gaps) / len(gaps) ** 0.5, rel=1e-4)
+    unigram = -sum(n * math.log(n / counts.total()) for n in counts.values()) / counts.total()
+    assert results["unigram"] == pytest.approx(unigram)
+    assert results["explained"] == pytest.approx(1 - loss / unigram, abs=1e-5)
 
 
 @pytest.mark.parametrize("few", [False, True])
@@ -392,6 +401,25 @@ def test_a_token_across_the_end_of_a_slice_makes_no_slice_more():
     ):
         unit, _ = likelihood.units([tokenizer.encode(document)], tokenizer, True)
         assert unit[-1] == 1
+
+
+def test_a_slice_has_its_last_byte():
+    tokenizer = Tokenizer.char(["ab"])
+    unit, _ = likelihood.units([tokenizer.encode("ab" * likelihood.SLICE)], tokenizer, True)
+    assert np.bincount(unit).tolist() == [likelihood.SLICE] * 2
+
+
+def test_the_loss_on_the_training_text_is_that_of_documents_evenly_spaced(monkeypatch):
+    model = build()
+    tokenizer = Tokenizer.train(["ab"], 257)
+    documents = [(1 + tokens(1, 2 + n, seed=n)[0] % 60).tolist() for n in range(30)]
+    ids = np.concatenate([[*document, tokenizer.eot] for document in documents])
+    subject = SimpleNamespace(model=model, tokenizer=tokenizer, training=(ids, tokenizer))
+    for room, every in (10**6, 1), (len(ids) // 3, 3):
+        monkeypatch.setattr(likelihood, "TRAINING_TOKENS", room)
+        nats = document_nats(model, documents[::every], tokenizer, CPU)
+        expected = np.concatenate([document[:-1] for document in nats]).mean()
+        assert likelihood.training_loss(subject, CPU) == pytest.approx(expected, rel=1e-5)
 
 
 def test_bits_a_byte_of_sums():

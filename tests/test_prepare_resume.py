@@ -183,6 +183,38 @@ def append(path):
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
+def test_what_is_done_is_of_the_files_that_are_there(tmp_path, capsys):
+    """A source that is touched, a fetched file of another size, another vocabulary: none is gone on with."""
+    source, folder = tmp_path / "c.txt", tmp_path / "d"
+    source.write_text("A text.")
+    folder.mkdir()
+    fetched = folder / "dataset" / "toy.jsonl"
+    vocabulary = Tokenizer.train(["abab"], 258)
+
+    def again(change):
+        """Returns what a run after a killed one goes on with, after a change."""
+        done = progress.Progress(folder, "d", {"seed": 1})
+        done.note_tokenizer(vocabulary)
+        fetched.parent.mkdir(exist_ok=True)
+        fetched.write_text("A text.")
+        done.note_fetched("dataset", {"train": [fetched]})
+        done.check_sources({"train": [source]})
+        change()
+        done = progress.Progress(folder, "d", {"seed": 1})
+        kept = done.tokenizer(), done.fetched("dataset")
+        done.check_sources({"train": [source]})
+        return *kept, done.goes_on
+
+    same, splits, goes_on = again(lambda: None)
+    assert same.sha256 == vocabulary.sha256
+    assert splits == {"train": [fetched]}
+    assert goes_on
+    assert not again(lambda: touch(source))[2]
+    assert again(lambda: append(fetched))[1] == {}
+    assert again(lambda: Tokenizer.train(["baba"], 258).save(folder / "tokenizer.json"))[0] is None
+    capsys.readouterr()
+
+
 @pytest.mark.parametrize(
     "change, settings, problem",
     [

@@ -855,6 +855,23 @@ def test_the_log_the_best_checkpoint_and_the_plot(lab):
     assert sorted(os.listdir(lab / "p$^$")) == ["ckpt.pt", "ckpt_best.pt", "log.jsonl", "loss.png"]
 
 
+def test_the_best_checkpoint_is_the_best_of_all_parts_of_a_run(lab, monkeypatch):
+    """And of equal ones the first. The losses of evaluations are given, as those of a short run only fall."""
+    validate = train.Pretraining.validate
+    losses = iter([9.0, 2.0, 2.5, 2.0])  # before the first step, and after 2, 4 and 6
+
+    def given(task, tokens=None):
+        figures = validate(task, tokens)
+        return figures if tokens == 0 else figures | {"val_loss": next(losses)}
+
+    monkeypatch.setattr(train.Pretraining, "validate", given)
+    run_train(lab, "--out_dir=up", "--max_iters=2", "--eval_interval=2", "--n_layer=1")
+    resume(lab, "up", "--max_iters=6")
+    last, best = load(lab, "up"), load(lab, "up", "ckpt_best.pt")
+    assert (last["step"], best["step"]) == (6, 2)
+    assert last["best_val_loss"] == last["val_loss"] == best["val_loss"] == 2.0
+
+
 def test_from_the_command_line_with_the_default_data_and_then_a_story(tmp_path):
     result = shell("train", *SMALL, "--max_iters=2", folder=tmp_path)
     assert result.returncode == 0, result.stderr
