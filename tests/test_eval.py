@@ -538,6 +538,23 @@ def test_completions_are_scored_as_one_by_one(kind):
         assert nats == pytest.approx(-sum(logp_of_new), rel=1e-4)
 
 
+def test_the_interval_of_a_skill_draws_the_cases_of_each_probe_apart():
+    """Of two probes whose mean would be 0 in each draw where the same cases were drawn of both."""
+    skill = np.random.default_rng(0).normal(size=400)
+    low, high = probes.skill_interval([skill, -skill], 4000, 0)
+    half = 1.96 * skill.std() / math.sqrt(2 * 400)
+    assert (low, high) == (pytest.approx(-half, rel=0.1), pytest.approx(half, rel=0.1))
+
+
+def test_no_wrong_answer_of_a_cloze_is_allowed_after_its_context():
+    def allowed(context, completion):
+        return (len(context) + 2 * len(completion)) % 7 == 0
+
+    cases = probes.cloze(STORIES, 60, 0, allowed).cases
+    assert len(cases) >= 25
+    assert not any(allowed(case.context, wrong) for case in cases for wrong in case.candidates[1:])
+
+
 def test_a_case_that_a_character_model_cannot_spell_is_left_out():
     tokenizer = Tokenizer.char(["".join(STORIES)])  # no "-", no digits; but all toy words
     askable = probes.askable(TOY + STORY, [tokenizer])

@@ -384,6 +384,27 @@ def test_a_step_that_is_not_finite_leaves_no_trace(optimizer):
     assert same(states_after([1.0, 1.0, 1.0]), states_after([1.0, math.nan, 1.0, math.inf, 1.0]))
 
 
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_a_loss_scaler_changes_nothing_where_all_is_finite(optimizer):
+    """To the bit, as its scale is a power of 2: losses and norms, which the log has, and weights."""
+
+    def trained(scaler):
+        model = build().train()
+        optimizers = train.make_optimizers(model, train.Config(optimizer=optimizer), CPU)
+        figures = []
+        for step in range(4):
+            halves = zip(tokens(seed=step).split(1), tokens(seed=step + 9).split(1))
+            batches = [{"idx": idx, "targets": targets} for idx, targets in halves]
+            figures += train.train_step(
+                model, optimizers, batches, CPU, (0, step), grad_clip=0.5, scaler=scaler
+            )
+        return torch.stack(figures), copied(model)
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=2)
+    assert same(trained(scaler), trained(None))
+    assert scaler.get_scale() == 16.0
+
+
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
 @pytest.mark.parametrize("grad_clip", [0.0, 1.0])
 def test_with_a_loss_scaler_one_bad_gradient_skips_all_optimizers(bad, grad_clip):
