@@ -354,12 +354,13 @@ def load(path):
     with refusing(folder, "tokenizer.json", file):
         text = read_text(folder, "tokenizer.json")
         names = [name for name in FILES if os.path.exists(os.path.join(folder, name))]
-        # ours has no file but tokenizer.json
-        if kind == "foreign" or kind == "bpe" and bos != eot or len(names) > 1:
+        # ours has no file but tokenizer.json, and one token ends its texts
+        is_like_ours = kind == "char" or kind == "bpe" and bos == eot
+        if is_like_ours and ends == [eot] and len(names) == 1:
+            tokenizer = Tokenizer.from_str(text)
+        else:
             files = {name: read_text(folder, name) for name in names}
             tokenizer = ForeignTokenizer(files, eot, bos, ends)
-        else:
-            tokenizer = Tokenizer.from_str(text)
     with refusing(folder, "config.json", file):
         check_description(config, c, tokenizer)
     model = open_session(os.path.join(folder, file), c)

@@ -37,7 +37,7 @@ from interop.any_tokenizer import from_files, load_tokenizer
 from interop.foreign_tokenizer import FILES
 from lenses import likelihood
 from model import HAS_CHUNKED_LOSS
-from tokenizer import EOT, Tokenizer
+from tokenizer import EOT, Tokenizer, bos_processor
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -620,6 +620,25 @@ def test_a_foreign_tokenizer_goes_out_to_onnx(tokenizer, tmp_path, monkeypatch, 
     reference.encode_special_tokens = True
     for text in texts(20):
         assert reference.encode(text, add_special_tokens=False).ids == foreign.encode(text)
+
+
+@pytest.mark.slow
+def test_ends_that_config_json_alone_names_go_out_to_onnx(tmp_path, monkeypatch):
+    for library in "onnx", "onnxscript", "onnxruntime":
+        pytest.importorskip(library)
+    import export_onnx
+    import onnx_model
+
+    monkeypatch.chdir(tmp_path)
+    write_folder("a", "llama", tinylm)
+    for name in "tokenizer_config.json", "generation_config.json":
+        Path("a", name).unlink()
+    start = {"post_processor": bos_processor(EOT, 0)}
+    edit_json(Path("a/tokenizer.json"), lambda config: config.update(start))
+    edit_json(Path("a/config.json"), lambda config: config.update(eos_token_id=[0, 200]))
+    call(export_onnx, "--out_dir=hf:a", "--to=b", "--seconds=0")
+    _, tokenizer, _ = onnx_model.load("b")
+    assert (tokenizer.bos, tokenizer.ends) == (0, (0, 200))
 
 
 def test_a_character_model_goes_out(tmp_path):
