@@ -56,7 +56,7 @@ export function keep(logits, { temperature, top_k, top_p }) {
 export function uniform(seed, n) {
   let h = 0;
   for (const x of [seed, Math.floor(seed / 2 ** 32), n]) {  // murmur3's finalizer, once for each
-    h = h + x + 0x9e3779b9 | 0;
+    h = h + (x | 0) + 0x9e3779b9 | 0;  // x alone is exact, and a sum beyond 2 ** 53 is not
     h = Math.imul(h ^ h >>> 16, 0x85ebca6b);
     h = Math.imul(h ^ h >>> 13, 0xc2b2ae35);
     h ^= h >>> 16;
