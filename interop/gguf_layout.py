@@ -15,6 +15,7 @@ import re
 import numpy as np
 import torch
 
+from interop import known_logits
 from interop.hf_config import NEEDS, choose_kind, format_number, read_context
 from model import ModelConfig
 from rope_scaling import YARN_DEFAULTS, read_rope_scaling, rope_base, rope_frequencies, yarn_scale
@@ -170,6 +171,7 @@ def to_gguf(c, state):
     Raises ValueError for what llama.cpp does not have or would compute otherwise.
     """
     kind = choose_kind(c)
+    known_logits.check(kind)
     if any(c.window_of(layer) for layer in range(c.n_layer)):
         raise ValueError(
             f"window={c.window}: llama.cpp reads no windows in these kinds and would see the whole text"

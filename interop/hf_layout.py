@@ -11,6 +11,7 @@ import re
 
 import torch
 
+from interop import known_logits
 from interop.hf_config import CLASSES, QWEN2_WITHOUT, choose_kind, write_config
 from sizes import meta_model, model_sizes
 from tensors import check_finite, check_tensor, count_stored_numbers
@@ -76,6 +77,7 @@ def to_hf(c, state):
     Raises ValueError.
     """
     kind = choose_kind(c)
+    known_logits.check(kind)
     if kind == "llama" and has_qwen2_biases(c, state):
         kind = "qwen2"
         state = {key: x for key, x in state.items() if not is_absent(key, QWEN2_WITHOUT)}

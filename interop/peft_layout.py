@@ -10,6 +10,7 @@ import re
 import torch
 import torch.nn as nn
 
+from interop import known_logits
 from interop.hf_config import choose_kind, read_number
 from interop.hf_layout import locate
 from lora import LINEARS, LoRAConfig, inject
@@ -30,6 +31,7 @@ def to_peft(c, lora, adapters):
     A stacked, B block by block.
     """
     kind = choose_kind(c)
+    known_logits.check(kind)
     modules = {}  # name -> [(third, A, B)] of our Linears in it
     for key, A in adapters.items():
         linear, _, part = key.rpartition(".")

@@ -1,5 +1,7 @@
 """What one changes in model.py is what all scripts compute, or what they refuse in one line."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,15 +11,23 @@ from test_train import SMALL
 
 import bench_decode
 import export_onnx
+import hf
+import model as lab_model
 import onnx_graph
 import onnx_integers
 import onnx_model
 import prepare
+import quantize
+import quantized
 import train
 from config import Refusal
 from device import resolve
+from interop import gguf_layout, hf_layout, known_logits, peft_layout
+from interop.hf_config import choose_kind
 from lenses import likelihood
+from lora import LoRAConfig, inject
 from model import HAS_CHUNKED_LOSS, Transformer
+from products import Linear
 from score import batch_nats
 
 CPU = resolve("cpu", "float32", "false")
@@ -76,3 +86,133 @@ def test_a_chunked_loss_is_not_taken_where_logits_are_more_than_a_product(monkey
     call(prepare, "--num_stories=400", "--num_proc=1", folder=tmp_path)
     with pytest.raises(Refusal, match="logits.. does more: --loss=plain"):
         call(train, *SMALL, "--loss=chunked", folder=tmp_path)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", known_logits.LOGITS)
+def test_known_logits_are_those_of_transformers(kind):
+    pytest.importorskip("transformers")
+    small = known_logits.known_model(kind).float()
+    assert choose_kind(small.config) == kind
+    peer = hf.to_transformers(small)
+    logits = peer(torch.tensor(known_logits.IDS)).logits[0, -1]
+    known = torch.tensor(known_logits.LOGITS[kind])
+    torch.testing.assert_close(logits[: len(known)], known, rtol=0, atol=2e-5)
+
+
+def relu_squared(self, x):
+    return self.down_proj(F.relu(self.gate_proj(x)).square() * self.up_proj(x))
+
+
+def parallel(self, x, context):
+    y = self.norm1(x)
+    return x + self.attn(y, context) + self.mlp(self.norm2(x))
+
+
+def without_gain(self, x):
+    return x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+
+
+def exact_gelu(self, x):
+    return self.down_proj(F.gelu(self.up_proj(x)))
+
+
+def scaled_sdpa(*args, **settings):
+    return F.scaled_dot_product_attention(*args, **settings, scale=0.1)
+
+
+EDITS = {
+    "activation": ("SwiGLU.forward", relu_squared, "llama"),
+    "gelu": ("GELU.forward", exact_gelu, "gpt2"),
+    "layout": ("PreNorm.forward", parallel, "llama gpt2 mixtral"),
+    "norm": ("RMSNorm.forward", without_gain, "llama qwen3_moe"),
+    "logits": ("Transformer.logits", capped, "llama gpt2"),
+    "rotation": ("rotate", lambda x, cos, sin: x * cos, "qwen3"),
+    "attention": (
+        "F",
+        type("Torch", (), vars(F) | {"scaled_dot_product_attention": scaled_sdpa}),
+        "mistral",
+    ),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_a_changed_model_is_not_written_for_those_who_compute_the_old_one(edit, monkeypatch):
+    name, value, kinds = EDITS[edit]
+    configs = [known_logits.known_model(kind).config for kind in kinds.split()]
+    monkeypatch.setattr(f"model.{name}", value)
+    for c in configs:
+        state = lab_model.Transformer(c).state_dict()
+        for write, tensors in (
+            (hf_layout.to_hf, (state,)),
+            (gguf_layout.to_gguf, (state,)),
+            (peft_layout.to_peft, (LoRAConfig(), {})),
+        ):
+            if write is gguf_layout.to_gguf and c.window:
+                continue
+            with pytest.raises(ValueError, match="model.py was changed"):
+                write(c, *tensors)
+
+
+def up_squashed(self, x):
+    return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x).tanh())
+
+
+def norm_of_one_more(self, x):
+    """Gemma's."""
+    return lab_model.rms_norm(x, 1 + self.weight, self.eps)
+
+
+FOLDED = {
+    "activation": ("SwiGLU.forward", up_squashed, ["mlp.down_proj"]),
+    "layout": (
+        "PreNorm.forward",
+        lambda self, x, context: x + both(self, x, context),
+        ["mlp.gate_proj"],
+    ),
+    "norm": ("RMSNorm.forward", norm_of_one_more, ["attn.q_proj", "mlp.gate_proj"]),
+}
+
+
+def both(self, x, context):
+    """GPT-J's, after one norm."""
+    y = self.norm1(x)
+    return self.attn(y, context) + self.mlp(y)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("edit", [None, *FOLDED])
+def test_awq_folds_no_scale_through_what_one_has_changed(edit, monkeypatch, capsys):
+    """In 8 bits a model computes nearly what it did."""
+    if edit:
+        name, value, _ = FOLDED[edit]
+        monkeypatch.setattr(f"model.{name}", value)
+    whole = build(qk_norm=False).eval()
+    whole.wte.weight *= torch.linspace(0.1, 3, whole.config.n_embd)  # so that scales are no 1
+    cfg = quantize.Config(to="nowhere", method="awq")
+    rounded = copy.deepcopy(whole)
+    quantize.quantize_model(rounded, cfg, tokens(4))
+    for table in "wte", "head":
+        getattr(rounded, table).weight.copy_(getattr(whole, table).weight)
+    expected, logits = whole(tokens(4))[0], rounded(tokens(4))[0]
+    assert (logits - expected).norm() < 0.05 * expected.norm()
+    assert ("no scale for" in capsys.readouterr().out) == (edit is not None)
+
+
+class Doubled(Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("name", ["blocks.0.mlp.up_proj", "head", "wte"])
+def test_a_matrix_of_ones_own_class_is_neither_made_integers_nor_merged(name):
+    model = build()
+    module = model.get_submodule(name)
+    own = Doubled if name != "wte" else type("Scaled", (torch.nn.Embedding,), {})
+    module.__class__ = own
+    with pytest.raises(ValueError, match=f"{name} is a {own.__name__}"):
+        quantized.install(model, quantized.Quantization(8, 0, "rtn"))
+    if name.startswith("blocks"):
+        with pytest.raises(ValueError, match="does more than multiply"):
+            inject(model, LoRAConfig(rank=2))
+        assert all(p.requires_grad for p in model.parameters())
