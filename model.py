@@ -438,7 +438,8 @@ def attention(q, k, v, mask=None, is_causal=False, dropout_p=0.0):
     S, D), as F.scaled_dot_product_attention does.
 
     In bfloat16 on a processor that takes 2 to 5 times as long in training as its steps one by one, and 1.2
-    times at 1,024 tokens (LOG.md).
+    times at 1,024 tokens (LOG.md). So there are two ways: whoever changes the scores, by a cap or a sink,
+    changes the second one and sets is_written_out = True.
     """
     is_slow = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad
     is_written_out = is_slow and q.size(-2) <= LONGEST_WRITTEN_OUT
@@ -662,7 +663,7 @@ MLPS = {"gelu": GELU, "swiglu": SwiGLU, "moe": MoE}
 
 # -----------------------------------------------------------------------------------------------------
 # Blocks. A layout is built as Block(config, layer); a final norm follows the last one unless the class
-# says final_norm = False. With --rmsnorm=cuda these two are computed as rmsnorm.py has them
+# says final_norm = False. With --rmsnorm=cuda rmsnorm.py computes these two, while that is the same
 
 
 class PreNorm(nn.Module):
@@ -749,7 +750,8 @@ class Transformer(nn.Module):
 
     def init_weights(self):
         """Draws GPT-2's: N(0, 0.02), what writes into the residual stream smaller by sqrt(2 n_layer),
-        biases 0. Norms start by themselves: gains 1, biases 0.
+        biases 0: of all Linears and Embeddings, whatever a class has drawn for its own. What else it has, as
+        norms their gains of 1, stays as the class made it.
         """
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding, ExpertLinear)):

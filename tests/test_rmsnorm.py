@@ -25,7 +25,7 @@ import train
 from config import configure
 from data import padded, to
 from device import resolve
-from model import NORMS, ModelConfig, RMSNorm, Transformer, rms_norm
+from model import NORMS, ModelConfig, PreNorm, RMSNorm, Transformer, rms_norm
 from optim import make_optimizers
 from rmsnorm import use_rmsnorm
 
@@ -428,6 +428,36 @@ def test_the_shapes_of_any_model_agree_and_a_norm_without_eps_does_not(device):
             assert all(rmsnorm.agrees(norm, ops) for ops in (rmsnorm.CPU, rmsnorm.CUDA))
     del norm.eps
     assert not rmsnorm.agrees(norm, rmsnorm.CPU)
+
+
+def parallel(self, x, context):
+    y = self.norm1(x)
+    return x + self.attn(y, context) + self.mlp(self.norm2(x))
+
+
+def halved(self, x, context):
+    x = x + 0.5 * self.attn(self.norm1(x), context)
+    return x + self.mlp(self.norm2(x))
+
+
+def by_place(self, x, context):
+    x = x + self.attn(self.norm1(x), context) * context.places[:, None]
+    return x + self.mlp(self.norm2(x))
+
+
+@pytest.mark.parametrize("forward", [parallel, halved, by_place])
+def test_what_one_changes_in_a_block_is_what_is_computed(device, forward, monkeypatch):
+    """And not what the fused block does, whose norms are the kernel's still."""
+    model = tiny("pre").to(device)
+    use_rmsnorm(model, rmsnorm.CUDA)
+    assert type(model.blocks[0]) is rmsnorm.CudaPreNorm
+    use_rmsnorm(model, rmsnorm.TORCH)
+    monkeypatch.setattr(PreNorm, "forward", forward)
+    ids = torch.arange(16, device=device)[None]
+    expected = model(ids)[0]
+    use_rmsnorm(model, rmsnorm.CUDA)
+    assert type(model.blocks[0].norm2) is rmsnorm.CudaRMSNorm
+    torch.testing.assert_close(model(ids)[0], expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(3, 5, 24), (7, 2, 1), (0, 4)])
