@@ -107,10 +107,25 @@ def inject(model, c):
                 f"rank {c.rank} is more than {name}, {shape}, can have: "
                 "take a smaller one; 0, where that is taken, trains all weights"
             )
+        if not is_product(linear):
+            raise ValueError(
+                f"{name}, a {type(linear).__name__}, does more than multiply by its weight: merged, an adapter would "
+                "compute something else; --rank=0, where that is taken, trains all weights"
+            )
     model.requires_grad_(False)
     for name, linear in linears.items():
         adapted = LoRALinear(linear, c.rank, c.alpha, c.lora_dropout)
         replace(model, name, adapted.train(linear.training))
+
+
+def is_product(linear):
+    """Returns whether a Linear multiplies by its weight, to which an adapter can be added then."""
+    if hasattr(linear, "multiply") or linear.weight.is_meta:
+        return True
+    x = torch.linspace(0, 9, linear.in_features).sin().to(linear.weight)[None]
+    with torch.no_grad():
+        expected = F.linear(x, linear.weight, linear.bias)
+        return (linear(x) - expected).norm() <= 0.01 * expected.norm()
 
 
 def replace(model, name, module):

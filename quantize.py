@@ -41,13 +41,14 @@ from device import resolve
 from eval import data_folder, load_data, read_file
 from folders import new_folder
 from interop.gguf_file import is_gguf
-from quantized import LARGEST, Codes, Quantization, check_groups, linears, quantized
+from quantized import LARGEST, Codes, Quantization, check_classes, check_groups, linears, quantized
 from score import evaluate
 
 BATCH = 8  # rows of text at a time
 COLUMNS = 128  # of a matrix, after which GPTQ changes all those that follow
 LONGEST = 2048  # tokens of a row of text, however long the model's context is
 SHORTEST = 256  # tokens of a text that is looked at, where the context is not shorter
+MOST_CHANGED = 1e-4  # of a block's outputs by AWQ's scales: more is no rounding
 GRID = 20  # powers of the inputs' size that AWQ tries, from 0 on
 HELD_OUT = 1 << 15  # tokens of the validation split, about so many, that the loss is told of
 
@@ -333,7 +334,9 @@ def gptq_block(block, names, states, cfg, c):
 
 
 class Fold(NamedTuple):
-    """Where AWQ's scale goes: from the inputs of some matrices into what they are in proportion to."""
+    """Where AWQ's scale goes: from the inputs of some matrices into what they are in proportion to, as model.py's
+    classes have it; awq_block takes it back where one was changed so that they are not.
+    """
 
     before: Any  # tensors, whose rows are those inputs, of a norm or a Linear
     names: Any  # of the Linears that read them
@@ -381,6 +384,8 @@ def awq_block(block, names, states, cfg, c):
         """From the outputs of v_proj to the inputs of o_proj, where several heads read one's values."""
         return s.view(c.n_kv_head, 1, c.head_dim).expand(of_heads).flatten()
 
+    x, context = states[0]
+    expected = block(x, context)
     for fold in folds(block, c):
         experts = list(fold.experts)
         shared = inputs[fold.names[0]]
@@ -392,6 +397,8 @@ def awq_block(block, names, states, cfg, c):
         if is_grouped:
             sizes = sizes.view(of_heads).mean(1).flatten()
         s = awq_scale(pairs, sizes, cfg.bits, cfg.group_size, spread if is_grouped else None)
+        tensors = [*fold.before, *fold.unrounded, *[W[name] for name in fold.names]]
+        saved = [tensor.clone() for tensor in tensors]
         for tensor in fold.before:
             tensor.div_(s.view(-1, *[1] * (tensor.dim() - 1)))
         s = spread(s) if is_grouped else s
@@ -399,6 +406,12 @@ def awq_block(block, names, states, cfg, c):
             matrix.mul_(s)
         for name in fold.names:
             W[name][experts] *= s
+        if (block(x, context) - expected).norm() > MOST_CHANGED * expected.norm():
+            for tensor, was in zip(tensors, saved):
+                tensor.copy_(was)
+            tqdm.write(f"awq: no scale for {', '.join(fold.names)}: what comes before takes none")
+            continue
+        for name in fold.names:
             H[name] = H[name].clone()
             H[name][experts] /= s * s[:, None]
     for name in names:
@@ -507,6 +520,7 @@ def main(cfg):
     with new_folder(to, cfg.overwrite, "--overwrite moves it aside", [hf_name(ckpt.path)]) as tmp:
         model, tokenizer = ckpt.restore()
         try:
+            check_classes(model)
             check_groups(model, cfg.group_size)
         except ValueError as e:
             raise Refusal(e)

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 
 import lora
 from model import ExpertLinear, product_dtype
+from products import Linear
 
 METHODS = ("rtn", "gptq", "awq")
 GROUP_SIZES = (32, 64, 128)
@@ -318,6 +319,16 @@ def linears(model):
     }
 
 
+def check_classes(model):
+    """Raises ValueError where a matrix is in a class of one's own, whose forward integers would leave out."""
+    for name, module in (linears(model) | {"head": model.head, "wte": model.wte}).items():
+        if type(module) not in (nn.Linear, Linear, ExpertLinear, nn.Embedding):
+            raise ValueError(
+                f"{name} is a {type(module).__name__}: integers stand for the matrices of Linear, ExpertLinear and "
+                "Embedding alone, and would leave out what it computes"
+            )
+
+
 def check_groups(model, group_size):
     """Raises ValueError where a Linear's inputs are no multiple of the group."""
     if not group_size:
@@ -342,6 +353,7 @@ def empty(linear, quantization):
 
 def install(model, quantization):
     """Puts modules of integers, all 0, in the place of a Transformer's matrices. Raises ValueError."""
+    check_classes(model)
     check_groups(model, quantization.group_size)
     for name, linear in linears(model).items():
         lora.replace(model, name, empty(linear, quantization))
