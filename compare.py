@@ -62,6 +62,7 @@ RATES += ["grad_clip", "balance"]
 PLACE = ("out_dir", "init_from", "device", "overwrite")  # what is no part of what a run computes
 KINDS = ("timings", "trials", "runs")  # of jobs, and the folders that they are in
 TIMING_STEPS = 50
+CODE = ("model.py", "optim.py", "train.py")  # what one changes, and no setting says
 
 
 @dataclass
@@ -478,6 +479,18 @@ def finish(jobs, after=lambda: None):
             time.sleep(1)
 
 
+def warn_of_changes(out_dir):
+    """Says where results are kept of runs that were made before the code was changed."""
+    changed = max(os.path.getmtime(Path(__file__).with_name(name)) for name in CODE)
+    results = list(Path(out_dir).glob("*/*.json"))
+    if n := sum(os.path.getmtime(path) < changed for path in results):
+        print(
+            f"{n} of {len(results)} runs in {out_dir} are older than the last change of {', '.join(CODE)}: "
+            "--overwrite makes all of them anew",
+            file=sys.stderr,
+        )
+
+
 def publish(comparison):
     """Writes results.jsonl and table.md of the runs that are done. Returns the table."""
     results = {}
@@ -549,6 +562,7 @@ def main(cfg):
         ways = "--overwrite moves it aside, --out_dir=OTHER writes elsewhere"
         if folders.in_the_way(cfg.out_dir, cfg.overwrite, ways):
             folders.move_aside(cfg.out_dir)
+    warn_of_changes(cfg.out_dir)
     if others:
         print(f"{1 + len(others)} processes share the runs")
     for name, variant in comparison.variants.items():

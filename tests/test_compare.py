@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import os
 import shutil
 import signal
 import warnings
@@ -354,6 +355,20 @@ def test_a_comparison_whose_runs_all_diverged_has_no_legend(lab):
     table = (lab / "out/all-diverged/table.md").read_text()
     assert "- b against a: no seed of which both runs ended; 2 runs diverged" in table
     assert (lab / "out/all-diverged/curves.png").exists()
+
+
+def test_results_that_are_older_than_the_code_are_told(tmp_path, capsys):
+    """As of a model.py that was changed since: no setting says so."""
+    out = tmp_path / "out"
+    for seed in 1, 2:
+        path = out / f"runs/good-{seed}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+    compare.warn_of_changes(out)
+    assert capsys.readouterr().err == ""
+    os.utime(path, (0, 0))
+    compare.warn_of_changes(out)
+    assert "1 of 2 runs" in capsys.readouterr().err
 
 
 def test_a_comparison_in_use_is_not_moved_aside(lab, pair):
