@@ -23,7 +23,7 @@ GREEDY = 1e-5  # temperatures below take the likeliest token: divided by less, l
 
 def distribution(logits, temperature=1.0, top_k=0, top_p=1.0):
     """Returns probabilities (B, n) and whose they are, ids (B, n), None for all ids in order, of logits (B, V) under
-    these rules. top_p keeps the token that crosses it (Holtzman et al. 2019).
+    these rules, for next_token and speculate.Draws alike. top_p keeps the token that crosses it (Holtzman et al. 2019).
     """
     ids = None
     if 0 < top_k < logits.size(-1):
@@ -40,7 +40,7 @@ def distribution(logits, temperature=1.0, top_k=0, top_p=1.0):
 
 def next_token(logits, temperature=1.0, top_k=0, top_p=1.0, uniform=None):
     """Returns a token a row (B,) from logits (B, V), drawn by numbers uniform (B, 1) from [0, 1), of which greedy
-    text needs none.
+    text needs none. With --draft it is not asked: a rule that changes probabilities belongs in distribution.
     """
     if temperature < GREEDY:
         return logits.argmax(-1)

@@ -567,6 +567,7 @@ class MoE(nn.Module):
 
     Tokens are sorted by expert, so that each matrix is multiplied once, whatever it got; nothing waits
     for the device, and no token is left out. Which experts a token gets depends on that token alone.
+    A forward of one's own has to add its Routing to routings, else balance is not learned.
     """
 
     inner_width = SwiGLU.inner_width
