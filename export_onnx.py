@@ -188,7 +188,10 @@ def check(model, exported, prompt, n):
         limit = max(limit, MAX_ROUNDING * rounding)
     if not share <= limit:
         message = "the ONNX file does not compute what PyTorch does"
-        raise Refusal(f"{message}: {largest:.2g} is more than rounding", status=1)
+        advice = (
+            "where model.py was changed, so must be onnx_graph.py, which has its own Attention and MoE"
+        )
+        raise Refusal(f"{message}: {largest:.2g} is more than rounding; {advice}", status=1)
     pytorch_ids = write_greedy(model, prompt, n)
     onnx_ids = write_greedy(exported, prompt, n)
     for i, (pytorch_id, onnx_id) in enumerate(zip(pytorch_ids, onnx_ids)):

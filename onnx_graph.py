@@ -105,6 +105,14 @@ class JoinedSwiGLU(nn.Module):
         return self.down_proj(F.silu(gate) * up)
 
 
+def computes_silu(mlp):
+    """Returns whether an MLP computes what JoinedSwiGLU does, and is not one that was changed in model.py."""
+    x = torch.linspace(0, 9, 2 * mlp.up_proj.in_features).sin().view(2, -1)
+    with torch.no_grad():
+        expected = mlp(x)
+        return (JoinedSwiGLU(mlp)(x) - expected).norm() <= 1e-4 * expected.norm()
+
+
 class DenseMoE(nn.Module):
     """Computes what model.MoE does with each expert on each token, most of them weighted by 0: two
     products with all experts side by side, and nothing is sorted.
@@ -165,7 +173,7 @@ class Graph(nn.Module):
         roll = nn.Buffer(torch.eye(c.head_dim).roll(c.head_dim // 2, 1))
         for block in self.model.blocks:
             block.attn = JoinedAttention(c, block.attn, roll)
-            if c.mlp == "swiglu":
+            if c.mlp == "swiglu" and computes_silu(block.mlp):
                 block.mlp = JoinedSwiGLU(block.mlp)
             elif c.mlp == "moe":
                 block.mlp = DenseMoE(block.mlp)

@@ -73,6 +73,16 @@ def test_capped_logits_are_exported_and_the_head_keeps_its_bits(tie, monkeypatch
     assert bits == 8
 
 
+def test_an_activation_that_one_has_changed_is_exported(monkeypatch):
+    joined = onnx_graph.Graph(build()).model.blocks[0].mlp
+    assert type(joined) is onnx_graph.JoinedSwiGLU
+    monkeypatch.setattr("model.SwiGLU.forward", relu_squared)
+    own = onnx_graph.Graph(build()).model.blocks[0].mlp
+    x = torch.linspace(-2, 2, 64).view(2, 32).sin()
+    assert own(x).shape == joined(x).shape and not torch.allclose(own(x), joined(x), rtol=0.01)
+    torch.testing.assert_close(own(x), relu_squared(build().blocks[0].mlp, x))
+
+
 @pytest.mark.skipif(not HAS_CHUNKED_LOSS, reason="this torch has no linear_cross_entropy")
 def test_a_chunked_loss_is_not_taken_where_logits_are_more_than_a_product(monkeypatch, tmp_path):
     model = build().eval()
