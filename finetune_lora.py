@@ -231,6 +231,8 @@ def open_run(cfg, kind):
     else:
         start = open_checkpoint("", adapter=cfg.out_dir, prefer_adapter="adapter.pt")
     if start.task != kind or not start.last["optimizers"]:
+        if start.task != kind:  # nothing starts from it, and --merge makes no base of it
+            checkpoint.refuse_reward_model(start)
         way = f"--init_from={cfg.out_dir} --out_dir=OTHER starts from it"
         if "ckpt.pt" not in names:
             way = f"finetune_lora.py --merge --out_dir={cfg.out_dir} makes a base of it"

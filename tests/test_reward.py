@@ -212,7 +212,7 @@ def test_a_run_keeps_its_reward_model(shop, letters, judge):
         (sample, ["--out_dir=base", "--draft=judge"], "is a reward model, which judges text"),
         (hf, ["--adapter=judge", "--to=there"], "is a reward model"),
         (finetune_lora, ["--out_dir=judge", "--merge"], "is a reward model"),
-        (finetune_dpo, ["--out_dir=judge", "--init_from=resume"], "is no preference tuning run"),
+        (finetune_dpo, ["--out_dir=judge", "--init_from=resume"], "is a reward model, which judges"),
         (finetune_reward, ["--init_from=base", "--rank=0"], "rank must be at least 1"),
         (finetune_reward, ["--init_from=base", "--start=a", "--out_dir=there"], "leave it out"),
         (
