@@ -13,6 +13,7 @@ import threading
 import time
 import traceback
 from collections import Counter
+from random import Random
 from types import SimpleNamespace
 from urllib.parse import quote
 
@@ -236,6 +237,10 @@ def test_lengths_leave_the_ends_of_documents_out_and_take_a_scaling(long_lab, ca
     ckpt.stretch("yarn:2,48", 96)
     nats = position_nats(ckpt.restore()[0], rows, CPU) * is_text
     assert results["ways"][1]["all"] == pytest.approx(nats.sum() / sizes.sum() / math.log(2), rel=1e-5)
+    own, _ = checkpoint.open_checkpoint(str(lab / "rope.pt")).restore()
+    nats = position_nats(own, rows, CPU) * is_text
+    restarted = results["ways"][0]["restarted"]
+    assert restarted == pytest.approx(nats.sum() / sizes.sum() / math.log(2), rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -544,6 +549,12 @@ def test_the_interval_of_a_skill_draws_the_cases_of_each_probe_apart():
     low, high = probes.skill_interval([skill, -skill], 4000, 0)
     half = 1.96 * skill.std() / math.sqrt(2 * 400)
     assert (low, high) == (pytest.approx(-half, rel=0.1), pytest.approx(half, rel=0.1))
+
+
+def test_each_word_of_a_set_is_right_equally_often_though_stories_have_one_less_often():
+    cases = probes.word_cases(STORIES[:40], [("was", "were")], 60, Random(0))
+    counts = Counter(case.candidates[0] for case in cases)
+    assert 0 < counts[" was"] == counts[" were"] < 30
 
 
 def test_no_wrong_answer_of_a_cloze_is_allowed_after_its_context():

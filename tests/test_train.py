@@ -347,6 +347,27 @@ def test_balance_is_learned_alike_whatever_the_micro_batches():
     assert max((a - b).abs().max() for a, b in zip(plain, expected)) > 1e-3
 
 
+def test_a_placed_model_is_trained_as_the_settings_say():
+    """model.py's tests say what these do; without it experts would be spread by the default, whatever is given."""
+
+    def router_gradient(model):
+        batch = {"idx": tokens(), "targets": tokens(seed=2)}
+        train.next_token_loss(model.train(), batch).backward()
+        return model.blocks[0].mlp.router.weight.grad
+
+    gradients = []
+    for balance in 0.0, 0.5:
+        expected = build(mlp="moe")
+        expected.balance = balance
+        gradients.append(router_gradient(expected))
+        placed = build(mlp="moe")
+        assert train.place(placed, train.Config(balance=balance), CPU) is placed
+        assert torch.equal(router_gradient(placed), gradients[-1])
+        assert not placed.gradient_checkpointing and not placed.chunked_loss
+    assert not torch.equal(*gradients)
+    assert train.place(build(), train.Config(gradient_checkpointing=True), CPU).gradient_checkpointing
+
+
 def test_a_loss_that_is_not_finite_changes_nothing():
     model = build()
     model.norm.weight.data[0] = math.nan
