@@ -137,6 +137,13 @@ def test_rows_stay_inside_a_short_split(n):
         assert torch.equal(batch["idx"] + 1, batch["targets"])
 
 
+def test_a_split_of_one_token_more_than_the_context_is_the_shortest():
+    cfg = configure(train.Config, ["--block_size=10"])
+    train.check_data(cfg, "data/d", {"train": np.arange(11)}, None)
+    with pytest.raises(Refusal, match="has 10 tokens, not enough for block_size=10"):
+        train.check_data(cfg, "data/d", {"train": np.arange(10)}, None)
+
+
 # Learning rate
 
 
@@ -895,6 +902,22 @@ def test_the_log_the_best_checkpoint_and_the_plot(lab):
     assert load(lab, "p$^$", "ckpt_best.pt")["val_loss"] == min(val_losses.values())
     assert (lab / "p$^$/loss.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(os.listdir(lab / "p$^$")) == ["ckpt.pt", "ckpt_best.pt", "log.jsonl", "loss.png"]
+
+
+def test_a_loss_in_the_log_is_the_mean_of_its_steps_and_the_last_one_that_of_the_whole_split(
+    lab, capsys
+):
+    argv = [*SMALL, "--n_layer=1", "--max_iters=6", "--eval_interval=6", "--eval_tokens=128"]
+    losses = []
+    for n in 1, 3:
+        output = printed(capsys, train, *argv, f"--log_interval={n}", f"--out_dir=each-{n}", folder=lab)
+        losses.append([line["loss"] for line in log(lab, f"each-{n}") if "loss" in line])
+    each, means = losses
+    assert means == pytest.approx([sum(each[:3]) / 3, sum(each[3:]) / 3])
+    model, _ = checkpoint.restore(load(lab, "each-3"), "each-3")
+    _, data, _ = prepare.load(lab / "data/toy")
+    loss = evaluate(model, data["val"], model.config.block_size, 4, CPU)
+    assert f"tokens: {loss:.4f} nats a token" in output
 
 
 def test_the_best_checkpoint_is_the_best_of_all_parts_of_a_run(lab, monkeypatch):
