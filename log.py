@@ -111,7 +111,7 @@ def plot(out_dir, panels=PANELS):
 
 
 def draw_curve(ax, lines, key, **style):
-    points = [(line["step"], line[key]) for line in lines if key in line]
+    points = [(line["step"], line[key]) for line in lines if type(line.get(key)) in (int, float)]
     steps = [step for step, _ in points]
     losses = [loss for _, loss in points]
     ax.plot(steps, losses, **style)

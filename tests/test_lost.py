@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import json
 import os
 import random
 import resource
@@ -23,6 +24,7 @@ import folders
 import prepare
 import train
 from config import Refusal, configure
+from log import plot
 
 ARGV = [
     "--n_layer=2",
@@ -210,6 +212,18 @@ def test_a_run_that_starts_anew_starts_its_log_anew(lab):
     assert list((lab / "anew").glob("ckpt_best.pt.*.tmp"))
     assert finish(start(lab, "train", *argv)) == 0
     assert_same_run(lab, whole, "anew")
+
+
+def test_what_is_no_number_in_a_log_is_not_drawn(tmp_path):
+    """At the end of a run, which would end in a traceback."""
+    lines = [
+        {"step": 0, "loss": {}},
+        {"step": 1, "loss": 1.5, "val_loss": "x"},
+        {"step": 2, "loss": None},
+    ]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert plot(str(tmp_path)) == f"loss plot: {tmp_path}/loss.png"
+    assert (tmp_path / "loss.png").exists()
 
 
 def test_a_run_goes_on_with_its_streams_closed(lab):
