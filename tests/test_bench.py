@@ -118,6 +118,10 @@ def test_a_gpu_is_timed_over_several_calls():
     assert measure.count_calls(print, 1e-6, CPU) == 1 == measure.count_calls((print, print), 1e-6, GPU)
 
 
+def test_the_time_of_several_calls_is_told_of_one(clock):
+    assert measure.time_rival(lambda: clock(2), CPU, calls=3) == 2
+
+
 def test_a_race_does_not_time_the_setup(clock):
     numbers_made = []
 

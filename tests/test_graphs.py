@@ -323,7 +323,8 @@ def trained(
         results += step(batches=batches, seed=(7, number))
         assert all(type(group["lr"]) is float for o in optimizers for group in o.param_groups)
     states = [x for o in optimizers for state in o.state.values() for x in state.values()]
-    return torch.stack(results).cpu(), [p.detach() for p in model.parameters()], states, step
+    results = torch.stack(results).cpu() if results else None
+    return results, [p.detach() for p in model.parameters()], states, step
 
 
 CFG = train.Config(vocab_size=V)
@@ -341,6 +342,15 @@ def test_static_training_steps_are_the_plain_ones_to_the_bit(optimizer, settings
     assert all(map(torch.equal, static_weights, weights))
     assert len(states) == len(static_states) > 0
     assert all(map(torch.equal, static_states, states))
+
+
+def test_the_first_batches_stay_as_they_are():
+    _, _, _, step = trained(True, n_steps=0)
+    first = tokens_of(0, 2)
+    for number in range(3):
+        step(batches=tokens_of(number, 2) if number else first, seed=(7, number))
+    for batch, expected in zip(first, tokens_of(0, 2)):
+        assert torch.equal(batch["idx"], expected["idx"])
 
 
 def test_batches_of_another_shape_go_through_a_plain_step():
@@ -370,7 +380,8 @@ def test_a_training_step_asks_only_what_a_processor_is_asked():
 
 def test_what_is_not_captured_is_said():
     gpu = Compute(torch.device("cuda"), "bfloat16", True, "")
-    assert graph_message(CFG, gpu) == ", a CUDA graph a step"
+    for cfg in CFG, replace(CFG, dropout=0.1), replace(CFG, gradient_accumulation_steps=2):
+        assert graph_message(cfg, gpu) == ", a CUDA graph a step"
     cases = {
         "several processes": (CFG, replace(gpu, world_size=2)),
         "float16's loss scaler": (CFG, replace(gpu, dtype_name="float16")),

@@ -114,8 +114,9 @@ def test_targets_are_inputs_shifted_by_one_and_an_epoch_sees_each_block_once():
     assert not (first.diff() > 0).all()
     assert not torch.equal(first - first.min(), second - second.min())
     # epochs are cut anywhere: over some of them each token is a row's first
-    cuts = {epoch_starts(len(data), T, seed, epoch).min() for epoch in range(60)}
-    assert cuts == set(range(T))
+    for n_tokens in 1000, 1001, 1009:
+        cuts = {epoch_starts(n_tokens, T, seed, epoch).min() for epoch in range(60)}
+        assert cuts == set(range(T))
 
 
 def test_a_row_depends_on_its_number_alone():
