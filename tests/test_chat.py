@@ -248,6 +248,18 @@ def test_ctrl_c_stops_the_answer_and_a_full_context_is_said(tmp_path, monkeypatc
     assert "the cat".startswith(conversation.messages[1]["content"])
 
 
+def test_a_conversation_leaves_room_for_a_token_of_the_answer(tmp_path):
+    instruct(tmp_path, smollm, SYSTEM)
+    tokenizer = hf_folder.read_tokenizer(str(tmp_path))
+    n = len(conversation_ids(tokenizer, [{"role": "user", "content": "Who?"}]))
+    answers = Answers(tokenizer, "the cat")
+    assert "".join(Chat(answers, tokenizer, n + 1).answer("Who?")).startswith("the cat")
+    full = Chat(answers, tokenizer, n)
+    with pytest.raises(ValueError, match="the context"):
+        next(full.answer("Who?"))
+    assert full.messages == []
+
+
 def raise_end():
     raise EOFError
 

@@ -421,6 +421,17 @@ def test_an_rmsnorm_that_takes_states_alone_agrees(monkeypatch):
     assert rmsnorm.agrees(RMSNorm(48, EPS), rmsnorm.CPU)
 
 
+@pytest.mark.parametrize("position", ["pre", "post"])
+def test_a_switch_back_leaves_the_modules_that_were(device, position):
+    model = tiny(position).to(device)
+    kinds = [type(module) for module in model.modules()]
+    for ops in rmsnorm.CPU, rmsnorm.CUDA, rmsnorm.CPU:
+        assert rmsnorm.use_rmsnorm(model, ops)
+        assert [type(module) for module in model.modules()] != kinds
+    assert rmsnorm.use_rmsnorm(model, rmsnorm.TORCH)
+    assert [type(module) for module in model.modules()] == kinds
+
+
 def test_the_shapes_of_any_model_agree_and_a_norm_without_eps_does_not(device):
     for dim in 2, 7, 48, 4096:
         for dtype in torch.float32, torch.bfloat16, torch.float64:
