@@ -290,6 +290,9 @@ def test_calibration_reads_each_token_once():
     cfg = configure(quantize.Config, ["--to=n", "--method=awq", "--tokens=1000000"])
     rows = quantize.read_rows(cfg, {"train": np.arange(1005)}, "", None, 100)
     assert torch.equal(rows, torch.arange(1000).view(10, 100))
+    cfg.tokens = 300  # evenly spaced
+    fewer = quantize.read_rows(cfg, {"train": np.arange(1005)}, "", None, 100)
+    assert torch.equal(fewer, rows[[0, 4, 9]])
 
 
 def test_a_matrix_where_gptq_is_no_better_is_named():
