@@ -930,9 +930,18 @@ def test_the_best_checkpoint_is_the_best_of_all_parts_of_a_run(lab, monkeypatch)
         figures = validate(task, tokens)
         return figures if tokens == 0 else figures | {"val_loss": next(losses)}
 
+    saved = {}  # the last evaluation's loss in the checkpoint of each step
+    save = train.Pretraining.save
+
+    def noted(task, name, state):
+        saved[state.step] = state.val_loss
+        save(task, name, state)
+
     monkeypatch.setattr(train.Pretraining, "validate", given)
+    monkeypatch.setattr(train.Pretraining, "save", noted)
     run_train(lab, "--out_dir=up", "--max_iters=2", "--eval_interval=2", "--n_layer=1")
-    resume(lab, "up", "--max_iters=6")
+    resume(lab, "up", "--max_iters=6", "--save_minutes=1e-9")
+    assert saved == {2: 2.0, 3: 2.0, 4: 2.5, 5: 2.5, 6: 2.0}
     last, best = load(lab, "up"), load(lab, "up", "ckpt_best.pt")
     assert (last["step"], best["step"]) == (6, 2)
     assert last["best_val_loss"] == last["val_loss"] == best["val_loss"] == 2.0
