@@ -226,3 +226,17 @@ def test_a_matrix_of_ones_own_class_is_neither_made_integers_nor_merged(name):
         with pytest.raises(ValueError, match="does more than multiply"):
             inject(model, LoRAConfig(rank=2))
         assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_matrix_is_told_from_ones_own_without_its_numbers(bias):
+    """Memory is counted on models whose weights are whatever was there."""
+    model = build(bias=bias)
+    for p in model.parameters():
+        p.data.fill_(torch.nan)
+    inject(copy.deepcopy(model), LoRAConfig(rank=2, target="all"))
+    for p in model.parameters():
+        p.data.zero_()
+    model.blocks[0].mlp.up_proj.__class__ = Doubled
+    with pytest.raises(ValueError, match="does more than multiply"):
+        inject(model, LoRAConfig(rank=2, target="all"))
