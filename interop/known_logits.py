@@ -13,7 +13,8 @@ from interop.hf_config import CLASSES, NEEDS
 from model import ModelConfig, Transformer
 from sizes import Undrawn
 
-SIZES = {
+# all that a logit may depend on, whatever model.py has where nothing is said
+SETTINGS = {
     "vocab_size": 11,
     "n_layer": 3,
     "n_head": 4,
@@ -21,7 +22,14 @@ SIZES = {
     "n_inner": 48,
     "block_size": 16,
     "n_expert": 4,
+    "n_expert_per_token": 2,
+    "norm_topk_prob": True,
     "norm_eps": 0.1,  # a share of what is normed
+    "rope_theta": 10000.0,
+    "rope_scaling": "none",
+    "window": 0,
+    "window_pattern": "S",
+    "tie_embeddings": True,
     "bias": True,
 }
 IDS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]]
@@ -42,7 +50,7 @@ def known_model(kind):
     if kind == "mistral":
         more["window"] = 5
     with Undrawn():
-        model = Transformer(ModelConfig(**(SIZES | more | NEEDS[kind]))).double()
+        model = Transformer(ModelConfig(**(SETTINGS | more | NEEDS[kind]))).double()
     with torch.no_grad():
         for number, p in enumerate(model.parameters()):
             waves = (1.7 * torch.arange(p.numel()).double() + number).sin().view(p.shape)

@@ -1,6 +1,7 @@
 """What one changes in model.py is what all scripts compute, or what they refuse in one line."""
 
 import copy
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -108,6 +109,18 @@ def test_known_logits_are_those_of_transformers(kind):
     logits = peer(torch.tensor(known_logits.IDS)).logits[0, -1]
     known = torch.tensor(known_logits.LOGITS[kind])
     torch.testing.assert_close(logits[: len(known)], known, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", known_logits.LOGITS)
+def test_known_logits_depend_on_no_default_of_model_py(kind, monkeypatch):
+    """Each is in config.json, so that another one is no other formula."""
+    known = known_logits.known_model(kind).config
+    others = {"rope_theta": 500.0, "n_expert_per_token": 1, "window": 3, "window_pattern": "SL"}
+    others |= {"rope_scaling": "linear:2", "dropout": 0.1}
+    values = [others.get(f.name, not f.default if f.type is bool else f.default) for f in fields(known)]
+    monkeypatch.setattr(type(known).__init__, "__defaults__", tuple(values))
+    assert known_logits.known_model(kind).config == replace(known, dropout=0.1)
+    known_logits.check(kind)
 
 
 def relu_squared(self, x):
