@@ -18,6 +18,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from products import Linear
+
 LINEARS = "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
 
 
@@ -119,18 +121,8 @@ def inject(model, c):
 
 
 def is_product(linear):
-    """Returns whether a Linear multiplies by its weight, to which an adapter can be added then."""
-    if hasattr(linear, "multiply") or linear.weight.is_meta:
-        return True
-    # of numbers of its own: where memory is counted its weight was never drawn
-    x = torch.linspace(0, 9, linear.in_features).sin().to(linear.weight)
-    numbers = {"weight": torch.linspace(1, -1, linear.out_features).to(x).outer(x)}
-    if linear.bias is not None:
-        numbers["bias"] = torch.zeros_like(linear.bias)
-    with torch.no_grad():
-        expected = F.linear(x[None], **numbers)
-        y = torch.func.functional_call(linear, numbers, x[None])
-        return (y - expected).norm() <= 0.01 * expected.norm()
+    """Returns whether a Linear multiplies by its weight and does no more, as an adapter beside it wants."""
+    return hasattr(linear, "multiply") or type(linear).forward in (nn.Linear.forward, Linear.forward)
 
 
 def replace(model, name, module):
