@@ -506,7 +506,7 @@ class Memory(torch.nn.Module):
                 predicted[row, i] = self.next_id.get(tuple(ids[max(0, i - 59) : i + 1]), 0)
         return torch.nn.functional.one_hot(predicted, self.config.vocab_size).float()
 
-    def head(self, x):
+    def logits(self, x):
         return 20 * x
 
 
