@@ -288,7 +288,8 @@ def agrees(norm, ops):
             results = []
             for y in torch.func.functional_call(norm, gains, x), ops.norm(x, weight, norm.eps):
                 results.append([y, *torch.autograd.grad(y, (x, *gains.values()), y.cos())])
-        return all(torch.allclose(*pair, rtol=1e-3, atol=1e-4) for pair in zip(*results))
+        # by their size: without eps gradients are as large as states are small
+        return all((b - a).norm() <= 1e-3 * a.norm() for a, b in zip(*results))
     except Exception:  # it has no gain any more, or no eps, or whatever it stumbles over
         return False
 

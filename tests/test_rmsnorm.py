@@ -437,6 +437,8 @@ def test_the_shapes_of_any_model_agree_and_a_norm_without_eps_does_not(device):
         for dtype in torch.float32, torch.bfloat16, torch.float64:
             norm = RMSNorm(dim, EPS).to(device, dtype)
             assert all(rmsnorm.agrees(norm, ops) for ops in (rmsnorm.CPU, rmsnorm.CUDA))
+        for eps in 1e-12, 1.0:
+            assert rmsnorm.agrees(RMSNorm(dim, eps).to(device), rmsnorm.CPU)
     del norm.eps
     assert not rmsnorm.agrees(norm, rmsnorm.CPU)
 
