@@ -24,6 +24,7 @@ given the tokens that go to it; where that is none, its numbers are rounded to t
 import math
 import os
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -386,34 +387,38 @@ def awq_block(block, names, states, cfg, c):
 
     x, context = states[0]
     expected = block(x, context)
-    for fold in folds(block, c):
-        experts = list(fold.experts)
-        shared = inputs[fold.names[0]]
-        pairs = [
-            (W[name][expert].double(), shared.H[expert]) for name in fold.names for expert in experts
-        ]
-        sizes = shared.sizes(experts)
-        is_grouped = fold.names == ["attn.o_proj"]
-        if is_grouped:
-            sizes = sizes.view(of_heads).mean(1).flatten()
-        s = awq_scale(pairs, sizes, cfg.bits, cfg.group_size, spread if is_grouped else None)
-        tensors = [*fold.before, *fold.unrounded, *[W[name] for name in fold.names]]
+    # of all experts together: to compute a block once for each takes longer than to find their scales
+    for readers, together in groupby(folds(block, c), key=lambda fold: fold.names):
+        together = list(together)
+        tensors = [W[name] for name in readers]
+        tensors += [tensor for fold in together for tensor in (*fold.before, *fold.unrounded)]
         saved = [tensor.clone() for tensor in tensors]
-        for tensor in fold.before:
-            tensor.div_(s.view(-1, *[1] * (tensor.dim() - 1)))
-        s = spread(s) if is_grouped else s
-        for matrix in fold.unrounded:
-            matrix.mul_(s)
-        for name in fold.names:
-            W[name][experts] *= s
+        scaled = {name: H[name].clone() for name in readers}
+        shared = inputs[readers[0]]
+        is_grouped = readers == ["attn.o_proj"]
+        for fold in together:
+            experts = list(fold.experts)
+            pairs = [
+                (W[name][expert].double(), shared.H[expert]) for name in readers for expert in experts
+            ]
+            sizes = shared.sizes(experts)
+            if is_grouped:
+                sizes = sizes.view(of_heads).mean(1).flatten()
+            s = awq_scale(pairs, sizes, cfg.bits, cfg.group_size, spread if is_grouped else None)
+            for tensor in fold.before:
+                tensor.div_(s.view(-1, *[1] * (tensor.dim() - 1)))
+            s = spread(s) if is_grouped else s
+            for matrix in fold.unrounded:
+                matrix.mul_(s)
+            for name in readers:
+                W[name][experts] *= s
+                scaled[name][experts] /= s * s[:, None]
         if (block(x, context) - expected).norm() > MOST_CHANGED * expected.norm():
             for tensor, was in zip(tensors, saved):
                 tensor.copy_(was)
-            tqdm.write(f"awq: no scale for {', '.join(fold.names)}: what comes before takes none")
+            tqdm.write(f"awq: no scale for {', '.join(readers)}: what comes before takes none")
             continue
-        for name in fold.names:
-            H[name] = H[name].clone()
-            H[name][experts] /= s * s[:, None]
+        H |= scaled
     for name in names:
         codes = rtn(W[name], cfg.bits, cfg.group_size)
         yield name, codes, error_of(W[name], codes, H[name]), nearest[name]

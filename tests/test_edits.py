@@ -222,6 +222,16 @@ def test_awq_folds_no_scale_through_what_one_has_changed(edit, monkeypatch, caps
     assert ("no scale for" in capsys.readouterr().out) == (edit is not None)
 
 
+@torch.no_grad()
+def test_awq_computes_a_block_no_more_often_for_more_experts():
+    calls = {2: [], 8: []}
+    for n_expert in calls:
+        model = build(mlp="moe", n_expert=n_expert).eval()
+        model.blocks[0].register_forward_hook(lambda *_, n=n_expert: calls[n].append(n))
+        quantize.quantize_model(model, quantize.Config(to="nowhere", method="awq"), tokens(4))
+    assert len(calls[2]) == len(calls[8])
+
+
 class Doubled(Linear):
     def forward(self, x):
         return 2 * super().forward(x)
