@@ -374,54 +374,54 @@ def awq_block(block, names, states, cfg, c):
     """Scales the inputs of all Linears, then rounds to the nearest."""
     inputs = collect(block, names, states)
     W = {name: stacked(block.get_submodule(name)) for name in names}
-    H = {name: inputs[name].H for name in names}
+    H = {name: inputs[name].H.clone() for name in names}
     nearest = {}
     for name in names:
         codes = rtn(W[name], cfg.bits, cfg.group_size)
         nearest[name] = error_of(W[name], codes, H[name])
-    of_heads = c.n_kv_head, c.n_head // c.n_kv_head, c.head_dim
-
-    def spread(s):
-        """From the outputs of v_proj to the inputs of o_proj, where several heads read one's values."""
-        return s.view(c.n_kv_head, 1, c.head_dim).expand(of_heads).flatten()
-
     x, context = states[0]
     expected = block(x, context)
     # of all experts together: to compute a block once for each takes longer than to find their scales
-    for readers, together in groupby(folds(block, c), key=lambda fold: fold.names):
-        together = list(together)
-        tensors = [W[name] for name in readers]
-        tensors += [tensor for fold in together for tensor in (*fold.before, *fold.unrounded)]
+    for readers, group in groupby(folds(block, c), key=lambda fold: fold.names):
+        group = list(group)
+        tensors = [tensor for name in readers for tensor in (W[name], H[name])]
+        tensors += [tensor for fold in group for tensor in (*fold.before, *fold.unrounded)]
         saved = [tensor.clone() for tensor in tensors]
-        scaled = {name: H[name].clone() for name in readers}
-        shared = inputs[readers[0]]
-        is_grouped = readers == ["attn.o_proj"]
-        for fold in together:
-            experts = list(fold.experts)
-            pairs = [
-                (W[name][expert].double(), shared.H[expert]) for name in readers for expert in experts
-            ]
-            sizes = shared.sizes(experts)
-            if is_grouped:
-                sizes = sizes.view(of_heads).mean(1).flatten()
-            s = awq_scale(pairs, sizes, cfg.bits, cfg.group_size, spread if is_grouped else None)
-            for tensor in fold.before:
-                tensor.div_(s.view(-1, *[1] * (tensor.dim() - 1)))
-            s = spread(s) if is_grouped else s
-            for matrix in fold.unrounded:
-                matrix.mul_(s)
-            for name in readers:
-                W[name][experts] *= s
-                scaled[name][experts] /= s * s[:, None]
+        for fold in group:
+            scale_inputs(fold, W, H, inputs[readers[0]], cfg, c)
         if (block(x, context) - expected).norm() > MOST_CHANGED * expected.norm():
-            for tensor, was in zip(tensors, saved):
-                tensor.copy_(was)
+            for tensor, old in zip(tensors, saved):
+                tensor.copy_(old)
             tqdm.write(f"awq: no scale for {', '.join(readers)}: what comes before takes none")
-            continue
-        H |= scaled
     for name in names:
         codes = rtn(W[name], cfg.bits, cfg.group_size)
         yield name, codes, error_of(W[name], codes, H[name]), nearest[name]
+
+
+def scale_inputs(fold, W, H, inputs, cfg, c):
+    """Makes the inputs of a Fold's matrices, of which the Inputs are given, smaller and their weights larger, in
+    place: in W and H, {name: (n, out, in)} and (n, in, in), and in what stands before.
+    """
+    experts = list(fold.experts)
+    sizes = inputs.sizes(experts)
+    spread = None
+    if fold.names == ["attn.o_proj"]:  # several heads read one's values
+        of_heads = c.n_kv_head, c.n_head // c.n_kv_head, c.head_dim
+        sizes = sizes.view(of_heads).mean(1).flatten()
+
+        def spread(s):
+            return s.view(c.n_kv_head, 1, c.head_dim).expand(of_heads).flatten()
+
+    pairs = [(W[name][expert].double(), H[name][expert]) for name in fold.names for expert in experts]
+    s = awq_scale(pairs, sizes, cfg.bits, cfg.group_size, spread)
+    for tensor in fold.before:
+        tensor.div_(s.view(-1, *[1] * (tensor.dim() - 1)))
+    s = spread(s) if spread else s
+    for matrix in fold.unrounded:
+        matrix.mul_(s)
+    for name in fold.names:
+        W[name][experts] *= s
+        H[name][experts] /= s * s[:, None]
 
 
 BLOCKS = {"rtn": rtn_block, "gptq": gptq_block, "awq": awq_block}  # by method
