@@ -308,6 +308,7 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_trained(lab, argv
     assert not (lab / "out/refused").exists()
 
 
+@pytest.mark.slow
 def test_a_sweep_takes_texts_and_booleans_and_presets_keep_their_steps_out(lab):
     presets = lab / "presets"
     presets.mkdir()
@@ -386,6 +387,7 @@ def test_another_comparison_in_the_folder_is_refused(lab, pair):
     assert (pair / "results.jsonl").read_text() == before
 
 
+@pytest.mark.slow
 def test_a_log_or_a_result_that_is_lost_is_one_line_and_its_run_can_start_anew(lab):
     argv = [*SMALL, "--variants=a:", "--seeds=1,2", "--out_dir=out/lost"]
     call(compare, *argv, folder=lab)

@@ -196,6 +196,7 @@ def test_rows_that_cannot_be_read_are_refused(row, message):
     assert str(refusal.value).startswith("p.jsonl line 1: ") and message in str(refusal.value)
 
 
+@pytest.mark.slow
 def test_the_grammar_tells_what_is_preferred():
     made = toy_stories.preference_rows(300, 5)
     assert len({row["prompt"] for row in made}) == 300

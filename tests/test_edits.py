@@ -56,7 +56,7 @@ def test_logits_that_are_capped_are_so_wherever_they_are_used(monkeypatch):
     assert written == bench_decode.generate_cached(model, rows, 6)
 
 
-@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("tie", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_capped_logits_are_exported_and_the_head_keeps_its_bits(tie, monkeypatch, tmp_path):
     monkeypatch.setattr(Transformer, "logits", capped)
     model = build(tie=tie, block_size=64, n_layer=1).eval()

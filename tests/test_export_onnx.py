@@ -488,6 +488,7 @@ def test_plain_int8_is_a_quarter_and_near(lab, tmp_path):
     assert "validation loss: float32" in lab.output
 
 
+@pytest.mark.slow
 def test_the_next_way_is_tried_where_one_loses_too_much(lab, monkeypatch, tmp_path, capsys):
     ways = [way._replace(most=-1) for way in export_onnx.WAYS["int4"]]  # neither is good enough
     monkeypatch.setitem(export_onnx.WAYS, "int4", ways)

@@ -1505,6 +1505,7 @@ def test_train_says_how_to_prepare_with_the_tokenizer_of_a_folder(tmp_path, monk
         call(train, *settings, "--block_size=128")
 
 
+@pytest.mark.slow
 def test_the_refusal_of_a_longer_context_leads_to_a_run_that_has_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_text("text.txt")

@@ -582,7 +582,10 @@ def test_reward_rises(shop, baseline):
 # Runs
 
 
-@pytest.mark.parametrize("updates, baseline", [(1, "group"), (3, "group"), (3, "value")])
+@pytest.mark.parametrize(
+    "updates, baseline",
+    [(1, "group"), pytest.param(3, "group", marks=pytest.mark.slow), (3, "value")],
+)
 def test_stop_and_resume_is_an_uninterrupted_run_to_the_bit(shop, updates, baseline):
     argv = [
         f"--updates={updates}",
@@ -658,7 +661,9 @@ def test_a_reward_that_is_no_number_ends_the_run_which_loses_nothing(shop, monke
     assert log(shop, out_dir) == log(shop, f"accepted-{out_dir}")
 
 
-@pytest.mark.parametrize("rewards, steps", [(100 + 2 * 12, 2), (100 + 8 * 12, 8)])
+@pytest.mark.parametrize(
+    "rewards, steps", [(100 + 2 * 12, 2), pytest.param(100 + 8 * 12, 8, marks=pytest.mark.slow)]
+)
 def test_a_reward_that_is_none_in_one_process_ends_both_and_loses_nothing(shop, rewards, steps):
     """While it samples to learn, or in the evaluation after the last step."""
     argv = [*TINY, *REWARDED, "--init_from=base", *PROMPTS, "--eval_interval=8", "--baseline=value"]

@@ -57,7 +57,7 @@ def one(lab):
         (2, "muon", "float32", "swiglu"),
         (2, "adamw", "float32", "swiglu"),
         (2, "muon", "bfloat16", "swiglu"),
-        (3, "muon", "float32", "moe"),
+        pytest.param(3, "muon", "float32", "moe", marks=pytest.mark.slow),
     ],
 )
 def test_processes_with_a_micro_batch_each_are_one_with_all_to_the_bit(lab, n, optimizer, dtype, mlp):

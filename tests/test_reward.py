@@ -178,6 +178,7 @@ def test_what_it_judges_is_learned(shop, letters, judge):
     assert last["reward"] > first["reward"]
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_reward_model(shop, letters, judge):
     """By what it computes: its folder may hold another one by then."""
     shutil.copytree(judge, shop / "passing")
