@@ -99,7 +99,7 @@ def bench_quantize(cfg, compute):
     sizes, losses, rivals, dtypes = {}, {}, {}, {}
     n = min(64, model.config.block_size // 2)
     fast = compute.dtype
-    if cfg.dtype == "auto" and fast_bfloat16(compute.device):
+    if cfg.dtype == "auto" and quantized.has_kernels(cfg) and fast_bfloat16(compute.device):
         fast = torch.bfloat16
 
     def add(name, other, dtype):

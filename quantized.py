@@ -147,6 +147,11 @@ def kernel_of(linear, dtype):
     return kernel if agrees(kernel, linear) else None
 
 
+def has_kernels(c):
+    """Returns whether kernels, which take bfloat16, multiply most integers of a model of config c: not of experts."""
+    return c.mlp != "moe"
+
+
 def agrees(kernel, linear):
     """Returns whether a kernel computes what the matrix written out does, on two rows."""
     x = torch.linspace(-1, 1, 2 * linear.in_features, device=linear.scales.device).sin()

@@ -35,6 +35,7 @@ from device import fast_bfloat16, resolve
 from generate import generate, start_rows
 from graphs import whats_not_static
 from memory import check_memory
+from quantized import has_kernels
 from rmsnorm import choose_rmsnorm
 from sizes import kv_cache_bytes
 from speculate import MOST_GUESSES, DraftModel, Speculation, load_draft
@@ -189,8 +190,9 @@ def load(cfg):
         *results, message = load_onnx(folder)
         return *results, f"{message}; --onnx=no is PyTorch"
     model, tokenizer = ckpt.restore()
-    if model.quantization and cfg.dtype == "auto" and fast_bfloat16(compute.device):
-        compute = resolve(cfg.device, "bfloat16", compile)  # which torch's kernels for integers take
+    has_integers = model.quantization and has_kernels(model.config)
+    if has_integers and cfg.dtype == "auto" and fast_bfloat16(compute.device):
+        compute = resolve(cfg.device, "bfloat16", compile)
     paths = ckpt.path
     if ckpt.adapter:
         lora.merge(model)  # in float32; then it is as fast as its base
