@@ -181,6 +181,7 @@ def text_bits(model, rows, sizes, first, end):
     return nats / sizes[:, first:end].sum() / math.log(2)
 
 
+@pytest.mark.slow
 def test_lengths_figures_are_scores_own_and_each_stretched_models(long_lab, capsys):
     lab, tokenizer, ids = long_lab
     n = (len(ids) + 1 - 1) // 384

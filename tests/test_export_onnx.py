@@ -633,6 +633,7 @@ def test_a_quantized_folder_keeps_its_groups(lab, monkeypatch, tmp_path, capsys)
     assert sizes == {"int4": [128] * 4 + [32], "int8": [64] * 5}
 
 
+@pytest.mark.slow
 def test_int4_is_written_beside_the_model_and_sample_reads_it(lab, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(lab.folder)
     export("--quantize=int4", "--seconds=0", "--eval_tokens=512", f"--to={tmp_path}/onnx")
