@@ -48,7 +48,7 @@ def quantized_models(cfg, model, rows):
         size = cfg.group_size if way["bits"] == 4 else 0
         settings = quantize.Config(to="nowhere", group_size=size, **way)
         try:
-            quantized.check_groups(model, settings.group_size)
+            quantized.check_matrices(model, settings.group_size)
         except ValueError as e:
             print(f"without {name}: {e}")
             continue

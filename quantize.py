@@ -42,7 +42,7 @@ from device import resolve
 from eval import data_folder, load_data, read_file
 from folders import new_folder
 from interop.gguf_file import is_gguf
-from quantized import LARGEST, Codes, Quantization, check_classes, check_groups, linears, quantized
+from quantized import LARGEST, Codes, Quantization, check_matrices, linears, quantized
 from score import evaluate
 
 BATCH = 8  # rows of text at a time
@@ -525,8 +525,7 @@ def main(cfg):
     with new_folder(to, cfg.overwrite, "--overwrite moves it aside", [hf_name(ckpt.path)]) as tmp:
         model, tokenizer = ckpt.restore()
         try:
-            check_classes(model)
-            check_groups(model, cfg.group_size)
+            check_matrices(model, cfg.group_size)
         except ValueError as e:
             raise Refusal(e)
         T = min(model.config.block_size, LONGEST)

@@ -324,6 +324,12 @@ def linears(model):
     }
 
 
+def check_matrices(model, group_size):
+    """Raises ValueError where a model's matrices cannot be integers, in groups of a size or, with 0, in rows."""
+    check_classes(model)
+    check_groups(model, group_size)
+
+
 def check_classes(model):
     """Raises ValueError where a matrix is in a class of one's own, whose forward integers would leave out."""
     for name, module in (linears(model) | {"head": model.head, "wte": model.wte}).items():
@@ -358,8 +364,7 @@ def empty(linear, quantization):
 
 def install(model, quantization):
     """Puts modules of integers, all 0, in the place of a Transformer's matrices. Raises ValueError."""
-    check_classes(model)
-    check_groups(model, quantization.group_size)
+    check_matrices(model, quantization.group_size)
     for name, linear in linears(model).items():
         lora.replace(model, name, empty(linear, quantization))
     c = model.config

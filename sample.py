@@ -190,9 +190,9 @@ def load(cfg):
         *results, message = load_onnx(folder)
         return *results, f"{message}; --onnx=no is PyTorch"
     model, tokenizer = ckpt.restore()
-    has_integers = model.quantization and has_kernels(model.config)
-    if has_integers and cfg.dtype == "auto" and fast_bfloat16(compute.device):
-        compute = resolve(cfg.device, "bfloat16", compile)
+    if model.quantization and cfg.dtype == "auto" and fast_bfloat16(compute.device):
+        if has_kernels(model.config):
+            compute = resolve(cfg.device, "bfloat16", compile)  # which they take
     paths = ckpt.path
     if ckpt.adapter:
         lora.merge(model)  # in float32; then it is as fast as its base

@@ -239,7 +239,7 @@ def test_each_matrix_is_measured_after_the_integers_before_it(mlp):
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 def test_an_expert_is_rounded_by_its_own_tokens(method):
-    """Six tokens to one of eight experts each: of two no token comes to, and what is rounded to the nearest is theirs."""
+    """Six tokens go to one of eight experts each. The numbers of those that get none are rounded to the nearest."""
     model = make("moe", n_expert_per_token=1).float()
     cfg = configure(quantize.Config, ["--to=n", "--bits=4", f"--method={method}"])
     original = copy.deepcopy(model.blocks[0].mlp)
