@@ -149,6 +149,16 @@ def is_worth_a_capture(model, n_steps):
     return is_static and n_steps >= FEWEST
 
 
+def decoding_message(config, device, n_steps, has_draft=False, is_compiled=False):
+    """Returns what is said of graphs where texts of so many tokens are written: "" on a processor, which has none."""
+    if device.type != "cuda":
+        return ""
+    reason = "a draft guesses" if has_draft else whats_not_static(config)
+    if not reason and not is_compiled and n_steps <= FEWEST:
+        reason = f"at most {FEWEST} tokens"
+    return f", no CUDA graph ({reason})" if reason else ", a CUDA graph a token"
+
+
 def joint_projections(model):
     """Returns {layer: what products.joined gives of its q, k and v} of a model's Attentions."""
     return {x.layer: joined(x.projections) for x in model.modules() if isinstance(x, Attention)}

@@ -33,7 +33,7 @@ from checkpoint import open_given
 from data import MODELS_OWN, STRIPPED, by_text_rule, prompt_ids, text_rule
 from device import fast_bfloat16, resolve
 from generate import generate, start_rows
-from graphs import whats_not_static
+from graphs import decoding_message
 from memory import check_memory
 from quantized import has_kernels
 from rmsnorm import choose_rmsnorm
@@ -199,10 +199,9 @@ def load(cfg):
         paths = f"{ckpt.path} and {ckpt.adapter_path}"
     model = model.to(compute.device, compute.dtype)
     rmsnorm_message = choose_rmsnorm(model, cfg.rmsnorm, compute)
-    graph_message = ""
-    if compute.device.type == "cuda":
-        reason = whats_not_static(model.config)
-        graph_message = f", no CUDA graph ({reason})" if reason else ", a CUDA graph a token"
+    graph_message = decoding_message(
+        model.config, compute.device, cfg.max_new_tokens, bool(cfg.draft), cfg.is_compiled
+    )
     return (
         model,
         tokenizer,

@@ -24,10 +24,12 @@ from device import Compute, resolve
 from generate import generate, next_token, prefill
 from graphs import (
     CHUNK,
+    FEWEST,
     Decoder,
     Graph,
     TrainingStep,
     captures_steps,
+    decoding_message,
     graph_message,
     joint_projections,
     whats_not_static,
@@ -401,6 +403,17 @@ def test_what_is_not_captured_is_said():
     assert graph_message(CFG, cpu) == graph_message(CFG, cpu, is_static=False) == ""
     step = train.make_step(build(), [], CFG, cpu)
     assert step.func is train.train_step
+
+
+def test_what_is_not_captured_of_a_text_is_said():
+    gpu, config = torch.device("cuda"), build().config
+    for settings in {}, dict(is_compiled=True):
+        assert decoding_message(config, gpu, FEWEST + 1, **settings) == ", a CUDA graph a token"
+    assert decoding_message(config, gpu, FEWEST, is_compiled=True) == ", a CUDA graph a token"
+    assert decoding_message(config, gpu, FEWEST) == f", no CUDA graph (at most {FEWEST} tokens)"
+    assert decoding_message(config, gpu, 500, has_draft=True) == ", no CUDA graph (a draft guesses)"
+    assert "pos=alibi" in decoding_message(build(pos="alibi").config, gpu, 500)
+    assert decoding_message(config, torch.device("cpu"), 500) == ""
 
 
 @needs_gpu
