@@ -14,6 +14,7 @@ from scripts import printed, written
 from test_model import V, build, prompts_of
 from test_train import lab, run_train  # lab is a fixture
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import graphs
 import sample
@@ -276,6 +277,94 @@ def test_a_graph_on_a_processor_is_a_call():
     for _ in range(6):
         graph()
     assert len(calls) == 6
+
+
+class Ops(TorchDispatchMode):
+    """The ops of a function, noted while it runs. A replay runs them again on the very tensors, as a GPU does: what
+    was a number or a choice of Python stays what it was.
+    """
+
+    def __init__(self, function):
+        super().__init__()
+        self.ops = []
+        with self:
+            function()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        results = func(*args, **kwargs)
+        self.ops.append((func, args, kwargs, results))
+        return results
+
+    @torch.no_grad()
+    def replay(self):
+        for func, args, kwargs, noted in self.ops:
+            for held, x in zip(tree_leaves(noted), tree_leaves(func(*args, **kwargs))):
+                if isinstance(x, torch.Tensor):
+                    held.copy_(x)
+
+
+class NotedGraph(Graph):
+    """A Graph on the processor whose capture is a call that is noted."""
+
+    n_replays = 0
+
+    def __call__(self):
+        self.n_calls += 1
+        if self.graph is not None:
+            NotedGraph.n_replays += 1
+            self.graph.replay()
+        elif self.n_calls <= graphs.WARM_UP:
+            self.function()
+        else:
+            self.graph = Ops(self.function)
+
+
+@pytest.fixture
+def noted(monkeypatch):
+    monkeypatch.setattr(graphs, "Graph", NotedGraph)
+    monkeypatch.setattr(NotedGraph, "n_replays", 0)
+
+
+def test_a_replay_repeats_ops_and_no_python(noted):
+    number, total = 1.0, torch.zeros(())
+    graph = graphs.Graph(lambda: total.add_(number), torch.device("cpu"))
+    for number in 1.0, 1.0, 1.0, 2.0, 5.0, 7.0:
+        graph()
+    assert total == 3 + 3 * 2
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in ("alibi", "endless")])
+def test_replays_write_the_text_of_plain_steps(name, noted):
+    model = build(**MODELS[name]).double()
+    for lengths in (5,), (1, 7, 4, 12):
+        assert_equal_texts(model, prompts_of(*lengths), 20, stop=(3, 17), **SAMPLED)
+    assert NotedGraph.n_replays > 12
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.parametrize("settings", [{}, dict(dropout=0.3), dict(n_micro=3)], ids=str)
+def test_replays_train_as_plain_steps_do(optimizer, settings, noted, monkeypatch):
+    """With what a GPU is given: rates in tensors, and steps that are left out without asking."""
+
+    def step_unless(optimizers, is_skipped):
+        for optimizer in optimizers:
+            optimizer.step(is_skipped.float())
+
+    class Step(TrainingStep):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.rates = [torch.zeros(()) for _ in self.groups]
+
+    monkeypatch.setattr(train, "step_unless", step_unless)
+    settings = settings | dict(optimizer=optimizer, n_steps=9)
+    expected, weights, _, _ = trained(False, **settings)
+    monkeypatch.setitem(globals(), "TrainingStep", Step)
+    results, static_weights, _, _ = trained(True, **settings)
+    assert NotedGraph.n_replays == 5
+    # Muon rounds a rate in a tensor otherwise than a number
+    torch.testing.assert_close(results, expected, rtol=1e-5, atol=0, equal_nan=True)
+    torch.testing.assert_close(static_weights, weights, rtol=1e-4, atol=1e-6)
 
 
 def test_graphs_of_a_device_share_a_stream_however_it_is_named(monkeypatch):
