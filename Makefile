@@ -46,7 +46,7 @@ test-quick: .venv/installed-dev  ## while you work on model.py or train.py: less
 test: .venv/installed-dev  ## everything but the slow tests, offline
 	$(BIN)/python -m pytest -q -n auto --dist=worksteal -m "not slow" tests
 
-test-all: test  ## and what takes a C++ compiler, nvcc, Chromium or minutes
+test-all: test  ## and what takes a C++ compiler, nvcc, Chromium, Firefox or minutes
 	$(BIN)/python -m pytest -q -n auto --dist=worksteal -m slow tests
 
 COMPILED := --dtype=bfloat16 --compile=true

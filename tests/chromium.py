@@ -3,14 +3,13 @@
 Nothing has to be installed beside it.
 """
 
-import itertools
 import json
 import os
-import queue
 import shutil
 import subprocess
 import threading
-import time
+
+import browsers
 
 PROGRAMS = "chromium", "chromium-browser", "google-chrome", "chrome"
 PATH = next(filter(None, map(shutil.which, PROGRAMS)), None)
@@ -25,18 +24,14 @@ KEY_CODES = {
     "Home": 36,
     "End": 35,
 }
-PAGE_IS_LOADING = "-32000"  # DevTools' error for a script whose page goes away under it
 
 
-class Browser:
-    """One page. errors collects what its console reports, urls what it requests."""
+class Browser(browsers.Browser):
+    PAGE_IS_LOADING = "-32000"
 
     def __init__(self, folder):
-        self.responses = queue.Queue()
-        self.numbers = itertools.count()
+        super().__init__()
         self.session = None
-        self.errors = []
-        self.urls = []
         self.launch(folder)
         threading.Thread(target=self.listen, daemon=True).start()
         targets = self.send("Target.getTargets")["targetInfos"]
@@ -80,14 +75,9 @@ class Browser:
         while chunk := os.read(self.input, 1 << 16):
             *messages, rest = (rest + chunk).split(b"\0")
             for message in messages:
-                self.receive(json.loads(message))
+                self.receive(message)
 
-    def receive(self, message):
-        if "id" in message:
-            self.responses.put(message)
-            return
-        method = message["method"]
-        params = message.get("params", {})
+    def receive_event(self, method, params):
         if method == "Target.attachedToTarget" and params["targetInfo"]["type"] == "worker":
             for command in "Network.enable", "Runtime.enable", "Runtime.runIfWaitingForDebugger":
                 self.write(params["sessionId"], command)
@@ -113,17 +103,9 @@ class Browser:
         return number
 
     def send(self, method, **params):
-        """Writes a message to the page and returns the result that comes back."""
-        number = self.write(self.session, method, **params)
-        response = self.responses.get(timeout=120)
-        while response["id"] != number:
-            response = self.responses.get(timeout=120)
-        if "error" in response:
-            raise RuntimeError(f"{method}: {response['error']}")
-        return response["result"]
+        return self.result(self.write(self.session, method, **params), method)
 
     def run(self, script):
-        """Returns the value of a JavaScript expression in the page, or what its promise resolves to."""
         response = self.send(
             "Runtime.evaluate",
             expression=script,
@@ -135,23 +117,8 @@ class Browser:
             raise RuntimeError(json.dumps(response["exceptionDetails"])[:2000])
         return response["result"].get("value")
 
-    def wait(self, script, seconds=20):
-        """Waits until a JavaScript expression is true."""
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            try:
-                if self.run(script):
-                    return
-            except RuntimeError as e:
-                if PAGE_IS_LOADING not in str(e):
-                    raise
-            time.sleep(0.02)
-        text = self.run("document.body?.innerText")
-        raise TimeoutError(f"{script} is still false; the page shows {text!r}")
-
-    def open(self, url):
+    def navigate(self, url):
         self.send("Page.navigate", url=url)
-        self.wait(f"location.href.startsWith({json.dumps(url)}) && document.readyState === 'complete'")
 
     def key(self, key, modifiers=0):
         press = {
@@ -166,14 +133,6 @@ class Browser:
 
     def type(self, text):
         self.send("Input.insertText", text=text)
-
-    def middle(self, element):
-        """Scrolls a JavaScript expression's element into view; returns the middle of its first line."""
-        return self.run(f"""(element => {{
-            element.scrollIntoView({{ block: "nearest" }});
-            const line = element.getClientRects()[0];
-            return {{ x: line.x + line.width / 2, y: line.y + line.height / 2 }};
-        }})({element})""")
 
     def mouse(self, element, click=False):
         place = self.middle(element)

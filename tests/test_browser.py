@@ -1,4 +1,7 @@
-"""The page in browser/, in a real Chromium: Python's ids, the model's text, and nothing is lost."""
+"""The page in browser/, in a real Chromium, and in its main parts in a real Firefox.
+
+Python's ids, the model's text, and nothing is lost.
+"""
 
 import contextlib
 import email.utils
@@ -25,6 +28,7 @@ onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
 import chromium
+import firefox
 from scripts import call
 from test_model import build
 from test_sample import complete
@@ -312,13 +316,19 @@ def opened(browser, model):
         yield Page(browser, server).open()
 
 
+BROWSERS = {"Chromium": chromium, "Firefox": firefox}
+in_both = pytest.mark.parametrize("browser", BROWSERS, indirect=True)
+
+
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    if not chromium.PATH:
-        pytest.skip("there is no Chromium")
+def browser(request, tmp_path_factory):
+    """A Chromium, and for tests that are marked so a Firefox too."""
+    name = getattr(request, "param", "Chromium")
+    if not BROWSERS[name].PATH:
+        pytest.skip(f"there is no {name}")
     if not (ROOT / "browser" / serve.FILES[-1]).is_file():
         install_onnxruntime_web()
-    browser = chromium.Browser(tmp_path_factory.mktemp("chromium"))
+    browser = BROWSERS[name].Browser(tmp_path_factory.mktemp(name))
     yield browser
     browser.close()
 
@@ -406,6 +416,7 @@ def check_tokenizer(page, tokenizer, texts):
 
 
 @pytest.mark.slow
+@in_both
 def test_ids_and_text_are_pythons(page, bpe, gpt2_folder):
     check_tokenizer(page, bpe, fuzz_texts(1000, seed=0))
     long_word = "".join(random.Random(4).choices("thehandaséß", k=3000))
@@ -548,6 +559,7 @@ def correlation(a, b):
 
 
 @pytest.mark.slow
+@in_both
 def test_greedy_text_is_sample_pys(page, story_teller):
     lengths = []
     for prompt in PROMPT, "", "The", "  \n Ünïcode 日本 \ufeff", "Long ago":
@@ -588,6 +600,7 @@ def test_a_text_that_is_longer_than_the_context_goes_on_from_its_last_half(page)
 
 
 @pytest.mark.slow
+@in_both
 def test_stop_reload_and_continue_tell_the_uninterrupted_story(page):
     uninterrupted = page.write(PROMPT, temperature=1, top_k=50, top_p=0.95, seed=7)
     assert len(page.tokens()) > 60
@@ -724,6 +737,7 @@ def take_alternative(page, k, way):
 
 
 @pytest.mark.slow
+@in_both
 def test_alternatives_are_the_models_and_are_taken_by_mouse_by_key_and_by_finger(page, story_teller):
     _, model, tokenizer = story_teller
     i = 9
@@ -781,6 +795,7 @@ def test_an_end_that_the_reader_took_gives_way_to_another(page):
 
 
 @pytest.mark.slow
+@in_both
 def test_keys_alone(page):
     """Enter writes, Escape closes, stops and leaves the editor, the arrows move."""
     page.type(PROMPT)
@@ -843,6 +858,7 @@ def test_a_reload_amid_writing_loses_nothing(page):
 
 
 @pytest.mark.slow
+@in_both
 def test_every_way_out_of_a_story_leads_back(page):
     text = page.write(PROMPT, temperature=1, seed=4)
     page.rewrite("A rewrite")
@@ -1071,10 +1087,11 @@ def test_an_int8_model(browser, story_teller, folder_copy):
 
 
 @pytest.mark.slow
+@in_both
 def test_a_phone_shows_it_all(page):
     page.write(PROMPT, temperature=1, seed=4)
     page.resize(390, 844, mobile=True)
-    assert page.run("document.documentElement.scrollWidth") == 390
+    assert page.run("document.documentElement.scrollWidth === document.documentElement.clientWidth")
     assert page.call("""() => {
         const buttons = [...document.querySelectorAll(".buttons button")];
         return buttons.filter(button => !button.hidden).every(button => {
@@ -1103,6 +1120,7 @@ def test_the_caret_stays_in_view(page, width, height, mobile):
 
 
 @pytest.mark.slow
+@in_both
 def test_a_phone_held_sideways(page):
     page.write(PROMPT, temperature=1, seed=4)
     page.resize(640, 360, mobile=True)
@@ -1121,6 +1139,7 @@ def test_a_phone_held_sideways(page):
 
 
 @pytest.mark.slow
+@in_both
 def test_a_screen_reader_is_told_what_things_are(page):
     page.write("", temperature=1, seed=4)
     focusable = page.run(
