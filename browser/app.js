@@ -26,7 +26,7 @@ function startWorker() {
     else if (data.bytes) $("speed").textContent = `Loading the model: ${mega(bytes = data.bytes)}${data.of ? ` of ${mega(data.of)}` : ""} MB`;
     else waiting.heard(data);
   };
-  worker.onerror = e => waiting.reject(Error(e.message || "onnxruntime-web is not there: make browser installs it."));
+  worker.onerror = e => waiting.reject(Error(e.message || "model.js did not come whole: reload the page."));
 }
 
 /** Sends a message and waits until it is done; what the worker tells on the way goes to heard. */

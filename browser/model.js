@@ -9,14 +9,12 @@
 //
 // The answer to the first two ends with {done: true} or {failed: why}.
 
-import * as ort from "./node_modules/onnxruntime-web/dist/ort.wasm.min.mjs";
 import { get } from "./get.js";
 import { draw, score } from "./sample.js";
 
-ort.env.wasm.wasmPaths = new URL("./node_modules/onnxruntime-web/dist/", import.meta.url).href;
-ort.env.wasm.numThreads = 1;  // two were no faster on two cores
+const DIST = new URL("./node_modules/onnxruntime-web/dist/", import.meta.url).href;
 
-let session, config;
+let ort, session, config;
 let cache = {};    // past_k.0, past_v.0, ...: [length, 1, n_kv_head, head_dim]
 let length = 0;    // tokens in the cache
 let stopped;
@@ -24,6 +22,11 @@ let held = null;   // the logits after the last of them; null after a rewind
 
 async function load(described) {
   config = described;
+  ort = await import(`${DIST}ort.wasm.min.mjs`).catch(() => {  // if it were imported above, Firefox might not tell that it is missing
+    throw Error("onnxruntime-web is not there: make browser installs it.");
+  });
+  ort.env.wasm.wasmPaths = DIST;
+  ort.env.wasm.numThreads = 1;  // two were no faster on two cores
   const file = await get("model.onnx", (bytes, of) => postMessage({ bytes, of }));
   try {
     session = await ort.InferenceSession.create(file, { logSeverityLevel: 4 });  // the page says it, not the console

@@ -1300,6 +1300,7 @@ def test_a_damaged_onnxruntime_web_is_named(browser, story_teller, monkeypatch, 
 
 
 @pytest.mark.slow
+@in_both
 def test_a_missing_onnxruntime_web_is_named(browser, story_teller, monkeypatch):
     monkeypatch.setattr(serve, "FILES", serve.FILES[:-3])
     with opened(browser, story_teller.folder) as page:
