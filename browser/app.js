@@ -258,10 +258,10 @@ function redraw() {
   story.classList.toggle("writing", Boolean(working));
   const done = !working && !editing && ended();
   $("write").textContent = working ? "Stop" : editing ? "Write" : full() ? "Go on from the last half" : "Continue";
-  $("write").hidden = done;
-  if (done && document.activeElement === document.body) $("again").focus({ preventScroll: true });
   $("again").classList.toggle("main", done);
   $("again").hidden = editing || !tokens.some(t => !t.given);
+  if (done && document.activeElement === $("write")) $("again").focus({ preventScroll: true });
+  $("write").hidden = done;  // a browser takes its focus away at once, or later
   $("change").hidden = editing && blank();
   $("change").textContent = editing ? "Done" : "Edit";
   const back = before && unwritten();
@@ -336,7 +336,7 @@ function showOthers(i, pin = false) {
   const head = document.createElement("p"), close = document.createElement("button");
   head.textContent = p !== undefined ? `Probability ${percent(p)}. Take another:` : i ? "The model has not read this token." : "The first token: nothing comes before it.";
   close.textContent = "Close";
-  close.onclick = hideOthers;
+  close.onclick = closeOthers;
   head.append(close);
   others.replaceChildren(head, ...(list ?? []).map(([other, p]) => {
     const button = document.createElement("button"), name = document.createElement("span"), share = document.createElement("span");
@@ -361,6 +361,12 @@ function hideOthers() {
   spans[chosen]?.span.classList.remove("on");
   chosen = -1;
   others.hidden = true;
+}
+
+/** For who is done with the list: the focus goes back to its token. */
+function closeOthers() {
+  if (others.contains(document.activeElement)) spans[chosen].span.focus();
+  hideOthers();
 }
 
 const percent = p => p >= 0.9995 ? "100%" : p < 0.0005 ? "< 0.1%" : `${(100 * p).toFixed(1)}%`;
@@ -451,11 +457,8 @@ others.addEventListener("keydown", e => {
 
 document.addEventListener("keydown", e => {
   if (e.key !== "Escape" || e.isComposing) return;
-  if (chosen >= 0) {
-    const { span } = spans[chosen];
-    if (others.contains(document.activeElement)) span.focus();
-    hideOthers();
-  } else if (working) stop();
+  if (chosen >= 0) closeOthers();
+  else if (working) stop();
   else if (editing && !$("change").hidden) finish(read);
 });
 edit.addEventListener("keydown", e => {

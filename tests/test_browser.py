@@ -774,15 +774,18 @@ def test_alternatives_are_the_models_and_are_taken_by_mouse_by_key_and_by_finger
         assert page.alternatives() == []
 
 
+def write_to_an_end(page, prompt=PROMPT):
+    """Returns a story that the model ended, of the first seed that has one."""
+    for seed in itertools.count(1):
+        text = page.write(prompt, temperature=0.5, seed=seed)
+        if "ended its story" in page.message():
+            return text
+        page.new_story()
+
+
 @pytest.mark.slow
 def test_an_end_that_the_reader_took_gives_way_to_another(page):
-    seed = 1
-    while "ended its story" not in page.message():
-        if page.editor() is None:
-            page.new_story()
-        page.write(PROMPT, temperature=0.5, seed=seed)
-        seed += 1
-    text = page.text()
+    text = write_to_an_end(page)
     show_alternatives(page, page.run(f"{SPANS}.length - 1"), "mouse")
     names = [name for name, _ in page.alternatives()]
     take_alternative(page, names.index("∎ the end"), "mouse")
@@ -823,6 +826,26 @@ def test_keys_alone(page):
     page.browser.key("Escape")
     assert page.settle() == before + "\n"
     assert page.editor() is None
+
+
+@pytest.mark.slow
+@in_both
+def test_the_focus_goes_on_from_what_is_hidden(page):
+    """From the button that wrote the end to the one that is left, and from a closed list to its token."""
+    text = write_to_an_end(page)
+    assert page.button() is None
+    page.browser.key("Enter")
+    other = page.settle()
+    assert other.startswith(PROMPT)
+    assert other != text
+
+    page.resize(390, 844, mobile=True)
+    page.focus(3)
+    page.browser.key("ArrowRight")
+    page.run("document.querySelector('#others p button').focus()")
+    page.browser.key("Enter")
+    assert not page.alternatives()
+    assert page.focused_token() == 4
 
 
 # -----------------------------------------------------------------------------------------------------
