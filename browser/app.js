@@ -284,7 +284,11 @@ function drawTokens() {
     span.classList.toggle("given", Boolean(token.given));
     span.classList.toggle("spaced", token.text.startsWith(" "));
     span.tabIndex = -1;
-    if (span.textContent) span.role = "button", span.ariaHasPopup = "true";
+    if (span.textContent) {
+      span.role = "button";
+      span.ariaHasPopup = "true";
+      if (end || !token.text.trim()) span.ariaLabel = end ? "∎ the end" : token.text.includes("\n") ? "new line" : "space";  // to be read out
+    }
     story.append(span);
     spans.push({ token, span });
   }

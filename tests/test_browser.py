@@ -1164,17 +1164,24 @@ def test_a_phone_held_sideways(page):
 @pytest.mark.slow
 @in_both
 def test_a_screen_reader_is_told_what_things_are(page):
-    page.write("", temperature=1, seed=4)
+    write_to_an_end(page, f"The  end.\n{PROMPT}")
     focusable = page.run(
         """[...document.querySelectorAll('#story [tabindex="0"]')].map(span => span.textContent)"""
     )
     assert focusable == page.tokens()[1:2]
-    roles = page.call("""() => {
+    tokens = page.call("""() => {
         const spans = [...document.querySelectorAll("#story span")].filter(span => span.textContent);
-        return spans.map(span => [span.getAttribute("role"), span.ariaHasPopup]);
+        return spans.map(span => [span.role, span.ariaHasPopup, span.textContent, span.ariaLabel]);
     }""")
-    assert roles
-    assert all(role == ["button", "true"] for role in roles)
+    names = set()
+    for role, popup, text, name in tokens:
+        assert role == "button"
+        assert popup == "true"
+        if name is None:
+            assert text.strip()
+        else:
+            names.add((text, name))
+    assert names == {("\n", "new line"), (" ", "space"), ("∎", "∎ the end")}
     assert page.run(f"{select('others')}.getAttribute('role')") == "group"
     assert len(page.run(f"{select('others')}.ariaLabel")) > 9
 
