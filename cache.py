@@ -18,11 +18,14 @@ PADDING = 64  # tokens of it, below which a processor reads them sooner than it 
 
 
 def positions(doc):
-    """Returns each token's place in its own document: (B, S) -> (B, S). A document is a run of equal numbers."""
+    """Returns each token's place in its own document: (B, S) -> (B, S). A document is a run of equal numbers; padding
+    (-1) has place 0, however much there is.
+    """
     place = torch.arange(doc.size(1), device=doc.device)
     is_first = torch.ones_like(doc, dtype=torch.bool)
     is_first[:, 1:] = doc[:, 1:] != doc[:, :-1]
-    return place - torch.where(is_first, place, 0).cummax(dim=1).values
+    places = place - torch.where(is_first, place, 0).cummax(dim=1).values
+    return places.masked_fill(doc == -1, 0)
 
 
 def capacity(window, max_len):

@@ -436,11 +436,14 @@ def test_rows_are_rewound_to_before_documents_were_named(pos):
 
 
 @pytest.mark.parametrize("pos", POSITIONS)
-def test_a_document_past_block_size_is_refused_and_several_within_are_not(pos):
+def test_a_document_past_block_size_is_refused_and_several_or_padding_are_not(pos):
     model = build(pos=pos)
     with pytest.raises(ValueError, match="25 tokens do not fit in block_size=24"):
         model(tokens(1, 25), doc=torch.zeros(1, 25, dtype=torch.long))
     model(tokens(1, 30), doc=torch.tensor([[0] * 15 + [1] * 15]))
+    # as in a row of pairs, which is as long as the longest pair of them
+    padded = model(tokens(1, 48), doc=torch.tensor([[0] * 9 + [1] * 5 + [-1] * 34]))[0]
+    torch.testing.assert_close(padded[:, 9:14], model(tokens(1, 48)[:, 9:14])[0])
     cache = KVCache(model, 1, 30)
     model(tokens(1, 20), cache=cache, doc=torch.zeros(1, 20, dtype=torch.long))
     with pytest.raises(ValueError, match="do not fit in block_size=24"):
