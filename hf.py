@@ -165,7 +165,9 @@ def write_gguf(cfg, ckpt):
     """Writes cfg.to, a GGUF file."""
     model, tokenizer = ckpt.restore()
     try:
-        note = gguf_file.write(cfg.to, model, tokenizer, ckpt.template, cfg.bits, cfg.overwrite)
+        note = gguf_file.write(
+            cfg.to, model, tokenizer, ckpt.template, cfg.bits, cfg.overwrite, ckpt.text_rule
+        )
     except ValueError as e:
         raise Refusal(f"{ckpt.path}: {e}")
     print(f"{cfg.to}: {os.path.getsize(cfg.to):,} bytes, {note}")

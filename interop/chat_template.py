@@ -73,14 +73,16 @@ def generation_tag():
     return Generation
 
 
-def jinja_template(template, start, end):
+def jinja_template(template, start, end, is_stripped=False):
     """Returns the Jinja text of a template with {prompt} in it, for programs that know no other kind: it
     renders the text that chat.conversation_ids takes in parts.
 
-    start: the text of the token that a conversation starts with, or ""; end: of the one after an answer.
+    start: the text of the token that a conversation starts with, or ""; end: of the one after an answer;
+    is_stripped: whether prompts lose the space around them first, as by data.STRIPPED.
     """
     literals = [json.dumps(text, ensure_ascii=False) for text in template.split("{prompt}")]
     turn = "{{ " + " ~ turn.prompt ~ ".join(literals) + " }}"
+    text = "(message['content'] or '') | trim" if is_stripped else "message['content']"
     return (
         f"{{{{ {json.dumps(start, ensure_ascii=False)} }}}}"
         "{% set turn = namespace(prompt='', n=0) %}"
@@ -88,8 +90,8 @@ def jinja_template(template, start, end):
         f"{turn}{{% if message['content'] %}}"
         f"{{{{ message['content'] ~ {json.dumps(end, ensure_ascii=False)} }}}}{{% endif %}}"
         "{% set turn.prompt = '' %}{% set turn.n = 0 %}"
-        "{% else %}{% if message['content'] %}"
-        "{% set turn.prompt = turn.prompt ~ ('\\n' if turn.prompt else '') ~ message['content'] %}"
+        f"{{% else %}}{{% set text = {text} %}}{{% if text %}}"
+        "{% set turn.prompt = turn.prompt ~ ('\\n' if turn.prompt else '') ~ text %}"
         "{% endif %}{% set turn.n = turn.n + 1 %}"
         f"{{% endif %}}{{% endfor %}}{{% if turn.n or add_generation_prompt %}}{turn}{{% endif %}}"
     )

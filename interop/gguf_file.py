@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from config import Refusal
-from data import MODELS_OWN
+from data import AS_IT_STANDS, MODELS_OWN, STRIPPED
 from folders import in_the_way, move_aside, write_atomic
 from interop import gguf_layout, gguf_tokenizer
 from interop.chat_template import jinja_template
@@ -46,17 +46,17 @@ def import_gguf(task):
 # Writing
 
 
-def write(path, model, tokenizer, template="", bits=32, overwrite=False):
+def write(path, model, tokenizer, template="", bits=32, overwrite=False, text_rule=AS_IT_STANDS):
     """Writes a model and its tokenizer; returns a note of how many tensors have which type.
 
-    template: of a fine-tuned model, with {prompt} in it. A file in the way is moved aside with
-    overwrite. Raises Refusal, and ValueError for what llama.cpp does not have.
+    template: of a fine-tuned model, with {prompt} in it; text_rule: how it takes prompts. A file in the way is
+    moved aside with overwrite. Raises Refusal, and ValueError for what llama.cpp does not have.
     """
     gguf = import_gguf("writing")
     moving = in_the_way(path, overwrite, "--overwrite moves it aside")
     metadata, tensors = gguf_layout.to_gguf(model.config, model.state_dict())
     metadata |= gguf_tokenizer.write_tokenizer(tokenizer)
-    if chat_template := find_template(tokenizer, template):
+    if chat_template := find_template(tokenizer, template, text_rule):
         metadata["tokenizer.chat_template"] = chat_template
     # no general.name: llama.cpp treats special tokens by what it finds in it
     metadata |= {
@@ -89,13 +89,14 @@ def write_content(gguf, path, metadata, arrays):
     writer.close()
 
 
-def find_template(tokenizer, template):
-    """Returns the Jinja text of a model's chat template, None where it has none. template: as write's."""
+def find_template(tokenizer, template, text_rule):
+    """Returns the Jinja text of a model's chat template, None where it has none. template and text_rule: as write's."""
     if template in ("", MODELS_OWN):
         return tokenizer.template_source if tokenizer.files else None
     first_id = tokenizer.first_id
     start = "" if first_id is None else tokenizer.tokens[first_id].decode()
-    return jinja_template(template, start, tokenizer.tokens[tokenizer.eot].decode())
+    end = tokenizer.tokens[tokenizer.eot].decode()
+    return jinja_template(template, start, end, text_rule == STRIPPED)
 
 
 def add_value(writer, key, value):

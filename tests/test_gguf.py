@@ -39,7 +39,7 @@ import hf
 import prepare
 import sample
 from config import Refusal, configure
-from data import prompt_ids
+from data import STRIPPED, prompt_ids
 from interop import (
     any_tokenizer,
     foreign_tokenizer,
@@ -378,6 +378,22 @@ def test_the_template_of_a_fine_tuned_model_becomes_jinja(template, conversation
         assert jinja.render(messages) == text
     answer = [*messages, {"role": "assistant", "content": "rat"}]
     assert jinja.render(answer) == f"{text}rat{EOT}"
+
+
+def test_a_model_of_the_older_text_rule_becomes_jinja_that_strips(tmp_path):
+    """Users' text and the system's, as chat.Chat does."""
+    template = "Q: {prompt}\nA:"
+    # without a text_rule: from before it was kept
+    save_checkpoint(tmp_path / "ckpt.pt", config={"template": template})
+    export(tmp_path, "--out_dir=.", "--to=model.gguf")
+    _, tokenizer = checkpoint.open_checkpoint(f"hf:{tmp_path}/model.gguf").restore()
+    texts = [("system", "\n be \t"), ("user", " the cat\n"), ("assistant", " sat "), ("user", " ")]
+    messages = [{"role": role, "content": text} for role, text in texts]
+    talk = chat.Chat(None, TOKENIZER, 256, template, text_rule=STRIPPED)
+    own = [m if m["role"] == "assistant" else talk.message(m["role"], m["content"]) for m in messages]
+    expected = TOKENIZER.decode(chat.conversation_ids(TOKENIZER, own, template))
+    assert expected == f"{EOT}Q: be\nthe cat\nA: sat {EOT}Q: \nA:"
+    assert tokenizer.chat_template.render(messages, add_generation_prompt=True) == expected
 
 
 def test_a_template_goes_out_and_in_again(tmp_path):
