@@ -349,6 +349,9 @@ class FineTuning:
         cfg.template = cfg.template or tuning.base.template
         if not cfg.template and tokenizer.chat_template is not None and cfg.dataset != cfg.built_in:
             cfg.template = MODELS_OWN
+        self.rows_template = cfg.template  # "": that of the rows' kind, which read() puts into cfg
+        if tuning.resumed:  # its rows are found by what they were encoded with
+            self.rows_template = str(tuning.resumed["config"].get("rows_template", cfg.template))
         self.read()
         if tuning.resumed and tuning.resumed["config"]["rows_sha256"] != self.rows_sha256:
             path = tuning.base.last_path
@@ -368,7 +371,12 @@ class FineTuning:
         """Finds examples and packs to learn from and held out, and the template, where none was named."""
         cfg, tuning = self.cfg, self.tuning
         source = Source(
-            cfg, tuning.tokenizer, cfg.template, self.text_rule, tuning.T, self.conversations_per_row
+            cfg,
+            tuning.tokenizer,
+            self.rows_template,
+            self.text_rule,
+            tuning.T,
+            self.conversations_per_row,
         )
         encoded = find_encoded(source, self.compute.is_main)
         self.examples, self.packs, self.message = encoded.learn
@@ -435,7 +443,11 @@ class FineTuning:
 
     def notes(self):
         """Returns what a run that goes on has to know beside its config."""
-        return {"rows_sha256": self.rows_sha256, "text_rule": self.text_rule}
+        return {
+            "rows_sha256": self.rows_sha256,
+            "rows_template": self.rows_template,
+            "text_rule": self.text_rule,
+        }
 
     def preview(self):
         """Returns the answer to the first held-out prompt."""

@@ -535,6 +535,15 @@ def test_stop_and_resume_is_an_uninterrupted_run_to_the_bit(shop, rank, name, dt
             resume(shop, parts_dir, "--rank=4")
 
 
+def test_a_run_that_goes_on_finds_its_rows_as_they_were_encoded(shop):
+    write_rows(shop / "found.jsonl", PAIRS[1:])
+    finetune(shop, "--dataset=found.jsonl", "--out_dir=found", "--max_iters=1")
+    encoded = sorted(os.listdir(shop / "data/.encoded"))
+    resume(shop, "found", "--max_iters=2")
+    assert adapter(shop, "found")["config"]["template"] != ""
+    assert sorted(os.listdir(shop / "data/.encoded")) == encoded
+
+
 def test_a_run_from_before_text_was_learned_as_it_stands_goes_on_by_its_own_rule(shop, capsys):
     """Of rows with space around their texts it learned what a run now learns of the same rows without it."""
     plain = [
