@@ -554,7 +554,7 @@ def bench_data(cfg, compute):
     ids = np.random.default_rng(cfg.seed).integers(cfg.vocab_size, size=10**7).astype(dtype)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "train.bin")
-        ids.tofile(path)
+        path.write_bytes(ids)
         batches = read_batches(cfg, np.memmap(path, dtype, mode="r"), compute.device)
         reading = functools.partial(next, batches)
         untimed = untimed_steps(cfg, compute)

@@ -339,7 +339,8 @@ def make(source, key, folder):
         arrays[f"{side}.pack_starts"] = np.cumsum([0, *(per_row * len(rows) for rows in packs)])
     types = array_types(source.tokenizer.vocab_size)
     for name, values in arrays.items():
-        values.astype(types[name]).tofile(folder / f"{name}.bin")
+        # tofile() does not say when the last bytes find no room on the disk
+        (folder / f"{name}.bin").write_bytes(values.astype(types[name]))
 
     meta = {
         "key": key,

@@ -75,6 +75,15 @@ def write(path, model, tokenizer, template="", bits=32, overwrite=False, text_ru
     return describe(arrays, bits)
 
 
+class Written(np.ndarray):
+    """An array that GGUFWriter writes whole, or else an error is raised: numpy's own tofile() does not say when the
+    last bytes find no room on the disk.
+    """
+
+    def tofile(self, f):
+        f.write(self)
+
+
 def write_content(gguf, path, metadata, arrays):
     """Writes a file of metadata and {name: (numpy array, type)}, not atomically."""
     writer = gguf.GGUFWriter(path, metadata["general.architecture"])
@@ -82,7 +91,7 @@ def write_content(gguf, path, metadata, arrays):
         if key != "general.architecture":
             add_value(writer, key, value)
     for name, (array, kind) in arrays.items():
-        writer.add_tensor(name, array, raw_dtype=kind)
+        writer.add_tensor(name, array.view(Written), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

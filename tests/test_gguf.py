@@ -276,14 +276,18 @@ def test_a_name_says_that_a_file_is_meant(tmp_path, capsys):
         checkpoint.load(f"hf:{tmp_path}/page.gguf")
 
 
-def test_a_full_disk_leaves_what_was_there(tmp_path):
+@pytest.mark.parametrize("bits", [32, 8])
+def test_a_full_disk_leaves_what_was_there(bits, tmp_path):
     save_checkpoint(tmp_path / "ckpt.pt")
+    argv = ["--out_dir=.", "--to=model.gguf", f"--bits={bits}"]
+    export(tmp_path, *argv)
+    size = os.path.getsize(tmp_path / "model.gguf")
     (tmp_path / "model.gguf").write_text("mine")
     with (
-        file_size_limit(100_000),
+        file_size_limit(size - 1),
         pytest.raises(Refusal, match="cannot write model.gguf: .*as it was") as caught,
     ):
-        export(tmp_path, "--out_dir=.", "--to=model.gguf", "--overwrite")
+        export(tmp_path, *argv, "--overwrite")
     assert caught.value.status == 1
     assert sorted(os.listdir(tmp_path)) == ["ckpt.pt", "model.gguf"]
     assert (tmp_path / "model.gguf").read_text() == "mine"
