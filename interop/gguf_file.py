@@ -53,7 +53,8 @@ def write(path, model, tokenizer, template="", bits=32, overwrite=False, text_ru
     moved aside with overwrite. Raises Refusal, and ValueError for what llama.cpp does not have.
     """
     gguf = import_gguf("writing")
-    moving = in_the_way(path, overwrite, "--overwrite moves it aside")
+    ways = "--overwrite moves it aside"
+    in_the_way(path, overwrite, ways)
     metadata, tensors = gguf_layout.to_gguf(model.config, model.state_dict())
     metadata |= gguf_tokenizer.write_tokenizer(tokenizer)
     if chat_template := find_template(tokenizer, template, text_rule):
@@ -68,7 +69,7 @@ def write(path, model, tokenizer, template="", bits=32, overwrite=False, text_ru
 
     def write_and_move(f):
         write_content(gguf, f.name, metadata, arrays)
-        if moving:
+        if in_the_way(path, overwrite, ways):  # also what another process has written meanwhile
             move_aside(path)
 
     write_atomic(path, write_and_move)

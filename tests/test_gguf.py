@@ -261,6 +261,19 @@ def test_a_file_in_the_way_stays(tmp_path, capsys):
     checkpoint.load(f"hf:{tmp_path}/model.gguf")
 
 
+def test_what_another_process_has_written_meanwhile_stays(tmp_path, monkeypatch):
+    def write_slowly(gguf, path, metadata, arrays, write_content=gguf_file.write_content):
+        write_content(gguf, path, metadata, arrays)
+        (tmp_path / "model.gguf").write_text("another's")
+
+    save_checkpoint(tmp_path / "ckpt.pt")
+    monkeypatch.setattr(gguf_file, "write_content", write_slowly)
+    with pytest.raises(Refusal, match="model.gguf is there already: --overwrite moves it aside"):
+        export(tmp_path, "--out_dir=.", "--to=model.gguf")
+    assert (tmp_path / "model.gguf").read_text() == "another's"
+    assert sorted(os.listdir(tmp_path)) == ["ckpt.pt", "model.gguf"]
+
+
 def test_a_name_says_that_a_file_is_meant(tmp_path, capsys):
     """In capitals too, and where a folder is in the way."""
     save_checkpoint(tmp_path / "ckpt.pt")
