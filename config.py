@@ -188,8 +188,10 @@ def is_file(argv, i, fields):
 def read_toml(path):
     """Returns a TOML file as a dict. Raises Refusal."""
     try:
-        with open(path, "rb") as f:
-            return tomllib.load(f)
+        with open(
+            path, encoding="utf-8-sig"
+        ) as f:  # tomllib takes no BOM, which Windows' editors may write
+            return tomllib.loads(f.read())
     except OSError as e:
         raise Refusal(f"cannot read {path}: {e.strerror}")
     except (ValueError, RecursionError) as e:  # tomllib's own, no UTF-8, an integer of 4,300 digits

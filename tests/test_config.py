@@ -167,6 +167,10 @@ def test_mistakes_in_a_file_are_refused(tmp_path, text, message):
     assert path in line
 
 
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path):
+    assert configure(Config, [toml(tmp_path, "\ufeffn_layer = 3\n")]).n_layer == 3
+
+
 def test_unreadable_files_are_refused(tmp_path):
     (tmp_path / "latin.toml").write_bytes(b'out_dir = "\xe9"')
     assert "not a TOML file" in refusal([str(tmp_path / "latin.toml")])
