@@ -183,8 +183,10 @@ def remove_temporaries(folder):
     user's.
     """
     names = "|".join(map(re.escape, (*RUN, "log.jsonl", "loss.png")))
+    # the latter are of runs from before temporary() named them
+    name = re.compile(rf"\.({names})\.tmp-\w+-\d+-\d+|({names})\.\d+\.tmp")
     for path in folder.iterdir():
-        if re.fullmatch(rf"({names})\.\d+\.tmp", path.name):
+        if name.fullmatch(path.name):
             with suppress(OSError):
                 path.unlink()
 
@@ -198,31 +200,31 @@ def sync(f):
 def write_atomic(path, write):
     """Calls write(file) on a file beside path, then puts it in path's place; it is on disk when this
     returns. Raises Refusal.
+
+    A process that is killed leaves a .NAME.tmp-MACHINE-PID-TIME, which the next write to path removes.
     """
     folder = os.path.dirname(path) or "."
-    temporary = f"{path}.{os.getpid()}.tmp"
+    tmp = temporary(Path(path), time.time_ns())
     try:
         os.makedirs(folder, exist_ok=True)
-        with open(temporary, "wb") as f:
+        sweep(Path(path))
+        with open(tmp, "wb") as f:
             write(f)
             sync(f)
-        os.replace(temporary, path)
+        os.replace(tmp, path)
         if os.name == "posix":  # the new name is an entry of the folder, which is written on its own
             handle = os.open(folder, os.O_RDONLY)
             try:
                 os.fsync(handle)
             finally:
                 os.close(handle)
-    except OSError as e:
-        raise Refusal(
-            f"cannot write {path}: {e.strerror or e}; what was there before is as it was", status=1
-        )
-    except RuntimeError as e:  # torch.save says it of a full disk
-        reason = f"is the disk full? ({str(e).splitlines()[0]})"
+    except (OSError, RuntimeError) as e:
+        # torch.save raises a RuntimeError where the disk is full
+        reason = getattr(e, "strerror", None) or f"is the disk full? ({str(e).splitlines()[0]})"
         raise Refusal(f"cannot write {path}: {reason}; what was there before is as it was", status=1)
     finally:
         with suppress(OSError):
-            os.remove(temporary)
+            os.remove(tmp)
 
 
 def is_alive(pid):
@@ -257,13 +259,13 @@ def machine():
 
 
 def temporary(to, stamp):
-    """Returns the path of this process's temporary folder for `to`."""
+    """Returns the path of this process's temporary folder or file for `to`."""
     return to.with_name(f".{to.name}.tmp-{machine()}-{os.getpid()}-{stamp}")
 
 
 def left_by_dead(to):
-    """Returns [(stamp, path)] of the temporary folders for `to` of this machine's processes that are no
-    longer alive, the oldest first.
+    """Returns [(stamp, path)] of the temporary folders and files for `to` of this machine's processes that
+    are no longer alive, the oldest first.
     """
     # before machine() came, names had none
     name = re.compile(rf"\.{re.escape(to.name)}\.tmp-(?:{machine()}-)?(\d{{1,9}})-(\d+)")
@@ -294,7 +296,10 @@ def sweep(to):
         own = temporary(to, stamp)
         with suppress(OSError):  # another process was faster
             path.rename(own)
-            shutil.rmtree(own, ignore_errors=True)
+            if own.is_dir():
+                shutil.rmtree(own, ignore_errors=True)
+            else:
+                own.unlink()
 
 
 @contextmanager

@@ -25,8 +25,6 @@ class Progress:
         self.name = name
         self.done = read_state(folder)
         self.goes_on = bool(self.done)
-        for path in list(folder.glob(f"{STATE}.*.tmp")):  # half written
-            path.unlink()
         older = self.done.get("settings", {})
         if changes := [key for key in settings if settings[key] != older.get(key)]:
             self.begin_anew(f"is of another {' and '.join(changes)}", [])

@@ -209,7 +209,7 @@ def test_a_run_that_starts_anew_starts_its_log_anew(lab):
     process = start(lab, "train", *argv, fault=("write", 1))
     assert finish(process) == -signal.SIGKILL
     assert [line["step"] for line in log(lab, "anew")] == [0, 1]
-    assert list((lab / "anew").glob("ckpt_best.pt.*.tmp"))
+    assert list((lab / "anew").glob(".ckpt_best.pt.tmp-*"))
     assert finish(start(lab, "train", *argv)) == 0
     assert_same_run(lab, whole, "anew")
 
@@ -308,13 +308,38 @@ def test_a_run_that_goes_on_is_not_moved_aside_with_the_folder_around_it(lab, li
 
 
 def test_only_what_a_dead_run_half_wrote_is_removed(tmp_path):
-    ours = ["ckpt.pt.1.tmp", "adapter_best.pt.22.tmp", "log.jsonl.3.tmp", "loss.png.4.tmp"]
-    users = ["ckpt.pt.tmp", "notes.tmp", "notes.1.tmp", "ckpt.pt.1.tmp.txt", "my_ckpt.pt.1.tmp"]
+    older = ["ckpt.pt.1.tmp", "adapter_best.pt.22.tmp", "log.jsonl.3.tmp", "loss.png.4.tmp"]
+    ours = [*older, ".ckpt.pt.tmp-0badcafe-1-5"]  # of another machine
+    users = [
+        ".notes.tmp-0badcafe-1-5",
+        ".ckpt.pt.tmp-mine",
+        "ckpt.pt.tmp",
+        "notes.tmp",
+        "notes.1.tmp",
+        "ckpt.pt.1.tmp.txt",
+        "my_ckpt.pt.1.tmp",
+    ]
     for name in [*ours, *users]:
         (tmp_path / name).touch()
     with folders.alone(tmp_path):
         assert sorted(os.listdir(tmp_path)) == sorted([*users, ".lock", ".pid"])
     assert sorted(os.listdir(tmp_path)) == sorted(users)
+
+
+def test_the_next_write_of_a_file_removes_what_killed_ones_left(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    machine = folders.machine()
+    swept = [f".a.gguf.tmp-{machine}-{ended.pid}-5", f".a.gguf.tmp-{machine}-{ended.pid}-6"]
+    left = [
+        f".a.gguf.tmp-{machine}-{os.getppid()}-5",  # of a process that is alive
+        f".a.gguf.tmp-0badcafe-{ended.pid}-5",  # of another machine on a shared disk
+        f".b.gguf.tmp-{machine}-{ended.pid}-5",
+    ]
+    for name in [*swept, *left]:
+        (tmp_path / name).touch()
+    folders.write_atomic(str(tmp_path / "a.gguf"), lambda f: f.write(b"whole"))
+    assert sorted(os.listdir(tmp_path)) == sorted([*left, "a.gguf"])
 
 
 def test_a_disk_without_locks_is_one_line_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
