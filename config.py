@@ -188,9 +188,8 @@ def is_file(argv, i, fields):
 def read_toml(path):
     """Returns a TOML file as a dict. Raises Refusal."""
     try:
-        with open(
-            path, encoding="utf-8-sig"
-        ) as f:  # tomllib takes no BOM, which Windows' editors may write
+        # tomllib takes no byte order mark, which Windows' editors may write
+        with open(path, encoding="utf-8-sig") as f:
             return tomllib.loads(f.read())
     except OSError as e:
         raise Refusal(f"cannot read {path}: {e.strerror}")

@@ -220,7 +220,8 @@ def write_atomic(path, write):
                 os.close(handle)
     except (OSError, RuntimeError) as e:
         # torch.save raises a RuntimeError where the disk is full
-        reason = getattr(e, "strerror", None) or f"is the disk full? ({str(e).splitlines()[0]})"
+        first_line = str(e).partition("\n")[0]
+        reason = getattr(e, "strerror", None) or f"is the disk full? ({first_line})"
         raise Refusal(f"cannot write {path}: {reason}; what was there before is as it was", status=1)
     finally:
         with suppress(OSError):
