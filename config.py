@@ -16,9 +16,15 @@ import os
 import re
 import signal
 import sys
-import tomllib
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+
+try:
+    import tomllib
+except ImportError:  # the first import that an older Python has not
+    problem = f"Python 3.11 or later is needed; {sys.executable} is {sys.version.split()[0]}"
+    print(f"{os.path.basename(sys.argv[0])}: {problem}", file=sys.stderr)
+    raise SystemExit(2)
 
 BOOLS = {"true": True, "1": True, "false": False, "0": False}
 KINDS = {bool: "a boolean (true or false)", int: "an integer", float: "a finite number", str: "a string"}
@@ -43,6 +49,18 @@ def end_at_once(number, frame):
     os._exit(128 + number)
 
 
+def name_missing(kind, error, trace):
+    """Python's excepthook: one line, and status 2, for a package of requirements.txt that is not installed."""
+    requirements = Path(__file__).with_name("requirements.txt").read_text(encoding="utf-8")
+    packages = re.findall(r"^[\w-]+", requirements, re.MULTILINE)
+    if kind is not ModuleNotFoundError or error.name not in packages:
+        sys.__excepthook__(kind, error, trace)
+        return
+    problem = f"this Python has no {error.name}: {sys.executable} -m pip install -r requirements.txt"
+    print(f"{os.path.basename(sys.argv[0])}: {problem}", file=sys.stderr, flush=True)
+    os._exit(2)  # Python's own way out of a hook has status 1
+
+
 def is_script():
     """Returns whether Python runs a script of this folder, not a test or a notebook that imports one."""
     path = getattr(sys.modules["__main__"], "__file__", None)
@@ -53,6 +71,7 @@ def is_script():
 if is_script():  # which imports this module before anything slow
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, end_at_once)
+    sys.excepthook = name_missing
     for number in (0, 1, 2):
         try:
             os.fstat(number)

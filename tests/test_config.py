@@ -2,10 +2,13 @@
 
 import importlib
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 from dataclasses import dataclass, fields
+from importlib import metadata
 
 import numpy as np
 import pytest
@@ -422,6 +425,32 @@ def interrupt(command, is_time, folder, **env):
             assert process.poll() is None
         process.send_signal(signal.SIGINT)
         return process.wait(60), process.stdout.read()
+
+
+@pytest.mark.parametrize("script", sorted({*SCRIPTS, "serve"} - {"toy_stories"}))  # that one needs none
+def test_a_python_without_the_packages_is_one_line(tmp_path, script):
+    """-S leaves out the folder that packages are installed into."""
+    command = [sys.executable, "-S", ROOT / f"{script}.py"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    problem = rf"{script}\.py: this Python has no (\w+): (.+) -m pip install -r requirements\.txt\n"
+    package, python = re.fullmatch(problem, result.stderr).groups()
+    assert (result.returncode, result.stdout, python) == (2, "", sys.executable)
+    assert metadata.version(package)
+
+
+@pytest.mark.parametrize("module", ["modle", "filelock.no_such_module"])
+def test_an_import_that_no_install_mends_keeps_its_traceback(tmp_path, module):
+    """As of a name misspelt in a change, or of a module that a package has no more."""
+    for name in "config.py", "requirements.txt":
+        shutil.copy(ROOT / name, tmp_path)
+    edited = tmp_path / "edited.py"
+    edited.write_text(f"import config\nimport {module}\n", encoding="utf-8")
+    env = os.environ | {"PYTHONPATH": ""}  # the copy of config.py is the one to import
+    command = [sys.executable, edited]
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1
+    assert result.stderr.startswith("Traceback")
+    assert result.stderr.endswith(f"ModuleNotFoundError: No module named '{module}'\n")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="a signal to a process")
