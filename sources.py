@@ -72,16 +72,21 @@ def opened_bytes(path):
         raise Refusal(f"cannot read {path}: {getattr(e, 'strerror', None) or e}")
 
 
+def find_pyarrow(path):
+    """Returns the library pyarrow, to read a file with. Raises Refusal."""
+    try:
+        import pyarrow
+    except ImportError as e:  # also where numpy is older than its own, which pip lets stand
+        raise Refusal(f"reading {path} needs pyarrow ({e}): pip install -r requirements.txt")
+    return pyarrow
+
+
 def open_zstd(path):
     """Opens a .zst file to read the bytes inside; one that is cut off is an OSError.
 
     pyarrow has that, which is there for .parquet; the package zstandard takes what is cut off for the end.
     """
-    try:
-        import pyarrow
-    except ImportError:
-        raise Refusal(f"reading {path} needs pyarrow: pip install pyarrow")
-    return pyarrow.input_stream(str(path), compression="zstd")
+    return find_pyarrow(path).input_stream(str(path), compression="zstd")
 
 
 @contextmanager
@@ -198,11 +203,9 @@ def parquet_rows(path, column=None):
 
 def open_parquet_rows(source, path, column):
     """Does what parquet_rows does for a source, a path or an open file, that messages call path."""
-    try:
-        import pyarrow
-        from pyarrow.parquet import ParquetFile
-    except ImportError:
-        raise Refusal(f"reading {path} needs pyarrow: pip install pyarrow")
+    pyarrow = find_pyarrow(path)
+    from pyarrow.parquet import ParquetFile
+
     n = 0
     try:
         # piece by piece: pre_buffer would hold a group of rows, which may be the whole file

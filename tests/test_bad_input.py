@@ -987,7 +987,7 @@ def test_bad_input_from_a_shell_is_one_line(script, args, message, shop):
         ("hf", "--to=n", "safetensors.torch", "pip install safetensors"),
         ("sample", "--out_dir=hf:good_hf", "safetensors.torch", "pip install safetensors"),
         ("sample", "--out_dir=hf:a/b", "huggingface_hub", "pip install huggingface_hub"),
-        ("prepare", "--dataset=good.parquet --name=n", "pyarrow", "pip install pyarrow"),
+        ("prepare", "--dataset=good.parquet --name=n", "pyarrow", "pip install -r requirements.txt"),
     ],
 )
 def test_a_missing_library_is_one_line(script, args, library, message, shop, monkeypatch, capfd):
