@@ -187,7 +187,7 @@ async function change(draft, caret) {
 function press() {
   if (working) stop();
   else if (editing) finish(write);
-  else if (ended()) again();
+  else if (ended()) return;  // just before the button that says Stop goes
   else work(() => write(() => {
     if (full()) [from, cached] = [lastHalf(), 0];
   }));

@@ -784,6 +784,13 @@ def write_to_an_end(page, prompt=PROMPT):
 
 
 @pytest.mark.slow
+def test_a_stop_that_comes_after_the_end_leaves_the_story(page):
+    text = write_to_an_end(page)
+    page.run(f"{select('write')}.click()")  # as on a page that has not drawn the end yet
+    assert page.settle() == text
+
+
+@pytest.mark.slow
 def test_an_end_that_the_reader_took_gives_way_to_another(page):
     text = write_to_an_end(page)
     show_alternatives(page, page.run(f"{SPANS}.length - 1"), "mouse")
