@@ -49,11 +49,15 @@ def end_at_once(number, frame):
     os._exit(128 + number)
 
 
+def required_packages():
+    """Returns the names in requirements.txt."""
+    text = Path(__file__).with_name("requirements.txt").read_text(encoding="utf-8")
+    return re.findall(r"^[\w-]+", text, re.MULTILINE)
+
+
 def name_missing(kind, error, trace):
     """Python's excepthook: one line, and status 2, for a package of requirements.txt that is not installed."""
-    requirements = Path(__file__).with_name("requirements.txt").read_text(encoding="utf-8")
-    packages = re.findall(r"^[\w-]+", requirements, re.MULTILINE)
-    if kind is not ModuleNotFoundError or error.name not in packages:
+    if kind is not ModuleNotFoundError or error.name not in required_packages():
         sys.__excepthook__(kind, error, trace)
         return
     problem = f"this Python has no {error.name}: {sys.executable} -m pip install -r requirements.txt"

@@ -149,14 +149,20 @@ def is_worth_a_capture(model, n_steps):
     return is_static and n_steps >= FEWEST
 
 
-def decoding_message(config, device, n_steps, has_draft=False, is_compiled=False):
+def decoding_message(config, device, n_tokens, has_draft=False, is_compiled=False):
     """Returns what is said of graphs where texts of so many tokens are written: "" on a processor, which has none."""
     if device.type != "cuda":
         return ""
     reason = "a draft guesses" if has_draft else whats_not_static(config)
-    if not reason and not is_compiled and n_steps <= FEWEST:
+    # the first token is the prompt's
+    if not reason and not is_compiled and n_tokens - 1 < FEWEST:
         reason = f"at most {FEWEST} tokens"
-    return f", no CUDA graph ({reason})" if reason else ", a CUDA graph a token"
+    return outcome(reason, "token")
+
+
+def outcome(reason, unit):
+    """Returns the words on a graph a unit, or on the reason why there is none."""
+    return f", no CUDA graph ({reason})" if reason else f", a CUDA graph a {unit}"
 
 
 def joint_projections(model):
@@ -267,7 +273,7 @@ def graph_message(cfg, compute, is_static=True):
     if compute.device.type != "cuda":
         return ""
     reason = whats_not_captured(cfg, compute) if is_static else "rows of different lengths"
-    return f", no CUDA graph ({reason})" if reason else ", a CUDA graph a step"
+    return outcome(reason, "step")
 
 
 class TrainingStep:
