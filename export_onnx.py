@@ -14,6 +14,11 @@ The graph takes ids (B, T) and the keys and values of the tokens before them, pa
 past_k.1 ..., each (P, B, n_kv_head, head_dim). It returns logits (B, T, V) and present_k.0 present_v.0
 ..., each (P + T, B, n_kv_head, head_dim), which are the past of the next call. P may be 0. The graph
 does not check that P + T stays within block_size; its caller does.
+
+model_int8.onnx and model_int4.onnx have onnxruntime's GroupQueryAttention where that computes what the model does (no
+windows, no ALiBi, head_dim a multiple of 16). Then there is an input total, P + T as int32, and keys and values are
+(B, n_kv_head, P, head_dim). They may also be of more than P + T tokens: whoever binds the same memory as past and as
+present has new tokens written to their places, and nothing copied. Several rows take one token a call after a past.
 """
 
 import copy
@@ -38,7 +43,7 @@ from device import resolve
 from folders import new_folder, write_atomic
 from generate import generate
 from measure import race
-from onnx_graph import DENSE, OPSET, export
+from onnx_graph import DENSE, OPSET, export, is_fusible
 from onnx_integers import LEAST, quantize
 from quantized import dequantized
 from score import evaluate
@@ -164,13 +169,22 @@ def run_onnx(exported, idx, P):
     if P:
         exported.run(idx[:, :P], past)
     logits = exported.run(idx[:, P:], past)
-    return [torch.from_numpy(array) for array in (logits, *past.arrays)]
+    return [torch.from_numpy(array) for array in (logits, *past.keys_and_values())]
 
 
 def write_greedy(model, prompt, n):
     """Returns the ids of the likeliest n tokens after a prompt."""
     *_, [row] = generate(model, [prompt], n, temperature=0, past_end="recompute")
     return row.ids
+
+
+def is_rounding(model, share):
+    """Tells whether so large a share, as parity returns it, comes from rounding: prints a deep model's own."""
+    if not MAX_DIFFERENCE < share < math.inf:
+        return share <= MAX_DIFFERENCE
+    _, rounding = parity(copy.deepcopy(model).double(), model)
+    print(f"PyTorch differs from itself in float64 by {rounding:.2g} of the largest number")
+    return share <= max(MAX_DIFFERENCE, MAX_ROUNDING * rounding)
 
 
 def check(model, exported, prompt, n):
@@ -181,15 +195,10 @@ def check(model, exported, prompt, n):
         f"PyTorch and onnxruntime differ by {largest:.2g} at most, {share:.2g} of the largest number "
         f"(past {', '.join(str(P) for P in pasts)}; batch 1 and 3)"
     )
-    limit = MAX_DIFFERENCE
-    if limit < share < math.inf:
-        _, rounding = parity(copy.deepcopy(model).double(), model)
-        print(f"PyTorch differs from itself in float64 by {rounding:.2g} of the largest number")
-        limit = max(limit, MAX_ROUNDING * rounding)
-    if not share <= limit:
+    if not is_rounding(model, share):
         message = "the ONNX file does not compute what PyTorch does"
         advice = (
-            "where model.py was changed, so must be onnx_graph.py, which has its own Attention and MoE"
+            "where model.py was changed, so must be onnx_modules.py, which has its own Attention and MoE"
         )
         raise Refusal(f"{message}: {largest:.2g} is more than rounding; {advice}", status=1)
     pytorch_ids = write_greedy(model, prompt, n)
@@ -255,8 +264,28 @@ def write_graph(proto, path):
     return path.stat().st_size
 
 
+def fused_graph(model, folder):
+    """Returns the graph with onnxruntime's attention, None where the model has another one or the onnxruntime here
+    computes something else.
+    """
+    if not is_fusible(model):
+        return None
+    proto = export(model, fused=True)
+    path = folder / "model_fused.onnx"
+    try:
+        write_graph(proto, path)
+        _, share = parity(model, onnx_model.open_session(str(path), model.config))
+    finally:
+        path.unlink(missing_ok=True)
+    if is_rounding(model, share):
+        return proto
+    advice = "integers get the attention of model.onnx, which is slower"
+    print(f"onnxruntime's own attention differs by {share:.2g} of the largest number: {advice}")
+    return None
+
+
 def write_integers(cfg, proto, quantization, ids, float_loss, folder):
-    """Writes the float32 graph as cfg.quantize says, by the first of its ways that is good enough, else by the
+    """Writes a float32 graph as cfg.quantize says, by the first of its ways that is good enough, else by the
     last. In 4 bits a model that had a Quantization in 4 bits keeps its groups. Returns its OnnxModel, and the share
     by which it raises the loss on ids.
     """
@@ -318,6 +347,10 @@ def write_folder(cfg, model, tokenizer, ckpt, ids, folder):
     increase = 0.0
     if cfg.quantize != "none":
         float_loss = validation_loss(exported, ids, cfg.eval_tokens)
+        fused = None if cfg.quantize == "plain_int8" else fused_graph(model, folder)
+        if fused:
+            fused.metadata_props.add(key="fingerprint", value=fingerprint)
+            proto = fused
         models[cfg.quantize], increase = write_integers(
             cfg, proto, quantization, ids, float_loss, folder
         )

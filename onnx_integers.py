@@ -3,8 +3,8 @@
 import numpy as np
 
 from onnx_graph import find_head, is_look_up, make_cast, make_node, read_arrays, replace
+from onnx_modules import MICROSOFT
 
-MICROSOFT = "com.microsoft"  # onnxruntime's own operators
 STATES = 4  # how exact its products are: with states of 8 bits, a scale for each group
 # the onnxruntime that looks rows of so many bits up rightly: before, each row's zeros stood after the last one's
 # without a gap, also where a row has an odd number of groups (findings/gather_block_quantized_zeros.sh)
@@ -33,7 +33,8 @@ def quantize(proto, bits=8, table_bits=8, plain=False, group_size=0):
     matrices = {name for name in weights if not name.endswith(("roll", "router.weight"))}
     matrices |= transposed.keys()
     if not plain:
-        proto.opset_import.add(domain=MICROSOFT, version=1)
+        if all(opset.domain != MICROSOFT for opset in proto.opset_import):
+            proto.opset_import.add(domain=MICROSOFT, version=1)
         proto.metadata_props.add(key="onnxruntime", value=LEAST[table_bits])
     added = {}  # arrays
     removed = set()

@@ -8,6 +8,7 @@ A folder holds model.onnx, tokenizer.json, config.json and, if it was asked for,
 """
 
 import contextlib
+import copy
 import dataclasses
 import importlib.util
 import json
@@ -76,6 +77,8 @@ class Past:
     and each export compare.
     """
 
+    counts = ()  # inputs between ids and the keys and values
+
     def __init__(self, c, batch_size, max_len):
         import onnxruntime
 
@@ -84,45 +87,91 @@ class Past:
         self.options = onnxruntime.RunOptions()
         self.length = 0
         self.max_len = max_len
-        self.inputs = ["ids", *names(c, "past")]
+        self.inputs = ["ids", *self.counts, *names(c, "past")]
         self.outputs = ["logits", *names(c, "present")]
-        shape = max_len, batch_size, c.n_kv_head, c.head_dim
+        shape = self.shape(c, batch_size, max_len)
         self.arrays = [np.empty(shape, np.float32) for _ in range(2 * c.n_layer)]
         self.addresses = [array.ctypes.data for array in self.arrays]
         self.types = [np.float32] * len(self.arrays)
         cpu = state.OrtDevice(state.OrtDevice.cpu(), state.OrtDevice.default_memory(), 0)
         self.devices = [cpu] * len(self.inputs)
 
-    def vector(self, first, length):
-        """Returns what a call reads or writes: the array `first`, then `length` tokens of each array.
+    def shape(self, c, batch_size, max_len):
+        return max_len, batch_size, c.n_kv_head, c.head_dim
+
+    def vector(self, firsts, shape):
+        """Returns what a call reads or writes: the arrays `firsts`, then of each array what has this shape.
 
         Binding each array by its name would take 0.15 ms more a call.
         """
-        shape = self.arrays[0][:length].shape
         vector = self.Vector()
         vector.push_back_batch(
-            [first, *self.arrays],
-            [first.ctypes.data, *self.addresses],
-            [first.dtype.type, *self.types],
-            [first.shape, *[shape] * len(self.arrays)],
+            [*firsts, *self.arrays],
+            [*(first.ctypes.data for first in firsts), *self.addresses],
+            [*(first.dtype.type for first in firsts), *self.types],
+            [*(first.shape for first in firsts), *[shape] * len(self.arrays)],
             self.devices,
         )
         return vector
 
-    def read(self, session, idx, logits):
-        """Reads T more tokens idx (B, T) and writes their logits into the array logits (B, T, V)."""
-        total = self.length + idx.shape[1]
-        feeds = self.vector(idx, self.length)
-        fetches = self.vector(logits, total)
+    def call(self, session, feeds, fetches):
         session.run_with_ortvaluevector(
             self.options, self.inputs, feeds, self.outputs, fetches, self.devices
         )
+
+    def read(self, session, idx, logits):
+        """Reads T more tokens idx (B, T) and writes their logits into the array logits (B, T, V)."""
+        total = self.length + idx.shape[1]
+        before, after = (self.arrays[0][:length].shape for length in (self.length, total))
+        self.call(session, self.vector([idx], before), self.vector([logits], after))
         self.length = total
 
     def keep(self, rows):
         """Makes row i what row rows[i] was, and forgets all others."""
         self.arrays = [np.ascontiguousarray(array[:, rows]) for array in self.arrays]
         self.addresses = [array.ctypes.data for array in self.arrays]
+
+    def keys_and_values(self):
+        """Returns the arrays' tokens, each (length, B, n_kv_head, head_dim), in the order of names()."""
+        return [array[: self.length] for array in self.arrays]
+
+
+class FusedPast(Past):
+    """Keys and values of a graph with onnxruntime's own attention, in arrays (B, n_kv_head, max_len, head_dim).
+    A call takes them whole, and how many tokens there will be; it writes new ones where they belong.
+    """
+
+    counts = ("total",)
+
+    def shape(self, c, batch_size, max_len):
+        return batch_size, c.n_kv_head, max_len, c.head_dim
+
+    def read(self, session, idx, logits):
+        """Does what Past.read does. Several tokens of several rows after others it reads row by row: they are more
+        than GroupQueryAttention takes.
+        """
+        B, T = idx.shape
+        if self.length and B > 1 and T > 1:
+            for row in range(B):
+                part = copy.copy(self)
+                part.arrays = [array[row : row + 1] for array in self.arrays]
+                part.addresses = [array.ctypes.data for array in part.arrays]
+                part.read(session, idx[row : row + 1], logits[row : row + 1])
+            self.length += T
+            return
+        total = np.array(self.length + T, np.int32)
+        shape = self.arrays[0].shape
+        self.call(session, self.vector([idx, total], shape), self.vector([logits], shape))
+        self.length += T
+
+    def keep(self, rows):
+        """Does what Past.keep does."""
+        self.arrays = [array[rows] for array in self.arrays]
+        self.addresses = [array.ctypes.data for array in self.arrays]
+
+    def keys_and_values(self):
+        """Does what Past.keys_and_values does."""
+        return [array[:, :, : self.length].transpose(2, 0, 1, 3) for array in self.arrays]
 
 
 @dataclasses.dataclass
@@ -175,7 +224,8 @@ class OnnxModel(nn.Module):
 
     def new_past(self, batch_size, max_len):
         """Returns an empty Past with room for max_len tokens, but never for more than block_size."""
-        return Past(self.config, batch_size, min(max_len, self.config.block_size))
+        kind = FusedPast if is_fused(self.session) else Past
+        return kind(self.config, batch_size, min(max_len, self.config.block_size))
 
     def run(self, idx, past):
         """Appends ids idx (B, T) to a Past and returns their logits (B, T, V), a NumPy array.
@@ -272,12 +322,22 @@ def open_session(path, c):
     return OnnxModel(session, c, path)
 
 
+def is_fused(session):
+    """Tells a graph that FusedPast is for from all others."""
+    return any(tensor.name == "total" for tensor in session.get_inputs())
+
+
 def fits_config(session, c):
     """Tells whether a session's inputs and outputs are those of a model with the ModelConfig c."""
-    if len(session.get_inputs()) != 1 + 2 * c.n_layer:  # before a list is made of what a file says
-        return False
+    counts = []
     past_shape = ["P", "B", c.n_kv_head, c.head_dim]
-    expected_inputs = [("ids", "tensor(int64)", ["B", "T"])]
+    if is_fused(session):
+        counts = [("total", "tensor(int32)", [])]
+        past_shape = ["B", c.n_kv_head, "S", c.head_dim]
+    n_inputs = 1 + len(counts) + 2 * c.n_layer
+    if len(session.get_inputs()) != n_inputs:  # before a list is made of what a file says
+        return False
+    expected_inputs = [("ids", "tensor(int64)", ["B", "T"]), *counts]
     expected_inputs += [(name, "tensor(float)", past_shape) for name in names(c, "past")]
     expected_outputs = [(name, "tensor(float)") for name in ("logits", *names(c, "present"))]
     inputs = [(tensor.name, tensor.type, tensor.shape) for tensor in session.get_inputs()]

@@ -15,7 +15,8 @@ import { draw, score } from "./sample.js";
 const DIST = new URL("./node_modules/onnxruntime-web/dist/", import.meta.url).href;
 
 let ort, session, config;
-let cache = {};    // past_k.0, past_v.0, ...: [length, 1, n_kv_head, head_dim]
+let fused;         // the file has onnxruntime's own attention: export_onnx.py
+let cache = {};    // past_k.0, past_v.0, ...: [length, 1, n_kv_head, head_dim]; fused: [1, n_kv_head, length, head_dim]
 let length = 0;    // tokens in the cache
 let stopped;
 let held = null;   // the logits after the last of them; null after a rewind
@@ -34,7 +35,8 @@ async function load(described) {
     if (/no available backend/.test(e)) throw Error(`onnxruntime-web does not start; npm ci in browser/ installs it again: ${short(e)}`);
     throw Error(`model/model.onnx cannot be read, it is damaged or no ONNX file: ${short(e)}`);
   }
-  if ([...session.inputNames].sort().join() !== ["ids", ...pasts()].sort().join())
+  fused = session.inputNames.includes("total");
+  if ([...session.inputNames].sort().join() !== ["ids", ...pasts(), ...(fused ? ["total"] : [])].sort().join())
     throw Error("model/model.onnx and model/config.json are not of one model: export it again.");
   cut(0);
   try {
@@ -52,8 +54,13 @@ const short = e => String(e?.message ?? e).replace(/\s+/g, " ").slice(0, 200);
 /** Forgets all but the first n tokens. */
 function cut(n) {
   const { n_kv_head: H, head_dim: D } = config;
-  for (const name of pasts())
-    cache[name] = new ort.Tensor("float32", n ? cache[name].data.slice(0, n * H * D) : new Float32Array(0), [n, 1, H, D]);
+  const heads = fused ? H : 1, width = fused ? D : H * D;  // of a token, in each of so many pieces
+  for (const name of pasts()) {
+    const data = new Float32Array(n * H * D);
+    for (let h = 0; n && h < heads; h++)
+      data.set(cache[name].data.subarray(h * length * width, (h * length + n) * width), h * n * width);
+    cache[name] = new ort.Tensor("float32", data, fused ? [1, H, n, D] : [n, 1, H, D]);
+  }
   length = n;
   held = null;
 }
@@ -61,7 +68,8 @@ function cut(n) {
 /** The scores of ids, which come after the cache and are in it then. */
 async function forward(ids, scored) {
   const V = config.vocab_size, input = new ort.Tensor("int64", BigInt64Array.from(ids, BigInt), [1, ids.length]);
-  const { logits, ...present } = await session.run({ ids: input, ...cache });
+  const total = fused && { total: new ort.Tensor("int32", [length + ids.length], []) };
+  const { logits, ...present } = await session.run({ ids: input, ...total, ...cache });
   if (logits.dims.at(-1) !== V) throw Error("its vocabulary is another");
   const row = j => j < 0 ? held : logits.data.subarray(j * V, (j + 1) * V);
   const scores = scored ? [] : ids.map((id, j) => row(j - 1) && score(row(j - 1), id));

@@ -17,6 +17,7 @@ import model as lab_model
 import onnx_graph
 import onnx_integers
 import onnx_model
+import onnx_modules
 import prepare
 import quantize
 import quantized
@@ -75,10 +76,10 @@ def test_capped_logits_are_exported_and_the_head_keeps_its_bits(tie, monkeypatch
 
 
 def test_an_activation_that_one_has_changed_is_exported(monkeypatch):
-    joined = onnx_graph.Graph(build()).model.blocks[0].mlp
-    assert type(joined) is onnx_graph.JoinedSwiGLU
+    joined = onnx_modules.Graph(build()).model.blocks[0].mlp
+    assert type(joined) is onnx_modules.JoinedSwiGLU
     monkeypatch.setattr("model.SwiGLU.forward", relu_squared)
-    own = onnx_graph.Graph(build()).model.blocks[0].mlp
+    own = onnx_modules.Graph(build()).model.blocks[0].mlp
     x = torch.linspace(-2, 2, 64).view(2, 32).sin()
     assert own(x).shape == joined(x).shape and not torch.allclose(own(x), joined(x), rtol=0.01)
     torch.testing.assert_close(own(x), relu_squared(build().blocks[0].mlp, x))

@@ -30,6 +30,7 @@ import export_onnx
 import onnx_graph
 import onnx_integers
 import onnx_model
+import onnx_modules
 import prepare
 import quantize
 import quantized
@@ -773,7 +774,7 @@ def test_every_setting(settings, tmp_path):
 
 @pytest.mark.slow
 def test_ctrl_c_while_torch_traces_ends_it_after_that(monkeypatch):
-    graph = onnx_graph.Graph.forward
+    graph = onnx_modules.Graph.forward
 
     def interrupted(self, ids, past):
         if not calls:
@@ -785,8 +786,8 @@ def test_ctrl_c_while_torch_traces_ends_it_after_that(monkeypatch):
 
     calls = []
     handler = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(onnx_graph.Graph, "forward", interrupted)
+    monkeypatch.setattr(onnx_modules.Graph, "forward", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        onnx_graph.trace(build(block_size=16))
+        onnx_graph.trace(onnx_modules.Graph(build(block_size=16)))
     assert calls[:2] == ["begun", "ended"]
     assert signal.getsignal(signal.SIGINT) is handler
