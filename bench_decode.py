@@ -267,6 +267,12 @@ def speculation_rows(cfg, compute, model, tokenizer, speculations):
         yield row
 
 
+def write_on(n_threads, model, prompt, n):
+    """Returns write_greedy's ids, on so many of torch's threads: onnxruntime has its own, see sample.load."""
+    torch.set_num_threads(n_threads)
+    return write_greedy(model, prompt, n)
+
+
 def llama_cpp_rows(cfg, compute, model, tokenizer):
     """Returns the rows of one greedy text: by this model, its ONNX files where export_onnx.py wrote some, and
     llama.cpp with 32, 8 and 4 bits a number. same: how many of its first ids are this model's.
@@ -277,10 +283,10 @@ def llama_cpp_rows(cfg, compute, model, tokenizer):
     prompt = [tokenizer.eot, *row.ids]
     n_new = min(cfg.block_size - len(prompt), 120)
     own = f"PyTorch {name_of(compute.dtype)}"
-    rivals = {own: functools.partial(write_greedy, model, prompt, n_new)}
+    rivals = {own: functools.partial(write_on, n_threads, model, prompt, n_new)}
     for path in sorted(Path(checkpoint.find(cfg.init_from)).parent.glob("onnx/*.onnx")):
         exported, _, _ = onnx_model.load(str(path))
-        rivals[f"onnx/{path.name}"] = functools.partial(write_greedy, exported, prompt, n_new)
+        rivals[f"onnx/{path.name}"] = functools.partial(write_on, 1, exported, prompt, n_new)
     with tempfile.TemporaryDirectory() as folder:
         for bits, name in gguf_file.BITS.items():
             path = f"{folder}/{name}.gguf"
@@ -289,7 +295,7 @@ def llama_cpp_rows(cfg, compute, model, tokenizer):
             rivals[f"{LLAMA_CPP} {name}"] = functools.partial(llama.write, prompt, n_new)
         times = race(rivals, cfg.seconds / 2, compute.device)
     expected = rivals[own]()
-    return [
+    rows = [
         {
             "what": name,
             "prompt": len(prompt),
@@ -300,6 +306,8 @@ def llama_cpp_rows(cfg, compute, model, tokenizer):
         }
         for name, rival_times in times.items()
     ]
+    torch.set_num_threads(n_threads)
+    return rows
 
 
 def bench_decode(cfg, compute):
