@@ -148,6 +148,12 @@ def find(out_dir, prefer="ckpt_best.pt"):
     refuse_missing(out_dir, last, has_model, has_peft)
 
 
+def tuning_script():
+    """Returns the name of the script that runs where it makes adapters, else that of the one most do it with."""
+    script = os.path.basename(sys.argv[0])
+    return script if script.startswith("finetune_") else "finetune_lora.py"
+
+
 def refuse_missing(out_dir, last, has_model, has_peft):
     """Raises the Refusal of an out_dir where `last`, ckpt.pt or adapter.pt, is missing: it says what is there
     and what reads it.
@@ -174,7 +180,7 @@ def refuse_missing(out_dir, last, has_model, has_peft):
     if holds_run(out_dir, [last.replace(".pt", "_best.pt")]):
         ways = f"--init_from={out_dir} --out_dir=OTHER starts from its best one"
         if last == "adapter.pt":
-            command = f"finetune_lora.py --out_dir={out_dir} --overwrite"
+            command = f"{tuning_script()} --out_dir={out_dir} --overwrite"
             ways = f"sample.py --adapter={out_dir} reads its best one, {command} begins anew"
         raise Refusal(f"the run in {out_dir} was killed before its first {last}: {ways}")
     if last == "adapter.pt" and holds_run(out_dir, ["ckpt.pt", "ckpt_best.pt"]):
@@ -183,7 +189,7 @@ def refuse_missing(out_dir, last, has_model, has_peft):
         )
     free = out_dir if is_free(out_dir) else "OTHER"
     if last == "adapter.pt":
-        command = f"python finetune_lora.py --init_from=BASE --out_dir={free}"
+        command = f"python {tuning_script()} --init_from=BASE --out_dir={free}"
         raise Refusal(f"there is no adapter in {out_dir}; {command} makes one")
     adapters = [os.path.join(out_dir, name) for name in ("adapter.pt", "adapter_best.pt")]
     if path := next(filter(os.path.isfile, adapters), None):

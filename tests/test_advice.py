@@ -3,12 +3,14 @@
 import contextlib
 import re
 import shutil
+import sys
 
 import pytest
 import torch
 from scripts import call
 from test_train import SMALL, lab  # lab is a fixture
 
+import checkpoint
 import eval as evaluation
 import export_onnx
 import finetune_lora
@@ -213,6 +215,25 @@ def test_advice_that_is_followed_leads_to_something(states, refusals, state, com
             assert seconds, story
             for second in seconds:
                 assert refusal(*second) is None, f"{story} -> {second}: {refusal(*second)}"
+
+
+@pytest.mark.parametrize(
+    "script, named",
+    [
+        ("finetune_lora", "finetune_lora"),
+        ("finetune_dpo", "finetune_dpo"),
+        ("finetune_reward", "finetune_reward"),
+        ("finetune_ppo", "finetune_ppo"),
+        ("sample", "finetune_lora"),
+    ],
+)
+def test_the_script_that_tunes_names_itself(script, named, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [f"{script}.py"])
+    with pytest.raises(Refusal, match=f"; python {named}.py --init_from=BASE --out_dir=.* makes one"):
+        checkpoint.find(str(tmp_path), "adapter.pt")
+    (tmp_path / "adapter_best.pt").touch()
+    with pytest.raises(Refusal, match=f", {named}.py --out_dir=.* --overwrite begins anew"):
+        checkpoint.find(str(tmp_path), "adapter.pt")
 
 
 def test_a_start_longer_than_the_context_is_refused_before_training(states, monkeypatch):
