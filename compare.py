@@ -85,6 +85,8 @@ class Config(train.Config):
             raise ValueError(f"by must be one of {' | '.join(BUDGETS)}, not {self.by!r}")
         if self.budget <= 0 or self.by != "seconds" and self.budget < 1:
             raise ValueError(f"a budget of {self.budget:g} {self.by} trains nothing")
+        if self.budget >= 2**53:  # where a float no longer counts each step
+            raise ValueError(f"budget must be below 9e15 {self.by}, not {self.budget:g}")
         if not 0 < self.sweep_budget <= 1:
             raise ValueError(f"sweep_budget must be above 0 and at most 1, not {self.sweep_budget}")
 

@@ -277,6 +277,7 @@ def test_the_interval_is_of_paired_differences():
         (["--variants=a:", "--seed=1"], "seed is not to be set here: --seeds names them"),
         (["--variants=a:", "--max_iters=1"], "--budget says how long a run is"),
         (["--variants=a:", "--budget=0"], "a budget of 0 steps trains nothing"),
+        (["--variants=a:", "--budget=1e300"], "budget must be below 9e15 steps, not 1e+300"),
         (["--variants=a:", "--by=hours"], "by must be one of steps | tokens | seconds"),
         (
             ["--variants=a:", "--sweep=lr:1"],
