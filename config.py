@@ -151,6 +151,9 @@ def configure(Config, argv, words=(), defaults=None):
             continue
         elif arg in words:
             bare_words.append(arg)
+        elif arg.endswith(".py") and not arg.startswith("--"):  # as nanoGPT's
+            advice = "keys stand in a FILE.toml, each as key = value, like those in configs/"
+            raise Refusal(f"cannot read {arg!r}: a .py file would run code; {advice}")
         elif not arg.startswith("--"):
             expected = ", ".join([*words, "FILE.toml"])
             advice = nearest(arg, words)

@@ -115,6 +115,10 @@ def test_both_forms_and_values_that_look_like_files_and_keys():
         (["--xyzzy=3"], "-h lists them all"),
         (["--"], "no key ''"),
         (["n_layer=3"], "expected FILE.toml or --key=value"),
+        (
+            ["config/train.py"],
+            "a .py file would run code; keys stand in a FILE.toml, each as key = value",
+        ),
         (["--no-out_dir"], "no key 'no-out_dir'"),
         (["--n_layer"], "--n_layer=INT"),
         (["--n_layer", "--bias"], "--n_layer=INT"),
