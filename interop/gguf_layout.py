@@ -11,6 +11,7 @@ comes in and goes out as a llama with biases. Tokenizers are gguf_tokenizer.py's
 
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -170,6 +171,8 @@ def to_gguf(c, state):
 
     Raises ValueError for what llama.cpp does not have or would compute otherwise.
     """
+    if c.window >= c.block_size:  # it hides nothing in the context, past which llama.cpp does not go
+        c = replace(c, window=0)
     kind = choose_kind(c)
     known_logits.check(kind)
     if any(c.window_of(layer) for layer in range(c.n_layer)):

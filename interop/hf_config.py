@@ -390,7 +390,8 @@ def read_windows(kind, data, sizes):
     """Returns our window and window_pattern, nothing where each layer sees the whole context. Raises
     ValueError.
 
-    In a Llama attention ignores sliding_window, but transformers' cache obeys it.
+    A window as wide as the context hides nothing in it, but a text can go on past it. In a Llama
+    attention ignores sliding_window, but transformers' cache obeys it.
     """
     n_layer, context = sizes["n_layer"], sizes["block_size"]
     types = read_layer_types(kind, data, n_layer)
@@ -400,9 +401,10 @@ def read_windows(kind, data, sizes):
     if may_mix and SLIDING not in types:
         return {}
     window = read_number(data, "sliding_window", kind=int)
-    if window >= context:
+    has_none = kind == "llama" or FULL in types and not may_mix
+    if window > context or window == context and has_none:
         return {}
-    if kind == "llama" or window < 1 or FULL in types and not may_mix:
+    if has_none or window < 1:
         problem = f"sliding_window is {window} in a context of {context}: not here in a {CLASSES[kind]}"
         advice = f"with max_position_embeddings {window} in config.json there is none"
         raise ValueError(f"{problem}; {advice}" if window > 0 else problem)

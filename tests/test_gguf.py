@@ -11,6 +11,7 @@ import json
 import os
 import random
 import unicodedata
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -314,6 +315,15 @@ def rewrite(source, to, change):
         arrays[name] = gguf_file.read_tensor(gguf, data, name, entry).numpy(), entry.kind
     change(metadata, arrays)
     gguf_file.write_content(gguf, to, metadata, arrays)
+
+
+def test_a_window_as_wide_as_the_context_is_none(tmp_path):
+    model = save_checkpoint(tmp_path / "ckpt.pt", "mistral of one window")
+    export(tmp_path, "--out_dir=.", "--to=model.gguf")
+    again, _ = checkpoint.open_checkpoint(f"hf:{tmp_path}/model.gguf").restore()
+    assert again.config == replace(model.config, window=0)
+    idx = torch.arange(60)[None]
+    assert torch.equal(again(idx)[0], model(idx)[0])
 
 
 # -----------------------------------------------------------------------------------------------------

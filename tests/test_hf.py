@@ -463,6 +463,7 @@ MODELS = {
         "Qwen3ForCausalLM",
     ),
     "mistral": ("llama", {"window": 16, "n_kv_head": 2}, "MistralForCausalLM"),
+    "mistral of one window": ("llama", {"window": 256}, "MistralForCausalLM"),
     "qwen3 with windows": (
         "llama",
         {"qk_norm": True, "window": 16, "window_pattern": "SL", "n_layer": 5},
