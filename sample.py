@@ -231,9 +231,12 @@ def model_defaults(cfg, tokenizer):
     line about it). Raises Refusal.
     """
     given = cfg.given
+    generation = tokenizer.generation
+    if generation.get("do_sample") is False:  # always the likeliest token, whatever else stands there
+        generation = generation | {"temperature": 0.0}
     values = {}
     for key in GENERATION:
-        value = tokenizer.generation.get(key)
+        value = generation.get(key)
         if value is not None and key not in given:
             kind = type(getattr(cfg, key))
             values[key] = convert(value, kind, f"{key} in generation_config.json", parse=False)

@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import random
+from types import SimpleNamespace
 
 import pytest
 from scripts import call, printed, written
@@ -286,6 +287,25 @@ def test_chat_from_the_command_line(tmp_path, monkeypatch, capsys, system):
         answer = ours.decode_more([id for id in answer if id != peer.config.eos_token_id])
         messages.append({"role": "assistant", "content": answer})
         assert f"> {answer}\n" in output
+
+
+@pytest.mark.parametrize(
+    "generation, argv, temperature",
+    [
+        ({"do_sample": False}, [], 0),
+        ({"do_sample": False, "temperature": 0.6}, [], 0),
+        ({"do_sample": False}, ["--temperature=0.7"], 0.7),
+        ({"do_sample": True, "temperature": 0.6}, [], 0.6),
+        ({"do_sample": None, "temperature": 0.6}, [], 0.6),
+    ],
+)
+def test_a_model_that_does_not_sample_is_greedy_unless_a_temperature_is_given(
+    generation, argv, temperature
+):
+    tokenizer = SimpleNamespace(generation=generation)
+    cfg, message = sample.model_defaults(configure(sample.Config, argv), tokenizer)
+    assert cfg.temperature == temperature
+    assert ("temperature" in message) == (not argv)
 
 
 @pytest.mark.parametrize("rule", [AS_IT_STANDS, STRIPPED])
