@@ -212,6 +212,40 @@ def test_scaling_inputs_changes_nothing_but_what_is_rounded(settings, monkeypatc
     assert is_pre == (not torch.equal(model.state_dict()[norms[0]], weights[norms[0]]))
 
 
+@pytest.mark.parametrize("settings", [{"n_kv_head": 2}, {"mlp": "moe", "n_expert": 3}])
+def test_awqs_scales_are_powers_of_the_mean_absolute_inputs(settings, monkeypatch):
+    """By hooks on a model that stays as it is; of two batches of unequal rows."""
+    model = make(**settings).float()
+    ones = torch.ones(1, 1)
+    monkeypatch.setattr(quantize, "rtn", lambda W, *_: Codes(W.clone().flatten(0, -2), ones, None))
+    sizes = []
+
+    def no_scale(pairs, of_inputs, *rest):
+        sizes.append(of_inputs)
+        return torch.ones_like(of_inputs)
+
+    monkeypatch.setattr(quantize, "awq_scale", no_scale)
+    cfg = configure(quantize.Config, ["--to=n", "--bits=4", "--method=awq"])
+    idx = tokens(B=quantize.BATCH + 3)
+    quantize.quantize_model(model, cfg, idx)
+    given = {}
+    for name, linear in linears(model).items():
+        linear.register_forward_pre_hook(lambda _, x, name=name: given.update({name: x}))
+    model.hidden(idx)
+    expected = []
+    for prefix in "blocks.0.", "blocks.1.":
+        means = {name: x[0].abs().flatten(0, -2).mean(0) for name, x in given.items()}
+        means = {name.removeprefix(prefix): x for name, x in means.items()}
+        of_heads = means["attn.o_proj"].view(-1, 4 // model.config.n_kv_head, 16)
+        expected += [means["attn.q_proj"], means["mlp.gate_proj"], of_heads.mean(1).flatten()]
+        rows, *ends = given[f"{prefix}mlp.down_proj"]
+        parts = rows.tensor_split(ends[0][:-1].long()) if ends else [rows.flatten(0, -2)]
+        expected += [part.abs().mean(0) for part in parts]
+    assert len(sizes) == len(expected)
+    for computed, mean in zip(sizes, expected):
+        torch.testing.assert_close(computed.float(), mean)
+
+
 @pytest.mark.parametrize("mlp", ["swiglu", "moe"])
 def test_each_matrix_is_measured_after_the_integers_before_it(mlp):
     """By hooks on the model that quantize_model leaves behind: gptq's error on what each really gets."""
