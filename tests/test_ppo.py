@@ -459,6 +459,60 @@ def test_the_drift_is_that_of_all_samples_so_far(shop):
     assert 0 < task.validate()["drift"] < 1e-4
 
 
+def test_the_logged_divergence_is_the_mean_of_all_sampled_tokens(shop):
+    """In float64, a text at a time; of answers that were cut off, too."""
+    task = small_task(shop, "--max_new_tokens=4")
+    model = task.tuning.model
+    moved(model)
+    sample = task.sample
+    batches = []
+
+    def noted(*args):
+        result = sample(*args)
+        batches.append(result[0])
+        return result
+
+    task.sample = noted
+    figures = task.validate()
+    exact = copy.deepcopy(model).double()
+    estimates, whole = [], []
+    for row in range(len(task.val_prompts)):
+        batch = batches[row // 12]
+        idx, targets = batch["idx"][[row % 12]], batch["targets"][row % 12]
+        places = (targets != -100).nonzero()[:, 0]
+        whole.append(targets[places[-1]] == task.tuning.tokenizer.eot)
+        with torch.no_grad():
+            logps = exact(idx)[0].log_softmax(-1)[0, places, targets[places]]
+            with lora.switched_off(exact):
+                reference = exact(idx)[0].log_softmax(-1)[0, places, targets[places]]
+        for now, before in zip(logps.tolist(), reference.tolist()):
+            share = math.exp(before) / math.exp(now)
+            estimates.append(share - 1 - math.log(share))
+    assert 0 < sum(whole) < len(whole) == 100
+    assert figures["cut_off"] == pytest.approx(1 - np.mean(whole))
+    assert figures["kl"] == pytest.approx(np.mean(estimates), rel=1e-3)
+    assert f" {figures['kl']:.4f} nats a token from the reference" in task.line(figures)
+
+
+def test_the_dropout_of_the_base_ends_and_that_of_adapters_stays(shop):
+    """The model that learns would else be another one than that which sampled and than the reference."""
+    base = torch.load(shop / "base/ckpt.pt", weights_only=True)
+    base["model_config"]["dropout"] = 0.3
+    (shop / "dropping").mkdir()
+    torch.save(base, shop / "dropping/ckpt.pt")
+    for rate in 0.0, 0.5:
+        task = small_task(shop, f"--init_from={shop}/dropping", f"--lora_dropout={rate}")
+        model = task.tuning.model.train()
+        moved(model)
+        [batch] = task.batches(0)
+        is_sampled = batch["targets"] != -100
+        learned = ppo.token_logps(model, batch)[is_sampled]
+        assert torch.equal(learned, batch["old"][is_sampled]) == (rate == 0)
+        with lora.switched_off(model):
+            reference = ppo.token_logps(model, batch)[is_sampled]
+        assert torch.equal(reference, batch["reference"][is_sampled])
+
+
 def test_answers_that_are_cut_off_are_counted_and_not_learned(shop):
     task = small_task(shop, "--max_new_tokens=4")
     [batch] = task.batches(0)
