@@ -256,6 +256,10 @@ class KVCache:
         self.v = [rearranged(v, rows) for v in self.v]
         self.lengths = rearranged(self.lengths, rows)
         self.longest = [self.longest[row] for row in rows]
+        if not self.is_level:
+            lengths = self.lengths.tolist()
+            self.length = max(lengths)
+            self.is_level = min(lengths) == self.length
         if self.docs is not None:
             self.docs = {window: rearranged(docs, rows) for window, docs in self.docs.items()}
             self.last = rearranged(self.last, rows)

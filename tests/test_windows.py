@@ -174,6 +174,25 @@ def test_a_rewind_is_exact_as_far_as_a_ring_reaches(pos, pattern):
             exactly(logits[1], whole[1, 14:22])
 
 
+@pytest.mark.parametrize("window", [0, WINDOW])
+def test_rows_that_are_kept_have_the_room_that_a_longer_one_had_not(window):
+    model = windowed(window=window)
+    idx = tokens(3, 24)
+    with torch.no_grad():
+        expected = model(idx)[0]
+        for rows in [1, 2], [2], [1, 1]:
+            cache = KVCache(model, 3, 24)
+            cached(model, idx[:, :20], 20, cache)
+            cache.rewind([0, 8, 7])
+            cache.keep(rows)
+            starts = cache.lengths.tolist()
+            assert cache.length == max(starts)
+            assert cache.is_level == (len(set(starts)) == 1)
+            rest = torch.stack([idx[row, n : n + 11] for row, n in zip(rows, starts)])
+            for row, n, logits in zip(rows, starts, cached(model, rest, 11, cache)):
+                exactly(logits, expected[row, n : n + 11])
+
+
 @pytest.mark.parametrize("pattern", ["S", "SL"])
 def test_a_rewind_past_what_a_ring_keeps_is_refused(pattern):
     model = windowed(pattern=pattern, block_size=LONG)
