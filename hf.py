@@ -21,7 +21,7 @@ from config import Refusal, hf_name, is_hf, run
 
 # isort: split
 import checkpoint
-from data import text_rule
+from data import MODELS_OWN, text_rule
 from folders import new_folder
 from interop import gguf_file, hf_folder, hf_layout, peft_layout
 from tokenizer import bos_processor
@@ -201,6 +201,10 @@ def main(cfg):
     elif own_adapter:
         print(f"next: PeftModel.from_pretrained(base, {cfg.to!r})")
     else:
+        if ckpt.template not in ("", MODELS_OWN):
+            print(
+                f"not in it, as it would change the tokenizer: the template {ckpt.template!r}; a .gguf has it"
+            )
         load = f"AutoModelForCausalLM.from_pretrained({cfg.to!r})"
         print(f"next: {load}, or python sample.py --out_dir=hf:{cfg.to}")
 

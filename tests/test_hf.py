@@ -572,6 +572,13 @@ def test_out_and_in_again(name, tmp_path):
     assert checkpoint.fingerprint(before) == checkpoint.fingerprint(after)
 
 
+def test_a_template_that_stays_behind_is_named(tmp_path, capsys):
+    for template, is_named in ("Q: {prompt}\nA:", True), ("", False):
+        save_checkpoint(tmp_path / "ckpt.pt", config={"template": template})
+        export(tmp_path, "--out_dir=.", "--to=folder", "--overwrite")
+        assert ("the template 'Q: {prompt}\\nA:'; a .gguf has it" in capsys.readouterr().out) == is_named
+
+
 @pytest.mark.parametrize("tokenizer", [tinylm, smollm, tinyllama, qwen])
 def test_a_foreign_tokenizer_goes_out_as_it_came_in(tokenizer, tmp_path):
     write_folder(tmp_path / "a", "llama", tokenizer)
