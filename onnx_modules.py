@@ -319,7 +319,7 @@ class FusedGraph(nn.Module):
         c = self.model.config
         ids = torch.zeros(2, 3, dtype=torch.long)
         total = torch.tensor(7, dtype=torch.int32)
-        past = tuple(torch.zeros(2, c.n_kv_head, 9, c.head_dim) for _ in range(2 * c.n_layer))
+        past = tuple(torch.zeros(2, c.n_kv_head, 7, c.head_dim) for _ in range(2 * c.n_layer))
         B = torch.export.Dim("B")
         T = torch.export.Dim("T", max=c.block_size)
         S = torch.export.Dim("S", max=c.block_size)

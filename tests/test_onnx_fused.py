@@ -171,6 +171,14 @@ def test_settings(settings, tmp_path, unwritten):
     assert complete(generate(fused, prompts, 20, temperature=0)) == reference
 
 
+@pytest.mark.slow
+def test_the_shortest_context_that_is_traced(tmp_path):
+    model = build(n_layer=1, n_embd=64, block_size=7)
+    fused = open_graph(onnx_graph.export(model, fused=True), model, tmp_path)
+    _, share = export_onnx.parity(model, fused)
+    assert share < export_onnx.MAX_DIFFERENCE
+
+
 @pytest.mark.parametrize("bits", [8, pytest.param(4, marks=pytest.mark.slow)])
 def test_integers_are_the_model_with_rounded_weights(bits, model, monkeypatch, tmp_path):
     monkeypatch.setattr(onnx_integers, "STATES", 1)  # float32: what is left is the weights' error
