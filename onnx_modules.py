@@ -122,13 +122,14 @@ class DenseMoE(nn.Module):
 
     def forward(self, x):
         """Maps states (..., C) to states (..., C)."""
-        shape = x.shape
-        x = x.flatten(0, -2)
-        routing, scores = self.route(x)
+        # products of two axes keep their weights' names: by its own a router stays float32
+        tokens = x.flatten(0, -2)
+        routing, scores = self.route(tokens)
         weights = torch.zeros_like(routing.probabilities).scatter(1, routing.experts, scores)
-        gate, up = self.both_proj(x).chunk(2, -1)
+        gate, up = self.both_proj(tokens).chunk(2, -1)
         inner = (F.silu(gate) * up).view(-1, self.n_expert, gate.size(1) // self.n_expert)
-        return self.down_proj((inner * weights[..., None]).flatten(1)).view(shape)
+        y = self.down_proj((inner * weights[..., None]).flatten(1))
+        return y if x.dim() == 2 else y.view(x.shape)  # Graph's sum is in the product: no node between
 
 
 def additive_mask(model, P, T, window):

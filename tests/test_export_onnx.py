@@ -598,10 +598,11 @@ def test_groups_of_one_sign_are_rounded_as_closely_as_others():
 
 @pytest.mark.slow
 def test_a_router_is_not_rounded_and_experts_are():
-    model = build(mlp="moe", block_size=64, n_layer=1)
+    model = build(mlp="moe", block_size=64, n_layer=1, n_embd=64)
     exported = onnx_graph.export(model)
-    for plain in False, True:
-        proto = copy.deepcopy(exported)
+    fused = onnx_graph.export(model, fused=True)
+    for graph, plain in (exported, False), (exported, True), (fused, False):
+        proto = copy.deepcopy(graph)
         onnx_integers.quantize(proto, plain=plain)
         arrays = {x.name: onnx.numpy_helper.to_array(x) for x in proto.graph.initializer}
         [name] = [name for name in arrays if "router" in name]
