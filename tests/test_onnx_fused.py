@@ -75,12 +75,15 @@ def test_rows_of_other_lengths_end_and_leave(model, fused, unwritten):
 
 @torch.no_grad()
 def test_a_past_keeps_the_rows_that_it_is_told_to(model, fused, unwritten):
-    ids = draw_ids(model.config, 4, 9)
-    past = fused.new_past(4, 9)
+    ids = draw_ids(model.config, 4, 11)
+    past = fused.new_past(4, 11)
     fused.run(ids[:, :7], past)
-    past.keep([3, 1])
-    logits = torch.from_numpy(fused.run(ids[[3, 1], 7:], past))
-    torch.testing.assert_close(logits, model(ids[[3, 1]])[0][:, 7:], rtol=0, atol=1e-4)
+    rows = [3, 1, 3]
+    past.keep(rows)
+    expected = model(ids[rows])[0]
+    for start, end in (7, 9), (9, 10), (10, 11):
+        logits = torch.from_numpy(fused.run(ids[rows, start:end], past))
+        torch.testing.assert_close(logits, expected[:, start:end], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("B", [1, 3])
@@ -229,6 +232,27 @@ def test_integers_have_it_and_every_script_reads_them(run, monkeypatch, capsys, 
         call(sample, f"--onnx={path}", f"--num_samples={num_samples}", "--max_new_tokens=9", "--seed=4")
         texts.append(capsys.readouterr().out.splitlines()[1:])
     assert len(texts[1]) > len(texts[0]) > 1
+
+
+@pytest.mark.slow
+def test_plain_integers_have_operators_of_onnx_alone(run, monkeypatch, tmp_path):
+    monkeypatch.chdir(run)
+    export("--quantize=plain_int8", "--eval_tokens=512", "--seconds=0", f"--to={tmp_path}/onnx")
+    proto = onnx.load(tmp_path / "onnx/model_plain_int8.onnx")
+    assert [opset.domain for opset in proto.opset_import] == [""]
+
+
+def test_an_onnxruntime_that_refuses_it_is_no_end(model, monkeypatch, capsys, tmp_path):
+    """Nor is a file left."""
+
+    def refused(path, c):
+        raise Refusal("no such operator")
+
+    monkeypatch.setattr(export_onnx, "export", lambda model, fused: onnx.ModelProto())
+    monkeypatch.setattr(onnx_model, "open_session", refused)
+    assert export_onnx.fused_graph(model, tmp_path) is None
+    assert "onnxruntime's own attention does not run here" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_onnxruntime_that_computes_something_else_is_noticed(run, monkeypatch, capsys, tmp_path):
