@@ -112,7 +112,7 @@ def test_more_tokens_than_fit_are_refused(model, fused):
         fused.run(draw_ids(model.config, 1, 1), past)
 
 
-def test_a_graph_of_another_shape_is_refused(fused, model):
+def test_a_graph_of_another_shape_is_refused(fused, model, tmp_path):
     other = build(**WIDE)  # 4 heads of keys
     with pytest.raises(Refusal, match="is not the model that its config.json describes"):
         onnx_model.open_session(fused.path, other.config)
@@ -120,6 +120,11 @@ def test_a_graph_of_another_shape_is_refused(fused, model):
     wider.n_layer = 3
     with pytest.raises(Refusal, match="is not the model that its config.json describes"):
         onnx_model.open_session(fused.path, wider)
+    proto = onnx.load(fused.path)
+    [total] = [tensor for tensor in proto.graph.input if tensor.name == "total"]
+    total.type.tensor_type.shape.dim.add(dim_value=1)
+    with pytest.raises(Refusal, match="is not the model that its config.json describes"):
+        open_graph(proto, model, tmp_path)
 
 
 @pytest.mark.parametrize(
