@@ -58,8 +58,8 @@ def describe(c, tokenizer, start, template, fingerprint, text_rule=AS_IT_STANDS)
 def names(c, which):
     """Returns the names of the keys and values in the graph, in its order.
 
-    "past" gives past_k.0, past_v.0, past_k.1 ..., each (P, B, n_kv_head, head_dim): the inputs after ids
-    (B, T). "present" gives the outputs after logits (B, T, V), with P + T in place of P.
+    "past" gives past_k.0, past_v.0, past_k.1 ...: the inputs after ids (B, T) and, in a graph of FusedPast, total.
+    "present" gives the outputs after logits (B, T, V). export_onnx.py says their shapes.
     """
     return [f"{which}_{kv}.{layer}" for layer in range(c.n_layer) for kv in "kv"]
 

@@ -1115,9 +1115,7 @@ def test_an_int8_model(browser, story_teller, folder_copy, kind):
     with opened(browser, path) as page:
         text = page.write(PROMPT, temperature=0)
         prompts = [PROMPT]
-        if (
-            kind == "int8"
-        ):  # the cache keeps what texts begin with, on which a plain one's next calls depend
+        if kind == "int8":  # what a text begins with stays in the cache, on which plain integers depend
             prompts += [text[:120], PROMPT + " happy"]
         for prompt in prompts:
             page.rewrite(prompt)
