@@ -272,8 +272,8 @@ def fused_graph(model, folder):
         return None
     proto = export(model, fused=True)
     path = folder / "model_fused.onnx"
+    write_graph(proto, path)
     try:
-        write_graph(proto, path)
         _, share = parity(model, onnx_model.open_session(str(path), model.config))
         problem = f"differs by {share:.2g} of the largest number"
     except Refusal:  # its message names a file that nobody asked for

@@ -274,3 +274,12 @@ def test_an_onnxruntime_that_computes_something_else_is_noticed(run, monkeypatch
     assert "onnxruntime's own attention differs by" in capsys.readouterr().out
     assert not has_own_attention(onnx.load(tmp_path / "onnx/model_int8.onnx"))
     assert not Path(tmp_path / "onnx/model_fused.onnx").exists()
+
+
+def test_a_full_disk_is_not_taken_for_an_onnxruntime_that_refuses(model, monkeypatch, tmp_path):
+    def cannot_write(proto, path):
+        raise Refusal(f"cannot write {path}: no space is left", status=1)
+
+    monkeypatch.setattr(export_onnx, "write_graph", cannot_write)
+    with pytest.raises(Refusal, match="no space is left"):
+        export_onnx.fused_graph(model, tmp_path)
