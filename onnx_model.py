@@ -78,6 +78,7 @@ class Past:
     """
 
     counts = ()  # inputs between ids and the keys and values
+    row_axis = 1
 
     def __init__(self, c, batch_size, max_len):
         import onnxruntime
@@ -128,7 +129,7 @@ class Past:
 
     def keep(self, rows):
         """Makes row i what row rows[i] was, and forgets all others."""
-        self.arrays = [np.ascontiguousarray(array[:, rows]) for array in self.arrays]
+        self.arrays = [array.take(rows, self.row_axis) for array in self.arrays]
         self.addresses = [array.ctypes.data for array in self.arrays]
 
     def keys_and_values(self):
@@ -142,6 +143,7 @@ class FusedPast(Past):
     """
 
     counts = ("total",)
+    row_axis = 0
 
     def shape(self, c, batch_size, max_len):
         return batch_size, c.n_kv_head, max_len, c.head_dim
@@ -163,11 +165,6 @@ class FusedPast(Past):
         shape = self.arrays[0].shape
         self.call(session, self.vector([idx, total], shape), self.vector([logits], shape))
         self.length += T
-
-    def keep(self, rows):
-        """Does what Past.keep does."""
-        self.arrays = [array[rows] for array in self.arrays]
-        self.addresses = [array.ctypes.data for array in self.arrays]
 
     def keys_and_values(self):
         """Does what Past.keys_and_values does."""

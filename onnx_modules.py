@@ -31,23 +31,30 @@ def join(*linears):
     return joined
 
 
-class JoinedAttention(nn.Module):
-    """Computes what model.Attention does, in fewer nodes: a node costs time even for a single token.
+class JoinedHeads(nn.Module):
+    """The parts of a model.Attention, with one product for q, k and v."""
 
-    One product gives q, k and v. All heads are rotated together, those of v by an angle of 0. The
-    weights of q hold the scale of the scores. x @ roll is x.roll(D / 2) in one node.
-    """
-
-    def __init__(self, c, attn, roll):
+    def __init__(self, c, attn):
         super().__init__()
-        scaled = attn.q_norm if c.qk_norm else attn.q_proj  # the last weights on the way to q
-        for parameter in scaled.parameters():
-            parameter.data /= math.sqrt(c.head_dim)
         self.config = c
         self.qkv_proj = join(attn.q_proj, attn.k_proj, attn.v_proj)
         self.o_proj = attn.o_proj
         self.q_norm = attn.q_norm
         self.k_norm = attn.k_norm
+
+
+class JoinedAttention(JoinedHeads):
+    """Computes what model.Attention does, in fewer nodes: a node costs time even for a single token.
+
+    All heads are rotated together, those of v by an angle of 0. The weights of q hold the scale of the
+    scores. x @ roll is x.roll(D / 2) in one node.
+    """
+
+    def __init__(self, c, attn, roll):
+        scaled = attn.q_norm if c.qk_norm else attn.q_proj  # the last weights on the way to q
+        for parameter in scaled.parameters():
+            parameter.data /= math.sqrt(c.head_dim)
+        super().__init__(c, attn)
         self.roll = roll
 
     def forward(self, x, context):
@@ -158,7 +165,20 @@ def joined_mlp(c, mlp):
     return DenseMoE(mlp) if c.mlp == "moe" else mlp
 
 
-class Graph(nn.Module):
+class JoinedModel(nn.Module):
+    """A copy of a Transformer whose blocks have fewer nodes: make_attention(attn) takes the place of each Attention."""
+
+    def __init__(self, model, make_attention):
+        super().__init__()
+        self.model = copy.deepcopy(model)
+        for block in self.model.blocks:
+            block.attn = make_attention(block.attn)
+            block.mlp = joined_mlp(model.config, block.mlp)
+        if model.config.pos == "sinusoidal":
+            compute_tables(self.model.add_pos, self.model.add_pos.frequencies)
+
+
+class Graph(JoinedModel):
     """A copy of a Transformer in the form in which it is traced.
 
     The tokens of all rows lie in one axis, (T * B, C), so that a product without a bias and the sum with
@@ -167,13 +187,9 @@ class Graph(nn.Module):
     """
 
     def __init__(self, model):
-        super().__init__()
         c = model.config
-        self.model = copy.deepcopy(model)
         roll = nn.Buffer(torch.eye(c.head_dim).roll(c.head_dim // 2, 1))
-        for block in self.model.blocks:
-            block.attn = JoinedAttention(c, block.attn, roll)
-            block.mlp = joined_mlp(c, block.mlp)
+        super().__init__(model, lambda attn: JoinedAttention(c, attn, roll))
         if c.pos == "rope":
             frequencies = self.model.rotary.frequencies
             rotated = frequencies.expand(c.n_head + c.n_kv_head, -1)
@@ -183,8 +199,6 @@ class Graph(nn.Module):
                 scale = torch.ones(len(rotated) + c.n_kv_head, 1)
                 scale[: len(rotated)] = self.model.rotary.scale
             compute_tables(self.model.rotary, torch.cat((rotated, unrotated)), scale)  # (heads, D / 2)
-        elif c.pos == "sinusoidal":
-            compute_tables(self.model.add_pos, self.model.add_pos.frequencies)
 
     def example(self):
         """Returns the inputs that it is traced with, and their axes that are free.
@@ -255,24 +269,15 @@ def can_fuse(model):
         return False
     if model.rotary is None:
         return True
-    rotation = model.rotary(torch.arange(c.block_size))
-    cos, sin = turned_tables(model)
-    expected = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
-    return all(map(torch.equal, rotation, expected))  # a class of one's own may turn otherwise
+    half = c.head_dim // 2
+    cos, sin = model.rotary(torch.arange(c.block_size))  # a class of one's own may turn otherwise
+    return torch.equal(cos[:, :half], cos[:, half:]) and torch.equal(-sin[:, :half], sin[:, half:])
 
 
-class FusedAttention(nn.Module):
+class FusedAttention(JoinedHeads):
     """Computes what model.Attention does by one node of onnxruntime's own, GroupQueryAttention: it turns q and k,
     puts k and v into their arrays and attends.
     """
-
-    def __init__(self, c, attn):
-        super().__init__()
-        self.config = c
-        self.qkv_proj = join(attn.q_proj, attn.k_proj, attn.v_proj)
-        self.o_proj = attn.o_proj
-        self.q_norm = attn.q_norm
-        self.k_norm = attn.k_norm
 
     def forward(self, x, context):
         """Maps states (B, T, C) to states (B, T, C).
@@ -301,19 +306,12 @@ class FusedAttention(nn.Module):
         return self.o_proj(y)
 
 
-class FusedGraph(nn.Module):
+class FusedGraph(JoinedModel):
     """A copy of a Transformer in the form in which it is traced for onnxruntime."""
 
     def __init__(self, model):
-        super().__init__()
-        c = model.config
-        self.model = copy.deepcopy(model)
-        for block in self.model.blocks:
-            block.attn = FusedAttention(c, block.attn)
-            block.mlp = joined_mlp(c, block.mlp)
+        super().__init__(model, lambda attn: FusedAttention(model.config, attn))
         self.tables = nn.ParameterList(nn.Buffer(table) for table in turned_tables(model))
-        if c.pos == "sinusoidal":
-            compute_tables(self.model.add_pos, self.model.add_pos.frequencies)
 
     def example(self):
         """Returns what Graph.example does."""
