@@ -12,7 +12,7 @@ import checkpoint
 import onnx_model
 from bench_step import build_model
 from device import name_of
-from export_onnx import write_greedy
+from export_onnx import write_on
 from generate import generate
 from graphs import CHUNK
 from hf import to_transformers
@@ -265,12 +265,6 @@ def speculation_rows(cfg, compute, model, tokenizer, speculations):
             if temperature == 0:
                 row["same_ids"] = rivals[name, temperature]() == rivals[plain]()
         yield row
-
-
-def write_on(n_threads, model, prompt, n):
-    """Returns write_greedy's ids, on so many of torch's threads: onnxruntime has its own, see sample.load."""
-    torch.set_num_threads(n_threads)
-    return write_greedy(model, prompt, n)
 
 
 def llama_cpp_rows(cfg, compute, model, tokenizer):

@@ -235,10 +235,10 @@ def validation_loss(model, ids, tokens):
     return evaluate(model, ids, min(model.config.block_size, LONGEST), 4, compute, tokens)
 
 
-def use_threads(model, threads):
-    """Sets torch's threads. Returns the model, which race() hands to what it times."""
+def write_on(threads, model, prompt, n):
+    """Returns write_greedy's ids, on so many of torch's threads: onnxruntime has its own, see sample.load."""
     torch.set_num_threads(threads)
-    return model
+    return write_greedy(model, prompt, n)
 
 
 def compare_speed(models, prompt, n, seconds):
@@ -246,9 +246,7 @@ def compare_speed(models, prompt, n, seconds):
     threads = torch.get_num_threads()
     rivals = {}
     for name, model in models.items():
-        model_threads = threads if name == "PyTorch" else 1  # onnxruntime has its own; see sample.load
-        set_up = partial(use_threads, model, model_threads)
-        rivals[name] = (set_up, partial(write_greedy, prompt=prompt, n=n))
+        rivals[name] = partial(write_on, threads if name == "PyTorch" else 1, model, prompt, n)
     times = race(rivals, seconds, torch.device("cpu"))
     torch.set_num_threads(threads)
     speeds = ", ".join(f"{name} {n / time['median']:,.0f}" for name, time in times.items())
