@@ -27,7 +27,16 @@ import torch
 from cache import REWIND
 from checkpoint import open_checkpoint
 from config import Refusal, is_hf
-from generate import GREEDY, distribution, documents_of, penalized, prefill, seen_tokens, start_rows
+from generate import (
+    GREEDY,
+    distribution,
+    documents_of,
+    likeliest,
+    penalized,
+    prefill,
+    seen_tokens,
+    start_rows,
+)
 from rmsnorm import choose_rmsnorm
 
 MOST_GUESSES = 64  # in one call
@@ -93,7 +102,7 @@ class Draws:
         if self.seen is not None:
             logits = penalized(logits, seen_after(self.seen, guesses)[:, places], self.penalty)
         if self.is_greedy:
-            return logits.argmax(-1)
+            return likeliest(logits)
         while len(self.noise) <= n:
             self.add_noise()
         noise = torch.stack(self.noise[places], 1).flatten(0, 1)

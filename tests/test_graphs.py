@@ -210,7 +210,7 @@ def test_what_waits_is_noted():
 @pytest.mark.parametrize("name", MODELS)
 def test_a_step_waits_for_nothing_where_it_is_captured(name):
     """In inference mode, as generate() has it. What whats_not_static names does wait."""
-    model = build(**MODELS[name])
+    model = build(**MODELS[name]).double()  # float32 is NumPy's on a processor: generate.likeliest
     for lengths in (4, 4), (3, 8):
         decoder, _ = started(model, prompts_of(*lengths), 12)
         decoder.step()
@@ -225,7 +225,7 @@ def test_a_step_waits_for_nothing_where_it_is_captured(name):
 
 @torch.inference_mode()
 def test_drawing_waits_for_nothing():
-    logits = torch.randn(3, V)
+    logits = torch.randn(3, V, dtype=torch.float64)  # float32 is NumPy's on a processor
     uniform = torch.rand(3, 1, dtype=torch.float64)
     for temperature, top_k, top_p in itertools.product((0.0, 0.8), (0, 5), (1.0, 0.9)):
         assert not waits_of(lambda: next_token(logits, temperature, top_k, top_p, uniform))
