@@ -26,8 +26,9 @@ from interop.foreign_tokenizer import FILES, ForeignTokenizer
 from model import ModelConfig
 from tokenizer import Tokenizer
 
-FORMAT = 5  # 1 had no fingerprint, 2 the keys and values of a row together, 3 no bos, 4 no ends
-READABLE = (4, FORMAT)
+# 1 had no fingerprint, 2 the keys and values of a row together, 3 no bos, 4 no ends, 5 all tokens' logits
+FORMAT = 6
+READABLE = (4, 5, FORMAT)
 
 
 def describe(c, tokenizer, start, template, fingerprint, text_rule=AS_IT_STANDS):
@@ -58,8 +59,8 @@ def describe(c, tokenizer, start, template, fingerprint, text_rule=AS_IT_STANDS)
 def names(c, which):
     """Returns the names of the keys and values in the graph, in its order.
 
-    "past" gives past_k.0, past_v.0, past_k.1 ...: the inputs after ids (B, T) and, in a graph of FusedPast, total.
-    "present" gives the outputs after logits (B, T, V). export_onnx.py says their shapes.
+    "past" gives past_k.0, past_v.0, past_k.1 ...: the inputs after ids (B, T), places (K,) and, in a graph of
+    FusedPast, total. "present" gives the outputs after logits (B, K, V). export_onnx.py says their shapes.
     """
     return [f"{which}_{kv}.{layer}" for layer in range(c.n_layer) for kv in "kv"]
 
@@ -77,10 +78,9 @@ class Past:
     and each export compare.
     """
 
-    counts = ()  # inputs between ids and the keys and values
     row_axis = 1
 
-    def __init__(self, c, batch_size, max_len):
+    def __init__(self, c, batch_size, max_len, counts):
         import onnxruntime
 
         state = onnxruntime.capi.onnxruntime_pybind11_state
@@ -88,7 +88,8 @@ class Past:
         self.options = onnxruntime.RunOptions()
         self.length = 0
         self.max_len = max_len
-        self.inputs = ["ids", *self.counts, *names(c, "past")]
+        self.counts = counts  # inputs between ids and the keys and values: find_counts
+        self.inputs = ["ids", *counts, *names(c, "past")]
         self.outputs = ["logits", *names(c, "present")]
         shape = self.shape(c, batch_size, max_len)
         self.arrays = [np.empty(shape, np.float32) for _ in range(2 * c.n_layer)]
@@ -99,6 +100,10 @@ class Past:
 
     def shape(self, c, batch_size, max_len):
         return max_len, batch_size, c.n_kv_head, c.head_dim
+
+    def bound_shape(self, length):
+        """Returns what of an array a call takes or returns: that of so many tokens."""
+        return self.arrays[0][:length].shape  # no more than there is
 
     def vector(self, firsts, shape):
         """Returns what a call reads or writes: the arrays `firsts`, then of each array what has this shape.
@@ -115,16 +120,18 @@ class Past:
         )
         return vector
 
-    def call(self, session, feeds, fetches):
+    def read(self, session, idx, places, logits):
+        """Reads T more tokens idx (B, T) and writes the logits of K of them, those at places (K,), into the array
+        logits (B, K, V), or of all where the graph has no places.
+        """
+        total = self.length + idx.shape[1]
+        counts = {"places": places, "total": np.array(total, np.int32)}
+        firsts = [idx, *(counts[name] for name in self.counts)]
+        feeds = self.vector(firsts, self.bound_shape(self.length))
+        fetches = self.vector([logits], self.bound_shape(total))
         session.run_with_ortvaluevector(
             self.options, self.inputs, feeds, self.outputs, fetches, self.devices
         )
-
-    def read(self, session, idx, logits):
-        """Reads T more tokens idx (B, T) and writes their logits into the array logits (B, T, V)."""
-        total = self.length + idx.shape[1]
-        before, after = (self.arrays[0][:length].shape for length in (self.length, total))
-        self.call(session, self.vector([idx], before), self.vector([logits], after))
         self.length = total
 
     def keep(self, rows):
@@ -142,13 +149,15 @@ class FusedPast(Past):
     A call takes them whole, and how many tokens there will be; it writes new ones where they belong.
     """
 
-    counts = ("total",)
     row_axis = 0
 
     def shape(self, c, batch_size, max_len):
         return batch_size, c.n_kv_head, max_len, c.head_dim
 
-    def read(self, session, idx, logits):
+    def bound_shape(self, length):
+        return self.arrays[0].shape
+
+    def read(self, session, idx, places, logits):
         """Does what Past.read does. Several tokens of several rows after others it reads row by row: they are more
         than GroupQueryAttention takes.
         """
@@ -158,13 +167,10 @@ class FusedPast(Past):
                 part = copy.copy(self)
                 part.arrays = [array[row : row + 1] for array in self.arrays]
                 part.addresses = [array.ctypes.data for array in part.arrays]
-                part.read(session, idx[row : row + 1], logits[row : row + 1])
+                part.read(session, idx[row : row + 1], places, logits[row : row + 1])
             self.length += T
             return
-        total = np.array(self.length + T, np.int32)
-        shape = self.arrays[0].shape
-        self.call(session, self.vector([idx, total], shape), self.vector([logits], shape))
-        self.length += T
+        super().read(session, idx, places, logits)
 
     def keys_and_values(self):
         """Does what Past.keys_and_values does."""
@@ -218,32 +224,37 @@ class OnnxModel(nn.Module):
         self.session = session
         self.config = config
         self.path = path
+        self.counts = find_counts(session)
 
     def new_past(self, batch_size, max_len):
         """Returns an empty Past with room for max_len tokens, but never for more than block_size."""
-        kind = FusedPast if is_fused(self.session) else Past
-        return kind(self.config, batch_size, min(max_len, self.config.block_size))
+        kind = FusedPast if "total" in self.counts else Past
+        return kind(self.config, batch_size, min(max_len, self.config.block_size), self.counts)
 
-    def run(self, idx, past):
-        """Appends ids idx (B, T) to a Past and returns their logits (B, T, V), a NumPy array.
+    def run(self, idx, past, places=None):
+        """Appends ids idx (B, T) to a Past and returns the logits (B, K, V) of those at K places, by default of all,
+        a NumPy array.
 
         Raises ValueError where they do not fit, Refusal where onnxruntime fails.
         """
         c = self.config
-        total = past.length + idx.size(1)
+        B, T = idx.shape
+        total = past.length + T
         if total > past.max_len:
             room = f"{past.max_len}, the room made for them; block_size is {c.block_size}"
             raise ValueError(f"{total} tokens do not fit in {room}")
-        logits = np.empty((*idx.shape, c.vocab_size), np.float32)
+        places = np.array(range(T) if places is None else places, np.int64)
+        has_places = "places" in self.counts
+        logits = np.empty((B, len(places) if has_places else T, c.vocab_size), np.float32)
         try:
-            past.read(self.session, np.ascontiguousarray(idx), logits)
+            past.read(self.session, np.ascontiguousarray(idx), places, logits)
         except Exception as e:  # onnxruntime has many kinds
             raise Refusal(f"{self.path} cannot be computed; export the model again ({str(e):.200})")
-        return logits
+        return logits if has_places else logits[:, places]
 
     def last_logits(self, idx, past):
         """Returns the logits (B, V) after the last of ids idx (B, T), as run does."""
-        return torch.from_numpy(self.run(idx, past)[:, -1])
+        return torch.from_numpy(self.run(idx, past, [idx.size(1) - 1])[:, 0])
 
     def new_cache(self, batch_size, max_len):
         return Cache(max_len)
@@ -319,29 +330,33 @@ def open_session(path, c):
     return OnnxModel(session, c, path)
 
 
-def is_fused(session):
-    """Tells a graph that FusedPast is for from all others."""
-    return any(tensor.name == "total" for tensor in session.get_inputs())
+def find_counts(session):
+    """Returns the names of the inputs between ids and the keys and values: of places, which graphs of an older format
+    lack, and total, by which one that FusedPast is for is known.
+    """
+    names = {tensor.name for tensor in session.get_inputs()}
+    return [name for name in ("places", "total") if name in names]
 
 
 def fits_config(session, c):
     """Tells whether a session's inputs and outputs are those of a model with the ModelConfig c."""
-    counts = []
+    counts = find_counts(session)
+    types = {"places": ("tensor(int64)", ["K"]), "total": ("tensor(int32)", [])}
     past_shape = ["P", "B", c.n_kv_head, c.head_dim]
-    if is_fused(session):
-        counts = [("total", "tensor(int32)", [])]
+    if "total" in counts:
         past_shape = ["B", c.n_kv_head, "S", c.head_dim]
     n_inputs = 1 + len(counts) + 2 * c.n_layer
     if len(session.get_inputs()) != n_inputs:  # before a list is made of what a file says
         return False
-    expected_inputs = [("ids", "tensor(int64)", ["B", "T"]), *counts]
+    expected_inputs = [("ids", "tensor(int64)", ["B", "T"])]
+    expected_inputs += [(name, *types[name]) for name in counts]
     expected_inputs += [(name, "tensor(float)", past_shape) for name in names(c, "past")]
     expected_outputs = [(name, "tensor(float)") for name in ("logits", *names(c, "present"))]
     inputs = [(tensor.name, tensor.type, tensor.shape) for tensor in session.get_inputs()]
     outputs = [(tensor.name, tensor.type) for tensor in session.get_outputs()]
     if inputs != expected_inputs or outputs != expected_outputs:
         return False
-    return session.get_outputs()[0].shape == ["B", "T", c.vocab_size]
+    return session.get_outputs()[0].shape == ["B", "K" if "places" in counts else "T", c.vocab_size]
 
 
 @contextlib.contextmanager
@@ -401,7 +416,8 @@ def load(path):
             message = f"format {config['format']!r}; this version reads format {FORMAT}"
             raise ValueError(f"{message}: export the model again, with --overwrite")
         if config["format"] == 4:
-            config |= {"format": FORMAT, "ends": [config["eot"]]}
+            config["ends"] = [config["eot"]]
+        config["format"] = FORMAT
         config.setdefault("text_rule", text_rule(config))  # exports from before it was kept
         c = ModelConfig(**config["model"])
         kind = config["tokenizer"]

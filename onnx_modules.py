@@ -203,16 +203,18 @@ class Graph(JoinedModel):
     def example(self):
         """Returns the inputs that it is traced with, and their axes that are free.
 
-        B, T, P = 2, 3, 4: torch.export silently takes a size of 1 for a constant.
+        B, T, P, K = 2, 3, 4, 2: torch.export silently takes a size of 1 for a constant.
         """
         c = self.model.config
         ids = torch.zeros(2, 3, dtype=torch.long)
+        places = torch.tensor([0, 2])
         past = tuple(torch.zeros(4, 2, c.n_kv_head, c.head_dim) for _ in range(2 * c.n_layer))
         B = torch.export.Dim("B")
         T = torch.export.Dim("T", max=c.block_size)
         P = torch.export.Dim("P", max=c.block_size)
-        axes = {"ids": {0: B, 1: T}, "past": tuple({0: P, 1: B} for _ in past)}
-        return {"ids": ids, "past": past}, axes
+        K = torch.export.Dim("K", max=c.block_size)
+        axes = {"ids": {0: B, 1: T}, "places": {0: K}, "past": tuple({0: P, 1: B} for _ in past)}
+        return {"ids": ids, "places": places, "past": past}, axes
 
     def rotation_by_head(self, table, neutral):
         """Returns a table (T, D) for the heads of q, k and v: (T, heads, D), neutral for v."""
@@ -222,8 +224,10 @@ class Graph(JoinedModel):
         unrotated = torch.full((1, c.n_kv_head, D), neutral).expand(T, c.n_kv_head, D)
         return torch.cat((rotated, unrotated), 1)
 
-    def forward(self, ids, past):
-        """Returns the logits (B, T, V), and the keys and values of all tokens in the order of past."""
+    def forward(self, ids, places, past):
+        """Returns the logits (B, K, V) of the tokens at places (K,), and the keys and values of all tokens in the
+        order of past.
+        """
         model = self.model
         B, T = ids.shape
         P = past[0].size(0)
@@ -245,8 +249,8 @@ class Graph(JoinedModel):
             layer_past = past[2 * layer : 2 * layer + 2]
             mask = masks[model.config.window_of(layer)]
             x = block(x, (cos_sin, mask, layer_past, present))
-        x = model.norm(x).view(T, B, -1).transpose(0, 1)
-        return model.logits(x), *present
+        x = model.norm(x).view(T, B, -1).index_select(0, places)
+        return model.logits(x.transpose(0, 1)), *present
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -317,17 +321,24 @@ class FusedGraph(JoinedModel):
         """Returns what Graph.example does."""
         c = self.model.config
         ids = torch.zeros(2, 3, dtype=torch.long)
+        places = torch.tensor([0, 2])
         total = torch.tensor(7, dtype=torch.int32)
         past = tuple(torch.zeros(2, c.n_kv_head, 7, c.head_dim) for _ in range(2 * c.n_layer))
         B = torch.export.Dim("B")
         T = torch.export.Dim("T", max=c.block_size)
         S = torch.export.Dim("S", max=c.block_size)
-        axes = {"ids": {0: B, 1: T}, "total": {}, "past": tuple({0: B, 2: S} for _ in past)}
-        return {"ids": ids, "total": total, "past": past}, axes
+        K = torch.export.Dim("K", max=c.block_size)
+        axes = {
+            "ids": {0: B, 1: T},
+            "places": {0: K},
+            "total": {},
+            "past": tuple({0: B, 2: S} for _ in past),
+        }
+        return {"ids": ids, "places": places, "total": total, "past": past}, axes
 
-    def forward(self, ids, total, past):
-        """Returns the logits (B, T, V), and the keys and values in the order of past, for the last T of total
-        tokens.
+    def forward(self, ids, places, total, past):
+        """Returns the logits (B, K, V) of the tokens at places (K,) of the last T of total ones, and the keys and
+        values in the order of past.
         """
         model = self.model
         B, T = ids.shape
@@ -338,4 +349,4 @@ class FusedGraph(JoinedModel):
         present = []
         for layer, block in enumerate(model.blocks):
             x = block(x, (list(self.tables), last, total, past[2 * layer : 2 * layer + 2], present))
-        return model.logits(model.norm(x)), *present
+        return model.logits(model.norm(x).index_select(1, places)), *present

@@ -541,7 +541,7 @@ async function getJson(name) {
 
 async function start() {
   config = await getJson("config.json");
-  if (![4, 5].includes(config?.format)) throw Error(`model/config.json has format ${JSON.stringify(config?.format)}; this page reads format 5: export the model again, with --overwrite.`);
+  if (![4, 5, 6].includes(config?.format)) throw Error(`model/config.json has format ${JSON.stringify(config?.format)}; this page reads format 6: export the model again, with --overwrite.`);
   config.ends ??= [config.eot];  // format 4
   for (const key of ["n_layer", "n_kv_head", "head_dim", "block_size", "vocab_size"])
     if (!(Number.isInteger(config[key]) && config[key] > 0)) throw Error(`model/config.json is damaged: its ${key} is ${JSON.stringify(config[key])}.`);

@@ -16,6 +16,7 @@ const DIST = new URL("./node_modules/onnxruntime-web/dist/", import.meta.url).hr
 
 let ort, session, config;
 let fused;         // the file has onnxruntime's own attention: export_onnx.py
+let counts;        // inputs beside ids and the cache: places, which a file of an older format lacks, and fused: total
 let cache = {};    // past_k.0, past_v.0, ...: [length, 1, n_kv_head, head_dim]; fused: [1, n_kv_head, length, head_dim]
 let length = 0;    // tokens in the cache
 let stopped;
@@ -35,8 +36,9 @@ async function load(described) {
     if (/no available backend/.test(e)) throw Error(`onnxruntime-web does not start; npm ci in browser/ installs it again: ${short(e)}`);
     throw Error(`model/model.onnx cannot be read, it is damaged or no ONNX file: ${short(e)}`);
   }
-  fused = session.inputNames.includes("total");
-  if ([...session.inputNames].sort().join() !== ["ids", ...pasts(), ...(fused ? ["total"] : [])].sort().join())
+  counts = ["places", "total"].filter(name => session.inputNames.includes(name));
+  fused = counts.includes("total");
+  if ([...session.inputNames].sort().join() !== ["ids", ...pasts(), ...counts].sort().join())
     throw Error("model/model.onnx and model/config.json are not of one model: export it again.");
   cut(0);
   try {
@@ -65,17 +67,23 @@ function cut(n) {
   held = null;
 }
 
+const int64 = (numbers, dims) => new ort.Tensor("int64", BigInt64Array.from(numbers, BigInt), dims);
+
 /** The scores of ids, which come after the cache and are in it then. */
 async function forward(ids, scored) {
-  const V = config.vocab_size, input = new ort.Tensor("int64", BigInt64Array.from(ids, BigInt), [1, ids.length]);
-  const total = fused && { total: new ort.Tensor("int32", [length + ids.length], []) };
-  const { logits, ...present } = await session.run({ ids: input, ...total, ...cache });
+  const V = config.vocab_size, T = ids.length;
+  const places = scored ? [T - 1] : [...ids.keys()];  // whose logits are wanted
+  const feeds = { ids: int64(ids, [1, T]), ...cache };
+  if (counts.includes("places")) feeds.places = int64(places, [places.length]);
+  if (fused) feeds.total = new ort.Tensor("int32", [length + T], []);
+  const { logits, ...present } = await session.run(feeds);
   if (logits.dims.at(-1) !== V) throw Error("its vocabulary is another");
-  const row = j => j < 0 ? held : logits.data.subarray(j * V, (j + 1) * V);
+  const first = T - logits.dims[1];
+  const row = j => j < 0 ? held : logits.data.subarray((j - first) * V, (j - first + 1) * V);
   const scores = scored ? [] : ids.map((id, j) => row(j - 1) && score(row(j - 1), id));
   cache = Object.fromEntries(Object.entries(present).map(([name, t]) => [name.replace("present", "past"), t]));
-  length += ids.length;
-  held = row(ids.length - 1);
+  length += T;
+  held = row(T - 1);
   return scores;
 }
 

@@ -30,6 +30,7 @@ pytest.importorskip("onnxruntime")
 import chromium
 import firefox
 from scripts import call
+from test_export_onnx import write_old
 from test_model import build
 from test_sample import complete
 from test_tokenizer import (
@@ -1123,6 +1124,20 @@ def test_an_int8_model(browser, story_teller, folder_copy, kind):
             reference = prompt + generated(teller, prompt)[0]
             n = len(prompt) + 60
             assert page.settle()[:n] == reference[:n]
+
+
+@pytest.mark.slow
+def test_a_file_of_an_older_format(browser, story_teller, folder_copy):
+    """And shown as the same model's of today."""
+    write_old(folder_copy, story_teller.model)
+    heats = f"[...{SPANS}].map(span => Number(span.style.getPropertyValue('--heat-of') || -1))"
+    pages = []
+    for folder in story_teller.folder, folder_copy:
+        with opened(browser, folder / "model.onnx") as page:
+            pages.append((page.write(PROMPT, temperature=0), page.run(heats)))
+    (text, heat), (old_text, old_heat) = pages
+    assert old_text == text
+    assert old_heat == pytest.approx(heat, abs=0.002)
 
 
 # -----------------------------------------------------------------------------------------------------

@@ -176,6 +176,48 @@ def test_any_batch_length_and_past(lab, exported):
     check_numbers(lab.model, exported)
 
 
+def test_logits_of_some_tokens_alone(lab, exported):
+    ids = draw_ids(lab.model.config, 3, 9)
+    past = exported.new_past(3, 9)
+    expected = lab.model(ids)[0]
+    for start, end, places in (0, 5, [4]), (5, 9, [0, 3]):
+        logits = torch.from_numpy(exported.run(ids[:, start:end], past, places))
+        places = [start + place for place in places]
+        torch.testing.assert_close(logits, expected[:, places], rtol=0, atol=1e-4)
+
+
+class OldGraph(onnx_modules.Graph):
+    """The graph of format 5, which returns the logits of all tokens."""
+
+    def example(self):
+        inputs, axes = super().example()
+        del inputs["places"], axes["places"]
+        return inputs, axes
+
+    def forward(self, ids, past):
+        return super().forward(ids, torch.arange(ids.size(1)), past)
+
+
+def write_old(folder, model):
+    """Makes the export in a folder one of format 5."""
+    proto = onnx_graph.trace(OldGraph(model))
+    change_config(folder, lambda config: config.update(format=5))
+    proto.metadata_props.add(
+        key="fingerprint", value=json.loads((folder / "config.json").read_text())["fingerprint"]
+    )
+    (folder / "model.onnx").write_bytes(proto.SerializeToString())
+
+
+def test_a_graph_of_an_older_format_is_read(lab, folder_copy):
+    write_old(folder_copy, lab.model)
+    exported, _, _ = onnx_model.load(str(folder_copy))
+    assert exported.session.get_outputs()[0].shape[1] == "T"
+    check_numbers(lab.model, exported)
+    prompts = [[1, 2, 3], [4], [5, 6]]
+    reference = complete(generate(lab.model, prompts, 20, temperature=0))
+    assert complete(generate(exported, prompts, 20, temperature=0)) == reference
+
+
 def test_the_folder_is_whole_and_says_what_it_is(lab):
     folder = lab.folder / "out/onnx"
     files = ["config.json", "model.onnx", "model_int8.onnx", "tokenizer.json"]
@@ -184,7 +226,7 @@ def test_the_folder_is_whole_and_says_what_it_is(lab):
     check_file(folder / "model.onnx", lab.model)
     config = json.loads((folder / "config.json").read_text())
     reference = {
-        "format": 5,
+        "format": 6,
         "n_layer": 2,
         "n_kv_head": 2,
         "head_dim": 8,
@@ -391,11 +433,10 @@ def test_a_past_whose_call_failed_is_as_it_was(lab, exported):
     reference = exported.run(ids, exported.new_past(1, 12))
     past = exported.new_past(1, 12)
     exported.run(ids[:, :5], past)
-    with pytest.raises(Exception, match="shape"):
-        past.read(exported.session, ids[:, 5:7].numpy(), np.empty((1, 9, config.vocab_size), np.float32))
-    # nor is memory written beyond the past's end
-    with pytest.raises(Exception, match="shape"):
-        past.read(exported.session, ids.numpy(), np.empty((1, 12, config.vocab_size), np.float32))
+    for part, n_logits in (ids[:, 5:7], 9), (ids, 12):  # nor is memory written beyond the past's end
+        logits = np.empty((1, n_logits, config.vocab_size), np.float32)
+        with pytest.raises(Exception, match="shape"):
+            past.read(exported.session, part.numpy(), np.arange(part.size(1)), logits)
     np.testing.assert_allclose(exported.run(ids[:, 5:], past), reference[:, 5:], rtol=0, atol=1e-4)
 
 
@@ -408,7 +449,8 @@ def test_a_past_that_grows_in_its_place_is_the_one_of_fresh_arrays(lab, exported
     empty = np.zeros((0, B, config.n_kv_head, config.head_dim), np.float32)
     fresh = dict.fromkeys(onnx_model.names(config, "past"), empty)
     for part in ids.split((9, 1, 1, 20, 1, 8), dim=1):
-        logits, *present = exported.session.run(None, {"ids": part.numpy(), **fresh})
+        inputs = {"ids": part.numpy(), "places": np.arange(part.size(1)), **fresh}
+        logits, *present = exported.session.run(None, inputs)
         fresh = dict(zip(fresh, present))
         np.testing.assert_array_equal(exported.run(part, past), logits)
         for array, reference in zip(past.arrays, present):
@@ -777,11 +819,11 @@ def test_every_setting(settings, tmp_path):
 def test_ctrl_c_while_torch_traces_ends_it_after_that(monkeypatch):
     graph = onnx_modules.Graph.forward
 
-    def interrupted(self, ids, past):
+    def interrupted(self, ids, places, past):
         if not calls:
             os.kill(os.getpid(), signal.SIGINT)
         calls.append("begun")
-        logits = graph(self, ids, past)
+        logits = graph(self, ids, places, past)
         calls.append("ended")
         return logits
 

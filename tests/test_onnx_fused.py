@@ -97,12 +97,23 @@ def test_a_past_in_its_place_is_the_one_of_fresh_arrays(model, fused, B):
     total = 0
     for part in ids.split((9, 1, 1, 1, 8) if B == 1 else (9, *[1] * 11), dim=1):
         total += part.size(1)
-        counts = {"total": np.array(total, np.int32)}
+        counts = {"places": np.arange(part.size(1)), "total": np.array(total, np.int32)}
         logits, *present = fused.session.run(None, {"ids": part.numpy(), **counts, **fresh})
         fresh = dict(zip(fresh, present))
         np.testing.assert_array_equal(fused.run(part, past), logits)
         for array, reference in zip(past.arrays, present):
             np.testing.assert_array_equal(array[:, :, :total], reference)
+
+
+@torch.no_grad()
+def test_logits_of_some_tokens_alone(model, fused, unwritten):
+    ids = draw_ids(model.config, 3, 9)
+    past = fused.new_past(3, 9)
+    expected = model(ids)[0]
+    for start, end, places in (0, 5, [4]), (5, 9, [0, 3]):
+        logits = torch.from_numpy(fused.run(ids[:, start:end], past, places))
+        places = [start + place for place in places]
+        torch.testing.assert_close(logits, expected[:, places], rtol=0, atol=1e-4)
 
 
 def test_more_tokens_than_fit_are_refused(model, fused):
