@@ -18,7 +18,7 @@ from graphs import CHUNK
 from hf import to_transformers
 from interop import gguf_file, llama_cpp
 from interop.any_tokenizer import load_tokenizer
-from measure import convert, count_bytes, draw, large_tensor, ms_columns, race
+from measure import PAUSE, convert, count_bytes, draw, large_tensor, ms_columns, race
 from model import MoE
 from speculate import Speculation, load_draft
 
@@ -287,7 +287,7 @@ def llama_cpp_rows(cfg, compute, model, tokenizer):
             gguf_file.write(path, model, tokenizer, bits=bits)
             llama = llama_cpp.Server(path, cfg.block_size, n_threads)
             rivals[f"{LLAMA_CPP} {name}"] = functools.partial(llama.write, prompt, n_new)
-        times = race(rivals, cfg.seconds / 2, compute.device)
+        times = race(rivals, cfg.seconds / 2, compute.device, pause=PAUSE)
     expected = rivals[own]()
     rows = [
         {

@@ -42,7 +42,7 @@ import prepare
 from device import resolve
 from folders import new_folder, write_atomic
 from generate import generate
-from measure import race
+from measure import PAUSE, race
 from onnx_graph import DENSE, OPSET, export, is_fusible
 from onnx_integers import LEAST, quantize
 from quantized import dequantized
@@ -247,7 +247,7 @@ def compare_speed(models, prompt, n, seconds):
     rivals = {}
     for name, model in models.items():
         rivals[name] = partial(write_on, threads if name == "PyTorch" else 1, model, prompt, n)
-    times = race(rivals, seconds, torch.device("cpu"))
+    times = race(rivals, seconds, torch.device("cpu"), pause=PAUSE)
     torch.set_num_threads(threads)
     speeds = ", ".join(f"{name} {n / time['median']:,.0f}" for name, time in times.items())
     print(f"tokens/s, one text of {n} tokens, {threads} threads, in turns: {speeds}")

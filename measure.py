@@ -19,6 +19,7 @@ from optim import make_optimizers
 from sharding import local
 
 SLOW = 1e-7  # a learning rate
+PAUSE = 0.1  # seconds: onnxruntime's threads spin on for 20 to 50 ms, and take a processor from the next rival
 LARGE = 1 << 26  # float32 numbers: 256 MB, more than caches hold
 
 # -----------------------------------------------------------------------------------------------------
@@ -55,12 +56,14 @@ def count_calls(rival, seconds, device):
     return max(1, min(1000, calls))
 
 
-def race(rivals, seconds, device, untimed=0):
+def race(rivals, seconds, device, untimed=0, pause=0.0):
     """Times functions against each other, which take turns.
 
     Each is called once (first), `untimed` times more, once to warm up, and then all in turn, there and back, up
     to 100 rounds, until the time from the warm-up on is over. A processor, whose speed drifts, takes three rounds
     at least; on a GPU the warm-up counts where there was time for no round.
+
+    pause: seconds before each turn, PAUSE where rivals have threads of their own.
 
     rivals: {name: function}. A function may be a pair (setup, function) instead: what setup() returns,
     untimed, is the function's argument.
@@ -80,6 +83,7 @@ def race(rivals, seconds, device, untimed=0):
         # Threads spin on after a call: nobody always follows the same rival
         names = reversed(rivals) if i % 2 else rivals
         for name in names:
+            time.sleep(pause)
             times[name].append(time_rival(rivals[name], device, calls[name]))
     times = {name: times[name] or [warm[name]] for name in rivals}
     return {
