@@ -7,8 +7,8 @@
 The folder also has tokenizer.json and config.json. model.onnx is one file, as large as the parameters;
 model_int8.onnx is about a quarter of that. model_int4.onnx is smaller still, with the embedding and the head in
 4 bits, too, where the loss allows it. Both need onnxruntime, whose own operators they have; model_plain_int8.onnx has
-operators of ONNX alone. Of a mixture of experts each computes each token, and a file says so in its metadata, as
-"experts": right, but slower than the model here.
+operators of ONNX alone. Of a mixture of experts each computes each token in model.onnx and model_plain_int8.onnx, and a
+file says so in its metadata, as "experts": right, but slower than the model here.
 
 The graph takes ids (B, T), places (K,), those of the T tokens whose logits are wanted, and the keys and values of
 the tokens before them, past_k.0 past_v.0 past_k.1 ..., each (P, B, n_kv_head, head_dim). It returns logits (B, K, V)
@@ -16,7 +16,8 @@ and present_k.0 present_v.0 ..., each (P + T, B, n_kv_head, head_dim), which are
 0. The graph does not check that P + T stays within block_size; its caller does.
 
 model_int8.onnx and model_int4.onnx have onnxruntime's GroupQueryAttention where that computes what the model does (no
-windows, no ALiBi, head_dim a multiple of 16). Then there is an input total, P + T as int32, and keys and values are
+windows, no ALiBi, head_dim a multiple of 16), and its QMoE for experts, from version 1.32 on, so that a token goes
+through its own alone. Then there is an input total, P + T as int32, and keys and values are
 (B, n_kv_head, P, head_dim). They may also be of more than P + T tokens: whoever binds the same memory as past and as
 present has new tokens written to their places, and nothing copied. Several rows take one token a call after a past.
 """

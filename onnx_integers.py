@@ -1,8 +1,18 @@
 """The ONNX graph with integers for its matrices: quantize(proto)."""
 
+import math
+
 import numpy as np
 
-from onnx_graph import find_head, is_look_up, make_cast, make_node, read_arrays, replace
+from onnx_graph import (
+    EXPERTS_LEAST,
+    find_head,
+    is_look_up,
+    make_cast,
+    make_node,
+    read_arrays,
+    replace,
+)
 from onnx_modules import MICROSOFT
 
 STATES = 4  # how exact its products are: with states of 8 bits, a scale for each group
@@ -35,7 +45,9 @@ def quantize(proto, bits=8, table_bits=8, plain=False, group_size=0):
     if not plain:
         if all(opset.domain != MICROSOFT for opset in proto.opset_import):
             proto.opset_import.add(domain=MICROSOFT, version=1)
-        proto.metadata_props.add(key="onnxruntime", value=LEAST[table_bits])
+        has_experts = any(node.op_type == "MoE" for node in proto.graph.node)
+        least = EXPERTS_LEAST if has_experts else LEAST[table_bits]
+        proto.metadata_props.add(key="onnxruntime", value=least)
     added = {}  # arrays
     removed = set()
     nodes = []
@@ -76,6 +88,16 @@ def quantize(proto, bits=8, table_bits=8, plain=False, group_size=0):
                 nodes.append(product_node(x, weight, array.shape, n_bits, size, product))
             if bias:
                 nodes.append(make_node("Add", [product, *bias], [output]))
+        elif node.op_type == "MoE":
+            _, _, both, _, down = node.input
+            # of an expert's matrices both are cut into whole groups of one size
+            size = math.gcd(
+                group_size or GROUPS[bits], *(weights[name].shape[2] for name in (both, down))
+            )
+            for name in both, down:
+                removed.add(name)
+                add_experts(added, name, weights[name], bits, size)
+            nodes.append(experts_node(node, bits, size))
         elif output not in transposed:
             nodes.append(node)
     replace(proto, nodes, removed, added)
@@ -143,6 +165,28 @@ def product_node(x, weight, shape, bits, size, output):
     inputs = [x, *quantized_inputs(weight, bits)]
     sizes = {"N": n_out, "K": n_in, "bits": bits, "block_size": size}
     return make_node("MatMulNBits", inputs, [output], domain=MICROSOFT, accuracy_level=STATES, **sizes)
+
+
+def add_experts(arrays, name, weight, bits, size):
+    """Puts the weights (n_expert, out, in) of experts into arrays as add_groups does, each with an axis of experts,
+    and the bytes of a row in one axis.
+    """
+    n_expert, n_out, n_in = weight.shape
+    add_groups(arrays, name, weight.reshape(-1, n_in), bits, size)
+    for array in quantized_inputs(name, bits):
+        arrays[array] = arrays[array].reshape(n_expert, n_out, -1)
+
+
+def experts_node(node, bits, size):
+    """Returns the node of integers for one of float32, MoE, whose weights add_experts has rounded."""
+    x, router, both, _, down = node.input
+    both, both_scale, *both_zero = quantized_inputs(both, bits)
+    down, down_scale, *down_zero = quantized_inputs(down, bits)
+    inputs = [x, router, both, both_scale, "", down, down_scale, "", "", "", "", *both_zero, *down_zero]
+    sizes = {"expert_weight_bits": bits, "block_size": size, "weights_prepacked": 0}
+    integers = make_node("QMoE", inputs, node.output, domain=MICROSOFT, accuracy_level=STATES, **sizes)
+    integers.attribute.extend(node.attribute)
+    return integers
 
 
 def look_up_nodes(table, bits, output):

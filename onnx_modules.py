@@ -13,6 +13,7 @@ from model import ComputedTable, attention_mask
 
 MICROSOFT = "com.microsoft"  # onnxruntime's own operators
 FUSED_STEP = 16  # what head_dim must be a multiple of, for GroupQueryAttention to turn heads
+LEAST_GROUP = 16  # inputs that share a scale in QMoE
 
 
 def compute_tables(tables, frequencies, scale=None):
@@ -158,22 +159,24 @@ def additive_mask(model, P, T, window):
     return mask.repeat(c.n_head // c.n_kv_head, 1)
 
 
-def joined_mlp(c, mlp):
-    """Returns what computes a block's MLP in fewer nodes, or the MLP itself."""
+def joined_mlp(c, mlp, experts):
+    """Returns what computes a block's MLP in fewer nodes, or the MLP itself. experts: the class of a mixture's."""
     if c.mlp == "swiglu" and computes_silu(mlp):
         return JoinedSwiGLU(mlp)
-    return DenseMoE(mlp) if c.mlp == "moe" else mlp
+    return experts(mlp) if c.mlp == "moe" else mlp
 
 
 class JoinedModel(nn.Module):
-    """A copy of a Transformer whose blocks have fewer nodes: make_attention(attn) takes the place of each Attention."""
+    """A copy of a Transformer whose blocks have fewer nodes: make_attention(attn) takes the place of each Attention,
+    experts(moe) that of each MoE.
+    """
 
-    def __init__(self, model, make_attention):
+    def __init__(self, model, make_attention, experts):
         super().__init__()
         self.model = copy.deepcopy(model)
         for block in self.model.blocks:
             block.attn = make_attention(block.attn)
-            block.mlp = joined_mlp(model.config, block.mlp)
+            block.mlp = joined_mlp(model.config, block.mlp, experts)
         if model.config.pos == "sinusoidal":
             compute_tables(self.model.add_pos, self.model.add_pos.frequencies)
 
@@ -189,7 +192,7 @@ class Graph(JoinedModel):
     def __init__(self, model):
         c = model.config
         roll = nn.Buffer(torch.eye(c.head_dim).roll(c.head_dim // 2, 1))
-        super().__init__(model, lambda attn: JoinedAttention(c, attn, roll))
+        super().__init__(model, lambda attn: JoinedAttention(c, attn, roll), DenseMoE)
         if c.pos == "rope":
             frequencies = self.model.rotary.frequencies
             rotated = frequencies.expand(c.n_head + c.n_kv_head, -1)
@@ -271,6 +274,9 @@ def can_fuse(model):
     c = model.config
     if model.score_bias is not None or model.windows != [0] or c.head_dim % FUSED_STEP:
         return False
+    # scores that QMoE would make to sum to 1, and sizes without whole groups of integers
+    if c.mlp == "moe" and (not c.norm_topk_prob or c.n_embd % LEAST_GROUP or c.n_inner % LEAST_GROUP):
+        return False
     if model.rotary is None:
         return True
     half = c.head_dim // 2
@@ -310,11 +316,39 @@ class FusedAttention(JoinedHeads):
         return self.o_proj(y)
 
 
+class FusedMoE(nn.Module):
+    """Computes what model.MoE does by one node of onnxruntime's own, MoE: a token goes through its experts alone."""
+
+    def __init__(self, moe):
+        super().__init__()
+        self.router = moe.router
+        self.attributes = {
+            "k": moe.top_k,
+            "normalize_routing_weights": 1,
+            "activation_type": "swiglu",
+            "activation_alpha": 1.0,
+            "activation_beta": 0.0,
+            "swiglu_fusion": 1,  # an output of gate, one of up, and so on
+        }
+        both = torch.stack((moe.gate_proj.weight, moe.up_proj.weight), 2)  # (E, I, 2, C)
+        self.both = nn.Parameter(both.flatten(1, 2).detach())
+        self.down = nn.Parameter(moe.down_proj.weight.detach())  # (E, C, I)
+
+    def forward(self, x):
+        """Maps states (B, T, C) to states (B, T, C)."""
+        tokens = x.flatten(0, 1)
+        inputs = [tokens, self.router(tokens), self.both, None, self.down]
+        y = torch.onnx.ops.symbolic(
+            f"{MICROSOFT}::MoE", inputs, self.attributes, dtype=x.dtype, shape=tokens.shape, version=1
+        )
+        return y.view(x.shape)
+
+
 class FusedGraph(JoinedModel):
     """A copy of a Transformer in the form in which it is traced for onnxruntime."""
 
     def __init__(self, model):
-        super().__init__(model, lambda attn: FusedAttention(model.config, attn))
+        super().__init__(model, lambda attn: FusedAttention(model.config, attn), FusedMoE)
         self.tables = nn.ParameterList(nn.Buffer(table) for table in turned_tables(model))
 
     def example(self):

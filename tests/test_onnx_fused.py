@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import io
+import math
 from pathlib import Path
 
 import numpy as np
@@ -140,7 +141,14 @@ def test_a_graph_of_another_shape_is_refused(fused, model, tmp_path):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"pos": "alibi"}, {"window": 6}, {"head_dim": 8}, {"head_dim": 24}],
+    [
+        {"pos": "alibi"},
+        {"window": 6},
+        {"head_dim": 8},
+        {"head_dim": 24},
+        {"mlp": "moe", "n_inner": 24},
+        {"mlp": "moe", "norm_topk_prob": False},
+    ],
 )
 def test_what_the_node_cannot_compute_is_not_fused(settings):
     assert onnx_modules.can_fuse(build(**WIDE))
@@ -212,6 +220,35 @@ def test_integers_are_the_model_with_rounded_weights(bits, model, monkeypatch, t
     for linear in quantized.linears(rounded).values():
         linear.weight.data = rounded_groups(linear.weight.data, bits)
     assert int8_error(rounded, open_graph(proto, model, tmp_path)) < 1e-4
+
+
+@pytest.mark.parametrize("n_inner", [64, pytest.param(48, marks=pytest.mark.slow)])
+def test_experts_are_one_node_and_their_integers_the_rounded_weights(n_inner, monkeypatch, tmp_path):
+    """Groups are of 32 numbers, or of 16 where experts have 48 inputs."""
+    monkeypatch.setattr(onnx_integers, "STATES", 1)  # float32
+    model = build(mlp="moe", n_inner=n_inner, n_layer=1, **WIDE)
+    proto = onnx_graph.export(model, fused=True)
+    assert sum(node.op_type == "MoE" for node in proto.graph.node) == 1
+    check_numbers(model, open_graph(proto, model, tmp_path))
+    onnx_integers.quantize(proto, 4, 4)
+    assert sum(node.op_type == "QMoE" for node in proto.graph.node) == 1
+    rounded = copy.deepcopy(model)
+    for table in {rounded.wte.weight, rounded.head.weight}:
+        table.data = rounded_groups(table.data, 4)
+    for linear in quantized.linears(rounded).values():
+        weight = linear.weight.data
+        size = math.gcd(n_inner, 32) if weight.dim() == 3 else 32
+        linear.weight.data = rounded_groups(weight.flatten(0, -2), 4, size).view_as(weight)
+    integers = open_graph(proto, model, tmp_path)
+    assert int8_error(rounded, integers) < 1e-4
+    assert int8_error(model, integers) > 1e-2
+
+
+def test_experts_stay_dense_for_an_older_onnxruntime(monkeypatch):
+    model = build(mlp="moe", n_inner=64, **WIDE)
+    assert onnx_graph.is_fusible(model)
+    monkeypatch.setattr(onnxruntime, "__version__", "1.31.0")
+    assert not onnx_graph.is_fusible(model)
 
 
 @pytest.fixture(scope="module")
