@@ -274,7 +274,7 @@ def can_fuse(model):
     c = model.config
     if model.score_bias is not None or model.windows != [0] or c.head_dim % FUSED_STEP:
         return False
-    # scores that QMoE would make to sum to 1, and sizes without whole groups of integers
+    # scores that QMoE would make to sum to 1 (findings/qmoe_weights.sh), and sizes without whole groups of integers
     if c.mlp == "moe" and (not c.norm_topk_prob or c.n_embd % LEAST_GROUP or c.n_inner % LEAST_GROUP):
         return False
     if model.rotary is None:
