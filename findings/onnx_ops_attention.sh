@@ -76,12 +76,12 @@ cases = [
     ("attn_mask, 2 and 3", masked, [2, 3], right),
     ("attn_mask, one by one", masked, 5 * [1], right),
 ]
-wrong = False
+is_wrong = False
 for name, kinds, pieces, expected in cases:
-    found = {kind: read(step, pieces) for kind, step in kinds.items()}
-    texts = [f"{kind} {' '.join(f'{y:.1f}' for y in outputs)}" for kind, outputs in found.items()]
+    results = {kind: read(step, pieces) for kind, step in kinds.items()}
+    texts = [f"{kind} {' '.join(f'{y:.1f}' for y in outputs)}" for kind, outputs in results.items()]
     print(f"{name}: {', '.join(texts)}")
-    wrong |= not np.allclose(list(found.values()), [expected, right, right], atol=1e-4)
-raise SystemExit(wrong)
+    is_wrong |= not np.allclose(list(results.values()), [expected, right, right], atol=1e-4)
+raise SystemExit(is_wrong)
 PYTHON
 "$folder/venv/bin/python" "$folder/run.py" 2> "$folder/log" || { cat "$folder/log"; exit 1; }

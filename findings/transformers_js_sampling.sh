@@ -1,6 +1,6 @@
 #!/bin/sh
 # @huggingface/transformers 4.3.2 (npm, in node; files written by onnx 1.23.2): generate() of a model whose folder says in
-# generation_config.json how to sample, as those of Llama 3.2 and Qwen3 do, or that is told so in the call.
+# generation_config.json how to sample, or that is told so in the call.
 # One would guess: the text is sampled as transformers in Python samples it from that folder. GenerationConfig documents top_p,
 # typical_p, epsilon_cutoff and eta_cutoff, and the package exports a TopPLogitsWarper; min_p, which is not documented, would be
 # refused, as Python refuses a setting that it does not know.
