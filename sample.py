@@ -35,10 +35,14 @@ from device import fast_bfloat16, resolve
 from generate import generate, start_rows
 from graphs import decoding_message
 from memory import check_memory
-from quantized import has_kernels
+from quantized import dequantized, has_kernels
 from rmsnorm import choose_rmsnorm
-from sizes import kv_cache_bytes
+from sizes import Undrawn, kv_cache_bytes
 from speculate import MOST_GUESSES, DraftModel, Speculation, load_draft
+
+# an ONNX file is compared with model.py on so many tokens, which may differ by this share of their logits
+COMPARED = 32
+ROUNDING = 1e-3
 
 
 @dataclass
@@ -171,12 +175,32 @@ def written_onnx(cfg, ckpt):
     return folder
 
 
-def load_onnx(path):
-    """Returns (model, tokenizer, its settings, Compute, what to print of them) for what export_onnx.py wrote."""
+@torch.inference_mode()
+def still_computes(ckpt, exported):
+    """Returns whether model.py computes what an OnnxModel of a checkpoint's weights does, or has changed since."""
+    with Undrawn():  # all of its weights are read
+        model, _ = ckpt.restore()
+    c = model.config
+    idx = torch.arange(min(c.block_size, COMPARED))[None] * 7 % c.vocab_size
+    expected = dequantized(model)(idx)[0] if model.quantization else model(idx)[0]
+    computed = torch.from_numpy(exported.run(idx, exported.new_past(*idx.shape)))
+    if expected.shape != computed.shape:
+        return False
+    return bool((expected - computed).norm() <= ROUNDING * expected.norm())
+
+
+def load_onnx(path, ckpt=None):
+    """Returns (model, tokenizer, its settings, Compute, what to print of them) for what export_onnx.py wrote; None
+    where ckpt, a checkpoint that it is to compute, is computed otherwise.
+    """
     model, tokenizer, config = onnx_model.load(path)
-    message = f"{model.path}: onnxruntime, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
     # for the draw: two pools of threads that spin on the same cores slow each other down to a third
     torch.set_num_threads(1)
+    if ckpt and not still_computes(ckpt, model):
+        torch.set_num_threads(threads)
+        return None
+    message = f"{model.path}: onnxruntime, {threads} threads"
     return model, tokenizer, config, resolve("cpu", "float32", "false"), message
 
 
@@ -186,9 +210,12 @@ def load(cfg):
     ckpt.stretch(cfg.rope_scaling, cfg.block_size)
     compile = "false" if cfg.compile == "auto" else cfg.compile
     compute = resolve(cfg.device, cfg.dtype, compile)
+    onnx_message = ""
     if compute.device.type == "cpu" and (folder := written_onnx(cfg, ckpt)):
-        *results, message = load_onnx(folder)
-        return *results, f"{message}; --onnx=no is PyTorch"
+        if written := load_onnx(folder, ckpt):
+            *results, message = written
+            return *results, f"{message}; --onnx=no is PyTorch"
+        onnx_message = f"\n{folder} computes what model.py did before it was changed, and is left out"
     model, tokenizer = ckpt.restore()
     if model.quantization and cfg.dtype == "auto" and fast_bfloat16(compute.device):
         if has_kernels(model.config):
@@ -207,7 +234,7 @@ def load(cfg):
         tokenizer,
         ckpt.config,
         compute,
-        f"{paths}: {compute.message}{rmsnorm_message}{graph_message}",
+        f"{paths}: {compute.message}{rmsnorm_message}{graph_message}{onnx_message}",
     )
 
 

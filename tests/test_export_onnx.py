@@ -468,6 +468,11 @@ def test_sample_takes_the_graph_of_the_same_weights(lab, monkeypatch, tmp_path, 
         return "onnxruntime" in message, text.rpartition("\n")[0].rpartition("\n")[0]
 
     assert text() == (True, text("--onnx=no")[1])
+    with monkeypatch.context() as edit:  # of model.py, since the file was written
+        edit.setattr(Transformer, "logits", lambda self, x: self.head(x).tanh())
+        line = "out/onnx computes what model.py did before it was changed, and is left out\n"
+        own, old = text("--onnx=no")[1], text("--onnx=out/onnx")[1]
+        assert text() == (False, line + own) and own != old
     for argv in ["--onnx=no"], ["--num_samples=2"], ["--dtype=bfloat16"], ["--draft=ngram"]:
         assert not text(*argv)[0], argv
     ckpt = checkpoint.load("out/ckpt.pt")
