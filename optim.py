@@ -97,8 +97,6 @@ FIXED = {
     "ns_coefficients": NS_COEFFICIENTS,
     "adjust_lr_fn": "match_rms_adamw",
 }
-# what an optimizer keeps of each parameter after its first step
-MOMENTS = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "Muon": {"momentum_buffer"}}
 
 
 def load_optimizers(optimizers, scaler, ckpt, cfg):
@@ -148,9 +146,13 @@ def check_groups(groups, saved_groups):
 def check_moments(optimizer, state, steps):
     """Raises ValueError where a saved state is not that of an optimizer after at most so many steps."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
+    names = vars(type(optimizer)).get("moments")
+    if names is None:  # a class of one's own or torch's, which alone knows what it keeps
+        for i, moments in state.items():
+            check_own_moments(f"parameter {i}", moments)
+        return
     if state.keys() != set(range(len(params))):
         raise ValueError(f"it is not the state of {len(params)} parameters")
-    names = MOMENTS[type(optimizer).__name__]
     storages = set()
     for i, p in enumerate(params):
         if state[i].keys() != names:
@@ -163,6 +165,13 @@ def check_moments(optimizer, state, steps):
             if storage in storages or not x.is_contiguous():
                 raise ValueError(f"{name} of parameter {i} shares its memory")
             storages.add(storage)
+
+
+def check_own_moments(title, moments):
+    """Raises ValueError where moments, {name: value}, have a number that is not finite. What is no tensor stays."""
+    for name, x in moments.items():
+        if isinstance(x, torch.Tensor) and not is_finite(x):
+            raise ValueError(f"{name} of {title} holds nan or infinity")
 
 
 def check_moment(name, title, x, p, steps):
@@ -276,7 +285,8 @@ class Optimizer:
     """What a training loop needs of torch.optim.Optimizer, with its groups and its saved state; without its
     hooks, each of which imports torch._dynamo: two seconds of a start, for those who compile nothing.
 
-    groups: dicts of "params" and of what a group has otherwise than in defaults.
+    groups: dicts of "params" and of what a group has otherwise than in defaults. A class may say its moments, the
+    names of what it keeps of each parameter after its first step: a checkpoint then must have these and no others.
     """
 
     def __init__(self, groups, **defaults):
@@ -301,11 +311,17 @@ class Optimizer:
         """Takes the moments of a saved state, which is of the same parameters; the settings stay."""
         params = [p for group in self.param_groups for p in group["params"]]
         for i, moments in saved["state"].items():
-            self.state[params[i]] = {name: placed_like(x, params[i]) for name, x in moments.items()}
+            p = params[i]
+            self.state[p] = {
+                name: placed_like(x, p) if isinstance(x, torch.Tensor) else x
+                for name, x in moments.items()
+            }
 
 
 class AdamW(Optimizer):
     """AdamW (Loshchilov & Hutter 2019), computed by torch.optim's function."""
+
+    moments = {"step", "exp_avg", "exp_avg_sq"}
 
     def __init__(self, groups, lr, betas=(0.9, 0.95), weight_decay=0.0, eps=1e-8, fused=True):
         defaults = dict(lr=lr, betas=betas, weight_decay=weight_decay, eps=eps, fused=fused)
@@ -355,6 +371,7 @@ class Muon(Optimizer):
     """
 
     can_skip = True
+    moments = {"momentum_buffer"}
 
     def __init__(self, groups, lr, momentum=0.95, weight_decay=0.1, dtype=torch.float32, compile=False):
         super().__init__(groups, lr=lr, momentum=momentum, weight_decay=weight_decay)

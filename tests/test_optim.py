@@ -1,13 +1,15 @@
 """The optimizers against torch's, and Muon against the singular value decomposition."""
 
+import copy
 from functools import partial
 
 import pytest
 import torch
 
 import train
+from config import Refusal
 from device import Compute
-from optim import AdamW, Muon, make_optimizers, orthogonalize
+from optim import AdamW, Muon, Optimizer, load_optimizers, make_optimizers, orthogonalize
 
 SHAPES = [(24, 32), (24, 32), (32, 24), (48, 16), (1, 8)]
 
@@ -156,3 +158,44 @@ def test_a_rate_that_is_a_tensor_is_the_same_rate(kind):
     trained(kind([{"params": expected}], lr=0.02, weight_decay=0.3), expected)
     for p, q in zip(params, expected):
         torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
+
+
+class Signs(Optimizer):
+    """One of a reader's own, which keeps an average and a number."""
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p] or {"mean": torch.zeros_like(p), "steps": 0}
+                state["mean"].lerp_(p.grad, 0.1)
+                state["steps"] += 1
+                self.state[p] = state
+                p -= group["lr"] * state["mean"].sign()
+
+
+def own(params):
+    return Signs([{"params": params}], lr=0.1)
+
+
+def plain(params):
+    """Returns one that keeps nothing."""
+    return torch.optim.SGD(params, lr=0.1)
+
+
+@pytest.mark.parametrize("make", [own, plain, partial(torch.optim.Adamax, lr=0.1)])
+def test_an_optimizer_of_ones_own_goes_on(make):
+    params = draw()
+    optimizer = make(params)
+    trained(optimizer, params)
+    saved = copy.deepcopy(optimizer.state_dict())
+    ckpt = {"optimizers": [saved], "step": 5, "losses": [], "scaler": {}}
+    copies = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    resumed = make(copies)
+    load_optimizers([resumed], None, ckpt, train.Config())
+    for p, other in zip(trained(optimizer, params), trained(resumed, copies)):
+        assert torch.equal(p, other)
+    if saved["state"]:
+        next(iter(saved["state"][0].values())).fill_(torch.nan)
+        with pytest.raises(Refusal, match="of parameter 0 holds nan"):
+            load_optimizers([make(draw())], None, ckpt, train.Config())
