@@ -43,7 +43,7 @@ def likeliest(logits):
     is_plain = logits.device.type == "cpu" and logits.dtype == torch.float32
     if not is_plain or torch.compiler.is_compiling():
         return logits.argmax(-1)
-    return torch.from_numpy(logits.detach().numpy().argmax(-1))
+    return torch.as_tensor(logits.detach().numpy().argmax(-1))  # of one row a number
 
 
 def next_token(logits, temperature=1.0, top_k=0, top_p=1.0, uniform=None):

@@ -11,7 +11,7 @@ import finetune_lora
 import train
 from config import configure
 from data import AS_IT_STANDS, STRIPPED, text_rule
-from generate import Row, generate, next_token, penalized
+from generate import Row, generate, likeliest, next_token, penalized
 from model import ModelConfig, Transformer
 from sample import read_start, write
 from tokenizer import Tokenizer
@@ -129,6 +129,20 @@ def test_the_ends_of_the_unit_interval_draw_no_token_that_cannot_be():
         drawn = next_token(logits, uniform=torch.full((1000, 1), end, dtype=torch.float64))
         assert (drawn == id).all()
     assert 0 <= next_token(torch.full((1, 9), torch.nan), uniform=uniform(1, seed=0)) < 9
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_likeliest_token_is_torchs(dtype):
+    """NumPy's too where several are equal, where one is nan, and for one row alone."""
+    logits = torch.randn(4, 3, 300, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    logits[1] = logits[1].round()
+    logits[2] = -torch.inf
+    logits[3, :, [100, 200]] = torch.nan
+    for part in logits, logits[:, -1], logits[0, 0], logits[..., ::7], logits[:0]:
+        for x in part, part.clone().requires_grad_():
+            ids = likeliest(x)
+            assert ids.dtype == torch.int64
+            assert torch.equal(ids, x.argmax(-1))
 
 
 def test_draws_have_the_right_frequencies():
