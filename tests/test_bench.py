@@ -91,6 +91,24 @@ def test_a_race_takes_turns_and_tells_the_first_call_apart(clock):
     assert calls == ["a", "b"] * 4 + ["a", "b", "b", "a", "a", "b"]
 
 
+def test_a_pause_is_before_each_turn_and_not_timed(clock, monkeypatch):
+    """So that threads that another rival left spinning sleep."""
+
+    def sleep(seconds):
+        turns.append("pause")
+        clock(seconds)
+
+    def call(name):
+        turns.append(name)
+        clock(1)
+
+    turns = []
+    monkeypatch.setattr(measure.time, "sleep", sleep)
+    times = measure.race({"a": lambda: call("a"), "b": lambda: call("b")}, 0, CPU, pause=100)
+    assert turns[-12:] == [x for name in "abbaab" for x in ("pause", name)]
+    assert times["a"] == times["b"] == dict.fromkeys(("first", "median", "min", "max"), 1)
+
+
 GPU = torch.device("cuda")
 
 

@@ -1127,13 +1127,20 @@ def test_an_int8_model(browser, story_teller, folder_copy, kind):
 
 
 @pytest.mark.slow
-def test_a_file_of_an_older_format(browser, story_teller, folder_copy):
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_file_of_an_older_format(browser, story_teller, folder_copy, fused):
     """And shown as the same model's of today."""
-    write_old(folder_copy, story_teller.model)
+    path = folder_copy / "model.onnx"
+    if fused:
+        proto = onnx_graph.export(story_teller.model, fused=True)
+        proto.metadata_props.append(onnx.load(path).metadata_props[0])
+        onnx.save(proto, path)
     heats = f"[...{SPANS}].map(span => Number(span.style.getPropertyValue('--heat-of') || -1))"
     pages = []
-    for folder in story_teller.folder, folder_copy:
-        with opened(browser, folder / "model.onnx") as page:
+    for is_old in False, True:
+        if is_old:
+            write_old(folder_copy, path)
+        with opened(browser, path) as page:
             pages.append((page.write(PROMPT, temperature=0), page.run(heats)))
     (text, heat), (old_text, old_heat) = pages
     assert old_text == text

@@ -117,6 +117,43 @@ def check_numbers(model, exported):
         torch.testing.assert_close(logits, model(ids)[0][:, P:], rtol=0, atol=1e-4)
 
 
+@torch.no_grad()
+def check_some_logits(model, exported):
+    """In any order, and none."""
+    ids = draw_ids(model.config, 3, 10)
+    past = exported.new_past(3, 10)
+    expected = model(ids)[0]
+    for start, end, places in (0, 5, [4]), (5, 9, [3, 0, 3]), (9, 10, []):
+        logits = torch.from_numpy(exported.run(ids[:, start:end], past, places))
+        places = [start + place for place in places]
+        torch.testing.assert_close(logits, expected[:, places], rtol=0, atol=1e-4)
+
+
+def without_places(proto):
+    """Makes a graph one of format 5, which returns the logits of all tokens."""
+    graph = proto.graph
+    [places] = [tensor for tensor in graph.input if tensor.name == "places"]
+    graph.input.remove(places)
+    for number in 0, 1:
+        graph.initializer.append(onnx.numpy_helper.from_array(np.array(number), f"old.{number}"))
+    nodes = [
+        onnx.helper.make_node("Shape", ["ids"], ["old.shape"], start=1),
+        onnx.helper.make_node("Squeeze", ["old.shape"], ["old.T"]),
+        onnx.helper.make_node("Range", ["old.0", "old.T", "old.1"], ["places"]),
+    ]
+    for i, node in enumerate(nodes):
+        graph.node.insert(i, node)
+    graph.output[0].type.tensor_type.shape.dim[1].dim_param = "T"
+
+
+def write_old(folder, path):
+    """Makes the export in a folder, and the graph at path, of format 5."""
+    change_config(folder, lambda config: config.update(format=5))
+    proto = onnx.load(path)
+    without_places(proto)
+    onnx.save(proto, path)
+
+
 def check_file(path, model):
     """Opset 18 and plain operators in one file of the parameters' size, without a trace of its maker."""
     proto = onnx.load(path, load_external_data=False)
@@ -177,42 +214,30 @@ def test_any_batch_length_and_past(lab, exported):
 
 
 def test_logits_of_some_tokens_alone(lab, exported):
-    ids = draw_ids(lab.model.config, 3, 9)
-    past = exported.new_past(3, 9)
-    expected = lab.model(ids)[0]
-    for start, end, places in (0, 5, [4]), (5, 9, [0, 3]):
-        logits = torch.from_numpy(exported.run(ids[:, start:end], past, places))
-        places = [start + place for place in places]
-        torch.testing.assert_close(logits, expected[:, places], rtol=0, atol=1e-4)
+    check_some_logits(lab.model, exported)
 
 
-class OldGraph(onnx_modules.Graph):
-    """The graph of format 5, which returns the logits of all tokens."""
+def test_of_a_prompt_one_tokens_logits_are_computed(lab, exported, monkeypatch):
+    """And of several as well: a head is most of a small model's work, and 1,000 tokens' logits are 200 MB."""
 
-    def example(self):
-        inputs, axes = super().example()
-        del inputs["places"], axes["places"]
-        return inputs, axes
+    def read(self, session, idx, places, logits):
+        asked.append((places.tolist(), logits.shape))
+        return past_read(self, session, idx, places, logits)
 
-    def forward(self, ids, past):
-        return super().forward(ids, torch.arange(ids.size(1)), past)
-
-
-def write_old(folder, model):
-    """Makes the export in a folder one of format 5."""
-    proto = onnx_graph.trace(OldGraph(model))
-    change_config(folder, lambda config: config.update(format=5))
-    proto.metadata_props.add(
-        key="fingerprint", value=json.loads((folder / "config.json").read_text())["fingerprint"]
-    )
-    (folder / "model.onnx").write_bytes(proto.SerializeToString())
+    asked = []
+    past_read = onnx_model.Past.read
+    monkeypatch.setattr(onnx_model.Past, "read", read)
+    complete(generate(exported, [[1, 2, 3], [4, 5, 6], [7]], 2, temperature=0))
+    V = lab.model.config.vocab_size
+    assert asked == [([0], (1, 1, V)), ([2], (2, 1, V)), ([0], (1, 1, V)), ([0], (2, 1, V))]
 
 
 def test_a_graph_of_an_older_format_is_read(lab, folder_copy):
-    write_old(folder_copy, lab.model)
+    write_old(folder_copy, folder_copy / "model.onnx")
     exported, _, _ = onnx_model.load(str(folder_copy))
     assert exported.session.get_outputs()[0].shape[1] == "T"
     check_numbers(lab.model, exported)
+    check_some_logits(lab.model, exported)
     prompts = [[1, 2, 3], [4], [5, 6]]
     reference = complete(generate(lab.model, prompts, 20, temperature=0))
     assert complete(generate(exported, prompts, 20, temperature=0)) == reference

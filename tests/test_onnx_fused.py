@@ -15,7 +15,15 @@ onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 from scripts import call
-from test_export_onnx import check_numbers, draw_ids, export, int8_error, rounded_groups
+from test_export_onnx import (
+    check_numbers,
+    check_some_logits,
+    draw_ids,
+    export,
+    int8_error,
+    rounded_groups,
+    without_places,
+)
 from test_model import build
 from test_sample import complete
 
@@ -106,15 +114,19 @@ def test_a_past_in_its_place_is_the_one_of_fresh_arrays(model, fused, B):
             np.testing.assert_array_equal(array[:, :, :total], reference)
 
 
-@torch.no_grad()
 def test_logits_of_some_tokens_alone(model, fused, unwritten):
-    ids = draw_ids(model.config, 3, 9)
-    past = fused.new_past(3, 9)
-    expected = model(ids)[0]
-    for start, end, places in (0, 5, [4]), (5, 9, [0, 3]):
-        logits = torch.from_numpy(fused.run(ids[:, start:end], past, places))
-        places = [start + place for place in places]
-        torch.testing.assert_close(logits, expected[:, places], rtol=0, atol=1e-4)
+    check_some_logits(model, fused)
+
+
+def test_a_graph_of_an_older_format_is_read(model, fused, unwritten, tmp_path):
+    proto = onnx.load(fused.path)
+    without_places(proto)
+    older = open_graph(proto, model, tmp_path)
+    check_numbers(model, older)
+    check_some_logits(model, older)
+    prompts = [[1, 2, 3], [4], [5, 6]]
+    reference = complete(generate(fused, prompts, 20, temperature=0))
+    assert complete(generate(older, prompts, 20, temperature=0)) == reference
 
 
 def test_more_tokens_than_fit_are_refused(model, fused):
@@ -132,11 +144,16 @@ def test_a_graph_of_another_shape_is_refused(fused, model, tmp_path):
     wider.n_layer = 3
     with pytest.raises(Refusal, match="is not the model that its config.json describes"):
         onnx_model.open_session(fused.path, wider)
-    proto = onnx.load(fused.path)
-    [total] = [tensor for tensor in proto.graph.input if tensor.name == "total"]
-    total.type.tensor_type.shape.dim.add(dim_value=1)
-    with pytest.raises(Refusal, match="is not the model that its config.json describes"):
-        open_graph(proto, model, tmp_path)
+    for change in (
+        lambda shapes: shapes["total"].dim.add(dim_value=1),
+        lambda shapes: shapes["places"].dim.add(dim_value=1),
+        lambda shapes: shapes["logits"].dim[1].Clear(),
+    ):
+        proto = onnx.load(fused.path)
+        tensors = *proto.graph.input, *proto.graph.output
+        change({tensor.name: tensor.type.tensor_type.shape for tensor in tensors})
+        with pytest.raises(Refusal, match="is not the model that its config.json describes"):
+            open_graph(proto, model, tmp_path)
 
 
 @pytest.mark.parametrize(
