@@ -393,13 +393,16 @@ def check_description(config, c, tokenizer):
 
 
 def fingerprint(folder):
-    """Returns that of the model whose files are in a folder, "" where there is none or nothing to run it by."""
+    """Returns that of the model whose files are in a folder, "" where there is none, or nothing to read or run it
+    by.
+    """
     if not importlib.util.find_spec("onnxruntime") or not os.path.isfile(
         os.path.join(folder, "model.onnx")
     ):
         return ""
     try:
-        return json.loads(read_text(folder, "config.json"))["fingerprint"]
+        config = json.loads(read_text(folder, "config.json"))
+        return config["fingerprint"] if config["format"] in READABLE else ""
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return ""
 

@@ -493,6 +493,9 @@ def test_sample_takes_the_graph_of_the_same_weights(lab, monkeypatch, tmp_path, 
         return "onnxruntime" in message, text.rpartition("\n")[0].rpartition("\n")[0]
 
     assert text() == (True, text("--onnx=no")[1])
+    for format in 3, 5:  # the former is none that is read
+        change_config(tmp_path / "out/onnx", lambda config: config.update(format=format))
+        assert text()[0] == (format == 5)
     with monkeypatch.context() as edit:  # of model.py, since the file was written
         edit.setattr(Transformer, "logits", lambda self, x: self.head(x).tanh())
         line = "out/onnx computes what model.py did before it was changed, and is left out\n"
