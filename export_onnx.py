@@ -10,10 +10,10 @@ model_int8.onnx is about a quarter of that. model_int4.onnx is smaller still, wi
 operators of ONNX alone. Of a mixture of experts each computes each token in model.onnx and model_plain_int8.onnx, and a
 file says so in its metadata, as "experts": right, but slower than the model here.
 
-The graph takes ids (B, T), places (K,), those of the T tokens whose logits are wanted, and the keys and values of
-the tokens before them, past_k.0 past_v.0 past_k.1 ..., each (P, B, n_kv_head, head_dim). It returns logits (B, K, V)
-and present_k.0 present_v.0 ..., each (P + T, B, n_kv_head, head_dim), which are the past of the next call. P may be
-0. The graph does not check that P + T stays within block_size; its caller does.
+The graph takes ids (B, T); places (K,), those among the T tokens, from 0 on, whose logits are wanted; and the keys and
+values of the tokens before them, past_k.0 past_v.0 past_k.1 ..., each (P, B, n_kv_head, head_dim). It returns logits
+(B, K, V) and present_k.0 present_v.0 ..., each (P + T, B, n_kv_head, head_dim), which are the past of the next call.
+P may be 0, and places have any order. The graph does not check that P + T stays within block_size; its caller does.
 
 model_int8.onnx and model_int4.onnx have onnxruntime's GroupQueryAttention where that computes what the model does (no
 windows, no ALiBi, head_dim a multiple of 16), and its QMoE for experts, from version 1.32 on, so that a token goes

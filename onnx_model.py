@@ -4,7 +4,7 @@
     model, tokenizer, config = onnx_model.load("out/onnx")     # or out/onnx/model_int8.onnx
     generate.generate(model, ...)                                # and score.evaluate(model, ...)
 
-A folder holds model.onnx, tokenizer.json, config.json and, if it was asked for, model_int8.onnx.
+A folder holds model.onnx, tokenizer.json, config.json and, if it was asked for, one in integers, as model_int8.onnx.
 """
 
 import contextlib
@@ -102,8 +102,8 @@ class Past:
         return max_len, batch_size, c.n_kv_head, c.head_dim
 
     def bound_shape(self, length):
-        """Returns what of an array a call takes or returns: that of so many tokens."""
-        return self.arrays[0][:length].shape  # no more than there is
+        """Returns the shape that a call takes each array for, or returns it in, with so many tokens."""
+        return self.arrays[0][:length].shape  # the slice's, so that nothing is written beyond the array
 
     def vector(self, firsts, shape):
         """Returns what a call reads or writes: the arrays `firsts`, then of each array what has this shape.
@@ -331,11 +331,11 @@ def open_session(path, c):
 
 
 def find_counts(session):
-    """Returns the names of the inputs between ids and the keys and values: of places, which graphs of an older format
-    lack, and total, by which one that FusedPast is for is known.
+    """Returns the names of a graph's inputs between ids and the keys and values, in its order: "places", which one of
+    an older format lacks, and "total", which one for FusedPast has.
     """
-    names = {tensor.name for tensor in session.get_inputs()}
-    return [name for name in ("places", "total") if name in names]
+    inputs = {tensor.name for tensor in session.get_inputs()}
+    return [name for name in ("places", "total") if name in inputs]
 
 
 def fits_config(session, c):

@@ -78,7 +78,7 @@ async function forward(ids, scored) {
   if (fused) feeds.total = new ort.Tensor("int32", [length + T], []);
   const { logits, ...present } = await session.run(feeds);
   if (logits.dims.at(-1) !== V) throw Error("its vocabulary is another");
-  const first = T - logits.dims[1];
+  const first = T - logits.dims[1];  // whose logits come first: where not all are there, the last one's are
   const row = j => j < 0 ? held : logits.data.subarray((j - first) * V, (j - first + 1) * V);
   const scores = scored ? [] : ids.map((id, j) => row(j - 1) && score(row(j - 1), id));
   cache = Object.fromEntries(Object.entries(present).map(([name, t]) => [name.replace("present", "past"), t]));
