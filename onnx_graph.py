@@ -18,7 +18,6 @@ from sizes import num_params
 
 OPSET = 18  # the lowest that torch.onnx writes without converting
 MAX_BYTES = 2**31 - 2**24  # of parameters: a protobuf ends at 2^31
-EXPERTS_LEAST = "1.32"  # the onnxruntime whose QMoE was tried
 DENSE = "dense: each expert computes each token"
 
 # -----------------------------------------------------------------------------------------------------
@@ -180,10 +179,8 @@ def trace(graph):
 
 
 def is_fusible(model):
-    """Tells whether export(model, fused=True) is possible here: what FusedGraph computes, in a file of 2 GB."""
+    """Tells whether export(model, fused=True) is possible: what FusedGraph computes, in a file of 2 GB."""
     tables = model.config.block_size * model.config.head_dim
-    if model.config.mlp == "moe" and onnx_model.older_than(EXPERTS_LEAST):
-        return False
     return can_fuse(model) and 4 * (num_params(model) + tables) <= MAX_BYTES
 
 
@@ -212,6 +209,6 @@ def export(model, fused=False):
     if opsets != expected or proto.functions:
         message = f"torch {torch.__version__} wrote other operators than opset {OPSET}'s"
         raise Refusal(f"{message}: {opsets}", status=1)
-    if c.mlp == "moe" and not fused:
+    if c.mlp == "moe" and all(node.op_type != "MoE" for node in proto.graph.node):
         proto.metadata_props.add(key="experts", value=DENSE)
     return proto

@@ -4,16 +4,8 @@ import math
 
 import numpy as np
 
-from onnx_graph import (
-    EXPERTS_LEAST,
-    find_head,
-    is_look_up,
-    make_cast,
-    make_node,
-    read_arrays,
-    replace,
-)
-from onnx_modules import MICROSOFT
+from onnx_graph import find_head, is_look_up, make_cast, make_node, read_arrays, replace
+from onnx_modules import EXPERTS_LEAST, MICROSOFT
 
 STATES = 4  # how exact its products are: with states of 8 bits, a scale for each group
 # the onnxruntime that looks rows of so many bits up rightly: before, each row's zeros stood after the last one's
@@ -90,12 +82,10 @@ def quantize(proto, bits=8, table_bits=8, plain=False, group_size=0):
                 nodes.append(make_node("Add", [product, *bias], [output]))
         elif node.op_type == "MoE":
             _, _, both, _, down = node.input
-            # of an expert's matrices both are cut into whole groups of one size
-            size = math.gcd(
-                group_size or GROUPS[bits], *(weights[name].shape[2] for name in (both, down))
-            )
+            widths = [weights[name].shape[2] for name in (both, down)]
+            size = math.gcd(group_size or GROUPS[bits], *widths)  # both are cut into whole groups
+            removed |= {both, down}
             for name in both, down:
-                removed.add(name)
                 add_experts(added, name, weights[name], bits, size)
             nodes.append(experts_node(node, bits, size))
         elif output not in transposed:

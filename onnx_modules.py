@@ -10,10 +10,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from model import ComputedTable, attention_mask
+from onnx_model import older_than
 
 MICROSOFT = "com.microsoft"  # onnxruntime's own operators
 FUSED_STEP = 16  # what head_dim must be a multiple of, for GroupQueryAttention to turn heads
 LEAST_GROUP = 16  # inputs that share a scale in QMoE
+EXPERTS_LEAST = "1.32"  # the onnxruntime whose QMoE was tried
 
 
 def compute_tables(tables, frequencies, scale=None):
@@ -274,9 +276,6 @@ def can_fuse(model):
     c = model.config
     if model.score_bias is not None or model.windows != [0] or c.head_dim % FUSED_STEP:
         return False
-    # scores that QMoE would make to sum to 1 (findings/qmoe_weights.sh), and sizes without whole groups of integers
-    if c.mlp == "moe" and (not c.norm_topk_prob or c.n_embd % LEAST_GROUP or c.n_inner % LEAST_GROUP):
-        return False
     if model.rotary is None:
         return True
     half = c.head_dim // 2
@@ -316,6 +315,15 @@ class FusedAttention(JoinedHeads):
         return self.o_proj(y)
 
 
+def has_experts_node(c):
+    """Tells whether the onnxruntime here has a node for experts, in integers too: QMoE makes their scores sum to 1
+    (findings/qmoe_weights.sh) and wants whole groups.
+    """
+    if not c.norm_topk_prob or older_than(EXPERTS_LEAST):
+        return False
+    return c.n_embd % LEAST_GROUP == 0 and c.n_inner % LEAST_GROUP == 0
+
+
 class FusedMoE(nn.Module):
     """Computes what model.MoE does by one node of onnxruntime's own, MoE: a token goes through its experts alone."""
 
@@ -348,7 +356,8 @@ class FusedGraph(JoinedModel):
     """A copy of a Transformer in the form in which it is traced for onnxruntime."""
 
     def __init__(self, model):
-        super().__init__(model, lambda attn: FusedAttention(model.config, attn), FusedMoE)
+        experts = FusedMoE if has_experts_node(model.config) else DenseMoE
+        super().__init__(model, lambda attn: FusedAttention(model.config, attn), experts)
         self.tables = nn.ParameterList(nn.Buffer(table) for table in turned_tables(model))
 
     def example(self):

@@ -163,8 +163,6 @@ def test_a_graph_of_another_shape_is_refused(fused, model, tmp_path):
         {"window": 6},
         {"head_dim": 8},
         {"head_dim": 24},
-        {"mlp": "moe", "n_inner": 24},
-        {"mlp": "moe", "norm_topk_prob": False},
     ],
 )
 def test_what_the_node_cannot_compute_is_not_fused(settings):
@@ -203,6 +201,7 @@ def test_a_file_of_2_gb_is_not_begun(monkeypatch, model):
         {"rope_scaling": "yarn:3,8", "n_kv_head": 2},
         {"rope_scaling": "llama3:8,1,4,16"},
         {"mlp": "moe"},
+        {"mlp": "moe", "norm_topk_prob": False},
         {"head_dim": 32, "n_head": 2, "n_kv_head": 2},
     ],
 )
@@ -261,11 +260,17 @@ def test_experts_are_one_node_and_their_integers_the_rounded_weights(n_inner, mo
     assert int8_error(model, integers) > 1e-2
 
 
-def test_experts_stay_dense_for_an_older_onnxruntime(monkeypatch):
-    model = build(mlp="moe", n_inner=64, **WIDE)
-    assert onnx_graph.is_fusible(model)
+def test_experts_stay_dense_where_the_node_cannot_have_them(monkeypatch):
+    def class_of_experts(**settings):
+        model = build(mlp="moe", **WIDE, **settings)
+        assert onnx_graph.is_fusible(model)
+        return type(onnx_modules.FusedGraph(model).model.blocks[0].mlp)
+
+    assert class_of_experts() is onnx_modules.FusedMoE
+    assert class_of_experts(norm_topk_prob=False) is onnx_modules.DenseMoE
+    assert class_of_experts(n_inner=24) is onnx_modules.DenseMoE
     monkeypatch.setattr(onnxruntime, "__version__", "1.31.0")
-    assert not onnx_graph.is_fusible(model)
+    assert class_of_experts() is onnx_modules.DenseMoE
 
 
 @pytest.fixture(scope="module")
