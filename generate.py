@@ -48,7 +48,7 @@ def likeliest(logits):
 
 def next_token(logits, temperature=1.0, top_k=0, top_p=1.0, uniform=None):
     """Returns a token a row (B,) from logits (B, V), drawn by numbers uniform (B, 1) from [0, 1), of which greedy
-    text needs none. With --draft it is not asked: a rule that changes probabilities belongs in distribution.
+    text needs none. A rule that changes probabilities belongs in distribution, which --draft asks too.
     """
     if temperature < GREEDY:
         return likeliest(logits)

@@ -32,6 +32,7 @@ from generate import (
     distribution,
     documents_of,
     likeliest,
+    next_token,
     penalized,
     prefill,
     seen_tokens,
@@ -40,6 +41,7 @@ from generate import (
 from rmsnorm import choose_rmsnorm
 
 MOST_GUESSES = 64  # in one call
+DRAWS = 8192  # by which it is seen whether next_token has a rule of its own
 MOST_IN_RING = REWIND - 2  # where a window's ring must forget them, and two tokens that came before
 TRIAL = 64  # tokens a row after which it is decided whether speculation pays
 LEAST_ROUNDS = 4  # of either kind that are counted, for that
@@ -118,6 +120,22 @@ class Draws:
         if self.seen is not None:
             for row, ids in enumerate(pieces):
                 self.seen[row, ids] = True
+
+
+def next_token_has_a_rule():
+    """Returns whether next_token was changed to draw otherwise than distribution says, which alone Draws asks."""
+    tail = torch.linspace(-2, -5, 31)  # which rules cut off
+    logits = torch.cat([torch.zeros(1), tail])[None]
+    uniform = (torch.arange(DRAWS, dtype=torch.float64)[:, None] + 0.5) / DRAWS
+    for rules in (1.0, 0, 1.0), (0.7, 9, 0.9):
+        p, ids = distribution(logits, *rules)
+        if ids is not None:
+            p = torch.zeros_like(logits).scatter(1, ids, p)
+        drawn = next_token(logits.expand(DRAWS, -1), *rules, uniform)
+        shares = torch.bincount(drawn, minlength=logits.size(1)) / DRAWS
+        if (shares - p[0]).abs().sum() > 0.09:  # some 0.04 of another way to draw, which is no rule
+            return True
+    return not torch.equal(next_token(logits, 0.0), likeliest(logits))
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -449,8 +467,13 @@ def load_draft(path, model, tokenizer, n_guesses, compute, rmsnorm):
     """Returns the draft that path means for a model with this tokenizer: ngram, or a checkpoint as out_dir
     names one, which is computed as the model is.
 
-    Raises Refusal where it is none for that model, or n_guesses are too many.
+    Raises Refusal where it is none for that model, n_guesses are too many, or a text would not be next_token's.
     """
+    if next_token_has_a_rule():
+        raise Refusal(
+            "next_token in generate.py was changed and draws otherwise than distribution, by which guesses of a draft "
+            "are checked: put the rule there, or leave out draft"
+        )
     configs = [model.config]
     draft = Lookup()
     if path != Lookup.name:

@@ -19,9 +19,10 @@ import checkpoint
 import quantize
 import quantized
 import sample
+import speculate
 from config import Refusal, configure
 from device import resolve
-from generate import Row, generate
+from generate import Row, generate, next_token
 from model import ModelConfig, Transformer
 from speculate import LEAST_ROUNDS, MOST_IN_RING, TRIAL, DraftModel, Draws, Lookup, Speculation
 from tokenizer import Tokenizer
@@ -494,3 +495,38 @@ def test_drafts_that_cannot_be_are_one_line(shop, argv, message):
     with pytest.raises(Refusal, match=message) as e:
         call(sample, "--out_dir=model", *argv, folder=shop)
     assert "\n" not in str(e.value) and e.value.status == 2
+
+
+def min_p(logits, temperature=1.0, top_k=0, top_p=1.0, uniform=None):
+    """Keeps tokens a twentieth as likely as the likeliest, or more."""
+    p = logits.softmax(-1)
+    is_kept = p >= 0.05 * p.amax(-1, keepdim=True)
+    return next_token(logits.masked_fill(~is_kept, -torch.inf), temperature, top_k, top_p, uniform)
+
+
+def by_torch(logits, temperature=1.0, top_k=0, top_p=1.0, uniform=None):
+    """Draws from the same probabilities in another way."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    p, ids = speculate.distribution(logits, temperature, top_k, top_p)
+    place = p.multinomial(1, generator=torch.Generator().manual_seed(0))
+    return (place if ids is None else ids.gather(-1, place))[:, 0]
+
+
+def second_best(logits, temperature=1.0, top_k=0, top_p=1.0, uniform=None):
+    if temperature == 0:
+        return logits.topk(2).indices[:, 1]
+    return next_token(logits, temperature, top_k, top_p, uniform)
+
+
+def test_a_rule_in_next_token_alone_has_no_draft(monkeypatch):
+    """What guesses are checked by does not ask it."""
+    model = build()
+    arguments = "ngram", model, None, 4, resolve("cpu", "float32", "false"), "torch"
+    speculate.load_draft(*arguments)
+    monkeypatch.setattr(speculate, "next_token", by_torch)
+    speculate.load_draft(*arguments)
+    for rule in min_p, second_best:
+        monkeypatch.setattr(speculate, "next_token", rule)
+        with pytest.raises(Refusal, match="next_token in generate.py was changed"):
+            speculate.load_draft(*arguments)
