@@ -295,7 +295,8 @@ def load_adapter(name, c):
         data = read_json(folder, "adapter_config.json")
         tensors = read_tensors(folder, "adapter_model")
         settings, adapters = peft_layout.from_peft(c, data, tensors)
-        base = f"{data.get('base_model_name_or_path')!r:.200}"
+        base = data.get("base_model_name_or_path")
+        base = "a base without a name" if base is None else f"{base!r:.200}"
         return settings, adapters, base, read_notes(os.path.join(folder, "adapter_model.safetensors"))
 
 
