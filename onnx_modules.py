@@ -182,6 +182,18 @@ class JoinedModel(nn.Module):
         if model.config.pos == "sinusoidal":
             compute_tables(self.model.add_pos, self.model.add_pos.frequencies)
 
+    def first_inputs(self):
+        """Returns the ids and places that it is traced with, and their axes that are free.
+
+        B, T, K = 2, 3, 2: torch.export silently takes a size of 1 for a constant.
+        """
+        most = self.model.config.block_size
+        B = torch.export.Dim("B")
+        T = torch.export.Dim("T", max=most)
+        K = torch.export.Dim("K", max=most)
+        inputs = {"ids": torch.zeros(2, 3, dtype=torch.long), "places": torch.tensor([0, 2])}
+        return inputs, {"ids": {0: B, 1: T}, "places": {0: K}}
+
 
 class Graph(JoinedModel):
     """A copy of a Transformer in the form in which it is traced.
@@ -206,20 +218,13 @@ class Graph(JoinedModel):
             compute_tables(self.model.rotary, torch.cat((rotated, unrotated)), scale)  # (heads, D / 2)
 
     def example(self):
-        """Returns the inputs that it is traced with, and their axes that are free.
-
-        B, T, P, K = 2, 3, 4, 2: torch.export silently takes a size of 1 for a constant.
-        """
+        """Returns the inputs that it is traced with, P = 4, and their axes that are free."""
         c = self.model.config
-        ids = torch.zeros(2, 3, dtype=torch.long)
-        places = torch.tensor([0, 2])
+        inputs, axes = self.first_inputs()
         past = tuple(torch.zeros(4, 2, c.n_kv_head, c.head_dim) for _ in range(2 * c.n_layer))
-        B = torch.export.Dim("B")
-        T = torch.export.Dim("T", max=c.block_size)
         P = torch.export.Dim("P", max=c.block_size)
-        K = torch.export.Dim("K", max=c.block_size)
-        axes = {"ids": {0: B, 1: T}, "places": {0: K}, "past": tuple({0: P, 1: B} for _ in past)}
-        return {"ids": ids, "places": places, "past": past}, axes
+        past_axes = tuple({0: P, 1: axes["ids"][0]} for _ in past)
+        return inputs | {"past": past}, axes | {"past": past_axes}
 
     def rotation_by_head(self, table, neutral):
         """Returns a table (T, D) for the heads of q, k and v: (T, heads, D), neutral for v."""
@@ -363,21 +368,12 @@ class FusedGraph(JoinedModel):
     def example(self):
         """Returns what Graph.example does."""
         c = self.model.config
-        ids = torch.zeros(2, 3, dtype=torch.long)
-        places = torch.tensor([0, 2])
+        inputs, axes = self.first_inputs()
         total = torch.tensor(7, dtype=torch.int32)
         past = tuple(torch.zeros(2, c.n_kv_head, 7, c.head_dim) for _ in range(2 * c.n_layer))
-        B = torch.export.Dim("B")
-        T = torch.export.Dim("T", max=c.block_size)
         S = torch.export.Dim("S", max=c.block_size)
-        K = torch.export.Dim("K", max=c.block_size)
-        axes = {
-            "ids": {0: B, 1: T},
-            "places": {0: K},
-            "total": {},
-            "past": tuple({0: B, 2: S} for _ in past),
-        }
-        return {"ids": ids, "places": places, "total": total, "past": past}, axes
+        past_axes = tuple({0: axes["ids"][0], 2: S} for _ in past)
+        return inputs | {"total": total, "past": past}, axes | {"total": {}, "past": past_axes}
 
     def forward(self, ids, places, total, past):
         """Returns the logits (B, K, V) of the tokens at places (K,) of the last T of total ones, and the keys and

@@ -149,7 +149,9 @@ def check_moments(optimizer, state, steps):
     names = vars(type(optimizer)).get("moments")
     if names is None:  # a class of one's own or torch's, which alone knows what it keeps
         for i, moments in state.items():
-            check_own_moments(f"parameter {i}", moments)
+            for name, x in moments.items():
+                if isinstance(x, torch.Tensor):
+                    check_finite(f"{name} of parameter {i}", x)
         return
     if state.keys() != set(range(len(params))):
         raise ValueError(f"it is not the state of {len(params)} parameters")
@@ -167,11 +169,10 @@ def check_moments(optimizer, state, steps):
             storages.add(storage)
 
 
-def check_own_moments(title, moments):
-    """Raises ValueError where moments, {name: value}, have a number that is not finite. What is no tensor stays."""
-    for name, x in moments.items():
-        if isinstance(x, torch.Tensor) and not is_finite(x):
-            raise ValueError(f"{name} of {title} holds nan or infinity")
+def check_finite(title, x):
+    """Raises ValueError where a number of x is not finite."""
+    if not is_finite(x):
+        raise ValueError(f"{title} holds nan or infinity")
 
 
 def check_moment(name, title, x, p, steps):
@@ -180,8 +181,7 @@ def check_moment(name, title, x, p, steps):
     shape = () if name == "step" else p.shape
     if x.shape != shape or x.dtype != p.dtype:
         raise ValueError(f"{title} is {tuple(x.shape)} {x.dtype} and not {tuple(shape)} {p.dtype}")
-    if not is_finite(x):
-        raise ValueError(f"{title} holds nan or infinity")
+    check_finite(title, x)
     if name == "exp_avg_sq" and x.min() < 0:
         raise ValueError(f"{title}, a mean of squares, is negative")
     if name == "step" and not (0 <= x.item() <= steps and x.item().is_integer()):

@@ -593,6 +593,22 @@ def rounded_groups(weight, bits, size=0):
     return numbers.flatten(1)[:, : weight.size(1)]
 
 
+def rounded_model(model, bits, table_bits, size=0, expert_size=0):
+    """A copy with the numbers that integers stand for, of groups of these sizes: bits in matrices, None where they are
+    such numbers already, and table_bits in the embedding and the head.
+    """
+    rounded = copy.deepcopy(model)
+    for table in {rounded.wte.weight, rounded.head.weight}:
+        table.data = rounded_groups(table.data, table_bits)
+    for linear in quantized.linears(rounded).values() if bits else ():
+        weight = linear.weight.data
+        rows = weight.flatten(0, -2)  # of all experts
+        linear.weight.data = rounded_groups(
+            rows, bits, expert_size if weight.dim() == 3 else size
+        ).view_as(weight)
+    return rounded
+
+
 def test_an_onnxruntime_without_their_look_up_is_refused(monkeypatch):
     monkeypatch.setattr(onnxruntime, "__version__", "1.22.1")
     with pytest.raises(ValueError, match="int8 needs onnxruntime 1.23, and this is 1.22.1"):
@@ -640,12 +656,7 @@ def test_integers_are_the_model_with_rounded_weights_and_keep_what_was_quantized
     assert sum(node.op_type == "MatMulNBits" for node in proto.graph.node) == 5
     integers = onnx_model.open_session(str(path), model.config)
 
-    rounded = copy.deepcopy(model)
-    for table in {rounded.wte.weight, rounded.head.weight}:
-        table.data = rounded_groups(table.data, table_bits)
-    for linear in quantized.linears(rounded).values():
-        if not is_quantized:
-            linear.weight.data = rounded_groups(linear.weight.data, bits, group_size)
+    rounded = rounded_model(model, None if is_quantized else bits, table_bits, group_size)
     assert int8_error(rounded, integers) < 1e-4
     assert is_quantized or int8_error(model, integers) > (1e-2 if bits == 4 else 1e-3)
 

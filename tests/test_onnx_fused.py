@@ -21,7 +21,7 @@ from test_export_onnx import (
     draw_ids,
     export,
     int8_error,
-    rounded_groups,
+    rounded_model,
     without_places,
 )
 from test_model import build
@@ -230,11 +230,7 @@ def test_integers_are_the_model_with_rounded_weights(bits, model, monkeypatch, t
     assert sum(node.op_type == "MatMulNBits" for node in proto.graph.node) == 4 * 2 + 1
     domains = [opset.domain for opset in proto.opset_import]
     assert len(domains) == len(set(domains)) == 2
-    rounded = copy.deepcopy(model)
-    for table in {rounded.wte.weight, rounded.head.weight}:
-        table.data = rounded_groups(table.data, bits)
-    for linear in quantized.linears(rounded).values():
-        linear.weight.data = rounded_groups(linear.weight.data, bits)
+    rounded = rounded_model(model, bits, bits)
     assert int8_error(rounded, open_graph(proto, model, tmp_path)) < 1e-4
 
 
@@ -248,13 +244,7 @@ def test_experts_are_one_node_and_their_integers_the_rounded_weights(n_inner, mo
     check_numbers(model, open_graph(proto, model, tmp_path))
     onnx_integers.quantize(proto, 4, 4)
     assert sum(node.op_type == "QMoE" for node in proto.graph.node) == 1
-    rounded = copy.deepcopy(model)
-    for table in {rounded.wte.weight, rounded.head.weight}:
-        table.data = rounded_groups(table.data, 4)
-    for linear in quantized.linears(rounded).values():
-        weight = linear.weight.data
-        size = math.gcd(n_inner, 32) if weight.dim() == 3 else 32
-        linear.weight.data = rounded_groups(weight.flatten(0, -2), 4, size).view_as(weight)
+    rounded = rounded_model(model, 4, 4, expert_size=math.gcd(n_inner, 32))
     integers = open_graph(proto, model, tmp_path)
     assert int8_error(rounded, integers) < 1e-4
     assert int8_error(model, integers) > 1e-2
