@@ -487,6 +487,14 @@ def test_peak_memory_sees_memory_that_is_freed_again():
     assert 63 < peak / 2**20 < 80  # a page of it may have been there before
 
 
+def test_a_peak_that_the_kernel_does_not_see_is_none(monkeypatch):
+    """And not 0 bytes, which nothing takes."""
+    if measure.peak_memory(CPU, lambda: torch.ones(1 << 24)) is None:
+        pytest.skip("this system has no peak of a process's memory")
+    monkeypatch.setattr(measure, "peak_resident_bytes", lambda: 1 << 30)
+    assert measure.peak_memory(CPU, lambda: None) is None
+
+
 def test_explicit_attention_is_attention():
     q, k, v = torch.randn(3, 1, 2, 9, 4).double()
     torch.testing.assert_close(
