@@ -12,6 +12,7 @@ import checkpoint
 import onnx_model
 from bench_step import build_model
 from device import name_of
+from experts import MoE
 from export_onnx import write_on
 from generate import generate
 from graphs import CHUNK
@@ -19,7 +20,6 @@ from hf import to_transformers
 from interop import gguf_file, llama_cpp
 from interop.any_tokenizer import load_tokenizer
 from measure import PAUSE, convert, count_bytes, draw, large_tensor, ms_columns, race
-from model import MoE
 from speculate import Speculation, load_draft
 
 LLAMA_CPP = "llama.cpp"

@@ -5,13 +5,13 @@
     logits, loss = model(idx, targets)            # idx, targets (B, T) int64; logits (B, T, vocab_size)
 
 Toggles are decided when the model is built; `forward` has no if about them. An idea is one class and one
-line: a norm in NORMS, a position scheme in POSITIONS, an MLP in MLPS, a residual layout in BLOCKS. Sizes
-are counted, never written as formulas. Letters in shapes: B batch, T new tokens, S all tokens a query
+line: a norm in NORMS, a position scheme in POSITIONS, an MLP in MLPS, a residual layout in BLOCKS. masks.py
+says which tokens a query sees, experts.py has the MLP that is many. Sizes are counted, never written as
+formulas. Letters in shapes: B batch, T new tokens, S all tokens a query
 may see (cache and new), C width, H heads, D head_dim, V vocabulary.
 """
 
 import math
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from itertools import chain
 from typing import Any, NamedTuple
@@ -22,7 +22,9 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from cache import KVCache, positions
-from products import GroupedProduct, Linear, Permute, joint_linear
+from experts import ExpertLinear, MoE, balance_loss, gated_width, recorded_routings
+from masks import as_numbers, in_blocks, make_sight, with_previous
+from products import Linear, joint_linear, product_dtype
 from rope_scaling import rope_frequencies, rope_scale
 
 LONGEST_WRITTEN_OUT = 1024  # tokens: from there on SDPA is nearly as fast, and it keeps no scores
@@ -339,14 +341,6 @@ POSITIONS = {
 # Attention
 
 
-class Sight(NamedTuple):
-    """Which tokens each query of a layer sees."""
-
-    mask: Any  # ([B, H,] T, S): boolean, or what is added to scores; None for none
-    is_causal: bool = False  # the mask is the plain causal one, which SDPA makes by itself
-    block: int = 0  # queries are taken in blocks of so many, with those before as keys; 0: all at once
-
-
 class Context(NamedTuple):
     """What the layers of one call share: where its tokens stand, and which of all tokens each may see."""
 
@@ -358,79 +352,6 @@ class Context(NamedTuple):
     def joint(self, layer):
         """Returns the weights of a layer's q, k and v as one matrix where the cache has them so, else None."""
         return getattr(self.cache, "joint", {}).get(layer)
-
-
-def as_numbers(mask, dtype):
-    """Returns what a boolean mask adds to scores: 0 where a key is seen, -inf elsewhere."""
-    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -math.inf)
-
-
-def attention_mask(places, keys, doc=None, key_doc=None, bias=None, dtype=torch.float32, window=0):
-    """The one mask rule: returns (mask, is_causal) for queries at places ([B,] T) and keys at places
-    ([B,] S), negative where there is no key; doc (B, T) and key_doc (B, S) are their documents.
-
-    SDPA's is_causal aligns queries and keys at the first token, so it is right only when there is
-    nothing in the cache. A lone query sees everything. All else gets a mask from absolute places:
-    boolean, or a bias with -inf. With a window a query sees so many tokens, itself included (Mistral).
-    A padding token (doc -1) sees the padding before it: nobody reads what it computes, but it must not
-    be nan.
-    """
-    T, S = places.size(-1), keys.size(-1)
-    is_level = places.dim() == keys.dim() == 1
-    if isinstance(S, int) and S <= window:  # no number while it is traced
-        window = 0  # which hides nothing
-    if doc is None and bias is None and is_level and not window and (T == 1 or S == T):
-        return None, T > 1
-    distance = keys[..., None, :] - places[..., None]  # ([B,] T, S)
-    mask = distance <= 0
-    if window:
-        mask = mask & (distance > -window)
-    if not is_level:
-        mask = (mask & (keys >= 0)[..., None, :])[:, None]  # (B, 1, T, S)
-        distance = distance[:, None]
-    if doc is not None:
-        mask = mask & (doc[:, :, None] == key_doc[:, None, :])[:, None]  # (B, 1, T, S)
-    if bias is not None:
-        mask = bias(distance).masked_fill(~mask, -math.inf).to(dtype)  # ([B,] H, T, S)
-    return mask, False
-
-
-def in_blocks(x, width):
-    """Cuts tokens (B, T, ...) into blocks (B, n, width, ...), the last filled up with zeros."""
-    missing = -x.size(1) % width
-    x = F.pad(x, (*[0] * 2 * (x.dim() - 2), 0, missing))
-    return x.unflatten(1, (-1, width))
-
-
-def with_previous(blocks):
-    """Puts the block before in front of each of blocks (B, n, width, ...): (B, n, 2 width, ...); zeros
-    before the first.
-    """
-    previous = torch.cat((torch.zeros_like(blocks[:, :1]), blocks[:, :-1]), 1)
-    return torch.cat((previous, blocks), 2)
-
-
-def make_sight(places, keys, doc=None, key_doc=None, bias=None, dtype=torch.float32, window=0):
-    """Returns the Sight of a layer with this window; arguments as attention_mask's.
-
-    Where a text is much longer than the window, a block of as many queries as the window is wide sees
-    itself and the block before, and no more is computed.
-    """
-    T = places.size(-1)
-    if not window or keys is not places or T <= 2 * window:
-        return Sight(*attention_mask(places, keys, doc, key_doc, bias, dtype, window))
-    n = math.ceil(T / window)
-    places = torch.arange(n * window, device=places.device).view(n, window)
-    keys = with_previous(places[None])[0]
-    keys[0, :window] = -1
-    if doc is not None:
-        B = doc.size(0)
-        blocks = in_blocks(doc, window)
-        key_doc = with_previous(blocks).flatten(0, 1)
-        doc = blocks.flatten(0, 1)
-        places, keys = places.repeat(B, 1), keys.repeat(B, 1)
-    mask, _ = attention_mask(places, keys, doc, key_doc, bias, dtype, window)
-    return Sight(mask, False, window)
 
 
 def attention(q, k, v, mask=None, is_causal=False, dropout_p=0.0):
@@ -538,6 +459,8 @@ class GELU(nn.Module):
 class SwiGLU(nn.Module):
     """LLaMA's MLP (Shazeer 2020): three matrices, so two thirds of the inner width for the same size."""
 
+    inner_width = staticmethod(gated_width)
+
     def __init__(self, c):
         super().__init__()
         self.gate_proj = Linear(c.n_embd, c.n_inner, bias=c.bias)
@@ -545,118 +468,9 @@ class SwiGLU(nn.Module):
         self.down_proj = Linear(c.n_inner, c.n_embd, bias=c.bias)
         self.down_proj.into_residual = True
 
-    @staticmethod
-    def inner_width(n_embd):
-        return math.ceil(8 * n_embd / 3 / 32) * 32
-
     def forward(self, x):
         gate, up = joint_linear(x, (self.gate_proj, self.up_proj), on_processor=False)
         return self.down_proj(F.silu(gate) * up)
-
-
-class Routing(NamedTuple):
-    """Where one layer sends each token."""
-
-    probabilities: Any  # (B, T, n_expert), of all experts: at least float32
-    experts: Any  # (B, T, n_expert_per_token) int64, the likeliest of them
-
-
-class MoE(nn.Module):
-    """A mixture of experts (Shazeer et al. 2017): each token goes through the n_expert_per_token SwiGLUs
-    that a router finds likeliest, and gets the sum of what they return, weighted by their probabilities.
-
-    Tokens are sorted by expert, so that each matrix is multiplied once, whatever it got; nothing waits
-    for the device, and no token is left out. Which experts a token gets depends on that token alone.
-    A forward of one's own has to add its Routing to routings, else balance is not learned.
-    """
-
-    inner_width = SwiGLU.inner_width
-    routings = None  # see recorded_routings
-
-    def __init__(self, c):
-        super().__init__()
-        self.top_k = c.n_expert_per_token
-        self.norm_topk_prob = c.norm_topk_prob
-        # Qwen3-MoE and OLMoE, which have qk_norm, round the scores to x's dtype; Mixtral's stay float32
-        self.rounds_scores = c.qk_norm
-        self.router = nn.Linear(c.n_embd, c.n_expert, bias=False)
-        self.gate_proj = ExpertLinear(c.n_expert, c.n_embd, c.n_inner)
-        self.up_proj = ExpertLinear(c.n_expert, c.n_embd, c.n_inner)
-        self.down_proj = ExpertLinear(c.n_expert, c.n_inner, c.n_embd)
-        self.down_proj.into_residual = True
-
-    def route(self, x):
-        """Returns the Routing of x (B, T, C) and the scores (B, T, top_k) of the experts in it, computed
-        in float32 at least.
-        """
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(x.to(dtype), self.router.weight.to(dtype))
-        probabilities = logits.softmax(-1)
-        scores, experts = probabilities.topk(self.top_k)
-        if self.norm_topk_prob:
-            scores = scores / scores.sum(-1, keepdim=True)
-        if self.rounds_scores:
-            scores = scores.type_as(x)
-        return Routing(probabilities, experts), scores
-
-    def forward(self, x):
-        routing, scores = self.route(x)
-        if self.routings is not None:
-            self.routings.append(routing)
-        # a row is a token at one of its experts; token t has rows t top_k to (t + 1) top_k
-        experts, order = routing.experts.flatten().sort(stable=True)
-        numbers = torch.arange(routing.probabilities.size(-1), device=x.device)
-        ends = torch.searchsorted(experts, numbers, right=True, out_int32=True)
-        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
-        rows = x.flatten(0, 1).repeat_interleave(self.top_k, 0)
-        rows = Permute.apply(rows, order, inverse)
-        rows = F.silu(self.gate_proj(rows, ends)) * self.up_proj(rows, ends)
-        rows = Permute.apply(self.down_proj(rows, ends), inverse, order)
-        y = rows.view(*scores.shape, -1) * scores[..., None]
-        return y.sum(-2).type_as(rows)
-
-
-@contextmanager
-def recorded_routings(model):
-    """Returns the context in which each layer of experts adds its Routing to a list, which it gives."""
-    routings = []
-    layers = [module for module in model.modules() if isinstance(module, MoE)]
-    for layer in layers:
-        layer.routings = routings
-    try:
-        yield routings
-    finally:  # blocks that are computed anew in the backward pass record nothing
-        for layer in layers:
-            layer.routings = None
-
-
-class ExpertLinear(nn.Module):
-    """A Linear an expert, without biases: weight (n_expert, out_features, in_features)."""
-
-    def __init__(self, n_expert, in_features, out_features):
-        super().__init__()
-        self.in_features = in_features
-        self.out_features = out_features
-        self.weight = nn.Parameter(torch.empty(n_expert, out_features, in_features))
-
-    def forward(self, rows, ends):
-        return self.multiply(rows, self.weight, ends)
-
-    @staticmethod
-    def multiply(rows, weight, ends):
-        """Returns rows (R, in), of which those of expert e end before ends[e] (int32), each times its
-        expert's matrix of weight (n_expert, out, in): what F.linear is to a Linear.
-        """
-        dtype = product_dtype(rows)
-        return GroupedProduct.apply(rows.to(dtype), weight.to(dtype).mT, ends)
-
-
-def product_dtype(x):
-    """Returns the dtype of matrix products with x: that of autocast, or its own."""
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
 
 
 MLPS = {"gelu": GELU, "swiglu": SwiGLU, "moe": MoE}
@@ -878,26 +692,3 @@ class Transformer(nn.Module):
             balance = self.balance * balance_loss(routings, targets, doc, reduction)
             loss = loss + (balance - balance.detach())
         return logits, loss
-
-
-def balance_loss(routings, targets, doc=None, reduction="mean"):
-    """Returns how unevenly rows of tokens go to experts: n_expert_per_token where each expert gets the
-    same share, up to n_expert where one gets all. A mean over layers and targets (B, T), or their sum.
-
-    As in the Switch Transformer (Fedus et al. 2021), n_expert times the sum over experts of their share
-    of the tokens and their mean probability; but of each row by itself (DeepSeek-V3, 2024, eq. 17), so
-    that it does not depend on which rows share a batch. Padding, of doc -1, is left out.
-    """
-    is_token = torch.ones_like(targets) if doc is None else doc != -1
-    weights = is_token / is_token.sum(1, keepdim=True).clamp(min=1)  # (B, T)
-    rows = 0.0
-    for probabilities, experts in routings:
-        n_expert = probabilities.size(-1)
-        numbers = torch.arange(n_expert, device=experts.device)
-        is_chosen = (experts[..., None] == numbers).sum(2)  # (B, T, n_expert)
-        shares = (weights[..., None] * is_chosen).sum(1)
-        means = (weights[..., None] * probabilities).sum(1)
-        rows = rows + n_expert * (shares * means).sum(-1)  # (B,)
-    n_targets = (targets != -100).sum(1)
-    total = (n_targets * rows).sum() / len(routings)
-    return total if reduction == "sum" else total / n_targets.sum()

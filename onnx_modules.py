@@ -9,7 +9,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import ComputedTable, attention_mask
+from masks import attention_mask
+from model import ComputedTable
 from onnx_model import older_than
 
 MICROSOFT = "com.microsoft"  # onnxruntime's own operators
@@ -114,7 +115,7 @@ def computes_silu(mlp):
 
 
 class DenseMoE(nn.Module):
-    """Computes what model.MoE does with each expert on each token, most of them weighted by 0: two
+    """Computes what experts.MoE does with each expert on each token, most of them weighted by 0: two
     products with all experts side by side, and nothing is sorted.
     """
 
@@ -330,7 +331,7 @@ def has_experts_node(c):
 
 
 class FusedMoE(nn.Module):
-    """Computes what model.MoE does by one node of onnxruntime's own, MoE: a token goes through its experts alone."""
+    """Computes what experts.MoE does by one node of onnxruntime's own, MoE: a token goes through its experts alone."""
 
     def __init__(self, moe):
         super().__init__()

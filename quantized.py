@@ -25,8 +25,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import lora
-from model import ExpertLinear, product_dtype
-from products import Linear
+from experts import ExpertLinear
+from products import Linear, product_dtype
 
 METHODS = ("rtn", "gptq", "awq")
 GROUP_SIZES = (32, 64, 128)

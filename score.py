@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import toy_stories
 from data import blocks, count_targets, document_slices, evenly, padded, prompt_ids, to
-from model import recorded_routings
+from experts import recorded_routings
 
 STORIES = 500  # of the toy stories that the exact entropy is compared on
 ROUTED_TOKENS = 16384  # of a split, on which it is counted where experts' tokens come from

@@ -11,7 +11,9 @@ from torch.overrides import TorchFunctionMode
 
 from cache import capacity
 from data import tokens_a_step
-from model import MoE, Transformer, make_sight, model_config
+from experts import MoE
+from masks import make_sight
+from model import Transformer, model_config
 from quantized import QuantizedLinear
 
 

@@ -14,6 +14,9 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import products
+from cache import KVCache
+from experts import MoE, Routing, balance_loss, recorded_routings
+from masks import attention_mask
 from model import (
     BLOCKS,
     HAS_CHUNKED_LOSS,
@@ -21,16 +24,10 @@ from model import (
     NORMS,
     POSITIONS,
     ALiBi,
-    KVCache,
     ModelConfig,
-    MoE,
     RoPE,
-    Routing,
     Transformer,
     attention,
-    attention_mask,
-    balance_loss,
-    recorded_routings,
     rotate,
 )
 from products import FEW_ROWS, HAS_MKL, Linear, few_rows_product, joint_linear, many_rows_product

@@ -28,7 +28,8 @@ import train
 from config import Refusal, configure
 from data import count_targets, epoch_starts, training_rows
 from device import resolve
-from model import HAS_CHUNKED_LOSS, ModelConfig, recorded_routings
+from experts import recorded_routings
+from model import HAS_CHUNKED_LOSS, ModelConfig
 from optim import plan_rates, saved_schedule
 from rmsnorm import use_rmsnorm
 from score import completion_nats, document_nats, evaluate, expert_figures, expert_line, floor_line

@@ -11,7 +11,8 @@ from test_model import V, build, cached, exactly, tokens
 import model as modules
 from cache import REWIND, KVCache
 from generate import generate
-from model import POSITIONS, ModelConfig, Sight, Transformer, make_sight
+from masks import Sight, make_sight
+from model import POSITIONS, ModelConfig, Transformer
 from sizes import kv_cache_bytes, mask_bytes
 
 WINDOW = 5
@@ -31,7 +32,7 @@ def long_peer(model):
 
 
 def sight_by_definition(places, keys, doc=None, key_doc=None, bias=None, dtype=None, window=0):
-    """What model.make_sight returns, one pair of tokens at a time and never in blocks."""
+    """What masks.make_sight returns, one pair of tokens at a time and never in blocks."""
     B = 1 if doc is None else doc.size(0)
     mask = torch.full((B, 1, len(places), len(keys)), -math.inf, dtype=dtype)
     for b in range(B):
