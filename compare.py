@@ -40,6 +40,7 @@ from lenses.stats import bits_per_byte
 from log import read_log
 from memory import check_training_memory
 from model import model_config
+from runs import check_data, check_start, open_data
 from sizes import model_sizes
 
 BUDGETS = ("steps", "tokens", "seconds")
@@ -62,7 +63,13 @@ RATES += ["grad_clip", "balance"]
 PLACE = ("out_dir", "init_from", "device", "overwrite")  # what is no part of what a run computes
 KINDS = ("timings", "trials", "runs")  # of jobs, and the folders that they are in
 TIMING_STEPS = 50
-CODE = ("model.py", "optim.py", "train.py")  # what one changes, and no setting says
+CODE = (
+    "model.py",
+    "masks.py",
+    "experts.py",
+    "optim.py",
+    "train.py",
+)  # what one changes, and no setting says
 
 
 @dataclass
@@ -378,15 +385,15 @@ class Comparison:
             if "dtype" not in given:
                 variant = train_config(variant.values | {"dtype": self.dtype})
             compute = resolve(self.cfg.device, variant.dtype, variant.compile)
-            folder, meta, data, tokenizer = train.open_data(variant, compute)
+            folder, meta, data, tokenizer = open_data(variant, compute)
             variant = train_config(variant.values | {"vocab_size": tokenizer.vocab_size})
             if first and self.cfg.match and "n_inner" not in given:
                 variant = matched(variant, model_sizes(first).parameters)
             for values in self.sweep or [{}]:
                 trial = train_config(variant.values | values)
                 compute = resolve(self.cfg.device, trial.dtype, trial.compile)
-                train.check_data(trial, folder, data, tokenizer)
-                train.check_start(tokenizer, trial)
+                check_data(trial, folder, data, tokenizer)
+                check_start(tokenizer, trial)
                 check_training_memory(trial, compute)
         except (Refusal, ValueError) as e:
             raise Refusal(f"variant {name}: {e}")

@@ -50,17 +50,10 @@ from log import PANELS, plot
 from memory import check_memory, training_bytes
 from rmsnorm import choose_rmsnorm
 from rows import conversations, packed_batch, split_rows, training_packs
+from runs import alone_in_out_dir, go_on_after_restart, is_in_the_way, launch
 from score import completion_nats, floor_line, mean_nats, next_token_loss
 from sizes import num_params, size_text
-from train import (
-    TrainConfig,
-    alone_in_out_dir,
-    fit,
-    go_on_after_restart,
-    is_in_the_way,
-    launch,
-    place,
-)
+from train import TrainConfig, fit, place
 
 
 @dataclass

@@ -1,10 +1,13 @@
-"""log.jsonl, a JSON object a line with the step it is about, and loss.png, which draws it."""
+"""log.jsonl, a JSON object a line with the step it is about; loss.png, which draws it; and the speed of a run."""
 
+import contextlib
 import json
 import os
+import time
 from dataclasses import asdict
 
 from config import Refusal
+from device import peak_flops
 from folders import write_atomic
 
 
@@ -52,6 +55,49 @@ def start_wandb(cfg):
     except Exception as e:  # of many kinds: nobody is logged in, no network, settings
         reason = (str(e) or type(e).__name__).splitlines()[0]
         raise Refusal(f"wandb does not start ({reason:.200}); WANDB_MODE=offline keeps its log here")
+
+
+class Meter:
+    """Tokens a second of training, and MFU where the GPU's peak is known; what is not training does not count."""
+
+    def __init__(self, task, compute):
+        self.peak = peak_flops(compute.device, compute.dtype)
+        self.flops_per_token = task.flops_per_token
+        self.world_size = compute.world_size
+        self.tokens = 0
+        self.start = time.perf_counter()
+        self.speed = {}  # as last measured
+
+    def add(self, batches):
+        self.tokens += sum(batch["idx"].numel() for batch in batches) * self.world_size
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Leaves out the time of what is done meanwhile."""
+        pause = time.perf_counter()
+        yield
+        self.start += time.perf_counter() - pause
+
+    def measure(self):
+        """Returns the speed since the last call."""
+        now = time.perf_counter()
+        tokens_per_s = self.tokens / (now - self.start)
+        self.speed = {"tokens_per_s": round(tokens_per_s)}
+        if self.peak and self.flops_per_token:
+            self.speed["mfu"] = round(
+                self.flops_per_token * tokens_per_s / self.peak / self.world_size, 4
+            )
+        self.tokens = 0
+        self.start = now
+        return self.speed
+
+
+def evaluation_line(step, figures, speed):
+    """Returns the line that an evaluation prints: of the figures those that are numbers."""
+    numbers = {name: value for name, value in figures.items() if not isinstance(value, list)}
+    parts = [f"{name} {value:.4f}" for name, value in numbers.items()]
+    parts += [f"{name} {value:,}" for name, value in speed.items()]
+    return f"step {step}: {', '.join(parts)}"
 
 
 def read_log(path):

@@ -23,12 +23,14 @@ import folders
 import memory
 import prepare
 import rmsnorm
+import runs
 import toy_stories
 import train
 from config import Refusal, configure
 from data import count_targets, epoch_starts, training_rows
 from device import resolve
 from experts import recorded_routings
+from log import Meter
 from model import HAS_CHUNKED_LOSS, ModelConfig
 from optim import plan_rates, saved_schedule
 from rmsnorm import use_rmsnorm
@@ -141,9 +143,9 @@ def test_rows_stay_inside_a_short_split(n):
 
 def test_a_split_of_one_token_more_than_the_context_is_the_shortest():
     cfg = configure(train.Config, ["--block_size=10"])
-    train.check_data(cfg, "data/d", {"train": np.arange(11)}, None)
+    runs.check_data(cfg, "data/d", {"train": np.arange(11)}, None)
     with pytest.raises(Refusal, match="has 10 tokens, not enough for block_size=10"):
-        train.check_data(cfg, "data/d", {"train": np.arange(10)}, None)
+        runs.check_data(cfg, "data/d", {"train": np.arange(10)}, None)
 
 
 # Learning rate
@@ -573,9 +575,9 @@ def test_figures_need_no_float64_of_the_device():
 def test_the_speed_is_that_of_all_processes_while_they_train(monkeypatch):
     """By a clock that stands still: 32 tokens in each of two processes a step."""
     now = 0.0
-    monkeypatch.setattr(train.time, "perf_counter", lambda: now)
-    monkeypatch.setattr(train, "peak_flops", lambda device, dtype: 1e6)
-    meter = train.Meter(SimpleNamespace(flops_per_token=500), replace(CPU, world_size=2))
+    monkeypatch.setattr("log.time.perf_counter", lambda: now)
+    monkeypatch.setattr("log.peak_flops", lambda device, dtype: 1e6)
+    meter = Meter(SimpleNamespace(flops_per_token=500), replace(CPU, world_size=2))
     batches = [{"idx": torch.zeros(3, 8)}, {"idx": torch.zeros(1, 8)}]
     for n_steps, speed in (1, 16), (4, 64), (1, 16):
         for _ in range(n_steps):
@@ -585,8 +587,8 @@ def test_the_speed_is_that_of_all_processes_while_they_train(monkeypatch):
             now += 100
         now += 1
         assert meter.measure() == meter.speed == {"tokens_per_s": speed, "mfu": speed * 500 / 1e6 / 2}
-    monkeypatch.setattr(train, "peak_flops", lambda device, dtype: None)  # no data sheet has it
-    meter = train.Meter(SimpleNamespace(flops_per_token=500), CPU)
+    monkeypatch.setattr("log.peak_flops", lambda device, dtype: None)  # no data sheet has it
+    meter = Meter(SimpleNamespace(flops_per_token=500), CPU)
     now += 1
     assert meter.measure() == {"tokens_per_s": 0}
 
@@ -985,7 +987,7 @@ def test_other_runs_and_a_run_without_a_checkpoint_are_not_in_the_way(tmp_path):
     out = tmp_path / "out"
 
     def is_in_the_way(*argv):
-        return train.is_in_the_way(configure(train.Config, [f"--out_dir={out}", *argv]))
+        return runs.is_in_the_way(configure(train.Config, [f"--out_dir={out}", *argv]))
 
     runs = "demo/ckpt.pt", "lora/adapter_best.pt"
     exports = "demo-hf/config.json", "demo.gguf", "bench_decode.png"
@@ -1016,7 +1018,7 @@ def test_the_current_folder_is_not_moved_aside(tmp_path, monkeypatch):
     monkeypatch.chdir(here)
     for out_dir in ".", "..", here:
         with pytest.raises(Refusal, match="cannot be written: the current folder is in it"):
-            train.is_in_the_way(configure(train.Config, [f"--out_dir={out_dir}", "--overwrite"]))
+            runs.is_in_the_way(configure(train.Config, [f"--out_dir={out_dir}", "--overwrite"]))
 
 
 def test_embeddings_learn_so_many_times_as_fast(lab):

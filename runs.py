@@ -1,0 +1,169 @@
+"""What a run starts from and writes to: a checkpoint, data, and an out_dir that nobody else uses.
+
+train.py and the scripts that fine-tune share it. Each function raises Refusal, a line that says what to do.
+"""
+
+import contextlib
+import os
+
+import checkpoint
+import folders
+import prepare
+from checkpoint import inherit, open_checkpoint
+from config import Refusal, is_hf
+from data import prompt_ids
+from device import torchrun_ranks
+
+# -----------------------------------------------------------------------------------------------------
+# out_dir
+
+
+def launch():
+    """Returns what torchrun's processes have in common, those that it starts again after a failure, too: the
+    --rdzv_id, or without one the launcher; "" without torchrun.
+    """
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    return f"{folders.machine()} {os.getppid()}" if run_id == "none" else run_id
+
+
+def go_on_after_restart(cfg):
+    """Makes a run that torchrun has started again (--max_restarts) go on from the last checkpoint that it has
+    made itself; one that made none begins anew.
+    """
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0 or cfg.eval_only:
+        return
+
+    def is_own(name, keys):
+        path = os.path.join(cfg.out_dir, name)
+        return os.path.exists(path) and checkpoint.load(path, keys)["config"].get("launch") == launch()
+
+    kinds = {"ckpt": checkpoint.KEYS, "adapter": checkpoint.ADAPTER_KEYS}
+    if any(is_own(f"{name}.pt", keys) for name, keys in kinds.items()):
+        cfg.init_from = "resume"
+    elif any(is_own(f"{name}_best.pt", keys) for name, keys in kinds.items()):
+        cfg.overwrite = True  # the best one is written before the last
+
+
+def is_in_the_way(cfg, last=("ckpt.pt",)):
+    """Returns whether out_dir holds something that --overwrite is to move aside: what folders.is_free allows is
+    none. Raises Refusal where --overwrite was not given, or out_dir is a file.
+
+    last: the names of checkpoints that the script goes on from.
+    """
+    if cfg.eval_only:
+        return False
+    if os.path.exists(cfg.out_dir) and not os.path.isdir(cfg.out_dir):
+        raise Refusal(f"{cfg.out_dir} is a file, and out_dir a folder to write")
+    if cfg.init_from == "resume" or folders.is_free(cfg.out_dir):
+        return False
+    ways = "--overwrite moves it aside, --out_dir=OTHER writes elsewhere"
+    if folders.holds_run(cfg.out_dir, last):
+        ways = f"--init_from=resume goes on with it, {ways}"
+    elif folders.holds_run(cfg.out_dir, ["ckpt_best.pt"]):
+        ways = f"--init_from={cfg.out_dir} --out_dir=OTHER starts from its best checkpoint, {ways}"
+    return folders.in_the_way(cfg.out_dir, cfg.overwrite, ways)
+
+
+def alone_in_out_dir(cfg):
+    """Returns the context in which no other run writes to out_dir; the first process takes it for all."""
+    if cfg.eval_only or torchrun_ranks()[0] > 0:
+        return contextlib.nullcontext()
+    return folders.alone(cfg.out_dir, make=cfg.init_from != "resume")
+
+
+# -----------------------------------------------------------------------------------------------------
+# A checkpoint and data
+
+
+def open_start(cfg):
+    """Returns the checkpoint that a run starts or goes on from, or None, and cfg with what it decides."""
+    if cfg.init_from == "scratch":
+        if cfg.eval_only:
+            raise Refusal(
+                "eval_only is of a model that is there: --init_from=resume for out_dir's, or --init_from=FOLDER"
+            )
+        return None, cfg
+    if cfg.init_from != "resume":
+        start = open_checkpoint(cfg.init_from)
+        return start, inherit(cfg, start.state, start.path, resume=False)
+    start = open_checkpoint(cfg.out_dir, "ckpt.pt")
+    if not cfg.eval_only:
+        check_resumable(start, cfg)
+        return start, inherit(cfg, start.state, start.path, resume=True)
+    dataset = cfg.dataset
+    cfg = inherit(cfg, start.state, start.path, resume=True, fixed=())  # which other data do not harm
+    if "dataset" not in cfg.given:  # one that was fine-tuned has its base's
+        cfg.dataset = start.dataset or dataset
+    return start, cfg
+
+
+def check_resumable(start, cfg):
+    """Raises Refusal where train.py cannot go on with a checkpoint."""
+    reason = ""
+    if start.task != "pre-training":
+        reason = "was fine-tuned"
+    elif not start.state["optimizers"]:
+        reason = "has no optimizer's state, as a best, a merged or another's checkpoint"
+    if reason:
+        raise Refusal(
+            f"{start.path} {reason}: train.py cannot go on with it; "
+            f"--init_from={cfg.out_dir} --out_dir=OTHER starts from it"
+        )
+
+
+def open_data(cfg, compute):
+    """Returns (folder, meta, {"train", "val"}, tokenizer) of the config's dataset; the first process
+    makes the toy stories.
+    """
+    if not cfg.dataset or cfg.dataset.startswith("data/"):
+        name = cfg.dataset.removeprefix("data/") or "toy"
+        raise Refusal(f"dataset is the NAME of data/NAME, as in --dataset={name}, not {cfg.dataset!r}")
+    folder = os.path.join("data", cfg.dataset)
+    if cfg.dataset == "toy" and compute.is_main and not os.path.exists(folder):
+        print(f"writing the toy stories to {folder}")
+        try:
+            prepare.prepare(prepare.Config())
+        except Refusal:
+            if not os.path.exists(folder):  # else another run was faster
+                raise
+    compute.barrier()  # nothing is written to out_dir before everyone has looked at it, nothing read before it is there
+    meta, data, tokenizer = prepare.load(folder)
+    check_data(cfg, folder, data, tokenizer)
+    return folder, meta, data, tokenizer
+
+
+def check_data(cfg, folder, data, tokenizer):
+    """Raises Refusal where a config cannot be trained on what open_data returned of a folder."""
+    if len(data["train"]) <= cfg.block_size:
+        raise Refusal(
+            f"{folder}: the training split has {len(data['train'])} tokens, "
+            f"not enough for block_size={cfg.block_size}"
+        )
+    if "vocab_size" in cfg.given and cfg.vocab_size != tokenizer.vocab_size:
+        raise Refusal(
+            f"vocab_size is the tokenizer's, {tokenizer.vocab_size}; leave it out (prepare.py --vocab_size chooses it)"
+        )
+
+
+def check_start(tokenizer, cfg):
+    """Raises Refusal where the sample at each evaluation has no room in the context, or cannot be encoded."""
+    try:
+        n = len(prompt_ids(tokenizer, cfg.start))
+    except ValueError as e:
+        raise Refusal(f"start: {e}")
+    if n > cfg.block_size:
+        raise Refusal(
+            f"start has {n} tokens and the context {cfg.block_size}: shorten it, or leave it out with --start="
+        )
+
+
+def check_tokenizer(start, tokenizer, folder, cfg):
+    """Raises Refusal where a start was trained with another tokenizer than that of the data in folder."""
+    if start.state["tokenizer_sha256"] == tokenizer.sha256:
+        return
+    way = "prepare the data with its own"
+    if is_hf(start.path):
+        way += f": prepare.py --tokenizer={start.path}"
+    elif "dataset" not in cfg.given and start.dataset not in ("", cfg.dataset):
+        way = f"--dataset={start.dataset} is what it learned from"
+    raise Refusal(f"{start.path} was trained with another tokenizer than {folder}'s; {way}")
