@@ -295,140 +295,176 @@ def fit(task, model, cfg, compute, resumed=None):
     loaded checkpoint to go on from. Raises Diverged when a loss is not finite; what was saved before stays.
     batches and validate may raise Unusable: all steps are saved then.
     """
-    optimizers = make_optimizers(checkpoint.unwrap(model), cfg, compute)
-    scaler = make_scaler(compute)
-    train = make_step(model, optimizers, cfg, compute, task, scaler)
-    state = RunState(optimizers=optimizers, scaler=scaler)
-    schedule = None
-    if resumed:
-        state.step = resumed["step"]
-        state.best_val_loss = resumed["best_val_loss"]
-        state.val_loss = resumed["val_loss"]
-        state.losses = load_optimizers(optimizers, scaler, resumed, cfg)
-        schedule = saved_schedule(resumed, cfg)
-        resumed.pop("optimizers")  # of weights in shards a process keeps its part alone
-    for line in plan_rates(state.step, schedule, cfg):
-        if compute.is_main:
-            print(line)
-    first_step = state.step
-    saved_step = state.step if resumed else -1
-    saved_at = time.monotonic()
-    log = Log(cfg, saved_step, compute)
-    meter = Meter(task, compute)
-    bar = tqdm(
-        total=cfg.max_iters,
-        initial=state.step,
-        unit="step",
-        dynamic_ncols=True,
-        smoothing=0.05,
-        disable=None if compute.is_main else True,
-    )
-    unread = []  # (loss, norm) tensors of the steps since the last line of the log
+    loop = Loop(task, model, cfg, compute, resumed)
+    model.train()
+    with StopAfterStep(compute) as stop, loop.bar, compute.refusing_loss():
+        while True:
+            if loop.is_evaluation_due:
+                loop.validate()
+            is_stopped, is_late = stop.agree(loop.is_save_due)
+            if is_late:
+                loop.save_meanwhile()
+            if is_stopped:
+                loop.stop(stop)
+            if loop.state.step >= cfg.max_iters:
+                break
+            loop.step()
+    loop.log.close()
 
-    def read_steps():
+
+class Loop:
+    """What fit keeps from step to step, and what it does at each."""
+
+    def __init__(self, task, model, cfg, compute, resumed):
+        self.task = task
+        self.cfg = cfg
+        self.compute = compute
+        self.optimizers = make_optimizers(checkpoint.unwrap(model), cfg, compute)
+        self.scaler = make_scaler(compute)
+        self.update = make_step(model, self.optimizers, cfg, compute, task, self.scaler)
+        self.state = RunState(optimizers=self.optimizers, scaler=self.scaler)
+        schedule = None
+        if resumed:
+            self.state.step = resumed["step"]
+            self.state.best_val_loss = resumed["best_val_loss"]
+            self.state.val_loss = resumed["val_loss"]
+            self.state.losses = load_optimizers(self.optimizers, self.scaler, resumed, cfg)
+            schedule = saved_schedule(resumed, cfg)
+            resumed.pop("optimizers")  # of weights in shards a process keeps its part alone
+        for line in plan_rates(self.state.step, schedule, cfg):
+            if compute.is_main:
+                print(line)
+        self.first_step = self.state.step
+        self.saved_step = self.state.step if resumed else -1
+        self.saved_at = time.monotonic()
+        self.log = Log(cfg, self.saved_step, compute)
+        self.meter = Meter(task, compute)
+        self.bar = tqdm(
+            total=cfg.max_iters,
+            initial=self.state.step,
+            unit="step",
+            dynamic_ncols=True,
+            smoothing=0.05,
+            disable=None if compute.is_main else True,
+        )
+        self.unread = []  # (loss, norm) tensors of the steps since the last line of the log
+
+    @property
+    def is_evaluation_due(self):
+        """Whether to evaluate before the next step; a resumed run did so before it stopped."""
+        step = self.state.step
+        if step == self.first_step == self.saved_step:
+            return False
+        return step % self.cfg.eval_interval == 0 or step == self.cfg.max_iters
+
+    @property
+    def is_save_due(self):
+        return time.monotonic() - self.saved_at >= 60 * self.cfg.save_minutes
+
+    def step(self):
+        """Makes one update, and logs it where a line is due."""
+        cfg, state = self.cfg, self.state
+        lr = get_lr(state.step, cfg)
+        set_rate(self.optimizers, lr)
+        began = time.monotonic()
+        try:
+            batches = self.task.batches(state.step)
+        except Unusable as e:
+            self.end(e)
+        self.unread.append(self.update(batches=batches, seed=(cfg.seed, state.step)))
+        if self.compute.group and state.step == self.first_step:  # the longest: it compiles and connects
+            self.compute.group.hurry(2 * (time.monotonic() - began))
+        state.step += 1
+        self.meter.add(batches)
+        self.bar.update()
+        if state.step % cfg.log_interval == 0 or state.step == cfg.max_iters:
+            norm = self.read_steps()
+            speed = self.meter.measure()
+            loss = sum(state.losses) / len(state.losses)
+            self.log.write({"step": state.step, "loss": loss, "lr": lr, "grad_norm": norm, **speed})
+            self.bar.set_postfix({"loss": f"{loss:.3f}", **speed})
+            state.losses = []
+
+    def read_steps(self):
         """Reads what the device computed since the last call into state.losses; returns the last gradient norm."""
-        results = read_figures(unread)
-        for step, (loss, norm) in enumerate(results, state.step - len(results)):
-            if not is_usable(loss, norm, scaler):
+        results = read_figures(self.unread)
+        for step, (loss, norm) in enumerate(results, self.state.step - len(results)):
+            if not is_usable(loss, norm, self.scaler):
                 raise Diverged(
-                    f"the loss is {loss} and its gradient norm {norm} at step {step}; {advice(cfg)}"
+                    f"the loss is {loss} and its gradient norm {norm} at step {step}; {advice(self.cfg)}"
                 )
-            state.losses.append(loss)
-        unread.clear()
+            self.state.losses.append(loss)
+        self.unread.clear()
         return results[-1][1] if results else None
 
-    def save():
-        """Writes the last checkpoint, from the first process."""
-        nonlocal saved_step, saved_at
-        if compute.takes_part:
-            task.save("ckpt.pt", state)
-        saved_step = state.step
-        saved_at = time.monotonic()
-
-    def end(e):
-        """Saves what was learned before it raises e, an Unusable."""
-        if state.step <= max(saved_step, first_step):
-            raise e
-        read_steps()
-        save()
-        compute.barrier()
-        kept = f"{cfg.out_dir} has all steps up to {state.step}: --init_from=resume goes on"
-        raise Refusal(f"{e}; {kept}", e.status)
-
-    def validate():
+    def validate(self):
         """Validates, logs and saves, and prints a sample."""
-        try:
-            figures = task.validate()
-        except Unusable as e:
-            end(e)
+        self.read_steps()
+        with self.meter.paused():
+            try:
+                figures = self.task.validate()
+            except Unusable as e:
+                self.end(e)
+            self.record(figures)
+            preview = self.task.preview() if self.compute.takes_part else ""
+            if self.compute.is_main:
+                line = evaluation_line(self.state.step, figures, self.meter.speed)
+                self.bar.write(line, file=sys.stderr)
+                self.bar.write(f"{preview}\n", file=sys.stderr)
+            self.compute.barrier()  # the others wait for what the first one writes
+
+    def record(self, figures):
+        """Logs the figures of an evaluation and saves the last checkpoint, and the best one where this is it."""
+        state = self.state
         if not math.isfinite(figures["val_loss"]):
             message = f"the validation loss is {figures['val_loss']} at step {state.step}"
-            raise Diverged(f"{message}; {advice(cfg)}")
+            raise Diverged(f"{message}; {advice(self.cfg)}")
         is_best = figures["val_loss"] < state.best_val_loss
         state.val_loss = figures["val_loss"]
         state.best_val_loss = min(state.best_val_loss, state.val_loss)
-        log.write({"step": state.step, **figures})
-        if state.step > first_step:
+        self.log.write({"step": state.step, **figures})
+        if state.step > self.first_step:
             # ckpt.pt last: whoever goes on from it finds the log and the best one as it says
-            if is_best and compute.takes_part:
-                task.save("ckpt_best.pt", replace(state, optimizers=[], scaler=None))
-            save()
-        preview = task.preview() if compute.takes_part else ""
-        if compute.is_main:
-            bar.write(evaluation_line(state.step, figures, meter.speed), file=sys.stderr)
-            bar.write(f"{preview}\n", file=sys.stderr)
-        compute.barrier()  # the others wait for what the first one writes
+            if is_best and self.compute.takes_part:
+                self.task.save("ckpt_best.pt", replace(state, optimizers=[], scaler=None))
+            self.save()
 
-    model.train()
-    with StopAfterStep(compute) as stop, bar, compute.refusing_loss():
-        while True:
-            is_due = state.step % cfg.eval_interval == 0 or state.step == cfg.max_iters
-            if is_due and not (resumed and state.step == first_step):
-                read_steps()
-                with meter.paused():
-                    validate()
-            is_stopped, is_late = stop.agree(time.monotonic() - saved_at >= 60 * cfg.save_minutes)
-            if is_late and state.step > saved_step:
-                read_steps()
-                with meter.paused():
-                    save()
-                    compute.barrier()
-            if is_stopped:
-                read_steps()
-                if state.step > saved_step:
-                    save()
-                compute.barrier()  # torchrun ends all processes soon after the first has ended
-                command = (
-                    f"python {os.path.basename(sys.argv[0])} --out_dir={cfg.out_dir} --init_from=resume"
-                )
-                raise Refusal(
-                    f"stopped at step {state.step} by {stop.name}; {command} goes on", status=stop.status
-                )
-            if state.step >= cfg.max_iters:
-                break
+    def save(self):
+        """Writes the last checkpoint, from the first process."""
+        if self.compute.takes_part:
+            self.task.save("ckpt.pt", self.state)
+        self.saved_step = self.state.step
+        self.saved_at = time.monotonic()
 
-            lr = get_lr(state.step, cfg)
-            set_rate(optimizers, lr)
-            began = time.monotonic()
-            try:
-                batches = task.batches(state.step)
-            except Unusable as e:
-                end(e)
-            unread.append(train(batches=batches, seed=(cfg.seed, state.step)))
-            if compute.group and state.step == first_step:  # the longest: it compiles and connects
-                compute.group.hurry(2 * (time.monotonic() - began))
-            state.step += 1
-            meter.add(batches)
-            bar.update()
+    def save_meanwhile(self):
+        """Writes a checkpoint between two evaluations."""
+        if self.state.step > self.saved_step:
+            self.read_steps()
+            with self.meter.paused():
+                self.save()
+                self.compute.barrier()
 
-            if state.step % cfg.log_interval == 0 or state.step == cfg.max_iters:
-                norm = read_steps()
-                speed = meter.measure()
-                loss = sum(state.losses) / len(state.losses)
-                log.write({"step": state.step, "loss": loss, "lr": lr, "grad_norm": norm, **speed})
-                bar.set_postfix({"loss": f"{loss:.3f}", **speed})
-                state.losses = []
-    log.close()
+    def stop(self, stop):
+        """Ends the run after a signal: saves it, and raises a Refusal that says how it goes on."""
+        self.read_steps()
+        if self.state.step > self.saved_step:
+            self.save()
+        self.compute.barrier()  # torchrun ends all processes soon after the first has ended
+        script = os.path.basename(sys.argv[0])
+        command = f"python {script} --out_dir={self.cfg.out_dir} --init_from=resume"
+        raise Refusal(
+            f"stopped at step {self.state.step} by {stop.name}; {command} goes on", status=stop.status
+        )
+
+    def end(self, e):
+        """Saves what was learned before it raises e, an Unusable."""
+        if self.state.step <= max(self.saved_step, self.first_step):
+            raise e
+        self.read_steps()
+        self.save()
+        self.compute.barrier()
+        kept = f"{self.cfg.out_dir} has all steps up to {self.state.step}: --init_from=resume goes on"
+        raise Refusal(f"{e}; {kept}", e.status)
 
 
 def read_figures(steps):
