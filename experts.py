@@ -33,9 +33,9 @@ class MoE(nn.Module):
     """A mixture of experts (Shazeer et al. 2017): each token goes through the n_expert_per_token SwiGLUs
     that a router finds likeliest, and gets the sum of what they return, weighted by their probabilities.
 
-    Tokens are sorted by expert, so that each matrix is multiplied once, whatever it got; nothing waits
-    for the device, and no token is left out. Which experts a token gets depends on that token alone.
-    A forward of one's own has to add its Routing to routings, else balance is not learned.
+    Tokens are sorted by expert, so that each expert's matrices are multiplied once, with however many tokens
+    it got. Nothing waits for the device, and no token is dropped. Which experts a token gets depends on that
+    token alone. If you write your own forward, add its Routing to self.routings, or balance is not learned.
     """
 
     inner_width = staticmethod(gated_width)
@@ -54,8 +54,8 @@ class MoE(nn.Module):
         self.down_proj.into_residual = True
 
     def route(self, x):
-        """Returns the Routing of x (B, T, C) and the scores (B, T, top_k) of the experts in it, computed
-        in float32 at least.
+        """Returns the Routing of x (B, T, C), and the scores (B, T, top_k) of its experts. Both are computed in
+        float32 at least.
         """
         dtype = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
@@ -87,20 +87,20 @@ class MoE(nn.Module):
 
 @contextmanager
 def recorded_routings(model):
-    """Returns the context in which each layer of experts adds its Routing to a list, which it gives."""
+    """Returns a context that yields a list, to which each layer of experts adds its Routing meanwhile."""
     routings = []
     layers = [module for module in model.modules() if isinstance(module, MoE)]
     for layer in layers:
         layer.routings = routings
     try:
         yield routings
-    finally:  # blocks that are computed anew in the backward pass record nothing
+    finally:  # blocks that are recomputed in the backward pass must record nothing
         for layer in layers:
             layer.routings = None
 
 
 class ExpertLinear(nn.Module):
-    """A Linear an expert, without biases: weight (n_expert, out_features, in_features)."""
+    """One Linear for each expert, without biases: weight (n_expert, out_features, in_features)."""
 
     def __init__(self, n_expert, in_features, out_features):
         super().__init__()
@@ -113,20 +113,21 @@ class ExpertLinear(nn.Module):
 
     @staticmethod
     def multiply(rows, weight, ends):
-        """Returns rows (R, in), of which those of expert e end before ends[e] (int32), each times its
-        expert's matrix of weight (n_expert, out, in): what F.linear is to a Linear.
+        """Returns rows (R, in) times their experts' matrices, of weight (n_expert, out, in): F.linear for an
+        ExpertLinear. Rows are sorted by expert; those of expert e end before ends[e] (int32).
         """
         dtype = product_dtype(rows)
         return GroupedProduct.apply(rows.to(dtype), weight.to(dtype).mT, ends)
 
 
 def balance_loss(routings, targets, doc=None, reduction="mean"):
-    """Returns how unevenly rows of tokens go to experts: n_expert_per_token where each expert gets the
-    same share, up to n_expert where one gets all. A mean over layers and targets (B, T), or their sum.
+    """Returns how unevenly tokens go to experts: n_expert_per_token if each expert gets the same share, up to
+    n_expert if one gets all. A mean over layers and targets (B, T); with reduction="sum" it is summed over
+    targets.
 
-    As in the Switch Transformer (Fedus et al. 2021), n_expert times the sum over experts of their share
-    of the tokens and their mean probability; but of each row by itself (DeepSeek-V3, 2024, eq. 17), so
-    that it does not depend on which rows share a batch. Padding, of doc -1, is left out.
+    As in the Switch Transformer (Fedus et al. 2021) it is n_expert times the sum over experts of their share
+    of the tokens times their mean probability; but for each row by itself (DeepSeek-V3, 2024, eq. 17), so that
+    it does not depend on which rows share a batch. Padding (doc -1) does not count.
     """
     is_token = torch.ones_like(targets) if doc is None else doc != -1
     weights = is_token / is_token.sum(1, keepdim=True).clamp(min=1)  # (B, T)

@@ -24,19 +24,19 @@ def as_numbers(mask, dtype):
 
 
 def attention_mask(places, keys, doc=None, key_doc=None, bias=None, dtype=torch.float32, window=0):
-    """The one mask rule: returns (mask, is_causal) for queries at places ([B,] T) and keys at places
-    ([B,] S), negative where there is no key; doc (B, T) and key_doc (B, S) are their documents.
+    """The one mask rule. Returns (mask, is_causal) for queries at places ([B,] T) and keys at places ([B,] S),
+    negative where there is no key; doc (B, T) and key_doc (B, S) are their documents.
 
-    SDPA's is_causal aligns queries and keys at the first token, so it is right only when there is
-    nothing in the cache. A lone query sees everything. All else gets a mask from absolute places:
-    boolean, or a bias with -inf. With a window a query sees so many tokens, itself included (Mistral).
+    SDPA's is_causal aligns queries and keys at the first token, so it is right only while the cache is
+    empty. A lone query sees everything and needs no mask. All else gets a mask from absolute places:
+    boolean, or a bias with -inf. With a window a query sees that many tokens, itself included (Mistral).
     A padding token (doc -1) sees the padding before it: nobody reads what it computes, but it must not
     be nan.
     """
     T, S = places.size(-1), keys.size(-1)
     is_level = places.dim() == keys.dim() == 1
-    if isinstance(S, int) and S <= window:  # no number while it is traced
-        window = 0  # which hides nothing
+    if isinstance(S, int) and S <= window:  # while a model is traced, S is no int
+        window = 0  # it hides nothing
     if doc is None and bias is None and is_level and not window and (T == 1 or S == T):
         return None, T > 1
     distance = keys[..., None, :] - places[..., None]  # ([B,] T, S)
@@ -71,8 +71,8 @@ def with_previous(blocks):
 def make_sight(places, keys, doc=None, key_doc=None, bias=None, dtype=torch.float32, window=0):
     """Returns the Sight of a layer with this window; arguments as attention_mask's.
 
-    Where a text is much longer than the window, a block of as many queries as the window is wide sees
-    itself and the block before, and no more is computed.
+    A text much longer than the window is cut into blocks of as many queries as the window is wide: a block
+    sees itself and the block before, and nothing else is computed.
     """
     T = places.size(-1)
     if not window or keys is not places or T <= 2 * window:

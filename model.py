@@ -6,8 +6,8 @@
 
 Toggles are decided when the model is built; `forward` has no if about them. An idea is one class and one
 line: a norm in NORMS, a position scheme in POSITIONS, an MLP in MLPS, a residual layout in BLOCKS. masks.py
-says which tokens a query sees, experts.py has the MLP that is many. Sizes are counted, never written as
-formulas. Letters in shapes: B batch, T new tokens, S all tokens a query
+says which tokens a query sees, experts.py has the mixture of experts. Sizes are counted from the modules,
+never written as formulas. Letters in shapes: B batch, T new tokens, S all tokens a query
 may see (cache and new), C width, H heads, D head_dim, V vocabulary.
 """
 
@@ -130,7 +130,7 @@ class ModelConfig:
 
     @property
     def what_ends_a_text(self):
-        """Says why no text goes on past block_size; "" where one does, as no layer ever sees so far."""
+        """Says why texts end at block_size; "" if they need not, because no layer ever sees that far."""
         position = POSITIONS[self.pos]
         if not self.window:
             return "window=0 lets all layers see the whole text"
@@ -141,7 +141,7 @@ class ModelConfig:
         return ""
 
     def check_types(self):
-        """Raises ValueError for a value of another type: a file that was not written here may hold anything."""
+        """Raises ValueError for a value of the wrong type: a file from elsewhere may hold anything."""
         for field in fields(ModelConfig):
             value = getattr(self, field.name)
             is_whole_float = field.type is float and type(value) is int
@@ -155,7 +155,7 @@ MODEL_KEYS = tuple(field.name for field in fields(ModelConfig))
 
 
 def model_config(cfg):
-    """Returns the ModelConfig inside a script's config, which may have more keys."""
+    """Returns the ModelConfig in a script's config, which may have other keys too."""
     return ModelConfig(**{key: getattr(cfg, key) for key in MODEL_KEYS})
 
 
@@ -164,19 +164,19 @@ def model_config(cfg):
 
 
 def rms_norm(x, weight, eps):
-    """Returns x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in float32 at least,
-    in x's dtype.
+    """Returns x / sqrt(mean(x^2) + eps) * weight over the last dimension, in x's dtype. It is computed in
+    float32 at least.
     """
     if x.dtype == weight.dtype and not torch.is_grad_enabled():
-        # to the bit what follows, which with gradients is the quicker of the two
+        # the same bits as below, sooner; with gradients the lines below are faster
         return F.rms_norm(x, weight.shape, weight, eps)
     y = x.to(torch.promote_types(x.dtype, torch.float32))
     return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * weight).type_as(x)
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm with a gain and no bias, whatever `bias` says. rmsnorm.py has a quicker way to train it on a processor
-    and a CUDA kernel (--rmsnorm=cuda), which are taken while they compute the same.
+    """RMSNorm with a gain and no bias, whatever `bias` says. rmsnorm.py has a faster way to train it on a processor,
+    and a CUDA kernel (--rmsnorm=cuda); they are used only while they compute the same as this class.
     """
 
     def __init__(self, dim, eps, bias=False):
@@ -189,8 +189,8 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.LayerNorm):
-    """LayerNorm in the dtype of its gain: in bfloat16 a processor adds up the gradients of gain and bias in
-    bfloat16, and after 2,048 rows they are off by a twentieth (findings/layer_norm_bfloat16.sh).
+    """LayerNorm, computed in the dtype of its gain. On bfloat16 inputs a processor would add up the gradients of
+    gain and bias in bfloat16: over 2,048 rows they are off by a twentieth (findings/layer_norm_bfloat16.sh).
     """
 
     def forward(self, x):
@@ -201,11 +201,11 @@ NORMS = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
 
 
 # -----------------------------------------------------------------------------------------------------
-# Positions. A class says by `part` where it acts:
+# Positions. A class has a `part`, where it acts:
 #   "add"     forward(x, pos) returns the embeddings x (B, T, C) with positions pos (T,) or (B, T) added
 #   "rotate"  forward(pos) returns the cos and sin that `rotate` turns q and k by
 #   "bias"    forward(distance) returns what is added to scores, (H, T, S) or (B, H, T, S), for k's place minus q's
-# and by `endless = True` that it has positions past block_size too, for windows that never see so far
+# and `endless = True` if it has positions past block_size too, for windows that never see that far
 
 
 class LearnedPositions(nn.Embedding):
@@ -221,8 +221,8 @@ class LearnedPositions(nn.Embedding):
 
 
 class ComputedTable:
-    """Stands for a table of cos or sin without an end: its rows are computed where they are read, at
-    positions ([B,] T), times a scale, None for 1.
+    """A table of cos or sin without an end: rows are computed when they are read, at positions ([B,] T), and
+    multiplied by a scale, None for 1.
     """
 
     def __init__(self, function, frequencies, scale=None):
@@ -237,8 +237,8 @@ class ComputedTable:
 
 
 class Float32Tables(nn.Module):
-    """Two float32 tables (block_size, n) of cos and sin, times a scale: never saved, and float32
-    whatever model.to(dtype) does. A text without an end has computed ones.
+    """Two tables (block_size, n) of cos and sin, times a scale. They are never saved, and stay float32 after
+    model.to(dtype). Where texts need not end at block_size, their rows are computed instead.
     """
 
     endless = True
@@ -251,7 +251,7 @@ class Float32Tables(nn.Module):
             self.cos = ComputedTable(torch.cos, frequencies, scale)
             self.sin = ComputedTable(torch.sin, frequencies, scale)
             return
-        if torch.get_default_device().type == "meta":  # where sizes are counted, and nothing is computed
+        if torch.get_default_device().type == "meta":  # only sizes are wanted
             cos, sin = (torch.empty(c.block_size, len(frequencies)) for _ in range(2))
         else:
             # on the CPU whatever the default device is, so that their bits are the same everywhere
@@ -309,8 +309,8 @@ def rotate(x, cos, sin):
 
 
 class ALiBi(nn.Module):
-    """Biases scores by -slope * distance, a slope a head (Press et al. 2021; the authors' rule where H
-    is no power of 2).
+    """Adds -slope * distance to scores, with a slope for each head (Press et al. 2021; for an H that is no
+    power of 2, the authors' own rule).
     """
 
     part = "bias"
@@ -342,7 +342,7 @@ POSITIONS = {
 
 
 class Context(NamedTuple):
-    """What the layers of one call share: where its tokens stand, and which of all tokens each may see."""
+    """What all layers share in one call: where its tokens stand, and which tokens each of them may see."""
 
     rotation: Any  # [cos, sin] for rotate(), or None
     sights: Any  # {window: Sight}
@@ -350,7 +350,7 @@ class Context(NamedTuple):
     places: Any  # where the new tokens go in it
 
     def joint(self, layer):
-        """Returns the weights of a layer's q, k and v as one matrix where the cache has them so, else None."""
+        """Returns a layer's q, k and v weights as one matrix if the cache keeps them joined, else None."""
         return getattr(self.cache, "joint", {}).get(layer)
 
 
@@ -358,9 +358,9 @@ def attention(q, k, v, mask=None, is_causal=False, dropout_p=0.0):
     """Returns softmax(q k^T / sqrt(D) + mask) v for queries q (B, H, T, D), keys and values (B, n_kv_head,
     S, D), as F.scaled_dot_product_attention does.
 
-    In bfloat16 on a processor that takes 2 to 5 times as long in training as its steps one by one, and 1.2
-    times at 1,024 tokens (LOG.md). So there are two ways: whoever changes the scores, by a cap or a sink,
-    changes the second one and sets is_written_out = True.
+    On a processor, training in bfloat16, PyTorch's function takes 2 to 5 times as long as the same steps written
+    out, and still 1.2 times at 1,024 tokens (LOG.md). So there are two ways. To change the scores, by a cap or
+    a sink, edit the second one and set is_written_out = True.
     """
     is_slow = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad
     is_written_out = is_slow and q.size(-2) <= LONGEST_WRITTEN_OUT
@@ -439,8 +439,8 @@ class Attention(nn.Module):
 
 
 # -----------------------------------------------------------------------------------------------------
-# MLPs. A class may say its inner_width(n_embd) for n_inner=0, which else is 4 n_embd; and mark its last
-# Linear into_residual
+# MLPs. A class may have inner_width(n_embd), what n_inner=0 means for it (4 n_embd without), and sets
+# into_residual = True on its last Linear, which is then drawn smaller
 
 
 class GELU(nn.Module):
@@ -478,7 +478,7 @@ MLPS = {"gelu": GELU, "swiglu": SwiGLU, "moe": MoE}
 
 # -----------------------------------------------------------------------------------------------------
 # Blocks. A layout is built as Block(config, layer); a final norm follows the last one unless the class
-# says final_norm = False. With --rmsnorm=cuda rmsnorm.py computes these two, while that is the same
+# has final_norm = False. With --rmsnorm=cuda, rmsnorm.py computes these two as long as the result is the same
 
 
 class PreNorm(nn.Module):
@@ -516,12 +516,13 @@ BLOCKS = {"pre": PreNorm, "post": PostNorm}
 
 
 class Transformer(nn.Module):
-    """A decoder-only language model. Three run-time switches, not part of the architecture, are plain
-    attributes: gradient_checkpointing (recompute each block in the backward pass: less memory, a third
-    more time), chunked_loss (never hold all logits at once; then a call with targets returns none, and
-    does not ask logits(): see has_plain_logits) and balance (how much of balance_loss is learned with the
-    loss, in training mode). quantization says how matrices are stored that quantized.py has put in the
-    place of these.
+    """A decoder-only language model. Attributes that are no part of the architecture:
+
+    gradient_checkpointing: recompute each block in the backward pass; less memory, a third more time.
+    chunked_loss: never hold all logits at once. A call with targets then returns no logits, and logits() is
+    not called (see has_plain_logits).
+    balance: how much of balance_loss is added to the loss in training.
+    quantization: how the integers are stored that quantized.py has put in place of matrices; None without.
     """
 
     gradient_checkpointing = False
@@ -564,9 +565,8 @@ class Transformer(nn.Module):
         return position(c) if position.part == part else None
 
     def init_weights(self):
-        """Draws GPT-2's: N(0, 0.02), what writes into the residual stream smaller by sqrt(2 n_layer),
-        biases 0: of all Linears and Embeddings, whatever a class has drawn for its own. What else it has, as
-        norms their gains of 1, stays as the class made it.
+        """Draws all Linears and Embeddings as GPT-2 does: N(0, 0.02), those that write into the residual stream
+        smaller by sqrt(2 n_layer), biases 0. What else a class has, as a norm its gain of 1, stays as it made it.
         """
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding, ExpertLinear)):
@@ -581,8 +581,9 @@ class Transformer(nn.Module):
         """Returns the final normed states (B, T, C) of tokens idx (B, T), which come after those in the
         cache.
 
-        doc (B, T) int: a token sees only tokens of its own document, positions restart in each, -1 is
-        padding. Raises ValueError past block_size, unless the text has no end, or past the cache's end.
+        doc (B, T) int: a token sees only tokens of its own document, positions start anew in each, -1 is
+        padding. Raises ValueError for tokens past block_size (unless texts need not end there) or past the
+        cache's end.
         """
         B, T = idx.shape
         S = T
@@ -593,7 +594,7 @@ class Transformer(nn.Module):
         else:
             places, pos, doc, keys = cache.begin(T, doc)
             S += cache.length
-        # with documents it asks the device, but only near the end of the context
+        # with documents this waits for the device, but only near the end of the context
         block_size = self.config.block_size
         is_past = S > block_size and self.config.what_ends_a_text
         if is_past and (doc is None or pos.max() >= block_size):
@@ -607,10 +608,10 @@ class Transformer(nn.Module):
         }
         if self.add_pos is not None:
             x = self.add_pos(x, pos)
-        # autocast alone would keep x float32 and cast it at each product. In float16 it might overflow
+        # autocast alone would keep x float32 and cast it at each product. In float16 x might overflow
         if product_dtype(x) == torch.bfloat16:
             x = x.bfloat16()
-        if T == 1 and x.device.type in ("cpu", "cuda"):  # where SDPA would do it in each layer
+        if T == 1 and x.device.type in ("cpu", "cuda"):  # once, and not by SDPA in each layer
             for window, sight in sights.items():
                 if sight.mask is not None and sight.mask.dtype == torch.bool:
                     sights[window] = sight._replace(mask=as_numbers(sight.mask, x.dtype))
@@ -635,7 +636,7 @@ class Transformer(nn.Module):
 
     @property
     def example(self):
-        """A tensor of the device and the dtype of its states: the embedding, or of integers the scales."""
+        """A tensor with the device and dtype of the states: the embedding, or a scale of integers."""
         tensors = chain(self.parameters(), self.buffers())
         return next(x for x in tensors if x.is_floating_point())
 
@@ -648,27 +649,27 @@ class Transformer(nn.Module):
         return self.logits(self.hidden(idx, cache, doc)[:, -1])
 
     def logits(self, x):
-        """Returns the logits (..., V) of final states x (..., C). Whoever wants logits asks here."""
+        """Returns the logits (..., V) of final states x (..., C). All logits come from here."""
         return self.head(x)
 
     @torch.no_grad()
     def has_plain_logits(self):
-        """Returns whether logits() multiplies by the head's weight and does no more, as a chunked loss does."""
+        """Returns whether logits() only multiplies by the head's weight, as a chunked loss takes for granted."""
         example = self.example
         weight = self.head.weight.to(example)
         x = torch.linspace(0, 9, weight.size(1)).sin().to(example)
         x *= 100 / F.linear(x, weight).abs().max().clamp(min=1e-6)  # so that a cap shows
         logits = self.logits(x[None])[0]
-        bias = getattr(self.head, "bias", None)  # which would not show before it has learned
+        bias = getattr(self.head, "bias", None)  # an untrained one is 0, and does not show in the logits
         return bias is None and torch.allclose(logits, F.linear(x, weight), rtol=0.01, atol=1)
 
     def forward(self, idx, targets=None, cache=None, doc=None, reduction="mean"):
         """Returns (logits, loss): logits (B, T, V); loss None without targets, else cross-entropy in
         nats over targets (B, T).
 
-        It is -log p, which is evaluated, too: what only training adds to it goes into Pretraining.loss (train.py).
-        Targets of -100 do not count. reduction: mean | sum | none, the last giving (B, T). What balance
-        adds to a mean or a sum changes its gradient alone, and never its value.
+        The loss is -log p, in evaluation too: what is added in training alone goes into Pretraining.loss
+        (train.py). Targets of -100 do not count. reduction: mean | sum | none, where none gives (B, T). balance
+        changes the gradient of a mean or a sum, and never its value.
         """
         with recorded_routings(self) as routings:
             x = self.hidden(idx, cache, doc)

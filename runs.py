@@ -19,16 +19,16 @@ from device import torchrun_ranks
 
 
 def launch():
-    """Returns what torchrun's processes have in common, those that it starts again after a failure, too: the
-    --rdzv_id, or without one the launcher; "" without torchrun.
+    """Returns a name for this launch of torchrun, which the processes that it restarts after a failure have too:
+    the --rdzv_id, or without one the launcher's; "" without torchrun.
     """
     run_id = os.environ.get("TORCHELASTIC_RUN_ID", "")
     return f"{folders.machine()} {os.getppid()}" if run_id == "none" else run_id
 
 
 def go_on_after_restart(cfg):
-    """Makes a run that torchrun has started again (--max_restarts) go on from the last checkpoint that it has
-    made itself; one that made none begins anew.
+    """Makes a run that torchrun has restarted (--max_restarts) go on from its own last checkpoint; a run that has
+    none begins anew.
     """
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0 or cfg.eval_only:
         return
@@ -45,10 +45,10 @@ def go_on_after_restart(cfg):
 
 
 def is_in_the_way(cfg, last=("ckpt.pt",)):
-    """Returns whether out_dir holds something that --overwrite is to move aside: what folders.is_free allows is
-    none. Raises Refusal where --overwrite was not given, or out_dir is a file.
+    """Returns whether out_dir holds anything (beside what folders.is_free allows) that --overwrite is to move aside.
+    Raises Refusal if it does and --overwrite was not given, or if out_dir is a file.
 
-    last: the names of checkpoints that the script goes on from.
+    last: the names of the checkpoints that the script can go on from.
     """
     if cfg.eval_only:
         return False
@@ -65,7 +65,7 @@ def is_in_the_way(cfg, last=("ckpt.pt",)):
 
 
 def alone_in_out_dir(cfg):
-    """Returns the context in which no other run writes to out_dir; the first process takes it for all."""
+    """Returns a context in which no other run writes to out_dir. The first process holds it for all."""
     if cfg.eval_only or torchrun_ranks()[0] > 0:
         return contextlib.nullcontext()
     return folders.alone(cfg.out_dir, make=cfg.init_from != "resume")
@@ -76,7 +76,7 @@ def alone_in_out_dir(cfg):
 
 
 def open_start(cfg):
-    """Returns the checkpoint that a run starts or goes on from, or None, and cfg with what it decides."""
+    """Returns the checkpoint that a run starts or goes on from, or None, and cfg with the settings it decides."""
     if cfg.init_from == "scratch":
         if cfg.eval_only:
             raise Refusal(
@@ -91,7 +91,8 @@ def open_start(cfg):
         check_resumable(start, cfg)
         return start, inherit(cfg, start.state, start.path, resume=True)
     dataset = cfg.dataset
-    cfg = inherit(cfg, start.state, start.path, resume=True, fixed=())  # which other data do not harm
+    # nothing is written, so other data do no harm
+    cfg = inherit(cfg, start.state, start.path, resume=True, fixed=())
     if "dataset" not in cfg.given:  # one that was fine-tuned has its base's
         cfg.dataset = start.dataset or dataset
     return start, cfg
@@ -112,8 +113,8 @@ def check_resumable(start, cfg):
 
 
 def open_data(cfg, compute):
-    """Returns (folder, meta, {"train", "val"}, tokenizer) of the config's dataset; the first process
-    makes the toy stories.
+    """Returns (folder, meta, {"train", "val"}, tokenizer) of the config's dataset. The first process writes the
+    toy stories if they are not there yet.
     """
     if not cfg.dataset or cfg.dataset.startswith("data/"):
         name = cfg.dataset.removeprefix("data/") or "toy"

@@ -201,10 +201,10 @@ def train_step(
     """Makes one update from micro-batches, dicts of the model's keyword arguments; returns (loss,
     gradient norm).
 
-    loss_fn(model, batch) is a sum; it is divided once by the count over all micro-batches of all
-    processes, so that k of them weigh their targets as one large batch would. Dropout is drawn from
-    (*seed, micro-batch), or goes on where seed is None. A step whose loss or norm is not finite changes
-    nothing. Both results are tensors on the device: nothing here waits for it.
+    loss_fn(model, batch) is a sum over targets. It is divided once, by the count of targets in all
+    micro-batches of all processes, so that k micro-batches weigh their targets as one large batch would.
+    Dropout is drawn from the seed (*seed, micro-batch); with seed=None it is not seeded. A step whose loss or
+    norm is not finite changes nothing. Both results are tensors on the device: nothing here waits for it.
     """
     total = sum(count(batch) for batch in batches)
     total = compute.sum(torch.as_tensor(total, device=compute.device), in_step=True)
@@ -247,13 +247,13 @@ def train_step(
 
 
 def seed_dropout(seed, micro):
-    """Seeds what a micro-batch of the step of this seed, numbers, draws."""
+    """Seeds what a micro-batch draws, by its number and the step's seed, a tuple of numbers."""
     torch.manual_seed(int(np.random.SeedSequence((*seed, micro)).generate_state(1)[0]))
 
 
 def make_step(model, optimizers, cfg, compute, task=None, scaler=None):
-    """Returns step(batches=, seed=) that train_step makes of a task, None for pre-training: as one CUDA
-    graph where the task's batches are static and that is possible.
+    """Returns a function step(batches=, seed=), which is train_step for a task (None: pre-training). It is one
+    CUDA graph where the task's batches all have one shape and a graph is possible.
     """
     settings = dict(compute=compute, grad_clip=cfg.grad_clip, scaler=scaler)
     if task is not None:
@@ -268,7 +268,7 @@ def make_step(model, optimizers, cfg, compute, task=None, scaler=None):
 
 
 def is_usable(loss, norm, scaler):
-    """Returns whether a step was taken: with a loss scaler a gradient that is not finite is the scaler's business."""
+    """Returns whether a run can go on after a step. A norm that is not finite is dealt with by a loss scaler."""
     return math.isfinite(loss) and (scaler is not None or math.isfinite(norm))
 
 
@@ -468,7 +468,7 @@ class Loop:
 
 
 def read_figures(steps):
-    """Returns [(loss, gradient norm)] of steps as numbers: of tensors on a device, which is waited for once."""
+    """Returns [(loss, gradient norm)] as numbers; steps has them as tensors on a device, which is waited for once."""
     return torch.stack([torch.stack(step) for step in steps]).tolist() if steps else []
 
 
@@ -485,7 +485,7 @@ def advice(cfg):
 
 
 class Pretraining:
-    """Predicting every next token of data/NAME: what fit() needs of a task, and what it may count on.
+    """Predicting every next token of data/NAME: all that fit() asks of a task.
 
     model: the plain Transformer; trained: the same, perhaps compiled.
     """
@@ -515,8 +515,8 @@ class Pretraining:
         ]
 
     def validate(self, tokens=None):
-        """Returns the figures of the validation split, on about so many tokens: eval_tokens, or 0 for all.
-        Those of experts are lists, of a layer each.
+        """Returns the figures of the validation split on about that many tokens, by default eval_tokens; 0 is
+        all. Those of experts are lists, with a number a layer.
         """
         cfg = self.cfg
         tokens = cfg.eval_tokens if tokens is None else tokens
@@ -542,8 +542,8 @@ class Pretraining:
         ends = self.tokenizer.ends
         options, precision = {"stop": ends}, contextlib.nullcontext()
         if self.compute.shards:
-            # all must take equally many steps, whatever each of them draws, and no graph holds their messages;
-            # weights are sent rounded
+            # all processes must take equally many steps, whatever each of them draws, so nothing stops a text;
+            # a graph cannot hold their messages; weights are sent rounded, as in training
             options, precision = {"graph": False}, self.compute.autocast()
         with precision:
             *_, [row] = generate(self.model, [prompt], max_new_tokens, seed=cfg.seed, **options)
@@ -561,7 +561,7 @@ def main(cfg):
 
 
 def pretrain(cfg):
-    """Trains as cfg says, or with eval_only makes ready to. Returns the Pretraining."""
+    """Trains as cfg says; with eval_only only gets ready to. Returns the Pretraining."""
     go_on_after_restart(cfg)
     start, cfg = open_start(cfg)
     resume = cfg.init_from == "resume"
@@ -605,7 +605,7 @@ def pretrain(cfg):
 
 
 def print_setup(model, data, rmsnorm_message, cfg, compute):
-    """Prints how and how much a run computes."""
+    """Prints how a run computes, and how much."""
     muon_message = f", Muon in {name_of(muon_dtype(compute))}" if cfg.optimizer == "muon" else ""
     steps_message = "" if cfg.eval_only else graph_message(cfg, compute)
     print(f"{compute.message}{muon_message}{rmsnorm_message}{steps_message}")
@@ -617,8 +617,8 @@ def print_setup(model, data, rmsnorm_message, cfg, compute):
 
 
 def place(model, cfg, compute):
-    """Tells a Transformer how cfg has it trained, and moves it to its device, or shares it out. Returns what to train,
-    perhaps compiled.
+    """Sets a Transformer's switches as cfg says and moves it to its device, or shares it out among processes. Returns
+    what to train: the model, perhaps compiled.
     """
     model.gradient_checkpointing = cfg.gradient_checkpointing
     model.chunked_loss = cfg.loss == "chunked"

@@ -989,9 +989,9 @@ def test_other_runs_and_a_run_without_a_checkpoint_are_not_in_the_way(tmp_path):
     def is_in_the_way(*argv):
         return runs.is_in_the_way(configure(train.Config, [f"--out_dir={out}", *argv]))
 
-    runs = "demo/ckpt.pt", "lora/adapter_best.pt"
+    checkpoints = "demo/ckpt.pt", "lora/adapter_best.pt"
     exports = "demo-hf/config.json", "demo.gguf", "bench_decode.png"
-    for path in *runs, *exports, "log.jsonl":
+    for path in *checkpoints, *exports, "log.jsonl":
         (out / path).parent.mkdir(parents=True, exist_ok=True)
         (out / path).write_text(path)
     assert not is_in_the_way()
