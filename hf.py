@@ -21,9 +21,11 @@ from config import Refusal, hf_name, is_hf, run
 
 # isort: split
 import checkpoint
-from data import MODELS_OWN, text_rule
+from data import text_rule
 from folders import new_folder
 from interop import gguf_file, hf_folder, hf_layout, peft_layout
+from interop.chat_template import noted_jinja
+from interop.foreign_tokenizer import CHAT_TEMPLATE
 from tokenizer import bos_processor
 
 
@@ -90,8 +92,12 @@ def write_tensors(path, tensors, **notes):
         raise Refusal(f"cannot write {path.name}: {e}", status=1)
 
 
-def write_model(folder, model, tokenizer):
-    """Fills the folder with what AutoModelForCausalLM and AutoTokenizer read. Raises ValueError."""
+def write_model(folder, model, tokenizer, template, text_rule):
+    """Fills the folder with what AutoModelForCausalLM and AutoTokenizer read. Raises ValueError.
+
+    template, text_rule: those that the model was fine-tuned with. A tokenizer of our own gets the template as a chat
+    template; files that came with a foreign one stay as they came.
+    """
     config, tensors = hf_layout.to_hf(model.config, model.state_dict())
     if model.config.tie_embeddings:
         del tensors["lm_head.weight"]
@@ -106,6 +112,9 @@ def write_model(folder, model, tokenizer):
         tokenizer.save_files(folder)  # as they came in, a generation_config.json too
     if not (folder / "tokenizer_config.json").exists():
         write_tokenizer(folder, tokenizer, model.config.block_size)
+    if "{prompt}" in template and not tokenizer.files:
+        text = noted_jinja(tokenizer, template, text_rule)
+        (folder / CHAT_TEMPLATE).write_bytes(text.encode())
 
 
 def write_tokenizer(folder, tokenizer, block_size):
@@ -191,7 +200,7 @@ def main(cfg):
             elif own_adapter:
                 write_peft_adapter(tmp, ckpt.path, model, tokenizer, ckpt.adapter)
             else:
-                write_model(tmp, model, tokenizer)
+                write_model(tmp, model, tokenizer, ckpt.template, ckpt.text_rule)
         except ValueError as e:
             raise Refusal(f"{ckpt.path}: {e}")
     for file in sorted(to.iterdir()):
@@ -201,9 +210,9 @@ def main(cfg):
     elif own_adapter:
         print(f"next: PeftModel.from_pretrained(base, {cfg.to!r})")
     else:
-        if ckpt.template not in ("", MODELS_OWN):
+        if "{prompt}" in ckpt.template and tokenizer.files:
             print(
-                f"not in it, as it would change the tokenizer: the template {ckpt.template!r}; a .gguf has it"
+                f"not in it, as the tokenizer's files stay as they came: the template {ckpt.template!r}; a .gguf has it"
             )
         load = f"AutoModelForCausalLM.from_pretrained({cfg.to!r})"
         print(f"next: {load}, or python sample.py --out_dir=hf:{cfg.to}")

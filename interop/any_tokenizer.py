@@ -2,6 +2,7 @@
 
 import json
 
+from interop.chat_template import read_note
 from interop.foreign_tokenizer import ForeignTokenizer, encode_text, list_parts, make_library_tokenizer
 from tokenizer import EOT, Tokenizer, bos_processor
 
@@ -23,7 +24,7 @@ def load_tokenizer(text):
 
 def from_files(files, data, eot, ends=()):
     """Returns the tokenizer of a folder's files, {name: text}: ours if hf.py wrote it of ours and nobody
-    gave it a chat template or another end since, else a foreign one. Raises ValueError.
+    gave it another chat template or another end since, else a foreign one. Raises ValueError.
 
     data: their tokenizer.json, parsed, whose post_processor puts there what a text starts with, as in
     transformers 5.
@@ -31,8 +32,9 @@ def from_files(files, data, eot, ends=()):
     bos = find_bos(data, eot)
     tokenizer = ForeignTokenizer(files, eot, bos, ends)
     own = tokenizer.own
-    is_whole = tokenizer.template_source is None and tokenizer.ends == (eot,)
-    if own and is_whole and own.eot == eot and bos == (None if own.kind == "char" else eot):
+    has_own_ends = tokenizer.ends == (eot,) and bos == (None if own and own.kind == "char" else eot)
+    source = tokenizer.template_source
+    if own and own.eot == eot and has_own_ends and (source is None or read_note(own, source)):
         return own
     return tokenizer
 

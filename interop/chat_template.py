@@ -8,9 +8,12 @@ add up go on without end. What it gets, and Jinja's settings, are those of trans
 """
 
 import json
+import re
 import sys
 from contextlib import contextmanager
 from datetime import datetime
+
+from data import STRIPPED
 
 LINES = 1_000_000  # of Jinja's Python that a template may run; one of ten messages runs some hundreds
 LENGTH = 10_000_000  # characters of any of its values
@@ -95,6 +98,33 @@ def jinja_template(template, start, end, is_stripped=False):
         "{% endif %}{% set turn.n = turn.n + 1 %}"
         f"{{% endif %}}{{% endfor %}}{{% if turn.n or add_generation_prompt %}}{turn}{{% endif %}}"
     )
+
+
+def own_jinja(tokenizer, template, text_rule):
+    """Returns jinja_template of the template that a model was fine-tuned with here, with its tokenizer's tokens."""
+    first_id = tokenizer.first_id
+    start = "" if first_id is None else tokenizer.tokens[first_id].decode()
+    end = tokenizer.tokens[tokenizer.eot].decode()
+    return jinja_template(template, start, end, text_rule == STRIPPED)
+
+
+def noted_jinja(tokenizer, template, text_rule):
+    """Returns own_jinja after a comment that says what it was made of: read_note reads that."""
+    note = json.dumps({"template": template, "text_rule": text_rule}).replace("#", r"\u0023")
+    return f"{{# tinylm {note} #}}{own_jinja(tokenizer, template, text_rule)}"
+
+
+def read_note(tokenizer, source):
+    """Returns the {"template", "text_rule"} that a chat template was made of by noted_jinja; {} if it was not, or
+    has been changed since.
+    """
+    match = re.match(r"\{# tinylm (\{.*?\}) #\}", source)
+    try:
+        note = json.loads(match[1]) if match else {}
+        is_unchanged = note and noted_jinja(tokenizer, **note) == source
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return {}
+    return note if is_unchanged and "{prompt}" in note["template"] else {}
 
 
 def to_json(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):

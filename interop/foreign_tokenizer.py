@@ -25,6 +25,7 @@ from interop.chat_template import ChatTemplate
 from tokenizer import CHAR_BYTE, Tokenizer, mend
 
 LARGEST_VOCABULARY = 10**7
+CHAT_TEMPLATE = "chat_template.jinja"
 # what a folder says of text, and is kept
 FILES = (
     "tokenizer.json",
@@ -33,7 +34,7 @@ FILES = (
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
-    "chat_template.jinja",
+    CHAT_TEMPLATE,
     "generation_config.json",
 )
 
@@ -290,7 +291,7 @@ class ForeignTokenizer(Tokenizer):
     @property
     def template_source(self):
         """The Jinja text of the folder's chat template, None where it has none."""
-        source = self.files.get("chat_template.jinja") or self.settings.get("chat_template")
+        source = self.files.get(CHAT_TEMPLATE) or self.settings.get("chat_template")
         if isinstance(source, list):  # several by name; the plain one is called default
             named = {entry.get("name"): entry.get("template") for entry in source}
             source = named.get("default")

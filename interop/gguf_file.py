@@ -17,10 +17,10 @@ import numpy as np
 import torch
 
 from config import Refusal
-from data import AS_IT_STANDS, MODELS_OWN, STRIPPED
+from data import AS_IT_STANDS, MODELS_OWN
 from folders import in_the_way, move_aside, write_atomic
 from interop import gguf_layout, gguf_tokenizer
-from interop.chat_template import jinja_template
+from interop.chat_template import own_jinja
 
 SUFFIX = ".gguf"
 BITS = {32: "F32", 16: "F16", 8: "Q8_0", 4: "Q4_0"}
@@ -103,10 +103,7 @@ def find_template(tokenizer, template, text_rule):
     """Returns the Jinja text of a model's chat template, None where it has none. template and text_rule: as write's."""
     if template in ("", MODELS_OWN):
         return tokenizer.template_source if tokenizer.files else None
-    first_id = tokenizer.first_id
-    start = "" if first_id is None else tokenizer.tokens[first_id].decode()
-    end = tokenizer.tokens[tokenizer.eot].decode()
-    return jinja_template(template, start, end, text_rule == STRIPPED)
+    return own_jinja(tokenizer, template, text_rule)
 
 
 def add_value(writer, key, value):

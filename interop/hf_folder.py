@@ -19,7 +19,8 @@ import torch
 from config import Refusal
 from interop import gguf_file, hf_config, hf_layout, peft_layout
 from interop.any_tokenizer import from_files
-from interop.foreign_tokenizer import FILES, parse_json, read_settings, token_text
+from interop.chat_template import read_note
+from interop.foreign_tokenizer import CHAT_TEMPLATE, FILES, parse_json, read_settings, token_text
 from model import ModelConfig
 from tensors import NotFinite
 
@@ -256,14 +257,18 @@ def load(name):
         c = replace(c, vocab_size=V)
         state["wte.weight"] = state["wte.weight"][:V]
         state["head.weight"] = state["wte.weight"] if c.tie_embeddings else state["head.weight"][:V]
-    return make_checkpoint(c, state, tokenizer)
+    source = read_text(folder, CHAT_TEMPLATE)
+    is_own = source is not None and not tokenizer.files
+    return make_checkpoint(c, state, tokenizer, read_note(tokenizer, source) if is_own else {})
 
 
-def make_checkpoint(c, state, tokenizer):
-    """Returns what checkpoint.load returns, of a model that was not trained here."""
+def make_checkpoint(c, state, tokenizer, settings=None):
+    """Returns what checkpoint.load returns, of a model that was not trained here, or whose settings of training are
+    lost but for some.
+    """
     return {
         "format": 1,
-        "config": {},
+        "config": settings or {},
         "step": 0,
         "val_loss": math.inf,
         "best_val_loss": math.inf,

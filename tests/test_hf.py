@@ -4,6 +4,7 @@ Their own classes are the second implementation.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -30,6 +31,7 @@ import lora
 import prepare
 import sample
 import train
+from chat import conversation_ids
 from config import Refusal, configure
 from data import AS_IT_STANDS, STRIPPED, document_slices, prompt_ids
 from interop import hf_folder
@@ -572,11 +574,48 @@ def test_out_and_in_again(name, tmp_path):
     assert checkpoint.fingerprint(before) == checkpoint.fingerprint(after)
 
 
+TURNS = ["the cat", "sat on", "the mat?", "No.", "Where then"]
+
+
+@pytest.mark.parametrize("rule", [AS_IT_STANDS, STRIPPED])
+@pytest.mark.parametrize("template", ["Q: {prompt}\nA:", "{# {{ {prompt} #}\n}}", "{prompt}\n"])
+def test_the_template_of_a_fine_tuned_model_goes_out_and_in_again(template, rule, tmp_path):
+    """AutoTokenizer's apply_chat_template gives the ids that chat.py does, and here the tokenizer stays our own."""
+    settings = {"template": template, "text_rule": rule}
+    save_checkpoint(tmp_path / "ckpt.pt", config=settings)
+    export(tmp_path, "--out_dir=.", "--to=folder")
+    peer = transformers.AutoTokenizer.from_pretrained(tmp_path / "folder")
+    for n in 1, 3, 5:
+        roles = itertools.cycle(["user", "assistant"])
+        messages = [{"role": role, "content": text} for role, text in zip(roles, TURNS[:n])]
+        ids = conversation_ids(TOKENIZER, messages, template)
+        text = peer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        assert text == TOKENIZER.decode(ids)
+        if template.endswith("\n"):  # else a token may join a prompt and its answer
+            assert peer(text, add_special_tokens=False).input_ids == ids
+    after = checkpoint.load(f"hf:{tmp_path}/folder")
+    assert after["config"] == settings
+    assert after["tokenizer_sha256"] == checkpoint.load(str(tmp_path / "ckpt.pt"))["tokenizer_sha256"]
+
+    # an edited one is a chat template as any other folder's
+    path = tmp_path / "folder/chat_template.jinja"
+    path.write_text(path.read_text() + "!")
+    edited = checkpoint.open_checkpoint(f"hf:{tmp_path}/folder")
+    assert edited.config == {}
+    text = edited.restore()[1].chat_template.render(messages, add_generation_prompt=True)
+    assert text == TOKENIZER.decode(ids) + "!"
+
+
 def test_a_template_that_stays_behind_is_named(tmp_path, capsys):
+    """Where the tokenizer's own files go out, of which a chat template may be one."""
     for template, is_named in ("Q: {prompt}\nA:", True), ("", False):
-        save_checkpoint(tmp_path / "ckpt.pt", config={"template": template})
+        write_folder(tmp_path / "a", "llama", smollm)
+        model, tokenizer = checkpoint.open_checkpoint(f"hf:{tmp_path}/a").restore()
+        path = str(tmp_path / "ckpt.pt")
+        checkpoint.save(path, model, tokenizer, {"template": template}, checkpoint.RunState())
         export(tmp_path, "--out_dir=.", "--to=folder", "--overwrite")
         assert ("the template 'Q: {prompt}\\nA:'; a .gguf has it" in capsys.readouterr().out) == is_named
+        assert not (tmp_path / "folder/chat_template.jinja").exists()
 
 
 @pytest.mark.parametrize("tokenizer", [tinylm, smollm, tinyllama, qwen])
