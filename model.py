@@ -41,19 +41,19 @@ class ModelConfig:
     head_dim: int = 0            # width of a head: 0 = n_embd / n_head
     n_inner: int = 0             # width inside the MLP: 0 = 4 n_embd, for swiglu 8/3 n_embd rounded up to 32
     block_size: int = 128        # context length, tokens
-    vocab_size: int = 0          # the tokenizer's; a script fills it in
+    vocab_size: int = 0          # the tokenizer's, filled in by the scripts
     norm: str = "rmsnorm"        # layernorm | rmsnorm
     norm_position: str = "pre"   # pre: x + f(norm(x)) | post: norm(x + f(x)), without a final norm
     norm_eps: float = 1e-5       # added to the variance or the mean of squares
     pos: str = "rope"            # learned | sinusoidal | rope | alibi | none
     rope_theta: float = 10000.0  # base of RoPE's wavelengths
     rope_scaling: str = "none"   # none | linear:FACTOR | ntk:FACTOR | yarn:... | llama3:..., see ROPE_SCALINGS
-    window: int = 0              # tokens that a query of a windowed layer sees, itself included; 0 = all
-    window_pattern: str = "S"    # a letter a layer, from the first on and over again: S windowed | L full, as SSSL
+    window: int = 0              # tokens that a query in a windowed layer sees, itself included; 0 = all
+    window_pattern: str = "S"    # one letter for each layer, repeated: S windowed | L full, as SSSL
     mlp: str = "swiglu"          # gelu | swiglu | moe
     n_expert: int = 8            # moe: MLPs in a layer, each a SwiGLU of width n_inner
-    n_expert_per_token: int = 2  # moe: of them those that a token goes through
-    norm_topk_prob: bool = True  # moe: scores of a token's experts sum to 1 (Mixtral), else to what softmax gave them
+    n_expert_per_token: int = 2  # moe: how many of them each token goes through
+    norm_topk_prob: bool = True  # moe: the scores of a token's experts sum to 1 (Mixtral); False: as softmax gave them
     qk_norm: bool = True         # RMSNorm over each head's q and k, before rotation (as Qwen3)
     tie_embeddings: bool = True  # one matrix for the embedding and the output head
     bias: bool = False           # biases in every Linear but the head and moe's, and in LayerNorm

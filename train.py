@@ -69,21 +69,21 @@ from sizes import flops_per_token, size_text, step_flops
 class TrainConfig:
     # fmt: off
     out_dir: str = "out"                    # where ckpt.pt, ckpt_best.pt, log.jsonl and loss.png go
-    dataset: str = "toy"                    # data/NAME as prepare.py made it; toy makes itself
+    dataset: str = "toy"                    # the NAME of data/NAME, made by prepare.py; toy is made here
     init_from: str = "scratch"              # scratch | resume (from out_dir) | a checkpoint | hf:FOLDER_OR_NAME
     overwrite: bool = False                 # move an out_dir that is in the way aside
-    eval_only: bool = False                 # print the loss on the whole validation split and stop
+    eval_only: bool = False                 # only print the loss on the whole validation split
     eval_interval: int = 100                # steps between evaluations, samples and checkpoints
-    save_minutes: float = 10.0              # a checkpoint between evaluations, where they are further apart
-    eval_tokens: int = 65536                # validation tokens looked at meanwhile, always the same ones; 0 = all
-    log_interval: int = 10                  # steps a line of log.jsonl
+    save_minutes: float = 10.0              # minutes between checkpoints where evaluations are further apart
+    eval_tokens: int = 65536                # validation tokens in an evaluation, always the same ones; 0 = all
+    log_interval: int = 10                  # steps between lines of log.jsonl
     batch_size: int = 16                    # rows of block_size tokens in a micro-batch
     gradient_accumulation_steps: int = 1    # micro-batches in a step, of all processes together
     max_iters: int = 600                    # steps
     optimizer: str = "muon"                 # muon (hidden matrices; AdamW for the rest) | adamw
-    learning_rate: float = 2.5e-3           # the highest one; Muon's updates are scaled to AdamW's size
-    embd_lr_scale: float = 8.0              # muon: embeddings, head, gains and biases learn so many times as fast
-    min_lr: float = 0.0                     # the last one
+    learning_rate: float = 2.5e-3           # the highest; Muon's updates are scaled to AdamW's size
+    embd_lr_scale: float = 8.0              # muon: times the rate for embeddings, head, gains and biases
+    min_lr: float = 0.0                     # the learning rate at the end
     warmup_iters: int = 20                  # steps of linear warm-up
     lr_decay_iters: int = 0                 # the step where min_lr is reached: 0 = max_iters
     schedule: str = "linear"                # after warm-up: cosine | linear (constant, then down in a straight line)
@@ -93,7 +93,7 @@ class TrainConfig:
     beta2: float = 0.95                     # AdamW's
     momentum: float = 0.95                  # Muon's
     grad_clip: float = 1.0                  # largest gradient norm; 0 = any
-    balance: float = 0.01                   # moe: what of the loss that spreads tokens over experts is learned
+    balance: float = 0.01                   # moe: weight of the loss that spreads tokens over experts
     loss: str = "plain"                     # plain | chunked (linear_cross_entropy: less memory, never all logits)
     gradient_checkpointing: bool = False    # recompute blocks in the backward pass: less memory, more time
     device: str = "auto"                    # auto | cpu | cuda | cuda:N | mps
@@ -101,7 +101,7 @@ class TrainConfig:
     compile: str = "auto"                   # torch.compile: auto | true | false
     rmsnorm: str = "auto"                   # RMSNorm by: auto | torch | cpu | cuda (our kernel)
     seed: int = 1337                        # of weights, batches and dropout
-    start: str = ""                         # what the sample at each evaluation starts from, \n a new line
+    start: str = ""                         # what the sample at each evaluation starts with, \n is a new line
     wandb_log: bool = False                 # log to Weights & Biases too
     # fmt: on
 
