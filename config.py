@@ -43,8 +43,8 @@ COMMAND_LINE = "command line"  # the source of a key that no file sets
 
 
 def end_at_once(number, frame):
-    """Handles Ctrl-C while a script imports, when there is nothing to clean up: torch would make other
-    errors of a KeyboardInterrupt.
+    """Handles Ctrl-C while a script imports, when there is nothing to clean up: torch would turn a
+    KeyboardInterrupt into other errors.
     """
     os._exit(128 + number)
 
@@ -79,7 +79,8 @@ if is_script():  # which imports this module before anything slow
     for number in (0, 1, 2):
         try:
             os.fstat(number)
-        except OSError:  # closed: the next file would get its number, and what C code prints
+        except OSError:
+            # closed: the next file that is opened would get this number, and C code would print into it
             os.open(os.devnull, os.O_RDWR)
 
 
@@ -94,7 +95,7 @@ def hf_name(value):
 
 
 def new_lines(text):
-    """Returns an option's text with a new line for each \\n in it; any other backslash is one."""
+    """Returns an option's text with a new line for each \\n in it; other backslashes stay."""
     return text.replace("\\n", "\n")
 
 
@@ -118,9 +119,9 @@ def configure(Config, argv, words=(), defaults=None):
 
     Bare *.toml arguments are applied first, left to right, wherever they stand; then --key=value or
     --key value. Only booleans take --flag and --no-flag as well. `words` may stand bare, as in
-    `bench.py train decode`. defaults: values of keys that argv may set otherwise. The result's `given`
-    maps each key that was set to what set it, a path or "command line", its `values` to the value as it
-    was set; its `words` are the words of argv.
+    `bench.py train decode`. defaults: values of keys that argv may set otherwise. The result has three
+    attributes more: `given` {key: what set it, a path or "command line"}, `values` {key: its value as it
+    was set, or its default here}, and `words`, those of argv.
 
     Raises Refusal for an unknown key or word (naming the nearest), a wrong type, or what Config's own
     __post_init__ rejects.
@@ -143,33 +144,14 @@ def configure(Config, argv, words=(), defaults=None):
     rest = list(argv)
     while rest:
         arg = rest.pop(0)
-        key, equals, value = arg.removeprefix("--").partition("=")
         if arg in ("-h", "--help"):
             print(describe(sys.modules[Config.__module__].__file__, Config.__name__, words), flush=True)
             raise SystemExit(0)
-        elif arg in paths:
-            continue
         elif arg in words:
             bare_words.append(arg)
-        elif arg.endswith(".py") and not arg.startswith("--"):  # as nanoGPT's
-            advice = "keys stand in a FILE.toml, each as key = value, like those in configs/"
-            raise Refusal(f"cannot read {arg!r}: a .py file would run code; {advice}")
-        elif not arg.startswith("--"):
-            expected = ", ".join([*words, "FILE.toml"])
-            advice = nearest(arg, words)
-            raise Refusal(f"cannot read {arg!r}: expected {expected} or --key=value; {advice}")
-        elif equals:
+        elif arg not in paths:
+            key, value = read_argument(arg, rest, fields, words)
             put(key, value, COMMAND_LINE)
-        elif is_bool(fields, key):
-            has_value = rest and rest[0].lower() in BOOLS
-            put(key, rest.pop(0) if has_value else True, COMMAND_LINE)
-        elif key.startswith(("no-", "no_")) and is_bool(fields, key[3:]):
-            put(key[3:], False, COMMAND_LINE)
-        else:
-            kind = find_field(fields, key, COMMAND_LINE).type
-            if not rest or rest[0].startswith("--"):
-                raise Refusal(f"--{key} needs a value: --{key}={kind.__name__.upper()}")
-            put(key, rest.pop(0), COMMAND_LINE)
 
     try:
         cfg = Config(**values)
@@ -181,7 +163,33 @@ def configure(Config, argv, words=(), defaults=None):
     return cfg
 
 
+def read_argument(arg, rest, fields, words):
+    """Returns (key, value) of an argument. A value that follows the key, as in --key value, is taken off `rest`,
+    the arguments after this one. Raises Refusal.
+    """
+    if arg.endswith(".py") and not arg.startswith("--"):  # as nanoGPT's
+        advice = "keys stand in a FILE.toml, each as key = value, like those in configs/"
+        raise Refusal(f"cannot read {arg!r}: a .py file would run code; {advice}")
+    if not arg.startswith("--"):
+        expected = ", ".join([*words, "FILE.toml"])
+        advice = nearest(arg, words)
+        raise Refusal(f"cannot read {arg!r}: expected {expected} or --key=value; {advice}")
+    key, equals, value = arg.removeprefix("--").partition("=")
+    if equals:
+        return key, value
+    if is_bool(fields, key):
+        has_value = rest and rest[0].lower() in BOOLS
+        return key, rest.pop(0) if has_value else True
+    if key.startswith(("no-", "no_")) and is_bool(fields, key[3:]):
+        return key[3:], False
+    kind = find_field(fields, key, COMMAND_LINE).type
+    if not rest or rest[0].startswith("--"):
+        raise Refusal(f"--{key} needs a value: --{key}={kind.__name__.upper()}")
+    return key, rest.pop(0)
+
+
 def find_field(fields, key, source):
+    """Returns the field of a key. Raises Refusal where there is none; source: what set the key."""
     if key not in fields:
         advice = nearest(key.replace("-", "_"), fields)
         if key == "init_from" and "out_dir" in fields:  # as in nanoGPT's sample.py
@@ -285,12 +293,13 @@ def read_keys(path, name):
 
 class Output:
     """stdout or stderr while a script runs. Once it cannot be written to (closed, full, or a pipe that
-    nobody reads any more), what is printed is dropped; where is_needed, it ends the script instead, with
-    status 1.
+    nobody reads any more), what is printed is dropped; where is_needed is set, the script ends instead,
+    with status 1.
     """
 
     def __init__(self, stream):
-        # None: closed before Python began. A file opened to be read takes no text either
+        # None: closed before Python began. What stands in for it is open for reading alone, so that a
+        # write fails here too
         self.stream = stream or open(os.devnull)
         self.is_needed = False
 
@@ -311,7 +320,7 @@ class Output:
             self.drop(e)
 
     def drop(self, error):
-        """Sends to nowhere what is still to come, and what is buffered, which Python writes at exit."""
+        """Sends to nowhere what will be printed, and what is buffered and would be written at exit."""
         nowhere = open(os.devnull, "w", encoding="utf-8", errors="replace")
         os.dup2(nowhere.fileno(), self.stream.fileno())
         self.stream = nowhere
@@ -329,7 +338,7 @@ def is_out_of_memory(error):
 
 
 def out_of_memory(Config):
-    """Returns the line for one who has no memory left: the keys of this script that would take less."""
+    """Returns the line to print when memory runs out: which of this script's keys to make smaller."""
     fields = {field.name for field in dataclasses.fields(Config)}
     sizes = [key for key in SIZES if key in fields]
     return f"out of memory: a smaller {' or '.join(sizes) or 'model'} takes less"
@@ -338,8 +347,8 @@ def out_of_memory(Config):
 def run(main, Config, words=()):
     """Runs main(cfg) with the arguments of the command line; a script's last line.
 
-    A Refusal becomes one line on stderr and its exit status. The work does not depend on anybody who
-    reads what is printed, but where cfg.only_prints: then the text is all that there is.
+    A Refusal becomes one line on stderr and its exit status. The work goes on where nobody reads what
+    is printed, unless cfg.only_prints: then the text is the only result, and the script ends.
     """
     handler = signal.getsignal(signal.SIGINT)
     with redirect_stdout(Output(sys.stdout)) as output, redirect_stderr(Output(sys.stderr)):
@@ -368,7 +377,8 @@ def run(main, Config, words=()):
             output.flush()
 
 
+# -h is answered here, before the script imports torch, which takes seconds
 if is_script() and sys.argv[1:] in (["-h"], ["--help"]):
     source = Path(sys.modules["__main__"].__file__).read_text(encoding="utf-8")
-    if "    run(main, Config)\n" in source:  # not bench.py, which has words
+    if "    run(main, Config)\n" in source:  # bench.py has words too, and answers by itself
         run(None, dataclasses.make_dataclass("Config", [], namespace={"__module__": "__main__"}))
