@@ -282,58 +282,70 @@ def generate(
     batch = [rows[number] for number in numbers]
     rules = temperature, top_k, top_p
     sampler = Sampler(model, prompts, numbers, seed, repetition_penalty, rules, logps)
-    ids = None  # (B,) the tokens of the last step
-    cache = None
-    decoder = None  # the iterator of a Decoder, where one makes the steps
-    n_ahead = 0  # steps that it has left
+    n_left = max_new_tokens
     was_training = model.training
     model.eval()
     try:
-        for step in range(max_new_tokens):
-            n_left = max_new_tokens - step
-            is_read = cache is None
-            if decoder is not None:
-                chosen, chosen_logps = next(decoder)
-                n_ahead -= 1
-            else:
-                if is_read:
-                    # a compiler is spared one shape a text
-                    room = max(n_left, model.config.block_size) if compile else n_left
-                    logits, cache = prefill(model, [row.window for row in batch], room)
-                else:
-                    logits = model.next_logits(ids[:, None], cache)
-                ids, id_logps = sampler.draw(logits, sampler.uniform())
-                chosen = ids.tolist()
-                chosen_logps = id_logps.tolist() if logps else [None] * len(batch)
-
-            for row in rows:
-                row.new = None
-            for row, id, logp in zip(batch, chosen, chosen_logps):
-                if row.end:  # a decoder goes on with those that have
-                    continue
-                if logps:
-                    row.logps.append(logp)
-                if row.take(id, limits):
-                    cache = None
-            yield rows
+        while batch:
+            for ids, id_logps in batch_steps(model, batch, sampler, n_left, limits, graph, compile):
+                is_moved = take_step(rows, batch, ids, id_logps if logps else None, limits)
+                n_left -= 1
+                yield rows
+                if is_moved or all(row.end for row in batch):
+                    break
             places = going_on(batch)
-            if not places:
-                break
-            if decoder is not None and n_ahead == 0:  # whoever was to be read anew has ended before
-                cache = None
-            if cache is None:
-                decoder = None
-            if decoder is None and len(places) < len(batch):
-                batch = [batch[place] for place in places]
-                ids = ids[places]
-                sampler.keep(places)
-                if cache is not None:
-                    cache.keep(places)
-            if is_read and cache is not None:
-                n_ahead = min(n_left - 1, most_steps(rows, limits))
-                if compile or graph or graph is None and is_worth_a_capture(model, n_ahead):
-                    static = StaticCache(cache, model.config)
-                    steps = Decoder(model, static, ids, sampler.draw, sampler.uniform, n_ahead, compile)
-                    decoder = iter(steps)
+            batch = [batch[place] for place in places]
+            sampler.keep(places)
     finally:
         model.train(was_training)
+
+
+def batch_steps(model, batch, sampler, n_left, limits, graph, compile):
+    """Reads the windows of a batch, a list of Rows, and yields what each step has drawn: a list of ids, and a list of
+    their log p or None. The first step is drawn from what the windows gave, each other one takes a call of the model;
+    a Decoder makes them where graph, compile or the device ask for one. Rows that have ended are taken off the
+    batch between steps, but not off one that a Decoder goes on with.
+    """
+    # a compiler is spared one shape a text
+    room = max(n_left, model.config.block_size) if compile else n_left
+    logits, cache = prefill(model, [row.window for row in batch], room)
+    ids, logps = sampler.draw(logits, sampler.uniform())
+    yield ids.tolist(), None if logps is None else logps.tolist()
+    n_steps = min(n_left - 1, most_steps(batch, limits))
+    if compile or graph or graph is None and is_worth_a_capture(model, n_steps):
+        ids = leave_out_ended(batch, sampler, cache, ids)
+        static = StaticCache(cache, model.config)
+        yield from Decoder(model, static, ids, sampler.draw, sampler.uniform, n_steps, compile)
+        return
+    while True:
+        ids = leave_out_ended(batch, sampler, cache, ids)
+        logits = model.next_logits(ids[:, None], cache)
+        ids, logps = sampler.draw(logits, sampler.uniform())
+        yield ids.tolist(), None if logps is None else logps.tolist()
+
+
+def take_step(rows, batch, ids, logps, limits):
+    """Gives the ids of a step, and their log p or None, to the rows of the batch that go on. Returns whether the
+    window of one of them has moved on, so that the batch must be read anew.
+    """
+    for row in rows:
+        row.new = None
+    is_moved = False
+    for i, (row, id) in enumerate(zip(batch, ids)):
+        if row.end:  # a Decoder goes on with those that have
+            continue
+        if logps is not None:
+            row.logps.append(logps[i])
+        is_moved = row.take(id, limits) or is_moved
+    return is_moved
+
+
+def leave_out_ended(batch, sampler, cache, ids):
+    """Takes the rows that have ended off a batch, its sampler and its cache. Returns the ids (B,) of the others."""
+    places = going_on(batch)
+    if len(places) == len(batch):
+        return ids
+    batch[:] = [batch[place] for place in places]
+    sampler.keep(places)
+    cache.keep(places)
+    return ids[places]
