@@ -22,24 +22,25 @@ GREEDY = 1e-5  # temperatures below take the likeliest token: divided by less, l
 
 
 def distribution(logits, temperature=1.0, top_k=0, top_p=1.0):
-    """Returns probabilities (B, n) and whose they are, ids (B, n), None for all ids in order, of logits (B, V) under
-    these rules, for next_token and speculate.Draws alike. top_p keeps the token that crosses it (Holtzman et al. 2019).
+    """Returns (probabilities (B, n), ids (B, n)): what may be drawn from logits (B, V) under these rules, and how
+    likely each of it is. ids is None where it is all ids in order. next_token and speculate.Draws both draw from
+    this. top_p keeps the token that crosses it (Holtzman et al. 2019).
     """
     ids = None
     if 0 < top_k < logits.size(-1):
-        # the draw is over these alone, by id: rounding may not change whose is which
+        # sorted by id: in order of size, rounding could change which id a place stands for
         ids = logits.topk(top_k, sorted=False).indices.sort(-1).values
         logits = logits.gather(-1, ids)
     logits = logits.float() / temperature
     if top_p < 1:
         p, order = logits.softmax(-1).sort(descending=True, stable=True)
-        is_dropped = p.cumsum(-1) - p >= top_p  # what is likelier already makes up top_p
+        is_dropped = p.cumsum(-1) - p >= top_p  # the likelier tokens alone make up top_p
         logits = logits.masked_fill(is_dropped.scatter(-1, order, is_dropped), -torch.inf)
     return logits.softmax(-1), ids
 
 
 def likeliest(logits):
-    """Returns logits.argmax(-1), by NumPy on a processor: of 49,152 numbers in 3 us, where torch takes 28."""
+    """Returns logits.argmax(-1), on a processor by NumPy, which takes 3 us for 49,152 numbers and torch 28."""
     is_plain = logits.device.type == "cpu" and logits.dtype == torch.float32
     if not is_plain or torch.compiler.is_compiling():
         return logits.argmax(-1)
@@ -47,27 +48,27 @@ def likeliest(logits):
 
 
 def next_token(logits, temperature=1.0, top_k=0, top_p=1.0, uniform=None):
-    """Returns a token a row (B,) from logits (B, V), drawn by numbers uniform (B, 1) from [0, 1), of which greedy
-    text needs none. A rule that changes probabilities belongs in distribution, which --draft asks too.
+    """Returns a token a row (B,), drawn from logits (B, V) by the numbers `uniform` (B, 1) from [0, 1); greedy text
+    needs none. A rule that changes probabilities belongs in distribution, which --draft draws from too.
     """
     if temperature < GREEDY:
         return likeliest(logits)
     p, ids = distribution(logits, temperature, top_k, top_p)
     edges = p.cumsum(-1, dtype=uniform.dtype)
     place = torch.searchsorted(edges, uniform * edges[:, -1:], right=True)
-    place = place.clamp(max=p.size(-1) - 1)  # nan has no place among them
+    place = place.clamp(max=p.size(-1) - 1)  # where p is nan, the place is past the end
     return (place if ids is None else ids.gather(-1, place))[:, 0]
 
 
 def penalized(logits, seen, penalty):
-    """Returns logits (..., V) with those of seen tokens (..., V bool) made smaller: divided where positive,
-    else multiplied.
+    """Returns logits (..., V), of which those of the tokens in `seen` (..., V), bool, are smaller: positive ones are
+    divided by the penalty, others multiplied.
     """
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def seen_tokens(prompts, model, penalty):
-    """Returns which tokens occur in each prompt (B, V), bool; None where no penalty asks."""
+    """Returns which tokens occur in each prompt (B, V), bool; None where there is no penalty to need it."""
     if penalty == 1:
         return None
     seen = torch.zeros(len(prompts), model.config.vocab_size, dtype=torch.bool, device=model.device)
@@ -156,9 +157,10 @@ def start_rows(model, prompts, max_new_tokens, stop, past_end):
 
 def prefill(model, windows, capacity, spare=0):
     """Reads one window of ids a row: returns the last tokens' logits (B, V) and a cache with room for
-    `capacity` more, but for none past block_size, and for `spare` beyond either.
+    `capacity` tokens more, of which none past block_size, and for `spare` beyond either.
     """
-    numbers = {}  # of each window: one that several rows share, as answers to one prompt do, is read once
+    # a number for each different window: one that several rows share, as answers to one prompt do, is read once
+    numbers = {}
     for window in windows:
         numbers.setdefault(tuple(window), len(numbers))
     lengths = [len(window) for window in numbers]
@@ -166,7 +168,7 @@ def prefill(model, windows, capacity, spare=0):
     if model.config.what_ends_a_text:
         capacity = min(capacity, model.config.block_size + max(lengths) - min(lengths))
     capacity += spare
-    if model.device.type == "cuda":  # where SDPA copies a mask of another width in each layer
+    if model.device.type == "cuda":  # where SDPA would copy a mask of another width in each layer
         capacity += -capacity % 8
     cache = model.new_cache(len(numbers), capacity)
     logits = cache.read(model, list(numbers))
@@ -187,8 +189,8 @@ def documents_of(rows, T, device):
 
 
 def most_steps(rows, limits):
-    """Returns how many steps there can be until the first window is full and must be read anew. Where none ever
-    is, it is what the context has room for: the same for prompts of all lengths, so that a compiler sees one shape.
+    """Returns how many steps there can be until the first window is full and must be read anew. Where no window
+    is read anew it is block_size, whatever the prompts' lengths, so that a compiler sees one shape.
     """
     if not limits.is_recomputed:
         return limits.block_size
@@ -196,7 +198,7 @@ def most_steps(rows, limits):
 
 
 def going_on(rows):
-    """Returns the places of rows that have no end, the last ones in those of rows that have: few move."""
+    """Returns the places of the rows that have not ended. The last ones fill the gaps, so that few rows move."""
     places = list(range(len(rows)))
     for place in reversed(places.copy()):
         if rows[place].end:
@@ -206,10 +208,10 @@ def going_on(rows):
 
 
 class Sampler:
-    """Draws the next token of each row of a batch, of which those that have ended are left out in time.
+    """Draws the next token of each row of a batch, from which rows that have ended are taken off.
 
     numbers   (B,) which of all prompts the rows of the batch continue
-    seen      (B, V) bool, the tokens that each has or had in its prompt; None where no penalty asks
+    seen      (B, V) bool, the tokens in each row and its prompt; None without a penalty
     """
 
     def __init__(self, model, prompts, numbers, seed, repetition_penalty, rules, logps):
@@ -224,13 +226,15 @@ class Sampler:
         self.logps = logps
 
     def uniform(self):
-        """Returns the numbers (B, 1) of a step: drawn for all rows, so that none depends on when the others end."""
+        """Returns the random numbers (B, 1) of a step. They are drawn for all prompts, so that no row's depend on
+        when the others end.
+        """
         shape = self.n_prompts, 1
         drawn = torch.rand(shape, generator=self.rng, dtype=self.exact, device=self.device)
         return drawn[self.numbers]
 
     def draw(self, logits, uniform):
-        """Returns the next ids (B,), which are seen from now on, and their log p (B,), None where nobody asks."""
+        """Returns the next ids (B,), which count as seen from now on, and their log p (B,), None if not asked for."""
         likely = logits if self.seen is None else penalized(logits, self.seen, self.penalty)
         ids = next_token(likely, *self.rules, uniform)
         if self.seen is not None:
@@ -265,16 +269,16 @@ def generate(
     """Continues prompts (lists of ids, of any lengths) together; yields the list of their Rows after
     each step.
 
-    A row ends at a token of `stop`, ids, which is not among its ids, after max_new_tokens, or when block_size
-    tokens are in its context; past_end="recompute" then reads the last half of the window again and goes
-    on, "slide" just goes on, as a model can whose layers all have windows. logps: what the model gave each
-    new token, before temperature and the rest, is kept. `*_, rows = generate(...)` has
-    them as they ended: it is one list, which each step changes. Raises ValueError for a prompt that is
-    empty or too long, and where a text cannot slide.
+    A row ends at one of the ids in `stop`, which its own ids leave out, after max_new_tokens, or when
+    block_size tokens are in its context. Then past_end="recompute" reads the last half of the window again
+    and goes on; "slide" just goes on, which takes a model whose layers all have windows. All steps yield one
+    list, which the next step changes: `*_, rows = generate(...)` has the rows as they ended. logps: keep the
+    log p that the model gave each new token, before temperature and the other rules. Raises ValueError for
+    a prompt that is empty or too long, and where a text cannot slide.
 
-    graph: whether the steps after the prompts are those of graphs.Decoder, which a GPU replays; None: where
-    it pays. The draws are the same, and so is the text but for rounding. compile: those steps are compiled
-    first, and made by a Decoder anywhere.
+    graph: whether a graphs.Decoder makes the steps after the prompts, which a GPU replays; None: where that
+    pays. The draws are the same, and so is the text, but for rounding. compile: a Decoder makes the steps,
+    on any device, and they are compiled first.
     """
     rows, limits = start_rows(model, prompts, max_new_tokens, stop, past_end)
     # the rows that go on, in the order of the cache, which likes to read windows of growing length
