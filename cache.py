@@ -4,8 +4,8 @@
     logits, _ = model(idx, cache=cache)           # again and again: idx (B, T) comes after what is in it
     cache.rewind([0, 2])                          # the second row forgets its last two tokens
 
-A layer with a window keeps the last tokens alone, in a ring. StaticCache is another filling of the same
-methods, for steps that are captured once and replayed.
+A layer with a window keeps only the last tokens, in a ring. StaticCache has the same methods for steps that are
+captured once and replayed.
 """
 
 import copy
@@ -14,7 +14,7 @@ import numbers
 import torch
 
 REWIND = 8  # tokens that a ring holds beyond its window, so that as many can be forgotten
-PADDING = 64  # tokens of it, below which a processor reads them sooner than it makes another call
+PADDING = 64  # tokens: a processor reads less padding than that sooner than it makes another call
 
 
 def positions(doc):
@@ -34,15 +34,15 @@ def capacity(window, max_len):
 
 
 def last_places(slots, place, size):
-    """Returns the last place up to this one that falls to each slot of a ring of this size; negative where there is
-    none. In a ring of 4 whose last token stands at place 5, slots 0 to 3 have 4, 5, 2 and 3.
+    """Returns which place each slot of a ring of this size holds when the last token stands at `place`; negative for
+    a slot that holds none. In a ring of 4 whose last token stands at place 5, slots 0 to 3 hold 4, 5, 2 and 3.
     """
     return slots + size * ((place - slots) // size)
 
 
 def cut(lengths, first=0):
-    """Returns the rows, (first, last) of each run, to read together of windows of these lengths, which grow: halves
-    where that saves PADDING.
+    """Splits windows of these lengths, which grow from row to row, into runs that are read in one call each: halves,
+    and halves of those, as long as that saves PADDING. Returns (first, end) of each run's rows.
     """
     middle = len(lengths) // 2
     if middle * (lengths[-1] - lengths[middle - 1]) < PADDING:
@@ -51,8 +51,8 @@ def cut(lengths, first=0):
 
 
 def rearranged(x, rows):
-    """Returns x (B, ...) with row i what row rows[i] was: in its own place, where each comes from itself or from
-    below.
+    """Returns x (B, ...) with row i what row rows[i] was. It is changed in place where no row comes from above its
+    new place, so that none is overwritten before it is read.
     """
     if any(old < new for new, old in enumerate(rows)):
         return x[rows]
@@ -66,17 +66,17 @@ class KVCache:
     """Keys and values of the tokens seen so far: a buffer pair a layer [B, n_kv_head, capacity, D],
     written in place.
 
-    One generation makes one. Each row has a length of its own, and its next tokens go to the places
-    after it: all layers `update` them there, then model.hidden lets the cache `advance`. Place p of a
+    Each generation makes its own. Each row has its own length, and its next tokens go to the places after
+    that: every layer stores them there with `update`, then model.hidden calls `advance`. Place p of a
     row is in slot p % capacity, so that a layer with a window, whose capacity is smaller than max_len,
-    writes over what it sees no more. Rows of equal length, which is what all are until one is rewound
-    further than another, are written and read as slices. Capacity is fixed; nothing ever grows.
+    writes over what it no longer sees. All rows have the same length until one is rewound further than
+    another; as long as they have, they are written and read as slices. Capacity is fixed; nothing grows.
 
         lengths   (B,) int64 on the model's device: tokens in each row
-        length    of the longest row: the same knowledge without asking the device
-        docs      {window: (B, 1, capacity, 2) int64} once documents or padding were named: each token's document and
-                  its position in it; else None
-        last      (B, 2) int64, those of each row's last token; position -1 where there is none; else None
+        length    of the longest row, a number on the host: nobody has to wait for the device to learn it
+        docs      {window: (B, 1, capacity, 2) int64}, each token's document and its position in that; None
+                  until documents or padding are named
+        last      (B, 2) int64, the same of each row's last token, position -1 where it has none; else None
     """
 
     def __init__(self, model, batch_size, max_len):
@@ -96,12 +96,12 @@ class KVCache:
         self.is_level = True  # all rows have the same length
         self.docs = None
         self.last = None
-        # the length of each row before it was rewound: what was written over until then is gone
+        # the length of each row before it was rewound: what its ring had written over by then is gone
         self.longest = [0] * batch_size
 
     def read(self, model, windows):
         """Reads one window of ids a row, padded on the left, into this cache, which is empty; returns logits (B, V) of
-        what comes after each. Windows of growing length have little padding on a processor.
+        what comes after each. On a processor windows of growing length get little padding; see cut.
         """
         lengths = [len(window) for window in windows]
         longest = max(lengths)
@@ -110,20 +110,20 @@ class KVCache:
         self.name_documents()
         runs = cut(lengths) if model.device.type == "cpu" else [(0, len(lengths))]
         logits = []
-        for first, last in runs:
-            T = max(lengths[first:last])
-            padding = [T - length for length in lengths[first:last]]
-            idx = [[0] * n + list(window) for n, window in zip(padding, windows[first:last])]
+        for first, end in runs:
+            T = max(lengths[first:end])
+            padding = [T - length for length in lengths[first:end]]
+            idx = [[0] * n + list(window) for n, window in zip(padding, windows[first:end])]
             doc = [[-1] * n + [0] * (T - n) for n in padding]
-            rows = self.part(slice(first, last), longest - T)
+            rows = self.part(slice(first, end), longest - T)
             idx, doc = torch.tensor((idx, doc), device=model.device)
             logits.append(model.next_logits(idx, rows, doc))
         self.advance(longest)
         return torch.cat(logits)
 
     def part(self, rows, padding):
-        """Returns these rows, a slice, of an empty cache, with so many tokens of padding read, as a cache of the same
-        memory.
+        """Returns a cache for a slice of the rows of this empty one, in the same memory, that has already read so many
+        tokens of padding.
         """
         part = copy.copy(self)
         part.k = [k[rows] for k in self.k]
@@ -138,7 +138,7 @@ class KVCache:
         return part
 
     def name_documents(self):
-        """Begins to keep documents. What came before is one."""
+        """Begins to keep documents. Each row's tokens so far are one document."""
         self.docs = {}
         for window, size in self.sizes.items():
             docs = self.lengths.new_zeros(len(self.lengths), 1, size, 2)
@@ -148,7 +148,7 @@ class KVCache:
         self.last = torch.stack((torch.zeros_like(self.lengths), self.lengths - 1), -1)
 
     def places(self, T):
-        """Returns where T new tokens go: (T,) where the rows are level, else (B, T). Raises ValueError
+        """Returns where T new tokens go: (T,) where all rows have one length, else (B, T). Raises ValueError
         where they do not fit.
         """
         if self.length + T > self.max_len:
@@ -162,7 +162,7 @@ class KVCache:
 
     def overtakes(self, size, T):
         """Returns whether T new tokens in a ring of this size write over what the first of them see."""
-        # the first sees window - 1 tokens before it, and the ring keeps the last window + REWIND
+        # the first one sees window - 1 tokens before it, and the ring keeps the last window + REWIND
         return self.length + T > size and T > REWIND + 1
 
     def slot_places(self, size, T):
@@ -177,11 +177,12 @@ class KVCache:
         return last_places(slots, ends - 1, size)
 
     def begin(self, T, doc=None):
-        """Makes room for T new tokens; doc (B, T) their documents, None: each row goes on with its last.
+        """Says where T new tokens go, and counts their documents. doc (B, T): their documents; None: each row
+        goes on with its last one.
 
         Returns (places, pos, doc, keys): where the tokens go and their positions in their documents, each
-        ([B,] T); their documents (B, T) or None; and for each window (places ([B,] S), documents or None)
-        of all tokens that `update` returns for its layers. Raises ValueError where they do not fit.
+        ([B,] T); their documents (B, T) or None; and keys {window: (places ([B,] S), documents or None)} of
+        all tokens that `update` returns for layers with that window. Raises ValueError where they do not fit.
         """
         places = self.places(T)
         key_places = {}
@@ -216,26 +217,26 @@ class KVCache:
         return places, pos, doc, keys
 
     def update(self, layer, places, k, v):
-        """Stores k, v (B, n_kv_head, T, D) of new tokens; returns those of all tokens that they may see
+        """Stores k, v (B, n_kv_head, T, D) of new tokens; returns k and v of all tokens that these may see, each
         (B, n_kv_head, S, D).
         """
         return self.join(self.k[layer], places, k), self.join(self.v[layer], places, v)
 
     def join(self, buffer, places, x):
-        """Stores x (B, h, T, d) of new tokens; returns that of all tokens that they may see (B, h, S, d)."""
+        """Stores x (B, h, T, d) of new tokens; returns x of all tokens that these may see, (B, h, S, d)."""
         T, size = x.size(2), buffer.size(2)
         x = x.type_as(buffer)
         if not self.overtakes(size, T):
             self.store(buffer, places, x, self.length)
             return buffer[:, :, : self.length + T]
         joined = torch.cat((buffer[:, :, : self.length], x), 2)
-        first = max(0, T - size)  # those before it have no slot any more
+        first = max(0, T - size)  # the ring keeps no new token before this one
         self.store(buffer, places[..., first:], x[:, :, first:], self.length + first)
         return joined
 
     def store(self, buffer, places, x, start):
-        """Writes x (B, h, T, d) into the slots of places, which are start and those after it where rows
-        are level.
+        """Writes x (B, h, T, d) into the slots of these places; where all rows have one length, they are `start`
+        and the ones after it.
         """
         T, size = x.size(2), buffer.size(2)
         start = start % size
@@ -251,7 +252,7 @@ class KVCache:
         self.lengths += T
 
     def keep(self, rows):
-        """Makes row i what row rows[i] was, once or more often, and forgets all others."""
+        """Makes row i what row rows[i] was, and forgets all others. A row may be there more than once."""
         self.k = [rearranged(k, rows) for k in self.k]
         self.v = [rearranged(v, rows) for v in self.v]
         self.lengths = rearranged(self.lengths, rows)
@@ -265,8 +266,8 @@ class KVCache:
             self.last = rearranged(self.last, rows)
 
     def rewind(self, n):
-        """Forgets the last n tokens: of every row, or with a list of numbers so many of each. Raises
-        ValueError past the start, and where a ring has written over what would be seen then.
+        """Forgets the last n tokens of every row, or of each row as many as a list says. Raises ValueError
+        past the start, and where a ring has written over what would be seen then.
         """
         counts = [n] * self.lengths.size(0) if isinstance(n, numbers.Integral) else list(n)
         lengths = [self.length] * len(counts) if self.is_level else self.lengths.tolist()
@@ -293,19 +294,19 @@ class KVCache:
 
 
 class StaticCache:
-    """The buffers of a KVCache whose rows are level, with all that changes kept on the device: each call adds one
-    token to each row by the same work on the same tensors, whatever is in them. Queries see every slot, under
-    a mask that leaves out those without a token.
+    """The buffers of a KVCache whose rows have one length, with all that changes kept on the device: each call adds
+    one token to each row by the same work on the same tensors, whatever is in them. Queries are given every slot,
+    with a mask that hides those without a token.
 
-    Past the last slot, and past the last position of the model, a row writes over its last token again and
-    again: that is for rows that have ended, and nobody reads what they compute.
+    Past the last slot, and past the model's last position, a row writes over its last token again and
+    again: only rows that have ended get there, and nobody reads what they compute.
 
         place     (1,) int64: where the next token of each row goes
-        pos       (1,) or (B, 1) int64: its position, of each row where there is padding
-        joint     {layer: what products.joined gives of its q, k and v}, of those that have one product for them
+        pos       (1,) or (B, 1) int64: its position, one a row where there is padding
+        joint     {layer: products.joined of its q, k and v}, for layers that compute them as one product
     """
 
-    length = 0  # no count on the host: who calls knows where a row's context ends
+    length = 0  # no count on the host: the caller knows where a row's context ends
 
     def __init__(self, cache, config):
         if not cache.is_level:
@@ -327,7 +328,7 @@ class StaticCache:
             self.pos = last_pos + 1
 
     def begin(self, T, doc=None):
-        """Returns what KVCache.begin does for one more token, the places with an axis for rows: (1, 1) and (1, S)."""
+        """Returns what KVCache.begin returns for one more token; places have an axis for rows, (1, 1) and (1, S)."""
         keys = {}
         for window, slots in self.slots.items():
             size = len(slots)
@@ -340,10 +341,10 @@ class StaticCache:
         return self.place[None], self.pos, self.row_docs, keys
 
     def update(self, layer, places, k, v):
-        """Stores k, v (B, n_kv_head, 1, D) of the new tokens; returns those of all slots (B, n_kv_head, S, D)."""
+        """Stores k, v (B, n_kv_head, 1, D) of the new tokens; returns k and v of all slots (B, n_kv_head, S, D)."""
         slot = places[0]
         size = self.k[layer].size(2)
-        if size <= self.last_place:  # a ring; else that were a kernel a layer for nothing
+        if size <= self.last_place:  # a ring; elsewhere this would launch a kernel a layer for nothing
             slot = slot % size
         self.k[layer].index_copy_(2, slot, k.type_as(self.k[layer]))
         self.v[layer].index_copy_(2, slot, v.type_as(self.v[layer]))
