@@ -57,12 +57,12 @@ def to(batch, device):
 
 
 def count_targets(batch):
-    """Returns the number of targets of a batch, a tensor on its device: whoever reads it waits for the device."""
+    """Returns the number of targets of a batch, a tensor on its device: to read it is to wait for the device."""
     return (batch["targets"] != -100).sum()
 
 
 def evenly(rows, n):
-    """Returns n of the rows, a 1-D array, evenly spaced; all of them for 0, or where they are no more."""
+    """Returns n of the rows, a 1-D array, evenly spaced; all of them for 0, or where there are no more."""
     n = min(n or len(rows), len(rows))
     return rows[np.linspace(0, len(rows) - 1, n).astype(int)]
 
@@ -90,7 +90,7 @@ def micro_batches(step, cfg, compute):
 
 
 def document_slices(ids, tokenizer):
-    """Yields the documents of a split that end in it, as slices, without the token that begins each."""
+    """Yields the documents of a split that end in it, as slices, without a bos at their start."""
     ends = np.flatnonzero(ids == tokenizer.eot)
     starts = [0, *ends + 1]
     for start, end in zip(starts, ends):
@@ -99,10 +99,10 @@ def document_slices(ids, tokenizer):
 
 
 def prompt_ids(tokenizer, text, special=False):
-    """Returns the ids to start from; with special, special tokens that the text spells are meant.
+    """Returns the ids of a prompt; with special, a text that spells a special token means that token.
 
-    A text starts with the tokenizer's first_id, which is our own's end-of-text. An empty one without a bos
-    is end-of-text, after which a document starts.
+    A prompt starts with the tokenizer's first_id where it has one, as our own has end-of-text. Where it has
+    none an empty text becomes bos, or without that end-of-text, after which a document starts.
     """
     ids = tokenizer.encode_special(text) if special else tokenizer.encode(text)
     if ids and tokenizer.first_id is None:
@@ -119,8 +119,8 @@ STRIPPED = "stripped"  # without the space around it
 
 
 def text_rule(config):
-    """Returns how a model's config says that it learned its text: AS_IT_STANDS, or STRIPPED of those
-    that were fine-tuned before it was kept.
+    """Returns how a model took the text that it learned, AS_IT_STANDS or STRIPPED, as its config says. A model
+    that was fine-tuned before configs kept this took it STRIPPED.
     """
     older = STRIPPED if config.get("template") else AS_IT_STANDS
     return str(config.get("text_rule", older))

@@ -27,9 +27,9 @@ SCHEDULE = (
 def make_optimizers(model, cfg, compute):
     """Returns [AdamW], or [AdamW, Muon] with Muon on the matrices inside blocks, each expert's by itself.
 
-    By role: what has two dimensions or more decays, vectors and scalars do not. Frozen parameters are in
-    no group; every other one is in exactly one. compute: where they compute, and in which dtype Muon
-    multiplies (see muon_dtype); on a GPU that compiles, Muon is compiled, too.
+    Parameters of two or more dimensions decay, vectors and scalars do not. Frozen parameters are in no
+    group; every other one is in exactly one. compute: the device, the dtype in which Muon multiplies (see
+    muon_dtype), and whether to compile Muon, which is done on a GPU alone.
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     hidden = [p for name, p in parameters.items() if p.dim() >= 2 and ".blocks." in f".{name}"]
@@ -70,11 +70,11 @@ def make_scaler(compute):
 
 
 def step_unless(optimizers, is_skipped):
-    """Makes the step of each optimizer, which changes nothing where is_skipped, a bool tensor on the
-    device, holds.
+    """Makes a step of each optimizer, or none where is_skipped, a bool tensor on the device, is true.
 
-    Fused AdamW and Muon do not wait for a GPU, at the price of a few more passes over the weights; for
-    any other optimizer, as torch's, the device is asked, and so is a CPU, which keeps nobody waiting.
+    On a GPU fused AdamW and Muon decide that on the device, so that nothing waits for it, at the price of a
+    few more passes over the weights. For any other optimizer, as torch's own, the answer is read off the
+    device, and so it is on a CPU, where that costs nothing.
     """
     for optimizer in optimizers:
         if getattr(optimizer, "can_skip", False) and not is_skipped.is_cpu:
@@ -83,12 +83,12 @@ def step_unless(optimizers, is_skipped):
             optimizer.step()
 
 
-# what the config decides anew of a saved group of parameters
+# settings of a group of parameters that the config may change when a run goes on
 CHANGEABLE = {"lr", "lr_scale", "weight_decay", "betas", "momentum"}
-# Newton-Schulz's, of Muon
+# of Muon's Newton-Schulz iteration
 NS_COEFFICIENTS = (3.4445, -4.775, 2.0315)
 NS_STEPS = 5
-# what torch's classes, whose state older checkpoints hold, were told and ours cannot be told otherwise
+# Settings of torch's classes, whose state older checkpoints hold: ours have no others, so a saved group must agree
 FIXED = {
     "amsgrad": False,
     "maximize": False,
@@ -100,10 +100,9 @@ FIXED = {
 
 
 def load_optimizers(optimizers, scaler, ckpt, cfg):
-    """Gives optimizers, and a loss scaler or None, the state in a loaded checkpoint; their settings stay
-    the config's, which may be given anew. Returns the losses since the last line of the log. Raises
-    Refusal where the checkpoint is of another optimizer, or its state is not what these would have
-    saved.
+    """Gives optimizers, and a loss scaler or None, the state in a loaded checkpoint. Their settings stay
+    those of the config. Returns the losses since the last line of the log. Raises Refusal where the
+    checkpoint is of another optimizer, or its state is not what these would have saved.
     """
     if len(optimizers) != len(ckpt["optimizers"]):
         raise Refusal(f"the checkpoint was trained with another optimizer than {cfg.optimizer}")
@@ -113,7 +112,7 @@ def load_optimizers(optimizers, scaler, ckpt, cfg):
                 raise ValueError(f"it is a {type(saved).__name__}")
             groups = optimizer.state_dict()["param_groups"]
             check_groups(groups, saved["param_groups"])
-            # with a loss scaler the first steps may have been left out
+            # a loss scaler may have skipped the first steps, which leaves no state
             if saved["state"] or ckpt["step"] > 0 and not ckpt["scaler"]:
                 check_moments(optimizer, saved["state"], ckpt["step"])
             optimizer.load_state_dict(saved)
@@ -128,14 +127,14 @@ def load_optimizers(optimizers, scaler, ckpt, cfg):
 
 
 def check_groups(groups, saved_groups):
-    """Raises ValueError where saved groups hold other parameters, or are set otherwise, than an
-    optimizer's own. A setting that only another release of torch has is left out.
+    """Raises ValueError where saved groups have other parameters or other settings than an optimizer's own
+    groups. A setting that only one of them has, as of another release of torch, is not compared.
     """
     if len(groups) != len(saved_groups):
         raise ValueError(f"it has {len(saved_groups)} groups of parameters and not {len(groups)}")
     for group, saved in zip(groups, saved_groups):
         for key, value in (FIXED | group).items():
-            # fused is this device's, not that of the device which saved it
+            # fused depends on the device, which may be another one now
             if key == "fused" or key not in saved and key != "params":
                 continue
             is_other = key not in CHANGEABLE and saved[key] != value
@@ -147,7 +146,7 @@ def check_moments(optimizer, state, steps):
     """Raises ValueError where a saved state is not that of an optimizer after at most so many steps."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     names = vars(type(optimizer)).get("moments")
-    if names is None:  # a class of one's own or torch's, which alone knows what it keeps
+    if names is None:  # a class of torch's or of one's own: only the class knows what belongs there
         for i, moments in state.items():
             for name, x in moments.items():
                 if isinstance(x, torch.Tensor):
@@ -162,7 +161,7 @@ def check_moments(optimizer, state, steps):
             raise ValueError(f"parameter {i} has {shown:.60} and not {', '.join(sorted(names))}")
         for name, x in state[i].items():
             check_moment(name, f"{name} of parameter {i}", x, p, steps)
-            # each is changed in place
+            # moments are changed in place: two in the same memory would change each other
             storage = x.untyped_storage().data_ptr()
             if storage in storages or not x.is_contiguous():
                 raise ValueError(f"{name} of parameter {i} shares its memory")
@@ -203,7 +202,7 @@ def check_scaler(state, saved):
 
 
 def muon_dtype(compute):
-    """Returns the dtype of Muon's products: the run's, but float32 for float16, whose small singular
+    """Returns the dtype of Muon's products: the run's, but float32 where that is float16, in which small singular
     values would vanish.
     """
     return torch.float32 if compute.dtype == torch.float16 else compute.dtype
@@ -241,8 +240,8 @@ def last_step(cfg):
 
 
 def saved_schedule(ckpt, cfg):
-    """Returns cfg with the schedule that a loaded checkpoint was trained by. Raises Refusal where that
-    is none.
+    """Returns cfg with the schedule that a loaded checkpoint was trained by. Raises Refusal where its settings
+    are not a schedule.
     """
     settings = {key: ckpt["config"][key] for key in SCHEDULE if key in ckpt["config"]}
     try:
@@ -252,13 +251,13 @@ def saved_schedule(ckpt, cfg):
 
 
 def plan_rates(step, saved, cfg):
-    """Settles the rates of a run from this step on; returns what a user should know of them, in lines.
+    """Settles the rates of a run from this step on; returns lines that tell the user what is new about them.
 
     saved: the settings until now where a run goes on, else None. A finished run that cfg makes longer
-    gets a new stage, the highest rate and then down again: warm-up, stable, decay (Hu et al. 2024), with
-    a cosine a warm restart. cfg keeps that as a warm-up which ends here, so that a stage that is
-    interrupted goes on to the bit. A warm-up that is given anew stays, and the rates are those of one run
-    of the whole length.
+    gets a new stage, which begins at the highest rate and goes down again: warm-up, stable, decay (Hu et
+    al. 2024), or with a cosine a warm restart. cfg keeps the stage as a warm-up that ends at this step, so
+    that a stage which is interrupted goes on to the bit. Where the user gives another warm-up there is no
+    new stage: the rates are those of one run of the whole length.
     """
     end = last_step(cfg)
     lines = []
@@ -282,11 +281,11 @@ def plan_rates(step, saved, cfg):
 
 
 class Optimizer:
-    """What a training loop needs of torch.optim.Optimizer, with its groups and its saved state; without its
-    hooks, each of which imports torch._dynamo: two seconds of a start, for those who compile nothing.
+    """What a training loop needs of torch.optim.Optimizer: its groups and its saved state, but not its hooks, which
+    import torch._dynamo and so cost two seconds at each start, even where nothing is compiled.
 
-    groups: dicts of "params" and of what a group has otherwise than in defaults. A class may say its moments, the
-    names of what it keeps of each parameter after its first step: a checkpoint then must have these and no others.
+    groups: dicts of "params" and of the settings that are not the defaults. A class may say in `moments` the names
+    of what it keeps for each parameter from its first step on: a checkpoint must have exactly these then.
     """
 
     def __init__(self, groups, **defaults):
@@ -299,7 +298,7 @@ class Optimizer:
                 p.grad = None
 
     def state_dict(self):
-        """Returns {"state", "param_groups"} with numbers in the place of parameters, as torch's has them."""
+        """Returns {"state", "param_groups"} with numbers in place of parameters, as torch's classes do."""
         params = [p for group in self.param_groups for p in group["params"]]
         numbers = {p: i for i, p in enumerate(params)}
         groups = []
@@ -308,7 +307,7 @@ class Optimizer:
         return {"state": {numbers[p]: state for p, state in self.state.items()}, "param_groups": groups}
 
     def load_state_dict(self, saved):
-        """Takes the moments of a saved state, which is of the same parameters; the settings stay."""
+        """Takes the moments of a saved state of the same parameters. The settings stay as they are."""
         params = [p for group in self.param_groups for p in group["params"]]
         for i, moments in saved["state"].items():
             p = params[i]
@@ -403,20 +402,20 @@ class Muon(Optimizer):
         grads = [local(p.grad) for p in params]
         momenta = [local(self.state[p]["momentum_buffer"]) for p in params]
         settings = {key: group[key] for key in ("lr", "momentum", "weight_decay")}
-        settings["scale"] = 0.2 * max(params[0].shape[-2:]) ** 0.5  # updates are as long as AdamW's then
+        settings["scale"] = 0.2 * max(params[0].shape[-2:]) ** 0.5  # makes updates as long as AdamW's
         update, function = self.update, orthogonalize_list
         is_number = not isinstance(group["lr"], torch.Tensor)
         if is_sharded(params[0]) and params[0].dim() == 2:  # of experts, shards are whole matrices
             update, function = muon_update, partial(apply_to_whole, self.orthogonalize, params=params)
-        elif self.is_compiled and is_number:  # which would be compiled anew at each step
+        elif self.is_compiled and is_number:  # a number would be compiled anew whenever it changes
             settings["lr"] = torch.full((), group["lr"], device=weights[0].device)
         update(weights, grads, momenta, settings, is_skipped, self.dtype, function)
 
 
 def muon_update(weights, grads, momenta, settings, is_skipped, dtype, function):
-    """One step of Muon, in place: weights of one shape, their grads and their momenta, three lists. None, to the
-    bit, where is_skipped, a float tensor or None, is above 0. function(updates), of a list in dtype: what
-    orthogonalize_list returns.
+    """One step of Muon, in place, on three lists: weights of one shape, their grads and their momenta. Where
+    is_skipped, a float tensor or None, is above 0, nothing changes, to the bit. function: orthogonalize_list, or
+    what computes the same of a list in `dtype`.
     """
     if is_skipped is not None:
         is_skipped = is_skipped > 0
@@ -426,7 +425,7 @@ def muon_update(weights, grads, momenta, settings, is_skipped, dtype, function):
     updates = [x.to(w.dtype) for x, w in zip(function([x.to(dtype) for x in updates]), weights)]
     rate = settings["lr"] * settings["scale"]
     new = torch._foreach_mul(weights, 1 - settings["lr"] * settings["weight_decay"])
-    if isinstance(rate, torch.Tensor):  # where a step is captured or compiled: no number of it changes
+    if isinstance(rate, torch.Tensor):  # a captured or compiled step has no number that may change
         torch._foreach_sub_(new, torch._foreach_mul(updates, rate))
     else:
         torch._foreach_add_(new, updates, alpha=-rate)

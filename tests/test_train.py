@@ -472,7 +472,10 @@ def test_optimizers_of_another_device_go_on():
         group["fused"] = False
     ckpt = {"step": 0, "optimizers": saved, "losses": [], "scaler": {}}
     train.load_optimizers(optimizers, None, ckpt, cfg)
+    assert all(group["fused"] for group in optimizers[0].param_groups)
+    before = copied(model)
     train.train_step(model, optimizers, [{"idx": tokens(), "targets": tokens(seed=9)}], CPU)
+    assert not same(copied(model), before)
 
 
 def test_a_run_whose_loss_is_not_finite_names_the_step_and_keeps_its_checkpoint(lab, monkeypatch):
