@@ -1,8 +1,9 @@
-"""How large a model is, and what it takes: counted on modules, never written as formulas, so that the figures
-are right for any class of model.py.
+"""How large a model is and what it takes. All is counted on modules, never written as a formula, so that the
+figures are right for any class of model.py.
 """
 
 import math
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ class Sizes(NamedTuple):
     parameters: int  # a tied matrix once
     matrices: int  # of them in matrices: biases and gains left out
     buffers: int  # in tables that are never saved
-    hidden: int = 0  # of the matrices those in blocks
+    hidden: int = 0  # in matrices inside blocks
 
     @property
     def bytes(self):
@@ -31,14 +32,23 @@ class Sizes(NamedTuple):
 
 
 class Undrawn(TorchFunctionMode):
-    """The context in which models are made whose weights are never drawn: on the meta device that would
-    import torch's compiler, which takes a second, and elsewhere it writes to their memory.
+    """The context in which a new model's weights are not drawn: on the meta device to draw them would import
+    torch's compiler, which takes a second, and on others it would write to their memory, which is then taken.
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if getattr(function, "__module__", "") == "torch.nn.init":
             return kwargs["tensor"]
         return function(*args, **kwargs or {})
+
+
+@contextmanager
+def refusing_sizes():
+    """Turns what torch raises for tensors that are too large into a ValueError."""
+    try:
+        yield
+    except RuntimeError as e:
+        raise ValueError(f"a model of these sizes cannot be made: {str(e).splitlines()[0]}")
 
 
 def meta_model(c):
@@ -58,10 +68,8 @@ def model_sizes(c):
 
     Raises ValueError where the numbers are too large to count.
     """
-    try:
+    with refusing_sizes():
         model = meta_model(one_layer(c))
-    except RuntimeError as e:
-        raise ValueError(f"a model of these sizes cannot be made: {str(e).splitlines()[0]}")
     whole = module_sizes(model)
     block = module_sizes(model.blocks[0])
     sizes = Sizes(*(w + (c.n_layer - 1) * b for w, b in zip(whole, block)))
@@ -69,24 +77,22 @@ def model_sizes(c):
 
 
 def mask_bytes(c, batch_size=0):
-    """Returns less than the mask of a model of config c takes while it is made: the distances of tokens
-    and what comes of them. batch_size: of rows with documents in them; 0 for plain rows.
+    """Returns a lower bound of the bytes that the mask of a model of config c takes while it is made: the distances
+    between tokens and what is computed from them. batch_size: of rows with documents in them; 0 for plain rows.
 
-    Measured on two tokens of a row, of which a window hides one: their pairs are as large as those of a long text.
+    Measured on two tokens of a row, of which a window hides one: a pair of tokens takes as much as in a long text.
     Raises ValueError where the model is too large.
     """
     T = c.block_size
-    # that of the layers that see most; one as long as the text hides nothing
+    # the window of the layers that see most; one as long as the text hides nothing
     window = 0 if "L" in c.window_pattern or c.window >= T else c.window
     queries, keys = T, T
     if 0 < 2 * window < T:  # in blocks, as make_sight cuts them
         queries, keys = math.ceil(T / window) * window, 2 * window
     short = replace(one_layer(c), block_size=2, window=min(window, 1))
-    try:
-        with Undrawn():  # not on the meta device, where a difference imports torch's compiler
-            model = Transformer(short)
-    except RuntimeError as e:
-        raise ValueError(f"a model of these sizes cannot be made: {str(e).splitlines()[0]}")
+    # not on the meta device, where a difference imports torch's compiler
+    with refusing_sizes(), Undrawn():
+        model = Transformer(short)
     places = torch.arange(2)
     doc = torch.zeros(1, 2) if batch_size else None
     mask = make_sight(places, places, doc, doc, model.score_bias, window=short.window).mask
@@ -97,9 +103,9 @@ def activation_bytes(c, adapt=None):
     """Returns the bytes that training a model of config c keeps of a token for the backward pass, in
     float32, up to the head. adapt(model) changes the model first, as lora.inject does.
 
-    Measured by what autograd keeps of a token more, so it is right for any class: in models of one layer
-    and of two, whose weights are only read and so take no memory. 0 where they are too large for that.
-    Less than what is kept, as a token sees itself alone.
+    Measured as what autograd keeps more for one token more, so it is right for any class: on models of one
+    layer and of two, whose weights are only read and so take no memory. 0 where they are too large for that.
+    It is a lower bound, as a token here sees only itself.
     """
     c = replace(model_config(c), block_size=1, window=0, window_pattern="S")
     kept = []
@@ -121,7 +127,7 @@ def kept_bytes(model, rows):
 
     def keep(x):
         storage = x.untyped_storage()
-        storages[storage._cdata] = storage  # that several functions keep counts once
+        storages[storage._cdata] = storage  # what several functions keep counts once
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
@@ -130,13 +136,14 @@ def kept_bytes(model, rows):
 
 
 def module_sizes(module):
+    """Returns the Sizes of a module, without `hidden`."""
     matrices = sum(p.numel() for p in module.parameters() if p.dim() >= 2)
     buffers = sum(b.numel() for b in module.buffers())
     return Sizes(num_params(module), matrices, buffers)
 
 
 def num_params(module):
-    """Returns the number of parameters, a tied matrix counted once, and of integers all that it stands for."""
+    """Returns the number of parameters, a tied matrix counted once, integers as the matrix that they stand for."""
     integers = sum(m.n_weights for m in module.modules() if isinstance(m, QuantizedLinear))
     return integers + sum(p.numel() for p in module.parameters())
 
@@ -167,7 +174,7 @@ def size_text(model):
 def flops_per_token(model, T):
     """Returns the floating-point operations of training on one token at context T, forward and backward
     (PaLM, appendix B): 6 for each weight that is multiplied, 12 H D T a layer for scores, not halved for
-    causality. Look-ups are no products: neither the embedding nor what is added for positions.
+    causality. The embedding and a table of positions are looked up, not multiplied.
     """
     c = model.config
     multiplied = num_active_params(model)
