@@ -149,8 +149,8 @@ def balance_loss(routings, targets, doc=None, reduction="mean"):
 
 
 class Permute(torch.autograd.Function):
-    """Rows of x (R, C) in another order. The gradient takes the inverse order, where autograd, which
-    does not know that nothing is there twice, adds up: slowly, or on a GPU in an order of chance.
+    """Rows of x (R, C) in another order. The gradient is taken in the inverse order. Autograd does not know
+    that no row is there twice, and would add gradients up: slowly, or on a GPU in an order of chance.
     """
 
     @staticmethod
@@ -204,8 +204,8 @@ def grouped_outer(a, b, ends):
 
 
 def has_grouped_mm(rows, other):
-    """Returns whether F.grouped_mm multiplies these without waiting for the device: on a GPU, and for the
-    compiler, that is in bfloat16 alone, and strides must be multiples of 16 bytes.
+    """Returns whether F.grouped_mm multiplies these without waiting for the device. On a GPU and when compiling it
+    does so in bfloat16 alone; and strides must be multiples of 16 bytes.
     """
     dtypes = [torch.bfloat16]
     if rows.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -216,10 +216,10 @@ def has_grouped_mm(rows, other):
 
 
 class Blocks:
-    """Rows that are sorted by expert, in blocks of one size with one expert each: what stands in for
-    F.grouped_mm on any device, in any dtype and at any size.
+    """Rows that are sorted by expert, in blocks of one size with one expert each. A batched product of them
+    stands in for F.grouped_mm, on any device, in any dtype and at any size.
 
-    The last block of an expert is filled up with zeros. The number of blocks is that of the worst case,
+    The last block of an expert is filled up with zeros. There are as many blocks as the worst case needs,
     so that no size depends on where the tokens go.
     """
 
@@ -234,7 +234,7 @@ class Blocks:
         counts = ends.diff(prepend=ends.new_zeros(1))
         n_blocks = (counts + self.size - 1) // self.size
         block_ends = n_blocks.cumsum(0)
-        # (n,); the blocks that are left over are zeros, for whichever expert
+        # (n,); blocks that are left over hold zeros, so that it does not matter which expert they get
         experts = torch.searchsorted(block_ends, torch.arange(n, device=device), right=True)
         self.experts = experts.clamp(max=n_expert - 1)
         # (R,): where each row stands in the blocks

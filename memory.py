@@ -1,4 +1,4 @@
-"""Whether a device has the memory for something, and what training takes of it: asked before anything is written."""
+"""Whether a device has the memory for something, and how much training takes: asked before anything is written."""
 
 import math
 import os
@@ -16,8 +16,8 @@ GROUPS = Path("/sys/fs/cgroup")
 
 
 def machine_memory():
-    """Returns the bytes that this process can have: of the machine, of its container or job, or by ulimit
-    -v; inf where that cannot be told, as on Windows.
+    """Returns the bytes that this process can have: the least of the machine's memory, the limit of its container
+    or job, and ulimit -v; inf where none can be told, as on Windows.
     """
     limits = [math.inf]
     try:
@@ -33,8 +33,8 @@ def machine_memory():
 
 
 def group_limits():
-    """Returns the bytes that each group of processes may have which this one is in (Linux's cgroups): of a
-    container, or of a scheduler's job.
+    """Returns the bytes that each group of processes (Linux's cgroups) may have that this process is in: a
+    container's, or a scheduler's job's.
     """
     limits = []
     try:
@@ -71,14 +71,13 @@ def check_memory(device, needs, advice):
 
 
 def training_parts(cfg, c, compute, learned=None, adapt=None, documents=False):
-    """Returns {part: bytes} of what a process holds while it trains a model of config c, at the least: weights,
-    tables, moments and gradients; a step's tokens; a mask; and kept, by a micro-batch for its backward pass,
-    with its logits and their gradient. Of weights in shards those of this process.
+    """Returns {part: bytes}, the least that a process holds while it trains a model of config c: "weights",
+    "tables", "moments" and "gradients"; the "tokens" of a step; a "mask"; and what is "kept" of a micro-batch
+    for its backward pass, its logits and their gradient too. Of weights in shards only this process's count.
 
-    learned: how many weights learn, None for all; adapt: what makes the others freeze (see
-    sizes.activation_bytes); documents: whether rows have documents in them. Of --eval_only, which may
-    have fewer rows than a micro-batch, only the weights and tables count. Raises ValueError where the
-    numbers are too large to count.
+    learned: how many weights learn, None for all; adapt: what freezes the others (see sizes.activation_bytes);
+    documents: whether rows have documents in them. With --eval_only, which may have fewer rows than a
+    micro-batch, only the weights and tables count. Raises ValueError where the numbers are too large to count.
     """
     sizes = model_sizes(c)
     shards = compute.parts
@@ -97,12 +96,12 @@ def training_parts(cfg, c, compute, learned=None, adapt=None, documents=False):
         if adapt:
             adapt(model)
 
-    # a compiler keeps what it chooses; a GPU says by itself that it is full, where a CPU's process is killed
+    # not where a compiler chooses what is kept, nor on a GPU, which says when it is full: a CPU's process is killed
     if compute.device.type == "cpu" and not (compute.compile or cfg.gradient_checkpointing):
         kept += tokens * activation_bytes(c, change) * compute.dtype.itemsize // 4
     return weights | {
         "moments": moments // shards,
-        # between micro-batches, without a message, they are whole
+        # no message is sent between micro-batches, so that they stay whole
         "gradients": 4 * learned // (1 if rows > batch_size else shards),
         "tokens": 16 * rows * c.block_size,
         "mask": mask_bytes(c, batch_size if documents else 0),
@@ -111,8 +110,8 @@ def training_parts(cfg, c, compute, learned=None, adapt=None, documents=False):
 
 
 def training_bytes(cfg, c, compute, **options):
-    """Returns less than training takes from its second step on, in bytes: of training_parts, whose options these
-    are, those that are always there, and the largest other one.
+    """Returns a lower bound of the bytes that training takes from its second step on: those of training_parts,
+    whose options these are, that are always there, and the largest of those that come and go.
     """
     parts = training_parts(cfg, c, compute, **options)
     passing = [parts.pop(name, 0) for name in ("gradients", "mask", "kept")]
@@ -123,7 +122,7 @@ def check_training_memory(cfg, compute):
     """Raises Refusal where the device cannot hold what training all weights of the config's model takes."""
     advice = "try a smaller model or batch_size"
     try:
-        # weights alone first: what they keep of a token is measured on two layers of them
+        # the weights alone first, as training_bytes makes two layers of them to measure on
         check_memory(compute.device, model_sizes(cfg).bytes // compute.parts, advice)
         needs = training_bytes(cfg, cfg, compute)
     except ValueError as e:

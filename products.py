@@ -1,5 +1,5 @@
-"""Matrix products that torch makes slowly: on a processor of a few rows, which decoding has, and of very many, which
-training has. What experts multiply is in experts.py.
+"""Matrix products that torch makes slowly: on a processor those of a few rows, which decoding has, and of very many,
+which training has. Those of experts are in experts.py.
 """
 
 import math
@@ -12,13 +12,13 @@ HAS_MKL = torch.backends.mkl.is_available()
 HAS_AVX512 = HAS_MKL and torch.backends.cpu.get_cpu_capability() == "AVX512"
 FEW_ROWS = 32
 MANY_ROWS = 1024
-LARGE_MATRIX = 2**16  # numbers: smaller ones come from a cache, and what counts is the number of calls
-PIECES = 8  # of a matrix, for so many threads
+LARGE_MATRIX = 2**16  # numbers: a smaller matrix stays in a cache, and its time is that of the calls
+PIECES = 8  # that a matrix is cut into, for as many threads
 
 
 class Linear(nn.Linear):
-    """nn.Linear, which on a processor multiplies the few rows of a decoding step and the many of a training step in
-    other ways, where the matrix is so large that it may not come from a cache.
+    """nn.Linear with faster products on a processor, for the few rows of a decoding step and for the many of a
+    training step, where the matrix is too large to stay in a cache.
     """
 
     def forward(self, x):
@@ -38,12 +38,12 @@ def linear(x, weight, bias=None):
 
 
 def joint_linear(x, linears, joint=None, on_processor=True):
-    """Returns what each of linears gives for x. In training that is one product, with all of their weights: in a
-    compiled step of a GPU, and on a processor where many_rows_product makes it, unless on_processor is False.
-    joint: what joined gives of them, where it is at hand.
+    """Returns what each of the linears gives for x, by one product with all of their weights where that is faster in
+    training: in a compiled step of a GPU, and on a processor where many_rows_product makes it, unless on_processor
+    is False. joint: joined(linears), where it is at hand; None: it is not.
     """
     if joint is None:
-        # a compiler writes the gradients of the pieces side by side, which else are copied there
+        # a compiler writes the gradients of the pieces side by side; without one they would be copied there
         is_compiled = x.is_cuda and torch.compiler.is_compiling()
         is_joint = torch.is_grad_enabled() and (is_compiled or on_processor and has_many_rows(x))
         joint = joined(linears) if is_joint else None
@@ -53,7 +53,7 @@ def joint_linear(x, linears, joint=None, on_processor=True):
 
 
 def joined(linears):
-    """Returns (weight, bias or None) of all linears together; None for adapters and integers."""
+    """Returns (weight, bias or None) of all linears as one; None where one of them has an adapter or integers."""
     if any(type(module) is not Linear for module in linears):
         return None
     weight = torch.cat([module.weight for module in linears])
@@ -69,19 +69,19 @@ def product_dtype(x):
 
 
 def is_plain(x):
-    """Tells whether x is computed now, by a processor, in float32."""
+    """Returns whether x is a float32 tensor on a processor, and nothing is being compiled."""
     return x.dtype == torch.float32 and x.is_cpu and not torch.compiler.is_compiling()
 
 
 def has_many_rows(x):
-    """Tells whether many_rows_product is the quicker one for x: on one thread it is not, nor without AVX-512."""
+    """Returns whether many_rows_product is quicker for x: on one thread it is not, nor without AVX-512."""
     is_large = x.numel() >= MANY_ROWS * x.size(-1)
     return is_large and HAS_AVX512 and is_plain(x) and torch.get_num_threads() > 1
 
 
 def few_rows_product(rows, weight):
-    """Returns F.linear(rows (n, in), weight (out, in)), for which MKL takes 1.2 to 6 times as long: by one thread, and
-    for a lone row as a product of matrix and vector (LOG.md).
+    """Returns F.linear(rows (n, in), weight (out, in)), by a batch of products with pieces of the weight. MKL takes
+    1.2 to 6 times as long: it uses one thread, and takes a lone row for a vector (LOG.md).
     """
     n, n_in = rows.shape
     if len(weight) % 2:
@@ -89,7 +89,7 @@ def few_rows_product(rows, weight):
     n_pieces = math.gcd(len(weight), PIECES)
     pieces = weight.view(n_pieces, -1, n_in)
     copies = rows.expand(n_pieces, n, n_in)
-    if n <= 8 and rows.numel() <= 4096:  # such rows are read as columns from the nearest cache
+    if n <= 8 and rows.numel() <= 4096:  # so few stay in the nearest cache, and may be read by columns
         return torch.bmm(pieces, copies.mT).view(-1, n).t().contiguous()
     if torch.get_num_threads() == 1:
         return F.linear(rows, weight)
@@ -97,8 +97,8 @@ def few_rows_product(rows, weight):
 
 
 def many_rows_product(x, weight, bias):
-    """Returns F.linear(x, weight, bias) as a convolution over an image of one line, a pixel a row: by oneDNN, which on
-    two threads with AVX-512 takes 0.9 to 0.95 of MKL's time, forward and backward (LOG.md).
+    """Returns F.linear(x, weight, bias) as a convolution over an image of one line in which each row is a pixel. That
+    is made by oneDNN, which on two threads with AVX-512 takes 0.9 to 0.95 of MKL's time, forward and backward (LOG.md).
     """
     # (1, in, 1, n), in memory as x is
     image = x.reshape(1, 1, -1, x.size(-1)).permute(0, 3, 1, 2)

@@ -1,7 +1,7 @@
-"""What a model's loss is: on a split, on each token, on documents, on completions, and above the toy
-stories' exact entropy.
+"""A model's loss: on a split, on each token, on documents, on completions, and above the toy stories' exact
+entropy.
 
-All of it in nats, each target once, however many processes share the work.
+All of it is in nats, and each target counts once, however many processes share the work.
 """
 
 import math
@@ -18,8 +18,8 @@ import toy_stories
 from data import blocks, count_targets, document_slices, evenly, padded, prompt_ids, to
 from experts import recorded_routings
 
-STORIES = 500  # of the toy stories that the exact entropy is compared on
-ROUTED_TOKENS = 16384  # of a split, on which it is counted where experts' tokens come from
+STORIES = 500  # toy stories on which a loss is compared with the exact entropy
+ROUTED_TOKENS = 16384  # tokens of a split on which it is counted how many each expert gets
 COMPLETION_TOKENS = 8192  # of completions and their contexts in a batch
 
 
@@ -41,7 +41,7 @@ def evaluating(model):
 
 
 def bits_per_nat(split):
-    """Returns the bits a byte that a loss of one nat a token is on a split, as meta.json has it."""
+    """Returns how many bits a byte one nat a token is on a split, of which this is the entry in meta.json."""
     return split["tokens"] / split["bytes"] / math.log(2)
 
 
@@ -54,8 +54,8 @@ def evaluate(model, data, T, batch_size, compute, tokens=0):
 
 
 def mean_nats(model, rows, make_batch, batch_size, compute):
-    """Returns nats a target over rows (1-D array), of which make_batch(rows) makes a batch. Processes
-    share the batches; the figure does not depend on how many they are.
+    """Returns the mean nats a target over rows (1-D array); make_batch(rows) makes a batch of some of them.
+    Processes share the batches; the figure does not depend on how many processes there are.
     """
 
     def measure(batch):
@@ -67,8 +67,8 @@ def mean_nats(model, rows, make_batch, batch_size, compute):
 
 
 def means(model, rows, make_batch, batch_size, compute, measure, n):
-    """Returns n figures over rows, as mean_nats returns one. measure(batch) returns a tensor of their sums
-    over a batch, and last of what they are divided by.
+    """Returns the means of n figures over rows, as mean_nats returns that of one. measure(batch) returns a tensor
+    (n + 1,): the sums of the figures over a batch, and last the number that they are divided by.
     """
     batches = np.array_split(rows, math.ceil(len(rows) / batch_size))
     sums = torch.zeros(len(batches), n + 1, dtype=torch.float64)
@@ -84,8 +84,9 @@ def means(model, rows, make_batch, batch_size, compute, measure, n):
 
 
 def shared_batches(n, compute):
-    """Yields (number, whether it counts) of this process's share of n batches. Where weights are in shards
-    all processes compute equally many, as each needs the others': who has one less repeats the last.
+    """Yields (number, whether it counts) of this process's share of n batches. Where weights are in shards each
+    process needs the others', so all compute equally many batches: one that has a batch less repeats the last,
+    which does not count.
     """
     for first in range(0, n, compute.world_size):
         i = first + compute.rank
@@ -95,8 +96,8 @@ def shared_batches(n, compute):
 
 def expert_figures(model, data, T, batch_size, compute):
     """Returns how layers of experts share out a split's tokens (1-D array of ids), on ROUTED_TOKENS of
-    them, evenly spaced and always the same: {"expert_share": of each layer the share of the tokens that
-    each expert gets, "router_entropy": of each layer, in nats a token}. Without experts {}.
+    them, evenly spaced and always the same: {"expert_share": for each layer the share of the tokens that
+    each expert gets, "router_entropy": for each layer nats a token}. Without experts {}.
     """
     if model.config.mlp != "moe":
         return {}
@@ -123,7 +124,9 @@ def expert_figures(model, data, T, batch_size, compute):
 
 
 def expert_line(figures, n_tokens, balance):
-    """Returns a line on expert_figures of a split of n_tokens: which experts are dead, or by how much not."""
+    """Returns a line about expert_figures of a split of n_tokens: which experts are dead, or how many tokens the
+    least and the most used ones get.
+    """
     shares = figures["expert_share"]
     entropy = figures["router_entropy"]
     seen = f"of {min(ROUTED_TOKENS, n_tokens):,} validation tokens"
@@ -170,11 +173,11 @@ def position_nats(model, rows, compute, batch_size=32):
 def document_nats(model, documents, tokenizer, compute, batch_size=32):
     """Returns -log p of each token of each document and of its end, in nats: a list of float64 (n + 1,).
 
-    documents: lists of n ids. Each is read from its own start. One that is longer than the context is
-    read in windows that overlap by half (document_windows).
+    documents: lists of ids, of n each in the shapes above. Each is read from its own start; one that is
+    longer than the context in windows that overlap by half (document_windows).
     """
     T = model.config.block_size
-    head = prompt_ids(tokenizer, "")  # what a text starts with, or follows
+    head = prompt_ids(tokenizer, "")  # bos, or the end-of-text before a document
     texts = [[*head, *ids, tokenizer.eot] for ids in documents]
     nats = [np.zeros(len(text) - 1) for text in texts]
     windows = [
@@ -193,9 +196,9 @@ def document_nats(model, documents, tokenizer, compute, batch_size=32):
 
 
 def document_windows(n, T):
-    """Returns (start, first, end) of each window over n targets: a model of context T reads from target
-    start's place on, and first .. end are the targets that no window before has predicted. All but the
-    first window's have half a context or more before them.
+    """Returns (start, first, end) of each window in which a model of context T reads a text of n targets: it
+    reads from place `start` on, and the window's own targets, which no window before it predicts, are first
+    to end. In all windows but the first one they have at least half a context before them.
     """
     windows = [(0, 0, min(n, T))]
     while windows[-1][2] < n:
@@ -214,8 +217,8 @@ def context_lengths(n, T):
 def completion_nats(model, tokenizer, pairs, compute, context_ids=prompt_ids):
     """Returns -log p of each completion after its context, in nats: float64 (pairs,).
 
-    pairs: (context, completion). context_ids(tokenizer, context): where they begin. A context too long for
-    the model loses its beginning.
+    pairs: (context, completion), texts. context_ids(tokenizer, context) returns the ids that a completion
+    goes on from. A context that is too long for the model loses its beginning.
     """
     rows = []
     lengths = []  # of the completions, in tokens
@@ -260,8 +263,8 @@ def batch_nats(model, rows, lengths, compute):
 
 
 def above_floor(stories, nats):
-    """Returns (exact -log p of toy stories, how far the model's is above it), float64 (n,) in nats a
-    story.
+    """Returns two float64 (n,), in nats a story: the exact -log p of toy stories, and by how much the model's
+    is higher.
 
     stories: texts; nats: what document_nats returns of them.
     """
@@ -283,7 +286,7 @@ def floor_line(model, tokenizer, ids, compute, n=STORIES):
             raise ValueError(f"they have up to {longest} tokens, and block_size is {block_size}")
         nats = document_nats(model, documents, tokenizer, compute)
         floor, gap = above_floor([tokenizer.decode(document) for document in documents], nats)
-        # of few stories the validation split is the end, which may begin within one
+        # where there are few stories, the validation split is the end of the text and may begin within one
         is_whole = np.isfinite(floor)
         if not is_whole.any():
             raise ValueError("no story is whole")
