@@ -237,7 +237,7 @@ def validation_loss(model, ids, tokens):
 
 
 def write_on(threads, model, prompt, n):
-    """Returns write_greedy's ids, on so many of torch's threads: onnxruntime has its own, see sample.load."""
+    """Returns write_greedy's ids, on so many of torch's threads: onnxruntime has its own, see sample.load_onnx."""
     torch.set_num_threads(threads)
     return write_greedy(model, prompt, n)
 

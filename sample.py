@@ -40,7 +40,7 @@ from rmsnorm import choose_rmsnorm
 from sizes import Undrawn, kv_cache_bytes
 from speculate import MOST_GUESSES, DraftModel, Speculation, load_draft
 
-# an ONNX file is compared with model.py on so many tokens, which may differ by this share of their logits
+# an ONNX file is compared with model.py on so many tokens, whose logits may differ by this share
 COMPARED = 32
 ROUNDING = 1e-3
 
@@ -144,8 +144,8 @@ SEPARATOR = re.compile(r"^<\|endoftext\|>\n|<\|endoftext\|>", re.MULTILINE)
 def read_start(start):
     """Returns the prompts that --start means, as they stand.
 
-    In a file <|endoftext|> stands between them, in a line of its own or not, and the newline that ends
-    a prompt's last line is not part of it. Raises Refusal for a file that cannot be read.
+    In a file <|endoftext|> stands between prompts, in a line of its own or not, and the newline that ends
+    a prompt's last line does not belong to it. Raises Refusal for a file that cannot be read.
     """
     if not start.startswith("FILE:"):
         return [new_lines(start)]
@@ -160,8 +160,8 @@ def read_start(start):
 
 
 def written_onnx(cfg, ckpt):
-    """Returns the folder that export_onnx.py wrote of a checkpoint's weights, where there is one that writes what cfg
-    asks for, and sooner; else "".
+    """Returns the folder that export_onnx.py wrote for a checkpoint, where it has the same weights and writes what
+    cfg asks for, but faster; else "".
     """
     is_one_text = cfg.num_samples == 1 and not cfg.start.startswith("FILE:")
     is_beyond = cfg.draft or cfg.is_compiled or cfg.past_end == "slide" or cfg.rmsnorm != "auto"
@@ -177,8 +177,10 @@ def written_onnx(cfg, ckpt):
 
 @torch.inference_mode()
 def still_computes(ckpt, exported):
-    """Returns whether model.py computes what an OnnxModel of a checkpoint's weights does, or has changed since."""
-    with Undrawn():  # all of its weights are read
+    """Returns whether an OnnxModel of a checkpoint's weights computes what model.py does, which may have changed since
+    it was exported.
+    """
+    with Undrawn():  # all weights are read from the checkpoint
         model, _ = ckpt.restore()
     c = model.config
     idx = torch.arange(min(c.block_size, COMPARED))[None] * 7 % c.vocab_size
@@ -190,12 +192,12 @@ def still_computes(ckpt, exported):
 
 
 def load_onnx(path, ckpt=None):
-    """Returns (model, tokenizer, its settings, Compute, what to print of them) for what export_onnx.py wrote; None
-    where ckpt, a checkpoint that it is to compute, is computed otherwise.
+    """Returns (model, tokenizer, its settings, Compute, what to print of them) for what export_onnx.py wrote. Returns
+    None where that is to stand for a checkpoint, ckpt, and computes something else.
     """
     model, tokenizer, config = onnx_model.load(path)
     threads = torch.get_num_threads()
-    # for the draw: two pools of threads that spin on the same cores slow each other down to a third
+    # torch only draws tokens: two pools of threads that spin on the same cores slow each other down to a third
     torch.set_num_threads(1)
     if ckpt and not still_computes(ckpt, model):
         torch.set_num_threads(threads)
@@ -219,10 +221,10 @@ def load(cfg):
     model, tokenizer = ckpt.restore()
     if model.quantization and cfg.dtype == "auto" and fast_bfloat16(compute.device):
         if has_kernels(model.config):
-            compute = resolve(cfg.device, "bfloat16", compile)  # which they take
+            compute = resolve(cfg.device, "bfloat16", compile)  # the only dtype that the kernels take
     paths = ckpt.path
     if ckpt.adapter:
-        lora.merge(model)  # in float32; then it is as fast as its base
+        lora.merge(model)  # in float32; the model is as fast as its base then
         paths = f"{ckpt.path} and {ckpt.adapter_path}"
     model = model.to(compute.device, compute.dtype)
     rmsnorm_message = choose_rmsnorm(model, cfg.rmsnorm, compute)
@@ -254,8 +256,8 @@ GENERATION = ("temperature", "top_k", "top_p", "repetition_penalty")
 
 
 def model_defaults(cfg, tokenizer):
-    """Returns (cfg with what a model's generation_config.json says where the command line does not, a
-    line about it). Raises Refusal.
+    """Returns cfg with the settings of a model's generation_config.json where the command line has none, and
+    a line about them, "" where there are none. Raises Refusal.
     """
     given = cfg.given
     generation = tokenizer.generation
@@ -277,8 +279,8 @@ def model_defaults(cfg, tokenizer):
 
 
 def converse(steps, tokenizer, block_size, template, system, rule):
-    """Talks with a model in the terminal; steps: from prompts to generate's. Raises Refusal where the
-    model was never taught to.
+    """Talks with a model in the terminal; steps: the function of make_steps. Raises Refusal where the model
+    was never taught to talk.
     """
     template = template or MODELS_OWN
     if template == MODELS_OWN and tokenizer.chat_template is None:
@@ -294,31 +296,15 @@ def main(cfg):
         raise Refusal("onnx takes the place of out_dir: give one of them")
     model, tokenizer, config, compute, message = load_onnx(cfg.onnx_path) if cfg.onnx_path else load(cfg)
     cfg, generation_message = model_defaults(cfg, tokenizer)
+    message = "\n".join(filter(None, (message, generation_message)))
     # a model's own start is text: it names no file here
     starts = read_start(cfg.start) if "start" in cfg.given else [str(config.get("start", ""))]
     template = "" if cfg.raw else str(config.get("template", ""))
     rule = text_rule(config)
     context = math.inf if cfg.past_end == "slide" else model.config.block_size
     speculation = load_speculation(cfg, model, tokenizer, compute)
-    caches = [(model.config, context)]
-    if speculation and isinstance(speculation.draft, DraftModel):
-        caches.append((speculation.draft.model.config, speculation.draft.context))
-    check_caches(cfg, caches, cfg.num_samples * len(starts), compute)
-    steps = partial(
-        speculation.generate if speculation else generate,
-        model,
-        max_new_tokens=cfg.max_new_tokens,
-        temperature=cfg.temperature,
-        top_k=cfg.top_k,
-        top_p=cfg.top_p,
-        repetition_penalty=cfg.repetition_penalty,
-        stop=tokenizer.ends,
-        seed=cfg.seed,
-        past_end=cfg.past_end,
-    )
-    if cfg.is_compiled:
-        steps = partial(steps, compile=True)
-    message = "\n".join(filter(None, (message, generation_message)))
+    check_caches(cfg, model, context, speculation, cfg.num_samples * len(starts), compute)
+    steps = make_steps(cfg, model, speculation, tokenizer.ends)
     if cfg.chat:
         print(message)
         system = cfg.system if "system" in cfg.given else None  # an empty one is a message too
@@ -330,27 +316,57 @@ def main(cfg):
             start_rows(model, prompts, cfg.max_new_tokens, tokenizer.ends, cfg.past_end)
             print(message)
             if template and any(starts):
-                shown = "the model's chat template" if template == MODELS_OWN else repr(template)
-                stripped = ", without the space around it" if rule == STRIPPED else ""
-                print(f"each prompt is put into {shown}{stripped}; --raw leaves it as it is")
-            can_slide = not (isinstance(model, onnx_model.OnnxModel) or model.config.what_ends_a_text)
-            advice = f"--past_end={'slide' if can_slide else 'recompute'} goes on"
+                print(template_line(template, rule))
             if cfg.is_compiled:
                 print(f"compiled in {compile_seconds(steps, prompts):.1f} s")
-            write(steps(prompts), texts, prompts, tokenizer, context, advice)
+            write(steps(prompts), texts, prompts, tokenizer, context, past_end_advice(model))
         except ValueError as e:
             raise Refusal(e)
     if speculation:
         print(speculation.line())
 
 
-def check_caches(cfg, caches, n_rows, compute):
-    """Raises Refusal where the device has no memory for caches, (config, context) each, of so many rows."""
+def check_caches(cfg, model, context, speculation, n_rows, compute):
+    """Raises Refusal where the device has no memory for the caches of so many rows: the model's and a draft model's."""
+    caches = [(model.config, context)]
+    if speculation and isinstance(speculation.draft, DraftModel):
+        caches.append((speculation.draft.model.config, speculation.draft.context))
     needs = 0
-    for c, context in caches:
-        length = min(cfg.max_new_tokens, context)
+    for c, longest in caches:
+        length = min(cfg.max_new_tokens, longest)
         needs += kv_cache_bytes(c, n_rows, length, compute.dtype.itemsize)
     check_memory(compute.device, needs, "try a smaller num_samples")
+
+
+def make_steps(cfg, model, speculation, ends):
+    """Returns the function from prompts to the steps of their texts: generate's, or those of a Speculation."""
+    options = {"compile": True} if cfg.is_compiled else {}
+    return partial(
+        speculation.generate if speculation else generate,
+        model,
+        max_new_tokens=cfg.max_new_tokens,
+        temperature=cfg.temperature,
+        top_k=cfg.top_k,
+        top_p=cfg.top_p,
+        repetition_penalty=cfg.repetition_penalty,
+        stop=ends,
+        seed=cfg.seed,
+        past_end=cfg.past_end,
+        **options,
+    )
+
+
+def template_line(template, rule):
+    """Returns the line that says what prompts are put into."""
+    shown = "the model's chat template" if template == MODELS_OWN else repr(template)
+    stripped = ", without the space around it" if rule == STRIPPED else ""
+    return f"each prompt is put into {shown}{stripped}; --raw leaves it as it is"
+
+
+def past_end_advice(model):
+    """Returns how a text goes on past the end of a model's context."""
+    can_slide = not (isinstance(model, onnx_model.OnnxModel) or model.config.what_ends_a_text)
+    return f"--past_end={'slide' if can_slide else 'recompute'} goes on"
 
 
 def encode_starts(cfg, starts, tokenizer, template, rule):
@@ -366,7 +382,7 @@ def encode_starts(cfg, starts, tokenizer, template, rule):
     prompts = []
     for start in starts:
         text, ids = start, None
-        if template and start:  # an empty one starts a document, as ever
+        if template and start:  # an empty start begins a document, with a template too
             text, ids = start_of_answer(tokenizer, by_text_rule(start, rule), template)
         texts += [text] * cfg.num_samples
         prompts += [ids or prompt_ids(tokenizer, text, cfg.special)] * cfg.num_samples
@@ -374,17 +390,17 @@ def encode_starts(cfg, starts, tokenizer, template, rule):
 
 
 def compile_seconds(steps, prompts):
-    """Compiles the steps of a text by making the first ones. Returns how long that took."""
+    """Makes the first steps of a text, which compiles them. Returns how many seconds that took."""
     start = time.perf_counter()
     text = steps(prompts)
     next(text)
-    next(text, None)  # whose rows may have ended
+    next(text, None)  # None where all rows have ended with their first token
     text.close()
     return time.perf_counter() - start
 
 
 def write(steps, texts, prompts, tokenizer, context, advice):
-    """Prints the first row as it comes, then the others, then the speed; advice: for a full context."""
+    """Prints the first row as it comes, then the others, then the speed; advice: what to do about a full context."""
     line = "-" * 80
     stream = tokenizer.stream()
     start = time.perf_counter()
@@ -397,7 +413,7 @@ def write(steps, texts, prompts, tokenizer, context, advice):
     print(stream(None), end="")  # of a character that was not finished
     for i, row in enumerate(rows):
         if i > 0:
-            # here, as a GPU would wait for that at each step of a large batch
+            # not as it comes: to decode a large batch at each step would keep a GPU waiting
             print(f"\n{line}\n{texts[i]}{tokenizer.decode_more(row.ids)}", end="")
         if row.end == "block_size":
             print(f"\n[the context of {context} tokens is full; {advice}]", end="")
