@@ -7,27 +7,22 @@ import numpy as np
 from onnx_graph import find_head, is_look_up, make_cast, make_node, read_arrays, replace
 from onnx_modules import EXPERTS_LEAST, MICROSOFT
 
-STATES = 4  # how exact its products are: with states of 8 bits, a scale for each group
-# the onnxruntime that looks rows of so many bits up rightly: before, each row's zeros stood after the last one's
-# without a gap, also where a row has an odd number of groups (findings/gather_block_quantized_zeros.sh)
+STATES = 4  # the accuracy_level of products: states become 8 bits, with a scale for each group
+# the first onnxruntime that looks up rows of so many bits rightly: before 1.27 it took the zeros of 4 bits for a run
+# without a gap after a row that has an odd number of groups (findings/gather_block_quantized_zeros.sh)
 LEAST = {8: "1.23", 4: "1.27"}
 GROUPS = {8: 64, 4: 32}  # inputs that share a scale, by bits: sizes that onnxruntime is quick at
 INT8_LARGEST = 64  # a CPU without VNNI adds two products in 16 bits and saturates: 2 * 255 * 64 < 2^15
 
 
 def quantize(proto, bits=8, table_bits=8, plain=False, group_size=0):
-    """Rewrites the graph of export() so that it multiplies integers of 8 or 4 bits, in groups along the inputs that
-    share a scale: onnxruntime's MatMulNBits. The embedding and the head have table_bits; group_size is that of all
-    others, 0: one that onnxruntime is quick at. Groups of states become 8 bits at each call, too, so that one that
-    is hundreds of times larger than all others, as SmolLM2 has, spoils its neighbours alone. A router stays
-    float32: which experts a token gets must not depend on rounding.
+    """Rewrites the graph of export() so that it multiplies integers of 8 or 4 bits: see Groups or, with plain, Plain.
 
-    plain takes operators of ONNX alone, for other runtimes and the page, and 8 bits: a weight has one scale for each
-    output, the embedding and a head tied to it one for each token. The states of a call have one scale, so that its
-    tokens and rows change each other's logits a little. onnxruntime has quantize_dynamic for this, which leaves a
-    tied head in float32.
+    The embedding and the head have table_bits; group_size is that of all others, 0: one that onnxruntime is quick
+    at. A router stays float32: which experts a token gets must not depend on rounding.
     """
     weights = read_arrays(proto)
+    way = Plain(weights) if plain else Groups(weights, bits, table_bits, group_size)
     transposed = {}  # the name of a transposed weight: the name of the weight
     for node in proto.graph.node:
         if node.op_type == "Transpose" and node.input[0] in weights:
@@ -35,30 +30,16 @@ def quantize(proto, bits=8, table_bits=8, plain=False, group_size=0):
     matrices = {name for name in weights if not name.endswith(("roll", "router.weight"))}
     matrices |= transposed.keys()
     if not plain:
-        if all(opset.domain != MICROSOFT for opset in proto.opset_import):
-            proto.opset_import.add(domain=MICROSOFT, version=1)
-        has_experts = any(node.op_type == "MoE" for node in proto.graph.node)
-        least = EXPERTS_LEAST if has_experts else LEAST[table_bits]
-        proto.metadata_props.add(key="onnxruntime", value=least)
-    added = {}  # arrays
+        name_operators(proto, table_bits)
     removed = set()
     nodes = []
-    quantized = set()  # the states that are integers already
     head = find_head(proto).output[0]
     for node in proto.graph.node:
         output = node.output[0]
         if is_look_up(node):
             table = node.input[0]
             removed.add(table)
-            added["last"] = np.array([-1])
-            if plain:
-                add_integers(added, table, weights[table])
-                nodes += plain_look_up_nodes(table, output)
-            else:
-                width = weights[table].shape[1]
-                add_groups(added, table, weights[table], table_bits, GROUPS[table_bits])
-                added |= {"flat": np.array([0, -1]), "first": np.array([0]), "width": np.array([width])}
-                nodes += look_up_nodes(table, table_bits, output)
+            nodes += way.look_up(table, output)
         elif node.op_type in ("Gemm", "MatMul") and node.input[1] in matrices:
             x, matrix, *bias = node.input
             product = f"{output}.product" if bias else output
@@ -66,45 +47,107 @@ def quantize(proto, bits=8, table_bits=8, plain=False, group_size=0):
             removed.add(weight)
             is_by_row = node.op_type == "Gemm" or matrix in transposed  # (out, in), as torch has it
             array = weights[weight] if is_by_row else weights[weight].T
-            if plain:
-                add_integers(added, weight, array)
-                if x not in quantized:
-                    quantized.add(x)
-                    nodes.append(states_node(x))
-                nodes += plain_product_nodes(x, weight, product)
-            else:
-                n_bits, size = bits, group_size or GROUPS[bits]
-                if output == head:
-                    n_bits, size = table_bits, GROUPS[table_bits]
-                add_groups(added, weight, array, n_bits, size)
-                nodes.append(product_node(x, weight, array.shape, n_bits, size, product))
+            nodes += way.multiply(x, weight, array, product, is_head=output == head)
             if bias:
                 nodes.append(make_node("Add", [product, *bias], [output]))
         elif node.op_type == "MoE":
             _, _, both, _, down = node.input
-            widths = [weights[name].shape[2] for name in (both, down)]
-            size = math.gcd(group_size or GROUPS[bits], *widths)  # both are cut into whole groups
             removed |= {both, down}
-            for name in both, down:
-                add_experts(added, name, weights[name], bits, size)
-            nodes.append(experts_node(node, bits, size))
+            nodes.append(way.mix(node))
         elif output not in transposed:
             nodes.append(node)
-    replace(proto, nodes, removed, added)
+    replace(proto, nodes, removed, way.arrays)
+
+
+def name_operators(proto, table_bits):
+    """Notes in a graph that it has onnxruntime's own operators, and the least onnxruntime that has them right."""
+    if all(opset.domain != MICROSOFT for opset in proto.opset_import):
+        proto.opset_import.add(domain=MICROSOFT, version=1)
+    has_experts = any(node.op_type == "MoE" for node in proto.graph.node)
+    least = EXPERTS_LEAST if has_experts else LEAST[table_bits]
+    proto.metadata_props.add(key="onnxruntime", value=least)
 
 
 # -----------------------------------------------------------------------------------------------------
 # Groups, by onnxruntime's operators
 
 
-def add_groups(arrays, name, weight, bits, size):
-    """Puts a weight (out, in), in groups of so many inputs, into arrays, where it is not there yet, as NAME.q:
-    (out, groups, bytes of a group) uint8, of two integers of 4 bits the first in the low half; NAME.scale: (out,
-    groups); and of 4 bits NAME.zero: (out, groups / 2) uint8. w is about (q - zero) scale, with a zero of 128 for
-    8 bits.
+class Groups:
+    """Integers in groups along the inputs, each with its scale, by onnxruntime's MatMulNBits. Groups of states become
+    8 bits at each call, too, so that a state that is hundreds of times larger than all others, as SmolLM2 has,
+    spoils only its neighbours.
 
-    A scale of 4 bits is the range of a group over 15 or, where that is nearer, over less: a group that has few
-    values, as quantize.py chose them, keeps them.
+    weights: {name: array} of the graph; arrays: {name: array}, those that take their place.
+    """
+
+    def __init__(self, weights, bits, table_bits, group_size):
+        self.weights = weights
+        self.arrays = {}
+        self.bits = bits
+        self.size = group_size or GROUPS[bits]
+        self.table_bits = table_bits
+
+    def look_up(self, table, output):
+        """Returns the nodes that look up rows of the embedding, scale them and cut off what fills up the last group."""
+        bits = self.table_bits
+        self.arrays["last"] = np.array([-1])
+        add_groups(self.arrays, table, self.weights[table], bits, GROUPS[bits])
+        self.arrays["flat"] = np.array([0, -1])
+        self.arrays["first"] = np.array([0])
+        self.arrays["width"] = np.array([self.weights[table].shape[1]])
+        integers, *scales = quantized_inputs(table, bits)
+        rows = f"{table}.rows"
+        filled = f"{output}.filled"
+        sizes = {"bits": bits, "block_size": GROUPS[bits], "gather_axis": 0, "quantize_axis": 1}
+        return [
+            make_node("Reshape", [integers, "flat"], [rows]),
+            make_node(
+                "GatherBlockQuantized", [rows, "ids", *scales], [filled], domain=MICROSOFT, **sizes
+            ),
+            make_node("Slice", [filled, "first", "width", "last"], [output]),
+        ]
+
+    def multiply(self, x, weight, array, output, is_head):
+        """Returns the node of x times a weight, of which the array (out, in) is given, as a list."""
+        bits, size = self.bits, self.size
+        if is_head:
+            bits, size = self.table_bits, GROUPS[self.table_bits]
+        add_groups(self.arrays, weight, array, bits, size)
+        n_out, n_in = array.shape
+        inputs = [x, *quantized_inputs(weight, bits)]
+        sizes = {"N": n_out, "K": n_in, "bits": bits, "block_size": size}
+        return [
+            make_node("MatMulNBits", inputs, [output], domain=MICROSOFT, accuracy_level=STATES, **sizes)
+        ]
+
+    def mix(self, node):
+        """Returns the node of integers, QMoE, for one of float32, MoE."""
+        x, router, both, _, down = node.input
+        widths = [self.weights[name].shape[2] for name in (both, down)]
+        size = math.gcd(self.size, *widths)  # both are cut into whole groups
+        for name in both, down:
+            add_experts(self.arrays, name, self.weights[name], self.bits, size)
+        both, both_scale, *both_zero = quantized_inputs(both, self.bits)
+        down, down_scale, *down_zero = quantized_inputs(down, self.bits)
+        inputs = [x, router, both, both_scale, "", down, down_scale, ""]
+        inputs += ["", "", "", *both_zero, *down_zero]
+        sizes = {"expert_weight_bits": self.bits, "block_size": size, "weights_prepacked": 0}
+        integers = make_node(
+            "QMoE", inputs, node.output, domain=MICROSOFT, accuracy_level=STATES, **sizes
+        )
+        integers.attribute.extend(node.attribute)
+        return integers
+
+
+def add_groups(arrays, name, weight, bits, size):
+    """Puts a weight (out, in), in groups of so many inputs, into arrays, where it is not there yet:
+
+        NAME.q       (out, groups, bytes of a group) uint8; of two integers of 4 bits the first is in the low half
+        NAME.scale   (out, groups) float32
+        NAME.zero    (out, groups / 2) uint8, with 4 bits alone; with 8 bits zeros are 128
+
+    w is about (q - zero) scale. A scale of 4 bits is the range of a group over 15 or, where that is nearer, over a
+    smaller number: a group of few different values, as quantize.py makes them, keeps them.
     """
     if f"{name}.q" in arrays:  # the head's, where the embedding is tied to it
         return
@@ -149,14 +192,6 @@ def quantized_inputs(weight, bits):
     return [f"{weight}.q", f"{weight}.scale"] + ([f"{weight}.zero"] if bits == 4 else [])
 
 
-def product_node(x, weight, shape, bits, size, output):
-    """Returns the node of x times a weight (out, in) of add_groups."""
-    n_out, n_in = shape
-    inputs = [x, *quantized_inputs(weight, bits)]
-    sizes = {"N": n_out, "K": n_in, "bits": bits, "block_size": size}
-    return make_node("MatMulNBits", inputs, [output], domain=MICROSOFT, accuracy_level=STATES, **sizes)
-
-
 def add_experts(arrays, name, weight, bits, size):
     """Puts the weights (n_expert, out, in) of experts into arrays as add_groups does, each with an axis of experts,
     and the bytes of a row in one axis.
@@ -167,38 +202,52 @@ def add_experts(arrays, name, weight, bits, size):
         arrays[array] = arrays[array].reshape(n_expert, n_out, -1)
 
 
-def experts_node(node, bits, size):
-    """Returns the node of integers for one of float32, MoE, whose weights add_experts has rounded."""
-    x, router, both, _, down = node.input
-    both, both_scale, *both_zero = quantized_inputs(both, bits)
-    down, down_scale, *down_zero = quantized_inputs(down, bits)
-    inputs = [x, router, both, both_scale, "", down, down_scale, "", "", "", "", *both_zero, *down_zero]
-    sizes = {"expert_weight_bits": bits, "block_size": size, "weights_prepacked": 0}
-    integers = make_node("QMoE", inputs, node.output, domain=MICROSOFT, accuracy_level=STATES, **sizes)
-    integers.attribute.extend(node.attribute)
-    return integers
-
-
-def look_up_nodes(table, bits, output):
-    """Returns the nodes that look up rows of add_groups, scale them and leave out what fills up the last group."""
-    integers, *scales = quantized_inputs(table, bits)
-    rows = f"{table}.rows"
-    sizes = {"bits": bits, "block_size": GROUPS[bits], "gather_axis": 0, "quantize_axis": 1}
-    return [
-        make_node("Reshape", [integers, "flat"], [rows]),
-        make_node(
-            "GatherBlockQuantized",
-            [rows, "ids", *scales],
-            [f"{output}.filled"],
-            domain=MICROSOFT,
-            **sizes,
-        ),
-        make_node("Slice", [f"{output}.filled", "first", "width", "last"], [output]),
-    ]
-
-
 # -----------------------------------------------------------------------------------------------------
 # 8 bits in plain operators
+
+
+class Plain:
+    """Integers of 8 bits by operators of ONNX alone, for other runtimes and the page. A weight has one scale for each
+    output, the embedding and a head tied to it one for each token. The states of a call have one scale, so that its
+    tokens and rows change each other's logits a little. onnxruntime has quantize_dynamic for this, which leaves a
+    tied head in float32.
+
+    weights and arrays: as in Groups.
+    """
+
+    def __init__(self, weights):
+        self.weights = weights
+        self.arrays = {}
+        self.states = set()  # the names of those that are integers already
+
+    def look_up(self, table, output):
+        """Returns the nodes that look up rows of the embedding and scale them."""
+        self.arrays["last"] = np.array([-1])
+        add_integers(self.arrays, table, self.weights[table])
+        return [
+            make_node("Gather", [f"{table}.q", "ids"], [f"{output}.row"]),
+            make_cast(f"{output}.row", f"{output}.float"),
+            make_node("Gather", [f"{table}.scale", "ids"], [f"{output}.flat"]),
+            make_node("Unsqueeze", [f"{output}.flat", "last"], [f"{output}.of_row"]),
+            make_node("Mul", [f"{output}.float", f"{output}.of_row"], [output]),
+        ]
+
+    def multiply(self, x, weight, array, output, is_head):
+        """Returns the nodes of x times a weight, of which the array (out, in) is given. x is made integers first,
+        where it is not yet: about (q - zero) * scale. A reader transposes the weight once, when it loads.
+        """
+        add_integers(self.arrays, weight, array)
+        nodes = []
+        if x not in self.states:
+            self.states.add(x)
+            nodes.append(make_node("DynamicQuantizeLinear", [x], [f"{x}.q", f"{x}.scale", f"{x}.zero"]))
+        return nodes + [
+            make_node("Transpose", [f"{weight}.q"], [f"{output}.w"], perm=[1, 0]),
+            make_node("MatMulInteger", [f"{x}.q", f"{output}.w", f"{x}.zero"], [f"{output}.sum"]),
+            make_cast(f"{output}.sum", f"{output}.float"),
+            make_node("Mul", [f"{x}.scale", f"{weight}.scale"], [f"{output}.both"]),
+            make_node("Mul", [f"{output}.float", f"{output}.both"], [output]),
+        ]
 
 
 def add_integers(arrays, name, weight):
@@ -211,30 +260,3 @@ def add_integers(arrays, name, weight):
     scales = np.maximum(np.abs(weight).max(1, keepdims=True), 1e-30) / INT8_LARGEST
     arrays[f"{name}.q"] = np.rint(weight / scales).astype(np.int8)
     arrays[f"{name}.scale"] = scales[:, 0]
-
-
-def plain_look_up_nodes(table, output):
-    """Returns the nodes that look up rows of add_integers and scale them."""
-    return [
-        make_node("Gather", [f"{table}.q", "ids"], [f"{output}.row"]),
-        make_cast(f"{output}.row", f"{output}.float"),
-        make_node("Gather", [f"{table}.scale", "ids"], [f"{output}.flat"]),
-        make_node("Unsqueeze", [f"{output}.flat", "last"], [f"{output}.of_row"]),
-        make_node("Mul", [f"{output}.float", f"{output}.of_row"], [output]),
-    ]
-
-
-def states_node(x):
-    """Returns the node that makes states uint8: x is about (q - zero) * scale."""
-    return make_node("DynamicQuantizeLinear", [x], [f"{x}.q", f"{x}.scale", f"{x}.zero"])
-
-
-def plain_product_nodes(x, weight, output):
-    """Returns the nodes of x times a weight of add_integers, scaled. A reader turns the weight once, when it loads."""
-    return [
-        make_node("Transpose", [f"{weight}.q"], [f"{output}.w"], perm=[1, 0]),
-        make_node("MatMulInteger", [f"{x}.q", f"{output}.w", f"{x}.zero"], [f"{output}.sum"]),
-        make_cast(f"{output}.sum", f"{output}.float"),
-        make_node("Mul", [f"{x}.scale", f"{weight}.scale"], [f"{output}.both"]),
-        make_node("Mul", [f"{output}.float", f"{output}.both"], [output]),
-    ]
