@@ -73,11 +73,11 @@ from tokenizer import Tokenizer, check_vocab_size
 
 FORMAT = 2
 FORMATS = (1, FORMAT)  # that load reads; 1 had one file a split
-FEW = 100  # documents; a random tenth of fewer is a poor sample
+FEW = 100  # documents: of fewer a random tenth would be a poor sample
 CHUNK = 1 << 20  # characters that a thread encodes at a time
 MB = 10**6
 
-# Where a text may be cut: before white space, as no token of GPT-2's split runs into it from the left.
+# Where a text may be cut: between anything and the white space after it, which GPT-2's split never puts into one word.
 # With any other tokenizer only after a letter or a digit: to Qwen's, ".\n" is one word.
 BREAK = re.compile(r"(?<=\S)[ \n]")
 BREAK_FOREIGN = re.compile(r"(?<=[^\W_])[ \n]")
@@ -136,7 +136,7 @@ class Config:
                 "tokenizer must be bpe, char, gpt2, gpt2:FOLDER, hf:FOLDER_OR_NAME or a tokenizer.json, "
                 f"not {self.tokenizer!r}"
             )
-        if self.tokenizer == "bpe":  # learned last: what was fetched by then would be for nothing
+        if self.tokenizer == "bpe":  # else only learning, which comes last, would find out
             check_vocab_size(self.vocab_size)
         if not 0 < self.val_fraction < 1:
             raise ValueError(f"val_fraction must be between 0 and 1, not {self.val_fraction}")
@@ -161,11 +161,11 @@ def dataset_name(dataset):
 # ---- from documents to tokens
 #
 # A row is (split, text, whether end-of-text follows, whether a document ends here). A piece is a part
-# of a row in the same form, and then whether the row's text begins here.
+# of a row: the same four, and fifth whether the row's text begins here.
 
 
 def count_documents(docs, exact):
-    """Returns (documents, characters); white space around a document counts only if exact and alone."""
+    """Returns (documents, characters). White space around a document counts only with exact, where it is alone."""
     n = 0
     chars = 0
     for n, text in with_progress(enumerate(docs, 1), "reading"):
@@ -201,7 +201,7 @@ def split_documents(cfg, files, val_files, n, chars):
 
 
 def pieces(rows, cuts=BREAK):
-    """Yields the pieces of rows: long texts are cut before white space where `cuts` has it."""
+    """Yields the pieces of rows: long texts are cut where the pattern `cuts` matches."""
     for split, text, add_eot, doc_ends in rows:
         start = 0
         while start < len(text):
@@ -227,7 +227,7 @@ def with_progress(rows, desc, total=None):
 
 
 def with_counts(rows, stats):
-    """Yields the pieces, and counts in stats[split] what they hold."""
+    """Yields the pieces, and adds to stats[split] how many documents, characters and bytes they hold."""
     for row in rows:
         split, text, _, doc_ends, _ = row
         stats[split]["documents"] += int(doc_ends)
@@ -242,7 +242,7 @@ def chunks(rows):
     size = 0
     for row in rows:
         chunk.append(row)
-        size += len(row[1]) + 100  # what the tuple itself takes counts where texts are tiny
+        size += len(row[1]) + 100  # about what the tuple takes, which counts where texts are tiny
         if size >= CHUNK:
             yield chunk
             chunk = []
@@ -267,7 +267,7 @@ def encode_chunk(chunk, tokenizer):
 
 
 def in_threads(function, items, threads):
-    """Yields each item and function(item), in order, and reads only so far ahead: pool.map would read all.
+    """Yields each item and function(item), in order, and reads only a few items ahead: pool.map would read all.
 
     Threads, since tiktoken works without the interpreter's lock: 18 MB/s on 2 cores, where processes
     did 16 and start slower.
@@ -284,8 +284,8 @@ def in_threads(function, items, threads):
 
 
 def encode(rows, tokenizer, folder, cfg, progress, chars=None):
-    """Writes the ids of the pieces, which have chars characters, to files in folder, those that progress
-    does not have yet. Returns what meta.json says of each split.
+    """Writes the ids of the pieces to files in folder, but for those that progress already has. Returns what
+    meta.json says of each split. chars: characters in all pieces, for the progress bar.
     """
     dtype = id_type(tokenizer.vocab_size)
     size = cfg.shard_mb * MB // dtype.itemsize
@@ -345,7 +345,7 @@ def count_splits(cfg, files):
 
 
 def check_counts(cfg, counts, origins):
-    """Returns (documents, characters) of all files, with the shares of the splits put into origins.
+    """Returns (documents, characters) of all files, and says in origins which share each split is.
 
     Raises Refusal where a split gets no text.
     """
@@ -382,7 +382,7 @@ def more_text(counts):
 
 
 def learn(cfg, rows, chars):
-    """Returns the tokenizer that is made from the pieces, which have chars characters. Raises ValueError."""
+    """Returns the tokenizer that is made from the pieces. chars: as encode has it. Raises ValueError."""
     if cfg.tokenizer == "char":
         rows = with_progress(rows, "collecting characters", chars)
         return Tokenizer.char(text for _, text, *_ in rows)
@@ -393,7 +393,7 @@ def learn(cfg, rows, chars):
 
 
 def settings_of(cfg, tokenizer):
-    """Returns what the result depends on beside the text. tokenizer: None if it is to be learned."""
+    """Returns the settings on which the result depends, beside the text. tokenizer: None if it is to be learned."""
     settings = asdict(cfg) | {"format": FORMAT, "chunk": CHUNK}
     for key in "name", "num_proc", "overwrite":
         del settings[key]
@@ -433,7 +433,17 @@ def build(cfg, tmp):
             problem = f"the {split} split has {stats['tokens']} tokens and needs 2"
             raise Refusal(f"{origins[split]}: {problem}: {more_text(counts)}")
         stats["source"] = origins[split]
-    meta = {
+    write_text(tmp / "tokenizer.json", tokenizer.to_str())
+    write_text(tmp / "meta.json", json.dumps(describe(cfg, tokenizer, splits), indent=1) + "\n")
+    for key in ("dataset", "val_dataset"):
+        shutil.rmtree(tmp / key, ignore_errors=True)
+    name_shards(tmp, splits)
+    (tmp / STATE).unlink()
+
+
+def describe(cfg, tokenizer, splits):
+    """Returns meta.json as a dict. splits: what encode returned, each with its source."""
+    return {
         "format": FORMAT,
         "name": cfg.name,
         "source": cfg.dataset,
@@ -447,12 +457,6 @@ def build(cfg, tmp):
         "tokenizer": {"kind": tokenizer.kind, "sha256": tokenizer.sha256},
         "splits": splits,
     }
-    write_text(tmp / "tokenizer.json", tokenizer.to_str())
-    write_text(tmp / "meta.json", json.dumps(meta, indent=1) + "\n")
-    for key in ("dataset", "val_dataset"):
-        shutil.rmtree(tmp / key, ignore_errors=True)
-    name_shards(tmp, splits)
-    (tmp / STATE).unlink()
 
 
 def prepare(cfg):
@@ -486,51 +490,55 @@ def load(folder):
         dataset = "tinystories" if folder.name == "tinystories" else f"FILE --name={folder.name}"
         raise Refusal(f"there is no dataset {folder}: python prepare.py --dataset={dataset} makes it")
 
-    path = folder / "meta.json"
-    with refusing_damage(path):
+    with refusing_damage(folder / "meta.json") as path:
         meta = json.loads(path.read_text(encoding="utf-8"))
-        for split in SPLITS:
-            for key, least in (("tokens", 2), ("documents", 1), ("characters", 1), ("bytes", 1)):
-                number = meta["splits"][split][key]
-                if type(number) is not int or number < least:
-                    raise ValueError(f"{key} of {split} is {number!r}, and at least {least} is needed")
-        files = {split: check_entries(split, meta["splits"][split]) for split in SPLITS}
-        vocab_size = meta["vocab_size"]
-        tokenizer_sha256 = meta["tokenizer"]["sha256"]
-        dtype = id_type(vocab_size)
-        if meta["format"] not in FORMATS or meta["dtype"] != dtype.name:
-            form = f"format {meta['format']!r} with {meta['dtype']!r}"
-            raise ValueError(f"{form} is not {FORMAT} with {dtype.name}")
-
-    path = folder / "tokenizer.json"
-    with refusing_damage(path):
+        files = check_meta(meta)
+        vocab_size, sha256 = meta["vocab_size"], meta["tokenizer"]["sha256"]
+    with refusing_damage(folder / "tokenizer.json") as path:
         tokenizer = load_tokenizer(path.read_bytes().decode("utf-8"))
-        if (tokenizer.vocab_size, tokenizer.sha256) != (vocab_size, tokenizer_sha256):
+        if (tokenizer.vocab_size, tokenizer.sha256) != (vocab_size, sha256):
             raise ValueError("not the tokenizer that the data was made with")
-
-    data = {}
-    for split in SPLITS:
-        for file in files[split]:
-            path = folder / file["file"]
-            with refusing_damage(path):
-                _, highest = check_file(path, dtype, file["tokens"], file["sha256"])
-                if highest >= vocab_size:
-                    raise ValueError(
-                        f"it holds id {highest}, and the vocabulary ends at {vocab_size - 1}"
-                    )
-        data[split] = open_shards([folder / file["file"] for file in files[split]], dtype)
+    data = {split: open_split(folder, files[split], vocab_size) for split in SPLITS}
     names = [file["file"] for split in SPLITS for file in files[split]]
-    for path in strangers(folder, names):
-        with refusing_damage(path):
+    for stranger in strangers(folder, names):
+        with refusing_damage(stranger):
             raise ValueError("meta.json names no such file: remove it if it is another dataset's")
     return meta, data, tokenizer
 
 
+def check_meta(meta):
+    """Returns {split: its files, as shards.check_entries has them} of a parsed meta.json. Raises ValueError, KeyError
+    or TypeError where prepare.py would not write it so.
+    """
+    for split in SPLITS:
+        for key, least in (("tokens", 2), ("documents", 1), ("characters", 1), ("bytes", 1)):
+            number = meta["splits"][split][key]
+            if type(number) is not int or number < least:
+                raise ValueError(f"{key} of {split} is {number!r}, and at least {least} is needed")
+    files = {split: check_entries(split, meta["splits"][split]) for split in SPLITS}
+    dtype = id_type(meta["vocab_size"])
+    if meta["format"] not in FORMATS or meta["dtype"] != dtype.name:
+        form = f"format {meta['format']!r} with {meta['dtype']!r}"
+        raise ValueError(f"{form} is not {FORMAT} with {dtype.name}")
+    return files
+
+
+def open_split(folder, files, vocab_size):
+    """Returns the ids of a split, memory-mapped, after each of its files was checked. Raises Refusal."""
+    dtype = id_type(vocab_size)
+    for file in files:
+        with refusing_damage(folder / file["file"]) as path:
+            _, highest = check_file(path, dtype, file["tokens"], file["sha256"])
+            if highest >= vocab_size:
+                raise ValueError(f"it holds id {highest}, and the vocabulary ends at {vocab_size - 1}")
+    return open_shards([folder / file["file"] for file in files], dtype)
+
+
 @contextmanager
 def refusing_damage(path):
-    """Turns what goes wrong inside the with into a Refusal, which says that path is damaged."""
+    """Turns what goes wrong inside the with into a Refusal, which says that the path is damaged. Gives the path."""
     try:
-        yield
+        yield path
         return
     except FileNotFoundError:
         problem = "there is no such file"

@@ -1,4 +1,4 @@
-"""What is done of a dataset that prepare.py makes, so that the run after a killed one goes on from there."""
+"""How far prepare.py has got with a dataset, so that the run after a killed one goes on from there."""
 
 import json
 import shutil
@@ -12,12 +12,12 @@ STATE = "state.json"
 
 
 class Progress:
-    """What is done of a dataset, kept in state.json in its unfinished folder: the run after a killed one
-    goes on from there, to the same result.
+    """How far a dataset is, kept in state.json in its unfinished folder: the run after a killed one goes on
+    from there, to the same result.
 
-    done: "settings" and "sources", what the result depends on; "fetched", files of what is no file; "counts"
-    of documents and characters; "tokenizer", the sha256 of one that was learned; "files" of ids and
-    "chunks", how many were encoded into them.
+    done: a dict of "settings" and "sources", on which the result depends; "fetched", the files into which
+    a source that is no file was written; "counts" of documents and characters; "tokenizer", the sha256 of
+    one that was learned; "files" of ids, and "chunks", how many were encoded into them.
     """
 
     def __init__(self, folder, name, settings):
@@ -41,7 +41,7 @@ class Progress:
         """Forgets all but the keys in keep, and says so."""
         if self.goes_on:
             print(f"what a killed run left of data/{self.name} {problem}: all begins anew")
-        self.goes_on = False
+        self.goes_on = False  # it is said once
         self.done = {key: self.done[key] for key in keep if key in self.done}
         for path in list(self.folder.iterdir()):
             if not path.is_dir():

@@ -38,8 +38,8 @@ def shard_names(split, n):
 class Shards:
     """Several 1-D arrays of one dtype as one: len, an id, a slice, == and what numpy makes of it.
 
-    A slice that lies in one part is a view of it, one across a border is a copy; the whole never is in
-    memory but where it is asked for, as ids[:] or np.asarray(ids).
+    A slice that lies in one part is a view of it, one across a border is a copy. The whole is in memory only
+    where somebody asks for it, as by ids[:] or np.asarray(ids).
     """
 
     def __init__(self, parts):
@@ -53,7 +53,7 @@ class Shards:
 
     def __getitem__(self, key):
         if not isinstance(key, slice):
-            i = range(len(self))[key]  # IndexError beyond the end, and of a negative one the place
+            i = range(len(self))[key]  # a negative key counts from the end; IndexError beyond it
             part = np.searchsorted(self.starts, i, "right") - 1
             return self.parts[part][i - self.starts[part]]
         start, stop, step = key.indices(len(self))
@@ -80,8 +80,9 @@ class Shards:
 class ShardWriter:
     """Writes the ids of a split to a folder, in files of `size` ids; only the last one may have fewer.
 
-    files: those so far with their tokens and sha256, the one at hand among them; from an earlier writer's
-    a new one goes on, and cuts off what came later. It raises ValueError or OSError where they are others.
+    files: those written so far with their tokens and sha256, the unfinished one too. A writer that is given
+    the files of an earlier one goes on from there, and cuts off what was written later. It raises ValueError
+    or OSError where the files in the folder are others.
     """
 
     def __init__(self, folder, split, size, dtype, files=()):
@@ -90,11 +91,11 @@ class ShardWriter:
         self.size = size
         self.dtype = dtype
         self.f = None
-        self.whole = []  # of the files that are finished
-        self.tokens = 0  # in the one at hand
+        self.whole = []  # the entries of the files that are finished
+        self.tokens = 0  # in the unfinished one
         self.digest = hashlib.sha256()
         named = folder / f"{split}.bin"
-        if files and named.exists():  # by name_shards, after which that writer's run was killed
+        if files and named.exists():  # a run was killed after name_shards had renamed its only file
             named.rename(folder / shard_name(split, 0))
         for entry in files:
             path = folder / entry["file"]
@@ -159,9 +160,8 @@ class ShardWriter:
 
 
 def name_shards(folder, splits):
-    """Renames what ShardWriters wrote to the names that they returned; a split may be in one file.
-
-    splits: those of meta.json.
+    """Renames the files of ShardWriters to the names that finish returned: train_00000.bin is train.bin where it
+    is the only one. splits: those of meta.json.
     """
     for split, entry in splits.items():
         for i, file in enumerate(entry["files"]):
@@ -169,8 +169,8 @@ def name_shards(folder, splits):
 
 
 def check_file(path, dtype, tokens, sha256):
-    """Returns (the file's hash so far, its highest id). Raises ValueError where it has not so many tokens
-    or another sha256, OSError where it cannot be read.
+    """Returns (the hashlib object of a file's content, its highest id). Raises ValueError where the file has
+    another number of tokens or another sha256, OSError where it cannot be read.
     """
     size = Path(path).stat().st_size
     if size != tokens * dtype.itemsize:
@@ -217,6 +217,6 @@ def strangers(folder, names):
 
 
 def open_shards(paths, dtype):
-    """Returns the ids of one split, memory-mapped: of one file numpy's own array, of several Shards."""
+    """Returns the ids of one split, memory-mapped: one file as numpy's own array, several as Shards."""
     parts = [np.memmap(path, dtype, mode="r") for path in paths]
     return parts[0] if len(parts) == 1 else Shards(parts)
