@@ -29,8 +29,8 @@ FILES_SHOWN = 10
 CHUNK = 1 << 20  # characters that are read at a time
 PACKINGS = (".gz", ".zst")  # what may follow the suffix of each kind of file
 
-# By these words the library `datasets` knows the splits of a folder (its data_files.py), and these files
-# it leaves out. A name with words of two splits is one to hold out: what is held out is never trained on.
+# The words by which the library `datasets` knows the splits of a folder (its data_files.py), and the files
+# that it leaves out. A name with words of two splits is held out, so that nothing held out is trained on.
 SPLIT_WORDS = {
     "test": ("test", "testing", "eval", "evaluation"),
     "val": ("val", "valid", "validation", "dev"),
@@ -57,7 +57,7 @@ def file_kind(path):
 
 @contextmanager
 def opened_bytes(path):
-    """Opens a file to read its bytes, of .gz and .zst those inside. Raises Refusal, also in the with."""
+    """Opens a file to read its bytes, unpacked from .gz and .zst. Raises Refusal, also inside the with."""
     packing = Path(path).suffix.lower()
     try:
         if packing == ".gz":
@@ -76,7 +76,7 @@ def find_pyarrow(path):
     """Returns the library pyarrow, to read a file with. Raises Refusal."""
     try:
         import pyarrow
-    except ImportError as e:  # also where numpy is older than its own, which pip lets stand
+    except ImportError as e:  # also where numpy is too old for it, which pip does not prevent
         raise Refusal(f"reading {path} needs pyarrow ({e}): pip install -r requirements.txt")
     return pyarrow
 
@@ -84,7 +84,7 @@ def find_pyarrow(path):
 def open_zstd(path):
     """Opens a .zst file to read the bytes inside; one that is cut off is an OSError.
 
-    pyarrow has that, which is there for .parquet; the package zstandard takes what is cut off for the end.
+    By pyarrow, which is needed for .parquet anyway; the package zstandard takes a cut for the end.
     """
     return find_pyarrow(path).input_stream(str(path), compression="zstd")
 
@@ -98,25 +98,26 @@ def opened(path, newline=None):
         except UnicodeDecodeError as e:
             place = f"byte 0x{e.object[e.start]:02x}"
             if binary.seekable():
-                # e.object ends where the file is read to
+                # e.object is what was read last: it ends where the file is now
                 place += f" at offset {binary.tell() - len(e.object) + e.start}"
             raise Refusal(f"{path} is not UTF-8: {place}; save it as UTF-8")
 
 
 def split_text(chunks, separator):
     """Yields what "".join(chunks).split(separator) has, one by one; an empty separator never splits."""
-    head = []  # the part at hand but for its tail, in strings that no separator reaches into
+    # the part that has not ended yet is "".join(head) + tail; a separator may begin in its tail alone
+    head = []
     tail = ""
     for chunk in chunks:
         *parts, tail = (tail + chunk).split(separator) if separator else [tail + chunk]
         for part in parts:
             yield "".join(head) + part
             head = []
-        safe = max(0, len(tail) - len(separator) + 1)  # what comes after may be a separator's beginning
+        safe = max(0, len(tail) - len(separator) + 1)  # the rest may be the beginning of a separator
         head.append(tail[:safe])
         tail = tail[safe:]
     text = "".join([*head, tail])
-    del head, tail  # this may be all there is, so it should not be there twice
+    del head, tail  # text may be a whole file, which memory should not hold twice
     yield text
 
 
@@ -197,18 +198,18 @@ def parquet_rows(path, column=None):
     source = path
     if unpacked(path) != Path(path):
         with opened_bytes(path) as f:
-            source = io.BytesIO(f.read())  # it is not read from front to back
+            source = io.BytesIO(f.read())  # .parquet is not read from front to back
     yield from open_parquet_rows(source, path, column)
 
 
 def open_parquet_rows(source, path, column):
-    """Does what parquet_rows does for a source, a path or an open file, that messages call path."""
+    """Does what parquet_rows does, for a source that is a path or an open file; messages call it path."""
     pyarrow = find_pyarrow(path)
     from pyarrow.parquet import ParquetFile
 
     n = 0
     try:
-        # piece by piece: pre_buffer would hold a group of rows, which may be the whole file
+        # piece by piece: pre_buffer would hold a whole group of rows, which may be the whole file
         with ParquetFile(source, pre_buffer=False, buffer_size=1 << 20) as f:
             if column:  # refuse one that is not there, before pyarrow does
                 field(dict.fromkeys(f.schema_arrow.names), column, path)
@@ -245,7 +246,8 @@ def column_texts(rows, column):
 def field(row, column, place, advice="prepare.py --column= chooses from"):
     """Returns row[column], "" for None.
 
-    Raises Refusal where there is no such column (naming those there are) or no text in it.
+    Raises Refusal where there is no such column, with `advice` before the columns that there are, or where
+    it holds no text.
     """
     if not isinstance(row, dict):
         kind = type(row).__name__
@@ -257,7 +259,7 @@ def field(row, column, place, advice="prepare.py --column= chooses from"):
 
 
 def check_text(text, place):
-    """Returns text. Raises Refusal for a number, for half of a surrogate pair."""
+    """Returns the text. Raises Refusal where it is no str, or has half of a surrogate pair in it."""
     try:
         text.encode()
     except (AttributeError, UnicodeEncodeError):
@@ -266,7 +268,7 @@ def check_text(text, place):
 
 
 def documents(files, cfg, exact=False):
-    """Yields the documents of all files in order; exact keeps the white space around them."""
+    """Yields the documents of all files in order; exact: with the white space around them."""
     for path in files:
         read = READERS[file_kind(path)]
         for text in read(path, cfg):
@@ -280,8 +282,8 @@ def documents(files, cfg, exact=False):
 def find_files(cfg, tmp, progress):
     """Returns ({"train": files, "val": files}, {split: words that say where it comes from}).
 
-    Without files for val split_documents decides. What is no local file becomes one in tmp. Prints what
-    is read of a folder. Raises Refusal.
+    Where there are no files for val, split_documents makes that split. A source that is no local file is
+    written to one in tmp. Prints which files of a folder are read. Raises Refusal.
     """
     wanted = {"train": [cfg.split or "train"]}
     if not cfg.val_dataset and cfg.split != "validation":
@@ -293,22 +295,24 @@ def find_files(cfg, tmp, progress):
     for split, paths in files.items():
         if paths:
             origins[split] = origin(cfg.dataset, paths)
-            list_files(cfg.dataset, split if files["val"] or cfg.val_dataset else "train and val", paths)
+            title = split if files["val"] or cfg.val_dataset else "train and val"
+            print_files(cfg.dataset, title, paths)
     left_out = [path for paths in splits.values() for path in paths]
-    list_files(cfg.dataset, "left out", left_out)
+    print_files(cfg.dataset, "left out", left_out)
     if cfg.val_dataset:
         splits = find_splits("val_dataset", cfg, tmp, progress, {"val": ["validation", "test", "train"]})
         files["val"] = next(splits[split] for split in HELD_OUT if splits.get(split))
         origins["val"] = origin(cfg.val_dataset, files["val"])
-        list_files(cfg.val_dataset, "val", files["val"])
+        print_files(cfg.val_dataset, "val", files["val"])
     return files, origins
 
 
 def find_splits(key, cfg, tmp, progress, wanted):
     """Returns {split: files} of the source that the key (dataset or val_dataset) names.
 
-    wanted: {split: names on the hub}; of a hub dataset the first of them that is there is fetched, and of
-    the first split one must be there. What is no local file becomes one in tmp. Raises Refusal.
+    wanted: {split: its possible names on the hub}. Of a hub dataset the first name that is there is fetched
+    for each split; the first split must have one. A source that is no local file is written to one in tmp.
+    Raises Refusal.
     """
     dataset = getattr(cfg, key)
     if dataset in ("toy", "tinystories") or is_hf(dataset):
@@ -319,9 +323,9 @@ def find_splits(key, cfg, tmp, progress, wanted):
         return splits
     path = Path(dataset)
     if is_pattern(dataset):
-        folder = base_folder(dataset)  # whose name may have a [ in it
+        folder = base_folder(dataset)  # not part of the pattern, as its name may have a [ in it
         pattern = str(path.relative_to(folder))
-        # each once: to glob a second ** is another way to the same file
+        # a set, as a pattern with ** twice finds a file more than once
         paths = {folder / match for match in glob.iglob(pattern, root_dir=folder, recursive=True)}
         if not paths:
             raise Refusal(f"{dataset} matches no file")
@@ -344,12 +348,12 @@ def find_splits(key, cfg, tmp, progress, wanted):
 
 
 def is_pattern(dataset):
-    """Returns whether a dataset is a pattern of file names, as of a shell, and no path that is there."""
+    """Returns whether a dataset is a pattern of file names, as shells have them, and not a path that exists."""
     return not set("*?[").isdisjoint(dataset) and not is_hf(dataset) and not os.path.exists(dataset)
 
 
 def base_folder(dataset):
-    """Returns the folder from which the files of a folder or a pattern are named: its part without *."""
+    """Returns the folder in which a pattern looks for files, the part of it before any *; a folder as it is."""
     path = Path(dataset)
     while is_pattern(str(path)):
         path = path.parent
@@ -359,8 +363,8 @@ def base_folder(dataset):
 def named_splits(paths, folder):
     """Returns {split: files} of paths in a folder: train, val, test, "card" and "" for the others.
 
-    As in `datasets`, files that are in no split are training data unless there are files named so, and
-    what is hidden is not looked at.
+    As in `datasets`, files without a split in their names are training data unless other files are named
+    so, and hidden files are not looked at.
     """
     splits = {"train": [], "val": [], "test": [], "": [], "card": []}
     for path in sorted(paths, key=lambda p: p.parts):
@@ -372,7 +376,7 @@ def named_splits(paths, folder):
         splits[split].append(path)
     if not splits["train"]:
         splits["train"], splits[""] = splits[""], []
-    if not any(splits[split] for split in SPLITS + ("test",)):  # a README.md is all there is
+    if not any(splits[split] for split in SPLITS + ("test",)):  # cards alone are the text
         splits["train"], splits["card"] = splits["card"], []
     return splits
 
@@ -405,7 +409,7 @@ def is_folder(dataset):
     return os.path.isdir(dataset) or is_pattern(dataset)
 
 
-def list_files(dataset, title, files):
+def print_files(dataset, title, files):
     """Prints which files of a folder or a pattern are of a split or left out; nothing of one file."""
     if files and is_folder(dataset) and base_folder(dataset) in files[0].parents:
         print(f"{dataset}: {title}, {file_names(dataset, files)}")
@@ -457,10 +461,10 @@ def fetch_from_hub(name, cfg, folder, wanted):
 
 
 def hub_splits(name, needed=("train",), column=None):
-    """Returns the splits of NAME or NAME:CONFIG on the Hugging Face hub: {name: an iterable of rows}, which
-    are read as one asks for them, and may be of one column only. NAME may be a folder as well.
+    """Returns the splits of NAME or NAME:CONFIG on the Hugging Face hub: {name: an iterable of rows}. Rows are
+    fetched as they are read, and may have only the one column. NAME may be a folder as well.
 
-    Raises Refusal, also where all splits of `needed` are missing; so do the rows.
+    Raises Refusal, also where all splits of `needed` are missing; so do the rows, as they are read.
     """
     name, _, config = name.partition(":")
     with refusing_hub(name):
@@ -498,7 +502,7 @@ def refusing_hub(name):
             f"the Hugging Face hub has no dataset {name}, or a private one: "
             "see https://huggingface.co/datasets"
         )
-    except Exception as e:  # the libraries below raise their own, other ones in each version
+    except Exception as e:  # the libraries raise exceptions of their own, and each version others
         raise Refusal(
             f"cannot read {name} from the Hugging Face hub ({type(e).__name__}: {e}); "
             "without a network there are --dataset=FILE.txt, your own text, and --dataset=toy"
@@ -517,7 +521,7 @@ def load_splits(name, config, column, datasets):
         raise Refusal(f"{name} has {problem}; --subset= chooses from: {', '.join(configs)}")
     if builder.name != "parquet":
         return builder.as_streaming_dataset()
-    # of these the library would fetch every column, and hold a file of rows that it reads ahead
+    # not by the library, which would fetch every column, and read a whole file of rows ahead
     files = builder.config.data_files
     return {split: hub_parquet_rows(paths, column) for split, paths in files.items()}
 
