@@ -75,7 +75,7 @@ ADAPTER_KEYS = RUN_KEYS | {"adapters": dict, "base": str, "base_sha256": str}
 
 
 def save(path, model, tokenizer, config, state):
-    """Writes a checkpoint: path is the old file or the new one, always whole.
+    """Writes a checkpoint. At any moment the file is the old one or the new one, and whole.
 
     model may be wrapped by torch.compile; config is a dict of plain types, state a RunState. Raises
     Refusal where the disk does not take it.
@@ -99,8 +99,8 @@ def save_adapters(path, model, base, base_sha256, config, state):
 
 
 def write_checkpoint(path, weights, config, state):
-    """Writes what save and save_adapters put together. Of weights in shards every process must call it, and the
-    first, which writes, has all of them once in its memory.
+    """Writes what save and save_adapters put together. Where weights are in shards every process must call it; the
+    first one writes, and holds all weights in its memory meanwhile.
     """
     content = {"format": FORMAT} | weights | {"config": config} | state.to_dict()
     key = "adapters" if "adapters" in weights else "model"
@@ -126,8 +126,8 @@ def unwrap(model):
 
 
 def find(out_dir, prefer="ckpt_best.pt"):
-    """Returns the file that out_dir means: itself when it is one, else the preferred one in it, else the
-    last: ckpt.pt or adapter.pt. hf:NAME stays as it is. Raises Refusal.
+    """Returns the file that out_dir means: itself where it is a file, else the preferred one in it, else that
+    without _best: ckpt.pt or adapter.pt. hf:NAME stays as it is. Raises Refusal.
     """
     if os.path.isfile(out_dir):
         return out_dir
@@ -149,14 +149,14 @@ def find(out_dir, prefer="ckpt_best.pt"):
 
 
 def tuning_script():
-    """Returns the name of the script that runs where it makes adapters, else that of the one most do it with."""
+    """Returns the name of the running script where it makes adapters, else of the one that is mostly used for it."""
     script = os.path.basename(sys.argv[0])
     return script if script.startswith("finetune_") else "finetune_lora.py"
 
 
 def refuse_missing(out_dir, last, has_model, has_peft):
-    """Raises the Refusal of an out_dir where `last`, ckpt.pt or adapter.pt, is missing: it says what is there
-    and what reads it.
+    """Raises the Refusal for an out_dir without `last`, ckpt.pt or adapter.pt: it says what is there instead, and
+    which command reads or makes one.
     """
     folder = hf_name(out_dir)
     if os.path.isfile(os.path.join(folder, "model.onnx")):
@@ -212,35 +212,9 @@ def load(path, keys=KEYS):
     """
     if is_hf(path):
         return hf_folder.load(hf_name(path))
-    try:
-        f = open(path, "rb")
-    except OSError as e:
-        raise Refusal(f"cannot read {path}: {e.strerror}")
-    try:
-        with f, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a foreign pickle's protocol; it is refused or fine
-            ckpt = torch.load(f, map_location="cpu", weights_only=True)
-    except Exception as e:  # the unpickler raises whatever it stumbles over
-        if is_out_of_memory(e):
-            raise too_large(path)
-        if is_gguf(path):
-            raise Refusal(f"{path} is no checkpoint of ours: a GGUF file is read as hf:{path}")
-        raise Refusal(
-            f"{path} is not a checkpoint that is safe to read: it is damaged, foreign, or holds code"
-        )
-    if not isinstance(ckpt, dict) or "format" not in ckpt:
-        raise Refusal(f"{path} is not a TinyLM checkpoint")
-    if type(ckpt["format"]) is not int or ckpt["format"] not in (FORMAT, QUANTIZED):
-        raise Refusal(
-            f"{path} has checkpoint format {ckpt['format']!r:.60}; this version reads {FORMAT} and {QUANTIZED}"
-        )
+    ckpt = read_file(path)
+    check_kind(ckpt, path, keys)
     is_quantized = ckpt["format"] == QUANTIZED
-    if "adapters" in ckpt and keys is KEYS:
-        raise Refusal(f"{path} is an adapter, not a checkpoint: sample.py --adapter={path} reads it")
-    if "model" in ckpt and keys is ADAPTER_KEYS:
-        raise Refusal(
-            f"{path} is a whole checkpoint, not an adapter: sample.py --out_dir={path} reads it"
-        )
     if is_quantized:
         keys = keys | {"quantization": dict}
     for key, kind in keys.items():
@@ -255,26 +229,64 @@ def load(path, keys=KEYS):
     return ckpt
 
 
+def read_file(path):
+    """Returns what torch.save wrote to a file, whatever that is. Runs no code. Raises Refusal."""
+    try:
+        f = open(path, "rb")
+    except OSError as e:
+        raise Refusal(f"cannot read {path}: {e.strerror}")
+    try:
+        with f, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a foreign pickle's protocol; it is refused or fine
+            return torch.load(f, map_location="cpu", weights_only=True)
+    except Exception as e:  # the unpickler raises whatever it stumbles over
+        if is_out_of_memory(e):
+            raise too_large(path)
+        if is_gguf(path):
+            raise Refusal(f"{path} is no checkpoint of ours: a GGUF file is read as hf:{path}")
+        raise Refusal(
+            f"{path} is not a checkpoint that is safe to read: it is damaged, foreign, or holds code"
+        )
+
+
+def check_kind(ckpt, path, keys):
+    """Raises Refusal where a loaded file is not a checkpoint, or with ADAPTER_KEYS not adapters, of a format that is
+    read here.
+    """
+    if not isinstance(ckpt, dict) or "format" not in ckpt:
+        raise Refusal(f"{path} is not a TinyLM checkpoint")
+    if type(ckpt["format"]) is not int or ckpt["format"] not in (FORMAT, QUANTIZED):
+        raise Refusal(
+            f"{path} has checkpoint format {ckpt['format']!r:.60}; this version reads {FORMAT} and {QUANTIZED}"
+        )
+    if "adapters" in ckpt and keys is KEYS:
+        raise Refusal(f"{path} is an adapter, not a checkpoint: sample.py --adapter={path} reads it")
+    if "model" in ckpt and keys is ADAPTER_KEYS:
+        raise Refusal(
+            f"{path} is a whole checkpoint, not an adapter: sample.py --out_dir={path} reads it"
+        )
+
+
 def damaged(path, reason):
-    """Returns the Refusal of a file of ours that is not as it was written: not the command is wrong."""
+    """Returns the Refusal of a file of ours that is not as it was written; status 1, as the command was right."""
     return Refusal(f"{path} is damaged: {reason}", status=1)
 
 
 def too_large(path):
-    """Returns the Refusal of a file that memory does not hold."""
+    """Returns the Refusal of a file that does not fit in memory."""
     return Refusal(f"{path} takes more memory than there is", status=1)
 
 
 def check_numbers(ckpt):
-    """Raises ValueError where the numbers of a run cannot be: how far it is, and its losses."""
+    """Raises ValueError for a step or losses that no run can have."""
     step = ckpt["step"]
     if type(step) is not int or step < 0:
         raise ValueError(f"step is {step!r:.60}")
-    is_reward = ckpt["config"].get("task") == "reinforcement"  # less than nothing is its loss
+    is_reward = ckpt["config"].get("task") == "reinforcement"  # its loss is a negative reward
     lowest = -sys.float_info.max if is_reward else 0
     for key in ("val_loss", "best_val_loss"):
         loss = ckpt[key]
-        # infinite where nothing was evaluated yet, which happens before the first step
+        # infinite where nothing was evaluated yet, which can only be before the first step
         if not lowest <= loss < math.inf and not (loss == math.inf and step == 0):
             raise ValueError(f"{key} is {loss} at step {step}")
     for loss in ckpt["losses"]:
@@ -316,13 +328,13 @@ def restore(ckpt, path, device="cpu"):
     except (ValueError, TypeError, AttributeError, OverflowError, RuntimeError, MemoryError) as e:
         if is_out_of_memory(e):
             raise too_large(path)
-        raise damaged(path, " ".join(str(e).splitlines()[:2]))  # in the second one torch names a tensor
+        raise damaged(path, " ".join(str(e).splitlines()[:2]))  # in the second line torch names a tensor
     return model.to(device).eval(), tokenizer
 
 
 def make_quantized(config, ckpt):
     """Returns the model of integers in a loaded checkpoint. Raises ValueError, TypeError or RuntimeError."""
-    with Undrawn():  # and so, but for norms, never written: it takes no memory
+    with Undrawn():  # no weights but those of norms are ever written, so that the model takes no memory
         model = Transformer(config)
     quantized.install(model, quantized.Quantization(**ckpt["quantization"]))
     for name, x in model.state_dict().items():
@@ -334,15 +346,15 @@ def make_quantized(config, ckpt):
 
 
 def fingerprint(ckpt):
-    """Returns the sha256 of what a checkpoint computes, however it was trained: of its architecture,
-    tokenizer and weights. It must be one that restore takes.
+    """Returns the sha256 of a checkpoint's architecture, tokenizer and weights: equal where two compute the
+    same, however they were trained. restore must take the checkpoint.
     """
     settings = dict(ckpt["model_config"])
     c = ModelConfig(**settings)
     if c.head_dim * c.n_head == c.n_embd:
-        # adapters are older than this setting, and their bases did not change
+        # left out where it says nothing new: adapters from before this setting still know their base
         settings.pop("head_dim", None)
-    if not c.window:  # and than these
+    if not c.window:  # and so these
         for key in "window", "window_pattern":
             settings.pop(key, None)
     if c.mlp != "moe":
@@ -420,12 +432,12 @@ class Checkpoint:
 
     @property
     def text_rule(self):
-        """How what was trained last took its rows' and prompts' text; see data.text_rule."""
+        """How the text of rows and prompts was taken when this was trained; see data.text_rule."""
         return text_rule(self.config)
 
     def crop(self, cfg):
-        """Takes the shorter context and the dropout of a run that starts from it: only a position
-        table's weights change.
+        """Takes over the shorter context and the dropout of a run that starts from this checkpoint. Of the
+        weights only a table of positions changes.
         """
         self.state["model_config"] |= {"block_size": cfg.block_size, "dropout": cfg.dropout}
         if cfg.pos == "learned":
@@ -433,10 +445,10 @@ class Checkpoint:
             weights["add_pos.weight"] = weights["add_pos.weight"][: cfg.block_size]
 
     def stretch(self, rope_scaling="", block_size=0):
-        """Takes another rope_scaling or context for the model that restore returns: "" and 0 for its own.
+        """Sets another rope_scaling or context for the model that restore returns; "" and 0 are its own.
 
-        The state, by whose fingerprint adapters know it, stays as it is. Raises Refusal where positions cannot:
-        only rope has a scaling, and a learned table has no more places.
+        The state stays as it is, as adapters know their base by its fingerprint. Raises Refusal where the
+        positions do not allow it: only rope has a scaling, and a learned table has no more places.
         """
         given = {"rope_scaling": rope_scaling, "block_size": block_size}
         self.changes = {key: value for key, value in given.items() if value}
@@ -458,8 +470,8 @@ class Checkpoint:
 
     @property
     def fingerprint(self):
-        """That of the model which restore returns, without adapters. Raises Refusal where model.py has no such
-        model.
+        """The fingerprint of the model that restore returns, without adapters. Raises Refusal where model.py has
+        no such model.
         """
         settings_of(self.stretched, self.path)
         return fingerprint(self.stretched)
@@ -521,8 +533,8 @@ def open_checkpoint(
 
 
 def open_any(name):
-    """Returns the Checkpoint of a folder: of its model, perhaps of integers, or, where it has none but adapters,
-    of these over their own base. A file and hf:FOLDER_OR_NAME are as for open_checkpoint. Raises Refusal.
+    """Returns the Checkpoint of a folder: its model, which may be of integers, or where it has only adapters, these
+    over their base. A file and hf:FOLDER_OR_NAME are as for open_checkpoint. Raises Refusal.
     """
     has_adapters = holds_run(name, ["adapter_best.pt", "adapter.pt"])
     if has_adapters and not holds_run(name, ["ckpt_best.pt", "ckpt.pt"]):
@@ -533,8 +545,8 @@ def open_any(name):
 
 
 def open_given(cfg, adapter, takes_integers=False):
-    """Returns the Checkpoint of a command line's out_dir with adapters over it, where there are any: over
-    their own base where no out_dir was given.
+    """Returns the Checkpoint of a command line's out_dir with the adapters over it, "" for none. Where no
+    out_dir was given, adapters are over the base that they name.
     """
     out_dir = "" if adapter and "out_dir" not in cfg.given else cfg.out_dir
     start = open_checkpoint(out_dir, adapter=adapter, takes_integers=takes_integers)
@@ -569,18 +581,14 @@ def lora_config(adapter):
 
 
 DATA_KEYS = {"dataset", "seed"}
-OWN_KEYS = {
-    "out_dir",
-    "init_from",
-    "overwrite",
-    "eval_only",
-}  # of each run: never taken from a checkpoint
+# each run has its own: they are never taken from a checkpoint
+OWN_KEYS = {"out_dir", "init_from", "overwrite", "eval_only"}
 
 
 def inherit(cfg, ckpt, path, resume, fixed=DATA_KEYS):
-    """Returns cfg with what a loaded checkpoint decides: the architecture, and when resuming everything
-    that was not given anew, which the keys in `fixed` may not be. Raises Refusal for what cannot
-    change.
+    """Returns cfg with what a loaded checkpoint decides: the architecture, and when resuming every key that
+    was not given anew. Raises Refusal where a key is given anew that cannot change: one of the architecture,
+    or when resuming one in `fixed`.
     """
     types = {f.name: f.type for f in dataclasses.fields(cfg)}
     saved = {}
@@ -593,7 +601,7 @@ def inherit(cfg, ckpt, path, resume, fixed=DATA_KEYS):
             continue
         value = convert(value, types[key], f"{path}: {key}", parse=False)
         if key not in cfg.given:
-            is_run_time = key == "dtype" and cfg.eval_only  # evaluating is resolved anew
+            is_run_time = key == "dtype" and cfg.eval_only  # an evaluation chooses its own dtype
             if key not in OWN_KEYS and not is_run_time:
                 setattr(cfg, key, value)
             continue

@@ -1,4 +1,4 @@
-"""Tensors that were read from a file: which of them are taken, and whether their numbers are finite."""
+"""Checks of tensors that were read from a file: their dtypes and layouts, and whether their numbers are finite."""
 
 import torch
 
@@ -13,7 +13,7 @@ class NotFinite(ValueError):
 
 
 def check_tensor(name, x, dtypes=FLOATS):
-    """Raises ValueError where x is not a tensor of floating-point numbers, or of other dtypes, on the CPU."""
+    """Raises ValueError where x is not a tensor of one of these dtypes on the CPU, with its numbers one by one."""
     if not isinstance(name, str) or not isinstance(x, torch.Tensor):
         raise ValueError(f"{name!r:.60} is a {type(x).__name__}, where tensors by name were expected")
     if x.dtype not in dtypes:
@@ -27,7 +27,7 @@ def check_tensor(name, x, dtypes=FLOATS):
 def count_stored_numbers(tensors):
     """Returns how many numbers the memory of tensors holds, which is no more than their file has.
 
-    A tensor that repeats itself (stride 0) or is on the meta device has more elements than that.
+    A tensor that repeats itself (stride 0) or is on the meta device claims more elements than that.
     """
     counts = {}
     for x in tensors:
@@ -40,8 +40,8 @@ def count_stored_numbers(tensors):
 def is_finite(x):
     """Returns whether all numbers of a tensor are finite in float32.
 
-    One that is not would make the sum so, which is read off in one pass and without a second tensor;
-    only where a sum is not finite, as it may also overflow, each number is looked at.
+    A number that is not would make the sum not finite either, and a sum takes one pass and no second tensor.
+    A sum may also overflow, so where it is not finite each number is looked at.
     """
     x = x.detach().float()
     return bool(x.sum().isfinite()) or bool(x.isfinite().all())
@@ -64,7 +64,7 @@ def check_tensors(tensors, dtypes):
     """Raises ValueError where tensors by name are not of these dtypes, and all finite."""
     for name, x in tensors.items():
         check_tensor(name, x, dtypes)
-    # a head that is the embedding too counts twice; without a bound, a tiny file would be summed for hours
+    # twice, as a head may be the embedding too; without a bound a tiny file could be summed for hours
     if sum(x.numel() for x in tensors.values()) > 2 * count_stored_numbers(tensors.values()):
         raise ValueError("its tensors have more numbers than it holds")
     check_finite(tensors)
