@@ -13,7 +13,7 @@ import re
 
 from rope_scaling import ROPE_SCALINGS, YARN_DEFAULTS, YARN_LEAST, read_rope_scaling, rope_base
 
-# What a kind cannot express otherwise: settings that must be so
+# The settings that a model of a kind must have, as the kind has no others
 LLAMA_NEEDS = {
     "norm": "rmsnorm",
     "norm_position": "pre",
@@ -47,10 +47,10 @@ CLASSES = {
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "gpt2": "GPT2LMHeadModel",
 }
-# what a layer's attention is, by transformers' names, and the kinds whose layers may differ
+# kinds of a layer's attention, by transformers' names, and the kinds of models whose layers may differ
 FULL, SLIDING = "full_attention", "sliding_attention"
 MIXED = ("qwen2", "qwen3")
-# patterns of our biases that Qwen2 does not have: its q, k and v alone have some
+# patterns of the biases of ours that Qwen2 lacks: it has some in q, k and v alone
 QWEN2_WITHOUT = [r"\.o_proj\.bias$", r"\.mlp\..*bias$"]
 
 
@@ -117,7 +117,7 @@ SIZES = dict.fromkeys(CLASSES, LLAMA_SIZES) | {
     "qwen3_moe": QWEN3_MOE_SIZES,
     "gpt2": GPT2_SIZES,
 }
-# names that a kind's config class takes for its own
+# other names that a kind's config class takes for its own
 ALIASES = dict.fromkeys(CLASSES, {}) | {
     "qwen3_moe": {"num_local_experts": "num_experts"},
     "gpt2": {
@@ -128,7 +128,7 @@ ALIASES = dict.fromkeys(CLASSES, {}) | {
     },
 }
 
-# what a missing key amounts to, as in the kind's config class, where that is not what all of them have
+# what a missing key amounts to in a kind's config class, where that differs from the other kinds
 QWEN_DEFAULTS = {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28}
 DEFAULTS = {
     "llama": {},
@@ -173,7 +173,7 @@ FIXED = {
     "qwen3": ROPE_FIXED | {"mlp_bias": False},
     "mistral": ROPE_FIXED | {"attention_bias": False, "mlp_bias": False, "use_sliding_window": False},
     "mixtral": ROPE_FIXED | {"attention_bias": False, "mlp_bias": False, "use_sliding_window": False},
-    # experts in each layer
+    # the last two: each layer has experts
     "qwen3_moe": ROPE_FIXED | {"mlp_bias": False, "decoder_sparse_step": 1, "mlp_only_layers": []},
     "gpt2": {
         **COMMON_FIXED,
@@ -188,7 +188,7 @@ ROPE_READ = set(
     """num_key_value_heads head_dim rms_norm_eps tie_word_embeddings rope_theta rope_scaling
     rope_parameters layer_types sliding_window""".split()
 )
-# about training
+# about training alone
 ROUTER_HARMLESS = {"output_router_logits", "router_aux_loss_coef", "router_jitter_noise"}
 READ = {
     "llama": ROPE_READ | {"attention_bias", "mlp_bias"},
@@ -196,7 +196,7 @@ READ = {
     "qwen3": ROPE_READ | {"use_sliding_window", "attention_bias"},
     "mistral": ROPE_READ,
     "mixtral": ROPE_READ | ROUTER_HARMLESS,
-    # intermediate_size is of layers without experts, of which there are none
+    # intermediate_size is that of layers without experts: there are none
     "qwen3_moe": ROPE_READ
     | ROUTER_HARMLESS
     | {"use_sliding_window", "attention_bias", "norm_topk_prob", "intermediate_size"},
@@ -209,7 +209,7 @@ READ = {
     },
 }
 
-# what changes no logit: about training, other heads, generation and the program that wrote the file
+# keys that change no logit: they are about training, other heads, generation and the program that wrote the file
 HARMLESS = set(
     """model_type architectures _name_or_path _model_name_or_path name_or_path torch_dtype dtype
     transformers_version unk_token_id
@@ -293,9 +293,9 @@ def read_config(data):
 
 
 def unknown_keys(data):
-    """Returns the keys of a config.json that are known to nobody: neither here nor to its class.
+    """Returns the keys of a config.json that neither this file nor the kind's config class knows.
 
-    read_config passes over those that it does not refuse for a word in their names.
+    read_config refuses those with a certain word in their names (REASONS), and passes over the others.
     """
     kind = data["model_type"]
     known = HARMLESS | READ[kind] | FIXED[kind].keys() | set(SIZES[kind].values()) | ALIASES[kind].keys()
@@ -312,7 +312,7 @@ def check_keys(kind, data):
         value = data.get(key)
         if value is None:
             continue
-        # to Python, True == 1
+        # for Python True == 1, but here they are two values
         if value != expected or isinstance(value, bool) != isinstance(expected, bool):
             raise ValueError(f"{key} is {value!r:.60}; here it can only be {expected!r}")
 
@@ -331,7 +331,7 @@ def read_sizes(kind, data):
     sizes = {}
     for key, hf_key in SIZES[kind].items():
         if hf_key == "n_inner" and data.get(hf_key) is None:
-            continue  # GPT-2's is 4 n_embd then, as ours
+            continue  # GPT-2 has 4 n_embd then, and so have we
         sizes[key] = read_number(data, hf_key, kind=int)
     smallest = min(sizes["n_layer"], sizes["n_head"], sizes["n_embd"])
     if smallest < 1 or sizes["n_layer"] > MOST_LAYERS:
@@ -382,16 +382,15 @@ def read_llama_config(kind, data, sizes):
 
 
 def uses_window(kind, data):
-    """Returns whether sliding_window is meant: that of a Qwen is with use_sliding_window alone."""
+    """Returns whether sliding_window counts: in a Qwen it does only with use_sliding_window."""
     return not kind.startswith("qwen") or read_flag(data, "use_sliding_window")
 
 
 def read_windows(kind, data, sizes):
-    """Returns our window and window_pattern, nothing where each layer sees the whole context. Raises
-    ValueError.
+    """Returns our window and window_pattern, {} where each layer sees the whole context. Raises ValueError.
 
-    A window as wide as the context hides nothing in it, but a text can go on past it. In a Llama
-    attention ignores sliding_window, but transformers' cache obeys it.
+    A window as wide as the context hides nothing in it, but lets a text go on past it. In a Llama attention
+    ignores sliding_window, but transformers' cache obeys it.
     """
     n_layer, context = sizes["n_layer"], sizes["block_size"]
     types = read_layer_types(kind, data, n_layer)
@@ -415,10 +414,10 @@ def read_windows(kind, data, sizes):
 
 
 def read_layer_types(kind, data, n_layer):
-    """Returns FULL or SLIDING of each layer, as layer_types has them. Raises ValueError.
+    """Returns FULL or SLIDING for each layer, from the key layer_types. Raises ValueError.
 
-    Without it all layers of a Mistral and a Mixtral have the window. Qwen has one only with
-    use_sliding_window: in the layers from max_window_layers on, Qwen3-MoE in all.
+    Without that key all layers of a Mistral and a Mixtral have the window. A Qwen has one only with
+    use_sliding_window: in the layers from max_window_layers on, a Qwen3-MoE in all.
     """
     is_used = uses_window(kind, data)
     types = data.get("layer_types")
@@ -517,11 +516,7 @@ def format_number(n):
 
 
 def write_config(kind, c):
-    """Returns config.json as a dict for our config.
-
-    RoPE's settings stand there twice, as version 4 of transformers and mlx-lm read them and as version 5
-    does; n_ctx is for llama.cpp.
-    """
+    """Returns config.json as a dict for our config."""
     data = {
         "architectures": [CLASSES[kind]],
         "model_type": kind,
@@ -535,10 +530,18 @@ def write_config(kind, c):
     data |= {hf_key: getattr(c, key) for key, hf_key in SIZES[kind].items()}
     if kind == "gpt2":
         return data | FIXED["gpt2"] | write_gpt2_settings(c)
+    return data | write_llama_settings(kind, c) | write_windows(kind, c)
+
+
+def write_llama_settings(kind, c):
+    """Returns the settings of a kind with RoPE and RMSNorm, windows left out.
+
+    RoPE's stand there twice, as version 4 of transformers and mlx-lm read them, and as version 5 does.
+    """
     theta = rope_base(c)
     scaling = write_rope_scaling(c.rope_scaling)
-    data["max_position_embeddings"] = write_context(kind, c)
-    data |= {
+    data = {
+        "max_position_embeddings": write_context(kind, c),
         "num_key_value_heads": c.n_kv_head,
         "head_dim": c.head_dim,
         "rms_norm_eps": c.norm_eps,
@@ -560,21 +563,26 @@ def write_config(kind, c):
         data["attention_bias"] = c.bias
     if kind == "llama":
         data["mlp_bias"] = c.bias
+    return data
+
+
+def write_windows(kind, c):
+    """Returns the settings of windows."""
     types = layer_types(c)
     if kind in ("mistral", "mixtral"):
-        data["sliding_window"] = c.window_of(0) or None
-    elif SLIDING in types:
-        data |= {"use_sliding_window": True, "sliding_window": c.window}
-        if kind == "qwen3":
-            # transformers before 4.53 knows no layer_types, only how many full layers come first
-            full_first = types.index(SLIDING)
-            data |= {"max_window_layers": full_first, "layer_types": types}
+        return {"sliding_window": c.window_of(0) or None}
+    if SLIDING not in types:
+        return {}
+    data = {"use_sliding_window": True, "sliding_window": c.window}
+    if kind == "qwen3":
+        # transformers before 4.53 knows no layer_types, only how many full layers come first
+        data |= {"max_window_layers": types.index(SLIDING), "layer_types": types}
     return data
 
 
 def write_gpt2_settings(c):
     return {
-        "n_ctx": c.block_size,
+        "n_ctx": c.block_size,  # for llama.cpp
         "layer_norm_epsilon": c.norm_eps,
         "embd_pdrop": c.dropout,
         "attn_pdrop": c.dropout,
@@ -596,13 +604,12 @@ def write_rope_scaling(text):
 
 
 def write_context(kind, c):
-    """Returns max_position_embeddings: with YaRN as a Llama or Qwen2 the context of pre-training.
+    """Returns max_position_embeddings. With YaRN that is the context of pre-training, but for a Qwen3, with experts
+    too: transformers up to 4.50, which has no Qwen3, reads it in place of original_max_position_embeddings.
 
-    Of YaRN's settings, transformers up to 4.50 reads that one in place of
-    original_max_position_embeddings; from 4.51 to 4.55 it takes the quotient of the two for the factor,
-    and knows Qwen3, with experts too. Later versions read what stands there. Raises ValueError where
-    the context is not FACTOR times that of pre-training, as it has to be for the second, and to be read
-    back.
+    From 4.51 to 4.55 transformers takes the quotient of the two for YaRN's factor; later versions read the factor
+    itself. Raises ValueError where the context is not FACTOR times that of pre-training: it has to be for those
+    versions, and to be read back.
     """
     name, numbers = read_rope_scaling(c.rope_scaling)
     if name != "yarn":
