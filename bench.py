@@ -103,7 +103,7 @@ class Config(train.Config):
 
     @property
     def nanogpt(self):
-        """The folder of nanoGPT, where it is a rival: then both optimizers are timed."""
+        """The folder of nanoGPT where it is a rival, else ""."""
         return "" if self.against == LLAMA_CPP else self.against
 
     def __post_init__(self):
@@ -155,12 +155,12 @@ class Config(train.Config):
 
 
 def redrawn(cfg):
-    """Returns cfg without the weights of init_from, which fit no other shape."""
+    """Returns cfg without init_from, whose weights fit no other shape."""
     return replace(cfg, init_from="scratch")
 
 
 def take_shape(cfg):
-    """Returns cfg with the shape of init_from, where that is a model; texts are no longer than without."""
+    """Returns cfg with the shape of init_from, where that is a model, but with a block_size no longer than cfg's."""
     if cfg.init_from == "scratch":
         return cfg
     start = checkpoint.open_checkpoint(cfg.init_from)
@@ -188,9 +188,9 @@ def train_dtypes(cfg, compute):
 
 
 def architectures(cfg):
-    """Returns {name: config}: LLaMA's and GPT-2's settings under the given ones.
+    """Returns {name: config}: LLaMA's settings and GPT-2's, each with the given keys over them.
 
-    Where those choose an architecture themselves, or init_from has one, it is the only one.
+    Where the given keys choose an architecture, or init_from has one, that is the only one.
     """
     if ARCHITECTURE_KEYS & cfg.given.keys() or cfg.init_from != "scratch":
         return {"as given": cfg}
@@ -220,7 +220,7 @@ def train_rivals(cfg, compute, dtypes):
             kinds = {None: rmsnorm.TORCH}
             if config.norm == "rmsnorm" or config.qk_norm:
                 kinds = rmsnorm_kinds(compute.device)
-            if "cpu" in kinds:  # train.py's choice there
+            if "cpu" in kinds:  # on a processor only the one that train.py would choose
                 kinds = {"torch": rmsnorm.TORCH} if compiled else {"cpu": rmsnorm.CPU}
             for kind, ops in kinds.items():
                 training = make_training_step(config, variant_compute, ops)
@@ -299,8 +299,8 @@ def bench_train(cfg, compute):
 def bench_experts(cfg, compute):
     """Times a training step of a mixture of experts against that of a dense model of the same active size.
 
-    Of n_expert SwiGLUs that are n_expert_per_token times as narrow a token goes through so many. against
-    is the time by the dense model's with the same optimizer; muon has all experts' matrices to turn.
+    Its SwiGLUs are n_expert_per_token times as narrow, and a token goes through so many of n_expert. against
+    is the time by that of the dense model with the same optimizer; muon orthogonalizes the matrices of all experts.
     """
     dense = replace(redrawn(cfg), mlp="swiglu")
     experts = replace(dense, mlp="moe", n_inner=max(1, cfg.n_inner // cfg.n_expert_per_token))
@@ -367,7 +367,7 @@ def allocated_cache_row(cfg, compute):
 def bench_kvcache(cfg, compute):
     """Counts the bytes of keys and values.
 
-    At the 7B shape they are those of the formula, at the shape here also those that are allocated.
+    For the shape of a 7B model they are computed; for the shape at hand also those that are stored and allocated.
     """
     for heads, window in (32, 0), (8, 0), (1, 0), (8, 512):
         config = ModelConfig(n_layer=32, n_head=32, n_kv_head=heads, n_embd=4096, window=window)
@@ -384,7 +384,7 @@ def bench_kvcache(cfg, compute):
 
 
 def next_token_step(model, position):
-    """Returns what reads one token at a position, again and again."""
+    """Returns a function that reads one token at a position, the same one at each call."""
     cache = model.new_cache(1, position + 1)
     id = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     with torch.inference_mode():
@@ -547,7 +547,7 @@ def read_batches(cfg, data, device):
 def bench_data(cfg, compute):
     """Times batches from a memory-mapped file, moved to the device.
 
-    against_training compares them with the training step (not compiled) that uses them up.
+    against_training is their speed by that of the training step (not compiled) that reads them.
     """
     step, _, _ = make_training_step(cfg, replace(compute, compile=False))
     dtype = shards.id_type(cfg.vocab_size)
@@ -596,8 +596,8 @@ BENCHES = {
 LONG = {"learning": bench_learning}  # run where they are named
 
 
-def main(cfg):
-    names = list(dict.fromkeys(cfg.words or BENCHES))
+def refuse_strays(cfg, names):
+    """Raises Refusal for keys of benches that are not among the names, and for a nanoGPT that cannot be loaded."""
     if cfg.processes and names != ["scale"]:
         raise Refusal(
             "processes is what scale foresees, by itself: python bench.py scale --processes=..."
@@ -611,15 +611,10 @@ def main(cfg):
         raise Refusal(f"draft and against={LLAMA_CPP} are decode's: python bench.py decode ...")
     if cfg.nanogpt:
         nanogpt.load(cfg.nanogpt)  # refused before minutes are over
-    cfg = take_shape(cfg)
-    compute = resolve(cfg.device, cfg.dtype, cfg.compile)
-    if not cfg.processes:  # else nothing of this size is run
-        check_training_memory(cfg, compute)
-    print(f"{device_name(compute.device)}; {compute.message}; torch {torch.__version__}")
-    print(
-        f"{cfg.n_layer} layers, {cfg.n_head} heads, width {cfg.n_embd}, context {cfg.block_size}, "
-        f"{cfg.batch_size} rows, vocabulary {cfg.vocab_size}"
-    )
+
+
+def run_benches(names, cfg, compute):
+    """Runs benches and prints their tables. Returns {name: the table's rows}. Raises Refusal."""
     figures = {}
     for name in names:
         bench = (BENCHES | LONG)[name]
@@ -631,6 +626,22 @@ def main(cfg):
             message = f"{name} took more memory than {compute.device} has"
             raise Refusal(f"{message}: try a smaller model or batch_size", status=1)
         print_tables(figures[name])
+    return figures
+
+
+def main(cfg):
+    names = list(dict.fromkeys(cfg.words or BENCHES))
+    refuse_strays(cfg, names)
+    cfg = take_shape(cfg)
+    compute = resolve(cfg.device, cfg.dtype, cfg.compile)
+    if not cfg.processes:  # else nothing of this size is run
+        check_training_memory(cfg, compute)
+    print(f"{device_name(compute.device)}; {compute.message}; torch {torch.__version__}")
+    print(
+        f"{cfg.n_layer} layers, {cfg.n_head} heads, width {cfg.n_embd}, context {cfg.block_size}, "
+        f"{cfg.batch_size} rows, vocabulary {cfg.vocab_size}"
+    )
+    figures = run_benches(names, cfg, compute)
     if cfg.json:
         report = {
             "device": device_name(compute.device),
