@@ -1,13 +1,13 @@
 """Work of fixed shapes that a GPU repeats without the processor: captured once as a CUDA graph, then replayed.
 
-    work = Graph(function, device)                # a function without arguments or result, of tensors that stay
-    work()                                        # the function's work: first by a call, then by replays
+    work = Graph(function, device)                # a function without arguments or result, on tensors that stay
+    work()                                        # does what the function does: first by calls, then by replays
 
 In a small model the processor takes longer to launch a step's kernels one by one than the GPU to run them;
 a graph is one launch. It runs the same kernels on the same memory each time. So whatever differs between
-steps must be in tensors that are written in place, and nothing may ask the device on the way.
+steps must be in tensors that are written in place, and nothing on the way may wait for the device.
 
-Where there is no GPU a replay is a call, by which the tests run everything here but the capture. Where a
+Where there is no GPU a replay is a call, so that the tests run everything here but the capture. Where a
 capture fails, calls go on as plain ones, and one line says so.
 """
 
@@ -21,9 +21,9 @@ import torch
 from model import Attention
 from products import joined
 
-WARM_UP = 3  # plain calls before the capture: libraries load, and make room, at their first ones
+WARM_UP = 3  # plain calls before the capture: in their first ones libraries load and take memory
 CHUNK = 8  # steps that are given to the GPU together, and read together
-FEWEST = 4 * CHUNK  # steps, below which a capture, as long as some plain steps, is hardly earned back
+FEWEST = 4 * CHUNK  # steps: of fewer a capture, as long as some plain steps, is hardly earned back
 
 
 @functools.cache
@@ -34,7 +34,7 @@ def say(line):
 
 @functools.cache
 def side_stream(device):
-    """Returns the stream that works are captured on: one, as each would have cuBLAS's workspaces of its own."""
+    """Returns the stream that all graphs are captured on: cuBLAS would take workspaces for each other one."""
     return torch.cuda.Stream(device)
 
 
@@ -42,8 +42,8 @@ captured = weakref.WeakSet()  # torch's graphs
 
 
 def memory_pool():
-    """Returns the pool that graphs share: what one has there between replays is alive, so that no other gets it,
-    and no two run at once. A pool ends with its last graph.
+    """Returns the memory pool that all graphs share. They may, as no two run at once, and what a graph keeps there
+    between its replays counts as used, so that no other graph gets it. A pool ends with its last graph.
     """
     return next((graph.pool() for graph in captured), None) or torch.cuda.graph_pool_handle()
 
@@ -58,7 +58,7 @@ class Graph:
         self.graph = None
         self.is_plain = device.type != "cuda"
         if not self.is_plain:
-            # none but a side stream can be captured; its device has a number, where "cuda" may have none
+            # only a side stream can be captured; its device must have a number, which "cuda" may lack
             self.stream = side_stream(torch.cuda.current_stream(device).device)
 
     def __call__(self):
@@ -76,7 +76,7 @@ class Graph:
 
     @contextmanager
     def beside(self):
-        """Has what is done go to the stream that will be captured, and what comes after wait for it."""
+        """The context in which work goes to the stream that will be captured, and what comes after waits for it."""
         if self.device.type != "cuda":
             yield
             return
@@ -87,7 +87,7 @@ class Graph:
         current.wait_stream(self.stream)
 
     def capture(self):
-        """Records what the function launches; none of it runs. Goes on with plain calls where that fails."""
+        """Records what the function launches, without running it. Where that fails, calls stay plain ones."""
         graph = torch.cuda.CUDAGraph()
         pool = memory_pool()
         current = torch.cuda.current_stream(self.device)
@@ -98,15 +98,16 @@ class Graph:
             self.graph = graph
         except RuntimeError as e:
             self.is_plain = True
-            self.failed = graph  # of which the allocator may have kept a pointer
+            self.failed = graph  # kept, as the allocator may hold a pointer to it
             self.clean_up(current, pool)
-            # what the function raised; torch then fails to end the capture, too
+            # the function's own error: torch raises another one, as it cannot end the capture
             reason = str(e.__context__ or e).partition("\n")[0]
             say(f"steps are launched one by one, as they cannot be captured as a CUDA graph: {reason}")
 
     def clean_up(self, current, pool):
-        """Undoes what torch leaves behind where a capture cannot be ended: its stream as the current one, the
-        allocator recording, and in some releases a generator that draws nothing until another capture has ended.
+        """Undoes what torch leaves behind where a capture cannot be ended: the capture's stream as the current one,
+        an allocator that still records, and in some releases a generator that draws nothing until another capture
+        has ended.
         """
         torch.cuda.set_stream(current)
         with suppress(RuntimeError):  # it has stopped recording
@@ -117,8 +118,8 @@ class Graph:
 
 
 class without_cast_cache:
-    """The context in which autocast keeps no weights that it has cast: a graph would read them after they
-    are freed, and miss that the weights have changed.
+    """The context in which autocast does not keep the weights that it casts: a graph would read the casts after
+    they are freed, and not see that the weights have changed.
     """
 
     def __enter__(self):
@@ -135,7 +136,7 @@ class without_cast_cache:
 
 
 def whats_not_static(config):
-    """Says what keeps the steps of a model of this config from being captured; "" where nothing does."""
+    """Returns what keeps the steps of a model of this config from being captured; "" where nothing does."""
     if config.pos == "alibi":
         return "pos=alibi sends its slopes to the GPU at each step"
     if config.pos in ("rope", "sinusoidal") and not config.what_ends_a_text:
@@ -150,18 +151,18 @@ def is_worth_a_capture(model, n_steps):
 
 
 def decoding_message(config, device, n_tokens, has_draft=False, is_compiled=False):
-    """Returns what is said of graphs where texts of so many tokens are written: "" on a processor, which has none."""
+    """Returns what to say about graphs where texts of so many tokens are written: "" on a processor, which has none."""
     if device.type != "cuda":
         return ""
     reason = "a draft guesses" if has_draft else whats_not_static(config)
-    # the first token is the prompt's
+    # the first token is drawn by reading the prompt
     if not reason and not is_compiled and n_tokens - 1 < FEWEST:
         reason = f"at most {FEWEST} tokens"
     return outcome(reason, "token")
 
 
 def outcome(reason, unit):
-    """Returns the words on a graph a unit, or on the reason why there is none."""
+    """Returns the words that there is a CUDA graph for each unit, or the reason why there is none."""
     return f", no CUDA graph ({reason})" if reason else f", a CUDA graph a {unit}"
 
 
@@ -174,12 +175,12 @@ class Decoder:
     """Steps of one token for all rows of a batch, after their prompts.
 
     model, cache: a Transformer and its StaticCache; ids (B,): the last tokens. draw(logits, uniform) returns
-    (ids (B,), their log p (B,) or None), and may keep what it has seen in a tensor; its settings are part of the
-    graph. uniform(): the numbers of one step, drawn when the step is launched. n_steps: at most so many
-    are made. is_compiled: the step goes through torch.compile before it is captured.
+    (ids (B,), their log p (B,) or None), and may keep the tokens it has seen in a tensor; its settings are part of
+    the graph. uniform() returns the random numbers of one step, drawn when the step is launched. n_steps: at most
+    so many steps are made. is_compiled: the step goes through torch.compile before it is captured.
 
-    The GPU gets CHUNK steps and then the next ones before the first are read, so it never waits for whoever
-    reads. Of a text that ends before, up to two chunks are for nothing.
+    The GPU is given CHUNK steps, and the next CHUNK before those are read, so that it never waits for the reader.
+    Where a text ends early, up to two chunks were computed for nothing.
     """
 
     def __init__(self, model, cache, ids, draw, uniform, n_steps, is_compiled=False):
@@ -192,7 +193,7 @@ class Decoder:
         self.n_launched = 0
         self.ids = ids.clone()
         self.number = torch.zeros(1, dtype=torch.long, device=device)  # of the step
-        if device.type == "cuda":  # where a token's products are so small that their number counts
+        if device.type == "cuda":  # where a token's products are so small that fewer of them are faster
             cache.joint = joint_projections(model)
         first = uniform()
         self.uniforms = first.new_empty(n_steps, *first.shape)
@@ -200,7 +201,7 @@ class Decoder:
         self.new_ids = torch.zeros(n_steps, len(ids), dtype=torch.long, device=device)
         self.logps = torch.zeros(n_steps, len(ids), device=device)
         step = torch.compile(Decoder.step, dynamic=False) if is_compiled else Decoder.step
-        # a cycle would keep keys, values and graph on the device until the garbage collector comes
+        # weak, as a cycle would keep keys, values and graph on the device until the garbage collector runs
         decoder = weakref.ref(self)
         self.graph = Graph(lambda: step(decoder()), device)
 
@@ -215,8 +216,8 @@ class Decoder:
         self.number.add_(1)
 
     def launch(self):
-        """Gives the device the next chunk of steps; returns (ids, log p) of each, (n, B), which come to the
-        host meanwhile, and an event that says when they are there. None where all steps are made.
+        """Gives the device the next chunk of n steps. Returns their ids and log p, (n, B) each, which are copied to the
+        host meanwhile, and an event that says when they are there; None where no step is left.
         """
         start = self.n_launched
         end = min(start + CHUNK, self.n_steps)
@@ -249,7 +250,7 @@ class Decoder:
 
 
 def whats_not_captured(cfg, compute):
-    """Says what keeps the training steps of a config from being captured on a GPU; "" where nothing does."""
+    """Returns what keeps the training steps of a config from being captured on a GPU; "" where nothing does."""
     if compute.world_size > 1:
         return "several processes"
     if compute.dtype == torch.float16:
@@ -269,7 +270,7 @@ def captures_steps(cfg, compute):
 
 
 def graph_message(cfg, compute, is_static=True):
-    """Returns what a training run says of graphs: "" on a processor, which has none. is_static: as of a task."""
+    """Returns what a training run says about graphs: "" on a processor, which has none. is_static: the task's."""
     if compute.device.type != "cuda":
         return ""
     reason = whats_not_captured(cfg, compute) if is_static else "rows of different lengths"
@@ -277,12 +278,12 @@ def graph_message(cfg, compute, is_static=True):
 
 
 class TrainingStep:
-    """Steps of training on batches of one shape: the whole of it, from the loss to the update, is one graph.
+    """Steps of training on batches of one shape: a whole step, from the loss to the update, is one graph.
 
-    step(batches, seed) is train.train_step of a model and its optimizers, which seeds nothing where seed is None;
-    seed_dropout(seed, 0) does before each step instead: what a graph draws begins anew with the generator's
-    seed. What differs from step to step is copied into tensors that stay: the micro-batches, and on a GPU
-    each group's rate. Batches of another shape than the first ones' go through a plain step.
+    step(batches, seed) is train.train_step of a model and its optimizers. A graph draws anew from the generator's
+    seed, so seed_dropout(seed, 0) is called before each step, and step gets the seed None, with which it seeds
+    nothing. What differs from step to step is copied into tensors that stay: the micro-batches, and on a GPU
+    the rate of each group. Batches of other shapes than the first ones go through a plain step.
     """
 
     def __init__(self, step, optimizers, seed_dropout, device):
@@ -294,7 +295,7 @@ class TrainingStep:
         self.loss = torch.zeros((), device=device)
         self.norm = torch.zeros((), device=device)
         self.groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-        # what torch's fused AdamW reads on a GPU; a processor is not kept waiting by a number
+        # tensors, as torch's fused AdamW reads them on a GPU; on a processor plain numbers cost nothing
         self.rates = [torch.zeros((), device=device) for _ in self.groups if device.type == "cuda"]
         self.graph = Graph(self.work, device)
 
@@ -303,7 +304,7 @@ class TrainingStep:
         if self.batches is None:
             self.batches = [{key: x.clone() for key, x in batch.items()} for batch in batches]
             if "torch._dynamo" in sys.modules:
-                # after evaluations of several sizes it would take these for variables
+                # after evaluations of several sizes torch.compile would take these sizes for variables
                 for batch in self.batches:
                     for x in batch.values():
                         torch._dynamo.mark_static(x)
@@ -320,7 +321,7 @@ class TrainingStep:
 
     def work(self):
         """Makes the step of the batches that are held."""
-        # a capture that failed would leave gradients that nobody computed
+        # else a capture that failed would leave gradients that were never computed
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         numbers = [group["lr"] for group in self.groups]

@@ -6,14 +6,16 @@
 
 A call that reads five tokens takes hardly longer than one that reads one, as both read all weights.
 
-At each place the model's own token is drawn, with noise that depends on the seed, the row and the place
-alone. A guess is right where it is that token, and what follows the first wrong one is thrown away. So
+At each place the model's own token is drawn, with noise that depends only on the seed, the row and the
+place. A guess is right where it is that token; the guesses after the first wrong one are thrown away. So
 the text is what the model writes by itself, whatever the draft, the number of guesses, the other rows and
 the clock: only rounding could make a difference. The draft draws its guesses with the same noise, so that
-two models that nearly agree mostly draw the same token (Daliri, Musco and Suresh 2025). Of guesses that
-are accepted with probability min(1, p/q) (Leviathan et al. 2023, Chen et al. 2023) a few more are kept,
-1 - TV of them for at least (1 - TV) / (1 + TV) here, where TV is the distance between p and q; but there
-the text depends on the guesses, and so on the clock too where speculation is given up when it is slow.
+two models that nearly agree mostly draw the same token (Daliri, Musco and Suresh 2025).
+
+The usual way is to accept a guess with probability min(1, p/q) (Leviathan et al. 2023, Chen et al. 2023).
+It keeps a few more guesses: 1 - TV of them, and this way at least (1 - TV) / (1 + TV), where TV is the
+total variation distance between p and q. But there the text depends on the guesses, and so on the clock
+too, where speculation is given up because it is slow.
 """
 
 import math
@@ -41,10 +43,10 @@ from generate import (
 from rmsnorm import choose_rmsnorm
 
 MOST_GUESSES = 64  # in one call
-DRAWS = 8192  # by which it is seen whether next_token has a rule of its own
-MOST_IN_RING = REWIND - 2  # where a window's ring must forget them, and two tokens that came before
+DRAWS = 8192  # that show whether next_token has a rule of its own
+MOST_IN_RING = REWIND - 2  # guesses: a window's ring must be able to forget them and two tokens before
 TRIAL = 64  # tokens a row after which it is decided whether speculation pays
-LEAST_ROUNDS = 4  # of either kind that are counted, for that
+LEAST_ROUNDS = 4  # of either kind that must be counted for that
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -52,8 +54,8 @@ LEAST_ROUNDS = 4  # of either kind that are counted, for that
 
 
 def seen_after(seen, guesses):
-    """Returns which tokens have occurred before each guess and after all of them (B, n + 1, V), from those
-    that had before (B, V) and guesses (B, n).
+    """Returns which tokens have occurred before each of the guesses (B, n), and after the last one, as
+    (B, n + 1, V). seen (B, V): those that had occurred before the first.
     """
     n = guesses.size(1)
     seen = seen[:, None].repeat(1, n + 1, 1)
@@ -64,8 +66,8 @@ def seen_after(seen, guesses):
 
 
 class Draws:
-    """Draws tokens from the distribution that next_token draws from, for the model and its draft alike, with
-    noise that depends on the seed, the row and the place in its text alone.
+    """Draws tokens for the model and its draft, from the same distribution as next_token, with noise that
+    depends only on the seed, the row and the place in its text.
     """
 
     def __init__(self, model, prompts, seed, repetition_penalty, temperature, top_k, top_p):
@@ -84,8 +86,8 @@ class Draws:
         self.noise = []
 
     def add_noise(self):
-        """Makes the noise (B, V) of one place more in each row."""
-        # float64: in float32 one of 2^23 would be 0 and win against any probability
+        """Makes the noise (B, V) of one more place in each row."""
+        # float64: in float32 one number in 2^23 would be 0, which wins against any probability
         noise = np.ones(self.shape)
         for number, row in enumerate(self.rows):
             if not row.end:
@@ -95,8 +97,8 @@ class Draws:
         self.noise.append(torch.from_numpy(noise).float().to(self.device))
 
     def draw(self, logits, guesses):
-        """Returns tokens (B, T) from logits (B, T, V): those of the place after guesses (B, n), and of T - 1
-        places before it.
+        """Returns tokens (B, T) from logits (B, T, V): for the place after guesses (B, n), and for the T - 1
+        places before that.
         """
         T = logits.size(1)
         n = guesses.size(1)
@@ -123,8 +125,8 @@ class Draws:
 
 
 def next_token_has_a_rule():
-    """Returns whether next_token was changed to draw otherwise than distribution says, which alone Draws asks."""
-    tail = torch.linspace(-2, -5, 31)  # which rules cut off
+    """Returns whether next_token was changed so that it draws otherwise than `distribution`, all that Draws knows."""
+    tail = torch.linspace(-2, -5, 31)  # unlikely tokens, which rules cut off
     logits = torch.cat([torch.zeros(1), tail])[None]
     uniform = (torch.arange(DRAWS, dtype=torch.float64)[:, None] + 0.5) / DRAWS
     for rules in (1.0, 0, 1.0), (0.7, 9, 0.9):
@@ -133,15 +135,17 @@ def next_token_has_a_rule():
             p = torch.zeros_like(logits).scatter(1, ids, p)
         drawn = next_token(logits.expand(DRAWS, -1), *rules, uniform)
         shares = torch.bincount(drawn, minlength=logits.size(1)) / DRAWS
-        if (shares - p[0]).abs().sum() > 0.09:  # some 0.04 of another way to draw, which is no rule
+        if (shares - p[0]).abs().sum() > 0.09:  # another way to draw, without a rule, gives some 0.04
             return True
     return not torch.equal(next_token(logits, 0.0), likeliest(logits))
 
 
 # -----------------------------------------------------------------------------------------------------
-# Drafts. One has begin(prompts, most, n_guesses), before texts of up to `most` new tokens and as many guesses at
-# a time; guess(rows, n, draws), which returns up to n ids a row; keep(rows, counts) after it, with how many of
-# each row's were right; and skip() where the model has written a token by itself
+# Drafts. A draft has four methods:
+#   begin(prompts, most, n_guesses)   before texts of up to `most` new tokens, with up to n_guesses at a time
+#   guess(rows, n, draws)             returns up to n ids a row
+#   keep(rows, counts)                after a guess: how many of each row's ids were right
+#   skip()                            in place of both: the model has written a token by itself
 
 
 class Lookup:
@@ -155,7 +159,7 @@ class Lookup:
     def begin(self, prompts, most, n_guesses):
         self.prompts = prompts
         self.texts = [list(prompt) for prompt in prompts]
-        # of each row {tokens: the place after their last occurrence}, and the place up to which it is made
+        # for each row {tokens: the place after their last occurrence}, and the place up to which that is made
         self.indexes = [{} for _ in prompts]
         self.ends = [0] * len(prompts)
 
@@ -173,7 +177,7 @@ class Lookup:
         self.ends[number] = len(text)
         for length in self.lengths:
             place = index.get(tuple(text[-length:]))
-            if place is not None:  # the guesses too may be what it goes on with
+            if place is not None:  # where the text ends, the guesses go on from their own beginning
                 return [text[place + i % (len(text) - place)] for i in range(n)]
         return []
 
@@ -188,8 +192,9 @@ class DraftModel:
     """Guesses with a smaller model of the same tokenizer, in eval mode, which has a cache of its own. Where
     its context is full it reads the last half again.
 
-    After a round its cache lacks the last two tokens of each row: the model's own, and the one before it,
-    which is the last guess, never read, where all were right. A round of three guesses d, e, f after a, b, c:
+    After a round its cache lacks the last two tokens of each row: the one that the model itself wrote last, and
+    the one before. (Where all guesses were right, that is the last guess, which the draft never read.) A
+    round of three guesses d, e, f after a, b, c:
 
         the model writes   the text         the cache, rewound   behind
         d, x               a b c d x        a b c                d x
@@ -203,7 +208,7 @@ class DraftModel:
         self.context = c.block_size if c.what_ends_a_text else math.inf
 
     def begin(self, prompts, most, n_guesses):
-        # a row that has ended is padding, of what is read and guessed in a round
+        # a row that has ended goes on as padding, in the reads and the guesses of a round
         self.capacity = most + n_guesses
         self.spare = n_guesses + 3
         self.cache = None
@@ -220,7 +225,7 @@ class DraftModel:
         )
 
     def window_of(self, row, n):
-        """Returns what the draft reads of a row, so that n guesses fit in its context too."""
+        """Returns the ids that the draft reads of a row, so few that n guesses fit in its context too."""
         longest = self.context - n + 1
         if len(row.window) <= longest:
             return row.window
@@ -269,8 +274,8 @@ class DraftModel:
 
 @dataclass
 class Tally:
-    """What rounds of one kind wrote, and how long they took. The first is not counted: memory is allocated
-    in it, and the draft reads the prompt.
+    """What rounds of one kind wrote, and how long they took. The first round does not count: memory is
+    allocated in it, and the draft reads the prompt.
     """
 
     rounds: int = 0
@@ -299,9 +304,10 @@ def count_right(guesses, ids):
 class Speculation:
     """Writes what a model writes by itself, but checks up to n_guesses of a draft in each call of it.
 
-    Over the first TRIAL tokens a row, or more until there were LEAST_ROUNDS of either kind, plain rounds
-    take turns with speculative ones. Where those were not faster, all that follow are plain. A conversation
-    has one trial. clock: returns seconds; without one there is no trial, and all rounds are speculative.
+    For the first TRIAL tokens a row, and until LEAST_ROUNDS of either kind have counted, plain rounds take
+    turns with speculative ones. If the speculative ones were not faster, all later rounds are plain. A
+    conversation has one trial. clock: returns seconds; without one there is no trial, and all rounds are
+    speculative.
     """
 
     def __init__(self, draft, n_guesses=4, clock=time.perf_counter):
@@ -310,11 +316,11 @@ class Speculation:
         self.clock = clock
         self.n_guessed = 0
         self.n_right = 0
-        self.n_checks = 0  # of one row's guesses
+        self.n_checks = 0  # how often a row's guesses were checked
         self.plain = Tally()
         self.speculative = Tally()
-        self.n_tokens = 0.0  # so far, a row
-        self.gain = None  # how many times as fast as plain rounds, once the trial has ended
+        self.n_tokens = 0.0  # of a row in the trial so far, on average
+        self.gain = None  # speed of speculative rounds by that of plain ones, once the trial has ended
 
     @property
     def is_trial(self):
@@ -325,14 +331,14 @@ class Speculation:
         return self.gain is not None and self.gain <= 1
 
     def count_guesses(self, rows, limits):
-        """Returns how many guesses the next round of rows that go on has room and use for."""
+        """Returns how many guesses the next round has room and use for. rows: those that go on."""
         left = max(limits.max_new_tokens - len(row.ids) for row in rows)
         room = min(limits.block_size - len(row.window) for row in rows)
         return min(self.n_guesses, left - 1, room)
 
     def check(self, model, cache, rows, guesses, draws):
-        """Returns the new ids of each row: its guesses up to the first wrong one, and the model's own after
-        them. The cache then has what it had, the row's last token and the right guesses.
+        """Returns the new ids of each row: its right guesses up to the first wrong one, then the model's own
+        token. The row's last token and its right guesses are in the cache then.
         """
         n = max(map(len, guesses))
         device = model.device
@@ -352,7 +358,7 @@ class Speculation:
         """Reads each row's window anew; returns (the one new id of each row, a cache)."""
         left = max(limits.max_new_tokens - len(row.ids) for row in rows if not row.end)
         windows = [row.window for row in rows]
-        # a row may end with a call's first token, and is padding in the next ones
+        # a row that ends with the first token of a call is padding in the next calls
         logits, cache = prefill(model, windows, left, spare=2 * self.n_guesses + 2)
         none = torch.empty(len(rows), 0, dtype=torch.long, device=model.device)
         ids = draws.draw(logits[:, None], none).tolist()
@@ -360,7 +366,7 @@ class Speculation:
         return [[] if row.end else row_ids for row, row_ids in zip(rows, ids)], cache
 
     def round(self, model, cache, rows, limits, draws):
-        """Returns the new ids of each row, by one call of the model: of guesses, or in a plain round without."""
+        """Returns the new ids of each row, by one call of the model: with guesses, or in a plain round without."""
         going = [row for row in rows if not row.end]
         n = self.count_guesses(going, limits)
         is_plain = self.is_off or self.is_trial and self.plain.rounds <= self.speculative.rounds
@@ -383,7 +389,7 @@ class Speculation:
         return pieces
 
     def count(self, guesses, pieces):
-        """Adds the guesses of a round and the right ones of them to what line() tells."""
+        """Counts a round's guesses, and how many of them were right, for line()."""
         for row_guesses, piece in zip(guesses, pieces):
             if row_guesses:
                 self.n_guessed += len(row_guesses)
@@ -411,10 +417,10 @@ class Speculation:
         past_end="stop",
     ):
         """Continues prompts as generate.generate does; yields the list of their Rows after each token. Where
-        a row got fewer tokens of a round than another, its `new` is None meanwhile.
+        a round gave a row fewer tokens than another, its `new` is None while the other's come.
 
-        The model is in eval mode. Sampled text is another than generate's of that seed, of the same
-        distribution. Raises ValueError as there.
+        The model must be in eval mode. Sampled text differs from what generate writes for that seed, but has
+        the same distribution. Raises ValueError as generate does.
         """
         rows, limits = start_rows(model, prompts, max_new_tokens, stop, past_end)
         draws = Draws(model, prompts, seed, repetition_penalty, temperature, top_k, top_p)
@@ -442,7 +448,7 @@ class Speculation:
 
     @property
     def tokens_a_call(self):
-        """New tokens of a row in a call of the model that checked guesses of it, on average."""
+        """How many new tokens a row got from a call that checked its guesses, on average."""
         return 1 + self.n_right / max(1, self.n_checks)
 
     def line(self):
@@ -464,10 +470,10 @@ class Speculation:
 
 
 def load_draft(path, model, tokenizer, n_guesses, compute, rmsnorm):
-    """Returns the draft that path means for a model with this tokenizer: ngram, or a checkpoint as out_dir
-    names one, which is computed as the model is.
+    """Returns the draft that path means for a model with this tokenizer: a Lookup for ngram, else the model of a
+    checkpoint, which path names as out_dir does, on the model's device and in its dtype.
 
-    Raises Refusal where it is none for that model, n_guesses are too many, or a text would not be next_token's.
+    Raises Refusal where it cannot be this model's draft, n_guesses are too many, or next_token has a rule of its own.
     """
     if next_token_has_a_rule():
         raise Refusal(
