@@ -1,5 +1,5 @@
-"""Where and how a script computes: device, dtype and compile, "auto" resolved once and said with its
-reason; and with whom.
+"""Where and how a script computes: device, dtype and compile, where "auto" is resolved once and its reason is told;
+and the other processes that torchrun started.
 """
 
 import contextlib
@@ -18,8 +18,7 @@ import torch
 
 from config import BOOLS, Refusal
 
-# tf32: float32 numbers, whose products an Ampere or newer GPU rounds to 10 bits of mantissa; float32 is
-# float32 everywhere
+# tf32 is float32, but an Ampere or newer GPU rounds its products to 10 bits of mantissa; float32 is not rounded so
 DTYPES = {
     "float32": torch.float32,
     "tf32": torch.float32,
@@ -28,7 +27,7 @@ DTYPES = {
 }
 SIGHUP = getattr(signal, "SIGHUP", None)  # Windows has none
 BFLOAT16_WIDTH = 128  # auto trains in bfloat16 on a CPU from this n_embd on
-# Seconds that processes wait in a step for one that may hang; torchrun kills it 30 later, within the minute
+# Seconds that processes wait in a step for one that may hang. torchrun kills that one 30 s later, within the minute
 HANGS_AFTER = 20
 
 # Of a training run on a GPU, by rule of thumb
@@ -44,10 +43,10 @@ class Compute:
     dtype_name: str  # a key of DTYPES: what a checkpoint keeps
     compile: bool
     message: str  # one line: what was chosen, and why
-    rank: int = 0  # of this process, among
-    world_size: int = 1  # so many that torchrun started
+    rank: int = 0  # of this process
+    world_size: int = 1  # processes that torchrun started
     shards: bool = False  # whether they share out the weights too; see sharding.py
-    group: "Group" = None  # of them, where they are several
+    group: "Group" = None  # where there are several processes
 
     @property
     def dtype(self):
@@ -56,10 +55,10 @@ class Compute:
 
     def sum(self, x, in_step=False):
         """Returns the tensor x summed over all processes, in place: over gloo on a CPU, over nccl on a
-        GPU. in_step: all come here soon after each other, and who does not is taken to hang.
+        GPU. in_step: all processes come here soon after each other, and one that does not is taken to hang.
 
-        Raises Refusal when a process has ended, or hangs (over gloo; nccl lets the others wait until
-        torchrun ends them).
+        Raises Refusal when a process has ended, or hangs (over gloo; over nccl the others wait until torchrun
+        ends them).
         """
         if self.world_size > 1:
             patient = None if in_step or not x.is_cpu else self.group.patient
@@ -68,12 +67,12 @@ class Compute:
         return x
 
     def barrier(self):
-        """Waits until every process is here, however long the first one writes or samples."""
+        """Waits until every process is here, even where the first one writes or samples for long."""
         self.sum(torch.zeros(1))
 
     @contextlib.contextmanager
     def refusing_loss(self):
-        """Returns the context in which a message that does not come is a Refusal, which says whose."""
+        """Returns the context in which a message that does not come is a Refusal, which names the process."""
         try:
             yield
         except RuntimeError as e:
@@ -104,12 +103,12 @@ class Compute:
 
     @property
     def takes_part(self):
-        """Whether this process is needed for what the first one alone writes: of weights in shards each has some."""
+        """Whether this process is needed where only the first one writes: each has some of the weights in shards."""
         return self.is_main or self.shards
 
     @property
     def parts(self):
-        """Of how many parts of the weights this process holds one."""
+        """How many parts the weights are in, of which this process holds one."""
         return self.world_size if self.shards else 1
 
     def autocast(self):
@@ -125,9 +124,9 @@ def resolve(
     """Returns the Compute for three settings as they stand on the command line.
 
     join: with the other processes that torchrun started, which with shard share out the weights.
-    train_width: n_embd of the model that is to be trained, 0 where nothing is; auto_dtype looks at it. work:
-    (floating-point operations of a step, steps) of the training that is to be done, None where nobody knows;
-    choose_compile looks at it. Raises Refusal for what this machine cannot do.
+    train_width: n_embd of the model to train, 0 where none is trained, for auto_dtype. work: (floating-point
+    operations of a step, steps) of the training to do, None where that is not known, for choose_compile.
+    Raises Refusal for what this machine cannot do.
     """
     rank, world_size, local_rank = torchrun_ranks() if join else (0, 1, 0)
     device, device_reason = choose_device(device, local_rank if world_size > 1 else None)
@@ -138,7 +137,7 @@ def resolve(
         keep_freed_memory()
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
-        torch.backends.cuda.enable_cudnn_sdp(False)  # but for one_shape
+        torch.backends.cuda.enable_cudnn_sdp(False)  # except within one_shape()
     group = join_processes(device, rank, world_size) if world_size > 1 else None
     if group:
         reasons.append(f"{world_size} processes{', weights in shards' if shard else ''}")
@@ -148,9 +147,9 @@ def resolve(
 
 @contextlib.contextmanager
 def one_shape():
-    """Returns the context of attention on a GPU whose shapes stay the same, in which it may be cuDNN's: where torch
-    has that come first, as on an H200, it is the fastest one in training, but plans for each new shape, for tenths
-    of a second. A text grows by a token a step, and rows to tune on or to score differ in length.
+    """Returns the context in which attention on a GPU may be cuDNN's, for work whose shapes stay the same. Where torch
+    prefers cuDNN's, as on an H200, it is the fastest one in training; but it plans for each new shape, which takes
+    tenths of a second. A text grows by a token a step, and rows to tune on or to score differ in length.
     """
     was_enabled = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(True)
@@ -178,13 +177,13 @@ def join_processes(device, rank, world_size):
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
         store, *_ = next(torch.distributed.rendezvous("env://", rank, world_size))
-        # a launcher that starts processes again may keep the store, with the dead ones' addresses in it
+        # a launcher that restarts processes may keep the store, which then has the addresses of dead ones
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = torch.distributed.PrefixStore(f"attempt {attempt}", store)
         torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size)
         group = Group(store, rank, world_size)
-        # nccl connects at its first message; and who left with a Refusal while another still connects
-        # would take that one down
+        # a first message now: nccl connects by it, and a process that left with a Refusal while another
+        # still connects would take that one down
         for place in dict.fromkeys((torch.device("cpu"), device)):  # in one order everywhere
             torch.distributed.all_reduce(torch.zeros(1, device=place))
         torch.distributed.all_reduce(torch.zeros(1), group=group.patient)
@@ -196,7 +195,7 @@ def join_processes(device, rank, world_size):
 
 
 class Group:
-    """The processes of a run: those messages that may take long, and who has not come."""
+    """The processes of a run: the group for messages that may take long, and which processes do not come."""
 
     def __init__(self, store, rank, world_size):
         self.store = store
@@ -206,13 +205,13 @@ class Group:
         self.patient = torch.distributed.new_group(backend="gloo")  # waits half an hour
 
     def hurry(self, seconds):
-        """Makes each message over gloo but the patient ones fail after so many seconds."""
+        """Makes messages over gloo fail after so many seconds, but not those of the patient group."""
         self.seconds = max(HANGS_AFTER, seconds)
         gloo = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))
         gloo._set_default_timeout(timedelta(seconds=self.seconds))
 
     def missing(self):
-        """Returns the ranks that do not say within seconds that they, too, have waited in vain."""
+        """Returns the ranks that do not tell within three seconds that they, too, have waited in vain."""
         self.store.set(f"waited {self.rank}", "")
         ranks = [rank for rank in range(self.world_size) if rank != self.rank]
         for _ in range(30):
@@ -222,8 +221,8 @@ class Group:
 
 
 def choose_device(name, local_rank):
-    """Returns (torch.device, the reason) for auto | cpu | cuda | cuda:N | mps; local_rank: of several
-    processes, each with a GPU.
+    """Returns (torch.device, the reason) for auto | cpu | cuda | cuda:N | mps. local_rank: this process's, where
+    several on this machine take a GPU each; else None.
     """
     reason = ""
     if name == "auto":
@@ -272,8 +271,8 @@ def choose_dtype(device, dtype, train_width):
 
 
 def choose_compile(device, compile, dtype=torch.float32, work=None):
-    """Returns (whether to use torch.compile, the reason) for auto | true | false. dtype: torch's, of
-    products; work: as resolve has it.
+    """Returns (whether to use torch.compile, the reason) for auto | true | false. dtype: the torch.dtype of products;
+    work: as resolve has it.
     """
     if compile == "auto":
         if device.type == "cpu":
@@ -298,18 +297,18 @@ def choose_compile(device, compile, dtype=torch.float32, work=None):
 
 
 def training_seconds(flops, steps, peak=None):
-    """Returns about how long so many uncompiled steps of so many floating-point operations take on a GPU of
-    `peak` FLOP/s, None where that is not known: within a factor of two or three.
+    """Returns about how many seconds uncompiled steps, each of so many floating-point operations, take on a GPU: right
+    within a factor of two or three. peak: the GPU's FLOP/s, None where they are not known.
     """
     return steps * max(LAUNCH_SECONDS, flops / (SHARE_OF_PEAK * (peak or UNKNOWN_PEAK)))
 
 
 class StopAfterStep:
-    """Turns SIGTERM, SIGINT (Ctrl-C) and SIGHUP (a terminal that is gone) into a wish that every process
-    learns of at the same step. SIGHUP stays ignored where it was, as under nohup.
+    """Turns SIGTERM, SIGINT (Ctrl-C) and SIGHUP (a terminal that is gone) into a wish to stop, of which every
+    process learns at the same step. SIGHUP stays ignored where it was ignored, as under nohup.
 
-    The same signal again acts as usual, but not SIGHUP, which the shell and the kernel both send, and
-    not among several processes: there each comes from the terminal and again from torchrun.
+    When the same signal comes again it acts as usual; but not SIGHUP, which the shell and the kernel both
+    send, and not where there are several processes, which get each signal from the terminal and from torchrun.
     """
 
     def __init__(self, compute):
@@ -329,12 +328,12 @@ class StopAfterStep:
             signal.signal(number, self.handlers[number])
 
     def agree(self, is_late):
-        """Returns (whether any process was told to stop, whether it is late by the first one's clock): the same
-        for all. A message over the CPU: it does not wait for a GPU.
+        """Returns (whether any process was told to stop, whether the first process is late), the same in all
+        processes. The message goes over the CPU, so that nothing waits for a GPU.
         """
         wishes = torch.tensor([self.signal, is_late and self.compute.is_main])
-        signal, is_late = self.compute.sum(wishes, in_step=True).tolist()
-        return signal > 0, is_late > 0
+        number, is_late = self.compute.sum(wishes, in_step=True).tolist()
+        return number > 0, is_late > 0
 
     @property
     def name(self):
@@ -362,7 +361,7 @@ def keep_freed_memory():
 
 
 def auto_dtype(device, train_width):
-    """What dtype=auto means, (a key of DTYPES, why): a fixed rule of device, task and width, so that a
+    """Returns (a key of DTYPES, the reason) for dtype=auto. It depends only on device, task and width, so that a
     command computes the same each time. train_width: n_embd of a model to train, 0 to read or write text
     with one. LOG.md has the measurements, under dtype.
     """
@@ -376,7 +375,7 @@ def auto_dtype(device, train_width):
 
 
 def fast_bfloat16(device):
-    """Whether the device has instructions for bfloat16 products. A CPU without them emulates them, slowly."""
+    """Returns whether a device has instructions for products in bfloat16. A CPU without them emulates them, slowly."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu":
@@ -384,8 +383,8 @@ def fast_bfloat16(device):
     return False
 
 
-# Dense half-precision FLOP/s of GPUs by their data sheets. Whole names: an L40 is no L4, a laptop's RTX
-# 4090 no RTX 4090, a MIG slice no H100
+# Dense half-precision FLOP/s of GPUs by their data sheets. Names must match as a whole: an L40 is not an L4, a
+# laptop's RTX 4090 not an RTX 4090, and a MIG slice not an H100
 PEAK_FLOPS = {
     r"NVIDIA H200": 989e12,
     r"NVIDIA H100 80GB HBM3": 989e12,
@@ -405,8 +404,8 @@ def name_of(dtype):
 
 
 def peak_flops(device, dtype):
-    """Dense half-precision FLOP/s of the GPU by its data sheet; None where it is not known or not what
-    products in a torch.dtype use: then no MFU is printed.
+    """Returns the dense half-precision FLOP/s of a GPU by its data sheet, of which products in a torch.dtype have a
+    share, the MFU; None where they are not known or the dtype is float32: then no MFU is printed.
     """
     if device.type != "cuda" or dtype == torch.float32:
         return None

@@ -1,6 +1,6 @@
-"""Gradients of several processes, added up while the backward pass still computes others.
+"""Gradients of several processes, which are added up while the backward pass still computes other gradients.
 
-The last micro-batch's backward pass:
+For the backward pass of the last micro-batch:
 
     with GradientSum(model, params, compute, loss) as gradients:
         micro_loss.backward()
@@ -9,18 +9,19 @@ The last micro-batch's backward pass:
 
 import torch
 
-BUCKET = 1 << 20  # numbers in a message, of parameters whose gradients come about together: 4 MiB
-IN_FLIGHT = 4  # messages at a time: so many buckets of every process are held
+BUCKET = 1 << 20  # numbers in a message, 4 MiB: of gradients that are ready at about the same time
+IN_FLIGHT = 4  # messages at a time: each process holds so many buckets of every process
 
 
 class GradientSum:
     """Sums the gradients of a model's params, and a loss, over all processes, in messages of about BUCKET
     numbers.
 
-    A message leaves when the last of its gradients is there, in one order everywhere; one that a process has
-    not, as of an expert without tokens, counts as zeros. Over gloo each process gets all parts and adds them
-    in the order of the ranks: k processes have what k micro-batches add up to, to the bit, where a ring
-    adds each part of a message in another order. That is k / 2 times a ring's traffic.
+    A message leaves when the last of its gradients is ready; all processes send messages in the same order.
+    A gradient that a process does not have, as that of an expert without tokens, counts as zeros. Over gloo
+    each process gets all parts and adds them in the order of the ranks, so that k processes have to the bit
+    what k micro-batches add up to; a ring would add each part of a message in another order. This is k / 2
+    times a ring's traffic.
     """
 
     def __init__(self, model, params, compute, loss):
@@ -36,7 +37,7 @@ class GradientSum:
             self.buckets[-1].append(p)
             size += p.numel()
         self.numbers = {p: i for i, bucket in enumerate(self.buckets) for p in bucket}
-        self.missing = [len(bucket) for bucket in self.buckets]  # gradients
+        self.missing = [len(bucket) for bucket in self.buckets]  # gradients that are not ready
         self.n_sent = 0
         self.in_flight = []  # (parameters, the parts of all processes, work)
 
@@ -55,6 +56,7 @@ class GradientSum:
             self.send()
 
     def send(self):
+        """Sends the next bucket's gradients, and with the first one the loss."""
         params = self.buckets[self.n_sent]
         tensors = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
         if self.n_sent == 0:
@@ -80,7 +82,7 @@ class GradientSum:
             total += part
         sizes = [p.numel() for p in params]
         if params is self.buckets[0]:
-            # a view would keep the whole message until the log reads the loss
+            # a copy, as a view would keep the whole message until the log reads the loss
             self.loss = total[-1].clone()
             total = total[:-1]
         for p, grad in zip(params, total.split(sizes)):

@@ -3,9 +3,9 @@
 
     torchrun --nproc_per_node=8 train.py --shard=full
 
-Of each weight a process has some rows, a DTensor. A block's weights are whole while it computes, and its
-gradients are added up, each process its rows, while the block before computes. What is not sharded
-passes through all functions here as it is.
+Each process has some rows of each weight, in a DTensor. A block's weights are gathered while the block computes;
+its gradients are added up while the block before computes, and each process keeps those of its rows. Tensors that
+are not sharded pass through all functions here as they are.
 """
 
 import torch
@@ -15,8 +15,8 @@ from config import Refusal
 
 def shard(model, compute):
     """Shares out a Transformer's weights among all processes: each block by itself, and embedding, position
-    table, last norm and head, tied or not, together. Moves it to compute.device. Each process must have
-    the same weights before. Raises Refusal where its numbers need a loss scaler.
+    table, last norm and head, tied or not, together. Moves the model to compute.device. Before, each process
+    must have the same weights. Raises Refusal for float16, which needs a loss scaler.
     """
     from torch.distributed.device_mesh import init_device_mesh  # seconds of a start, for those who shard
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -28,20 +28,20 @@ def shard(model, compute):
     mesh = init_device_mesh(compute.device.type, (compute.world_size,))
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     if compute.dtype == torch.bfloat16:
-        # autocast rounds weights at each product; they are sent so, and their gradients added up in float32
+        # autocast would round the weights at each product: they are sent rounded, and gradients added up in float32
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     for module in groups(model):
         fully_shard(module, mesh=mesh, mp_policy=policy)
-        # train_step has divided each loss by the targets of all processes: gradients are summed. The
-        # setting is of one module, not of those within; and gloo knows no other reduction
+        # gradients are summed, not averaged, as train_step divides each loss by the targets of all
+        # processes. The settings do not reach the modules within; and gloo can do nothing but sum
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
     register_fsdp_forward_method(model, "next_logits")  # another way in than model()
 
 
 def groups(model):
-    """Returns the modules of a Transformer whose weights are gathered together: each block, and last the model,
-    of which it is what no block has.
+    """Returns the modules of a Transformer whose weights are gathered together: each block, and last the model
+    itself, for the weights that are in no block.
     """
     return (*model.blocks, model)
 
@@ -56,23 +56,23 @@ def local(x):
 
 
 def whole(x):
-    """Returns all of a tensor, which every process must ask for."""
+    """Returns a whole tensor. Every process must call it."""
     return x.full_tensor() if is_sharded(x) else x
 
 
 def placed_like(x, p):
-    """Returns x, of the shape of p, on p's device, and of x the part that this process has of p."""
+    """Returns x, which has the shape of p, on p's device; where p is sharded, the part that this process has."""
     x = x.to(p.device)
     if not is_sharded(p) or x.dim() == 0:
         return x
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(x, p.device_mesh, p.placements, src_data_rank=None)  # it is here whole
+    return distribute_tensor(x, p.device_mesh, p.placements, src_data_rank=None)  # all have x whole
 
 
 def gathered(value, keep):
-    """Returns nested dicts and lists with each sharded tensor in them whole and on the CPU, one after the
-    other. Every process must call it; without keep None stands for them, and nothing is held.
+    """Returns nested dicts and lists with each sharded tensor in them whole and on the CPU; they are gathered
+    one after the other. Every process must call it; without keep None stands in their place.
     """
     if isinstance(value, dict):
         return {key: gathered(item, keep) for key, item in value.items()}
@@ -85,11 +85,11 @@ def gathered(value, keep):
 
 
 def apply_to_whole(function, shards, params):
-    """Applies a function of matrices (n, rows, columns) that keeps their shape to sharded ones, each process
-    to its share of them, whole: one message there and one back.
+    """Applies a function of matrices (n, rows, columns), which keeps their shape, to sharded ones. Each process
+    gets some of the matrices whole and applies it to those: one message there and one back.
 
-    shards: of each of params, of one shape (rows, columns), the rows that this process has. Returns as
-    many shards.
+    shards: the rows of each of params that this process has; params are of one shape (rows, columns).
+    Returns the rows of the results, as many shards.
     """
     group = params[0].device_mesh.get_group()
     world_size, rank = group.size(), group.rank()
@@ -114,7 +114,9 @@ def apply_to_whole(function, shards, params):
 
 
 def exchange(message, incoming, outgoing, group):
-    """Sends each process its part of a message, of so many numbers; returns what each has sent."""
+    """Sends each process its part of a message; returns the parts that came from each. incoming, outgoing: how many
+    numbers come from each process, and go to each.
+    """
     received = message.new_empty(sum(incoming))
     torch.distributed.all_to_all_single(received, message, incoming, outgoing, group=group)
     return received.split(incoming)
