@@ -18,7 +18,7 @@ from config import Refusal, is_hf
 RUN = ("ckpt.pt", "ckpt_best.pt", "adapter.pt", "adapter_best.pt")
 BESIDE = r".*\.gguf|bench_.*\.png"  # files of hf.py and bench.py
 LOCK = ".lock"
-PID = ".pid"  # of the process that has the lock: where a lock is mandatory nobody else reads its file
+PID = ".pid"  # of the process that has the lock; a file of its own, as some systems let nobody read a locked one
 
 
 class InUse(Refusal):
@@ -31,8 +31,8 @@ def holds_run(folder, names=RUN):
 
 
 def others_in(folder):
-    """Returns the names in folder that are none of its own run's: subfolders that hold other runs, as
-    demo in out, or have one going on, and the lock's files.
+    """Returns the names in folder that do not belong to its own run: subfolders with other runs, finished or
+    going on, as demo in out, and the lock's files.
     """
     if not os.path.isdir(folder):
         return []
@@ -42,8 +42,8 @@ def others_in(folder):
 
 
 def is_free(folder):
-    """Returns whether a run can begin in folder as it is: nothing is there but subfolders, as of other runs and what
-    was made of them, files that other scripts write beside those, and the log of a run that made no checkpoint.
+    """Returns whether a run can begin in folder as it is: where there is nothing but subfolders, which hold other runs
+    and what was made of them, files that other scripts write beside these, and the log of a run without a checkpoint.
     """
     if not os.path.isdir(folder):
         return not os.path.exists(folder)
@@ -54,7 +54,7 @@ def is_free(folder):
 def in_the_way(folder, overwrite, ways):
     """Returns whether folder holds anything that move_aside is to move.
 
-    Raises Refusal where it does and overwrite was not given, `ways` tells the ways out; and where the current
+    Raises Refusal where it does but overwrite was not given, with `ways`, the ways out; and where the current
     folder would be moved.
     """
     if not os.path.exists(folder) or os.path.isdir(folder) and not os.listdir(folder):
@@ -66,7 +66,7 @@ def in_the_way(folder, overwrite, ways):
 
 
 def refuse_around(folder, paths):
-    """Raises Refusal where a folder holds one of the paths, of which "." is the current folder."""
+    """Raises Refusal where a folder holds one of the paths; "." is the current folder."""
     for path in paths:
         if os.path.exists(path) and Path(path).resolve().is_relative_to(Path(folder).resolve()):
             name = "the current folder" if path == "." else path
@@ -74,9 +74,9 @@ def refuse_around(folder, paths):
 
 
 def move_aside(folder, keep=()):
-    """Renames a folder, or all in it but the names in keep, to NAME.old-TIME and says so.
+    """Renames a folder to NAME.old-TIME, or moves all in it but the names in keep there, and says so.
 
-    Raises Refusal where the system does not let it, or another process trains there.
+    Raises Refusal where the system does not allow it, or another process trains there.
     """
     folder = Path(folder)
     if not keep:
@@ -98,16 +98,16 @@ def move_aside(folder, keep=()):
 
 
 def acquire(folder, waits=None):
-    """Returns the FileLock of a folder, held; it ends with its process. None where nothing can be written
-    there, or the disk knows no locks.
+    """Takes the lock of a folder, which ends with this process. Returns the FileLock, or None where nothing
+    can be written there or the disk knows no locks.
 
-    waits: a line to print, or "", while another process has it. Without, raises InUse, which names that
-    process.
+    waits: where another process has the lock, print this line, unless it is "", and wait. None: raise InUse,
+    which names that process.
     """
     path = os.path.join(folder, LOCK)
     try:
         open(path, "a").close()
-    except OSError:  # what is written beside it says why
+    except OSError:  # whoever writes another file here will say why that fails
         return None
     lock = FileLock(path)
     try:
@@ -121,7 +121,7 @@ def acquire(folder, waits=None):
             if waits:
                 print(waits)
             lock.acquire()
-    except FileNotFoundError:  # who was waited for has failed, and taken the folder away
+    except FileNotFoundError:  # the process that had the lock has failed, and removed the folder
         return None
     except (OSError, NotImplementedError) as e:
         print(f"{folder} is on a disk without locks ({e}): nothing keeps a second run out of it")
@@ -138,8 +138,8 @@ def read_pid(folder):
 
 @contextmanager
 def without_empty(folder):
-    """Removes at the end of the block those of a folder and its parents that were not there before it and
-    have nothing in them.
+    """Removes a folder and its parents at the end of the block, as far as they did not exist before it and
+    are empty then.
     """
     missing = [path for path in (Path(folder), *Path(folder).parents) if not os.path.exists(path)]
     try:
@@ -152,11 +152,11 @@ def without_empty(folder):
 
 @contextmanager
 def alone(folder, make=True, waits=None):
-    """Keeps other runs out of a folder until the block or its process ends, and removes from it what dead
-    ones had half written.
+    """Keeps other runs out of a folder until the block or its process ends, and removes files that dead runs
+    left half written there.
 
-    Without make, a folder that is missing stays so; one that stays empty is removed again. waits: as
-    acquire() takes it. Raises Refusal.
+    A missing folder is made, unless make is False, and removed again if it stays empty. waits: as acquire()
+    takes it. Raises Refusal.
     """
     folder = Path(folder)
     with without_empty(folder):
@@ -173,17 +173,17 @@ def alone(folder, make=True, waits=None):
         finally:
             if lock:
                 for name in (PID, LOCK):
-                    with suppress(OSError):  # Windows keeps a file that is open: it is in nobody's way
+                    with suppress(OSError):  # Windows does not remove an open file, which does no harm
                         (folder / name).unlink()
                 lock.release()
 
 
 def remove_temporaries(folder):
-    """Removes the files of write_atomic that a run's killed process left in folder, and no file of the
-    user's.
+    """Removes the files of write_atomic that the killed process of a run left in folder. Files of the user
+    have other names.
     """
     names = "|".join(map(re.escape, (*RUN, "log.jsonl", "loss.png")))
-    # the latter are of runs from before temporary() named them
+    # the second form is that of runs from before temporary() named these files
     name = re.compile(rf"\.({names})\.tmp-\w+-\d+-\d+|({names})\.\d+\.tmp")
     for path in folder.iterdir():
         if name.fullmatch(path.name):
@@ -192,14 +192,14 @@ def remove_temporaries(folder):
 
 
 def sync(f):
-    """Returns when what was written to an open file is on disk."""
+    """Waits until what was written to an open file is on disk."""
     f.flush()
     os.fsync(f.fileno())
 
 
 def write_atomic(path, write):
-    """Calls write(file) on a file beside path, then puts it in path's place; it is on disk when this
-    returns. Raises Refusal.
+    """Calls write(file) with a file beside path, then puts that in path's place. It is on disk when this returns.
+    Raises Refusal.
 
     A process that is killed leaves a .NAME.tmp-MACHINE-PID-TIME, which the next write to path removes.
     """
@@ -212,7 +212,7 @@ def write_atomic(path, write):
             write(f)
             sync(f)
         os.replace(tmp, path)
-        if os.name == "posix":  # the new name is an entry of the folder, which is written on its own
+        if os.name == "posix":  # the new name is an entry of the folder, which must be on disk too
             handle = os.open(folder, os.O_RDONLY)
             try:
                 os.fsync(handle)
@@ -248,14 +248,14 @@ def is_alive(pid):
     except OSError:  # another user's
         return True
     with suppress(OSError):  # where there is no /proc
-        # a killed one has its number until its parent asks, which in a container may be never
+        # a killed process keeps its number until its parent asks for its status, in a container maybe never
         state = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0]
         return state not in ("Z", "X")
     return True
 
 
 def machine():
-    """Returns a short name of this machine, whose pids say nothing of another one's on a shared disk."""
+    """Returns a short name of this machine: on a shared disk, a pid of another one says nothing here."""
     return f"{zlib.crc32(platform.node().encode()):08x}"
 
 
@@ -265,10 +265,10 @@ def temporary(to, stamp):
 
 
 def left_by_dead(to):
-    """Returns [(stamp, path)] of the temporary folders and files for `to` of this machine's processes that
-    are no longer alive, the oldest first.
+    """Returns [(stamp, path)] of the temporary folders and files for `to` that processes of this machine left
+    which are no longer alive, the oldest first.
     """
-    # before machine() came, names had none
+    # names from before machine() have no machine in them
     name = re.compile(rf"\.{re.escape(to.name)}\.tmp-(?:{machine()}-)?(\d{{1,9}})-(\d+)")
     left = []
     with suppress(FileNotFoundError):  # there is no parent yet
@@ -290,8 +290,8 @@ def take_over(to, tmp):
 def sweep(to):
     """Removes what dead processes left for `to`.
 
-    It is renamed first, so that nobody takes over what is being removed. With its stamp it stays older
-    than what this process took over, if it is killed here.
+    Each is renamed first, so that nobody takes over what is being removed. It keeps its stamp, so that it is
+    still older than what this process took over, should this process be killed here.
     """
     for stamp, path in left_by_dead(to):
         own = temporary(to, stamp)
@@ -311,8 +311,8 @@ def new_folder(to, overwrite, ways, reads=(), is_worth=None):
     folder or a path in `reads`. A run that is killed leaves a .NAME.tmp-MACHINE-PID-TIME beside `to`,
     which nothing reads and the next run for the same `to` removes.
 
-    With is_worth, a function of a folder, the next run gets it to fill instead, as it was left; and what a
-    run that failed leaves stays for the next one where is_worth(folder).
+    is_worth: a function of a folder. With it, the next run is given the folder of a killed run to fill, as that
+    was left; and the folder of a run that failed stays for the next run where is_worth(folder) is true.
     """
     to = Path(os.path.realpath(to) if os.path.islink(to) else to)
     moving = in_the_way(to, overwrite, ways)

@@ -14,8 +14,8 @@ from folders import write_atomic
 class Log:
     """Writes out_dir/log.jsonl, from the first process alone.
 
-    Lines past saved_step are dropped: that of the checkpoint that a run goes on from, -1 where it starts
-    anew. Raises Refusal.
+    Lines past saved_step are dropped. It is the step of the checkpoint that a run goes on from, -1 where
+    the run starts anew. Raises Refusal.
     """
 
     def __init__(self, cfg, saved_step, compute):
@@ -103,7 +103,7 @@ def evaluation_line(step, figures, speed):
 def read_log(path):
     """Returns the lines of a log.jsonl as dicts. Raises Refusal where the file cannot be read.
 
-    Leaves out what is no line of a log: a killed run may end it with half a line.
+    Leaves out lines that are none of a log: a killed run may end it with half a line.
     """
     if not os.path.exists(path):
         return []
@@ -116,6 +116,7 @@ def read_log(path):
 
 
 def parse_line(text):
+    """Returns a line of a log as a dict, None where it is no such line."""
     try:
         line = json.loads(text)
     except (ValueError, RecursionError):
@@ -158,6 +159,4 @@ def plot(out_dir, panels=PANELS):
 
 def draw_curve(ax, lines, key, **style):
     points = [(line["step"], line[key]) for line in lines if type(line.get(key)) in (int, float)]
-    steps = [step for step, _ in points]
-    losses = [loss for _, loss in points]
-    ax.plot(steps, losses, **style)
+    ax.plot([step for step, _ in points], [value for _, value in points], **style)
