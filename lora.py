@@ -2,12 +2,11 @@
 (alpha / rank) B A dropout(x).
 
     from lora import LoRAConfig, inject, merge
-    inject(model, LoRAConfig(rank=8))     # only the adapters learn; B starts at zero: the model computes what it did
+    inject(model, LoRAConfig(rank=8))     # only the adapters learn; as B starts at zero, the model computes the same
     merge(model)                          # W becomes W + (alpha / rank) B A, and the model is an ordinary one again
 
-A model is any nn.Module whose Linears have the names in LINEARS; among them may be Linears of experts,
-(n, out, in) matrices that `multiply` uses, which get an adapter an expert. Of its other parts nothing is
-known here.
+A model is any nn.Module whose Linears have the names in LINEARS. Linears of experts, with a weight (n, out, in)
+and a `multiply`, get an adapter for each expert. Nothing is assumed of the model's other parts.
 """
 
 import math
@@ -53,7 +52,7 @@ class LoRAConfig:
 
 class LoRALinear(nn.Module):
     """A Linear and its adapter: A (rank, in), drawn as nn.Linear draws its weight, and B (out, rank),
-    zero; both float32. For a Linear of n experts n of each.
+    zero; both float32. A Linear of n experts has n of each.
     """
 
     is_on = True  # see switched_off
@@ -94,8 +93,8 @@ class LoRALinear(nn.Module):
 def inject(model, c):
     """Freezes the model and puts an adapter beside each Linear that c names.
 
-    Raises ValueError where the model has no such Linear or one that is too small, and has changed
-    nothing then.
+    Raises ValueError where the model has no such Linear, or one that takes no adapter of this rank; nothing
+    has changed then.
     """
     linears = {name: m for name, m in model.named_modules() if name.rpartition(".")[2] in c.names}
     kinds = {name.rpartition(".")[2] for name in linears}
@@ -121,18 +120,19 @@ def inject(model, c):
 
 
 def is_product(linear):
-    """Returns whether a Linear multiplies by its weight and does no more, as an adapter beside it wants."""
+    """Returns whether a Linear only multiplies by its weight, so that an adapter can be merged into that."""
     return hasattr(linear, "multiply") or type(linear).forward in (nn.Linear.forward, Linear.forward)
 
 
 def replace(model, name, module):
+    """Puts a module in the place of the one that the model has under this name."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
 
 
 @contextmanager
 def switched_off(model):
-    """Lets the model compute what it did before it got adapters."""
+    """The context in which the model computes what it did before it got adapters."""
     adapted = [m for m in model.modules() if isinstance(m, LoRALinear)]
     try:
         for m in adapted:
@@ -145,7 +145,7 @@ def switched_off(model):
 
 @contextmanager
 def folded_in(model):
-    """Has the adapters in the weights for a while, where a model only reads: then it is as fast as its base."""
+    """The context in which the adapters are in the weights: a model that only reads is as fast as its base then."""
     adapted = [m for m in model.modules() if isinstance(m, LoRALinear)]
     weights = [m.base.weight.data for m in adapted]
     try:
@@ -159,8 +159,8 @@ def folded_in(model):
 
 
 def without_dropout(model):
-    """Ends the dropout of a model, that of its adapters apart: a loss that compares the model with itself would
-    only learn to do without.
+    """Ends the dropout of a model, but not that of its adapters. A loss that compares the model with itself as it
+    was would only make it learn to undo dropout.
     """
     own = {id(m.dropout) for m in model.modules() if isinstance(m, LoRALinear)}
     for m in model.modules():
@@ -179,7 +179,7 @@ def merge(model):
 
 
 def state_dict(model):
-    """Returns the adapters alone, {"blocks.0.attn.q_proj.A": (rank, in), ...}: the model's own tensors."""
+    """Returns the adapters alone, {"blocks.0.attn.q_proj.A": (rank, in), ...}; the tensors are not copies."""
     tensors = {}
     for name, module in model.named_modules():
         if isinstance(module, LoRALinear):
@@ -202,6 +202,6 @@ def load_state_dict(model, adapters):
 
 
 def trainable(model):
-    """Returns (parameters that are learned, all of them, adapters too), each counted once."""
+    """Returns (how many parameters are learned, how many there are, with adapters), each counted once."""
     learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return learned, sum(p.numel() for p in model.parameters())

@@ -1,12 +1,11 @@
-"""From rows of examples to batches for tuning: a file's or the hub's rows, conversations, ids, rows of
-the context.
+"""From rows of examples to batches for tuning: rows of a file or of the hub become conversations, these ids, and
+several examples share a row of the context.
 
 A row is an object with prompt and response; with instruction, output and perhaps input (Alpaca); with
 messages, each with a role (system, user, assistant) and content; with conversations, whose messages say
 from (human, gpt) and value (ShareGPT); or with prompt and completion, both texts or both lists of
 messages (TRL). Content may be a list of parts of type text. Text is taken as it stands. Responses and
-the end of text after each are learned, prompts are not. Examples share a row of the context, but none
-sees another.
+the end of text after each are learned, prompts are not. Examples that share a row do not see each other.
 """
 
 import functools
@@ -24,17 +23,19 @@ from chat import encode_answers, encode_turns, turns_of
 from config import Refusal, hf_name, is_hf
 from data import AS_IT_STANDS, MODELS_OWN, STRIPPED, by_text_rule
 
-MORAL_SEED = 0  # other stories than data/toy's: a test looks
+MORAL_SEED = 0  # of other stories than those of data/toy, which a test checks
 
 
 # -----------------------------------------------------------------------------------------------------
-# Rows: (place, row), where place says in words which one it is
+# Rows are (place, row); place names the row in messages, as "rows.jsonl line 3"
 
 
 def read_rows(dataset, split="train", built_in=""):
-    """Yields (place, row) of all rows, of a dataset on the hub those of a split, which may be missing.
+    """Yields (place, row) of all rows of a file, or of a split of a dataset on the hub; none where it has no
+    such split.
 
-    built_in: what --dataset may name too; "" of --val_dataset. Raises Refusal for what cannot be read.
+    built_in: the other name that --dataset may be, "" for --val_dataset; only for the message. Raises Refusal for
+    what cannot be read.
     """
     if is_hf(dataset):
         rows = sources.hub_splits(hf_name(dataset)).get(split, ())
@@ -50,9 +51,9 @@ def read_rows(dataset, split="train", built_in=""):
 
 
 class BuiltIn(NamedTuple):
-    """Rows that are made here."""
+    """Rows that are made here. The first ones are to learn from."""
 
-    make: Callable  # returns so many rows, the first ones to learn from
+    make: Callable  # (n, seed) -> n rows
     n_learned: int
     n_held_out: int
 
@@ -81,8 +82,8 @@ def read_both(cfg):
 
 
 def split_numbers(cfg, n, n_held_out):
-    """Returns (numbers of rows to learn from, numbers of those held out), two arrays. Rows are numbered as
-    read_both() has them, n and then n_held_out. Raises Refusal.
+    """Returns (numbers of rows to learn from, numbers of rows held out), two arrays. The n rows of the first
+    dataset of read_both() are numbered first, then the n_held_out rows of the second. Raises Refusal.
     """
     numbers = np.arange(n + n_held_out)
     if cfg.val_dataset or n_held_out:
@@ -98,10 +99,10 @@ def split_numbers(cfg, n, n_held_out):
 
 
 def split_rows(cfg, convert):
-    """Returns (what to learn from, what is held out), each a list of what convert(rows) makes of (place, row)
-    pairs. Raises Refusal.
+    """Returns (what to learn from, what is held out), two lists. convert(rows) returns a list with an item for
+    each (place, row). Raises Refusal.
     """
-    # converted before they are shuffled: a Refusal is of the first row that it is about
+    # converted before they are shuffled, so that a Refusal is about the first wrong row
     learned, held_out = [convert(rows) for rows in read_both(cfg)]
     both = [*learned, *held_out]
     return tuple([both[i] for i in side] for side in split_numbers(cfg, len(learned), len(held_out)))
@@ -115,7 +116,7 @@ class Message(NamedTuple):
     role: str  # system | user | assistant | tool
     text: str | None  # None where it has no content
     is_learned: bool = True  # if it is an answer
-    has_calls: bool = False  # of tools, or is one or its result
+    has_calls: bool = False  # it calls a tool, or is a call or its result
 
 
 # the names of chat formats and of ShareGPT
@@ -143,20 +144,23 @@ PART = "a part of a content has type and text; here is"
 
 
 def messages_of_texts(row, place, columns):
-    """The last of the columns has the answer, those before it the lines of one prompt."""
+    """Returns the Messages of a row of texts: the last column is the answer, those before it make one prompt."""
     *prompts, answer = [sources.field(row, column, place, ROW) for column in columns]
     prompt = "\n".join(filter(None, prompts))
     return [Message("user", prompt), Message("assistant", answer)]
 
 
 def messages_of_alpaca(row, place, columns):
+    """Returns the Messages of a row of texts that may have a column `input`, which ends the prompt."""
     *prompts, answer = columns
     optional = ["input"] if "input" in row else []
     return messages_of_texts(row, place, [*prompts, *optional, answer])
 
 
 def messages_of_chat(row, place, columns):
-    """The answers of the last column are learned, those of one before are part of its prompt."""
+    """Returns the Messages of a row of lists of messages. Answers in the last column are learned, those in a
+    column before it are part of the prompt.
+    """
     messages = []
     for column in columns:
         if not isinstance(row[column], list):
@@ -185,7 +189,7 @@ def read_message(message, place, is_learned):
 
 
 def read_content(message, key, place):
-    """Returns a message's text, None where it is null or has no part. Raises Refusal for other parts."""
+    """Returns a message's text, None where it is null or has no parts. Raises Refusal for parts that are no text."""
     content = message.get(key)
     if content is None and key in message:
         return None
@@ -201,10 +205,12 @@ def read_content(message, key, place):
 
 
 class Kind(NamedTuple):
-    columns: tuple  # by which rows of this kind are known
-    type: type  # of what they hold
-    messages: Callable  # (row, place, columns) -> its Messages
-    template: str  # where neither the user nor the base has one
+    """A form of rows."""
+
+    columns: tuple  # that all rows of this kind have
+    type: type  # of what the columns hold
+    messages: Callable  # (row, place, columns) -> the row's Messages
+    template: str  # that is taken where neither the user nor the base has one
 
 
 CHAT_TEMPLATE = "User:\n{prompt}\n\nAssistant:\n"
@@ -219,7 +225,7 @@ KINDS = [
 ]
 
 
-# in which the last two columns are two answers, or two conversations with a common start
+# The last two columns are two answers, or two conversations with a common start
 PREFERENCE_KINDS = [
     Kind(("prompt", "chosen", "rejected"), str, messages_of_texts, "{prompt}\n"),
     Kind(("instruction", "chosen", "rejected"), str, messages_of_alpaca, ALPACA_TEMPLATE),
@@ -229,16 +235,15 @@ PREFERENCE_KINDS = [
 
 
 def kind_of(row, kinds=KINDS):
-    """Returns the first Kind whose columns the row has, filled where there is one: tables have all
-    columns in all rows. The first of kinds where there is none.
+    """Returns the first Kind whose columns the row has with values of its type, else the first whose columns it has
+    at all, as a table has each column in all rows, else the first Kind.
     """
     columns = row if isinstance(row, dict) else ()
-    known = kinds
-    kinds = [kind for kind in known if all(column in columns for column in kind.columns)]
+    named = [kind for kind in kinds if all(column in columns for column in kind.columns)]
     filled = [
-        kind for kind in kinds if all(isinstance(row[column], kind.type) for column in kind.columns)
+        kind for kind in named if all(isinstance(row[column], kind.type) for column in kind.columns)
     ]
-    return (filled or kinds or known)[0]
+    return (filled or named or kinds)[0]
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -246,6 +251,8 @@ def kind_of(row, kinds=KINDS):
 
 
 class Conversation(NamedTuple):
+    """The messages of a row, or of one side of a preference."""
+
     place: str
     kind: Kind
     messages: list
@@ -292,8 +299,7 @@ def problem_of(messages):
 def conversations(rows, text_rule=AS_IT_STANDS):
     """Returns the Conversation of each (place, row). Raises Refusal.
 
-    Runs from before text was learned as it stands go on with all of their rows, also those in which a
-    turn is missing.
+    A run that learned text STRIPPED is older than the rules in problem_of, and goes on with all of its rows.
     """
     result = []
     for place, row in rows:
@@ -318,14 +324,14 @@ def role_at(messages, n):
 
 
 def preferences(rows):
-    """Returns of each (place, row) the Conversation with the chosen answer and that with the rejected one, a
-    pair. What both begin with is the prompt. Raises Refusal.
+    """Returns for each (place, row) a pair: the Conversation with the chosen answer and the one with the rejected
+    answer. The messages that both begin with are the prompt. Raises Refusal.
     """
     result = []
     for place, row in rows:
         kind = kind_of(row, PREFERENCE_KINDS)
         is_complete = isinstance(row, dict) and {*kind.columns} <= row.keys()
-        # two texts alone: their prompt has another name, or stands in both
+        # two texts without a prompt: it has another name, or stands in both texts
         if not is_complete or kind.type is list and isinstance(row["chosen"], str):
             here = ", ".join(map(str, row)) if isinstance(row, dict) else f"{row!r:.40}"
             raise Refusal(f"{place}: {PREFERENCE} {here:.200}")
@@ -333,7 +339,7 @@ def preferences(rows):
         sides = [kind.messages(row, place, [*prompt, side]) for side in (chosen, rejected)]
         n = len(row[prompt[0]]) if prompt and kind.type is list else 0
         if all(texts(side[:n]) == texts(side[n : 2 * n]) for side in sides):
-            sides = [side[n:] for side in sides]  # whole conversations, which have the prompt in them
+            sides = [side[n:] for side in sides]  # each side has the whole conversation, with the prompt
         common = 0
         for one, other in zip(*sides):
             if one != other:
@@ -373,8 +379,8 @@ def default_template(conversations):
 
 
 def encode(conversation, tokenizer, template):
-    """Returns (ids, whether each is learned), two lists. ValueError: a character that a character model
-    lacks, messages that the model's chat template refuses.
+    """Returns (ids, whether each is learned), two lists. Raises ValueError for a character that a character
+    model lacks, and messages that the model's chat template refuses.
     """
     if template == MODELS_OWN:
         return encode_answers(tokenizer, chat_messages(conversation.messages), conversation.is_learned)
@@ -393,8 +399,8 @@ class LeftOut(NamedTuple):
 
 
 def encode_row(row, tokenizer, template, T):
-    """Returns encode() of each conversation of a row: one, or two of a preference. LeftOut where a
-    conversation has no response or more than T tokens: the row is left out as a whole. Raises Refusal.
+    """Returns encode() of each conversation of a row, which has one, or as a preference two; or a LeftOut for the
+    whole row where one has no response or more than T tokens. Raises Refusal.
     """
     place, problem = row[0].place, row[0].problem
     if problem:
@@ -421,13 +427,13 @@ def check_template(template, tokenizer):
 
 
 def side_names(cfg):
-    """Returns what lines call the rows to learn from and those held out."""
+    """Returns the names of both sides in messages: the rows to learn from, and those held out."""
     return f"{cfg.dataset}, to learn from", f"{cfg.val_dataset or cfg.dataset}, held out"
 
 
 def side_line(name, n, left_out, T, need="has a response and fits in"):
-    """Returns a line about the n rows of a side, of which some were LeftOut. Raises Refusal where all were: none met
-    the need.
+    """Returns a line about the n rows of a side; left_out: a LeftOut for each that is. Raises Refusal where there is
+    no row, or where all are left out, as none of them does what `need` says.
     """
     if not n:
         raise Refusal(f"{name}: there is no row in it")
@@ -454,8 +460,8 @@ def first_places(places):
 
 
 def pack(lengths, T):
-    """Returns lists of indices whose lengths add up to at most T: the longest first, each where it
-    leaves the least room.
+    """Returns lists of indices whose lengths add up to at most T. The longest ones are placed first, each into
+    the list where it leaves the least room.
     """
     packs = []
     room = []  # sorted (tokens left, pack)
