@@ -1,9 +1,9 @@
-"""Conversations: their ids, by the chat template that came with a model, and one in the terminal.
+"""Conversations: their ids, by the chat template that came with a model, and a chat in the terminal.
 
     python sample.py --out_dir=hf:FOLDER --chat --system="You are brief."
 
-A message is {"role": system | user | assistant, "content": text}. A model of the hub brings its own
-template (interop/chat_template.py); one that was fine-tuned here has a text with {prompt} in it.
+A message is {"role": system | user | assistant, "content": text}. A model of the hub has its own template
+(interop/chat_template.py); the template of a model that was fine-tuned here is a text with {prompt} in it.
 """
 
 import itertools
@@ -17,8 +17,8 @@ HELP = "/reset starts anew, /quit or Ctrl-D leaves, Ctrl-C stops an answer"
 def conversation_ids(tokenizer, messages, template=MODELS_OWN):
     """Returns the ids of a conversation up to where the assistant's next answer starts.
 
-    template: a text with {prompt} in it, or MODELS_OWN. ValueError: messages that the model's own
-    refuses.
+    template: a text with {prompt} in it, or MODELS_OWN. Raises ValueError for messages that the model's own
+    template refuses.
     """
     if template == MODELS_OWN:
         _, ids = own_start(tokenizer, messages)
@@ -30,13 +30,13 @@ def conversation_ids(tokenizer, messages, template=MODELS_OWN):
 
 class Turn(NamedTuple):
     prompt: str
-    response: str  # "" where it is waited for
+    response: str  # "" where it is still to come
     is_learned: bool = True
 
 
 def turns_of(messages, is_learned):
-    """Returns the Turns of messages: what stands before an answer is its prompt, and what stands after the last
-    one is left out. is_learned: of each message, whether it is learned if it is an answer.
+    """Returns the Turns of messages. The messages before an answer are its prompt; those after the last answer are
+    left out. is_learned: for each message, whether it is learned if it is an answer.
     """
     turns = []
     prompts = []
@@ -50,8 +50,8 @@ def turns_of(messages, is_learned):
 
 
 def encode_turns(tokenizer, turns, template):
-    """Returns (ids, whether each is learned). Prompt and response are encoded apart: their boundary is
-    one between tokens, and a prompt's ids are those that sample.py makes of it.
+    """Returns (ids, whether each is learned), two lists. Prompt and response are encoded apart, so that no
+    token has a part of both, and a prompt's ids are those that sample.py makes of it.
     """
     ids = []
     is_target = []
@@ -65,8 +65,8 @@ def encode_turns(tokenizer, turns, template):
 
 
 def start_of_answer(tokenizer, prompt, template):
-    """Returns (the text that a model reads before it answers a prompt, its ids). ValueError: a prompt that the
-    model's own template refuses, or a character that a character model lacks.
+    """Returns (the text that a model reads before it answers a prompt, its ids). Raises ValueError for a prompt that
+    the model's own template refuses, and for a character that a character model lacks.
     """
     if template == MODELS_OWN:
         return own_start(tokenizer, [{"role": "user", "content": prompt}])
@@ -75,7 +75,7 @@ def start_of_answer(tokenizer, prompt, template):
 
 
 def own_start(tokenizer, messages):
-    """Returns what start_of_answer does, of a conversation in the model's own template."""
+    """Returns what start_of_answer returns, for a conversation in the model's own template."""
     text = own_template(tokenizer).render(messages, add_generation_prompt=True)
     return text, tokenizer.encode_special(text)
 
@@ -90,9 +90,9 @@ def own_template(tokenizer):
 def encode_answers(tokenizer, messages, is_learned):
     """Returns (ids of a conversation by the model's own chat template, whether each is learned).
 
-    An answer and the token that ends it are learned where is_learned, a flag a message, says so. What
-    comes after the last answer is left out. ValueError: messages that the template refuses, or a
-    template that writes an earlier turn otherwise once another follows.
+    An answer and the token that ends it are learned where is_learned, a flag for each message, says so. What
+    comes after the last answer is left out. Raises ValueError for messages that the template refuses, and for
+    a template that writes earlier turns otherwise once another turn follows.
     """
     template = own_template(tokenizer)
     ids = []
@@ -123,14 +123,14 @@ def added_ids(tokenizer, ids, text, longer):
     whole = tokenizer.encode_special(longer)
     if whole[: len(ids)] == ids:
         return whole[len(ids) :]
-    # the last token of the text would be another
+    # not simply longer: the text's last token becomes another one when more follows
     return tokenizer.encode_special_more(longer[len(text) :])
 
 
 class Chat:
     """A conversation with a model: its messages, and what it answers.
 
-    generate: from ids to the steps of generate.generate, of one row. system: the text of the system message,
+    generate: a function from [ids] to the steps of generate.generate. system: the text of the system message,
     None where there is none. text_rule: how the model learned such texts, see data.text_rule.
     """
 
@@ -152,10 +152,11 @@ class Chat:
         self.messages = list(self.first)
 
     def answer(self, text):
-        """Yields the answer to a message in pieces, as it is written; both are messages from then on.
+        """Yields the answer to a message in pieces, as it is written. The message and the answer are part of the
+        conversation from then on.
 
-        Where the consumer stops, what it has had so far is the answer. ValueError: a conversation that
-        does not fit in the context, of which the message is no part then.
+        Where the consumer stops, the answer is what it was given so far. Raises ValueError for a conversation that
+        does not fit in the context; the message is not part of it then.
         """
         messages = [*self.messages, self.message("user", text)]
         ids = conversation_ids(self.tokenizer, messages, self.template)

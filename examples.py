@@ -1,16 +1,17 @@
-"""Examples of rows, encoded once into a folder of arrays that are mapped into memory.
+"""Rows encoded once, into a folder of arrays that are mapped into memory.
 
-data/.encoded/KEY/rows is what finetune_lora.py makes of a dataset at the first start and opens at every
-other one. KEY is a hash of all that decides what is in it: the rows themselves, the tokenizer, the
-template, the context and the split. Nothing else knows of the folder, and it can be removed at any time.
+finetune_lora.py makes data/.encoded/KEY/rows of a dataset at the first start, and opens it at each later
+one. KEY is a hash of all that decides what is in it: the rows themselves, the tokenizer, the template,
+the context and the split. Nothing else knows of the folder, and it can be removed at any time.
 
     ids.bin                 the ids of all examples in the order of the rows, one after the other
-    is_learned.bin          of each id whether it is learned, a byte
+    is_learned.bin          whether each id is learned, a byte
     starts.bin              where each example starts among them, and where the last one ends
-    learn.numbers.bin       which examples are learned, in the order of the split; val. are held out
+    learn.numbers.bin       which examples are learned, in the order of the split
     learn.packs.bin         which of those share a row of the context, one pack after the other
     learn.pack_starts.bin   where each pack starts among them, and where the last one ends
-    meta.json               the sizes and hashes of these, and what finetune_lora.py prints of them
+    val.*.bin               the same three for the examples that are held out
+    meta.json               the hashes of these, and the lines about them that finetune_lora.py prints
 """
 
 import hashlib
@@ -48,7 +49,7 @@ from rows import (
     split_numbers,
 )
 
-FORMAT = 3  # another one where the same rows become other arrays
+FORMAT = 3  # to be raised when the same rows become other arrays
 FOLDER = Path("data", ".encoded")
 CHUNK = 128  # rows that a thread encodes at a time
 SIDES = ("learn", "val")
@@ -66,7 +67,7 @@ class Source:
     conversations_per_row: int  # 1, or 2 of a preference
 
     def key(self):
-        """Returns all of that as what JSON holds. Raises Refusal for a dataset that cannot be read."""
+        """Returns all of that as JSON would hold it. Raises Refusal for a dataset that cannot be read."""
         cfg = self.cfg
         return {
             "format": FORMAT,
@@ -83,7 +84,7 @@ class Source:
 
 
 def fingerprint(dataset, built_in=""):
-    """Returns a hash of the rows of a dataset, of one on the hub the commit; "" for none. Raises Refusal."""
+    """Returns a hash of a dataset's rows, for one on the hub its commit; "" for no dataset. Raises Refusal."""
     if not dataset:
         return ""
     if dataset == built_in:
@@ -95,7 +96,7 @@ def fingerprint(dataset, built_in=""):
 
             return HfApi().dataset_info(name, timeout=10).sha
     if sources.file_kind(dataset) not in sources.ROW_READERS:
-        return ""  # read_rows() says so
+        return ""  # read_rows() will refuse it
     try:
         return hash_file(dataset)
     except OSError as e:
@@ -116,7 +117,7 @@ def hash_json(value):
 
 
 class Ragged:
-    """Arrays of different lengths that stand in one: ragged[n] is the n-th, and a slice a list of them."""
+    """Arrays of different lengths in one array: ragged[n] is the n-th of them, a slice is a list of them."""
 
     def __init__(self, values, starts):
         self.values = values
@@ -157,8 +158,8 @@ class Encoded(NamedTuple):
     learn: Side
     val: Side
     template: str
-    length: int  # of a row of the context, in tokens: at least the longest pair's
-    rows_sha256: str  # of what a run that goes on must find again
+    length: int  # of a row of the context, in tokens: the longest pair fits in
+    rows_sha256: str  # of what a resumed run must find unchanged
 
 
 def array_types(vocab_size):
@@ -169,12 +170,12 @@ def array_types(vocab_size):
 
 
 def mapped(path, dtype):
-    """Returns the array in a file. It may be written to, as torch expects of one, which the file never sees."""
+    """Returns the array in a file. It may be written to, as torch expects, but the file does not change."""
     return np.memmap(path, dtype, mode="c").view(np.ndarray)
 
 
 def open_encoded(folder, key, vocab_size):
-    """Returns the Encoded of a folder. FileNotFoundError: there is none; ValueError: it is damaged."""
+    """Returns the Encoded of a folder. Raises FileNotFoundError where there is none, ValueError where it is damaged."""
     with open(folder / "meta.json", encoding="utf-8") as f:
         meta = json.load(f)
     if not isinstance(meta, dict) or meta.pop("sha256", None) != hash_json(meta):
@@ -201,8 +202,8 @@ def open_encoded(folder, key, vocab_size):
 
 
 def find_encoded(source, is_main):
-    """Returns the Encoded of a source, which is made where there is none; another process that needs the same
-    one waits for it. Raises Refusal.
+    """Returns the Encoded of a source; makes it where there is none, while other processes that need the same one
+    wait. Raises Refusal.
     """
     key = source.key()
     folder = FOLDER / hash_json(key)[:16] / "rows"
@@ -249,9 +250,9 @@ def convert(rows, source):
 
 
 def encode_chunk(rows, source, template, first):
-    """Returns the Chunk of (place, row) pairs. first: the Conversations of the first row of all.
+    """Returns the Chunk of (place, row) pairs. first: the Conversations of the first of all rows.
 
-    Raises Refusal, also where rows have another template than the first one and none was given for all.
+    Raises Refusal, also where no template was given and a row's kind has another one than the first row's.
     """
     converted = convert(rows, source)
     if not source.template:
@@ -279,11 +280,12 @@ def in_chunks(rows):
 
 
 def write_ids(datasets, encode, per_row, folder):
-    """Writes ids.bin and is_learned.bin of the rows of two datasets, of which encode makes Chunks with per_row
+    """Writes ids.bin and is_learned.bin of the rows of two datasets. encode(rows) returns a Chunk with per_row
     examples a row.
 
-    Returns (where each example starts, and where the last one ends; the first example of each row, -1
-    where it is left out; {number of a row: its LeftOut}; [number of rows of a dataset]). Raises Refusal.
+    Returns four things: where each example starts, and where the last one ends; the number of the first example
+    of each row, -1 where the row is left out; {number of a row: its LeftOut}; and how many rows each dataset
+    has. Raises Refusal.
     """
     starts = array("q", [0])
     first_examples = array("q")
@@ -339,7 +341,7 @@ def make(source, key, folder):
         arrays[f"{side}.pack_starts"] = np.cumsum([0, *(per_row * len(rows) for rows in packs)])
     types = array_types(source.tokenizer.vocab_size)
     for name, values in arrays.items():
-        # tofile() does not say when the last bytes find no room on the disk
+        # not by tofile(), which does not say when the disk has no room for the last bytes
         (folder / f"{name}.bin").write_bytes(values.astype(types[name]))
 
     meta = {
@@ -355,8 +357,8 @@ def make(source, key, folder):
 
 
 def hash_examples(folder, types, arrays, per_row):
-    """Returns the hash of what a run that goes on must find again: the examples that are learned and, of
-    preferences, those held out too, as the reference of both is kept.
+    """Returns the hash of what a resumed run must find unchanged: the examples to learn from and, for preferences,
+    those held out too, as a run keeps what its reference gives both.
     """
     ids, is_learned = [
         Ragged(mapped(folder / f"{name}.bin", types[name]), arrays["starts"])
