@@ -64,12 +64,12 @@ class Config(PairConfig):
 
 
 # -----------------------------------------------------------------------------------------------------
-# The loss. A batch is a packed one with "reference" (rows, documents): log p of each document's answer by
-# the reference, of the chosen and the rejected one in turns, nan where a row has no more documents
+# The loss. A batch is a packed one with "reference" (rows, documents): log p that the reference gives each
+# document's answer, chosen and rejected ones in turns; nan where a row has no more documents
 
 
 def answer_logps(model, batch):
-    """Returns log p of each document's answer with its end, in nats, of the shape of the batch's reference."""
+    """Returns log p of each document's answer with its end, in nats, in the shape of the batch's reference."""
     idx, targets, doc = batch["idx"], batch["targets"], batch["doc"]
     nats = model(idx, targets, doc=doc, reduction="none")[1].float()  # 0 where nothing is learned
     logps = torch.zeros_like(batch["reference"])
@@ -77,8 +77,8 @@ def answer_logps(model, batch):
 
 
 def gains(model, batch):
-    """Returns four tensors (pairs,) in nats: by how much the chosen and the rejected answers are likelier
-    than for the reference, and log p of both.
+    """Returns four tensors (pairs,): by how many nats the chosen answers, and the rejected ones, are likelier
+    than for the reference; then log p of the chosen ones, and of the rejected ones.
     """
     logps = answer_logps(model, batch)
     is_pair = ~batch["reference"][:, ::2].isnan()
@@ -87,8 +87,8 @@ def gains(model, batch):
 
 
 def sums_of_pairs(margin, chosen, rejected):
-    """Returns the sums over pairs of the loss of a margin, of whether it is above 0, of itself and of two more
-    figures, all (pairs,), and the number of pairs, as score.means takes them.
+    """Returns what score.means takes: the sums over pairs of the margin's loss, of whether the margin is above 0, of
+    the margin, of `chosen` and of `rejected`; and last the number of pairs. The arguments are (pairs,) each.
     """
     columns = [-F.logsigmoid(margin), margin > 0, margin, chosen, rejected, torch.ones_like(margin)]
     return torch.stack([column.float().sum() for column in columns])
@@ -104,9 +104,9 @@ def count_pairs(batch):
 
 
 class Pairing(finetune_lora.FineTuning):
-    """A task of pairs of answers. examples has the chosen and the rejected ones in turns; a pair shares a row, each a
-    document of it. A class of this kind says the names of its figures, and figures(batch): their sums over a batch,
-    and the number of pairs.
+    """A task of pairs of answers. examples has chosen and rejected ones in turns; a pair shares a row, in which each is
+    a document. A class made of this one has `names`, those of its figures, and figures(batch), which returns their
+    sums over a batch and the number of pairs.
     """
 
     conversations_per_row = 2
@@ -135,8 +135,8 @@ class Preferring(Pairing):
     names = ("val_loss", "accuracy", "margin", "logp_chosen", "logp_rejected")
 
     def begin(self):
-        """Computes what the reference, the base, gives the answers. A run of all weights keeps it: when it
-        goes on, the base is gone.
+        """Computes the log p that the reference, the base, gives each answer. A run of all weights keeps them, as
+        the base is gone when it goes on.
         """
         lora.without_dropout(self.tuning.model)
         if self.tuning.resumed and not self.cfg.rank:
@@ -191,7 +191,7 @@ class Preferring(Pairing):
         )
 
     def built_in_lines(self):
-        """Returns how many samples are as preferred, judged by the grammar, and how well stories are told."""
+        """Returns two lines: how many samples end as preferred, by the grammar, and how well stories are told."""
         tuning = self.tuning
         _, held_out = rows.split_rows(self.cfg, rows.preferences)
         openings = [chosen.turns[-1].prompt for chosen, _ in held_out[:SAMPLES]]
@@ -213,8 +213,8 @@ class Preferring(Pairing):
 
 
 def pair_batch(packs, examples, reference, length):
-    """Returns the batch of packs of examples, of which reference (examples,) has log p of the answers; length:
-    of a row.
+    """Returns the batch of packs of examples. reference (examples,): the log p that the reference gives each answer;
+    length: tokens in a row.
     """
     batch = rows.packed_batch(packs, examples, length)
     batch["reference"] = torch.full((len(packs), max(map(len, packs))), torch.nan)

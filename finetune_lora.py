@@ -9,8 +9,8 @@ of all its weights.
 A row is an object with prompt and response; with instruction, output and perhaps input (Alpaca); with
 messages, each with a role (system, user, assistant) and content; with conversations (ShareGPT); or with
 prompt and completion, texts or lists of messages (TRL): see rows.py. Text is learned as it stands. The
-loop is train.py's fit: --init_from=resume, signals, torchrun and log are as they are there. Another kind
-of tuning takes open_tuning and Tuning, and writes its own rows and loss.
+loop is train.py's fit, so that --init_from=resume, signals, torchrun and the log work as they do there.
+Another kind of tuning uses open_tuning and Tuning too, and has its own rows and loss.
 """
 
 import math
@@ -78,11 +78,11 @@ class Config(TrainConfig, lora.LoRAConfig):
     # fmt: on
 
     built_in = "moral"  # the dataset that is made here
-    built_in_template = ""  # and the template of its rows, where that is another than their kind's
+    built_in_template = ""  # of its rows; "": that of their kind
 
     @property
     def rows(self):
-        """Of a micro-batch."""
+        """How many rows a micro-batch has."""
         return self.batch_size
 
     def __post_init__(self):
@@ -117,12 +117,12 @@ FIXED = DATA_KEYS | {"val_dataset", "val_fraction", "template", "rank", "alpha",
 
 @dataclass
 class Tuning:
-    """A base that was opened to be tuned: with adapters in it, or as it is with --rank=0."""
+    """A base that is open to be tuned, by adapters or with --rank=0 as it is."""
 
     cfg: TrainConfig
     kind: str  # of tuning, kept in the run's config
-    base: Checkpoint  # and the adapters over it, where a run goes on
-    resumed: dict  # the loaded run that goes on, or None
+    base: Checkpoint  # where a run goes on, with its adapters
+    resumed: dict  # what was loaded of the run that goes on, or None
     compute: Compute
     model: torch.nn.Module
     tokenizer: object
@@ -131,11 +131,10 @@ class Tuning:
     moves_aside: bool  # out_dir holds what --overwrite is to move
 
     def prepare(self, length):
-        """Puts adapters into the model, moves it to the device and returns what to train on rows of this length: the
-        model, perhaps compiled.
+        """Puts adapters into the model, moves it to the device and returns what to train: the model, perhaps compiled.
+        length: tokens in a row.
 
-        Raises Refusal where the model takes no such adapters, or memory does not hold what training
-        takes.
+        Raises Refusal where the model takes no such adapters, or memory is too small for the training.
         """
         cfg = self.cfg
         torch.manual_seed(cfg.seed)
@@ -146,7 +145,7 @@ class Tuning:
                 lora.inject(self.model, cfg)
             except ValueError as e:
                 raise Refusal(e)
-        self.base.state.pop("model")  # else both would be held until the end
+        self.base.state.pop("model")  # else the weights would be in memory twice until the end
         learned, _ = lora.trainable(self.model)
         c = replace(self.model.config, block_size=length)
         adapt = partial(lora.inject, c=cfg) if cfg.rank else None
@@ -164,7 +163,7 @@ class Tuning:
         return trained
 
     def save(self, name, state, notes):
-        """Writes the adapters, or with --rank=0 the whole checkpoint, to out_dir; notes are kept beside the config."""
+        """Writes the adapters, or with --rank=0 the whole checkpoint, to out_dir; notes are kept with the config."""
         config = (
             asdict(self.cfg)
             | {"task": self.kind, "launch": launch(), "base_dataset": self.base.dataset}
@@ -179,11 +178,11 @@ class Tuning:
 
 
 def open_tuning(cfg, kind, fixed=FIXED):
-    """Returns the Tuning that a config means: a base opened, or a run that goes on, with the settings
-    that it decides.
+    """Returns the Tuning that a config means, of a base or of a run that goes on, with what these decide put
+    into the config.
 
-    kind: of tuning, which the run's config keeps and a resumed one must have; fixed: the keys that a resumed one
-    cannot change. Raises Refusal.
+    kind: of tuning; a run keeps it, and a resumed one must be of it. fixed: the keys that a resumed run cannot
+    change. Raises Refusal.
     """
     resumed = None
     go_on_after_restart(cfg)
@@ -214,18 +213,18 @@ def open_tuning(cfg, kind, fixed=FIXED):
 
 
 def open_run(cfg, kind):
-    """Returns the checkpoint of the run in out_dir, adapters over their base or a whole one. Raises
-    Refusal where it is no run of this kind that can go on.
+    """Returns the Checkpoint of the run in out_dir, adapters over their base or a whole model. Raises Refusal
+    where it is not a run of this kind that can go on.
     """
-    names = ("adapter.pt", "ckpt.pt")  # the latter by --rank=0; beside the former, by --merge
+    names = ("adapter.pt", "ckpt.pt")  # ckpt.pt alone is --rank=0's; beside adapter.pt it is --merge's
     names = [name for name in names if os.path.exists(os.path.join(cfg.out_dir, name))]
     if names == ["ckpt.pt"]:
         start = open_checkpoint(cfg.out_dir, "ckpt.pt")
     else:
         start = open_checkpoint("", adapter=cfg.out_dir, prefer_adapter="adapter.pt")
     if start.task != kind or not start.last["optimizers"]:
-        if start.task != kind:  # nothing starts from it, and --merge makes no base of it
-            checkpoint.refuse_reward_model(start)
+        if start.task != kind:
+            checkpoint.refuse_reward_model(start)  # what is advised below does not work for one
         way = f"--init_from={cfg.out_dir} --out_dir=OTHER starts from it"
         if "ckpt.pt" not in names:
             way = f"finetune_lora.py --merge --out_dir={cfg.out_dir} makes a base of it"
@@ -234,7 +233,9 @@ def open_run(cfg, kind):
 
 
 def merge(cfg):
-    """Writes out_dir/ckpt.pt, a checkpoint like any other, and prints what the merging changed."""
+    """Merges the adapters in out_dir with their base into out_dir/ckpt.pt, a checkpoint like any other, and prints by
+    how much logits changed.
+    """
     merged_path = os.path.join(cfg.out_dir, "ckpt.pt")
     adapter_path = checkpoint.find(cfg.out_dir, "adapter_best.pt")
     if os.path.exists(merged_path) and not cfg.overwrite:
@@ -266,8 +267,8 @@ def merge(cfg):
 
 
 def moral_lines(model, tokenizer, held_out, template, compute):
-    """Returns two lines: what a model knows of the held-out morals, by two accuracies, and how well it
-    still tells stories.
+    """Returns two lines: how many of the held-out morals a model knows, by two accuracies, and how well it still
+    tells stories.
     """
 
     def story_ids(tokenizer, story):
@@ -319,8 +320,8 @@ def story_line(model, tokenizer, compute):
 
 
 class FineTuning:
-    """Learning the responses of rows: what train.fit needs of a task. Another kind of tuning learns another
-    loss, of rows of several conversations each.
+    """Learning the responses of rows: what train.fit needs of a task. A class for another kind of tuning has
+    another loss, and may have rows of two conversations.
     """
 
     kind = "fine-tuning"
@@ -336,14 +337,14 @@ class FineTuning:
         self.cfg = cfg = tuning.cfg
         self.compute = tuning.compute
         tokenizer = tuning.tokenizer
-        # a run that goes on, and a model that is only looked at, keep the rule that they learned by
+        # a run that goes on, and a model that is only evaluated, keep the rule that they learned by
         is_new = not tuning.resumed and not cfg.eval_only
         self.text_rule = AS_IT_STANDS if is_new else tuning.base.text_rule
         cfg.template = cfg.template or tuning.base.template
         if not cfg.template and tokenizer.chat_template is not None and cfg.dataset != cfg.built_in:
             cfg.template = MODELS_OWN
         self.rows_template = cfg.template  # "": that of the rows' kind, which read() puts into cfg
-        if tuning.resumed:  # its rows are found by what they were encoded with
+        if tuning.resumed:  # encoded rows are found by the template that they were encoded with
             self.rows_template = str(tuning.resumed["config"].get("rows_template", cfg.template))
         self.read()
         if tuning.resumed and tuning.resumed["config"]["rows_sha256"] != self.rows_sha256:
@@ -358,10 +359,10 @@ class FineTuning:
                 self.preview_text, self.preview_ids = start_of_answer(tokenizer, start, cfg.template)
             except ValueError as e:
                 raise Refusal(e)
-        self.trained = None  # what is trained, once it is prepared
+        self.trained = None  # what Tuning.prepare returns, once it is called
 
     def read(self):
-        """Finds examples and packs to learn from and held out, and the template, where none was named."""
+        """Finds the examples and packs of both sides, and the template where none was named."""
         cfg, tuning = self.cfg, self.tuning
         source = Source(
             cfg,
@@ -380,7 +381,7 @@ class FineTuning:
 
     @property
     def preview_tokens(self):
-        """How many tokens a sample has at most."""
+        """The most tokens that a sample may have."""
         return min(self.tuning.T, 200)
 
     def first_prompt(self):
@@ -390,18 +391,18 @@ class FineTuning:
         return self.text_of(ids), ids
 
     def text_of(self, ids):
-        """Returns the text of a prompt's ids, without what begins a text."""
+        """Returns the text of a prompt's ids, without the token that begins a text."""
         tokenizer = self.tuning.tokenizer
         starts = tokenizer.bos, tokenizer.eot
         return tokenizer.decode(ids[1:] if ids[0] in starts else ids)
 
     def describe(self):
-        """Returns what is learned from, in words."""
+        """Returns lines about the rows of both sides."""
         packs = f"in {len(self.packs):,} rows of {self.length} tokens"
         return f"{self.message}; {packs}\n{self.val_message}"
 
     def begin(self):
-        """Does what is to be done once the model is prepared."""
+        """Is called once the model is prepared."""
 
     def batches(self, step):
         """Returns this process's micro-batches of a step, on its device."""
@@ -416,13 +417,13 @@ class FineTuning:
         return packed_batch(packs, self.examples, self.length)
 
     def validate(self, tokens=None):
-        """Returns the loss on held-out responses, of about so many tokens of rows: eval_tokens, or 0 for all."""
+        """Returns the loss on held-out responses, on rows of about so many tokens; None: eval_tokens, 0: all rows."""
         numbers = self.val_numbers(tokens)
         loss = mean_nats(self.trained, numbers, self.val_batch, self.cfg.batch_size, self.compute)
         return {"val_loss": loss}
 
     def val_numbers(self, tokens):
-        """Returns which held-out packs are looked at, evenly spaced."""
+        """Returns the numbers of the held-out packs to look at, evenly spaced. tokens: as in validate."""
         tokens = self.cfg.eval_tokens if tokens is None else tokens
         return evenly(np.arange(len(self.val_packs)), math.ceil(tokens / self.length))
 
@@ -435,7 +436,7 @@ class FineTuning:
         self.tuning.save(name, state, self.notes())
 
     def notes(self):
-        """Returns what a run that goes on has to know beside its config."""
+        """Returns what a resumed run must know beside its config, a dict."""
         return {
             "rows_sha256": self.rows_sha256,
             "rows_template": self.rows_template,
@@ -456,7 +457,7 @@ class FineTuning:
         return self.preview_text + tuning.tokenizer.decode_more(row.ids)
 
     def report(self, moment):
-        """Prints the figures on all held-out rows, and of the built-in task how well it is done."""
+        """Prints the figures on all held-out rows, and how well the built-in task is done, where that is learned."""
         figures = self.validate(0)
         if self.compute.is_main:
             print(f"{moment}: {self.line(figures)}")
@@ -474,13 +475,13 @@ class FineTuning:
         return f"{figures['val_loss']:.4f} nats a token of held-out responses"
 
     def built_in_lines(self):
-        """Returns what the model knows of the built-in task's held-out rows, in words, or None."""
+        """Returns lines about how well the built-in task's held-out rows are known, or None."""
         tuning = self.tuning
         _, held_out = split_rows(self.cfg, partial(conversations, text_rule=self.text_rule))
         return moral_lines(tuning.model, tuning.tokenizer, held_out, self.cfg.template, self.compute)
 
     def next_command(self):
-        """Returns what one would run once the model has learned."""
+        """Returns the command to run next, once the model has learned."""
         cfg = self.cfg
         return f'sample.py --{"adapter" if cfg.rank else "out_dir"}={cfg.out_dir} --start="..."'
 

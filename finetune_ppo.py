@@ -4,17 +4,17 @@ arXiv:1707.06347) and GRPO (Shao et al. 2024, arXiv:2402.03300), which differ in
     python finetune_ppo.py --init_from=out/demo                          stories with the hero's name in the end
     python finetune_ppo.py --init_from=out/ts --dataset=rows.jsonl --reward="match:happy" --out_dir=out/ts-grpo
 
---baseline=group, GRPO: a sample's reward less the mean of its group's, of samples of one prompt.
+--baseline=group, GRPO: a sample's reward minus the mean reward of its group, the samples of one prompt.
 --baseline=value, PPO: generalized advantage estimation (Schulman et al. 2016, arXiv:1506.02438) over the values
-that a linear layer learns to read from the states, all advantages of a step whitened.
+that a linear layer learns to read from the states; all advantages of a step are whitened.
 
-Prompts are those of the rows that finetune_lora.py and finetune_dpo.py take, whose answers are not looked at. A
-step samples --group answers to each of --batch_size prompts, and --updates - 1 more steps learn from the same ones.
+Prompts come from rows as finetune_lora.py and finetune_dpo.py take them; their answers are not looked at. A step
+samples --group answers to each of --batch_size prompts, and --updates - 1 more steps learn from the same answers.
 Only adapters learn: the base with its adapters switched off is the reference that --kl holds them to.
 
-What to look at: reward rises on held-out prompts, and kl, nats a token away from the reference, with it.
-A reward is only a stand-in: read the samples. Where kl grows and the reward does not, or the samples are
-all alike, raise --kl or lower --learning_rate.
+What to look at: reward on held-out prompts, which rises, and kl, in nats a token away from the reference, which
+rises with it. A reward is only a stand-in: read the samples. Where kl grows and the reward does not, or the
+samples are all alike, raise --kl or lower --learning_rate.
 """
 
 import hashlib
@@ -54,7 +54,7 @@ from score import document_nats, evaluating
 from train import Unusable
 
 SAMPLES = 200  # of held-out prompts, one each, that an evaluation looks at
-STORIES = 100  # toy ones, on which it looks how well they are still told
+STORIES = 100  # toy stories on which an evaluation looks how well they are still told
 
 
 @dataclass
@@ -108,12 +108,12 @@ class Config(finetune_lora.Config):
 
 
 # -----------------------------------------------------------------------------------------------------
-# Rewards: functions of (prompt, answer), texts; of a conversation the prompt is its messages, [{"role", "content"}]
+# Rewards: functions of (prompt, answer), two texts; the prompt of a conversation is its messages, [{"role", "content"}]
 
 
 def find_reward(name, device="cpu", load=False):
-    """Returns the reward function of a name; that of a folder of finetune_reward.py only where load is set.
-    Raises ValueError or Refusal.
+    """Returns the reward function of a name. Without load it returns None for a folder of finetune_reward.py, which
+    takes long to load. Raises ValueError or Refusal.
     """
     kind, _, argument = name.partition(":")
     if os.path.isdir(name):
@@ -135,8 +135,9 @@ def find_reward(name, device="cpu", load=False):
 
 
 def prompt_row(row):
-    """Returns a row as one that needs no answer: of texts with an empty one, a prompt of messages as a conversation.
-    Where it has one it is of the kind that finetune_lora.py or else finetune_dpo.py reads, with that kind's template.
+    """Returns a row as one that rows.conversations reads, without need of an answer: one of texts gets an empty answer,
+    one whose prompt is messages becomes a conversation. It has the template that its kind has in finetune_lora.py,
+    or where that reads no such rows in finetune_dpo.py.
     """
     if not isinstance(row, dict):
         return row
@@ -147,7 +148,7 @@ def prompt_row(row):
             return row | {answers[-1]: ""}
         return {"messages": row["prompt"]} if answers else row
     prompt = row.get("prompt")
-    if isinstance(row.get("chosen"), list):  # after a prompt of messages, else with its own
+    if isinstance(row.get("chosen"), list):  # a conversation; its prompt may have a column of its own
         return {"messages": prompt if isinstance(prompt, list) else row["chosen"]}
     if isinstance(prompt, str) or row.keys() == {"prompt"} and not isinstance(prompt, list):
         return {"prompt": prompt, "response": ""}
@@ -157,8 +158,8 @@ def prompt_row(row):
 
 
 def prompt_messages(conversation):
-    """Returns the messages before the last answer of a Conversation, as chat.py has them; of empty ones those of
-    the system alone, which a model's own template may write otherwise than none.
+    """Returns the messages before the last answer of a Conversation, as chat.py has them, without empty ones. An empty
+    one of the system stays, as a model's own template may write it otherwise than none.
     """
     messages = [message for message in conversation.messages if message.text or message.role == "system"]
     if messages and messages[-1].role == "assistant":
@@ -167,14 +168,16 @@ def prompt_messages(conversation):
 
 
 # -----------------------------------------------------------------------------------------------------
-# Advantages, (rows, 1) or (rows, T). Samples that were cut off have none, and count in no mean: else never to
-# end would be an advantage
+# Advantages, (rows, 1) or (rows, T). Samples that were cut off have none, and count in no mean; otherwise it
+# could be an advantage never to end
 
 
 def group_advantages(rewards, is_whole, group, scale=False):
-    """Returns rewards (rows,) less the mean of each group of so many, divided with scale by its deviation."""
+    """Returns rewards (rows,) minus the mean of their group, as (rows, 1); with scale divided by the group's standard
+    deviation. group: how many rows a group has, one after the other.
+    """
     device = rewards.device
-    # in float32 equal ones differ from their mean, and mps has no float64
+    # in float64, as in float32 equal rewards may differ from their mean; on the CPU, as mps has no float64
     rewards = rewards.cpu().double().view(-1, group)
     is_whole = is_whole.cpu().view(-1, group)
     count = is_whole.sum(1, keepdim=True)
@@ -187,13 +190,15 @@ def group_advantages(rewards, is_whole, group, scale=False):
 
 
 def value_advantages(rewards, values, is_answer, decay):
-    """Returns the generalized advantage estimates of tokens whose rewards (rows,) come with their last one.
+    """Returns the generalized advantage estimates of the tokens of answers, (rows, T). An answer's reward, of rewards
+    (rows,), comes with its last token.
 
-    values (rows, T): what is expected before each token; is_answer (rows, T); decay: lambda. Nothing is discounted.
+    values (rows, T): what is expected before each token; is_answer (rows, T), bool; decay: lambda. Nothing is
+    discounted.
     """
     result = torch.zeros_like(values)
-    later = torch.zeros_like(rewards)  # the advantage of the token after
-    after = rewards  # its value, or after the last one the reward
+    later = torch.zeros_like(rewards)  # the advantage of the next token
+    after = rewards  # the value of the next token; after the last one the reward
     for t in reversed(range(values.size(1))):
         is_token = is_answer[:, t]
         later = torch.where(is_token, after - values[:, t] + decay * later, later)
@@ -226,29 +231,30 @@ def token_logps(model, batch):
 
 
 def k3(logps, reference):
-    """Returns what logps - reference tell of the divergence, never negative (Schulman 2020, "Approximating KL
-    divergence"). TRL by default multiplies it by the ratio: the same value on fresh samples, another gradient.
+    """Returns an estimate of the divergence, from logps - reference, that is never negative (Schulman 2020,
+    "Approximating KL divergence"). TRL by default multiplies it by the ratio, which is the same value on fresh
+    samples but another gradient.
     """
     return (reference - logps).exp() - (reference - logps) - 1
 
 
 def is_learned(batch):
-    """Returns which tokens have an advantage, (rows, T): those of answers that have an end."""
+    """Returns which tokens have an advantage, (rows, T), bool: those of answers that were not cut off."""
     return (batch["targets"] != -100) & batch["is_whole"][:, None]
 
 
 def mean_over_answers(losses, mask):
-    """Returns losses (rows, T) as the mean over each answer's tokens (rows, T bool), summed over answers."""
+    """Returns the mean of losses (rows, T) over each answer's tokens, mask (rows, T), summed over answers."""
     return ((losses * mask).sum(1) / mask.sum(1).clamp(min=1)).sum()
 
 
 def policy_loss(logps, batch, clip, kl):
-    """Returns the clipped loss and kl times the divergence, which alone pulls on a sample that was cut off: its
-    share in the divergence is what brings a model back that no longer ends.
+    """Returns the clipped loss plus kl times the divergence. On a sample that was cut off only the divergence acts:
+    it is what brings a model back that no longer ends its texts.
 
-    logps: (rows, T) of the model; batch: old, of the model that sampled, and reference, of the same shape;
-    advantage (rows, 1 or T); targets, -100 where nothing was sampled; is_whole (rows,), not where a sample was
-    cut off.
+    logps (rows, T): of the model that learns. batch: old (rows, T), of the model that sampled, and reference
+    (rows, T); advantage (rows, 1 or T); targets (rows, T), -100 where nothing was sampled; is_whole (rows,), False
+    where a sample was cut off.
     """
     ratio = (logps - batch["old"]).exp()
     advantage = batch["advantage"]
@@ -258,8 +264,8 @@ def policy_loss(logps, batch, clip, kl):
 
 
 def value_loss(values, batch, clip):
-    """Returns half the squared error of values (rows, T), or of values no further than clip from those at
-    sampling time where that is more. batch: value and goal, (rows, T).
+    """Returns half the squared error of values (rows, T) to batch["goal"]; or, where that is more, of the values moved
+    to within clip of batch["value"], those at sampling time. All are (rows, T).
     """
     near = batch["value"] + (values - batch["value"]).clamp(-clip, clip)
     errors = torch.maximum((values - batch["goal"]).square(), (near - batch["goal"]).square())
@@ -275,21 +281,19 @@ class Reinforcing(finetune_lora.FineTuning):
 
     kind = "reinforcement"
     panels = (("reward of held-out prompts", ("reward",)), ("nats a token from the reference", ("kl",)))
-    val_packs = ()  # a prompt has a row of its own
+    val_packs = ()  # prompts do not share rows
     fixed = finetune_lora.FIXED | {"baseline", "reward"}
-    round = -1  # which one self.samples are of
-    samples = ()  # the micro-batches of a round
+    samples = ()  # the micro-batches of the last round of sampling
+    round = -1  # the number of that round
 
     def convert(self, places_and_rows):
-        """Returns the Conversations of rows, which need no answers."""
+        """Returns the Conversations of (place, row) pairs, which need no answers."""
         return conversations(
             [(place, prompt_row(row)) for place, row in places_and_rows], self.text_rule
         )
 
     def read(self):
-        """Finds prompts, pairs of a text or messages and its ids, to learn from and held out, and the template, where
-        none was named.
-        """
+        """Finds the prompts of both sides, (a text or messages, its ids) each, and the template if none was named."""
         cfg = self.cfg
         if "eval_tokens" in cfg.given:
             raise Refusal(f"an evaluation samples {SAMPLES} held-out prompts: leave eval_tokens out")
@@ -307,7 +311,7 @@ class Reinforcing(finetune_lora.FineTuning):
         chosen = evenly(np.arange(len(val_prompts)), SAMPLES)
         self.val_prompts = [val_prompts[number] for number in chosen]
         ids = b"".join(np.array(ids).tobytes() for _, ids in self.prompts)
-        self.length = self.tuning.T  # that a row has at most
+        self.length = self.tuning.T  # the most tokens that a row may have
         self.rows_sha256 = hashlib.sha256(ids).hexdigest()
 
     @property
@@ -348,8 +352,8 @@ class Reinforcing(finetune_lora.FineTuning):
         return f"{self.message}\n{self.val_message}"
 
     def begin(self):
-        """Adds the layer that reads values, and takes up the samples of a run that stopped between two steps on
-        the same ones.
+        """Loads the reward, adds the layer that reads values, and takes over the samples of a run that stopped between
+        two steps on the same samples.
         """
         model = self.tuning.model
         lora.without_dropout(model)
@@ -364,7 +368,7 @@ class Reinforcing(finetune_lora.FineTuning):
             add_head(model, "value_head", notes.get("value_head"))
         if self.cfg.updates > 1 and self.compute.world_size > 1:
             raise Refusal("several processes take one step on their samples: updates must be 1")
-        # see sample(): the largest so far in training, of all processes; older runs have none
+        # the largest one in training so far, of all processes, see sample(); older runs did not keep it
         self.drift = notes.get("drift", 0.0)
         if samples := notes.get("samples"):
             self.round = samples["round"]
@@ -383,7 +387,7 @@ class Reinforcing(finetune_lora.FineTuning):
         return notes
 
     def batches(self, step):
-        """Returns this process's micro-batches of a step: new samples, or those of the step before. Raises Unusable."""
+        """Returns this process's micro-batches of a step, new samples or those of the step before. Raises Unusable."""
         number = step // self.cfg.updates
         if self.round == number:
             return self.samples
@@ -393,7 +397,7 @@ class Reinforcing(finetune_lora.FineTuning):
                 batch, drift = self.learned_batch(first, n)
                 samples.append(batch)
                 drifts.append(drift)
-        except Refusal as e:  # which the others are told of before they wait for a gradient
+        except Refusal as e:  # the others must be told before they wait for a gradient
             refusal = e
         self.drift = self.agree(max(drifts), refusal)
         if self.cfg.baseline == "value":
@@ -402,8 +406,8 @@ class Reinforcing(finetune_lora.FineTuning):
         return samples
 
     def agree(self, drift, refusal):
-        """Returns the largest drift of all processes, of which this one brings its own, and its Refusal or None. Raises
-        Unusable in all of them where one has such a Refusal.
+        """Returns the largest drift of all processes. Raises Unusable in all of them where one has a Refusal. drift and
+        refusal: this process's own, the latter None where it has none.
         """
         reports = torch.zeros(self.compute.world_size, 2)
         reports[self.compute.rank] = torch.tensor([drift, refusal is not None])
@@ -415,7 +419,7 @@ class Reinforcing(finetune_lora.FineTuning):
         return drift
 
     def learned_batch(self, first, n):
-        """Returns samples for prompts first .. first+n of the stream, a batch with advantages, and their drift."""
+        """Returns (a batch with advantages, its drift): samples for prompts first .. first+n of the stream."""
         cfg = self.cfg
         prompts = training_packs(self.prompts, cfg.seed, first, n)
         prompts = [prompt for prompt in prompts for _ in range(cfg.group)]
@@ -430,8 +434,8 @@ class Reinforcing(finetune_lora.FineTuning):
         return batch, drift
 
     def values(self, batch):
-        """Returns what the value layer reads from the states before each token, (rows, T) float32. States are
-        not changed for it.
+        """Returns what the value layer reads from the state before each token, (rows, T) float32. No gradient flows
+        back into the states.
         """
         model = self.tuning.model
         return read_head(model.value_head, model.hidden(batch["idx"]).detach())
@@ -439,14 +443,14 @@ class Reinforcing(finetune_lora.FineTuning):
     def sample(self, prompts, seed):
         """Samples an answer to each of prompts.
 
-        Returns a batch {"idx", "targets", "old", "reference", perhaps "value"} of (rows, T), with is_whole (rows,),
-        of the answers that have an end; the rewards, a list; and the largest difference of log p between the
-        sampler, token by token, and the model that learns.
+        Returns three things: a batch of "idx", "targets", "old", "reference" and for PPO "value", each (rows, T), and
+        "is_whole" (rows,), whether an answer has come to its end; the rewards, a list; and the drift, the largest
+        difference of log p between the sampler, token by token, and the model that learns.
         """
         cfg, model, tokenizer = self.cfg, self.tuning.model, self.tuning.tokenizer
         seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
         ids = [list(prompt_ids) for _, prompt_ids in prompts]
-        # as sample.py does, a processor writes text in float32
+        # a processor writes text in float32, as in sample.py
         is_cpu = self.compute.device.type == "cpu"
         with lora.folded_in(model), nullcontext() if is_cpu else self.compute.autocast():
             *_, answers = generate(
@@ -481,7 +485,7 @@ class Reinforcing(finetune_lora.FineTuning):
     def reward(self, prompt, answer):
         try:
             value = self.judge(prompt, answer)
-        except Exception as e:  # somebody's own: nothing that was learned is lost for it
+        except Exception as e:  # in somebody's own reward; what was learned so far is saved nevertheless
             raise Refusal(f"reward={self.cfg.reward} fails with {e!r:.200} for {answer!r:.80}", status=1)
         if not isinstance(value, numbers.Real) or not math.isfinite(value):
             raise Refusal(f"reward={self.cfg.reward} gives {value!r:.40} for {answer!r:.80}", status=1)
@@ -499,9 +503,10 @@ class Reinforcing(finetune_lora.FineTuning):
         return torch.tensor(len(batch["idx"]), device=batch["idx"].device)
 
     def validate(self, tokens=None):
-        """Returns figures of one sample a held-out prompt: the mean reward, of which val_loss is the negative; kl,
-        in nats a token; the share that was cut off, whose reward is the lowest, or 0 where that is lower; drift,
-        see sample(), the largest of these samples and of all that were learned from; and of toy stories, nats a story.
+        """Returns figures of one sample for each held-out prompt: reward, the mean, and val_loss, minus that; kl, in
+        nats a token; cut_off, the share of samples that were cut off, whose reward counts as the lowest one, or as
+        0 where that is lower; drift, see sample(), the largest of these samples and of all that were learned from;
+        and for the built-in task story, nats a toy story.
         """
         rewards, whole, drifts, refusal = [], [], [self.drift], None
         kl = torch.zeros(2, dtype=torch.float64)  # the sum over tokens, and their number
@@ -518,7 +523,7 @@ class Reinforcing(finetune_lora.FineTuning):
         except Refusal as e:
             refusal = e
         drift = self.agree(max(drifts), refusal)
-        # else never to end, which costs nothing in training, might be taken for the best
+        # else a model that never ends its texts, which costs nothing in training, might be the best one
         reward = float(np.where(whole, rewards, min(0, *rewards)).mean())
         figures = {
             "val_loss": -reward,
@@ -542,7 +547,7 @@ class Reinforcing(finetune_lora.FineTuning):
         )
 
     def built_in_lines(self):
-        """Returns how well stories are told."""
+        """Returns a line about how well stories are told."""
         return finetune_lora.story_line(self.tuning.model, self.tuning.tokenizer, self.compute)
 
 

@@ -6,8 +6,8 @@ Terry 1952; Ouyang et al. 2022, arXiv:2203.02155).
     python finetune_ppo.py --init_from=out/ts --dataset=rows.jsonl --reward=out/reward --out_dir=out/ts-grpo
 
 Rows are those of finetune_dpo.py. A linear layer reads a number, the reward, from the state after an answer's
-last token; it and adapters learn -log sigmoid(the chosen answer's reward - the rejected one's). Only differences
-mean something, and only between answers to one prompt.
+last token. The layer and adapters learn: the loss is -log sigmoid(the chosen answer's reward - the rejected one's).
+Only differences mean something, and only between answers to one prompt.
 
 What to look at: accuracy, the share of held-out pairs whose chosen answer gets more.
 """
@@ -31,7 +31,7 @@ from examples import hash_file
 from log import LOSSES
 from score import evaluating
 
-KIND = "reward model"  # what checkpoint.py knows the adapters by
+KIND = "reward model"  # by which checkpoint.py knows such adapters
 
 
 @dataclass
@@ -49,8 +49,8 @@ class Config(finetune_dpo.PairConfig):
 
 
 def add_head(model, name, saved):
-    """Gives a model a linear layer that reads a number from its states, as `name`: that of a run that goes on,
-    saved as {name of a tensor: lists}, or one that says 0.
+    """Gives a model a linear layer, under this name, that reads a number from its states. saved: what saved_head
+    returned for a run that goes on; {} or None: a new layer, which reads 0.
     """
     head = nn.Linear(model.config.n_embd, 1)
     nn.init.zeros_(head.weight)
@@ -61,21 +61,21 @@ def add_head(model, name, saved):
 
 
 def read_head(head, states):
-    """Returns the number that a layer of add_head reads from each of states (..., C): (...,) float32, under autocast
-    too, whose product of one column would keep 8 bits of it.
+    """Returns the number that a layer of add_head reads from each of states (..., C): (...,) float32, without autocast,
+    which would leave it 8 bits.
     """
     with torch.autocast(states.device.type, enabled=False):
         return head(states.float())[..., 0]
 
 
 def saved_head(head):
-    """Returns what add_head takes."""
+    """Returns a layer of add_head as {name of a tensor: lists}."""
     return {key: tensor.tolist() for key, tensor in head.state_dict().items()}
 
 
 def is_last(batch):
-    """Returns which tokens are the last of their document's answer, (rows, T): what ends it comes next, and a template
-    may write more after that.
+    """Returns which tokens are the last of their document's answer, (rows, T), bool: the ones whose target, the last
+    one in the document, ends the answer. A template may have written more after it.
     """
     doc = batch["doc"].clamp(min=0)
     places = torch.arange(1, doc.size(1) + 1, device=doc.device) * (batch["targets"] != -100)
@@ -84,14 +84,14 @@ def is_last(batch):
 
 
 def rewards(model, batch):
-    """Returns the reward of each document of a batch, of one row after the other, float32 (documents,)."""
+    """Returns the reward of each document of a batch, one row after the other, float32 (documents,)."""
     states = model.hidden(batch["idx"], doc=batch["doc"])[is_last(batch)]
     return read_head(model.reward_head, states)
 
 
 def load_reward(path, device="cpu"):
-    """Returns the reward function of a folder that this script wrote, as finetune_ppo.py calls it: of (prompt, answer).
-    It raises ValueError where these do not fit in its context. Raises Refusal.
+    """Returns the reward function in a folder that this script wrote: judge(prompt, answer), as finetune_ppo.py calls
+    it, which raises ValueError where both do not fit in its context. Raises Refusal.
     """
     problem = f"{path} is no reward model, which finetune_reward.py makes"
     try:
@@ -120,7 +120,7 @@ def load_reward(path, device="cpu"):
 
 
 def reward_sha256(path):
-    """Returns what tells a reward model from others: of its adapters, which name their base by its own."""
+    """Returns the sha256 of a reward model's adapters, whose file has that of their base."""
     return hash_file(open_checkpoint("", adapter=path).adapter_path)
 
 
