@@ -20,8 +20,8 @@ from score import bits_per_nat, evaluate
 
 
 def held_out(cfg, model):
-    """Returns (rows of ids to look at, ids of the held-out text, bits a byte of a nat a token). Without
-    data of init_from's own random ids, None and None, and prints why.
+    """Returns (rows of ids to look at, ids of the held-out text, how many bits a byte one nat a token is). Where
+    init_from's own data is not here, returns random ids, None and None, and prints why.
     """
     T = model.config.block_size
     reason = "weights are random"
@@ -94,7 +94,7 @@ def bench_quantize(cfg, compute):
     of_gap is how much of what rounding to the nearest loses at 4 bits a method wins back.
     """
     model = build_model(cfg).eval()
-    rows, ids, bits_per_nat = held_out(cfg, model)
+    rows, ids, bits_a_byte = held_out(cfg, model)
     plain = resolve("cpu", "float32", "false")
     sizes, losses, rivals, dtypes = {}, {}, {}, {}
     n = min(64, model.config.block_size // 2)
@@ -107,7 +107,7 @@ def bench_quantize(cfg, compute):
         losses[name] = None
         if ids is not None:
             nats = evaluate(other, ids, model.config.block_size, cfg.batch_size, plain, cfg.eval_tokens)
-            losses[name] = nats * bits_per_nat
+            losses[name] = nats * bits_a_byte
         dtypes[name] = dtype
         other = copy.deepcopy(other).to(compute.device, dtype)
         rivals[name] = (functools.partial(begun_steps, other, [[0]], n), list)

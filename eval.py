@@ -376,21 +376,21 @@ def read_all(subjects, prompts, passages, rules, bytes_a_token, compute, cfg):
     """
     budget = cfg.max_new_tokens * max(bytes_a_token)  # bytes
     most = [round(budget / size) for size in bytes_a_token]
-    sources = {}  # training texts, and the groups to read beside each, so that it is read once
+    trainings = {}  # each training text, and the groups to read beside it, so that it is read once
     for i, subject in enumerate(subjects):
-        source = subject.dataset, subject.has_training
-        _, groups = sources.setdefault(source, (subject.training, {}))
+        key = subject.dataset, subject.has_training
+        _, groups = trainings.setdefault(key, (subject.training, {}))
         groups[i] = write(subject, prompts, most[i], compute, cfg)
 
     first = subjects[0]
     n = len(prompts) * cfg.num_samples
-    _, groups = sources[first.dataset, first.has_training]
+    _, groups = trainings[first.dataset, first.has_training]
     groups["unseen"] = real(passages, first.tokenizer, n, most[0])
     if first.has_training:
         groups["training"] = real_training(first, n, most[0], cfg.seed)
 
     columns = {}
-    for training, groups in sources.values():
+    for training, groups in trainings.values():
         columns |= read_beside(groups, training, rules, cfg)
     reference = {key: columns[key] for key in ("unseen", "training") if key in columns}
     return [columns[i] for i in range(len(subjects))], reference

@@ -9,16 +9,16 @@ export_onnx.py read as they read any.
 Which integers (quantized.py has what they stand for):
 
     rtn    each number by itself to the nearest one
-    gptq   Frantar et al. 2022, arXiv:2210.17323: a column of a matrix at a time, and what rounding it
-           changes in the outputs is made good by the columns after it
-    awq    Lin et al. 2023, arXiv:2306.00978: inputs that are large are made smaller and their weights
-           larger, by the power of their size that changes the outputs least. The scale goes into the norm
-           or Linear before, where there is one that takes it, and its weights then to the nearest
+    gptq   Frantar et al. 2022, arXiv:2210.17323: one column of a matrix after the other; the columns after
+           it make up for what rounding it changes in the outputs
+    awq    Lin et al. 2023, arXiv:2306.00978: large inputs are made smaller and their weights larger, by the
+           power of the inputs' size that changes the outputs least. The scale goes into the norm or Linear
+           before, where there is one that takes it; then each number is rounded to the nearest
 
-The last two look at what each matrix is given, on training text of the model's own data or --text, a
-block at a time, after blocks that are integers already; gptq also after the matrices before in its
-block. Errors are relative ones of a matrix's outputs there: ||X (W - Q)^T||^2 / ||X W^T||^2. An expert is
-given the tokens that go to it; where that is none, its numbers are rounded to the nearest.
+gptq and awq look at the inputs of each matrix, on training text of the model's own data or on --text, a
+block at a time, when the blocks before it are integers already; for gptq so are the matrices before it in
+its block. Errors are relative ones of a matrix's outputs there: ||X (W - Q)^T||^2 / ||X W^T||^2. An expert's
+inputs are the tokens that go to it; where there are none, its numbers are rounded to the nearest.
 """
 
 import math
@@ -46,12 +46,12 @@ from quantized import LARGEST, Codes, Quantization, check_matrices, linears, qua
 from score import evaluate
 
 BATCH = 8  # rows of text at a time
-COLUMNS = 128  # of a matrix, after which GPTQ changes all those that follow
+COLUMNS = 128  # that GPTQ rounds before it changes all columns after them
 LONGEST = 2048  # tokens of a row of text, however long the model's context is
-SHORTEST = 256  # tokens of a text that is looked at, where the context is not shorter
-MOST_CHANGED = 1e-4  # of a block's outputs by AWQ's scales: more is no rounding
+SHORTEST = 256  # the least tokens of a text to look at, or the context where that is shorter
+MOST_CHANGED = 1e-4  # the share of a block's outputs that AWQ's scales may change: more is not rounding
 GRID = 20  # powers of the inputs' size that AWQ tries, from 0 on
-HELD_OUT = 1 << 15  # tokens of the validation split, about so many, that the loss is told of
+HELD_OUT = 1 << 15  # tokens of the validation split, about so many, on which the loss is measured
 
 
 @dataclass
@@ -90,13 +90,13 @@ class Config:
 
 
 # -----------------------------------------------------------------------------------------------------
-# A matrix. W (out, in) is float32 or float64; H (in, in) is X^T X of its inputs X (n, in), float64. Where
-# W may be those of experts (n_expert, out, in), H is (n_expert, in, in), and their Codes stand below each other
+# A matrix. W (out, in) is float32 or float64; H (in, in) is X^T X of its inputs X (n, in), float64. Of experts W is
+# (n_expert, out, in) and H (n_expert, in, in), and their Codes stand below each other
 
 
 def find_scales(W, bits):
-    """Returns scales and zeros (out, 1), float, of a group of columns W (out, n): of 8 bits such that the
-    largest becomes 127, of 4 that the range, with 0 in it, becomes 0 to 15.
+    """Returns scales and zeros (out, 1), floats, for a group of columns W (out, n): with 8 bits the number of
+    largest size becomes 127 or -127, with 4 the range, with 0 in it, becomes 0 to 15.
     """
     if bits == 8:
         scales = W.abs().amax(1, keepdim=True) / LARGEST[bits]
@@ -126,7 +126,7 @@ def to_codes(codes, scales, zeros, bits):
 
 
 def stacked_codes(matrices):
-    """Returns the Codes of all matrices, a list of Codes, below each other."""
+    """Returns a list of Codes as one, with their matrices below each other."""
     return Codes(*[None if parts[0] is None else torch.cat(parts) for parts in zip(*matrices)])
 
 
@@ -149,7 +149,7 @@ def rtn(W, bits, group_size):
 def inverse_factor(H, damping):
     """Returns the upper triangular U with U^T U = (H + damping mean(diag H) I)^-1."""
     H = H + damping * H.diagonal().mean() * torch.eye(len(H), dtype=H.dtype)
-    unused = H.diagonal() == 0  # all of them: inputs were 0 everywhere
+    unused = H.diagonal() == 0  # only where all inputs were always 0, as else the damping is in each
     H.diagonal()[unused] = 1
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(H))
     return torch.linalg.cholesky(inverse, upper=True)
@@ -158,8 +158,8 @@ def inverse_factor(H, damping):
 def gptq(W, H, bits, group_size, damping=0.01, act_order=False):
     """Returns W's Codes by GPTQ.
 
-    A group's scale is chosen when its first column is reached, of what its columns have become by then;
-    with act_order, where a group's columns do not follow each other, of W itself.
+    A group's scale is chosen when its first column is reached, for what its columns have become by then. With
+    act_order a group's columns do not follow each other, so all scales are chosen before, for W itself.
     """
     W = W.double().clone()
     n_in = W.size(1)
@@ -188,7 +188,7 @@ def gptq(W, H, bits, group_size, damping=0.01, act_order=False):
 
 
 def error_of(W, codes, H):
-    """Returns the relative error of the outputs of a matrix that became Codes, or of all experts, or inf."""
+    """Returns the relative error of a matrix's outputs, or of all experts', with its Codes; inf for outputs of 0."""
     W = W.double()
     D = W - codes.dense().view_as(W).double()
     size = ((W @ H) * W).sum()
@@ -197,11 +197,11 @@ def error_of(W, codes, H):
 
 
 def awq_scale(pairs, sizes, bits, group_size, spread=None):
-    """Returns the scale s (m,) of the inputs of matrices, [(W, H)], that changes their outputs least, all together,
+    """Returns the scale s (m,) of the inputs of matrices, [(W, H)], that changes all their outputs together least,
     when W s is rounded to the nearest and inputs are divided by s.
 
-    sizes (m,): the mean of each input's absolute values, of which s is a power, from 0 to 1. spread makes
-    (in,) of (m,) where several inputs have one s.
+    sizes (m,): the mean absolute value of each input; s is a power of it, from 0 to 1. spread: the function from
+    (m,) to (in,) where several inputs share a scale; None: each has its own.
     """
     spread = spread or (lambda s: s)
     sizes = sizes.clamp(min=1e-4)
@@ -225,8 +225,8 @@ def awq_scale(pairs, sizes, bits, group_size, spread=None):
 
 
 class Inputs:
-    """What each of n matrices was given, experts or the one of a Linear: X^T X, float64 (n, in, in), and the sums of
-    |X| (n, in), float64, over so many rows (n,).
+    """The inputs X of n matrices, those of experts or the one of a Linear: H = X^T X (n, in, in), float64; sums of |X|
+    over rows (n, in), float64; and n_rows (n,), how many rows there were.
     """
 
     def __init__(self, n, n_in):
@@ -242,18 +242,18 @@ class Inputs:
             self.n_rows[i] += len(x)
 
     def sizes(self, numbers):
-        """Returns the mean of each input's absolute values (in,) in matrices of these numbers, a list."""
+        """Returns the mean absolute value of each input (in,) over matrices; numbers: a list, which of them."""
         return self.sums[numbers].sum(0) / self.n_rows[numbers].sum().clamp(min=1)
 
 
 def rows_of(x, ends=None):
-    """Returns [rows (n, in)], a tensor a matrix, of what a Linear or an ExpertLinear is called with."""
+    """Returns the rows (n, in) that each matrix of a Linear or an ExpertLinear is called with, a list of tensors."""
     return [x.flatten(0, -2)] if ends is None else x.tensor_split(ends[:-1].long())
 
 
 def collect(block, names, states):
-    """Returns {name: Inputs} of Linears, of experts too, in a block, in the order in which they are called, when the
-    block is given states, [(x, context)]. Those that are given the same tensor share their Inputs.
+    """Calls a block with states, [(x, context)], and returns {name: Inputs} of its Linears with these names, those of
+    experts too, in the order in which they are called. Linears that get the same tensor share their Inputs.
     """
     inputs = {}
     last = None  # the tensor that was given last
@@ -283,7 +283,7 @@ def collect(block, names, states):
 
 
 def block_inputs(model, rows):
-    """Returns [(x, context)], what the first block is given of rows (n, T) of ids, a batch each."""
+    """Returns [(x, context)], with which the first block is called for each batch of rows (n, T) of ids."""
     states = []
     handle = model.blocks[0].register_forward_pre_hook(lambda _, arguments: states.append(arguments))
     try:
@@ -295,18 +295,18 @@ def block_inputs(model, rows):
 
 
 # -----------------------------------------------------------------------------------------------------
-# A block. A function yields the name of each of its Linears, of experts too, with the Codes to put there, their
-# error and that of rounding to the nearest; what is yielded is in its place when it goes on
+# A block. Each function yields (name, Codes, their error, the error of rounding to the nearest) for each Linear of a
+# block, those of experts too. The caller puts the Codes in their place before it asks for the next ones
 
 
 def stacked(module):
-    """Returns the matrices (n, out, in) of experts, or of a Linear its one, in the module's memory."""
+    """Returns the matrices (n, out, in) of a module, n = 1 for a Linear, in the module's own memory."""
     weight = module.weight
     return weight.view(-1, *weight.shape[-2:])
 
 
 def names_by_inputs(inputs):
-    """Returns the names in {name: Inputs}, those that share their Inputs together, as they are called."""
+    """Returns lists of the names in {name: Inputs} that share their Inputs, in the order of their calls."""
     groups = {}
     for name, shared in inputs.items():
         groups.setdefault(id(shared), []).append(name)
@@ -335,21 +335,21 @@ def gptq_block(block, names, states, cfg, c):
 
 
 class Fold(NamedTuple):
-    """Where AWQ's scale goes: from the inputs of some matrices into what they are in proportion to, as model.py's
-    classes have it; awq_block takes it back where one was changed so that they are not.
+    """Where AWQ's scale goes: the inputs of some matrices are divided by it in the norm or Linear that makes them. That
+    is so for the classes of model.py; awq_block takes the scale back where one was changed and it is not.
     """
 
-    before: Any  # tensors, whose rows are those inputs, of a norm or a Linear
-    names: Any  # of the Linears that read them
-    experts: Any = (0,)  # the numbers of those in them that do
-    unrounded: Any = ()  # matrices that read them, too
+    before: Any  # tensors of the norm or Linear before, whose rows are in proportion to the inputs
+    names: Any  # of the Linears that read the inputs
+    experts: Any = (0,)  # the numbers of the matrices in those Linears that read them
+    unrounded: Any = ()  # matrices that read them too, and stay float
 
 
 def folds(block, c):
     """Returns the Folds of a block."""
     result = []
     mlp = block.mlp
-    # after the sum they would read the residual stream itself
+    # a post-norm's output is the residual stream, which others read too
     if c.norm_position == "pre" and c.norm in ("rmsnorm", "layernorm"):
         norm1, norm2 = list(block.norm1.parameters()), list(block.norm2.parameters())
         result.append(Fold(norm1, ["attn.q_proj", "attn.k_proj", "attn.v_proj"]))
@@ -362,7 +362,7 @@ def folds(block, c):
             result.append(Fold(norm2, ["mlp.gate_proj", "mlp.up_proj"], experts, [mlp.router.weight]))
     if c.norm_position in ("pre", "post"):
         result.append(Fold(list(block.attn.v_proj.parameters()), ["attn.o_proj"]))
-        if c.mlp == "swiglu":  # in GELU's a function is between them
+        if c.mlp == "swiglu":  # in GELU's MLP a function that does not keep proportions is between them
             result.append(Fold(list(mlp.up_proj.parameters()), ["mlp.down_proj"]))
         if c.mlp == "moe":
             for expert, matrix in enumerate(mlp.up_proj.weight):
@@ -381,7 +381,7 @@ def awq_block(block, names, states, cfg, c):
         nearest[name] = error_of(W[name], codes, H[name])
     x, context = states[0]
     expected = block(x, context)
-    # of all experts together: to compute a block once for each takes longer than to find their scales
+    # all experts together: to try the block after each of them would take longer than to find their scales
     for readers, group in groupby(folds(block, c), key=lambda fold: fold.names):
         group = list(group)
         tensors = [tensor for name in readers for tensor in (W[name], H[name])]
@@ -399,8 +399,8 @@ def awq_block(block, names, states, cfg, c):
 
 
 def scale_inputs(fold, W, H, inputs, cfg, c):
-    """Makes the inputs of a Fold's matrices, of which the Inputs are given, smaller and their weights larger, in
-    place: in W and H, {name: (n, out, in)} and (n, in, in), and in what stands before.
+    """Divides the inputs of a Fold's matrices by AWQ's scale and multiplies their weights by it, in place: in W, {name:
+    (n, out, in)}, in H, {name: (n, in, in)}, and in what stands before. inputs: the Inputs of the matrices.
     """
     experts = list(fold.experts)
     sizes = inputs.sizes(experts)
@@ -429,8 +429,8 @@ BLOCKS = {"rtn": rtn_block, "gptq": gptq_block, "awq": awq_block}  # by method
 
 @torch.no_grad()
 def quantize_model(model, cfg, rows=None):
-    """Returns ({name: Codes} of a Transformer's matrices, {name: (error, that of rounding to the nearest)}
-    of those in blocks, None of rtn itself); rows (n, T): ids to look at, of a method that does.
+    """Returns ({name: Codes} of a Transformer's matrices, {name: (error, that of rounding to the nearest)} of
+    those in blocks; rtn has None for both errors). rows (n, T): ids for a method that looks at text.
 
     The model's own matrices become what the integers stand for; AWQ changes norms, too.
     """
@@ -463,7 +463,7 @@ def quantize_model(model, cfg, rows=None):
 
 
 def load_ids(ckpt):
-    """Returns ({"train", "val"} of the model's own data, or {} where it is not here; why it is not)."""
+    """Returns ({"train": ids, "val": ids} of the model's own data, ""), or ({}, why that cannot be read)."""
     try:
         _, data, _ = load_data(data_folder(ckpt), ckpt, prepare.load)
     except Refusal as e:
@@ -496,7 +496,7 @@ def summary(cfg, errors):
     """Returns the lines about errors, {name: (error, that of rounding to the nearest)}."""
     if cfg.method == "rtn":
         return []
-    # there is none of a matrix whose numbers are integers' already, nor a relative one of outputs of 0
+    # without matrices that rounding does not change, and those whose outputs are all 0
     ratios = {
         name: error / nearest for name, (error, nearest) in errors.items() if 0 < nearest < math.inf
     }

@@ -3,17 +3,17 @@
     8 bits   w = q scale             q in -127 ... 127, a scale a row
     4 bits   w = (q - zero) scale    q and zero in 0 ... 15, a scale and a zero for each group of inputs
 
-Every Linear in a block has the checkpoint's bits, those of experts too. The embedding and the head have
-8 always, one table for both where they are tied; norms, biases, routers and learned positions stay
+Every Linear in a block has the checkpoint's bits, those of experts too. The embedding and the head always
+have 8 bits, in one table for both where they are tied; norms, biases, routers and learned positions stay
 float. Scales are rounded to bfloat16 before integers are chosen, so that they are the same numbers in
 every dtype and (q - zero) scale is exact in float32.
 
-In bfloat16 a few rows, as in decoding, are multiplied by torch's own kernels where their limits hold
-(kernel_of), but for experts. Anything else is a product with the matrix written out: of many rows for
-each call, of a few once, and kept. So in float32 a model that samples holds all but its embedding's
-rows twice, as integers and as numbers, and is as fast as its float model; in bfloat16 the kernel for 4
-bits has the integers in an order of its own, a second copy. A tied table is there once, as embedding
-and as head.
+In bfloat16 torch's own kernels multiply a few rows, as decoding has them, where their limits hold
+(kernel_of), but not those of experts. Everything else is a product with the matrix written out: for many
+rows it is written out at each call, for a few rows once, and kept. So in float32 a model that samples has
+all its matrices twice, as integers and as numbers, but for the embedding's rows, and is as fast as its
+float model. In bfloat16 the kernel for 4 bits keeps the integers in an order of its own, a second copy. A
+tied table is in memory once, as embedding and as head.
 """
 
 import copy
@@ -40,7 +40,7 @@ class Quantization:
 
     bits: int = 8
     group_size: int = 0  # inputs that share a scale; 0: all of a row, with 8 bits
-    method: str = "rtn"  # that chose the integers; a reader needs it not
+    method: str = "rtn"  # that chose the integers; nothing depends on it when they are read
 
     def __post_init__(self):
         if self.bits not in LARGEST:
@@ -72,13 +72,13 @@ class Codes(NamedTuple):
 
 
 # -----------------------------------------------------------------------------------------------------
-# Kernels: torch's own. Each is limited in what it takes, and what it does not take may end the process
+# Kernels: torch's own. Each takes only some shapes and dtypes, and others may end the process
 
 
 class Kernel(NamedTuple):
     """A product of a few rows x (R, in), bfloat16, with a matrix of integers."""
 
-    prepare: Any  # prepare(linear) returns what the kernel wants, tensors
+    prepare: Any  # prepare(linear) returns the kernel's other arguments
     multiply: Any  # multiply(x, *tensors) returns (R, out)
 
 
@@ -124,9 +124,10 @@ def has_operator(name, device):
 def kernel_of(linear, dtype):
     """Returns the Kernel that multiplies with a QuantizedLinear in a dtype, or None.
 
-    Only bfloat16: in float32 torch's run number by number, slower than the matrix written out. Inner
-    sizes are multiples of the vectors that are read past a row's end otherwise (32 numbers), outer ones
-    of the blocks that are packed. A kernel on a GPU must also agree with the matrix written out, once.
+    Only in bfloat16: in float32 torch's kernels go number by number, slower than the matrix written out. The
+    number of inputs must be a multiple of the vectors that are read (32 numbers), or they would be read past
+    a row's end; that of outputs a multiple of the blocks that are packed. On a GPU a kernel is tried once: it
+    must agree with the matrix written out.
     """
     device = linear.scales.device
     n_out, n_in = linear.out_features, linear.in_features
@@ -148,7 +149,7 @@ def kernel_of(linear, dtype):
 
 
 def has_kernels(c):
-    """Returns whether kernels, which take bfloat16, multiply most integers of a model of config c: not of experts."""
+    """Returns whether kernels, which take bfloat16, multiply most integers of a model of config c: no experts'."""
     return c.mlp != "moe"
 
 
@@ -196,9 +197,9 @@ class QuantizedLinear(nn.Module):
     def forget(self):
         """Forgets what was made of the integers for the device and the dtype of the last call."""
         self.made_for = None
-        self.kernel = None  # a Kernel
-        self.tensors = ()  # that it wants
-        self.matrix = None  # else the matrix written out
+        self.kernel = None  # a Kernel, where one fits
+        self.tensors = ()  # its arguments
+        self.matrix = None  # the matrix written out, where none fits
 
     def _apply(self, fn, recurse=True):
         self.forget()
@@ -237,7 +238,7 @@ class QuantizedLinear(nn.Module):
         self.zeros4.copy_(codes.zeros)
 
     def prepare(self, dtype):
-        """Makes what products of a few rows in a dtype need, where that is not there yet."""
+        """Makes what products of a few rows in a dtype need, unless that is made already."""
         if self.made_for == dtype:
             return
         self.forget()
@@ -252,7 +253,7 @@ class QuantizedLinear(nn.Module):
         return kernel_of(self, dtype)
 
     def written_out(self, dtype):
-        """Returns the weight in a dtype, as it is kept or anew."""
+        """Returns the weight in a dtype: the one that is kept, or a new one."""
         is_kept = self.matrix is not None and self.made_for == dtype
         return self.matrix if is_kept else self.weight.to(dtype)
 
@@ -313,7 +314,7 @@ class QuantizedEmbedding(nn.Module):
 
 def linears(model):
     """Returns {name: Linear or ExpertLinear} of those that have the checkpoint's bits: all in blocks but routers,
-    of which it depends where a token goes.
+    which decide where a token goes.
     """
     modules = model.blocks.named_modules(prefix="blocks")
     kinds = nn.Linear, ExpertLinear, QuantizedLinear
@@ -377,8 +378,8 @@ def install(model, quantization):
 
 @torch.no_grad()
 def quantized(model, quantization, codes):
-    """Returns a copy of a Transformer whose matrices are those in codes, {name: Codes}: of each Linear in
-    blocks, of experts below each other, of the head and of wte. Its scales are bfloat16, as in a file;
+    """Returns a copy of a Transformer with integers for its matrices: codes is {name: Codes} of each Linear in
+    blocks, with experts below each other, of the head and of wte. Its scales are bfloat16, as in a file;
     .float() computes with them exactly.
     """
     other = copy.deepcopy(model)
@@ -394,7 +395,7 @@ def quantized(model, quantization, codes):
 
 
 def dense(linear):
-    """Returns the float Linear or ExpertLinear, in float32, of one of integers."""
+    """Returns the Linear or ExpertLinear in float32 that computes what one of integers does."""
     *n_expert, n_out, n_in = linear.weight.shape
     if n_expert:
         other = ExpertLinear(*n_expert, n_in, n_out)
