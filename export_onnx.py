@@ -50,10 +50,10 @@ from quantized import dequantized
 from score import evaluate
 from sizes import num_params, size_text
 
-# Of a tensor's largest number: some 50 times what the demo model shows, and less than an epsilon of 1e-6
-# in place of 1e-5 would make
+# The largest difference that is allowed, as a share of a tensor's largest number: some 50 times that of the demo
+# model, and less than an epsilon of 1e-6 in place of 1e-5 would make
 MAX_DIFFERENCE = 3e-5
-# Deeper models round more: then, how often PyTorch's own difference from float64 is allowed
+# Deeper models round more: they may differ by so many times PyTorch's own difference from float64
 MAX_ROUNDING = 5
 LONGEST = 256  # tokens of context that PyTorch, onnxruntime and int8 are compared at
 
@@ -63,7 +63,7 @@ class Way(NamedTuple):
 
     options: dict
     words: str
-    most: float  # what it may add to the validation loss, as a share: else the next way is tried
+    most: float  # the share by which it may raise the validation loss; else the next way is tried
 
 
 WAYS = {
@@ -134,8 +134,8 @@ def parity(model, other):
 
 
 def call_sizes(block_size):
-    """Returns pairs (P, T) of a past's length and a number of new tokens, together within block_size, and
-    within LONGEST: 8,192 tokens of 135 million parameters took 13 GB and a quarter of an hour.
+    """Returns pairs (P, T) of a past's length and a number of new tokens, together no more than block_size and
+    LONGEST: 8,192 tokens with 135 million parameters took 13 GB and a quarter of an hour.
     """
     block_size = min(block_size, LONGEST)
     pasts = {min(P, block_size - 1) for P in (0, 1, 7, block_size // 2, block_size - 1)}
@@ -150,8 +150,8 @@ def run_after(model, idx, P):
 
 
 def run_pytorch(model, idx, P):
-    """Returns the logits of idx after P tokens, and all keys and values in the graph's layout; of a layer
-    with a window the last of them, which its cache has.
+    """Returns the logits of idx after its first P tokens, and all keys and values in the graph's layout; in a layer
+    with a window only the last ones, which its cache keeps.
     """
     cache = model.new_cache(*idx.shape)
     if P:
@@ -180,7 +180,7 @@ def write_greedy(model, prompt, n):
 
 
 def is_rounding(model, share):
-    """Tells whether so large a share, as parity returns it, comes from rounding: prints a deep model's own."""
+    """Returns whether a share, as parity returns it, comes from rounding. For a deep model prints PyTorch's own."""
     if not MAX_DIFFERENCE < share < math.inf:
         return share <= MAX_DIFFERENCE
     _, rounding = parity(copy.deepcopy(model).double(), model)
@@ -189,7 +189,7 @@ def is_rounding(model, share):
 
 
 def check(model, exported, prompt, n):
-    """Prints how near an OnnxModel is to its Transformer. Raises Refusal where it is not near enough."""
+    """Prints by how much an OnnxModel differs from its Transformer. Raises Refusal where that is too much."""
     largest, share = parity(model, exported)
     pasts = sorted({P for P, _ in call_sizes(model.config.block_size)})
     print(
@@ -212,7 +212,7 @@ def check(model, exported, prompt, n):
 
 
 def load_validation(cfg, dataset, tokenizer):
-    """Returns the ids of the validation split that judges integers. Raises Refusal where there is none."""
+    """Returns the ids of the validation split on which integers are judged. Raises Refusal where there is none."""
     name = cfg.dataset or dataset
     advice = f"--dataset=NAME names data that {cfg.quantize} can be judged by"
     if not name:
@@ -264,8 +264,8 @@ def write_graph(proto, path):
 
 
 def fused_graph(model, folder):
-    """Returns the graph with onnxruntime's attention, None where the model has another one or the onnxruntime here
-    computes something else or does not take it.
+    """Returns the graph with onnxruntime's own attention; None where the model has another attention, or where the
+    onnxruntime here does not take the graph or computes something else.
     """
     if not is_fusible(model):
         return None
@@ -287,9 +287,9 @@ def fused_graph(model, folder):
 
 
 def write_integers(cfg, proto, quantization, ids, float_loss, folder):
-    """Writes a float32 graph as cfg.quantize says, by the first of its ways that is good enough, else by the
-    last. In 4 bits a model that had a Quantization in 4 bits keeps its groups. Returns its OnnxModel, and the share
-    by which it raises the loss on ids.
+    """Writes a float32 graph in integers as cfg.quantize says, by the first of its ways that is good enough, else by
+    the last. In 4 bits a model that had 4 bits already keeps its groups. Returns the OnnxModel of the file, and the
+    share by which it raises the loss on ids.
     """
     keeps_groups = cfg.quantize == "int4" and quantization is not None
     group_size = quantization.group_size if keeps_groups else 0
@@ -314,8 +314,8 @@ def write_integers(cfg, proto, quantization, ids, float_loss, folder):
 def write_folder(cfg, model, tokenizer, ckpt, ids, folder):
     """Fills the folder, prints what is in it, and checks and times the models in it.
 
-    ids are those of the validation split, for integers. Returns the share by which they raise the loss
-    there, 0 without them. Raises Refusal where model.onnx does not compute what the model does.
+    ids: the validation split, on which integers are judged. Returns the share by which they raise the loss there,
+    0 where none are written. Raises Refusal where model.onnx does not compute what the model does.
     """
     start = str(ckpt.config.get("start", ""))
     fingerprint = ckpt.fingerprint

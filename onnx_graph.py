@@ -1,6 +1,6 @@
 """The ONNX graph of a model, in float32: export(model). export_onnx.py says what it takes and returns.
 
-export(model, fused=True) is a FusedGraph, for onnxruntime alone, of whose matrices onnx_integers.py makes integers.
+export(model, fused=True) is that of a FusedGraph, for onnxruntime alone; onnx_integers.py makes its matrices integers.
 """
 
 import logging
@@ -21,7 +21,7 @@ MAX_BYTES = 2**31 - 2**24  # of parameters: a protobuf ends at 2^31
 DENSE = "dense: each expert computes each token"
 
 # -----------------------------------------------------------------------------------------------------
-# Nodes. onnx is imported where it is used, so that Config can say that it is missing
+# Nodes. onnx is imported where it is used, so that export_onnx.Config can say that it is missing
 
 
 def make_node(op, inputs, outputs, **attributes):
@@ -45,7 +45,7 @@ def read_arrays(proto):
 
 
 def replace(proto, nodes, removed, added):
-    """Exchanges all nodes, removes initializers by name and appends the added ones, {name: array}."""
+    """Replaces all nodes, removes initializers by name and appends the added ones, {name: array}."""
     import onnx
 
     graph = proto.graph
@@ -59,7 +59,7 @@ def replace(proto, nodes, removed, added):
 
 
 def is_look_up(node):
-    """Tells the embedding's node from all others."""
+    """Returns whether a node is the embedding's look-up."""
     return node.op_type == "Gather" and node.input[1] == "ids"
 
 
@@ -133,9 +133,10 @@ def tie_head(proto):
 
 @contextmanager
 def hold_back_ctrl_c():
-    """Ends the block before Ctrl-C is a KeyboardInterrupt, or the process when it comes twice.
+    """The context in which Ctrl-C waits: it becomes a KeyboardInterrupt when the block has ended. A second Ctrl-C ends
+    the process.
 
-    While it traces, torch loses one that falls into a callback, or aborts with a core dump.
+    While torch traces, a KeyboardInterrupt in a callback is lost, or torch aborts with a core dump.
     """
     handler = signal.getsignal(signal.SIGINT)
     was_pressed = False
@@ -163,7 +164,7 @@ def trace(graph):
     with hold_back_ctrl_c(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of names that axes share, and torch's own deprecations
         registration = logging.getLogger("torch.onnx._internal.exporter._registration")
-        registration.setLevel(logging.ERROR)  # it warns that torchvision is not installed
+        registration.setLevel(logging.ERROR)  # else it warns that torchvision is not installed
         program = torch.onnx.export(
             graph.eval(),
             (*inputs.values(), past),
@@ -179,14 +180,14 @@ def trace(graph):
 
 
 def is_fusible(model):
-    """Tells whether export(model, fused=True) is possible: what FusedGraph computes, in a file of 2 GB."""
+    """Returns whether export(model, fused=True) is possible: FusedGraph can compute the model, and 2 GB hold it."""
     tables = model.config.block_size * model.config.head_dim
     return can_fuse(model) and 4 * (num_params(model) + tables) <= MAX_BYTES
 
 
 def export(model, fused=False):
     """Returns the float32 ONNX model (a protobuf) of a Transformer that is on the CPU, in eval mode. fused: with
-    onnxruntime's attention; see is_fusible.
+    onnxruntime's own attention, which takes a model that is_fusible.
 
     Raises Refusal for a model that is too large or whose context is too short to trace.
     """

@@ -26,7 +26,7 @@ from interop.foreign_tokenizer import FILES, ForeignTokenizer
 from model import ModelConfig
 from tokenizer import Tokenizer
 
-# 1 had no fingerprint, 2 the keys and values of a row together, 3 no bos, 4 no ends, 5 all tokens' logits
+# Format 1 had no fingerprint, 2 had the keys and values of a row together, 3 had no bos, 4 no ends, 5 no places
 FORMAT = 6
 READABLE = (4, 5, FORMAT)
 
@@ -72,10 +72,10 @@ def names(c, which):
 class Past:
     """Keys and values of the `length` tokens seen so far, in arrays (max_len, B, n_kv_head, head_dim).
 
-    A call writes present to the memory that it reads past from. So only new tokens move: onnxruntime's
-    Concat copies each input to its place with memcpy, and the past onto itself. It is built that way and
-    does not promise it (1.21, 1.22, 1.24 and 1.31 give the same bits as with fresh arrays), so the tests
-    and each export compare.
+    A call writes present to the memory from which it reads past, so that only new tokens move: onnxruntime's
+    Concat copies each input to its place with memcpy, and so the past onto itself. That is how it is built, and
+    nothing that it promises (1.21, 1.22, 1.24 and 1.31 give the same bits as with fresh arrays), so the tests
+    and each export check it.
     """
 
     row_axis = 1
@@ -102,13 +102,14 @@ class Past:
         return max_len, batch_size, c.n_kv_head, c.head_dim
 
     def bound_shape(self, length):
-        """Returns the shape that a call takes each array for, or returns it in, with so many tokens."""
-        return self.arrays[0][:length].shape  # the slice's, so that nothing is written beyond the array
+        """Returns the shape of the part of each array that a call reads or writes, with so many tokens in it."""
+        return self.arrays[0][:length].shape  # a slice's, so that it never reaches beyond the array
 
     def vector(self, firsts, shape):
-        """Returns what a call reads or writes: the arrays `firsts`, then of each array what has this shape.
+        """Returns the vector of what a call reads or writes: the arrays `firsts`, then the first part of each array of
+        keys or values, with this shape.
 
-        Binding each array by its name would take 0.15 ms more a call.
+        To bind each array by its name would take 0.15 ms more a call.
         """
         vector = self.Vector()
         vector.push_back_batch(
@@ -146,7 +147,7 @@ class Past:
 
 class FusedPast(Past):
     """Keys and values of a graph with onnxruntime's own attention, in arrays (B, n_kv_head, max_len, head_dim).
-    A call takes them whole, and how many tokens there will be; it writes new ones where they belong.
+    A call is given whole arrays, and how many tokens there will be; it writes the new ones to their places.
     """
 
     row_axis = 0
@@ -158,8 +159,8 @@ class FusedPast(Past):
         return self.arrays[0].shape
 
     def read(self, session, idx, places, logits):
-        """Does what Past.read does. Several tokens of several rows after others it reads row by row: they are more
-        than GroupQueryAttention takes.
+        """Does what Past.read does. After a past GroupQueryAttention does not take several tokens of several rows:
+        those are read row by row.
         """
         B, T = idx.shape
         if self.length and B > 1 and T > 1:
@@ -193,7 +194,7 @@ class Cache:
     parts: list = dataclasses.field(default_factory=list)
 
     def read(self, model, windows):
-        """Does what KVCache.read does, windows of one length at a time: the graph knows no padding."""
+        """Does what KVCache.read does, for windows of one length at a time, as the graph has no padding."""
         lengths = torch.tensor([len(window) for window in windows])
         logits = torch.zeros(len(windows), model.config.vocab_size)
         for length in lengths.unique().tolist():
@@ -215,7 +216,7 @@ class Cache:
 
 
 class OnnxModel(nn.Module):
-    """Offers what generate.generate and score.evaluate need of a Transformer, by onnxruntime."""
+    """A model that onnxruntime computes, with what generate.generate and score.evaluate need of a Transformer."""
 
     device = torch.device("cpu")
 
@@ -271,7 +272,7 @@ class OnnxModel(nn.Module):
         return logits
 
     def forward(self, idx, targets, reduction="mean"):
-        """Returns (logits, loss) as Transformer does, by two calls: int8's use of a past counts too."""
+        """Returns (logits, loss) as Transformer does, by two calls, so that int8's loss after a past counts too."""
         past = self.new_past(*idx.shape)
         halves = idx.split((idx.size(1) + 1) // 2, dim=1)
         logits = torch.cat([torch.from_numpy(self.run(half, past)) for half in halves], 1)
@@ -286,10 +287,10 @@ class OnnxModel(nn.Module):
 
 
 def older_than(version):
-    """Returns what is to be said where onnxruntime is older than a version, else ""."""
+    """Returns what to say where onnxruntime is older than a version, "" where it is not."""
     import onnxruntime
 
-    own = onnxruntime.__version__  # whatever its package is called, as onnxruntime-gpu
+    own = onnxruntime.__version__  # not by the package, which may have another name, as onnxruntime-gpu
     numbers, least = (tuple(map(int, x.split(".")[:2])) for x in (own, version))
     if numbers >= least:
         return ""
@@ -331,22 +332,22 @@ def open_session(path, c):
 
 
 def find_counts(session):
-    """Returns the names of a graph's inputs between ids and the keys and values, in its order: "places", which one of
-    an older format lacks, and "total", which one for FusedPast has.
+    """Returns the names of a graph's inputs between ids and the keys and values, in its order: "places", which graphs
+    of older formats lack, and "total", which graphs for FusedPast have.
     """
     inputs = {tensor.name for tensor in session.get_inputs()}
     return [name for name in ("places", "total") if name in inputs]
 
 
 def fits_config(session, c):
-    """Tells whether a session's inputs and outputs are those of a model with the ModelConfig c."""
+    """Returns whether a session's inputs and outputs are those of a model with the ModelConfig c."""
     counts = find_counts(session)
     types = {"places": ("tensor(int64)", ["K"]), "total": ("tensor(int32)", [])}
     past_shape = ["P", "B", c.n_kv_head, c.head_dim]
     if "total" in counts:
         past_shape = ["B", c.n_kv_head, "S", c.head_dim]
     n_inputs = 1 + len(counts) + 2 * c.n_layer
-    if len(session.get_inputs()) != n_inputs:  # before a list is made of what a file says
+    if len(session.get_inputs()) != n_inputs:  # else a damaged config.json might ask for an endless list
         return False
     expected_inputs = [("ids", "tensor(int64)", ["B", "T"])]
     expected_inputs += [(name, *types[name]) for name in counts]
@@ -393,8 +394,8 @@ def check_description(config, c, tokenizer):
 
 
 def fingerprint(folder):
-    """Returns that of the model whose files are in a folder, "" where there is none, or nothing to read or run it
-    by.
+    """Returns the fingerprint of the model whose files are in a folder; "" where there is none, or where it cannot be
+    read or run here.
     """
     if not importlib.util.find_spec("onnxruntime") or not os.path.isfile(
         os.path.join(folder, "model.onnx")

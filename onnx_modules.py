@@ -1,5 +1,5 @@
-"""A model in the forms that onnx_graph.py traces: Graph(model), whose nodes any runtime has, and FusedGraph(model),
-whose attention is onnxruntime's own and whose keys and values stay where they are.
+"""A model in the forms that onnx_graph.py traces: Graph(model), with nodes that any runtime has, and FusedGraph(model),
+with onnxruntime's own attention, for which keys and values stay where they are.
 """
 
 import copy
@@ -14,20 +14,20 @@ from model import ComputedTable
 from onnx_model import older_than
 
 MICROSOFT = "com.microsoft"  # onnxruntime's own operators
-FUSED_STEP = 16  # what head_dim must be a multiple of, for GroupQueryAttention to turn heads
-LEAST_GROUP = 16  # inputs that share a scale in QMoE
-EXPERTS_LEAST = "1.32"  # the onnxruntime whose QMoE was tried
+FUSED_STEP = 16  # head_dim must be a multiple of it, for GroupQueryAttention to rotate heads
+LEAST_GROUP = 16  # the fewest inputs that may share a scale in QMoE
+EXPERTS_LEAST = "1.32"  # the first onnxruntime whose QMoE was tried
 
 
 def compute_tables(tables, frequencies, scale=None):
-    """Exchanges the cos and sin of a model.Float32Tables for what computes them."""
-    del tables.cos, tables.sin  # buffers, which an attribute of another type cannot replace
+    """Puts ComputedTables in the place of the cos and sin of a model.Float32Tables."""
+    del tables.cos, tables.sin  # they are buffers, for which no other type may be set
     tables.cos = ComputedTable(torch.cos, frequencies, scale)
     tables.sin = ComputedTable(torch.sin, frequencies, scale)
 
 
 def join(*linears):
-    """Returns one Linear whose outputs are those of several with the same input, one after the other."""
+    """Returns one Linear that gives the outputs of several Linears of one input, one after the other."""
     width = sum(linear.out_features for linear in linears)
     joined = nn.Linear(linears[0].in_features, width, bias=linears[0].bias is not None)
     states = [linear.state_dict() for linear in linears]
@@ -55,7 +55,7 @@ class JoinedAttention(JoinedHeads):
     """
 
     def __init__(self, c, attn, roll):
-        scaled = attn.q_norm if c.qk_norm else attn.q_proj  # the last weights on the way to q
+        scaled = attn.q_norm if c.qk_norm else attn.q_proj  # which has the last weights on the way to q
         for parameter in scaled.parameters():
             parameter.data /= math.sqrt(c.head_dim)
         super().__init__(c, attn)
@@ -64,8 +64,8 @@ class JoinedAttention(JoinedHeads):
     def forward(self, x, context):
         """Maps states (T * B, C) to states (T * B, C), after a past k and v, each (P, B, G, D).
 
-        context is (cos and sin, mask, past k and v, present): the k and v of all tokens, each
-        (P + T, B, G, D), are appended to the list present.
+        context is (cos and sin, mask, past k and v, present). The k and v of all tokens, each (P + T, B, G, D),
+        are appended to the list present.
         """
         cos_sin, mask, past, present = context
         c = self.config
@@ -83,8 +83,8 @@ class JoinedAttention(JoinedHeads):
         v = torch.cat((past[1], v))
         present += [k, v]
 
-        q = q.permute(1, 2, 0, 3)  # onnxruntime's products take permutations upon themselves
-        if H != G:  # a group's queries one after the other, so that k and v are not copied for each
+        q = q.permute(1, 2, 0, 3)  # no node: onnxruntime makes permutations a part of its products
+        if H != G:  # a group's queries follow each other, so that k and v are not copied for each
             q = q.reshape(B, G, -1, D)
         scores = q @ k.permute(1, 2, 3, 0) + mask
         y = scores.softmax(-1) @ v.permute(1, 2, 0, 3)
@@ -107,7 +107,7 @@ class JoinedSwiGLU(nn.Module):
 
 
 def computes_silu(mlp):
-    """Returns whether an MLP computes what JoinedSwiGLU does, and is not one that was changed in model.py."""
+    """Returns whether an MLP computes what JoinedSwiGLU does: it may have been changed in model.py."""
     x = torch.linspace(0, 9, 2 * mlp.up_proj.in_features).sin().view(2, -1)
     with torch.no_grad():
         expected = mlp(x)
@@ -115,8 +115,8 @@ def computes_silu(mlp):
 
 
 class DenseMoE(nn.Module):
-    """Computes what experts.MoE does with each expert on each token, most of them weighted by 0: two
-    products with all experts side by side, and nothing is sorted.
+    """Computes what experts.MoE does, but each expert on each token, most of them weighted by 0: two products
+    with all experts side by side, and nothing is sorted.
     """
 
     def __init__(self, moe):
@@ -133,19 +133,19 @@ class DenseMoE(nn.Module):
 
     def forward(self, x):
         """Maps states (..., C) to states (..., C)."""
-        # products of two axes keep their weights' names: by its own a router stays float32
+        # of two axes, as such products keep the names of their weights: by its name a router stays float32
         tokens = x.flatten(0, -2)
         routing, scores = self.route(tokens)
         weights = torch.zeros_like(routing.probabilities).scatter(1, routing.experts, scores)
         gate, up = self.both_proj(tokens).chunk(2, -1)
         inner = (F.silu(gate) * up).view(-1, self.n_expert, gate.size(1) // self.n_expert)
         y = self.down_proj((inner * weights[..., None]).flatten(1))
-        return y if x.dim() == 2 else y.view(x.shape)  # Graph's sum is in the product: no node between
+        return y if x.dim() == 2 else y.view(x.shape)  # in Graph no node between a product and its sum
 
 
 def additive_mask(model, P, T, window):
-    """Returns what JoinedAttention adds to the scores of T new tokens after P in a layer with this window:
-    biases, and -inf.
+    """Returns what JoinedAttention adds to the scores of T new tokens after P others, in a layer with this window:
+    0 or biases, and -inf.
 
     The shape is (T, P + T), with ALiBi (H, T, P + T). Where H / G query heads share keys, their tokens
     follow each other: (H / G * T, P + T), with ALiBi (G, H / G * T, P + T).
@@ -163,7 +163,7 @@ def additive_mask(model, P, T, window):
 
 
 def joined_mlp(c, mlp, experts):
-    """Returns what computes a block's MLP in fewer nodes, or the MLP itself. experts: the class of a mixture's."""
+    """Returns a module that computes a block's MLP in fewer nodes, or the MLP itself. experts: the class for an MoE."""
     if c.mlp == "swiglu" and computes_silu(mlp):
         return JoinedSwiGLU(mlp)
     return experts(mlp) if c.mlp == "moe" else mlp
@@ -184,9 +184,9 @@ class JoinedModel(nn.Module):
             compute_tables(self.model.add_pos, self.model.add_pos.frequencies)
 
     def first_inputs(self):
-        """Returns the ids and places that it is traced with, and their axes that are free.
+        """Returns the ids and places that the model is traced with, and which of their axes are free.
 
-        B, T, K = 2, 3, 2: torch.export silently takes a size of 1 for a constant.
+        B, T, K = 2, 3, 2, as torch.export silently takes a size of 1 for a constant.
         """
         most = self.model.config.block_size
         B = torch.export.Dim("B")
@@ -219,7 +219,7 @@ class Graph(JoinedModel):
             compute_tables(self.model.rotary, torch.cat((rotated, unrotated)), scale)  # (heads, D / 2)
 
     def example(self):
-        """Returns the inputs that it is traced with, P = 4, and their axes that are free."""
+        """Returns the inputs that the model is traced with, with P = 4, and which of their axes are free."""
         c = self.model.config
         inputs, axes = self.first_inputs()
         past = tuple(torch.zeros(4, 2, c.n_kv_head, c.head_dim) for _ in range(2 * c.n_layer))
@@ -269,7 +269,7 @@ class Graph(JoinedModel):
 
 
 def turned_tables(model):
-    """Returns cos and sin as GroupQueryAttention takes them, each (block_size, D / 2); () where nothing turns."""
+    """Returns cos and sin as GroupQueryAttention takes them, each (block_size, D / 2); () where nothing is rotated."""
     if model.rotary is None:
         return ()
     half = model.config.head_dim // 2
@@ -278,19 +278,19 @@ def turned_tables(model):
 
 
 def can_fuse(model):
-    """Tells whether FusedGraph computes what a Transformer does."""
+    """Returns whether FusedGraph computes what a Transformer does."""
     c = model.config
     if model.score_bias is not None or model.windows != [0] or c.head_dim % FUSED_STEP:
         return False
     if model.rotary is None:
         return True
     half = c.head_dim // 2
-    cos, sin = model.rotary(torch.arange(c.block_size))  # a class of one's own may turn otherwise
+    cos, sin = model.rotary(torch.arange(c.block_size))  # a class of one's own may rotate otherwise
     return torch.equal(cos[:, :half], cos[:, half:]) and torch.equal(-sin[:, :half], sin[:, half:])
 
 
 class FusedAttention(JoinedHeads):
-    """Computes what model.Attention does by one node of onnxruntime's own, GroupQueryAttention: it turns q and k,
+    """Computes what model.Attention does by one of onnxruntime's own nodes, GroupQueryAttention, which rotates q and k,
     puts k and v into their arrays and attends.
     """
 
@@ -305,7 +305,7 @@ class FusedAttention(JoinedHeads):
         c = self.config
         H, G, D = c.n_head, c.n_kv_head, c.head_dim
         B, T, _ = x.shape
-        q, k, v = self.qkv_proj(x), None, None  # the node takes all as one, too
+        q, k, v = self.qkv_proj(x), None, None  # the node also takes all three as one
         if c.qk_norm:
             q, k, v = q.view(B, T, -1, D).split((H, G, G), 2)
             q, k, v = self.q_norm(q).flatten(2), self.k_norm(k).flatten(2), v.flatten(2)
@@ -322,8 +322,8 @@ class FusedAttention(JoinedHeads):
 
 
 def has_experts_node(c):
-    """Tells whether the onnxruntime here has a node for experts, in integers too: QMoE makes their scores sum to 1
-    (findings/qmoe_weights.sh) and wants whole groups.
+    """Returns whether the onnxruntime here has a node for the experts of config c, also in integers: QMoE makes their
+    scores sum to 1 (findings/qmoe_weights.sh) and needs whole groups.
     """
     if not c.norm_topk_prob or older_than(EXPERTS_LEAST):
         return False
@@ -342,7 +342,7 @@ class FusedMoE(nn.Module):
             "activation_type": "swiglu",
             "activation_alpha": 1.0,
             "activation_beta": 0.0,
-            "swiglu_fusion": 1,  # an output of gate, one of up, and so on
+            "swiglu_fusion": 1,  # outputs of gate and up take turns
         }
         both = torch.stack((moe.gate_proj.weight, moe.up_proj.weight), 2)  # (E, I, 2, C)
         self.both = nn.Parameter(both.flatten(1, 2).detach())
