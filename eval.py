@@ -51,8 +51,8 @@ from sizes import kv_cache_bytes, num_active_params, num_params
 from tokenizer import Tokenizer
 
 ELSEWHERE = "data elsewhere"  # of a checkpoint that was trained on what is not here
-PASSAGE_TOKENS = 1 << 22  # of a split, at its beginning, that passages are taken from
-PASSAGES = 3000  # that prompts, the cloze and real text are taken from
+PASSAGE_TOKENS = 1 << 22  # at the beginning of a split, from which passages are taken
+PASSAGES = 3000  # from which prompts, the cloze and real text are taken
 PROMPTS = 8
 PROMPT_WORDS = 4
 JUDGED = 12  # texts of each column that the judge reads
@@ -164,7 +164,9 @@ def data_folder(ckpt):
 
 
 def load_data(folder, ckpt, load):
-    """Returns what load, prepare.load, does of the data that a checkpoint was trained with. Raises Refusal."""
+    """Returns (meta, data, tokenizer) of the data that a checkpoint was trained with. load: prepare.load, or one that
+    remembers what it returned. Raises Refusal.
+    """
     if folder == ELSEWHERE:
         raise Refusal("it was trained elsewhere, on what is not here")
     meta, data, tokenizer = load(folder)
@@ -183,7 +185,7 @@ def load_subjects(cfg, compute):
     names = [cfg.out_dir]
     if not os.path.exists(cfg.out_dir):
         names = [name.strip() for name in cfg.out_dir.split(",")]
-    load = functools.cache(prepare.load)  # which reads all of the data, to check it
+    load = functools.cache(prepare.load)  # once a folder, as it reads all of the data to check it
     subjects = []
     validation = None
     for name in names:
@@ -254,7 +256,7 @@ def shuffled(items, seed, n):
 
 
 def answer(subject, questions, compute, cfg):
-    """Returns the results of probes, and the share of the room above chance that they take."""
+    """Returns a dict of the results of probes, and of how much of the room above chance they take together."""
     score = functools.partial(completion_nats, subject.model, subject.tokenizer, compute=compute)
     results = [probes.ask(probe, score) for probe in questions]
     if not results:
@@ -321,8 +323,8 @@ def real_training(subject, n, most, seed):
 def read(texts, rules, cfg, copied=None, made_up=None):
     """Returns a column: the mean of each rule, the score (their mean) with its interval, and the texts.
 
-    copied: the share of each text that the training text has, (texts,), and made_up: the words that it
-    lacks; None where there is no training text.
+    copied (texts,): the share of each text that is in the training text; made_up: the words that are not; both
+    are None where there is no training text.
     """
     unknown = made_up if rules.known else None
     marked = []
@@ -370,9 +372,8 @@ def read_beside(groups, training, rules, cfg):
 def read_all(subjects, prompts, passages, rules, bytes_a_token, compute, cfg):
     """Returns the columns of the reading lens: a list of the subjects', and a dict of real text's.
 
-    Real text is "unseen" and, if it is here, the "training" text of the first subject. Where the
-    subjects' bytes_a_token differ, one with shorter tokens may write more of them, so that all texts are
-    cut alike.
+    Real text is "unseen" and, if it is here, the "training" text of the first subject. A subject with shorter
+    tokens, fewer bytes_a_token, may write more of them, so that all texts are cut after as many bytes.
     """
     budget = cfg.max_new_tokens * max(bytes_a_token)  # bytes
     most = [round(budget / size) for size in bytes_a_token]
@@ -409,7 +410,7 @@ def ask_judge(columns, cfg):
             column["judge"] = means | {"n": len(marked)}
         if problem:
             problems.append(problem)
-        if len(answers) < len(texts):  # the judge is to be left alone
+        if len(answers) < len(texts):  # the judge fails: it is not asked again
             break
     return problems
 

@@ -1,7 +1,7 @@
 """Bits a byte by position, far past the context of training: the report of eval.py --lengths.
 
-All is made from one dict of figures, here `whole`, which compare returns. A way is one
-model under one rope_scaling.
+All is made from one dict of figures, here `whole`, which compare returns. A way is a model under one
+rope_scaling.
 """
 
 import math
@@ -18,17 +18,18 @@ from memory import check_memory
 from score import position_nats
 from sizes import mask_bytes
 
-TIMES = 8  # contexts of training, where nothing else is given
+TIMES = 8  # contexts of training that are read, unless block_size is given
 PARTS = 4  # windows that a context is cut into
-MARKS = 8  # at most, at the axis of positions
-TOKENS = 1 << 18  # of the joined texts, about so many
+MARKS = 8  # the most numbers at the axis of positions
+TOKENS = 1 << 18  # of the joined texts that are read, about so many
 
 
 def scalings_for(c, length, given):
-    """Returns the rope_scalings to read a model of config c under, up to position `length`; "" is its own.
+    """Returns the rope_scalings under which to read a model of config c up to position `length`; "" is its own.
 
-    A rope is read under the given one, too, or where it was trained without any and none is given, under
-    each that stretches its context to that length, unless windows let it see no further than in training.
+    A rope is read also under the one that is given. Where none is given and it was trained without any, it is
+    read under each kind that stretches its context to that length, unless its windows see no further than in
+    training.
     """
     if c.pos != "rope":
         return [""]
@@ -41,7 +42,7 @@ def scalings_for(c, length, given):
 
 
 def window_edges(context, length):
-    """Returns where windows of positions start, and the end of the last: PARTS in a context, from 0 to length."""
+    """Returns where windows of positions from 0 to length start, PARTS in a context, and where the last one ends."""
     n = math.ceil(PARTS * length / context)
     return np.unique(np.linspace(0, length, n + 1).astype(int))
 
@@ -49,7 +50,7 @@ def window_edges(context, length):
 def figures(nats, sizes, edges, cfg):
     """Returns bits a byte of each window with 95% intervals over texts: a dict of lists.
 
-    nats, sizes: of each target (n texts, length) the -log p and the bytes, both 0 where it is no text.
+    nats, sizes: -log p and bytes of each target, (n texts, length) each; 0 where the target is not text.
     """
     rows = {"bits": [], "low": [], "high": []}
     for first, end in zip(edges, edges[1:]):
@@ -70,8 +71,8 @@ def name_way(out_dir, scaling):
 
 
 def long_rows(documents, tokenizer, length):
-    """Returns rows of length + 1 ids of the documents, joined as in data, evenly spaced, about TOKENS
-    together; and the bytes of each of their targets (n, length), -1 where it is no text. Raises Refusal.
+    """Returns rows of length + 1 ids of the documents, which are joined as in data: evenly spaced rows, of about
+    TOKENS tokens together; and the bytes of each target (n, length), -1 where it is not text. Raises Refusal.
     """
     encoded = tokenizer.encode_batch(documents)
     _, sizes = units(encoded, tokenizer, few=False)

@@ -15,23 +15,23 @@ from score import STORIES, above_floor, context_lengths, document_nats
 FEW = 30  # documents; with fewer, text is resampled in slices, and paragraphs stand for documents
 SLICE = 1000  # bytes
 BINS = 24  # at most, of the loss by position
-LOGITS = 1 << 26  # held at once: 256 MB
-TRAINING_TOKENS = 1 << 16  # of the training text, about so many, for its loss
+LOGITS = 1 << 26  # that are held at once: 256 MB
+TRAINING_TOKENS = 1 << 16  # of the training text on which the loss is measured, about so many
 
 
 def units(documents, tokenizer, few):
     """Returns the unit that each token belongs to, and each token's bytes, both int64 (n,).
 
-    documents: lists of ids. A unit is a document or, where documents are few, a slice of SLICE bytes.
-    Another tokenizer has the same units on the same text.
+    documents: lists of ids. A unit is a document or, where documents are few, a slice of SLICE bytes. All
+    tokenizers give the same units for the same text.
     """
     sizes = np.array([len(token) for token in tokenizer.tokens])
     lengths = [sizes[ids] for ids in documents]
     for document in lengths:
-        document[0] -= tokenizer.prefix  # which is not in the text
+        document[0] -= tokenizer.prefix  # bytes that are not in the text
     n_tokens = [len(document) for document in lengths]
     lengths = np.concatenate(lengths)
-    if few:  # the slice of its last byte, which is the last of a token in other tokenizers too
+    if few:  # a token belongs to the slice that its last byte is in
         last_byte = (np.cumsum(lengths) - 1).clip(0)
         return last_byte // SLICE, lengths
     return np.repeat(np.arange(len(documents)), n_tokens), lengths
@@ -49,8 +49,8 @@ def perplexity(loss):
 
 
 def fit_batch(model):
-    """Returns how many rows of the whole context to read at once, and chunks the loss of a model where
-    even one row's logits are too many.
+    """Returns how many rows of the whole context to read at once. Makes a model chunk its loss where the logits
+    of a single row are too many.
     """
     rows = LOGITS // (model.config.block_size * model.config.vocab_size)
     model.chunked_loss = rows == 0 and HAS_CHUNKED_LOSS and model.has_plain_logits()
@@ -64,8 +64,8 @@ def check_nats(subject, nats):
 
 
 def text_nats(model, tokenizer, encoded, compute):
-    """Returns what score.document_nats returns of documents, lists of ids, and of the tokens of all of them together
-    -log p in nats (n,): without their ends, which are no text.
+    """Returns what score.document_nats returns of documents, lists of ids, and -log p of all their tokens together,
+    in nats (n,), without the ends, which are not text.
     """
     losses = document_nats(model, encoded, tokenizer, compute, fit_batch(model))
     return losses, np.concatenate([document[:-1] for document in losses])
@@ -74,9 +74,9 @@ def text_nats(model, tokenizer, encoded, compute):
 def measure(subject, documents, closed, compute, cfg):
     """Returns the figures of the likelihood lens, and what to resample: float64 (units, 3).
 
-    Its columns are nats, tokens and bytes: of the text alone, each document from its own start, so that
-    models with any tokenizer are compared on the same bytes. What the ends cost stands beside it.
-    Raises Refusal.
+    The columns are nats, tokens and bytes of the text alone, each document read from its own start, so that
+    models with different tokenizers are compared on the same bytes. The loss on ends is a figure by itself.
+    closed: whether the last document has an end. Raises Refusal.
     """
     tokenizer = subject.tokenizer
     T = subject.model.config.block_size

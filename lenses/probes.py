@@ -4,10 +4,10 @@
     for probe in probes.story_probes([], n=150, seed=0)[1:]:  # the cloze needs passages
         print(probe.name, probe.chance, probe.cases[0])
 
-Every set of candidates is asked with each of them being the right one, equally often. So a scorer that
-ignores the context, whatever words and lengths it prefers, is at chance exactly. Stories in general are
-asked about words that small children's stories have. Toy stories are asked about their own: the grammar
-says that each wrong answer has probability 0, so that a model that knows the grammar is always right.
+In every set of candidates each one is the right answer equally often. So a scorer that ignores the context is
+at chance exactly, whatever words and lengths it prefers. For stories in general the questions have words of
+small children's stories. For toy stories they come from the stories' own grammar, by which each wrong answer
+has probability 0, so that a model that knows the grammar is always right.
 """
 
 import re
@@ -81,9 +81,8 @@ def ask(probe, score):
 
 
 def skills(results):
-    """Returns the share of the room above chance that each case takes: an array (cases,) for each probe.
-
-    A right answer takes 1. The mean over a probe is 0 at chance.
+    """Returns how much of the room above chance each case takes, an array (cases,) for each probe: 1 for a right
+    answer, and for a wrong one so much below 0 that the mean of a probe is 0 at chance.
     """
     arrays = []
     for result in results:
@@ -103,7 +102,7 @@ def skill_interval(skills, resamples, seed):
 
 
 def lend(group):
-    """Returns the cases of a group of (context, completion), which lend each other the wrong answers."""
+    """Returns a case for each (context, completion) of a group: the others' completions are its wrong answers."""
     cases = []
     for context, right in group:
         wrong = [completion for _, completion in group if completion != right]
@@ -123,7 +122,7 @@ def is_spelled(case, tokenizers):
 
 
 def askable(probes, tokenizers):
-    """Returns the probes without the cases that a tokenizer cannot spell, and without empty probes."""
+    """Returns the probes without cases that a tokenizer cannot spell, and without probes that are empty then."""
     reduced = []
     for probe in probes:
         cases = [case for case in probe.cases if is_spelled(case, tokenizers)]
@@ -141,9 +140,9 @@ LAST_WORD = re.compile(r"(\S+) ([^\W\d_]+)[.!?](?=\s|\Z)")
 def cloze(passages, n, seed, allowed=lambda context, completion: False):
     """Returns a probe of about n cases about the last word of a sentence, at most one a passage.
 
-    Five passages lend each other the wrong answers. Their words differ, but neither the word before
-    them, which makes them of a kind, nor the mark after them. allowed(context, completion) says whether
-    a text may go on so; no wrong answer may.
+    Groups of five passages give each other's wrong answers. Their last words differ, but have the same word
+    before them, which makes them alike, and the same mark after them. allowed(context, completion) returns
+    whether a text may go on so; a wrong answer may not.
     """
     rng = Random(seed)
     cases = []
@@ -179,7 +178,7 @@ def fits(context, completion, group, allowed):
 
 
 # -----------------------------------------------------------------------------------------------------
-# Stories in general: frames, with the slots {a} {b} ... and with each answer in turn
+# Stories in general: frames with slots {a} {b} ..., asked with each of their answers in turn
 
 GIRLS = "Lily Mia Anna Lucy Sue Sara Amy Jane Sally Molly".split()
 BOYS = "Tom Tim Ben Max Sam Jack Bob John Leo Billy".split()
@@ -342,7 +341,7 @@ def word_case(story, match, words):
 
 
 def word_cases(stories, sets, n, rng):
-    """Returns about n cases: words of a set where stories have them and no other of the set may stand.
+    """Returns about n cases: words of a set, at places of stories where no other word of the set may stand.
 
     Each word of a set is the right answer equally often.
     """

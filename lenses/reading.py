@@ -3,8 +3,8 @@
     from lenses import reading
     print(reading.marks("Tom ran. Tom ran. Tom ran. Tom", ended=False))
 
-A mark is a share from 0 to 1, the more the better. Rules are blunt, and verse or dialogue breaks some of
-them by right. So read a mark beside that of real text, which eval.py prints next to it.
+A mark is a share from 0 to 1, and 1 is best. Rules are blunt: verse or dialogue may break some of them. So
+compare a mark with that of real text, which eval.py prints next to it.
 """
 
 import codecs
@@ -20,7 +20,7 @@ from tokenizer import EOT
 
 COPY = 12  # words in a row, the same as in the training text, that count as copied
 PHRASE = 4  # words of a phrase that is better not said twice
-DISTINCT_WORDS = 1000  # word pairs are counted in so many words, since longer texts repeat more of them
+DISTINCT_WORDS = 1000  # word pairs are counted in so many words, as longer texts repeat more of them
 HASH_FACTOR = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio (Knuth, multiplicative hashing)
 
 WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")

@@ -1,4 +1,4 @@
-"""Intervals: Wilson's for a share, Student's for a few runs, the percentile bootstrap for everything else."""
+"""95% intervals: Wilson's for a share, Student's for a few runs, the percentile bootstrap for everything else."""
 
 import math
 import statistics
@@ -8,7 +8,8 @@ import numpy as np
 Z = 1.959964  # standard errors to each side: 95% of a normal distribution
 MOST_DRAWS = 1 << 22  # in memory at once
 
-# Student's t for a 95% interval with 1, 2 ... degrees of freedom; beyond, the last one is a little wide
+# Student's t for a 95% interval with 1, 2 ... degrees of freedom. For more than these the last one is taken, which
+# makes intervals a little wide
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145)
 
 
@@ -80,8 +81,9 @@ def bits_per_byte(nats, sizes):
 
 
 def paired(results, others):
-    """Returns by how much the results of runs exceed others with the same seeds, in the mean; half the 95%
-    interval of that (Student's t); and the number of those seeds. None for what too few of them leave open.
+    """Returns three things: by how much the results of runs exceed those of others with the same seeds, on average;
+    half the 95% interval of that (Student's t); and the number of these seeds. With one seed the second is None,
+    with none the first too.
 
     results, others: {seed: a figure}, None where a run has none.
     """

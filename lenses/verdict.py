@@ -1,4 +1,4 @@
-"""What three lenses say together: trust them where they agree; else the verdict says which to look at.
+"""What three lenses say together. Where they agree, trust them; where not, the verdict says what to look at.
 
     from lenses.verdict import grade, verdict
     print(verdict(grade(result, unseen)))
