@@ -67,7 +67,7 @@ def to_transformers(model):
     weight = model.wte.weight
     # .to(dtype) would round RoPE's frequencies too
     hf_model = AutoModelForCausalLM.from_config(hf_config, dtype=weight.dtype)
-    if model.config.mlp == "moe":  # which only from_pretrained joins, of a matrix an expert
+    if model.config.mlp == "moe":  # only from_pretrained joins the matrices of experts
         hf_model = type(hf_model).from_pretrained(
             None, config=hf_config, state_dict=state, dtype=weight.dtype
         )

@@ -23,11 +23,11 @@ def load_tokenizer(text):
 
 
 def from_files(files, data, eot, ends=()):
-    """Returns the tokenizer of a folder's files, {name: text}: ours if hf.py wrote it of ours and nobody
-    gave it another chat template or another end since, else a foreign one. Raises ValueError.
+    """Returns the tokenizer of a folder's files, {name: text}: ours if hf.py wrote it and nobody gave it another chat
+    template or another end since, else a foreign one. Raises ValueError.
 
-    data: their tokenizer.json, parsed, whose post_processor puts there what a text starts with, as in
-    transformers 5.
+    data: their parsed tokenizer.json, whose post_processor says what a text starts with, as in transformers 5.
+    eot, ends: the id that ends documents, and all at which generation stops.
     """
     bos = find_bos(data, eot)
     tokenizer = ForeignTokenizer(files, eot, bos, ends)
@@ -43,7 +43,7 @@ def find_bos(data, eot):
     """Returns the id that the post_processor puts before a text, or None. Raises ValueError."""
     post_processor = data.get("post_processor")
     if post_processor == bos_processor(EOT, eot):
-        return eot  # ours: neither this nor the next needs the library
+        return eot  # our own processor; neither this case nor the next one needs the library
     parts = list_parts(post_processor)
     if post_processor is None or parts and all(part.get("type") == "ByteLevel" for part in parts):
         return None

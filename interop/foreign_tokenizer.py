@@ -2,15 +2,15 @@
 
     tokenizer = ForeignTokenizer({"tokenizer.json": text}, eot=2, bos=1)
 
-They are run by Hugging Face's `tokenizers`. What is kept in checkpoints is {"eot": id, "bos": id or null,
-"ends": ids, "files": {name: text}}: the folder's own texts, which go out as they came in. Checkpoints from
-before 2026-11-28 have {"eot", "bos", "tokenizer"} instead, the last a tokenizer.json without its
+They are run by Hugging Face's `tokenizers`. Checkpoints keep {"eot": id, "bos": id or null, "ends": ids,
+"files": {name: text}}, with the folder's own texts, which go out as they came in. Checkpoints from before
+2026-11-28 have {"eot", "bos", "tokenizer"} instead, where the last is a tokenizer.json without its
 post_processor, and bos is eot where the folder has none: they keep that rule. As with ours, special tokens
-are added by id only, and text that spells one is ordinary text, but for encode_special.
+are added only by id, and text that spells one is ordinary text, but for encode_special.
 
-Llama's kind writes a space before a text (text "a" is the token "▁a"), so that "a" at the start of a
-text and "a" going on after another are different ids. encode and decode are for whole texts; encode_more
-and decode_more for what goes on.
+Llama's kind writes a space before a text (the text "a" is the token "▁a"), so that "a" at the start of a
+text has other ids than "a" that follows more text. encode and decode are for whole texts, encode_more and
+decode_more for texts that follow others.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from tokenizer import CHAR_BYTE, Tokenizer, mend
 
 LARGEST_VOCABULARY = 10**7
 CHAT_TEMPLATE = "chat_template.jinja"
-# what a folder says of text, and is kept
+# the files of a folder that are about text; they are kept
 FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -43,7 +43,7 @@ FILES = (
 def library_errors(task):
     """Turns what the library raises into a ValueError that says which task it does not do.
 
-    It has no exceptions of its own, and where its Rust panics, that is a BaseException.
+    It has no exceptions of its own, and a panic of its Rust is a BaseException.
     """
     try:
         yield
@@ -57,8 +57,8 @@ def library_errors(task):
 def make_library_tokenizer(data, encode_special_tokens=True):
     """Returns the tokenizers.Tokenizer of a parsed tokenizer.json. Raises ValueError.
 
-    It takes special tokens for text unless encode_special_tokens is False, cuts nothing and fills
-    nothing up.
+    It neither cuts texts nor pads them. Text that spells a special token is text, unless encode_special_tokens
+    is False.
     """
     try:
         import tokenizers
@@ -76,7 +76,7 @@ def make_library_tokenizer(data, encode_special_tokens=True):
 def encode_text(library_tokenizer, text, add_special_tokens=False):
     """Returns the ids of a text. Raises ValueError."""
     with library_errors(f"take the text {text[:20]!r}"):
-        # encode would hold the interpreter's lock
+        # a batch of one, as encode would hold the interpreter's lock
         [encoding] = library_tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
     return encoding.ids
 
@@ -92,7 +92,9 @@ def list_parts(component):
 
 
 def token_bytes(data, vocab, n):
-    """Returns the bytes of n ids: GPT-2's byte characters, or Llama's pieces. Raises ValueError."""
+    """Returns the bytes of each of n ids, which are written in GPT-2's byte characters or as Llama's pieces. Raises
+    ValueError.
+    """
     decoder_parts = list_parts(data.get("decoder"))
     kinds = {part.get("type") for part in decoder_parts}
     for part in decoder_parts + list_parts(data.get("pre_tokenizer")):
@@ -129,7 +131,7 @@ def piece_bytes(text, byte_fallback):
 
 
 def without_prefix(data):
-    """Returns the tokenizer.json without what puts a space before a text."""
+    """Returns a parsed tokenizer.json without the parts that put a space before a text."""
     return data | {key: drop_prefix(data.get(key)) for key in ("normalizer", "pre_tokenizer")}
 
 
@@ -153,7 +155,7 @@ def drop_prefix(component):
 
 
 def read_own(data):
-    """Returns the Tokenizer of ours that splits and merges as the file says, if it is of GPT-2's kind, else None."""
+    """Returns our Tokenizer for a tokenizer.json that it splits and merges alike, as one of GPT-2's kind; else None."""
     try:
         return Tokenizer.from_str(json.dumps(data))
     except ValueError:
@@ -163,10 +165,10 @@ def read_own(data):
 class ForeignTokenizer(Tokenizer):
     """The tokenizer of a folder of Hugging Face's, run by ours where it is of GPT-2's kind, else by the library.
 
-    files: {name: text} of FILES, those that there are. eot is the id that ends documents, bos the one
-    that a text starts with, None where it starts with none; ends are all that generation stops at.
-    ValueError: what `tokenizers` does not read or its absence, a kind whose tokens' bytes are not known
-    here, ids outside.
+    files: {name: text} of those of FILES that the folder has. eot is the id that ends documents, bos the one
+    that a text starts with, None for none; ends are all at which generation stops. Raises ValueError where
+    `tokenizers` is not installed or does not read the file, where it is not known which bytes a token is, and
+    for ids outside the vocabulary.
     """
 
     def __init__(self, files, eot, bos, ends=()):
@@ -191,7 +193,7 @@ class ForeignTokenizer(Tokenizer):
         self.eot = eot
         self.bos = bos
         self.ends = tuple(sorted({eot, *(i for i in ends if 0 <= i < self.vocab_size)}))
-        # ours puts nothing before a text, and one of characters need not know an "a"
+        # our own puts nothing before a text; and a vocabulary of characters may lack the "a" to try it with
         self.prefix = 0 if self.own else len(self.decode_bytes(self.encode("a"))) - 1
 
     @cached_property
@@ -209,16 +211,16 @@ class ForeignTokenizer(Tokenizer):
         return make_library_tokenizer(without_prefix(self.data), encode_special_tokens=False)
 
     def to_str(self):
-        """Returns the text that load_tokenizer makes this tokenizer of again."""
+        """Returns the text from which load_tokenizer makes this tokenizer again."""
         content = {"eot": self.eot, "bos": self.bos, "ends": self.ends, "files": self.files}
         return json.dumps(content, ensure_ascii=False)
 
     @cached_property
     def sha256(self):
-        """The fingerprint of what becomes of a document: equal where all ids are."""
+        """A fingerprint, equal for tokenizers that give all documents equal ids."""
         if self.own and self.own.eot == self.eot and not self.head:
             return self.own.sha256
-        # as in checkpoints from before there were files
+        # by the rule of checkpoints from before 2026-11-28
         bos = self.eot if self.bos is None else self.bos
         content = {"eot": self.eot, "bos": bos, "tokenizer": self.data}
         return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()
@@ -257,9 +259,8 @@ class ForeignTokenizer(Tokenizer):
         return encode_text(self._special_more, mend(text))
 
     def encode_batch(self, texts, num_threads=os.cpu_count()):
-        """Encodes each of texts, on num_threads threads or, where the library does it, on its own.
-
-        It has one a core, or as many as RAYON_NUM_THREADS says.
+        """Encodes each of texts, on num_threads threads, or where the library encodes on its own threads: one a core,
+        or as many as RAYON_NUM_THREADS says.
         """
         if self.own:
             return self.own.encode_batch(texts, num_threads)
@@ -323,8 +324,8 @@ def parse_json(text):
 
 
 def read_settings(read):
-    """Returns what tokenizer_config.json and special_tokens_map.json say together, as to transformers: where the
-    former lists all added tokens, it does not look at the latter. read(name): the dict in a file, {} without one.
+    """Returns the settings in tokenizer_config.json and special_tokens_map.json, as transformers reads them: where the
+    first lists all added tokens, the second does not count. read(name) returns the dict in a file, {} without it.
     """
     settings, special_tokens = read("tokenizer_config.json"), read("special_tokens_map.json")
     return settings if "added_tokens_decoder" in settings else settings | special_tokens

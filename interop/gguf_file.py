@@ -4,7 +4,7 @@
     model_config, state, tokenizer = read("out/ts.gguf")
 
 The header is read here and not by the package, whose reader goes on past the end of a file that was cut
-off. No code runs: a GGUF file holds numbers and texts. ValueError and Refusal, each in one line.
+off. No code runs: a GGUF file holds numbers and texts. What is wrong is a ValueError or a Refusal of one line.
 """
 
 import math
@@ -77,8 +77,8 @@ def write(path, model, tokenizer, template="", bits=32, overwrite=False, text_ru
 
 
 class Written(np.ndarray):
-    """An array that GGUFWriter writes whole, or else an error is raised: numpy's own tofile() does not say when the
-    last bytes find no room on the disk.
+    """An array whose tofile(), which GGUFWriter calls, writes it whole or raises an error. numpy's own does not say
+    when the disk has no room for the last bytes.
     """
 
     def tofile(self, f):
@@ -241,8 +241,8 @@ def read_header(gguf, data):
 
 
 def place_entries(gguf, infos, alignment, header_size, file_size):
-    """Returns {name: Entry} of {name: (shape, type's number, offset)}: one after another, as llama.cpp has
-    them too, and all of them in the file. Raises ValueError.
+    """Returns {name: Entry} of {name: (shape, type's number, offset)}. Raises ValueError where the tensors do not
+    follow each other, as llama.cpp wants them to, or are not all in the file.
     """
     entries = {}
     place = start = -(-header_size // alignment) * alignment
@@ -263,7 +263,7 @@ def place_entries(gguf, infos, alignment, header_size, file_size):
 
 
 def read_tensor(gguf, data, name, entry):
-    """Returns a tensor, float32. Raises ValueError for a type that the package does not make numbers of."""
+    """Returns a tensor, float32. Raises ValueError for a type that the package cannot dequantize."""
     block, block_size = gguf.GGML_QUANT_SIZES[entry.kind]
     row_size = entry.shape[-1] // block * block_size
     rows = data[entry.start : entry.start + entry.size].reshape(-1, row_size)
@@ -271,14 +271,14 @@ def read_tensor(gguf, data, name, entry):
         array = gguf.dequantize(rows, entry.kind)
     except NotImplementedError:
         raise ValueError(f"tensor {name} is {entry.kind.name}, which is not read here") from None
-    array = np.require(array, np.float32, "W")  # a copy, where it is the file itself
+    array = np.require(array, np.float32, "W")  # a copy of what is still the mapped file
     return torch.from_numpy(array.reshape(entry.shape))
 
 
 def open_file(path):
     """Returns (gguf, the file's bytes, metadata, {name: Entry}). Raises ValueError, OSError and Refusal."""
     gguf = import_gguf("reading")
-    if os.path.getsize(path) == 0:  # of which there is no map
+    if os.path.getsize(path) == 0:  # an empty file cannot be mapped
         raise ValueError("the file is empty")
     data = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
     return gguf, data, *read_header(gguf, data)

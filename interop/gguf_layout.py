@@ -52,7 +52,7 @@ NAMES = {
     "mlp.down_proj": "ffn_down",
     "mlp.router": "ffn_gate_inp",
 }
-FREQUENCIES = "rope_freqs.weight"  # by what llama3's scaling divides each frequency
+FREQUENCIES = "rope_freqs.weight"  # the numbers by which llama3's scaling divides each frequency
 OWN_SCALING = "tinylm.rope_scaling"  # llama3's numbers, which cannot be read off those divisors
 
 
@@ -78,17 +78,17 @@ def interleave(x, n_head):
 
 
 def separate(x, n_head):
-    """Returns what interleave made the rows of."""
+    """Returns the rows that interleave was given."""
     return x.reshape(n_head, -1, 2, *x.shape[1:]).transpose(1, 2).reshape(x.shape)
 
 
 def fused_name(name):
-    """Returns what GPT-2 has in place of q, k or v: one tensor of all three."""
+    """Returns the name in GPT-2, which has one tensor of q, k and v, for that of any of them."""
     return re.sub(r"attn_[qkv]\.", "attn_qkv.", name)
 
 
 def rotated_heads(c, key):
-    """Returns how many heads the rows of our tensor are, of a q or k projection; 0 for another tensor."""
+    """Returns how many heads the rows of a q or k projection are; 0 for any other tensor of ours."""
     _, _, module = key.rpartition("attn.")
     return {"q_proj": c.n_head, "k_proj": c.n_kv_head}.get(module.partition(".")[0], 0)
 
@@ -166,8 +166,7 @@ def from_gguf(architecture, c, tensors):
 
 
 def to_gguf(c, state):
-    """Returns (metadata, tensors) of our config and state dict: what the file says of the model, the
-    tokenizer left out.
+    """Returns (metadata, tensors) of our config and state dict: all of the file but the tokenizer.
 
     Raises ValueError for what llama.cpp does not have or would compute otherwise.
     """
@@ -263,12 +262,12 @@ def write_yarn(c, numbers):
     return settings
 
 
-# keys of an architecture that change nothing, or say what other keys say
+# keys of an architecture that change nothing, or say the same as others
 HARMLESS = {"vocab_size", "rope.scaling.finetuned", "rope.dimension_count", "attention.value_length"}
 
 
 class Metadata:
-    """The keys of an architecture, read one by one: what is left in the end is not known here."""
+    """The metadata of an architecture. Each key is noted when it is read: the ones left in the end are unknown."""
 
     def __init__(self, metadata):
         self.architecture = metadata.get("general.architecture")
@@ -392,8 +391,8 @@ def read_rope(data, own_scaling, keys, divisors):
 
 
 def check_betas(data):
-    """Raises ValueError for YaRN's betas, which llama.cpp's converter writes where config.json has them, where they
-    are not those that llama.cpp computes with in these architectures, whatever the file says.
+    """Raises ValueError for YaRN's betas other than the defaults. llama.cpp's converter writes them where config.json
+    has them, but in these architectures llama.cpp computes with the defaults whatever the file says.
     """
     for name, default in YARN_DEFAULTS.items():
         key = f"rope.scaling.yarn_{name}"
@@ -404,8 +403,8 @@ def check_betas(data):
 
 
 def find_llama3(own_scaling, keys, divisors, architecture):
-    """Returns the rope_scaling whose divisors of the frequencies these are: that which our own file
-    names, or one with Llama 3's usual numbers. Raises ValueError where there is none.
+    """Returns the rope_scaling that has these divisors of frequencies: the one that our own file names, or
+    one with Llama 3's usual numbers. Raises ValueError where neither has them.
     """
     if architecture != "llama":
         raise ValueError(f"there is {FREQUENCIES}, which llama.cpp does not read for {architecture}")

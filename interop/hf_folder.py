@@ -1,9 +1,9 @@
 """Reads what transformers and PEFT write, a folder or a NAME of the Hugging Face hub, as a checkpoint.
 
     ckpt = load("HuggingFaceTB/SmolLM2-135M")         # what checkpoint.load returns for "hf:NAME"
-    tokenizer = load_tokenizer("gpt2")                # how prepare.py --tokenizer=hf:gpt2 does
+    tokenizer = load_tokenizer("gpt2")                # as prepare.py --tokenizer=hf:gpt2 does
 
-hf_config.py has the kinds of models, and refuses by name what ours does not have. Weights come from
+hf_config.py has the kinds of models, and names what ours does not have when it refuses it. Weights come from
 safetensors, in one file or several, or from a .bin that is read with weights_only=True: no code runs.
 "hf:FILE.gguf" is read here too, by gguf_file.py. Everything raises Refusal, in one line.
 """
@@ -24,7 +24,7 @@ from interop.foreign_tokenizer import CHAT_TEMPLATE, FILES, parse_json, read_set
 from model import ModelConfig
 from tensors import NotFinite
 
-# rows of an embedding beyond its tokenizer's ids are taken for padding: so many, or such a share of all
+# rows of an embedding past its tokenizer's ids are taken for padding, up to so many or such a share of all rows
 PADDING_ROWS = 128
 PADDING_SHARE = 0.02
 TEXTS = ["config.json", "adapter_config.json", *FILES]
@@ -33,8 +33,7 @@ TEXTS = ["config.json", "adapter_config.json", *FILES]
 def find_folder(name, weights="model"):
     """Returns the folder `name`, or that of the hub's NAME, downloaded into the hub's own cache.
 
-    weights is what the names of the files with weights begin with, "" where they are not needed.
-    Raises Refusal.
+    weights: the beginning of the names of files with weights, "" where these are not needed. Raises Refusal.
     """
     if os.path.isdir(name):
         return name
@@ -46,7 +45,7 @@ def find_folder(name, weights="model"):
     except ImportError as e:
         problem = f"downloading it needs a library ({e}): pip install huggingface_hub"
         raise Refusal(f"hf:{name} is no folder here, and {problem}")
-    except Exception as e:  # its own, its HTTP library's, the system's: other ones in each version
+    except Exception as e:  # the library's, its HTTP library's, the system's: each version has others
         problem = f"could not be downloaded from the Hugging Face hub ({type(e).__name__}: {e})"
         raise Refusal(f"hf:{name} is no folder here and {problem}")
 
@@ -62,7 +61,7 @@ def download(name, weights):
         patterns = ["pytorch_model*.bin", "pytorch_model*.bin.index.json"]
         folder = snapshot_download(name, allow_patterns=[*TEXTS, *patterns])
     files = sorted(os.listdir(folder))
-    # such as after prepare.py, now without a network
+    # as where prepare.py fetched the tokenizer, and there is no network now
     if not any(file.endswith((".safetensors", ".bin")) for file in files):
         raise FileNotFoundError(f"only {', '.join(files)} came or were there, no weights")
     return folder
@@ -88,7 +87,7 @@ def reading(path):
 
 
 def read_json(folder, name, default=None):
-    """Returns a JSON object of the folder; default, if there is one, where there is no such file."""
+    """Returns a JSON object of the folder. Where there is no such file it returns default, unless that is None."""
     path = os.path.join(folder, name)
     if default is not None and not os.path.exists(path):
         return default
@@ -101,7 +100,7 @@ def read_json(folder, name, default=None):
 
 
 def read_tensors(folder, weights):
-    """Returns every tensor of weights.safetensors, or of pytorch_model.bin, in one file or in shards."""
+    """Returns every tensor of WEIGHTS.safetensors, or else of pytorch_model.bin, in one file or in shards."""
     for stem, suffix in (weights, ".safetensors"), ("pytorch_model", ".bin"):
         files = list_files(folder, stem + suffix)
         if files is None:
@@ -172,8 +171,7 @@ def find_eot(folder, data, settings):
 def read_tokenizer(folder):
     """Returns the Tokenizer or ForeignTokenizer of the folder.
 
-    Its end of text is the one that tokenizer_config.json, special_tokens_map.json or else config.json names.
-    Raises Refusal.
+    tokenizer_config.json, special_tokens_map.json or else config.json names its end of text. Raises Refusal.
     """
     path = os.path.join(folder, "tokenizer.json")
     if not os.path.exists(path):
@@ -231,9 +229,9 @@ def end_ids(folder):
 
 
 def load(name):
-    """Returns the checkpoint that the folder, the hub's NAME or FILE.gguf amounts to: step 0, config {}.
+    """Returns the folder, the hub's NAME or FILE.gguf as a checkpoint, with step 0 and an empty config.
 
-    Rows of the embedding that no token has (padding to a round number) are left out. Raises Refusal.
+    Rows of the embedding that belong to no token (padding to a round number) are left out. Raises Refusal.
     """
     if gguf_file.is_gguf(name):
         with reading(name):
@@ -263,8 +261,8 @@ def load(name):
 
 
 def make_checkpoint(c, state, tokenizer, settings=None):
-    """Returns what checkpoint.load returns, of a model that was not trained here, or whose settings of training are
-    lost but for some.
+    """Returns what checkpoint.load returns, for a model that was not trained here. settings: what is known of its
+    training.
     """
     return {
         "format": 1,
@@ -283,6 +281,7 @@ def make_checkpoint(c, state, tokenizer, settings=None):
 
 
 def report_unknown(name, kind, keys):
+    """Prints which keys of config.json were passed over, if there are any."""
     if keys:
         shown = ", ".join(f"{key!r:.60}" for key in keys[:5])
         rest = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
@@ -306,7 +305,7 @@ def load_adapter(name, c):
 
 
 def read_notes(path):
-    """Returns what hf.py notes in an adapter that it writes, base_sha256, template and text_rule, or nothing."""
+    """Returns what hf.py notes in an adapter that it writes, base_sha256, template and text_rule; {} for others."""
     if not os.path.exists(path):
         return {}
     from safetensors import safe_open

@@ -85,7 +85,9 @@ def to_hf(c, state):
 
 
 def has_qwen2_biases(c, state):
-    """Whether there are biases in q, k and v alone, and heads as wide as Qwen2's were before 4.48."""
+    """Returns whether only q, k and v have biases that are not 0, and heads are as wide as Qwen2's always were before
+    transformers 4.48.
+    """
     if not c.bias or c.n_embd != c.n_head * c.head_dim:
         return False
     biases = [key for key in state if key.endswith("_proj.bias")]
@@ -139,8 +141,8 @@ def tensors_to_hf(kind, state):
 def from_hf(kind, c, tensors, without):
     """Returns our state dict, float32, from the tensors of a Hugging Face model.
 
-    `without` has patterns of our tensors that may be absent, and are zero then: biases that only half of
-    the Linears have. Raises ValueError for tensors that are missing, misshapen or have no place.
+    without: patterns of our tensors that may be absent and are zero then, as biases that only half of the
+    Linears have. Raises ValueError for tensors that are missing, misshapen or have no place.
     """
     if not c.tie_embeddings and "lm_head.weight" not in tensors:
         problem = 'there is no lm_head.weight, and config.json does not have "tie_word_embeddings": true'

@@ -1,9 +1,9 @@
-"""Whether model.py still computes what transformers and llama.cpp do, as whoever changes it may not want.
+"""Checks that model.py still computes what transformers and llama.cpp do, before a model is written for these.
 
     check(choose_kind(model.config))
 
-A folder or a GGUF file has tensors and settings, and no formula: another activation in model.py would be left out
-without a word. So a small model of each kind, of numbers that nobody draws, has to give the logits that
+A folder or a GGUF file has tensors and settings but no formula, so that another activation in model.py would be
+left out without a word. So a small model of each kind, with fixed numbers for weights, must give the logits that
 transformers gave for it.
 """
 
@@ -13,7 +13,7 @@ from interop.hf_config import CLASSES, NEEDS
 from model import ModelConfig, Transformer
 from sizes import Undrawn
 
-# all that a logit may depend on, whatever model.py has where nothing is said
+# all settings that a logit depends on, so that their defaults in model.py may change
 SETTINGS = {
     "vocab_size": 11,
     "n_layer": 3,
@@ -24,7 +24,7 @@ SETTINGS = {
     "n_expert": 4,
     "n_expert_per_token": 2,
     "norm_topk_prob": True,
-    "norm_eps": 0.1,  # a share of what is normed
+    "norm_eps": 0.1,  # so large that it counts
     "rope_theta": 10000.0,
     "rope_scaling": "none",
     "window": 0,

@@ -1,10 +1,10 @@
-"""llama.cpp itself, prebuilt in PyPI's xllamacpp, on a GGUF file: bench.py races it, and tests compare with it.
+"""llama.cpp, from PyPI's xllamacpp, which has it prebuilt: bench.py races it, and tests compare with it.
 
     llama = Server("out/demo.gguf", n_ctx=256)
     ids = llama.write([0, 17, 4], 100)
 
-It runs in a process of its own, which is killed at the end: a server of xllamacpp 2026.10 that is taken down
-soon after its start sometimes never returns.
+It runs in a process of its own, which is killed at the end: a server of xllamacpp 2026.10 that is shut down
+soon after its start sometimes hangs.
 """
 
 import json
@@ -26,7 +26,7 @@ class Server:
         import xllamacpp  # noqa: F401
 
         command = [sys.executable, __file__, str(path), str(n_ctx), str(n_threads), str(exact)]
-        # it ends with its input, should this process be killed
+        # it ends when its input does, also if this process is killed
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         process = subprocess.Popen(command, **pipes)
         weakref.finalize(self, process.kill)

@@ -1,5 +1,5 @@
-"""Two layouts of adapters: ours and PEFT's, whose A (rank, in) and B (out, rank) are ours, but over the modules that
-Hugging Face has.
+"""Two layouts of adapters: ours and PEFT's, which has the same A (rank, in) and B (out, rank), but for the modules of
+Hugging Face's models.
 
     config, tensors = to_peft(model.config, lora_config, adapters)  # adapter_config.json and its tensors
     settings, adapters = from_peft(model.config, config, tensors)
@@ -82,7 +82,7 @@ def write_peft_config(kind, lora, ranks):
     }
 
 
-# what says nothing of what an adapter computes once it is trained
+# keys that change nothing of what a trained adapter computes
 PEFT_HARMLESS = set(
     """auto_mapping peft_version base_model_name_or_path revision inference_mode target_modules
     exclude_modules layers_pattern megatron_core fan_in_fan_out runtime_config qalora_group_size
@@ -115,7 +115,7 @@ def check_peft_value(key, value):
 
 
 def read_peft_number(data, key, pattern_key, module):
-    """Returns a module's number: of the first pattern that fits it, else the common one of `key`."""
+    """Returns a module's number: that of the first pattern that fits its name, else the common one under `key`."""
     patterns = data.get(pattern_key) or {}
     fitting = [pattern for pattern in patterns if re.match(rf"(.*\.)?({pattern})$", module)]
     return read_number(patterns, fitting[0]) if fitting else read_number(data, key)
@@ -175,7 +175,7 @@ def from_peft(c, data, tensors):
     settings, adapters = unify(parts)
     settings["lora_dropout"] = float(read_number(data, "lora_dropout", 0.0))
     settings["target"] = ",".join(target)
-    inject(model, LoRAConfig(**settings))  # only for its ValueError, where that cannot be
+    inject(model, LoRAConfig(**settings))  # raises ValueError where the base cannot have such adapters
     return settings, adapters
 
 
