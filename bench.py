@@ -8,7 +8,7 @@
     python bench.py quantize --init_from=out/ts     8 and 4 bits: what they lose, how large and fast they are
     python bench.py train --against=FOLDER      a step of nanoGPT too, of which FOLDER is a checkout
     python bench.py learning --against=FOLDER   the time to nanoGPT's validation loss, which trains 2,000 steps first
-    python bench.py decode --init_from=out/ts --against=llama.cpp    beside llama.cpp, with 32, 8 and 4 bits
+    python bench.py decode --init_from=out/ts --against=llama.cpp    beside llama.cpp, with 32, 16, 8 and 4 bits
     python bench.py scale --processes=64 --n_layer=22 --n_head=32 --n_embd=2048 --batch_size=64    a run in shards
 
 Rivals take turns within one run, so that a machine whose speed drifts is fair to all. ms is a median,

@@ -29,7 +29,7 @@ greedy_steps = functools.partial(generate, temperature=0)
 
 
 def begun_steps(model, prompts, n, n_read=1, **settings):
-    """Returns greedy_steps after the first ones: one, which comes with the prefill, or so many more."""
+    """Returns greedy_steps of which the first n_read were made already; the first one comes with the prefill."""
     steps = greedy_steps(model, prompts, n, **settings)
     for _ in range(n_read):
         next(steps)
@@ -63,7 +63,7 @@ def generate_hf(hf_model, ids, n):
 
 def count_bytes_a_step(model, batch_size):
     """Returns the bytes of weights that a decoding step of so many rows reads: all but look-up tables, of
-    which it reads a row or two, and experts that no row can go to.
+    which it reads a row or two, and experts that get no row even where each row goes to others.
     """
     tables = []
     if not model.config.tie_embeddings:
@@ -78,10 +78,11 @@ def count_bytes_a_step(model, batch_size):
 
 
 def decode_rivals(model, hf_model, batch_size, compiled):
-    """Returns {name: rival} of a batch size, the tokens a row that each makes in its time, and its prompts'.
+    """Returns three things for a batch size: {name: rival}; {name: the tokens a row that it makes while it is timed};
+    and the tokens of a prompt.
 
-    On a GPU "decode" are the replays of a captured graph, of which the first are untimed, "compiled" those of
-    a compiled step, and rivals that launch each step make a quarter of the tokens, as they take so long.
+    On a GPU "decode" is the replays of a captured graph, of which the first are not timed, "compiled" those of a
+    compiled step; and rivals that launch each step make a quarter of the tokens, as they take so long.
     """
     device = model.device
     n_prompt = model.config.block_size // 2
@@ -118,7 +119,7 @@ def decode_rows(model, hf_model, large, batch_size, seconds, compiled=False):
     large: a tensor that no cache holds, whose sum shows the memory's speed.
     """
     rivals, tokens, n_prompt = decode_rivals(model, hf_model, batch_size, compiled)
-    # last, where no rival finds caches that it emptied
+    # the sum last, as it fills the caches with its own numbers
     times = race(rivals | {"memory": large.sum}, seconds, model.device)
     memory_speed = large.nbytes / times.pop("memory")["median"]
     for name, rival_times in times.items():
@@ -143,9 +144,9 @@ def decode_rows(model, hf_model, large, batch_size, seconds, compiled=False):
 
 
 def sample_rows(model, hf_model, seconds):
-    """Yields the rows of SAMPLES prompts of different lengths that are continued together, by draws from all
-    of the vocabulary, as finetune_ppo.py samples, then of prompts that eight rows share, as it does by
-    default. With random weights two thirds end before the last step.
+    """Yields the rows of SAMPLES prompts that are continued together by draws from the whole vocabulary, as
+    finetune_ppo.py samples: first prompts of different lengths, then such that eight rows share, as by default
+    there. With random weights two thirds end before the last step.
     """
     n_prompt = n_new = model.config.block_size // 2
     if model.device.type == "cuda":  # where a rival that launches each step takes long
@@ -234,8 +235,8 @@ def load_speculations(cfg, compute, model, tokenizer):
 
 
 def speculation_rows(cfg, compute, model, tokenizer, speculations):
-    """Yields the table's rows of plain and of speculative decoding, greedy and at temperature 0.8, after four
-    beginnings of texts that the model itself has written, each by itself.
+    """Yields the table's rows of plain and of speculative decoding, greedy and at temperature 0.8. Each text goes on
+    by itself, after one of four beginnings that the model has written.
     """
     *_, rows = generate(model, [[tokenizer.eot]] * 4, 16, 1.0, seed=cfg.seed)
     prompts = [[tokenizer.eot, *row.ids] for row in rows]
@@ -268,8 +269,8 @@ def speculation_rows(cfg, compute, model, tokenizer, speculations):
 
 
 def llama_cpp_rows(cfg, compute, model, tokenizer):
-    """Returns the rows of one greedy text: by this model, its ONNX files where export_onnx.py wrote some, and
-    llama.cpp with 32, 8 and 4 bits a number. same: how many of its first ids are this model's.
+    """Returns the rows of one greedy text, written by this model, by its ONNX files where export_onnx.py wrote some,
+    and by llama.cpp with 32, 16, 8 and 4 bits a number. same: how many of its first ids are those of this model.
     """
     n_threads = torch.get_num_threads()
     n_written = min(40, cfg.block_size // 2)
@@ -307,9 +308,9 @@ def llama_cpp_rows(cfg, compute, model, tokenizer):
 def bench_decode(cfg, compute):
     """Times generate.py, greedy, in tokens/s; and in samples/s, drawn, for prompts of different lengths.
 
-    of_memory is the speed at which weights are read against what the memory gives. The next table has
-    the time with a cache against that without one, and with a draft the last one speculative decoding. Against
-    llama.cpp there is a text of both alone.
+    of_memory is the speed at which weights are read, as a share of the memory's speed. The next table compares the
+    time with a cache and without one; with a draft the last one is speculative decoding. Against llama.cpp there is
+    only a text by both.
     """
     model = build_model(cfg).to(compute.device, compute.dtype).eval()
     if cfg.draft or cfg.against == LLAMA_CPP:

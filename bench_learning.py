@@ -1,4 +1,4 @@
-"""What bench.py learning runs: nanoGPT and ours, trained on toy stories that nobody sees twice."""
+"""What bench.py learning runs: nanoGPT's model and ours, trained on toy stories of which none is seen twice."""
 
 from dataclasses import replace
 from functools import partial
@@ -20,13 +20,13 @@ from shards import id_type
 from tokenizer import Tokenizer
 
 NANOGPT = "nanoGPT"
-START = 5  # steps, in which models are compiled and graphs captured: timed apart
-VALIDATION = 2000  # stories that are not trained on
-TOLD = 10**4  # stories at a time
+START = 5  # first steps, in which models are compiled and graphs captured: they are timed by themselves
+VALIDATION = 2000  # stories that are held out
+TOLD = 10**4  # stories that are told at a time
 
 
 def fresh_stories(n_tokens, vocab_size, seed):
-    """Returns (training ids, at least n_tokens of them, validation ids, tokenizer) of toy stories, each told once."""
+    """Returns (at least n_tokens training ids, validation ids, tokenizer) of toy stories, each told once."""
     texts = (text for text, _ in toy_stories.stories(10**12, seed))
     held_out = list(islice(texts, VALIDATION))
     told = list(islice(texts, TOLD))
@@ -46,8 +46,8 @@ def fresh_stories(n_tokens, vocab_size, seed):
 
 
 def learn(update, optimizers, validate, cfg, device):
-    """Makes cfg.max_iters steps, update(step) each, at cfg's rates. Returns (seconds of the first START steps,
-    [(steps, seconds of those after START, validation loss)] every eval_interval and at the end).
+    """Calls update(step) for cfg.max_iters steps, at cfg's rates. Returns the seconds of the first START steps, and
+    [(steps so far, seconds of those after START, validation loss)] at every eval_interval and at the end.
     """
 
     def make_steps(first, end):
@@ -65,8 +65,8 @@ def learn(update, optimizers, validate, cfg, device):
 
 
 def nanogpt_rates(cfg):
-    """Returns cfg with nanoGPT's rates, which end with the run: those of its config/train_shakespeare_char.py,
-    and from GPT-2's width on the highest one of its train.py.
+    """Returns cfg with nanoGPT's rates, whose schedule ends with the run: those of its
+    config/train_shakespeare_char.py, but from GPT-2's width on with the highest rate of its train.py.
     """
     highest = 1e-3 if cfg.n_embd < 768 else 6e-4
     settings = dict(schedule="cosine", learning_rate=highest, min_lr=highest / 10, lr_decay_iters=0)
@@ -76,14 +76,14 @@ def nanogpt_rates(cfg):
 def bench_learning(cfg, compute):
     """Trains nanoGPT's model for --steps, then ours for --share of them, on the same toy stories, none seen twice.
 
-    Both have the same rows and tokens; each ends its schedule. s is the time of its steps, start_s that of the
-    first five, with what is compiled then, evaluations in neither. reached_s is when the validation loss was
-    first no higher than nanoGPT's last, of_time the share of nanoGPT's time.
+    Both have the same rows and tokens, and a schedule of their own length. start_s is the time of the first five
+    steps, in which models are compiled, s that of the others, both without evaluations. reached_s is when the
+    validation loss was first as low as nanoGPT's last, of_time that as a share of nanoGPT's time.
     """
     gpt = nanogpt.load(cfg.nanogpt)
     T = cfg.block_size
     tokens = tokens_a_step(cfg)
-    # two rows more, as an epoch starts somewhere in the first one
+    # two rows more, as an epoch starts somewhere in the first row
     ids, held_out, tokenizer = fresh_stories(cfg.steps * tokens + 2 * T, cfg.vocab_size, cfg.seed)
     cfg = replace(cfg, vocab_size=tokenizer.vocab_size)
 

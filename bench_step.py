@@ -26,8 +26,8 @@ def build_model(cfg):
 
 
 def build_trained(cfg, compute, ops=None):
-    """Returns (model, what to train, perhaps compiled) as train.py has them, with its choice of an RMSNorm where
-    ops is None.
+    """Returns (model, what to train: the model, perhaps compiled), as train.py makes them. ops: an rmsnorm.Ops; None:
+    the one that train.py chooses.
     """
     model = build_model(cfg)
     trained = train.place(model, cfg, compute)
@@ -38,16 +38,16 @@ def build_trained(cfg, compute, ops=None):
 
 
 def untimed_steps(cfg, compute):
-    """Returns how many steps after the first are no replays yet: race() leaves them out."""
+    """Returns how many steps after the first one are not replays of a graph yet: race() does not time them."""
     return WARM_UP if captures_steps(cfg, compute) else 0
 
 
 def make_training_step(cfg, compute, ops=None):
-    """Returns (step, model, optimizers), where step() is one real training step of train.py, of a model as
-    build_trained has it.
+    """Returns (step, model, optimizers), where step() is one real training step of train.py, of a model that
+    build_trained makes.
 
-    step raises Refusal where the loss or the gradient is not finite: then no step was taken. On a GPU it looks at
-    the first step and at every log_interval steps, as train.py does: to look is to wait for all that it was given.
+    step raises Refusal where the loss or the gradient is not finite: then no step was taken. On a GPU it looks after
+    the first step and then every log_interval steps, as train.py does, since looking means to wait for the GPU.
     """
     model, trained = build_trained(cfg, compute, ops)
     optimizers = make_slow_optimizers(model, cfg, compute)
@@ -58,7 +58,7 @@ def make_training_step(cfg, compute, ops=None):
     update = train.make_step(trained, optimizers, cfg, compute, scaler=scaler)
 
     unread = []
-    n_unread = 1  # that are read together
+    n_unread = 1  # results that are read together
 
     def step():
         nonlocal n_unread

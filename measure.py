@@ -19,7 +19,7 @@ from optim import make_optimizers
 from sharding import local
 
 SLOW = 1e-7  # a learning rate
-PAUSE = 0.1  # seconds: onnxruntime's threads spin on for 20 to 50 ms, and take a processor from the next rival
+PAUSE = 0.1  # seconds: onnxruntime's threads spin for 20 to 50 ms after a call, on a core that the next rival needs
 LARGE = 1 << 26  # float32 numbers: 256 MB, more than caches hold
 
 # -----------------------------------------------------------------------------------------------------
@@ -33,7 +33,7 @@ def synchronize(device):
 
 
 def time_rival(rival, device, calls=1):
-    """Returns the seconds that a call of the rival takes, the mean over so many calls."""
+    """Returns the mean seconds of a call of the rival, over so many calls. A rival is as race() has it."""
     setup, function = rival if isinstance(rival, tuple) else (None, rival)
     arguments = [setup()] if setup else []
     synchronize(device)
@@ -45,10 +45,10 @@ def time_rival(rival, device, calls=1):
 
 
 def count_calls(rival, seconds, device):
-    """Returns how many calls of `seconds` each are timed as one.
+    """Returns how many calls, of `seconds` each, are timed together.
 
-    A kernel of microseconds would be hidden by its launch, so a GPU is timed over 5 ms of calls; and a training step
-    is launched while the one before runs, so it is timed over 20 ms or four calls.
+    The launch of a kernel takes longer than a kernel of microseconds, so a GPU is timed over 5 ms of calls; and a
+    training step is launched while the one before runs, so it is timed over 20 ms or four calls.
     """
     if isinstance(rival, tuple) or device.type == "cpu":
         return 1
@@ -57,16 +57,16 @@ def count_calls(rival, seconds, device):
 
 
 def race(rivals, seconds, device, untimed=0, pause=0.0):
-    """Times functions against each other, which take turns.
+    """Times functions against each other; they take turns.
 
-    Each is called once (first), `untimed` times more, once to warm up, and then all in turn, there and back, up
-    to 100 rounds, until the time from the warm-up on is over. A processor, whose speed drifts, takes three rounds
-    at least; on a GPU the warm-up counts where there was time for no round.
+    Each is called once ("first"), `untimed` times more, and once to warm up. Then all are called in turn, every
+    other round from the last to the first, until `seconds` from the warm-up on are over, for 100 rounds at most. On
+    a processor, whose speed drifts, there are at least three rounds; on a GPU the warm-up counts where there was no
+    time for a round.
 
+    rivals: {name: function}. A function may be a pair (setup, function) instead: the function then gets what
+    setup(), which is not timed, returns.
     pause: seconds before each turn, PAUSE where rivals have threads of their own.
-
-    rivals: {name: function}. A function may be a pair (setup, function) instead: what setup() returns,
-    untimed, is the function's argument.
     Returns {name: {"first", "median", "min", "max"}} in seconds a call.
     """
     first = {name: time_rival(rival, device) for name, rival in rivals.items()}
@@ -80,7 +80,7 @@ def race(rivals, seconds, device, untimed=0, pause=0.0):
     for i in range(100):
         if i >= least and time.perf_counter() >= end:
             break
-        # Threads spin on after a call: nobody always follows the same rival
+        # threads spin on after a call, so that no rival should always come after the same one
         names = reversed(rivals) if i % 2 else rivals
         for name in names:
             time.sleep(pause)
@@ -123,7 +123,7 @@ def to_megabytes(size):
 def make_slow_optimizers(model, cfg, compute):
     """Returns train.py's optimizers with a learning rate that leaves the weights where they are.
 
-    Random weights that diverged, or became denormal, would be timed as something else.
+    Else random weights might diverge or become denormal, and steps would take another time.
     """
     return make_optimizers(model, replace(cfg, learning_rate=SLOW, min_lr=0.0), compute)
 
@@ -150,7 +150,7 @@ def peak_gpu_memory(device, work):  # as torch hands it out, which does not wait
 
 def peak_process_memory(work):
     try:
-        # Otherwise work() takes what was freed but not given back, and nothing grows
+        # else work() would take memory that was freed but not given back, and the process would not grow
         ctypes.CDLL(None).malloc_trim(0)
         # The peak starts anew: man 5 proc
         Path("/proc/self/clear_refs").write_text("5")
@@ -159,14 +159,14 @@ def peak_process_memory(work):
         work()
         return None
     work()
-    # the kernel adds pages up by lots, and may not see a few
+    # the kernel counts pages in batches, and may not have counted a few
     return peak_resident_bytes() - before or None
 
 
 def peak_memory(device, work):
     """Returns the most bytes that were in use during work() beyond those in use before it.
 
-    Returns None where the system does not tell, also after work(), as of a few pages.
+    Returns None where the system does not tell, as it may not of a few pages.
     """
     gc.collect()
     if device.type == "cuda":
@@ -261,10 +261,7 @@ def device_name(device):
 
 
 def git_commit():
-    """Returns the commit of this folder, with -dirty where files differ from it.
-
-    Returns None where git does not know the folder.
-    """
+    """Returns the commit of this folder, with -dirty where files differ from it; None where it is no git folder."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     folder = Path(__file__).parent
     try:
@@ -275,12 +272,12 @@ def git_commit():
 
 
 def large_tensor(device):
-    """Returns ones that no cache holds."""
+    """Returns a tensor of ones that is too large for any cache."""
     return torch.ones(LARGE, device=device)
 
 
 def convert(to_hf, ours):
-    """Returns to_hf(ours), Hugging Face's counterpart of ours; None where there is none, and prints why."""
+    """Returns to_hf(ours), Hugging Face's counterpart of ours. Where there is none, prints why and returns None."""
     try:
         return to_hf(ours)
     except ImportError as e:
