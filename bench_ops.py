@@ -13,6 +13,8 @@ from device import fast_bfloat16, name_of, one_shape
 from graphs import WARM_UP, Graph, without_cast_cache
 from measure import draw, large_tensor, ms_columns, peak_memory, race, synchronize, to_megabytes
 
+LAUNCHES = 100  # calls over which a launch is timed
+
 
 @functools.cache
 def rmsnorm_kinds(device):
@@ -35,13 +37,13 @@ def rmsnorm_kinds(device):
 def race_both_ways(functions, inputs, gradients, seconds, device):
     """Times functions of the inputs, the forward and the backward pass alone.
 
-    gradients are those of the outputs. On a GPU replays of a CUDA graph are timed, or a small kernel would be
-    hidden by its launch. Returns {(way, name): times}, the times as race() has them, with "host", the seconds
-    in which a call is launched, None on a processor.
+    gradients: those of the outputs. On a GPU replays of a CUDA graph are timed, as the launch of a small kernel
+    takes longer than the kernel. Returns {(way, name): times}, the times as race() returns them, with "host",
+    the seconds in which a call is launched, None on a processor.
     """
     import torch._functorch.config
 
-    # calls in a graph, whose launch, too, is longer than a small kernel; calls before its replays
+    # n: calls in a graph, several, as its launch too takes longer than a small kernel; untimed: calls before replays
     n, untimed = (10, WARM_UP) if device.type == "cuda" else (1, 0)
     times = {}
     # A compiled backward pass that may reuse its buffers refuses to run twice
@@ -74,16 +76,15 @@ def repeat(work, n):
         work()
 
 
-def launch_seconds(function, device, calls=100):
-    """Returns the seconds in which the processor launches a call on a GPU, which it does not wait for; else None."""
+def launch_seconds(function, device):
+    """Returns the seconds that the processor takes to launch a call on a GPU, without waiting for it; else None."""
     if device.type != "cuda":
         return None
     function()
     synchronize(device)
     start = time.perf_counter()
-    for _ in range(calls):
-        function()
-    seconds = (time.perf_counter() - start) / calls
+    repeat(function, LAUNCHES)
+    seconds = (time.perf_counter() - start) / LAUNCHES
     synchronize(device)
     return seconds
 
@@ -244,8 +245,8 @@ def norm_rows(cfg, compute, n_rows, hidden, dtype, copy_speed, seconds):
 def bench_rmsnorm(cfg, compute):
     """Times RMSNorm, and the sum with its norm (add), against torch's.
 
-    gb_per_s is of the bytes that must move, of_copy their share of what a plain copy moves; host_us is how
-    long a call takes to be launched on a GPU.
+    gb_per_s counts the bytes that must move, of_copy is that speed as a share of a plain copy's; host_us is how
+    long the launch of a call takes on a GPU.
     """
     rmsnorm_kinds(compute.device)  # builds the kernel
     copy_speed = measure_copy(compute.device)

@@ -15,12 +15,12 @@ from device import resolve
 from measure import state_bytes
 
 N = 2  # processes
-DELAYS = (0.0, 0.05)  # seconds that each message of gradients takes more
+DELAYS = (0.0, 0.05)  # seconds by which each message of gradients takes longer
 ROUNDS = 5
 
 
 class Link:
-    """A slow network: each message takes so many seconds more, one after the other; the processor is free."""
+    """A slow network: each message takes `delay` seconds longer, one after the other, while the processor is free."""
 
     def __init__(self, send):
         self.send = send
@@ -74,7 +74,7 @@ def run_processes(work, cfg):
     """Runs work(rank, env, cfg, queue) in N processes; returns what the first one has put into the queue."""
     queue = torch.multiprocessing.get_context("spawn").SimpleQueue()
     env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    torch.multiprocessing.spawn(work, (env, cfg, queue), nprocs=N)  # it raises what one of them raises
+    torch.multiprocessing.spawn(work, (env, cfg, queue), nprocs=N)  # raises what one of them raises
     return queue.get()
 
 
@@ -84,7 +84,7 @@ def work(rank, env, cfg, queue):
     steps, held = {}, {}
     for shard in "none", "full":
         steps[shard], *trained = make_training_step(cfg, replace(compute, shards=shard == "full"))
-        steps[shard]()  # which makes the moments
+        steps[shard]()  # makes the moments
         held[shard] = state_bytes(*trained)
 
     link = torch.distributed.all_gather = Link(torch.distributed.all_gather)

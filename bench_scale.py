@@ -37,11 +37,11 @@ def group_numbers(module, n):
 
 
 def messages(model, cfg, compute):
-    """Returns {what: (number, bytes)} of the messages that a process gets of the others in a step: weights,
-    which each micro-batch gathers for a block's forward and again for its backward pass; gradients, added up
-    once in float32; and matrices, which Muon makes orthogonal, there and back. Single numbers are left out.
+    """Returns {what: (number, bytes)} of the messages that a process gets from the others in a step: "weights",
+    which each micro-batch gathers for a block's forward and again for its backward pass; "gradients", added up
+    once in float32; and "matrices", which Muon makes orthogonal, there and back. Single numbers are left out.
 
-    model: a whole Transformer, perhaps on the meta device; compute: of as many processes as are asked for.
+    model: a whole Transformer, perhaps on the meta device; compute: the Compute of one of the processes.
     """
     n = compute.world_size
     *blocks, whole = (group_numbers(group, n) for group in groups(model))
@@ -53,7 +53,7 @@ def messages(model, cfg, compute):
         "gradients": (len(blocks) + 1, whole * 4),
     }
     if cfg.optimizer == "muon":
-        # a process has its experts whole
+        # not those of experts: each process has some of them whole
         matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
         size = sum(p.numel() for p in matrices) * muon_dtype(compute).itemsize
         sent["matrices"] = (2 * len({p.shape for p in matrices}), 2 * size / n)
@@ -61,14 +61,14 @@ def messages(model, cfg, compute):
 
 
 def foresee(cfg, compute, flops_per_s, link):
-    """Returns the columns of a run in shards: megabytes by part; messages; and milliseconds of a step, for
-    computing alone and for its messages alone.
+    """Returns the table's columns for a run in shards: megabytes by part; messages; and milliseconds of a step,
+    of its computing alone and of its messages alone.
     """
     model = meta_model(cfg)
     parts = training_parts(cfg, cfg, compute)
     block = num_params(model.blocks[0])
     outer = num_params(model) - cfg.n_layer * block
-    # weights that are whole at a time: the outer ones, of the block that computes and of the next
+    # weights that are whole at one time: the outer ones, those of the block that computes and of the next one
     parts["gathered"] = (outer + 2 * block) * compute.dtype.itemsize
     number, size = map(sum, zip(*messages(model, cfg, compute).values()))
     flops = flops_per_token(model, cfg.block_size) * cfg.block_size * rows_each(cfg, compute)
@@ -106,7 +106,7 @@ class Counter(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if any(kind.__name__ == "DTensor" for kind in types):
             return NotImplemented  # until it comes as plain tensors
-        # (to, from, ...), of which the larger one is all that the processes have together; a sum has a list
+        # arguments (to, from, ...): the larger tensor is what all processes have together; a sum has a list here
         if function.namespace == "c10d" and isinstance(args[0], torch.Tensor):
             self.sizes.append(max(x.nbytes for x in args[:2]))
         return function(*args, **kwargs or {})
@@ -126,7 +126,7 @@ def measure_link(compute):
 
 
 def measure(cfg, compute):
-    """Returns what foresee() does as it is, but for parts of the memory that cannot be told apart."""
+    """Returns measured columns, as foresee() returns them, without parts of the memory that cannot be told apart."""
     made = []
 
     def begin():
@@ -150,7 +150,7 @@ def measure(cfg, compute):
 
 
 def with_heads(cfg, n_head):
-    """Returns cfg with another number of heads as wide as its own, and so with another width."""
+    """Returns cfg with another number of heads, each as wide as before, and so with another width."""
     n_embd = n_head * cfg.n_embd // cfg.n_head
     return replace(cfg, init_from="scratch", n_head=n_head, n_kv_head=0, n_embd=n_embd, n_inner=0)
 
@@ -161,7 +161,7 @@ def work(rank, env, cfg, queue):
     link = measure_link(compute)
     sharded = replace(compute, shards=True)
     alone = replace(compute, world_size=1, rank=0)
-    measure(cfg, sharded)  # what torch needs of memory for itself
+    measure(cfg, sharded)  # not reported, as it also takes the memory that torch itself needs
     step, model, _ = make_training_step(cfg, alone)
     step()
     seconds = median(timed(step, compute) for _ in range(ROUNDS))
@@ -169,7 +169,7 @@ def work(rank, env, cfg, queue):
     foreseen, measured = [], []
     for n_head in max(1, 2 * cfg.n_head // 3), cfg.n_head, 3 * cfg.n_head // 2:
         shape = with_heads(cfg, n_head)
-        # the step that is measured has as many micro-batches in each process
+        # in the step that is measured each process has as many micro-batches
         every = replace(shape, gradient_accumulation_steps=N * cfg.gradient_accumulation_steps)
         name = f"{shape.n_layer} x {shape.n_embd}"
         foreseen.append({"foreseen": name} | foresee(every, sharded, flops / seconds, link))

@@ -1,13 +1,13 @@
-"""Trains variants of a model under one budget, and says what differs and whether that is a difference.
+"""Trains variants of a model under one budget, and says by how much they differ and whether that is more than chance.
 
     python compare.py configs/compare_cpu.toml      what a file names; goes on where it was stopped
     python compare.py --variants="llama: configs/llama.toml; gpt: configs/gpt.toml" --budget=300
 
-A variant is a name and a line of overrides, as train.py takes them; all keys of train.py that stand
-outside the variants are every variant's. Each (variant, seed) is trained by train.py's loop and judged on
+A variant is a name and a line of overrides, as train.py takes them; keys of train.py that are given outside
+the variants hold for all of them. Each (variant, seed) is trained by train.py's loop and judged on
 the whole validation split, story by story. out_dir gets results.jsonl, table.md and curves.png, and the
-runs themselves, from which sample.py and eval.py read. Another process that runs the same command, here
-or on another device, takes its share of the runs.
+runs themselves, which sample.py and eval.py read. Another process that runs the same command, here or on
+another device, takes its share of the runs.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ from sizes import model_sizes
 
 BUDGETS = ("steps", "tokens", "seconds")
 TRAIN_TYPES = {field.name: field.type for field in fields(train.Config)}
-# what this script decides for each run: a file's are left out, as max_iters of configs/tiny.toml
+# keys that this script decides for each run. In a file they are ignored, as max_iters of configs/tiny.toml
 DECIDED = {
     "seed": "--seeds names them",
     "max_iters": "--budget says how long a run is",
@@ -56,20 +56,15 @@ DECIDED = {
     "out_dir": "it is of the whole comparison",
     "device": "it is of the whole comparison",
 }
-WHOLE = ("out_dir", "overwrite", "device")  # of them those that the whole comparison may set
-# what does not change how fast a step is
+WHOLE = ("out_dir", "overwrite", "device")  # those of them that may be set for the whole comparison
+# keys that do not change how long a step takes
 RATES = "learning_rate embd_lr_scale min_lr warmup_iters schedule decay_frac weight_decay beta1 beta2 momentum".split()
 RATES += ["grad_clip", "balance"]
-PLACE = ("out_dir", "init_from", "device", "overwrite")  # what is no part of what a run computes
-KINDS = ("timings", "trials", "runs")  # of jobs, and the folders that they are in
+PLACE = ("out_dir", "init_from", "device", "overwrite")  # keys that do not change what a run computes
+KINDS = ("timings", "trials", "runs")  # of jobs; their folders have these names
 TIMING_STEPS = 50
-CODE = (
-    "model.py",
-    "masks.py",
-    "experts.py",
-    "optim.py",
-    "train.py",
-)  # what one changes, and no setting says
+# a change to these changes results, and no setting tells
+CODE = ("model.py", "masks.py", "experts.py", "optim.py", "train.py")
 
 
 @dataclass
@@ -163,8 +158,8 @@ def read_sweep(text):
 
 
 def variant_config(cfg, overrides):
-    """Returns the train.Config of a variant, of cfg's keys and its overrides over them, and what set each of
-    those. Raises Refusal.
+    """Returns the train.Config of a variant, cfg's keys with its overrides over them, and {key: what set it} of the
+    overrides. Raises Refusal.
     """
     shared = {
         key: value for key, value in cfg.values.items() if key in TRAIN_TYPES and key not in DECIDED
@@ -191,8 +186,8 @@ def train_config(values):
 
 
 def matched(variant, parameters):
-    """Returns a variant with the n_inner that brings its parameters nearest to so many; in steps of 8, which
-    are fast, where that is near enough.
+    """Returns a variant with the n_inner that brings its parameters nearest to so many, but with a multiple of 8,
+    which is fast, where that is near enough.
     """
 
     def distance(n_inner):
@@ -217,7 +212,7 @@ def matched(variant, parameters):
 
 @dataclass
 class Job:
-    """One training run: a file FOLDER.json of its settings and result, and what train.py writes to FOLDER."""
+    """One training run. FOLDER.json has its settings and result, FOLDER what train.py writes."""
 
     kind: str  # timings | trials | runs
     variant: str
@@ -266,9 +261,9 @@ class Job:
         folders.write_atomic(str(self.path), lambda f: f.write(text.encode()))
 
     def run(self, number):
-        """Trains, judges and writes the result. Raises folders.InUse where another process is at it.
+        """Trains, judges and writes the result. Raises folders.InUse where another process is doing this job.
 
-        number: a text, which job it is.
+        number: which job it is, as "3 of 12".
         """
         with folders.alone(self.folder):
             if self.read() is not None:  # that process was faster
@@ -285,18 +280,18 @@ class Job:
             if self.kind != "runs":
                 self.remove_checkpoints()
             has_compiled = "torch._dynamo" in sys.modules
-            if has_compiled:  # else the next model is one too many for the functions that were
+            if has_compiled:  # else the next model may be one too many for compiled functions
                 torch.compiler.reset()
 
     def train(self):
-        """Returns the task after its training, and the most bytes that it took, None where that is not known."""
+        """Trains. Returns the task, and the most bytes that it took, None where that is not known."""
         resumes = self.is_begun
         if not resumes:  # a process was killed before it had saved a step
             self.remove_checkpoints()
         cfg = train_config(self.cfg.values | {"init_from": "resume" if resumes else "scratch"})
         tasks = []
         try:
-            with contextlib.redirect_stdout(None):  # each would say the same
+            with contextlib.redirect_stdout(None):  # all runs would print the same
                 device = resolve(cfg.device).device
                 peak = measure.peak_memory(device, lambda: tasks.append(train.pretrain(cfg)))
         except Refusal as e:
@@ -317,7 +312,7 @@ class Job:
         if not speeds or "val_bits_per_byte" not in lines[-1]:
             problem = f"{self.folder}/log.jsonl is damaged: it ends before its run"
             raise Refusal(f"{problem}; without {self.folder} the run starts anew", status=1)
-        tokens_per_s = statistics.median(speeds[1:] or speeds)  # the first has what is done once
+        tokens_per_s = statistics.median(speeds[1:] or speeds)  # the first includes what is done once
         tokens = cfg.max_iters * tokens_a_step(cfg)
         result = {
             "parameters": model_sizes(cfg).parameters,
@@ -352,7 +347,7 @@ def judge(task):
 
 
 class Comparison:
-    """What is compared, and the jobs of it: everything that can be wrong is checked first. Raises Refusal."""
+    """What is compared, and the jobs of that. All that can be wrong is checked at the start. Raises Refusal."""
 
     def __init__(self, cfg):
         self.cfg = cfg
@@ -375,11 +370,11 @@ class Comparison:
             raise Refusal(f"{names} are judged on texts of different length, which cannot be compared")
 
     def check(self, name, overrides):
-        """Returns the train.Config of a variant that can be trained, its n_inner solved for, and its data's meta."""
+        """Returns the train.Config of a variant that can be trained, with its n_inner, and its data's meta."""
         first = next(iter(self.variants.values()), None)
         try:
             variant, given = variant_config(self.cfg, overrides)
-            if not first:  # whose width decides what auto means for all
+            if not first:  # this is the first variant, whose width decides what dtype=auto means for all
                 compute = resolve(self.cfg.device, variant.dtype, train_width=variant.n_embd)
                 self.dtype = compute.dtype_name
             if "dtype" not in given:
@@ -407,7 +402,7 @@ class Comparison:
         )
 
     def timings(self):
-        """Returns the jobs that measure each variant's speed, there and back; none where it decides nothing."""
+        """Returns the jobs that measure each variant's speed, there and back; [] unless by is seconds."""
         if self.cfg.by != "seconds":
             return []
         return [
@@ -417,7 +412,7 @@ class Comparison:
         ]
 
     def steps(self, name, values, share=1.0):
-        """Returns the steps of a variant's run, or of one with that share of the budget."""
+        """Returns how many steps a variant's run has, or one with a share of the budget."""
         amount = share * self.cfg.budget
         if self.cfg.by == "seconds":
             timings = [job.read() for job in self.timings() if job.variant == name]
@@ -436,7 +431,7 @@ class Comparison:
         return self.job("trials", name, self.seeds[0], steps, values, label)
 
     def trials(self):
-        """Returns the jobs of the sweep: all variants with the same values stand together."""
+        """Returns the jobs of the sweep; those of all variants with the same values follow each other."""
         return [
             self.trial(name, values)
             for values, names in there_and_back(self.sweep, list(self.variants))
@@ -444,7 +439,7 @@ class Comparison:
         ]
 
     def best_values(self, name):
-        """Returns what a variant takes of the sweep: the values of its best trial. Raises Refusal."""
+        """Returns the values of a variant's best trial in the sweep, {} without one. Raises Refusal."""
         if not self.sweep:
             return {}
         losses = [self.trial(name, values).read()["bits_per_byte"] for values in self.sweep]
@@ -454,7 +449,7 @@ class Comparison:
         return self.sweep[best]
 
     def runs(self):
-        """Returns the jobs that count: all variants with the same seed stand together, there and back."""
+        """Returns the jobs whose results count; those of all variants with a seed follow each other, there and back."""
         best = {name: self.best_values(name) for name in self.variants}
         return [
             self.job("runs", name, seed, self.steps(name, best[name]), best[name])
@@ -468,15 +463,15 @@ class Comparison:
 
 
 def there_and_back(rounds, names):
-    """Yields (round, names), every other time from the last name to the first: where a machine slows down
-    or warms up, no name is always the later one.
+    """Yields (round, names), in every other round from the last name to the first, so that where a machine slows
+    down or warms up no name always comes later.
     """
     for i, item in enumerate(rounds):
         yield item, names[::-1] if i % 2 else names
 
 
 def finish(jobs, after=lambda: None):
-    """Does jobs in their order, calling after() each time; those that other processes do are waited for."""
+    """Does jobs in their order and calls after() after each. Waits for those that other processes are doing."""
     left = [i for i, job in enumerate(jobs) if job.read() is None]
     while left:
         for i in left:
@@ -489,7 +484,7 @@ def finish(jobs, after=lambda: None):
 
 
 def warn_of_changes(out_dir):
-    """Says where results are kept of runs that were made before the code was changed."""
+    """Prints how many results are of runs from before the code was changed, if there are any."""
     changed = max(os.path.getmtime(Path(__file__).with_name(name)) for name in CODE)
     results = list(Path(out_dir).glob("*/*.json"))
     if n := sum(os.path.getmtime(path) < changed for path in results):
@@ -501,7 +496,7 @@ def warn_of_changes(out_dir):
 
 
 def publish(comparison):
-    """Writes results.jsonl and table.md of the runs that are done. Returns the table."""
+    """Writes results.jsonl and table.md for the runs that are done. Returns the table."""
     results = {}
     for job in comparison.finished():
         results.setdefault(job.variant, []).append(job.read())
@@ -521,7 +516,7 @@ def publish(comparison):
 
 @contextlib.contextmanager
 def helpers(devices):
-    """Runs this command once more on each of the devices, as long as the block goes on and until they end."""
+    """The context in which this command also runs on each of the devices; it ends when these processes have ended."""
     processes = []
     if devices:
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))

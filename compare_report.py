@@ -1,10 +1,9 @@
-"""What compare.py says of its runs: the table and the verdicts under it, and the plot.
+"""What compare.py says about its runs: the table with the verdicts under it, and the plot.
 
     table(comparison, results)     Markdown
     draw(comparison, path)         the loss by steps and by seconds of training
 
-A comparison has what was compared (variants, sweep, seeds) and its jobs; results are what the jobs wrote, of
-each variant by its name.
+A comparison is a compare.Comparison; results are {variant: [what each of its jobs wrote]}.
 """
 
 import statistics
@@ -19,7 +18,7 @@ CLOSE = 0.01  # how far apart the parameters of matched variants may be, as a sh
 
 
 def verdict(results, others):
-    """Returns what paired() allows one to say, in words."""
+    """Returns in words what paired() shows."""
     mean, half, n = paired(results, others)
     lost = sum(losses[seed] is None for losses in (results, others) for seed in losses)
     diverged = f"; {lost} runs diverged" if lost else ""
@@ -81,14 +80,14 @@ def table(comparison, results):
 
 
 def taken_cell(key, value, sweep):
-    """Returns a value that was taken, with a * where it is the lowest or highest of more than two numbers."""
+    """Returns a value that a variant took, with a * where it is the lowest or highest of more than two in the sweep."""
     tried = {values[key] for values in sweep}
     is_end = type(value) in (int, float) and len(tried) > 2 and value in (min(tried), max(tried))
     return (f"{value:g}" if type(value) is float else str(value)) + "*" * is_end
 
 
 def notes(comparison, results):
-    """Yields what one has to know to read the table."""
+    """Yields the sentences that explain the table."""
     cfg = comparison.cfg
     rows = [row for rows in results.values() for row in rows if row["bits_per_byte"] is not None]
     yield (

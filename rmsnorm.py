@@ -1,13 +1,13 @@
-"""RMSNorm by the CUDA kernel of rmsnorm_kernel.cu, built when it is first used, or with the backward pass
-of LayerNorm on a processor, in the place of model.py's.
+"""Faster RMSNorms in place of model.py's: on a GPU by the CUDA kernel of rmsnorm_kernel.cu, which is built when it
+is first used, on a processor with the backward pass of LayerNorm.
 
-    python train.py --rmsnorm=cuda                      auto | torch | cpu | cuda; a checkpoint does not remember which
+    python train.py --rmsnorm=cuda                      auto | torch | cpu | cuda; a checkpoint does not keep which
     python bench.py rmsnorm                             both, and torch's own, against the speed of a copy
     python -m pytest tests/test_rmsnorm.py              against float64: on a GPU, else on the processor
 
-TORCH, CPU and CUDA are the three, each with norm(x, weight, eps) -> y and add_norm(x, a, weight, eps) -> (x +
-a, its norm). x may have any shape, its last dimension is normed; the weight is (dim,), float32 or of x's
-dtype; the result has x's dtype.
+TORCH, CPU and CUDA are Ops, with norm(x, weight, eps) -> y and add_norm(x, a, weight, eps) -> (x + a, its norm).
+x may have any shape, its last dimension is normed; the weight is (dim,), float32 or of x's dtype; the result has
+x's dtype.
 """
 
 import copy
@@ -28,7 +28,7 @@ SETTINGS = ("auto", "torch", "cpu", "cuda")
 SOURCE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "rmsnorm_kernel.cu")
 BUILD_SECONDS = 300  # no build takes so long: who locked the folder longer ago is dead
 
-# (compute capability) of the GPUs where `bench.py rmsnorm train` found the kernel to be faster, end to
+# compute capabilities, as (9, 0), of the GPUs where `bench.py rmsnorm train` found the kernel to be faster, end to
 # end. Not measured on any yet.
 FASTER_ON = ()
 
@@ -39,9 +39,7 @@ class Ops(NamedTuple):
 
 
 def separate(norm):
-    """Returns the Ops of a norm before which the sum is a step of its own, as in a block without the
-    kernel.
-    """
+    """Returns the Ops of a norm that makes the sum first, in a step of its own, as a block without the kernel does."""
 
     def add_norm(x, a, weight, eps):
         x = x + a
@@ -58,9 +56,9 @@ TORCH = separate(rms_norm)
 
 
 class NormByLayerNorm(torch.autograd.Function):
-    """rms_norm with the gradient of LayerNorm, one pass over memory where torch's steps are a dozen, for a
-    mean of zero, plus what that takes off for the mean. In float32 at least, as LayerNorm adds up a gain's
-    gradient in its own dtype.
+    """rms_norm whose gradient is that of LayerNorm with a mean of zero, plus what that subtracts for the mean: one
+    pass over memory in place of a dozen steps of torch. In float32 at least, as LayerNorm adds up the gradient
+    of a gain in its own dtype.
     """
 
     @staticmethod
@@ -107,15 +105,15 @@ class CpuRMSNorm(RMSNorm):
 # -----------------------------------------------------------------------------------------------------
 # The kernel
 
-LONGEST = 1 << 26  # the last dimension: what the kernel counts in 32 bits
+LONGEST = 1 << 26  # of the last dimension, which the kernel counts in 32 bits
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def check(weight, x, a=None):
-    """Raises RuntimeError, as torch's own operators do, for what the kernel does not take: x, an a that is not
-    broadcast, or None, and the weight.
+    """Raises RuntimeError, as torch's own operators do, where the kernel does not take x, the weight or a; a may be
+    None, and is not broadcast.
 
-    Here and not in the operator: with torch 2.11 on a GPU an exception that left it ended the process.
+    Not in the operator itself: with torch 2.11 on a GPU an exception from there ended the process.
     """
     is_right = (
         x.dtype in DTYPES
@@ -132,7 +130,7 @@ def check(weight, x, a=None):
 
 
 def whats_wrong(weight, x, a):
-    """Returns what check does not take."""
+    """Returns what check found wrong, in words."""
     for name, summand in {"x": x, "a": x if a is None else a}.items():
         if summand.dtype not in DTYPES:
             return f"{name} must be float32, float16 or bfloat16, not {summand.dtype}"
@@ -154,13 +152,13 @@ def whats_wrong(weight, x, a):
 
 
 def gain(weight, dtype):
-    """The weight in a dtype that the kernel takes beside x's."""
+    """Returns the weight in a dtype that the kernel takes: that of x, the one given, or float32."""
     return (weight if weight.dtype == dtype else weight.float()).contiguous()
 
 
 def kernel_gradients(ctx, dy, ds):
-    """Returns the gradients of what was normed and of the weight, None where it is frozen; ds: the other gradient
-    of what was normed, or None.
+    """Returns the gradients of what was normed and of the weight, the latter None where the weight is frozen. ds: the
+    gradient that the sum, which was normed, has from elsewhere, or None.
     """
     if torch.is_grad_enabled():
         raise NotImplementedError("the RMSNorm kernel has no second derivative: --rmsnorm=torch has")
@@ -252,9 +250,8 @@ BY_OPS = {
 
 
 def use_rmsnorm(model, ops):
-    """Has a model's RMSNorms, and with CUDA the blocks around them, computed by TORCH, CPU or CUDA. A
-    run-time switch: the weights are the same. Returns whether that is so; where RMSNorm computes something
-    else, it stays TORCH.
+    """Switches a model's RMSNorms, and with CUDA the blocks around them, to TORCH, CPU or CUDA. The weights are
+    the same. Returns whether it did: where model.py's RMSNorm computes something else, it stays TORCH.
     """
     plain = {fast: norm for classes in BY_OPS.values() for norm, fast in classes.items()}
     for module in model.modules():
@@ -262,7 +259,7 @@ def use_rmsnorm(model, ops):
     norms = [module for module in model.modules() if type(module) is RMSNorm]
     if ops is not TORCH and norms and not agrees(norms[0], ops):
         return False
-    # a block is fused where its norms are RMSNorms, and of no class that is made of it
+    # a block is fused where its norms are RMSNorms, and not of a class made from that
     blocks = [module for module in model.modules() if type(getattr(module, "norm2", None)) is RMSNorm]
     if blocks and not agrees_around(blocks[0], BY_OPS[ops].get(type(blocks[0]), type(blocks[0]))):
         blocks = []
@@ -272,37 +269,37 @@ def use_rmsnorm(model, ops):
 
 
 def agrees(norm, ops):
-    """Returns whether ops compute what an RMSNorm does, which one may have changed in model.py, and its gradients:
-    with gains other than 1, and of small states, for which eps counts.
+    """Returns whether ops compute what an RMSNorm does, which may have been changed in model.py, and its gradients.
+    Tried with gains other than 1, and with small states too, for which eps counts.
     """
     gains = {
         name: torch.linspace(0.5, 1.5, p.numel(), device=p.device).view(p.shape).requires_grad_()
-        for name, p in norm.named_parameters()  # of which a process may have a part
+        for name, p in norm.named_parameters()  # in shards a process has only a part of each
     }
     try:
         weight = gains["weight"]
-        dim = max(2, weight.numel())  # one gain for a whole state is something else
+        dim = max(2, weight.numel())  # so that one gain for a whole state is found out
         x = torch.linspace(0, 9, 2 * dim, device=weight.device).sin().view(1, 2, dim)
         x = (x * x.new_tensor([[1.0], [0.001]])).requires_grad_()
         with torch.enable_grad():
             results = []
             for y in torch.func.functional_call(norm, gains, x), ops.norm(x, weight, norm.eps):
                 results.append([y, *torch.autograd.grad(y, (x, *gains.values()), y.cos())])
-        # by their size: without eps gradients are as large as states are small
+        # relative to their size: without eps the gradients of small states are large
         return all((b - a).norm() <= 1e-3 * a.norm() for a, b in zip(*results))
-    except Exception:  # it has no gain any more, or no eps, or whatever it stumbles over
+    except Exception:  # whatever was changed: it may have no gain any more, or no eps
         return False
 
 
 @torch.no_grad()
 def agrees_around(block, fused):
-    """Returns whether a fused class sums and norms as a block does, whose forward one may have changed in model.py:
-    with other functions in the place of its branches.
+    """Returns whether a fused class sums and norms as a block does, whose forward may have been changed in model.py.
+    Tried with simple functions in place of its branches.
     """
     if fused is type(block):
         return True
     weight = block.norm2.weight
-    norms = {}  # with gains of their own, as a process may have a part of the block's
+    norms = {}  # new ones, as in shards a process has only a part of the block's gains
     for name, most in ("norm1", 1.5), ("norm2", 2.5):
         norms[name] = RMSNorm(weight.numel(), block.norm2.eps).to(weight.device)
         norms[name].weight.copy_(torch.linspace(0.5, most, weight.numel()))
@@ -315,12 +312,12 @@ def agrees_around(block, fused):
         expected = block(x, None)
         block.__class__ = fused
         return torch.allclose(block(x, None), expected, rtol=1e-3, atol=1e-5)
-    except Exception:  # what one has written may want anything of its branches
+    except Exception:  # a block of one's own may ask anything of its branches
         return False
 
 
 def register():
-    """Says to torch.compile what the ops of the loaded library return."""
+    """Tells torch.compile which shapes and dtypes the operators of the loaded library return."""
 
     def numbers_of_rows(x):
         return x.new_empty(x.numel() // x.size(-1), dtype=torch.float32)
@@ -340,8 +337,8 @@ def register():
 
 @functools.cache
 def load():
-    """Builds the kernel for the GPU present, loads and tries it; half a minute the first time on a
-    machine. Returns "" or, in one line, why not.
+    """Builds the kernel for the GPU that is here, loads and tries it, which takes half a minute the first time
+    on a machine. Returns "", or in one line why that failed.
     """
     from torch.utils import cpp_extension  # 0.2 s
 
@@ -377,7 +374,7 @@ def load():
 
 
 def whats_missing(cpp_extension):
-    """What a build lacks here, in one line, or ""."""
+    """Returns what is missing here for a build, in one line, or ""."""
     if not torch.cuda.is_available():
         return "there is no CUDA GPU"
     if torch.cuda.get_device_capability() < (8, 0):
@@ -394,11 +391,11 @@ def whats_missing(cpp_extension):
 
 
 def locked(lock):
-    """Waits while another process builds; "", or a line when that one must be dead."""
+    """Waits while another process builds. Returns "", or a line where that process must be dead."""
     while os.path.exists(lock):
         try:
             age = time.time() - os.path.getmtime(lock)
-        except OSError:  # gone this moment
+        except OSError:  # removed this moment
             return ""
         if age > BUILD_SECONDS:
             return f"a build that was killed left {lock}: remove it"
@@ -408,7 +405,7 @@ def locked(lock):
 
 def choose(setting, device, compile=False):
     """Returns (TORCH, CPU or CUDA, why) for a setting auto | torch | cpu | cuda on a device; why is ""
-    where nothing is worth saying. What is compiled is fused by the compiler.
+    where there is nothing to say. compile: the model is compiled, and the compiler fuses norms itself.
     """
     if setting == "cpu" or setting == "auto" and device.type == "cpu" and not compile:
         return CPU, ""
@@ -423,8 +420,8 @@ def choose(setting, device, compile=False):
 
 
 def choose_rmsnorm(model, setting, compute):
-    """Switches a model by a setting auto | torch | cpu | cuda; returns what to print of it. One process builds
-    the kernel, the others then find it built.
+    """Switches a model's RMSNorms by a setting auto | torch | cpu | cuda; returns what to print about it. One
+    process builds the kernel, and the others find it built.
     """
     if compute.is_main:
         choose(setting, compute.device, compute.compile)
