@@ -4,7 +4,7 @@ import math
 
 import torch
 
-# A rope_scaling is "KIND:NUMBER,NUMBER": what its numbers are, by transformers' names
+# A rope_scaling is "KIND:NUMBER,NUMBER ...". The names of its numbers are those of transformers
 ROPE_SCALINGS = {
     "none": (),
     "linear": ("factor",),
@@ -32,7 +32,7 @@ ROPE_FORMS = (
 
 
 def read_rope_scaling(text):
-    """Returns (kind, {name: number}) of a rope_scaling. Raises ValueError where it cannot be."""
+    """Returns (kind, {name: number}) of a rope_scaling. Raises ValueError where it is none."""
     kind, _, arguments = text.partition(":")
     names = ROPE_SCALINGS.get(kind, ())
     least = YARN_LEAST if kind == "yarn" else len(names)
@@ -59,7 +59,7 @@ def read_rope_scaling(text):
 
 def rope_base(c):
     """Returns the base of RoPE's wavelengths: rope_theta or, with ntk, the one that stretches the longest
-    of them by the factor and leaves the shortest alone. Raises ValueError where there is none.
+    wavelength by the factor and leaves the shortest as it is. Raises ValueError where there is none.
     """
     kind, numbers = read_rope_scaling(c.rope_scaling)
     if kind != "ntk":
@@ -90,10 +90,10 @@ def yarn_scale(factor):
 def rope_frequencies(c):
     """Returns the angle that a position adds to each pair, float32 (D/2,), after rope_scaling.
 
-    linear divides all (position interpolation, Chen et al. 2023), ntk changes the base (bloc97 2023);
-    llama3 and yarn (Peng et al. 2023) divide long wavelengths alone, Llama 3.1's by how often they turn
-    over the context of pre-training, yarn's by the place of their pair. Raises ValueError for a
-    rope_scaling that cannot be.
+    linear divides all angles (position interpolation, Chen et al. 2023), ntk changes the base (bloc97 2023);
+    llama3 (Llama 3.1's) and yarn (Peng et al. 2023) divide only those of long wavelengths. Which these are
+    depends, with llama3, on how often they turn over the context of pre-training, with yarn on the place of
+    their pair. Raises ValueError for what is no rope_scaling.
     """
     exponents = torch.arange(0, c.head_dim, 2, dtype=torch.float32, device="cpu") / c.head_dim
     freq = rope_base(c) ** -exponents
@@ -114,11 +114,12 @@ def rope_frequencies(c):
 
 
 def yarn_keep(c, numbers):
-    """Returns how much of each pair's frequency YaRN leaves alone, float32 (D/2,): all up to the pair that
-    turns beta_fast times over the context of pre-training, nothing from the one on that turns beta_slow
-    times, and a line between them.
+    """Returns which share of each pair's frequency YaRN leaves as it is, float32 (D/2,): 1 up to the pair that
+    turns beta_fast times over the context of pre-training, 0 from the pair on that turns beta_slow times,
+    and a line between them.
 
-    The ends are whole pairs and have transformers' limits, D - 1 for one of the D/2 among them.
+    The ends are rounded to whole pairs and limited as in transformers, the last one to D - 1, although there
+    are D/2 pairs.
     """
     if c.rope_theta <= 1:
         raise ValueError(f"rope_scaling=yarn needs a rope_theta above 1, not {c.rope_theta}")

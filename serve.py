@@ -1,4 +1,4 @@
-"""Serves the page in browser/ and a model exported by export_onnx.py, on this machine alone.
+"""Serves the page in browser/ and a model exported by export_onnx.py, to this machine alone.
 
     make browser                              installs, exports the demo model if need be, and serves
     python serve.py --model=out/ts/onnx       another model; or --model=out/ts/onnx/model_int8.onnx
@@ -31,7 +31,7 @@ FILES = [
     ORT + "ort-wasm-simd-threaded.wasm",
 ]
 MODEL = ["model/config.json", "model/tokenizer.json", "model/model.onnx"]
-TYPES = {  # the system's own table may hold anything
+TYPES = {  # not the system's own table, which may hold anything
     ".html": "text/html; charset=utf-8",
     ".css": "text/css",
     ".js": "text/javascript",
@@ -43,7 +43,7 @@ TYPES = {  # the system's own table may hold anything
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; script-src 'self' 'wasm-unsafe-eval'; "
     "img-src data:; frame-ancestors 'none'",
-    "Cross-Origin-Opener-Policy": "same-origin",  # with the next: threads, and exact clocks
+    "Cross-Origin-Opener-Policy": "same-origin",  # with the next one a page may have threads and exact clocks
     "Cross-Origin-Embedder-Policy": "require-corp",
     "Cross-Origin-Resource-Policy": "same-origin",
     "X-Content-Type-Options": "nosniff",
@@ -54,7 +54,7 @@ HEADERS = {
 @dataclass
 class Config:
     model: str = "out/demo/onnx"  # the folder that export_onnx.py wrote, or one .onnx file in it
-    port: int = 8000  # 0: any free one; so if this one is taken and was not asked for
+    port: int = 8000  # 0 = any free one, as where 8000 is taken and no port was given
 
     def __post_init__(self):
         if not 0 <= self.port < 65536:
@@ -68,11 +68,11 @@ class Handler(SimpleHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def send_head(self):
-        # a stranger's page may let its own name mean this machine (DNS rebinding)
+        # a foreign page may have its own name resolve to this machine (DNS rebinding)
         host = self.headers.get("Host", "").partition(":")[0]
         if host not in ("127.0.0.1", "localhost"):
             return self.send_error(403)
-        # another folder, served at this port before, may have been newer
+        # a browser may ask by the date of another folder's file, which was served at this port before
         del self.headers["If-Modified-Since"]
         return super().send_head()
 
@@ -95,7 +95,7 @@ class Handler(SimpleHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
-    """Reports the errors of a request, but not a page that was closed or loaded again."""
+    """Prints the errors of a request, but not that a page was closed or loaded again."""
 
     def handle_error(self, *args):
         if not isinstance(sys.exception(), ConnectionError):

@@ -39,25 +39,25 @@ EOT = "<|endoftext|>"
 # whitespace that is left over. (Written shorter than in its encoder.py; it splits the same.)
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?[\p{L}]+| ?[\p{N}]+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 SPLIT = regex.compile(PATTERN)
-# the same for a text of ASCII alone; Python's own re takes half the time
+# the same for texts of ASCII alone, for which Python's own re takes half the time
 ASCII_SPLIT = re.compile(PATTERN.replace(r"\p{L}", "A-Za-z").replace(r"\p{N}", "0-9"), re.ASCII)
 GAP = 100_000  # whitespace in a row; from a million on, tiktoken panics (a BaseException)
-LONG_GAP = regex.compile(r"(?<!\s)\s{%d}" % GAP)  # (?<!\s): tried once a run, not at each character
+LONG_GAP = regex.compile(r"(?<!\s)\s{%d}" % GAP)  # (?<!\s): tried once for each run of whitespace
 
-# What different words may take while merges are learned from them, in word_bytes: 400,000 English ones or so, with
-# which a process has 250 MB. It has more where each word has other pairs, as of random characters.
+# How much different words may take while merges are learned from them, in word_bytes: some 400,000 English ones, with
+# which a process takes 250 MB. It takes more where each word has other pairs, as in random characters.
 WORD_BYTES = 5_500_000
 
 # In JSON, GPT-2 writes a byte as one visible character: its own in Latin-1, or one from U+0100 on
-# where that is not visible. This dict runs by code point, as the ids do; ids in byte order would
-# break ties between merges differently.
+# where that is not visible. This dict is in the order of these code points, as the ids are; in the order of
+# bytes, ties between merges would be broken in another way.
 BYTE_CHAR = {b: chr(b) for b in range(256) if chr(b).isprintable() and chr(b) != " "}
 BYTE_CHAR |= {b: chr(256 + n) for n, b in enumerate(sorted(set(range(256)) - set(BYTE_CHAR)))}
 CHAR_BYTE = {c: b for b, c in BYTE_CHAR.items()}
 
-# What stands beside the vocabulary in tokenizer.json. WordLevel demands an unk_token; as no
-# vocabulary has this one, an unknown character is an error there as it is here (a BPE model would
-# drop it without a word).
+# What stands beside the vocabulary in tokenizer.json. WordLevel demands an unk_token. No vocabulary has
+# this one, so that an unknown character is an error there as it is here; a BPE model would drop it without
+# a word.
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 BPE = {
     "type": "BPE",
@@ -102,13 +102,13 @@ def check_vocab_size(vocab_size):
 
 
 def count_words(docs):
-    """Returns {word: how often it is there} of texts, an iterable.
+    """Returns {word: how often it occurs} of texts, an iterable.
 
-    Where different words take more than WORD_BYTES, the rarest are forgotten down to three quarters of
-    that, and counted from 0 if they come again, as in word2vec.c (ReduceVocab): memory is bounded.
+    Memory is bounded: where different words take more than WORD_BYTES, the rarest are forgotten until the
+    others take three quarters of that, and count from 0 if they come again, as in word2vec.c (ReduceVocab).
     """
     words = Counter()
-    look_at = 0  # this many words, for what they take
+    look_at = 0  # the number of words at which to look next how much they take
     for doc in docs:
         words.update(split(mend(doc)))
         if len(words) < look_at:
@@ -120,12 +120,12 @@ def count_words(docs):
 
 
 def word_bytes(words):
-    """Returns how much different words take, in units of some 40 bytes of memory."""
+    """Returns about how much memory different words take, in units of some 40 bytes."""
     return sum(len(word.encode()) + 5 for word in words)
 
 
 def most_frequent(words, limit):
-    """Returns the most frequent words, as many as take no more than limit; of equals those seen first."""
+    """Returns the most frequent words, as many as take no more than limit; among equals those that were seen first."""
     kept = Counter()
     total = 0
     for word, count in words.most_common():
@@ -161,24 +161,24 @@ def merge_word(ids, merges):
 def learn_merges(words, counts, first, stop, progress=iter):
     """Returns {(left, right): id} for ids first to stop - 1, or fewer where no pair is left.
 
-    words: an iterable of lists of ids, counts: how often each word is there. Each id merges the most
-    frequent pair by then, among equals the smallest. progress: a function from an iterable to one that
+    words: an iterable of lists of ids, counts: how often each word occurs. Each id merges the pair that is
+    most frequent by then, among equals the smallest. progress: a function from an iterable to one that
     shows how far it is, such as tqdm.
 
     The words stand in one linked list, and a merge visits only the places of its pair, so a word as
     long as the text takes no longer than many short ones. A pair is never more frequent than when it
-    was born (a merge makes only pairs with the new id), so it has one heap entry, never too low; one
-    found too high goes back with today's count.
+    came up (a merge makes only pairs with the new id). So it has one entry in the heap, whose count is
+    never too low; an entry whose count is too high goes back with the count of the moment.
     """
     ids = []  # None between words, and where an id was merged into the one before it
-    weights = []
+    weights = []  # how often each id's word occurs
     for word, count in zip(words, counts):
         ids += [*word, None]
         weights += [count] * (len(word) + 1)
     before = array("i", range(-1, len(ids) - 1))  # ids[-1] is None, too
     after = array("i", range(1, len(ids) + 1))
     pair_count = defaultdict(int)
-    # of the left id, in order; the pair may be gone from some
+    # the places of each pair's left id, in order; from some the pair may be gone
     pair_places = defaultdict(partial(array, "i"))
     for i, pair in enumerate(pairwise(ids)):
         if None not in pair:
@@ -221,7 +221,7 @@ def learn_merges(words, counts, first, stop, progress=iter):
             after[i], before[k] = k, i
         pair_count[pair] = 0
         for p in born:
-            if pair_count[p]:  # in a run of new, a pair may be gone already
+            if pair_count[p]:  # in a run of the new id, a pair may be gone already
                 heapq.heappush(heap, (-pair_count[p], p))
     return merges
 
@@ -229,7 +229,7 @@ def learn_merges(words, counts, first, stop, progress=iter):
 def merge_by_heap(ids, merges):
     """Returns what merge_word does, but in n log n steps for n ids: pairs wait in a heap.
 
-    A pair with a merged id in it must come after the pair that made that id, as in recover_merges.
+    merges must have each pair with a merged id after the pair that made that id, as recover_merges does.
     """
     ids = list(ids)
     end = len(ids)
@@ -240,7 +240,7 @@ def merge_by_heap(ids, merges):
     while heap:
         new, i = heapq.heappop(heap)
         j = after[i]
-        # not of a pair that another merge has taken apart
+        # another merge may have taken this pair apart
         if j == end or merges.get((ids[i], ids[j])) != new:
             continue
         ids[i] = new
@@ -257,11 +257,12 @@ def merge_by_heap(ids, merges):
 
 
 def recover_merges(tokens, eot):
-    """Returns the merges that make tokens (bytes, by id); earlier ones leave each in two parts.
+    """Returns the merges that make tokens, a list of bytes: each token is made of the two parts in which the merges
+    before it leave its bytes.
 
-    Where that holds, merging by the rank of the joined bytes (tiktoken) and by the rank of the pair
-    (here, Hugging Face) agree. It holds for every vocabulary that came out of training; an edited
-    one may fail, and is a ValueError.
+    Where that works, merging by the rank of the joined bytes (tiktoken) and by the rank of the pair (here,
+    Hugging Face) give the same ids. It works for every vocabulary that was learned; for an edited one it may
+    not, which is a ValueError.
     """
     byte_id = {token[0]: i for i, token in enumerate(tokens) if len(token) == 1}
     if missing := [b for b in range(256) if b not in byte_id]:
@@ -281,9 +282,9 @@ def recover_merges(tokens, eot):
 
 # ---- tokenizer.json
 #
-# A vocabulary is (kind, tokens, eot, pairs): kind "bpe" or "char", tokens the bytes of each id, eot
-# the id of <|endoftext|>, pairs the merges as the source has them, [left, right] in byte characters
-# each, not checked; None where the ids imply them.
+# A vocabulary is (kind, tokens, eot, pairs): kind "bpe" or "char"; tokens, the bytes of each id; eot,
+# the id of <|endoftext|>; pairs, the merges as the source has them, each [left, right] in byte characters and
+# not checked, or None where the ids imply them.
 
 
 def bos_processor(token, i):
@@ -300,7 +301,7 @@ def bos_processor(token, i):
 
 
 def dump_vocabulary(kind, tokens, eot, merges):
-    """Returns the text of tokenizer.json, one and the same for a vocabulary; merges are pairs of ids."""
+    """Returns the text of tokenizer.json, always the same for a vocabulary. merges: pairs of ids."""
     texts = [byte_chars(token) if kind == "bpe" else token.decode() for token in tokens]
     model = {**LAYOUT[kind]["model"], "vocab": {text: i for i, text in enumerate(texts)}}
     if kind == "bpe":
@@ -452,13 +453,13 @@ class Tokenizer:
 
     @classmethod
     def train(cls, docs, vocab_size=4096, progress=iter):
-        """Learns from an iterable of str, read once, keeping only counts of words, the rarest of very many
-        left out (count_words).
+        """Learns from an iterable of str, which is read once: only counts of words are kept, and of very many
+        words the rarest are left out (count_words).
 
-        This is algorithm 1 of Sennrich et al. 2016. <|endoftext|> is id 0, then the 256 bytes, then
-        the merges: exactly those of Hugging Face's BpeTrainer. Fewer than vocab_size where the text
-        has no more pairs. progress as in learn_merges. ValueError: vocab_size below 257, no text, docs
-        one str.
+        This is algorithm 1 of Sennrich et al. 2016. <|endoftext|> is id 0, then come the 256 bytes, then
+        the merges, exactly those of Hugging Face's BpeTrainer. There are fewer than vocab_size tokens where
+        the text has no more pairs. progress: as in learn_merges. Raises ValueError for a vocab_size below
+        257, for no text, and for docs that are one str.
         """
         check_vocab_size(vocab_size)
         if isinstance(docs, str):
@@ -531,7 +532,7 @@ class Tokenizer:
         return cls(kind, tokens, eot, merges)
 
     def to_str(self):
-        """Returns the text of tokenizer.json, of which from_str makes this tokenizer again."""
+        """Returns the text of tokenizer.json, from which from_str makes this tokenizer again."""
         return dump_vocabulary(self.kind, self.tokens, self.eot, self.merges)
 
     tokenizer_json = to_str  # as Hugging Face's libraries read it
@@ -551,14 +552,14 @@ class Tokenizer:
 
     @property
     def first_id(self):
-        """The id that a prompt starts with, None where that is its text's: a character model may never have
-        seen bos.
+        """The id that a prompt starts with; None where it starts with its text, as for a character model, which
+        may never have seen bos.
         """
         return None if self.kind == "char" else self.bos
 
     @property
     def head(self):
-        """The ids that a document starts with in data: bos, unless the end-of-text before it is that."""
+        """The ids that a document in data starts with: bos, or none where that is the end-of-text before it."""
         return [] if self.bos in (None, self.eot) else [self.bos]
 
     @cached_property
@@ -576,7 +577,7 @@ class Tokenizer:
         return self._fast.encode_ordinary(text)
 
     def encode_more(self, text):
-        """Encodes a text that goes on where another ended, to which a ForeignTokenizer has other ids."""
+        """Encodes a text that goes on where another ended. A ForeignTokenizer may have other ids for it."""
         return self.encode(text)
 
     def encode_special(self, text):
@@ -600,7 +601,7 @@ class Tokenizer:
             return [self.encode(text) for text in share]
 
         texts = list(texts)
-        # in shares, as handing over one short text takes longer than encoding it
+        # in shares, as to hand a short text over to a thread takes longer than to encode it
         size = len(texts) // (8 * num_threads) + 1
         shares = [texts[i : i + size] for i in range(0, len(texts), size)]
         with ThreadPoolExecutor(num_threads) as pool:
@@ -640,9 +641,9 @@ class Tokenizer:
         """
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
-    decode_more = decode  # of ids that go on where others ended
+    decode_more = decode  # for ids that go on where others ended
     prefix = 0  # bytes that encode puts before a text
-    # what a ForeignTokenizer's folder may have
+    # a ForeignTokenizer may have these
     files = {}
     chat_template = None
     generation = {}  # generation_config.json

@@ -8,15 +8,15 @@ A small probabilistic grammar writes them: eleven plots, each with its own troub
 and with people and things that are carried through the story. Every text can come about in exactly one
 way. So its probability is a product of known numbers, and log_prob finds it again from the text alone.
 
-Why this matters: the mean of -log_prob over a set of stories is a floor. No model can expect a lower
-loss on whole stories than the grammar that wrote them. So a loss here, in nats a story, says how much
-is left to learn, not only which of two models is better; and a loss below the floor, by more than
-chance, says that something is wrong.
+Why this matters: the mean of -log_prob over a set of stories is a floor. On average no model can have a
+lower loss on whole stories than the grammar that wrote them. So a loss here, in nats a story, shows how
+much is left to learn, not only which of two models is better; and a loss below the floor, by more than
+chance, shows that something is wrong.
 
-How to read the book: [a|b|c] says one of its options, all equally likely, or by weight: [a*3|b]. A
-{slot} says a cell of the table with a column of that name. Its first use in a story draws a row of the
-table, all rows equally likely, and settles all columns of that row for the rest of the story. A line
-break is a space (nothing after a |), an empty line a new paragraph.
+How to read the book: [a|b|c] becomes one of its options, all equally likely, or by weight: [a*3|b]. A
+{slot} becomes a cell of the table that has a column of that name. Its first use in a story draws a row of
+the table, all rows equally likely, and that settles all columns of the table for the rest of the story. A
+line break is a space (nothing after a |), an empty line a new paragraph.
 """
 
 import math
@@ -272,7 +272,7 @@ And so the {mood} {kind} learned that {lesson}.*2|
 
 
 class Choice:
-    """One of several options, each (log-probability in nats, the slots it settles, the parts it says).
+    """One of several options, each (log-probability in nats, the slots it settles, its parts).
 
     It is made from options with weights in place of log-probabilities. A random number below edges[0]
     draws the first option, one between edges[0] and edges[1] the second, and so on.
@@ -352,9 +352,9 @@ SLOTS["{plot}"] = Choice([plot_option(title, plot) for title, plot in PLOTS.item
 def walk(choose, fits, todo=STORY, settled={}, text="", logp=0.0):
     """Yields (text, log-probability in nats, settled slots) of the stories that the parts can become.
 
-    choose(choice) gives the options to follow: one, drawn, to write a story; all of them to read one.
-    fits(text) says whether the story so far is worth going on with. So writing and reading cannot
-    disagree about the grammar.
+    choose(choice) returns the options to follow: a drawn one to write a story, all of them to read one.
+    fits(text) returns whether a story that begins so is of interest. As both go through here, writing and
+    reading cannot disagree about the grammar.
     """
     for i, part in enumerate(todo):
         part = settled.get(part, part)
@@ -384,9 +384,8 @@ def tell(random):
 def stories(n, seed=0):
     """Yields n independent stories as (text, log-probability in nats).
 
-    They are never filtered: repeats may occur. All chance comes from random() of one
-    random.Random(seed), in reading order: story i depends on seed and i only, so a larger n continues
-    the same list.
+    They are not filtered, so that one may come twice. All chance comes from one random.Random(seed), in
+    reading order: story i depends only on seed and i, so a larger n continues the same list.
     """
     random = Random(seed).random
     for _ in range(n):
@@ -443,9 +442,8 @@ def possible(beginning):
     return any(continuations(beginning))
 
 
-# The morals as answers. They begin as sentences of the stories do: "Good", "Even" and "Slow" stand in
-# none, so a model that was trained on stories alone cannot say them unless its embedding is trained
-# too.
+# The morals as answers. They begin as sentences of the stories do. "Good", "Even" and "Slow" are in no story,
+# so that a model that was trained on stories alone cannot say them unless its embedding is trained too.
 ANSWERS = [f"So {uncapitalize(title)}" for title in MORALS]
 
 
@@ -463,13 +461,13 @@ def moral_rows(n, seed=0):
     return list(rows.values())
 
 
-# Which stories to prefer: those that keep their hero's name to the end, and end with the lesson that fits
+# Stories to prefer keep their hero's name to the end, and end with the lesson that fits
 HEROES = [row["{hero}"] for _, row, _ in SLOTS["{hero}"].options]
 LESSONS = [uncapitalize(title[:-1]) for title in MORALS]
 
 
 def fate(text):
-    """Returns (hero, lesson) of the story that a text begins as, however it goes on."""
+    """Returns (hero, lesson) of the story as which a text begins, however it goes on."""
     low, high = 0, len(text)
     while low < high:  # the longest beginning that is a story's
         middle = (low + high + 1) // 2
@@ -479,8 +477,8 @@ def fate(text):
 
 
 def is_preferred(text):
-    """Returns whether no other hero comes into a text, and its last paragraph has the name of its own and the
-    lesson that fits, and no other.
+    """Returns whether a text names no hero but its own, and its last paragraph has that name, the lesson that fits
+    and no other lesson.
     """
     return keeps_its_end(text, *fate(text))
 
@@ -494,8 +492,9 @@ def keeps_its_end(text, hero, lesson):
 
 
 def preference_rows(n, seed=0):
-    """Returns n rows {"prompt": how a story begins, "chosen": how it goes on, "rejected": the same with a flaw},
-    no two with one prompt, so that none is held out and learned. is_preferred tells chosen and rejected apart.
+    """Returns n rows {"prompt": how a story begins, "chosen": how it goes on, "rejected": the same with a flaw}. No
+    two have the same prompt, so that no prompt is both learned and held out. is_preferred tells chosen and
+    rejected apart.
     """
     random = Random(seed)
     rows = {}
