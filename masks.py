@@ -38,7 +38,8 @@ def attention_mask(places, keys, doc=None, key_doc=None, bias=None, dtype=torch.
     if isinstance(S, int) and S <= window:  # while a model is traced, S is no int
         window = 0  # it hides nothing
     if doc is None and bias is None and is_level and not window and (T == 1 or S == T):
-        return None, T > 1
+        # T > 1 is a symbol where a compiler lets T vary, and SDPA takes a bool
+        return None, (False if T == 1 else True)
     distance = keys[..., None, :] - places[..., None]  # ([B,] T, S)
     mask = distance <= 0
     if window:

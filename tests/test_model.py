@@ -664,6 +664,26 @@ def test_initialisation_by_role():
         assert abs(p.mean().item()) < 0.1 * std, name
 
 
+@pytest.mark.slow
+def test_texts_of_many_lengths_are_compiled_twice():
+    """As a whole, once for the first length and once for all others: so train.py scores stories by what it trained."""
+    torch.compiler.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    model = build()
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    with torch.no_grad():
+        for T in 9, 10, 13, 20:
+            idx = torch.arange(T)[None]
+            torch.testing.assert_close(compiled(idx)[0], model(idx)[0])
+    assert len(graphs) == 2
+    torch.compiler.reset()
+
+
 @pytest.mark.parametrize("chunked_loss", [False, True])
 def test_loss_is_cross_entropy_over_targets_that_are_not_masked(chunked_loss):
     if chunked_loss and not HAS_CHUNKED_LOSS:
