@@ -677,13 +677,7 @@ class Transformer(nn.Module):
             return self.logits(x), None
         logits = None
         if self.chunked_loss:
-            loss = F.linear_cross_entropy(
-                x.flatten(0, 1),
-                self.head.weight,
-                targets.flatten(),
-                reduction=reduction,
-                options=nn.LinearCrossEntropyOptions(),
-            )
+            loss = chunked_cross_entropy(x.flatten(0, 1), self.head.weight, targets.flatten(), reduction)
         else:
             logits = self.logits(x)
             loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction=reduction)
@@ -693,3 +687,22 @@ class Transformer(nn.Module):
             balance = self.balance * balance_loss(routings, targets, doc, reduction)
             loss = loss + (balance - balance.detach())
         return logits, loss
+
+
+def chunked_cross_entropy(x, weight, targets, reduction):
+    """Returns the cross-entropy in nats of logits x @ weight.T, x (R, C), weight (V, C), and targets (R,), without
+    ever holding all logits.
+    """
+    dtype = product_dtype(x)  # autocast passes this product by
+    is_rounded = dtype.itemsize < 4  # and a sum or a mean would be, to 8 bits in bfloat16
+    loss = F.linear_cross_entropy(
+        x.to(dtype),
+        weight.to(dtype),
+        targets,
+        reduction="none" if is_rounded else reduction,
+        options=nn.LinearCrossEntropyOptions(),
+    )
+    if not is_rounded or reduction == "none":
+        return loss
+    total = loss.float().sum()
+    return total / (targets != -100).sum() if reduction == "mean" else total

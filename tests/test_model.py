@@ -664,6 +664,34 @@ def test_initialisation_by_role():
         assert abs(p.mean().item()) < 0.1 * std, name
 
 
+@pytest.mark.skipif(not HAS_CHUNKED_LOSS, reason="torch before 2.13")
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_a_chunked_loss_in_bfloat16_is_the_plain_one(reduction, monkeypatch):
+    """Neither rounded to bfloat16, nor of a state and a matrix of two dtypes, which a GPU does not multiply."""
+    dtypes = []
+    product = F.linear_cross_entropy
+
+    def noted(x, weight, *args, **kwargs):
+        dtypes.append((x.dtype, weight.dtype))
+        return product(x, weight, *args, **kwargs)
+
+    monkeypatch.setattr(F, "linear_cross_entropy", noted)
+    model = build()
+    idx = torch.randint(V, (4, 24), generator=torch.Generator().manual_seed(0))
+    targets = idx.roll(-1, 1).masked_fill(idx < 9, -100)
+    losses, gradients = [], []
+    for model.chunked_loss in False, True:
+        model.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(idx, targets, reduction=reduction)[1]
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append(model.wte.weight.grad)
+    assert dtypes == [(torch.bfloat16, torch.bfloat16)]
+    torch.testing.assert_close(losses[1], losses[0], rtol=3e-4, atol=0)
+    assert (gradients[1] - gradients[0]).norm() < 0.03 * gradients[0].norm()
+
+
 @pytest.mark.slow
 def test_texts_of_many_lengths_are_compiled_twice():
     """As a whole, once for the first length and once for all others: so train.py scores stories by what it trained."""
