@@ -12,6 +12,7 @@ capture fails, calls go on as plain ones, and one line says so.
 """
 
 import functools
+import itertools
 import sys
 import weakref
 from contextlib import contextmanager, suppress
@@ -177,7 +178,7 @@ class Decoder:
     model, cache: a Transformer and its StaticCache; ids (B,): the last tokens. draw(logits, uniform) returns
     (ids (B,), their log p (B,) or None), and may keep the tokens it has seen in a tensor; its settings are part of
     the graph. uniform() returns the random numbers of one step, drawn when the step is launched. n_steps: at most
-    so many steps are made. is_compiled: the step goes through torch.compile before it is captured.
+    so many steps are made. is_compiled: steps go through torch.compile before they are captured, all but the first.
 
     The GPU is given CHUNK steps, and the next CHUNK before those are read, so that it never waits for the reader.
     Where a text ends early, up to two chunks were computed for nothing.
@@ -200,10 +201,15 @@ class Decoder:
         self.uniforms[0] = first
         self.new_ids = torch.zeros(n_steps, len(ids), dtype=torch.long, device=device)
         self.logps = torch.zeros(n_steps, len(ids), device=device)
-        step = torch.compile(Decoder.step, dynamic=False) if is_compiled else Decoder.step
+        steps = itertools.repeat(Decoder.step)
+        if is_compiled:
+            # matrices of integers choose a kernel at their first product, which no compiler can follow
+            steps = itertools.chain(
+                [Decoder.step], itertools.repeat(torch.compile(Decoder.step, dynamic=False))
+            )
         # weak, as a cycle would keep keys, values and graph on the device until the garbage collector runs
         decoder = weakref.ref(self)
-        self.graph = Graph(lambda: step(decoder()), device)
+        self.graph = Graph(lambda: next(steps)(decoder()), device)
 
     def step(self):
         """Reads a token of each row and draws the next ones."""

@@ -17,6 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import graphs
+import quantize
+import quantized
 import sample
 import train
 from cache import StaticCache
@@ -553,6 +555,24 @@ def test_a_capture_that_fails_leaves_plain_calls(capsys):
     for _ in range(6):
         another()
     assert not another.is_plain and total.item() == 12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [8, 4])
+def test_steps_of_integers_are_compiled_as_a_whole(bits, monkeypatch):
+    """Though a matrix looks for a kernel at its first product of a few rows: in the first step."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager", fullgraph=True))
+    torch.compiler.reset()
+    model = build(n_embd=64, n_inner=64)
+    settings = quantize.Config(to="nowhere", bits=bits, group_size=32 if bits == 4 else 0, method="rtn")
+    codes, _ = quantize.quantize_model(model, settings, None)
+    quantization = quantized.Quantization(bits, settings.group_size)
+    plain, model = (quantized.quantized(model, quantization, codes).bfloat16() for _ in range(2))
+    prompts = prompts_of(9, 12)  # too many rows for a kernel
+    assert texts(model, prompts, 8, compile=True, **GREEDY) == texts(
+        plain, prompts, 8, graph=True, **GREEDY
+    )
+    torch.compiler.reset()
 
 
 @pytest.mark.slow
