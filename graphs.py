@@ -108,8 +108,10 @@ class Graph:
     def clean_up(self, current, pool):
         """Undoes what torch leaves behind where a capture cannot be ended: the capture's stream as the current one,
         an allocator that still records, and in some releases a generator that draws nothing until another capture
-        has ended.
+        has ended, and an allocator of pinned memory that refuses further captures to this pool: later ones get
+        another.
         """
+        captured.clear()
         torch.cuda.set_stream(current)
         with suppress(RuntimeError):  # it has stopped recording
             torch._C._cuda_endAllocateToPool(current.device_index, pool)
