@@ -36,6 +36,16 @@ def begun_steps(model, prompts, n, n_read=1, **settings):
     return steps
 
 
+def timed_steps(device, n):
+    """Returns (steps to be made before the clock starts, steps that it sees) of n: on a GPU replays alone, where n is
+    large enough.
+    """
+    if device.type != "cuda" or n < 8 * CHUNK:
+        return 1, n - 1
+    n_read = 1 + 4 * CHUNK
+    return n_read, n - n_read - CHUNK  # as the next chunk is launched before one is read
+
+
 def generate_cached(model, prompts, n):
     """Returns n greedy ids a row, by generate.py."""
     *_, rows = greedy_steps(model, prompts, n)
@@ -90,11 +100,9 @@ def decode_rivals(model, hf_model, batch_size, compiled):
     prompts = ids.tolist()
     ids = ids.to(device)
     n_new = n_slow = n_prompt if device.type == "cuda" else min(n_prompt, 64)
-    n_read, n_decoded = 1, n_new - 1
-    if device.type == "cuda" and n_new >= 8 * CHUNK:
+    n_read, n_decoded = timed_steps(device, n_new)
+    if n_read > 1:
         n_slow = n_new // 4
-        n_read = 1 + 4 * CHUNK
-        n_decoded = n_new - n_read - CHUNK  # as the next chunk is launched before one is read
     begun = functools.partial(begun_steps, model, prompts)
     prefill = functools.partial(begun, n_new)
     rivals = {"prefill": prefill, "decode": (functools.partial(prefill, n_read), list)}

@@ -10,7 +10,7 @@ import checkpoint
 import prepare
 import quantize
 import quantized
-from bench_decode import begun_steps
+from bench_decode import begun_steps, timed_steps
 from bench_step import build_model
 from config import Refusal
 from device import fast_bfloat16, name_of, resolve
@@ -98,6 +98,7 @@ def bench_quantize(cfg, compute):
     plain = resolve("cpu", "float32", "false")
     sizes, losses, rivals, dtypes = {}, {}, {}, {}
     n = min(64, model.config.block_size // 2)
+    n_read, n_timed = timed_steps(compute.device, n)
     fast = compute.dtype
     if cfg.dtype == "auto" and quantized.has_kernels(cfg) and fast_bfloat16(compute.device):
         fast = torch.bfloat16
@@ -110,7 +111,7 @@ def bench_quantize(cfg, compute):
             losses[name] = nats * bits_a_byte
         dtypes[name] = dtype
         other = copy.deepcopy(other).to(compute.device, dtype)
-        rivals[name] = (functools.partial(begun_steps, other, [[0]], n), list)
+        rivals[name] = (functools.partial(begun_steps, other, [[0]], n, n_read), list)
 
     for name, other in quantized_models(cfg, model, rows):
         sizes[name] = file_bytes(other)
@@ -131,6 +132,6 @@ def bench_quantize(cfg, compute):
             "mb": sizes[name] / 1e6,
             "of_float32": sizes[name] / sizes["float32"],
             "dtype": name_of(dtypes[name]),
-            "tokens_per_s": (n - 1) / rival_times["median"],
+            "tokens_per_s": n_timed / rival_times["median"],
             **ms_columns(rival_times),
         }

@@ -22,6 +22,7 @@ import bench_ops
 import bench_scale
 import bench_step
 import checkpoint
+import graphs
 import measure
 import toy_stories
 import train
@@ -51,6 +52,26 @@ TINY = [
 
 def config(*argv):
     return configure(bench.Config, [*TINY, *argv], bench.BENCHES | bench.LONG)
+
+
+@pytest.mark.parametrize("n", [64, 200])
+def test_only_replays_are_timed_on_a_gpu(n, monkeypatch):
+    """Of the tokens of bench.py decode and quantize, and neither what is before the capture nor the capture."""
+    calls = []
+
+    class Counted(graphs.Graph):
+        def __call__(self):
+            calls.append(self)
+            super().__call__()
+
+    monkeypatch.setattr(graphs, "Graph", Counted)
+    n_read, n_timed = bench_decode.timed_steps(torch.device("cuda"), n)
+    steps = bench_decode.begun_steps(build(block_size=256), [[0]], n, n_read, graph=True)
+    n_before = len(calls)
+    assert n_before > graphs.WARM_UP
+    list(steps)
+    assert len(calls) - n_before == n_timed
+    assert bench_decode.timed_steps(CPU, n) == (1, n - 1)
 
 
 @pytest.fixture
