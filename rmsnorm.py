@@ -26,6 +26,7 @@ from model import PostNorm, PreNorm, RMSNorm, rms_norm
 
 SETTINGS = ("auto", "torch", "cpu", "cuda")
 SOURCE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "rmsnorm_kernel.cu")
+TOOLKIT = "/usr/local/cuda"
 BUILD_SECONDS = 300  # no build takes so long: who locked the folder longer ago is dead
 
 # compute capabilities, as (9, 0), of the GPUs where `bench.py rmsnorm train` found the kernel to be faster, end to
@@ -342,6 +343,7 @@ def load():
     """
     from torch.utils import cpp_extension  # 0.2 s
 
+    cpp_extension.CUDA_HOME = toolkit(cpp_extension.CUDA_HOME)
     if missing := whats_missing(cpp_extension):
         return missing
     with open(SOURCE, "rb") as f:
@@ -368,9 +370,28 @@ def load():
         register()
         cuda_norm(torch.ones(1, 8, device="cuda"), torch.ones(8, device="cuda"), 1e-5).sum().item()
     except (RuntimeError, OSError, ValueError, subprocess.CalledProcessError) as e:
-        lines = [line.strip() for line in str(e).splitlines()] or [repr(e)]
-        return f"the build failed: {next((line for line in lines if 'error' in line), lines[0])[:300]}"
+        return f"the build failed: {telling_line(str(e) or repr(e))[:300]}"
     return ""
+
+
+def toolkit(home):
+    """Returns the folder of the CUDA toolkit: home, which torch takes for it, unless that only holds a script or a
+    link to an nvcc elsewhere.
+    """
+    is_given = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if is_given or home and os.path.exists(os.path.join(home, "include", "cuda_runtime.h")):
+        return home
+    return TOOLKIT if os.path.exists(os.path.join(TOOLKIT, "include", "cuda_runtime.h")) else home
+
+
+def telling_line(text):
+    """Returns the line of a build's output that says why it failed."""
+    lines = [line.strip() for line in text.splitlines()]
+    for word in "error:", "cannot find":  # a linker's, before which collect2 speaks of an error
+        for line in lines:
+            if word in line and not line.startswith("collect2"):
+                return line
+    return next((line for line in lines if "error" in line), lines[0])
 
 
 def whats_missing(cpp_extension):

@@ -553,6 +553,39 @@ def test_what_a_build_lacks_is_named(changes, word, monkeypatch, tmp_path):
     assert bool(word) == bool(missing)
 
 
+def test_the_toolkit_is_not_where_only_a_script_for_nvcc_is(tmp_path, monkeypatch):
+    """As /usr/local, for which torch takes a /usr/local/bin/nvcc: there it would find no libraries."""
+    for name in "CUDA_HOME", "CUDA_PATH":
+        monkeypatch.delenv(name, raising=False)
+    real, whole, script = (tmp_path / name for name in ("cuda", "whole", "script"))
+    for folder in real, whole:
+        (folder / "include").mkdir(parents=True)
+        (folder / "include/cuda_runtime.h").touch()
+    monkeypatch.setattr(rmsnorm, "TOOLKIT", str(tmp_path / "nowhere"))
+    assert rmsnorm.toolkit(str(script)) == str(script)
+    assert rmsnorm.toolkit(None) is None
+    monkeypatch.setattr(rmsnorm, "TOOLKIT", str(real))
+    assert rmsnorm.toolkit(str(script)) == rmsnorm.toolkit(None) == str(real)
+    assert rmsnorm.toolkit(str(whole)) == str(whole)
+    monkeypatch.setenv("CUDA_HOME", str(script))
+    assert rmsnorm.toolkit(str(script)) == str(script)
+
+
+@pytest.mark.parametrize(
+    "text, line",
+    [
+        (
+            "Error building\n/usr/bin/ld: cannot find -lcudart: No such file\ncollect2: error: ld returned 1",
+            "-lcudart",
+        ),
+        ("[1/2] nvcc -c\nkernel.cu(3): error: identifier undefined\n1 error detected", "identifier"),
+        ("Error building extension\nninja: subcommand failed", "building"),
+    ],
+)
+def test_why_a_build_failed_is_said(text, line):
+    assert line in rmsnorm.telling_line(text)
+
+
 def test_a_stale_lock_is_named_and_a_live_one_waited_for(tmp_path):
     lock = tmp_path / "lock"
     assert rmsnorm.locked(str(lock)) == ""
