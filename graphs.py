@@ -142,8 +142,6 @@ def whats_not_static(config):
     """Returns what keeps the steps of a model of this config from being captured; "" where nothing does."""
     if config.pos == "alibi":
         return "pos=alibi sends its slopes to the GPU at each step"
-    if config.pos in ("rope", "sinusoidal") and not config.what_ends_a_text:
-        return f"a text without an end has its pos={config.pos} computed anew at each step"
     return ""
 
 

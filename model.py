@@ -263,7 +263,11 @@ class Float32Tables(nn.Module):
 
     def _apply(self, fn, recurse=True):
         if not self._buffers:
-            return super()._apply(fn, recurse)
+            super()._apply(fn, recurse)
+            # there once for all steps: no CUDA graph copies what a processor holds
+            device = fn(self.frequencies).device
+            self.cos.frequencies = self.sin.frequencies = self.frequencies.to(device)
+            return self
         cos, sin = self.cos, self.sin
         super()._apply(fn, recurse)
         self.cos = cos.to(self.cos.device)

@@ -110,6 +110,16 @@ def test_computed_tables_have_the_rows_of_tables_with_an_end(settings):
         assert torch.equal(tables[0][places], tables[1][places])
 
 
+def test_computed_tables_are_where_the_model_is():
+    """In float32 whatever its dtype is; else a GPU would wait for a copy at each step, and no step be captured."""
+    rotary = windowed().rotary
+    for device in "meta", "cpu":
+        rotary.to(device, torch.bfloat16)
+        for table in rotary.cos, rotary.sin:
+            assert (table.frequencies.device.type, table.frequencies.dtype) == (device, torch.float32)
+    assert torch.equal(rotary.cos.frequencies, windowed().rotary.frequencies)
+
+
 @pytest.mark.parametrize("pos", ENDLESS)
 def test_a_text_of_ten_contexts_is_read_with_a_cache_as_without(pos):
     model = windowed(pos)
