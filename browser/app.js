@@ -8,7 +8,7 @@ const edit = $("edit"), story = $("story"), others = $("others");
 const CHUNK = 64;  // tokens read at once: the page can stop between, and their logits stay small
 
 let config, tokenizer;
-let tokens = [];     // {id, text, given, p, others}: given by you; p and others as score() in sample.js has them, missing until it was read
+let tokens = [];     // {id, text, given, p, others}: given means by you; p and others are those of score() in sample.js, once it was read
 let decode;          // from the next id to its text
 let from = 0;        // the first token that the model still sees
 let cached = 0;      // how many from there on are in the worker's cache
@@ -29,7 +29,7 @@ function startWorker() {
   worker.onerror = e => waiting.reject(Error(e.message || "model.js did not come whole: reload the page."));
 }
 
-/** Sends a message and waits until it is done; what the worker tells on the way goes to heard. */
+/** Sends a message and waits until it is done. heard is called with what the worker tells on the way. */
 function ask(message, heard) {
   return new Promise((resolve, reject) => {
     waiting = { resolve, reject, heard };
@@ -51,7 +51,7 @@ function push(id, more) {
   tokens.push({ id, text: isEnd(id) ? "" : decode(id), ...more });
 }
 
-/** Forgets the tokens from n on. The one before is read again, for what comes after it. */
+/** Forgets the tokens from n on. The one before them is read again, as the logits after it are needed. */
 function cut(n) {
   tokens.splice(n);
   decode = tokenizer.stream();
@@ -66,7 +66,7 @@ const lastHalf = () => Math.max(0, tokens.length - Math.max(1, Math.floor(config
 const EDGES = /^[\p{White_Space}\x1c-\x1f]+|[\p{White_Space}\x1c-\x1f]+$/gu;  // what Python's strip() takes away
 const byTextRule = prompt => config.text_rule === "as it stands" ? prompt : prompt.replace(EDGES, "");  // as in data.py
 
-/** Makes this text the story; what begins alike stays, in the cache too. Throws for text that the tokenizer cannot encode. */
+/** Makes this text the story; tokens that are the same at its start stay, in the cache too. Throws for text that the tokenizer cannot encode. */
 function setText(now) {
   if (tokens.length && now === text()) return;
   let ids = tokenizer.encode(now), n = 0, m = 0;  // tokens alike at the start, and at the end
@@ -87,20 +87,30 @@ async function read(settings) {
     const part = tokens.slice(from + cached, from + Math.min(cached + CHUNK, config.block_size));
     last = from + cached + part.length === tokens.length;
     if (!part.length && !last) return;  // past the end of the context
-    await ask({ keep: cached, ids: part.map(t => t.id), scored: part.every(t => t.others),
-                settings: last && settings, place: tokens.length, most: config.block_size + 1 - (tokens.length - from) }, ({ scores, next, at }) => {
-      scores?.forEach((score, j) => part[j].others || Object.assign(part[j], score));  // of a window that has moved on: what it was when it was read first
-      cached = next ? tokens.length - from : cached + part.length;
-      if (next) {
-        push(next.id, next);
-        speed = { made: (speed?.made ?? 0) + 1, first: speed?.first ?? at, now: at };
-      }
-      draw();
-    });
+    const message = {
+      keep: cached,
+      ids: part.map(t => t.id),
+      scored: part.every(t => t.others),
+      settings: last && settings,
+      place: tokens.length,
+      most: config.block_size + 1 - (tokens.length - from),
+    };
+    await ask(message, told => hear(part, told));
   }
 }
 
-/** Writes on after a change, which is left undone where the settings are wrong. */
+/** Takes what the worker tells of the tokens that it was given to read, or of one that it has written. */
+function hear(part, { scores, next, at }) {
+  scores?.forEach((score, j) => part[j].others || Object.assign(part[j], score));  // a token keeps its first score when the window moves on
+  cached = next ? tokens.length - from : cached + part.length;
+  if (next) {
+    push(next.id, next);
+    speed = { made: (speed?.made ?? 0) + 1, first: speed?.first ?? at, now: at };
+  }
+  draw();
+}
+
+/** Makes a change and writes on. Where the settings are wrong, it throws before the change. */
 async function write(change = () => {}) {
   const settings = readSettings();
   change();
@@ -117,7 +127,7 @@ let speed = null;
 let turns = 0;
 let before = null;   // the story that "New story" put away, as onDesk() has it
 
-/** Stops what is under way and waits for it; false if somebody else asked for something since. */
+/** Stops what is under way and waits for it. Resolves to false if something else was asked for meanwhile. */
 async function rest() {
   stop();
   const turn = turns;
@@ -158,7 +168,7 @@ function stop() {
   worker.postMessage({ stop: true });
 }
 
-/** Takes over what was typed, and has it written on or only read. */
+/** Takes over what was typed, then works on it: what is write or read. */
 function finish(what) {
   try {
     setText(edit.value);
@@ -187,7 +197,7 @@ async function change(draft, caret) {
 function press() {
   if (working) stop();
   else if (editing) finish(write);
-  else if (ended()) return;  // just before the button that says Stop goes
+  else if (ended()) return;  // in the moment before the button, which has just said Stop, is hidden
   else work(() => write(() => {
     if (full()) [from, cached] = [lastHalf(), 0];
   }));
@@ -196,7 +206,7 @@ function press() {
 function again() {
   work(() => {
     $("seed").value = (Number($("seed").value) + 1) % 2 ** 53;
-    return write(() => cut(Math.max(1, tokens.findLastIndex(t => t.given && !isEnd(t.id)) + 1)));  // an end that you took, too, gives way
+    return write(() => cut(Math.max(1, tokens.findLastIndex(t => t.given && !isEnd(t.id)) + 1)));  // an end goes, even if you took it
   });
 }
 
@@ -219,7 +229,7 @@ const unwritten = () => editing && blank() && ["", config.start.trim()].includes
 function lay(story) {
   tokens = [];
   cut(0);
-  const isJudged = story.fingerprint === config.fingerprint;  // else by another model with the same tokenizer: p and others are its own
+  const isJudged = story.fingerprint === config.fingerprint;  // else p and others are those of another model with this tokenizer
   for (const { id, given, p, others } of story.tokens) push(id, isJudged ? { given, p, others } : { given });
   from = story.from;
   editing = blank() || story.draft !== null;
@@ -261,7 +271,7 @@ function redraw() {
   $("again").classList.toggle("main", done);
   $("again").hidden = editing || !tokens.some(t => !t.given);
   if (done && document.activeElement === $("write")) $("again").focus({ preventScroll: true });
-  $("write").hidden = done;  // a browser takes its focus away at once, or later
+  $("write").hidden = done;  // after the focus has moved, as a hidden button loses it, in some browsers later
   $("change").hidden = editing && blank();
   $("change").textContent = editing ? "Done" : "Edit";
   const back = before && unwritten();
@@ -287,7 +297,7 @@ function drawTokens() {
     if (span.textContent) {
       span.role = "button";
       span.ariaHasPopup = "true";
-      if (end || !token.text.trim()) span.ariaLabel = end ? "∎ the end" : token.text.includes("\n") ? "new line" : "space";  // to be read out
+      if (end || !token.text.trim()) span.ariaLabel = end ? "∎ the end" : token.text.includes("\n") ? "new line" : "space";
     }
     story.append(span);
     spans.push({ token, span });
@@ -295,17 +305,17 @@ function drawTokens() {
   for (const s of spans) {
     if (s.p === s.token.p) continue;
     s.p = s.token.p;
-    s.span.style.setProperty("--heat-of", Math.min(1, -Math.log(s.p) / Math.log(100)).toFixed(3));  // one in a hundred is all of it
+    s.span.style.setProperty("--heat-of", Math.min(1, -Math.log(s.p) / Math.log(100)).toFixed(3));  // full at one in a hundred
   }
   if (!story.querySelector("[tabindex='0']")) spans.find(s => s.span.textContent)?.span.setAttribute("tabindex", "0");
 }
 
-/** The editor is as high as its text. */
+/** Makes the editor as high as its text. */
 function fit() {
   const y = scrollY;
   edit.style.height = "auto";
   edit.style.height = `${edit.scrollHeight}px`;
-  scrollTo(scrollX, y);  // for a moment the page was too short for it
+  scrollTo(scrollX, y);  // back, as for a moment the page was too short for this place
 }
 
 function say(what, bad = false) {
@@ -329,7 +339,7 @@ function fatal(message) {
 // What else a token might have been
 
 let chosen = -1;     // the token whose others are shown
-let pinned = false;  // by click or key: they stay when the mouse goes
+let pinned = false;  // they were asked for by click or key, and stay when the mouse leaves
 let timer;
 
 function showOthers(i, pin = false) {
@@ -367,7 +377,7 @@ function hideOthers() {
   others.hidden = true;
 }
 
-/** For who is done with the list: the focus goes back to its token. */
+/** Hides the list; the focus goes from it back to its token. */
 function closeOthers() {
   if (others.contains(document.activeElement)) spans[chosen].span.focus();
   hideOthers();
@@ -388,7 +398,7 @@ function visible(text) {
 
 const indexOf = target => spans.findIndex(s => s.span === target);
 
-/** The next token to the left or right that has text to stand on. */
+/** The next token from i on, in steps of by = 1 or -1, that has text. */
 function step(i, by) {
   do i += by; while (spans[i] && !spans[i].span.textContent);
   return i;
@@ -402,7 +412,7 @@ function focusToken(i) {
   showOthers(i, true);
 }
 
-let over;  // what the mouse was moved to; a story that moves under it is no wish to see anything
+let over;  // the element that the mouse was last moved to: no list opens because the story moves under it
 story.addEventListener("pointermove", e => {
   if (e.pointerType !== "mouse" || e.target === over) return;
   over = e.target;
@@ -479,7 +489,7 @@ addEventListener("resize", () => {
   draw();
 });
 $("write").onclick = press;
-$("write").onkeydown = e => !(e.repeat && e.key === "Enter");  // what wrote, and is still down, does not stop
+$("write").onkeydown = e => !(e.repeat && e.key === "Enter");  // the Enter that began writing does not stop it while it is held down
 $("again").onclick = again;
 $("change").onclick = () => editing ? finish(read) : change();
 $("clear").onclick = clear;
@@ -504,7 +514,7 @@ function showSettings() {
   for (const output of document.querySelectorAll("#settings output")) output.value = Number($(output.htmlFor).value).toFixed(2);
 }
 
-/** For this tab, and for the next one that opens. */
+/** Keeps a value for this tab, and for the next one that opens. */
 function keep(name, value) {
   const rounded = (key, v) => key === "text" ? undefined : typeof v === "number" && !Number.isInteger(v) ? Number(v.toPrecision(4)) : v;
   try {

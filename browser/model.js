@@ -17,21 +17,21 @@ const DIST = new URL("./node_modules/onnxruntime-web/dist/", import.meta.url).hr
 let ort, session, config;
 let fused;         // the file has onnxruntime's own attention: export_onnx.py
 let counts;        // inputs beside ids and the cache: places, which a file of an older format lacks, and fused: total
-let cache = {};    // past_k.0, past_v.0, ...: [length, 1, n_kv_head, head_dim]; fused: [1, n_kv_head, length, head_dim]
+let cache = {};    // {past_k.0, past_v.0, ...}: [length, 1, n_kv_head, head_dim] each; fused: [1, n_kv_head, length, head_dim]
 let length = 0;    // tokens in the cache
 let stopped;
 let held = null;   // the logits after the last of them; null after a rewind
 
 async function load(described) {
   config = described;
-  ort = await import(`${DIST}ort.wasm.min.mjs`).catch(() => {  // if it were imported above, Firefox might not tell that it is missing
+  ort = await import(`${DIST}ort.wasm.min.mjs`).catch(() => {  // not imported at the top, where Firefox may not tell that it is missing
     throw Error("onnxruntime-web is not there: make browser installs it.");
   });
   ort.env.wasm.wasmPaths = DIST;
   ort.env.wasm.numThreads = 1;  // two were no faster on two cores
   const file = await get("model.onnx", (bytes, of) => postMessage({ bytes, of }));
   try {
-    session = await ort.InferenceSession.create(file, { logSeverityLevel: 4 });  // the page says it, not the console
+    session = await ort.InferenceSession.create(file, { logSeverityLevel: 4 });  // the page says what is wrong, not the console
   } catch (e) {
     if (/no available backend/.test(e)) throw Error(`onnxruntime-web does not start; npm ci in browser/ installs it again: ${short(e)}`);
     throw Error(`model/model.onnx cannot be read, it is damaged or no ONNX file: ${short(e)}`);
@@ -42,7 +42,7 @@ async function load(described) {
     throw Error("model/model.onnx and model/config.json are not of one model: export it again.");
   cut(0);
   try {
-    await forward([config.eot]);  // what is slow the first time, too
+    await forward([config.eot]);  // also as the first call is slow
   } catch (e) {
     throw Error(`model/model.onnx does not work as model/config.json says it should: ${short(e)}`);
   }
@@ -56,7 +56,7 @@ const short = e => String(e?.message ?? e).replace(/\s+/g, " ").slice(0, 200);
 /** Forgets all but the first n tokens. */
 function cut(n) {
   const { n_kv_head: H, head_dim: D } = config;
-  const heads = fused ? H : 1, width = fused ? D : H * D;  // of a token, in each of so many pieces
+  const heads = fused ? H : 1, width = fused ? D : H * D;  // pieces that a tensor consists of, and numbers of a token in each
   for (const name of pasts()) {
     const data = new Float32Array(n * H * D);
     for (let h = 0; n && h < heads; h++)
@@ -69,16 +69,16 @@ function cut(n) {
 
 const int64 = (numbers, dims) => new ort.Tensor("int64", BigInt64Array.from(numbers, BigInt), dims);
 
-/** The scores of ids, which come after the cache and are in it then. */
+/** Reads ids after what is in the cache, which has them then. Returns their scores, none where they are scored. */
 async function forward(ids, scored) {
   const V = config.vocab_size, T = ids.length;
-  const places = scored ? [T - 1] : [...ids.keys()];  // whose logits are wanted
+  const places = scored ? [T - 1] : [...ids.keys()];  // of the tokens whose logits are wanted
   const feeds = { ids: int64(ids, [1, T]), ...cache };
   if (counts.includes("places")) feeds.places = int64(places, [places.length]);
   if (fused) feeds.total = new ort.Tensor("int32", [length + T], []);
   const { logits, ...present } = await session.run(feeds);
   if (logits.dims.at(-1) !== V) throw Error("its vocabulary is another");
-  const first = T - logits.dims[1];  // whose logits come first: where not all are there, the last one's are
+  const first = T - logits.dims[1];  // the place whose logits come first: 0 where all are there, else T - 1
   const row = j => j < 0 ? held : logits.data.subarray((j - first) * V, (j - first + 1) * V);
   const scores = scored ? [] : ids.map((id, j) => row(j - 1) && score(row(j - 1), id));
   cache = Object.fromEntries(Object.entries(present).map(([name, t]) => [name.replace("present", "past"), t]));
@@ -103,7 +103,7 @@ async function read({ keep, ids, scored, settings, place, most }) {
 
 const ticks = new MessageChannel();
 
-/** Lets messages in: awaiting onnxruntime alone does not, as it computes before it returns. */
+/** Lets messages come in. To await onnxruntime does not, as it computes before it returns. */
 function tick() {
   return new Promise(resolve => {
     ticks.port1.onmessage = resolve;

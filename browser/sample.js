@@ -1,8 +1,8 @@
-// What generate.py's next_token does, and what the page tells of it.
+// The draw, as generate.py's next_token makes it, and the probabilities that the page shows.
 
 /** The ids of the k largest logits and of those that equal the last of them, largest first, among equals the smallest id first. */
 export function largest(logits, k) {
-  const all = k > 1000;  // then to sort is faster
+  const all = k > 1000;  // then it is faster to sort all
   const top = all ? logits.slice().sort().slice(-k) : logits.slice(0, k).sort();  // the k largest so far, ascending; few of the rest get into it
   let least = top[0];
   for (let i = all ? logits.length : k; i < logits.length; i++) {
@@ -30,7 +30,7 @@ function total(logits, max, temperature = 1) {
   return finite(sum);
 }
 
-/** What next_token draws from: ids and their weights, which need not sum to 1. Whether all logits are numbers is for score() to say. */
+/** What next_token draws from: ids and their weights, which need not sum to 1. Not all logits are checked: score() does that. */
 export function keep(logits, { temperature, top_k, top_p }) {
   const V = logits.length, every = !(top_k > 0 && top_k < V), first = every || temperature < 1e-5 ? 1 : top_k;
   let ids = largest(logits, first).slice(0, first);
@@ -43,7 +43,7 @@ export function keep(logits, { temperature, top_k, top_p }) {
   }
   let weights = ids.map(weight);
   const sum = every ? total(logits, max, temperature) : weights.reduce((a, b) => a + b);
-  for (let k = 64; every; k = k < 512 ? 512 : V) {  // to sort all is slow, and few make up top_p
+  for (let k = 64; every; k = k < 512 ? 512 : V) {  // more and more of the largest: few make up top_p, and to sort all is slow
     weights = (ids = largest(logits, Math.min(k, V))).map(weight);
     if (k >= V || weights.reduce((a, b) => a + b) >= top_p * sum) break;
   }
@@ -56,7 +56,7 @@ export function keep(logits, { temperature, top_k, top_p }) {
 export function uniform(seed, n) {
   let h = 0;
   for (const x of [seed, Math.floor(seed / 2 ** 32), n]) {  // murmur3's finalizer, once for each
-    h = h + (x | 0) + 0x9e3779b9 | 0;  // x alone is exact, and a sum beyond 2 ** 53 is not
+    h = h + (x | 0) + 0x9e3779b9 | 0;  // x first becomes 32 bits, as a sum beyond 2 ** 53 would not be exact
     h = Math.imul(h ^ h >>> 16, 0x85ebca6b);
     h = Math.imul(h ^ h >>> 13, 0xc2b2ae35);
     h ^= h >>> 16;
@@ -70,7 +70,7 @@ export function draw(logits, settings, n) {
   return ids.find((_, i) => (left -= weights[i]) < 0) ?? ids.at(-1);
 }
 
-/** How likely a token was to the model itself, whatever the settings, and what it might have been. */
+/** How likely a token was for the model itself, whatever the settings, and the n likeliest tokens. */
 export function score(logits, id, n = 8) {
   const likely = largest(logits, Math.min(n, logits.length)).slice(0, n), max = logits[likely[0]], sum = total(logits, max);
   const p = i => Math.exp(logits[i] - max) / sum;
