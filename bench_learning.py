@@ -73,6 +73,58 @@ def nanogpt_rates(cfg):
     return replace(cfg, max_iters=cfg.steps, eval_interval=cfg.steps, warmup_iters=100, **settings)
 
 
+class Lesson:
+    """The same toy stories for nanoGPT's model and for ours, none seen twice. cfg has the tokenizer's vocab_size."""
+
+    def __init__(self, cfg, compute):
+        n_tokens = cfg.steps * tokens_a_step(cfg)
+        # two rows more, as an epoch starts somewhere in the first row
+        self.ids, self.held_out, tokenizer = fresh_stories(
+            n_tokens + 2 * cfg.block_size, cfg.vocab_size, cfg.seed
+        )
+        self.cfg = replace(cfg, vocab_size=tokenizer.vocab_size)
+        self.compute = compute
+
+    def batches(self, step):
+        """Returns the micro-batches of a step, on the device."""
+        cfg = self.cfg
+        spans = micro_batches(step, cfg, self.compute)
+        rows = [training_rows(self.ids, cfg.block_size, cfg.seed, first, n) for first, n in spans]
+        return [to(batch, self.compute.device) for batch in rows]
+
+    def loss_of(self, model):
+        """Returns a model's loss on the held-out stories, nats a token."""
+        cfg = self.cfg
+        return evaluate(
+            model, self.held_out, cfg.block_size, cfg.batch_size, self.compute, cfg.eval_tokens
+        )
+
+    def teach_nanogpt(self, module):
+        """Trains nanoGPT's model for cfg.steps. Returns what learn returns."""
+        cfg = self.cfg
+        torch.manual_seed(cfg.seed)
+        update, model, optimizer = nanogpt.make_update(module, cfg, self.compute, cfg.learning_rate)
+
+        def update_on(step):
+            update([(batch["idx"], batch["targets"].contiguous()) for batch in self.batches(step)])
+
+        validate = partial(self.loss_of, nanogpt.Scored(model))
+        return learn(update_on, [optimizer], validate, nanogpt_rates(cfg), self.compute.device)
+
+    def teach_ours(self):
+        """Trains our model for cfg.share of cfg.steps. Returns what learn returns."""
+        n_steps = max(START + 1, round(self.cfg.share * self.cfg.steps))
+        cfg = replace(self.cfg, max_iters=n_steps, lr_decay_iters=0)
+        model, trained = build_trained(cfg, self.compute)
+        optimizers = make_optimizers(model, cfg, self.compute)
+        update = train.make_step(trained, optimizers, cfg, self.compute)
+
+        def update_on(step):
+            update(batches=self.batches(step), seed=(cfg.seed, step))
+
+        return learn(update_on, optimizers, partial(self.loss_of, model), cfg, self.compute.device)
+
+
 def bench_learning(cfg, compute):
     """Trains nanoGPT's model for --steps, then ours for --share of them, on the same toy stories, none seen twice.
 
@@ -80,47 +132,18 @@ def bench_learning(cfg, compute):
     steps, in which models are compiled, s that of the others, both without evaluations. reached_s is when the
     validation loss was first as low as nanoGPT's last, of_time that as a share of nanoGPT's time.
     """
-    gpt = nanogpt.load(cfg.nanogpt)
-    T = cfg.block_size
-    tokens = tokens_a_step(cfg)
-    # two rows more, as an epoch starts somewhere in the first row
-    ids, held_out, tokenizer = fresh_stories(cfg.steps * tokens + 2 * T, cfg.vocab_size, cfg.seed)
-    cfg = replace(cfg, vocab_size=tokenizer.vocab_size)
-
-    def batches(step):
-        spans = micro_batches(step, cfg, compute)
-        return [to(training_rows(ids, T, cfg.seed, first, n), compute.device) for first, n in spans]
-
-    def loss_of(model):
-        return evaluate(model, held_out, T, cfg.batch_size, compute, cfg.eval_tokens)
-
-    def learn_nanogpt():
-        torch.manual_seed(cfg.seed)
-        update, model, optimizer = nanogpt.make_update(gpt, cfg, compute, cfg.learning_rate)
-
-        def update_on(step):
-            update([(batch["idx"], batch["targets"].contiguous()) for batch in batches(step)])
-
-        validate = partial(loss_of, nanogpt.Scored(model))
-        return learn(update_on, [optimizer], validate, nanogpt_rates(cfg), compute.device)
-
-    def learn_ours():
-        ours = replace(cfg, max_iters=max(START + 1, round(cfg.share * cfg.steps)), lr_decay_iters=0)
-        model, trained = build_trained(ours, compute)
-        optimizers = make_optimizers(model, ours, compute)
-        update = train.make_step(trained, optimizers, ours, compute)
-
-        def update_on(step):
-            update(batches=batches(step), seed=(cfg.seed, step))
-
-        return learn(update_on, optimizers, partial(loss_of, model), ours, compute.device)
-
-    runs = {(NANOGPT, "adamw"): learn_nanogpt(), ("ours", cfg.optimizer): learn_ours()}
-    [(_, limit, goal)] = runs[NANOGPT, "adamw"][1]
+    module = nanogpt.load(cfg.nanogpt)
+    lesson = Lesson(cfg, compute)
+    runs = [
+        (NANOGPT, "adamw", *lesson.teach_nanogpt(module)),
+        ("ours", cfg.optimizer, *lesson.teach_ours()),
+    ]
+    *_, [(_, limit, goal)] = runs[0]
     rows = []
-    for (name, optimizer), (start, points) in runs.items():
+    for name, optimizer, start, points in runs:
         steps, seconds, loss = points[-1]
-        reached = next((point for point in points if point[2] <= goal), (None, None, None))
+        reached = (point for point in points if point[2] <= goal)
+        reached_step, reached_s, _ = next(reached, (None, None, None))
         rows.append(
             {
                 "by": name,
@@ -128,11 +151,11 @@ def bench_learning(cfg, compute):
                 "steps": steps,
                 "start_s": start,
                 "s": seconds,
-                "tokens_per_s": (steps - START) * tokens / seconds,
+                "tokens_per_s": (steps - START) * tokens_a_step(cfg) / seconds,
                 "val_loss": loss,
-                "reached_step": reached[0],
-                "reached_s": reached[1],
-                "of_time": reached[1] / limit if reached[1] else None,
+                "reached_step": reached_step,
+                "reached_s": reached_s,
+                "of_time": reached_s / limit if reached_s else None,
             }
         )
     return rows
