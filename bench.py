@@ -6,7 +6,7 @@
     python bench.py decode --init_from=hf:FOLDER    a model's shape and weights; a checkpoint's too
     python bench.py decode --init_from=out/ts --draft=out/draft    speculative decoding beside plain
     python bench.py quantize --init_from=out/ts     8 and 4 bits: what they lose, how large and fast they are
-    python bench.py train --against=FOLDER      a step of nanoGPT too, of which FOLDER is a checkout
+    python bench.py train --against=FOLDER      a step of nanoGPT too; FOLDER is a checkout of it
     python bench.py learning --against=FOLDER   the time to nanoGPT's validation loss, which trains 2,000 steps first
     python bench.py decode --init_from=out/ts --against=llama.cpp    beside llama.cpp, with 32, 16, 8 and 4 bits
     python bench.py scale --processes=64 --n_layer=22 --n_head=32 --n_embd=2048 --batch_size=64    a run in shards
@@ -78,7 +78,7 @@ ARCHITECTURE_KEYS = {"norm", "norm_position", "pos", "mlp"}
 
 @dataclass
 class Config(train.Config):
-    """The keys of train.py, of which the shape depends on the device, and those of the bench."""
+    """The keys of train.py, with a shape that depends on the device, and those of the bench."""
 
     only_prints = True  # no key: see config.run
 

@@ -321,7 +321,7 @@ class StaticCache:
         self.pos = self.place.clone()
         self.joint = {}
         self.docs = None  # {window: (B, size)}, the document of each slot, where rows are padded
-        self.row_docs = None  # (B, 1), that of the next token: the one of the last
+        self.row_docs = None  # (B, 1), the document of each row's next token: its last one's
         if cache.docs is not None:
             self.docs = {window: docs[:, 0, :, 0].clone() for window, docs in cache.docs.items()}
             self.row_docs, last_pos = cache.last.clone().split(1, -1)

@@ -404,8 +404,8 @@ def name_of(dtype):
 
 
 def peak_flops(device, dtype):
-    """Returns the dense half-precision FLOP/s of a GPU by its data sheet, of which products in a torch.dtype have a
-    share, the MFU; None where they are not known or the dtype is float32: then no MFU is printed.
+    """Returns the dense half-precision FLOP/s of a GPU by its data sheet; None where they are not known, and for
+    float32, whose products have another speed. Then no MFU is printed.
     """
     if device.type != "cuda" or dtype == torch.float32:
         return None

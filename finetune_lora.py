@@ -69,7 +69,7 @@ class Config(TrainConfig, lora.LoRAConfig):
     start: str = ""                         # the prompt of the sample, \n a new line; empty: the first held-out one
     eval_interval: int = 50                 # steps between evaluations, samples and checkpoints
     eval_tokens: int = 16384                # of held-out rows looked at meanwhile, always the same ones; 0 = all
-    max_length: int = 0                     # tokens a row, of which no example has more; 0 = the base's context
+    max_length: int = 0                     # tokens a row, and the most of an example; 0 = the base's context
     batch_size: int = 8                     # rows in a micro-batch, each with as many examples as fit
     max_iters: int = 200                    # steps
     optimizer: str = "adamw"                # adamw | muon (with --rank=0 only)

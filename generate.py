@@ -61,8 +61,8 @@ def next_token(logits, temperature=1.0, top_k=0, top_p=1.0, uniform=None):
 
 
 def penalized(logits, seen, penalty):
-    """Returns logits (..., V), of which those of the tokens in `seen` (..., V), bool, are smaller: positive ones are
-    divided by the penalty, others multiplied.
+    """Returns logits (..., V) in which seen tokens are less likely: theirs are divided by the penalty where they are
+    positive, else multiplied. seen (..., V): bool.
     """
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
@@ -157,7 +157,7 @@ def start_rows(model, prompts, max_new_tokens, stop, past_end):
 
 def prefill(model, windows, capacity, spare=0):
     """Reads one window of ids a row: returns the last tokens' logits (B, V) and a cache with room for
-    `capacity` tokens more, of which none past block_size, and for `spare` beyond either.
+    `capacity` tokens more, but for none past block_size, and for `spare` beyond either.
     """
     # a number for each different window: one that several rows share, as answers to one prompt do, is read once
     numbers = {}

@@ -108,7 +108,7 @@ class Groups:
         ]
 
     def multiply(self, x, weight, array, output, is_head):
-        """Returns the node of x times a weight, of which the array (out, in) is given, as a list."""
+        """Returns the node of x times a weight, as a list. array (out, in): the weight's numbers."""
         bits, size = self.bits, self.size
         if is_head:
             bits, size = self.table_bits, GROUPS[self.table_bits]
@@ -233,8 +233,8 @@ class Plain:
         ]
 
     def multiply(self, x, weight, array, output, is_head):
-        """Returns the nodes of x times a weight, of which the array (out, in) is given. x is made integers first,
-        where it is not yet: about (q - zero) * scale. A reader transposes the weight once, when it loads.
+        """Returns the nodes of x times a weight. array (out, in): the weight's numbers. x becomes integers first,
+        unless it has already: x is about (q - zero) * scale. A reader transposes the weight once, when it loads.
         """
         add_integers(self.arrays, weight, array)
         nodes = []

@@ -41,7 +41,7 @@ def evaluating(model):
 
 
 def bits_per_nat(split):
-    """Returns how many bits a byte one nat a token is on a split, of which this is the entry in meta.json."""
+    """Returns how many bits a byte one nat a token is on a split. split: its entry in meta.json."""
     return split["tokens"] / split["bytes"] / math.log(2)
 
 

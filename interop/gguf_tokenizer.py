@@ -3,12 +3,12 @@
     metadata = write_tokenizer(tokenizer)
     tokenizer = read_tokenizer(metadata)
 
-llama.cpp has the splitting of texts into words in its code, by names. Those here are GPT-2's, SmolLM's,
-Qwen2's and Llama 3's; another one is a ValueError. One token a character is said as a BPE whose merges
-join the bytes of each character.
+How texts are split into words is in llama.cpp's code; a file has only a name for it. Here are the names of
+GPT-2's, SmolLM's, Qwen2's and Llama 3's way; another way is a ValueError. A tokenizer of one token a
+character becomes a BPE whose merges join the bytes of each character.
 
-Llama 2's kind (SentencePiece) has scores in the place of merges: whatever two pieces are a token together
-are joined, the token of the highest score first.
+Llama 2's kind (SentencePiece) has scores in place of merges: any two pieces that are a token together are
+joined, and the token of the highest score is made first.
 """
 
 import json
@@ -19,7 +19,7 @@ from tokenizer import BPE, BYTE_LEVEL, CHAR_BYTE, bos_processor, byte_chars, dum
 
 # llama.cpp's kinds of tokens
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-# GGUF names this many tokens that end a text
+# GGUF has names for this many tokens that end a text
 END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
 WORDS = (
@@ -43,10 +43,10 @@ PRE_TOKENIZERS = {
     "qwen2": split_by(WORDS.replace("DIGITS", "")),
     "llama-bpe": split_by(WORDS.replace("DIGITS", "{1,3}")),
 }
-# a word that is a token stays whole, and a text begins with bos where the file does not say otherwise
+# those in which a word that is a token stays whole, and a text begins with bos unless the file says otherwise
 WHOLE_WORDS = ("llama-bpe",)
-COMPOSED = ("qwen2",)  # texts are put into form C before, in Qwen's own files; llama.cpp does not
-NO_MERGE = "<none> <none>"  # llama.cpp wants a list that is not empty
+COMPOSED = ("qwen2",)  # those whose own files normalize texts to NFC first; llama.cpp does not
+NO_MERGE = "<none> <none>"  # for a list without merges, as llama.cpp wants one that is not empty
 
 # SentencePiece's: a space is "▁", and what has no token is its bytes
 BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -80,7 +80,7 @@ def write_tokenizer(tokenizer):
         **words,
         "tokens": tokens,
         "token_type": types,
-        # without one, llama.cpp takes another id for bos, such as 11
+        # always, as without one llama.cpp takes some id for bos, such as 11
         "bos_token_id": find_bos_token(tokenizer, tokens),
         "add_bos_token": tokenizer.first_id is not None,
         **write_ends(tokenizer),
@@ -96,7 +96,7 @@ def write_ends(tokenizer):
 
 
 def find_bos_token(tokenizer, tokens):
-    """Returns the id that a text starts with, else the one that its folder calls bos, else end-of-text."""
+    """Returns the id that a text starts with, or else the one that the folder calls bos, or else end-of-text."""
     if tokenizer.bos is not None:
         return tokenizer.bos
     name = token_text(tokenizer.settings.get("bos_token")) if tokenizer.files else None
@@ -104,8 +104,8 @@ def find_bos_token(tokenizer, tokens):
 
 
 def join_characters(tokenizer):
-    """Returns merges that make each character's token of its bytes, and nothing else: a byte that begins
-    a character never goes on with one.
+    """Returns merges that make each character's token from its bytes, and nothing else, as a byte that begins a
+    character never continues one.
     """
     merges = {}
     for i, token in enumerate(tokenizer.tokens):

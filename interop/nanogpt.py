@@ -15,7 +15,7 @@ from device import one_shape
 
 @functools.cache
 def load(folder):
-    """Returns the module model.py of a checkout of nanoGPT, which runs its code. Raises Refusal where it is none."""
+    """Returns the module model.py of a checkout of nanoGPT; its code is run. Raises Refusal where it is none."""
     path = os.path.join(folder, "model.py")
     if not os.path.isfile(path):
         raise Refusal(f"against={folder}: there is no {path}; name a checkout of nanoGPT")
@@ -64,7 +64,7 @@ def make_update(module, cfg, compute, learning_rate):
         optimizer.zero_grad(set_to_none=True)
         return loss.item()  # waits for the device, as its train.py does at each step
 
-    return one_shape()(update), model, optimizer  # with torch's own choice of an attention
+    return one_shape()(update), model, optimizer  # so that torch chooses among all its attentions
 
 
 def make_step(module, cfg, compute, learning_rate):
@@ -76,7 +76,7 @@ def make_step(module, cfg, compute, learning_rate):
 
 
 class Scored(torch.nn.Module):
-    """A model of nanoGPT's, to be called as score.py calls ours: a sum over targets, of which -100 do not count."""
+    """A model of nanoGPT's that may be called as score.py calls ours. A target of -100 does not count in its loss."""
 
     def __init__(self, model):
         super().__init__()
