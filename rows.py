@@ -330,33 +330,47 @@ def preferences(rows):
     result = []
     for place, row in rows:
         kind = kind_of(row, PREFERENCE_KINDS)
-        is_complete = isinstance(row, dict) and {*kind.columns} <= row.keys()
-        # two texts without a prompt: it has another name, or stands in both texts
-        if not is_complete or kind.type is list and isinstance(row["chosen"], str):
-            here = ", ".join(map(str, row)) if isinstance(row, dict) else f"{row!r:.40}"
-            raise Refusal(f"{place}: {PREFERENCE} {here:.200}")
-        *prompt, chosen, rejected = kind.columns
-        sides = [kind.messages(row, place, [*prompt, side]) for side in (chosen, rejected)]
-        n = len(row[prompt[0]]) if prompt and kind.type is list else 0
-        if all(texts(side[:n]) == texts(side[n : 2 * n]) for side in sides):
-            sides = [side[n:] for side in sides]  # each side has the whole conversation, with the prompt
-        common = 0
-        for one, other in zip(*sides):
-            if one != other:
-                break
-            common += 1
-        problem = next(filter(None, map(problem_of, sides)), "")
-        if not problem and common == max(map(len, sides)):
-            problem = EQUAL
-        if not problem and any(role_at(side, common) != "assistant" for side in sides):
-            problem = NO_PAIR
+        sides = read_sides(row, place, kind)
+        n_common = count_common(*sides)
+        problem = problem_of_sides(sides, n_common)
         pair = []
         for messages in sides:
-            prompts = [message._replace(is_learned=False) for message in messages[:common]]
-            messages = prompts + messages[common:]
-            pair.append(Conversation(place, kind, messages, problem))
+            prompts = [message._replace(is_learned=False) for message in messages[:n_common]]
+            pair.append(Conversation(place, kind, prompts + messages[n_common:], problem))
         result.append(tuple(pair))
     return result
+
+
+def read_sides(row, place, kind):
+    """Returns the Messages of both sides of a preference, chosen and rejected, each with the prompt. Raises Refusal."""
+    is_complete = isinstance(row, dict) and {*kind.columns} <= row.keys()
+    # two texts without a prompt: it has another name, or stands in both texts
+    if not is_complete or kind.type is list and isinstance(row["chosen"], str):
+        here = ", ".join(map(str, row)) if isinstance(row, dict) else f"{row!r:.40}"
+        raise Refusal(f"{place}: {PREFERENCE} {here:.200}")
+    *prompt, chosen, rejected = kind.columns
+    sides = [kind.messages(row, place, [*prompt, side]) for side in (chosen, rejected)]
+    n = len(row[prompt[0]]) if prompt and kind.type is list else 0
+    if all(texts(side[:n]) == texts(side[n : 2 * n]) for side in sides):
+        return [side[n:] for side in sides]  # each column has the whole conversation, with the prompt
+    return sides
+
+
+def count_common(one, other):
+    """Returns how many items two lists have in common at their start."""
+    return next((n for n, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
+
+
+def problem_of_sides(sides, n_common):
+    """Returns why two lists of Messages that begin with n_common equal ones are no preference, or ""."""
+    for messages in sides:
+        if problem := problem_of(messages):
+            return problem
+    if n_common == max(map(len, sides)):
+        return EQUAL
+    if any(role_at(messages, n_common) != "assistant" for messages in sides):
+        return NO_PAIR
+    return ""
 
 
 def default_template(conversations):
