@@ -175,6 +175,15 @@ def least_traffic(x, weight):
     }
 
 
+def print_limits(shape, traffic, copy_speed):
+    """Prints how long each operation would take at the speed of a copy, bytes a second."""
+    limits = []
+    for (operation, way), size in traffic.items():
+        milliseconds = 1e3 * size / copy_speed
+        limits.append(f"{operation} {way} {size / 1e6:.4g} MB in {milliseconds:.3g} ms")
+    print(f"{shape}: at the speed of a copy {', '.join(limits)}")
+
+
 def stock_norm(x, weight, eps):
     return F.rms_norm(x, weight.shape, weight, eps)
 
@@ -206,13 +215,7 @@ def norm_rows(cfg, compute, n_rows, hidden, dtype, copy_speed, seconds):
         tensor.requires_grad_()
 
     traffic = least_traffic(x, weight)
-    limits = []
-    for (operation, way), size in traffic.items():
-        milliseconds = 1e3 * size / copy_speed
-        limits.append(f"{operation} {way} {size / 1e6:.4g} MB in {milliseconds:.3g} ms")
-    shape = f"{n_rows} x {hidden} {name_of(dtype)}"
-    print(f"{shape}: at the speed of a copy {', '.join(limits)}")
-
+    print_limits(f"{n_rows} x {hidden} {name_of(dtype)}", traffic, copy_speed)
     rivals = norm_rivals(compute)
     norms = {name: functools.partial(ops.norm, eps=eps) for name, ops in rivals.items()}
     adds = {name: functools.partial(ops.add_norm, eps=eps) for name, ops in rivals.items()}
