@@ -158,6 +158,33 @@ def refuse_missing(out_dir, last, has_model, has_peft):
     """Raises the Refusal for an out_dir without `last`, ckpt.pt or adapter.pt: it says what is there instead, and
     which command reads or makes one.
     """
+    refuse_foreign(out_dir, last, has_model, has_peft)
+    refuse_killed(out_dir, last)
+    free = out_dir if is_free(out_dir) else "OTHER"
+    if last == "adapter.pt":
+        if holds_run(out_dir, ["ckpt.pt", "ckpt_best.pt"]):
+            raise Refusal(
+                f"{out_dir} holds a whole checkpoint, not an adapter: sample.py --out_dir={out_dir} reads it"
+            )
+        command = f"python {tuning_script()} --init_from=BASE --out_dir={free}"
+        raise Refusal(f"there is no adapter in {out_dir}; {command} makes one")
+    adapters = [os.path.join(out_dir, name) for name in ("adapter.pt", "adapter_best.pt")]
+    if path := next(filter(os.path.isfile, adapters), None):
+        refuse_reward_model(Checkpoint("", None, path, load(path, ADAPTER_KEYS)))
+        raise Refusal(
+            f"{out_dir} holds an adapter: sample.py --adapter={out_dir} and eval.py read it, "
+            f"finetune_lora.py --merge --out_dir={out_dir} makes a checkpoint of it and its base"
+        )
+    hint = ""
+    if not os.path.exists(out_dir):
+        hint = f" (a folder or a name of the Hugging Face hub is hf:{out_dir})"
+    raise Refusal(
+        f"there is no checkpoint in {out_dir}; python train.py --out_dir={free} makes one{hint}"
+    )
+
+
+def refuse_foreign(out_dir, last, has_model, has_peft):
+    """Raises Refusal where an out_dir holds what onnxruntime, transformers or PEFT reads; see refuse_missing."""
     folder = hf_name(out_dir)
     if os.path.isfile(os.path.join(folder, "model.onnx")):
         raise Refusal(f"{folder} holds an ONNX model, which sample.py --onnx={folder} reads")
@@ -177,33 +204,16 @@ def refuse_missing(out_dir, last, has_model, has_peft):
             f"{out_dir} holds no checkpoint of ours; what transformers wrote there is read as hf:{out_dir}, "
             "to sample, evaluate or start from"
         )
+
+
+def refuse_killed(out_dir, last):
+    """Raises Refusal where a run in out_dir has a best checkpoint or adapter, but not the last one."""
     if holds_run(out_dir, [last.replace(".pt", "_best.pt")]):
         ways = f"--init_from={out_dir} --out_dir=OTHER starts from its best one"
         if last == "adapter.pt":
             command = f"{tuning_script()} --out_dir={out_dir} --overwrite"
             ways = f"sample.py --adapter={out_dir} reads its best one, {command} begins anew"
         raise Refusal(f"the run in {out_dir} was killed before its first {last}: {ways}")
-    if last == "adapter.pt" and holds_run(out_dir, ["ckpt.pt", "ckpt_best.pt"]):
-        raise Refusal(
-            f"{out_dir} holds a whole checkpoint, not an adapter: sample.py --out_dir={out_dir} reads it"
-        )
-    free = out_dir if is_free(out_dir) else "OTHER"
-    if last == "adapter.pt":
-        command = f"python {tuning_script()} --init_from=BASE --out_dir={free}"
-        raise Refusal(f"there is no adapter in {out_dir}; {command} makes one")
-    adapters = [os.path.join(out_dir, name) for name in ("adapter.pt", "adapter_best.pt")]
-    if path := next(filter(os.path.isfile, adapters), None):
-        refuse_reward_model(Checkpoint("", None, path, load(path, ADAPTER_KEYS)))
-        raise Refusal(
-            f"{out_dir} holds an adapter: sample.py --adapter={out_dir} and eval.py read it, "
-            f"finetune_lora.py --merge --out_dir={out_dir} makes a checkpoint of it and its base"
-        )
-    hint = ""
-    if not os.path.exists(out_dir):
-        hint = f" (a folder or a name of the Hugging Face hub is hf:{out_dir})"
-    raise Refusal(
-        f"there is no checkpoint in {out_dir}; python train.py --out_dir={free} makes one{hint}"
-    )
 
 
 def load(path, keys=KEYS):
