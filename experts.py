@@ -205,14 +205,19 @@ def grouped_outer(a, b, ends):
 
 def has_grouped_mm(rows, other):
     """Returns whether F.grouped_mm multiplies these without waiting for the device. On a GPU and when compiling it
-    does so in bfloat16 alone; and strides must be multiples of 16 bytes.
+    does so in bfloat16 alone, and on a GPU only where torch has a kernel for the card; strides must be multiples of
+    16 bytes.
     """
     dtypes = [torch.bfloat16]
     if rows.device.type == "cpu" and not torch.compiler.is_compiling():
         dtypes += [torch.float32, torch.float16]
     sizes = rows.size(-1), other.size(-1)
     is_aligned = all(size * rows.element_size() % 16 == 0 for size in sizes)
-    return rows.device.type in ("cpu", "cuda") and rows.dtype in dtypes and is_aligned
+    if rows.dtype not in dtypes or not is_aligned:
+        return False
+    if rows.device.type == "cuda":  # elsewhere, as on an A100, it asks where each expert's rows end
+        return torch.cuda.get_device_capability(rows.device)[0] in (9, 10)
+    return rows.device.type == "cpu"
 
 
 class Blocks:

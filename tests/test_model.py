@@ -5,6 +5,7 @@ import itertools
 import math
 import re
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import products
 from cache import KVCache
-from experts import MoE, Routing, balance_loss, recorded_routings
+from experts import MoE, Routing, balance_loss, has_grouped_mm, recorded_routings
 from masks import attention_mask
 from model import (
     BLOCKS,
@@ -961,6 +962,17 @@ def moe_gradients(forward, moe, x):
     y = forward(x)
     weights = torch.linspace(-1, 1, y.size(-1), dtype=y.dtype)
     return y.detach(), *torch.autograd.grad((y * weights).sum(), [x, *moe.parameters()])
+
+
+@pytest.mark.parametrize("major, expected", [(8, False), (9, True), (10, True), (12, False)])
+def test_products_of_experts_wait_for_no_gpu(major, expected, monkeypatch):
+    """Torch has a kernel for Hopper's and Blackwell's data centre cards, and asks any other where experts' rows end."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
+    x = torch.zeros(4, 8, dtype=torch.bfloat16)
+    device = torch.device("cuda")
+    on_gpu = SimpleNamespace(device=device, dtype=x.dtype, size=x.size, element_size=x.element_size)
+    assert has_grouped_mm(on_gpu, x) is expected
+    assert has_grouped_mm(x, x)
 
 
 @pytest.mark.parametrize("n_embd, n_inner, R", [(32, 48, 39), (30, 7, 40), (32, 48, 1), (8, 4, 1500)])
