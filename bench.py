@@ -17,6 +17,7 @@ are random without init_from. Of train.py's keys those about data, files and the
 nothing here.
 """
 
+import contextlib
 import functools
 import importlib.util
 import itertools
@@ -285,11 +286,7 @@ def bench_train(cfg, compute):
     mfu is its share of the GPU's FLOP/s by data sheet, of_matmul that of a large matrix product's here,
     against its speed by nanoGPT's in the same dtype.
     """
-    import torch._dynamo
-
-    # Many models share one forward, which is compiled anew for each
-    with torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
-        return list(train_rows(cfg, compute, train_dtypes(cfg, compute)))
+    return list(train_rows(cfg, compute, train_dtypes(cfg, compute)))
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -596,6 +593,16 @@ BENCHES = {
 LONG = {"learning": bench_learning}  # run where they are named
 
 
+def many_models(compute):
+    """Returns the context of a bench, in which many models may share one forward, which is compiled anew for each."""
+    if not compute.compile:
+        return contextlib.nullcontext()
+    import torch._dynamo
+
+    torch.compiler.reset()  # those of the bench before count, too
+    return torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True)
+
+
 def refuse_strays(cfg, names):
     """Raises Refusal for keys of benches that are not among the names, and for a nanoGPT that cannot be loaded."""
     if cfg.processes and names != ["scale"]:
@@ -621,7 +628,8 @@ def run_benches(names, cfg, compute):
         title = " ".join(bench.__doc__.split())
         print(f"\n{name}: {title}", flush=True)
         try:
-            figures[name] = list(bench(cfg, compute))
+            with many_models(compute):
+                figures[name] = list(bench(cfg, compute))
         except torch.OutOfMemoryError:  # a GPU's
             message = f"{name} took more memory than {compute.device} has"
             raise Refusal(f"{message}: try a smaller model or batch_size", status=1)

@@ -54,6 +54,25 @@ def config(*argv):
     return configure(bench.Config, [*TINY, *argv], bench.BENCHES | bench.LONG)
 
 
+def test_each_bench_may_compile_many_models(monkeypatch):
+    """By torch's limit of eight a function the ninth would be timed uncompiled: of all benches, not of each."""
+    limits, resets = [], []
+
+    def compiles(cfg, compute):
+        """Compiles models."""
+        limits.append(torch._dynamo.config.recompile_limit)
+        return []
+
+    monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(1))
+    for name in "kvcache", "windows":
+        monkeypatch.setitem(bench.BENCHES, name, compiles)
+    bench.main(config("kvcache", "windows", "--compile=true"))
+    assert limits == [64, 64] and len(resets) == 2
+    assert torch._dynamo.config.recompile_limit < 64
+    bench.main(config("kvcache"))
+    assert len(resets) == 2
+
+
 @pytest.mark.parametrize("n", [64, 200])
 def test_only_replays_are_timed_on_a_gpu(n, monkeypatch):
     """Of the tokens of bench.py decode and quantize, and neither what is before the capture nor the capture."""
