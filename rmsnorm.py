@@ -434,7 +434,10 @@ def choose(setting, device, compile=False):
         return TORCH, ""
     if setting == "auto" and torch.cuda.get_device_capability(device) not in FASTER_ON:
         return TORCH, "rmsnorm=torch (the kernel was not measured to be faster on this GPU)"
-    missing = load() if device.type == "cuda" else f"device={device.type}"
+    missing = f"device={device.type}"
+    if device.type == "cuda":
+        with torch.cuda.device(device):  # else the first GPU would be asked
+            missing = load()
     if missing:
         return TORCH, f"rmsnorm=torch (no kernel: {missing})"
     return CUDA, "rmsnorm=cuda"

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -551,6 +552,22 @@ def test_what_a_build_lacks_is_named(changes, word, monkeypatch, tmp_path):
     missing = rmsnorm.whats_missing(cpp_extension)
     assert word in missing
     assert bool(word) == bool(missing)
+
+
+def test_the_kernel_is_tried_on_the_gpu_that_is_to_run_it(monkeypatch):
+    current = []
+
+    @contextmanager
+    def as_current(device):
+        current.append(device)
+        yield
+        current.pop()
+
+    gpu = torch.device("cuda:1")
+    monkeypatch.setattr(torch.cuda, "device", as_current)
+    monkeypatch.setattr(rmsnorm, "load", lambda: "" if current == [gpu] else "another GPU")
+    assert rmsnorm.choose("cuda", gpu) == (rmsnorm.CUDA, "rmsnorm=cuda")
+    assert current == []
 
 
 def test_the_toolkit_is_not_where_only_a_script_for_nvcc_is(tmp_path, monkeypatch):
