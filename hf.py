@@ -87,7 +87,10 @@ def write_tensors(path, tensors, **notes):
         raise Refusal("writing tensors needs a library: pip install safetensors")
     tensors = {name: x.detach().contiguous().clone() for name, x in tensors.items()}
     try:
+        path.touch()
+        mode = path.stat().st_mode
         save_file(tensors, path, {"format": "pt"} | notes)
+        path.chmod(mode)  # safetensors 0.8 leaves a file that its owner alone may read
     except Exception as e:  # SafetensorError where the disk is full
         raise Refusal(f"cannot write {path.name}: {e}", status=1)
 

@@ -733,6 +733,18 @@ def test_overwrite_moves_a_folder_aside(occupied):
     assert (occupied / "to/model.safetensors").exists()
 
 
+@pytest.mark.skipif(os.name != "posix", reason="modes are POSIX's")
+@pytest.mark.parametrize("mask", [0o022, 0o007])
+def test_who_may_read_a_folder_may_read_its_weights(mask, occupied):
+    before = os.umask(mask)
+    try:
+        export(occupied, "--out_dir=ckpt.pt", "--to=new")
+    finally:
+        os.umask(before)
+    modes = {oct(path.stat().st_mode) for path in (occupied / "new").iterdir()}
+    assert modes == {oct(0o100666 & ~mask)}
+
+
 def test_a_full_disk_leaves_nothing(occupied):
     message = "cannot write model.safetensors: .*File too large"
     with file_size_limit(20_000), pytest.raises(Refusal, match=message) as e:
