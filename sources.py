@@ -505,7 +505,7 @@ def refusing_hub(name):
     except Exception as e:  # the libraries raise exceptions of their own, and each version others
         raise Refusal(
             f"cannot read {name} from the Hugging Face hub ({type(e).__name__}: {e}); "
-            "without a network there are --dataset=FILE.txt, your own text, and --dataset=toy"
+            "without a network, --dataset=FILE takes one of your own"
         )
 
 
