@@ -105,7 +105,9 @@ def load_optimizers(optimizers, scaler, ckpt, cfg):
     checkpoint is of another optimizer, or its state is not what these would have saved.
     """
     if len(optimizers) != len(ckpt["optimizers"]):
-        raise Refusal(f"the checkpoint was trained with another optimizer than {cfg.optimizer}")
+        raise Refusal(
+            f"the checkpoint was trained with another optimizer than {cfg.optimizer}; leave optimizer out"
+        )
     try:
         for optimizer, saved in zip(optimizers, ckpt["optimizers"]):
             if not isinstance(saved, dict):

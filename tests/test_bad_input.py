@@ -542,7 +542,11 @@ CASES = [
     ("train", "--out_dir=n --init_from=out --n_layer=5", "n_layer=2"),
     ("train", "--init_from=resume --seed=7", "seed=1337"),
     ("train", "--init_from=resume --dataset=chars", "dataset='toy'"),
-    ("train", "--init_from=resume --optimizer=adamw", "another optimizer"),
+    (
+        "train",
+        "--init_from=resume --optimizer=adamw",
+        "another optimizer than adamw; leave optimizer out",
+    ),
     ("train", "--out_dir=config --init_from=resume", "batch_size must be an integer"),
     ("train", "--out_dir=start --init_from=resume", "start must be a string"),
     ("train", "--init_from=resume --pos=alibi", "pos='rope'"),
