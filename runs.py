@@ -5,6 +5,7 @@ train.py and the scripts that fine-tune share it. Each function raises Refusal, 
 
 import contextlib
 import os
+from pathlib import Path
 
 import checkpoint
 import folders
@@ -13,6 +14,7 @@ from checkpoint import inherit, open_checkpoint
 from config import Refusal, is_hf
 from data import prompt_ids
 from device import torchrun_ranks
+from interop.any_tokenizer import load_tokenizer
 
 # -----------------------------------------------------------------------------------------------------
 # out_dir
@@ -158,6 +160,16 @@ def check_start(tokenizer, cfg):
         )
 
 
+def find_tokenizer(start):
+    """Returns the file of a checkpoint's tokenizer beside the data that it learned from, "" where that has another."""
+    path = Path("data", start.dataset, "tokenizer.json")
+    with contextlib.suppress(OSError, ValueError):
+        tokenizer = load_tokenizer(path.read_text(encoding="utf-8"))
+        if tokenizer.sha256 == start.state["tokenizer_sha256"]:
+            return path.as_posix()
+    return ""
+
+
 def check_tokenizer(start, tokenizer, folder, cfg):
     """Raises Refusal where a start was trained with another tokenizer than that of the data in folder."""
     if start.state["tokenizer_sha256"] == tokenizer.sha256:
@@ -167,4 +179,6 @@ def check_tokenizer(start, tokenizer, folder, cfg):
         way += f": prepare.py --tokenizer={start.path}"
     elif "dataset" not in cfg.given and start.dataset not in ("", cfg.dataset):
         way = f"--dataset={start.dataset} is what it learned from"
+    elif path := find_tokenizer(start):
+        way += f": prepare.py --tokenizer={path}"
     raise Refusal(f"{start.path} was trained with another tokenizer than {folder}'s; {way}")
