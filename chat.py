@@ -9,6 +9,7 @@ A message is {"role": system | user | assistant, "content": text}. A model of th
 import itertools
 from typing import NamedTuple
 
+from config import Refusal
 from data import AS_IT_STANDS, MODELS_OWN, by_text_rule, prompt_ids, render
 
 HELP = "/reset starts anew, /quit or Ctrl-D leaves, Ctrl-C stops an answer"
@@ -78,6 +79,14 @@ def own_start(tokenizer, messages):
     """Returns what start_of_answer returns, for a conversation in the model's own template."""
     text = own_template(tokenizer).render(messages, add_generation_prompt=True)
     return text, tokenizer.encode_special(text)
+
+
+def has_own_template(tokenizer):
+    """Returns whether a model came with a chat template. Raises Refusal for one that cannot be read."""
+    try:
+        return tokenizer.chat_template is not None
+    except ValueError as e:
+        raise Refusal(e)
 
 
 def own_template(tokenizer):

@@ -28,7 +28,7 @@ import checkpoint
 import folders
 import lora
 import toy_stories
-from chat import start_of_answer
+from chat import has_own_template, start_of_answer
 from checkpoint import DATA_KEYS, Checkpoint, RunState, inherit, open_checkpoint
 from data import (
     AS_IT_STANDS,
@@ -341,7 +341,7 @@ class FineTuning:
         is_new = not tuning.resumed and not cfg.eval_only
         self.text_rule = AS_IT_STANDS if is_new else tuning.base.text_rule
         cfg.template = cfg.template or tuning.base.template
-        if not cfg.template and tokenizer.chat_template is not None and cfg.dataset != cfg.built_in:
+        if not cfg.template and cfg.dataset != cfg.built_in and has_own_template(tokenizer):
             cfg.template = MODELS_OWN
         self.rows_template = cfg.template  # "": that of the rows' kind, which read() puts into cfg
         if tuning.resumed:  # encoded rows are found by the template that they were encoded with

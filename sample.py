@@ -28,7 +28,7 @@ import torch
 import lora
 import onnx_model
 import rmsnorm
-from chat import Chat, start_of_answer, talk
+from chat import Chat, has_own_template, start_of_answer, talk
 from checkpoint import open_given
 from data import MODELS_OWN, STRIPPED, by_text_rule, prompt_ids, text_rule
 from device import fast_bfloat16, resolve
@@ -283,7 +283,7 @@ def converse(steps, tokenizer, block_size, template, system, rule):
     was never taught to talk.
     """
     template = template or MODELS_OWN
-    if template == MODELS_OWN and tokenizer.chat_template is None:
+    if template == MODELS_OWN and not has_own_template(tokenizer):
         raise Refusal(
             "the model has no chat template, it writes texts: --start=TEXT begins one; "
             "finetune_lora.py teaches a model to answer"

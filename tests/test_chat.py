@@ -11,6 +11,7 @@ from scripts import call, printed, written
 from test_hf import save_checkpoint, smollm, tinyllama, write_folder
 
 import chat
+import finetune_lora
 import sample
 from chat import Chat, conversation_ids, encode_answers
 from config import Refusal, configure
@@ -340,6 +341,17 @@ def test_a_model_without_a_template_is_not_talked_to(tmp_path):
     write_folder(tmp_path, "llama", smollm)
     with pytest.raises(Refusal, match="has no chat template"):
         call(sample, f"--out_dir=hf:{tmp_path}", "--chat")
+
+
+def test_a_template_that_cannot_be_read_is_one_line_of_each_script(tmp_path):
+    folder = tmp_path / "model"
+    instruct(folder, smollm, "{% for x in %}")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "the", "response": "cat"}\n' * 20)
+    tune = [f"--init_from=hf:{folder}", f"--dataset={rows}", f"--out_dir={tmp_path}/tuned"]
+    for script, argv in (sample, [f"--out_dir=hf:{folder}", "--chat"]), (finetune_lora, tune):
+        with pytest.raises(Refusal, match="chat template: Expected an expression"):
+            call(script, *argv)
 
 
 def test_special_tokens_are_special_where_asked(tmp_path):
