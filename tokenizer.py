@@ -647,6 +647,7 @@ class Tokenizer:
     files = {}
     chat_template = None
     generation = {}  # generation_config.json
+    tuning = {}  # {"template", "text_rule"}, what hf.py's folder of our own says that its model was fine-tuned with
 
     def stream(self):
         """Returns a function from the next id to the text it completes, which may be none yet.

@@ -33,10 +33,12 @@ def from_files(files, data, eot, ends=()):
     tokenizer = ForeignTokenizer(files, eot, bos, ends)
     own = tokenizer.own
     has_own_ends = tokenizer.ends == (eot,) and bos == (None if own and own.kind == "char" else eot)
+    if not own or own.eot != eot or not has_own_ends:
+        return tokenizer
     source = tokenizer.template_source
-    if own and own.eot == eot and has_own_ends and (source is None or read_note(own, source)):
-        return own
-    return tokenizer
+    if source is not None:
+        own.tuning = read_note(own, source)
+    return own if source is None or own.tuning else tokenizer
 
 
 def find_bos(data, eot):

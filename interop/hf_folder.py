@@ -19,8 +19,7 @@ import torch
 from config import Refusal
 from interop import gguf_file, hf_config, hf_layout, peft_layout
 from interop.any_tokenizer import from_files
-from interop.chat_template import read_note
-from interop.foreign_tokenizer import CHAT_TEMPLATE, FILES, parse_json, read_settings, token_text
+from interop.foreign_tokenizer import FILES, parse_json, read_settings, token_text
 from model import ModelConfig
 from tensors import NotFinite
 
@@ -255,18 +254,14 @@ def load(name):
         c = replace(c, vocab_size=V)
         state["wte.weight"] = state["wte.weight"][:V]
         state["head.weight"] = state["wte.weight"] if c.tie_embeddings else state["head.weight"][:V]
-    source = read_text(folder, CHAT_TEMPLATE)
-    is_own = source is not None and not tokenizer.files
-    return make_checkpoint(c, state, tokenizer, read_note(tokenizer, source) if is_own else {})
+    return make_checkpoint(c, state, tokenizer)
 
 
-def make_checkpoint(c, state, tokenizer, settings=None):
-    """Returns what checkpoint.load returns, for a model that was not trained here. settings: what is known of its
-    training.
-    """
+def make_checkpoint(c, state, tokenizer):
+    """Returns what checkpoint.load returns, for a model of whose training no more is known than tokenizer.tuning."""
     return {
         "format": 1,
-        "config": settings or {},
+        "config": dict(tokenizer.tuning),
         "step": 0,
         "val_loss": math.inf,
         "best_val_loss": math.inf,

@@ -50,7 +50,7 @@ from interop import (
     hf_folder,
     llama_cpp,
 )
-from interop.chat_template import ChatTemplate, jinja_template
+from interop.chat_template import ChatTemplate, jinja_template, noted_jinja
 from tokenizer import EOT, Tokenizer
 
 gguf = pytest.importorskip("gguf")
@@ -433,6 +433,17 @@ def test_a_template_goes_out_and_in_again(tmp_path):
     assert chat.conversation_ids(tokenizer, messages) == chat.conversation_ids(
         TOKENIZER, messages, template
     )
+
+
+def test_a_template_that_another_converter_took_from_our_folder_is_ours(tmp_path, monkeypatch):
+    """With the comment by which a folder has it, of which llama.cpp's converter makes the file's."""
+    settings = {"template": "Q: {prompt}\nA:", "text_rule": "as it stands"}
+    save_checkpoint(tmp_path / "ckpt.pt", config=settings)
+    monkeypatch.setattr(gguf_file, "own_jinja", noted_jinja)
+    export(tmp_path, "--out_dir=.", "--to=model.gguf")
+    ckpt = checkpoint.open_checkpoint(f"hf:{tmp_path}/model.gguf")
+    assert ckpt.config == settings
+    assert ckpt.restore()[1].chat_template is None
 
 
 # -----------------------------------------------------------------------------------------------------

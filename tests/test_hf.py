@@ -597,9 +597,15 @@ def test_the_template_of_a_fine_tuned_model_goes_out_and_in_again(template, rule
     assert after["config"] == settings
     assert after["tokenizer_sha256"] == checkpoint.load(str(tmp_path / "ckpt.pt"))["tokenizer_sha256"]
 
-    # an edited one is a chat template as any other folder's
+    # where transformers 4 keeps it
     path = tmp_path / "folder/chat_template.jinja"
-    path.write_text(path.read_text() + "!")
+    source = path.read_text()
+    edit_json(tmp_path / "folder/tokenizer_config.json", lambda data: data.update(chat_template=source))
+    path.unlink()
+    assert checkpoint.load(f"hf:{tmp_path}/folder")["config"] == settings
+
+    # an edited one is a chat template as any other folder's
+    path.write_text(source + "!")
     edited = checkpoint.open_checkpoint(f"hf:{tmp_path}/folder")
     assert edited.config == {}
     text = edited.restore()[1].chat_template.render(messages, add_generation_prompt=True)
