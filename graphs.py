@@ -138,24 +138,16 @@ class without_cast_cache:
 # Decoding
 
 
-def whats_not_static(config):
-    """Returns what keeps the steps of a model of this config from being captured; "" where nothing does."""
-    if config.pos == "alibi":
-        return "pos=alibi sends its slopes to the GPU at each step"
-    return ""
-
-
 def is_worth_a_capture(model, n_steps):
     """Returns whether a GPU makes so many steps of a model sooner by a graph; never so on a processor."""
-    is_static = model.device.type == "cuda" and not whats_not_static(model.config)
-    return is_static and n_steps >= FEWEST
+    return model.device.type == "cuda" and n_steps >= FEWEST
 
 
-def decoding_message(config, device, n_tokens, has_draft=False, is_compiled=False):
+def decoding_message(device, n_tokens, has_draft=False, is_compiled=False):
     """Returns what to say about graphs where texts of so many tokens are written: "" on a processor, which has none."""
     if device.type != "cuda":
         return ""
-    reason = "a draft guesses" if has_draft else whats_not_static(config)
+    reason = "a draft guesses" if has_draft else ""
     # the first token is drawn by reading the prompt
     if not reason and not is_compiled and n_tokens - 1 < FEWEST:
         reason = f"at most {FEWEST} tokens"
@@ -263,11 +255,9 @@ def whats_not_captured(cfg, compute):
         return "float16's loss scaler"
     if cfg.gradient_checkpointing:
         return "gradient_checkpointing"
-    if cfg.mlp == "moe":
-        return "experts"
     if cfg.dropout and cfg.gradient_accumulation_steps > 1:
         return "dropout, drawn anew for each micro-batch"
-    return whats_not_static(cfg)
+    return ""
 
 
 def captures_steps(cfg, compute):

@@ -236,9 +236,20 @@ class ComputedTable:
         return rows if self.scale is None else rows * self.scale
 
 
-class Float32Tables(nn.Module):
-    """Two tables (block_size, n) of cos and sin, times a scale. They are never saved, and stay float32 after
-    model.to(dtype). Where texts need not end at block_size, their rows are computed instead.
+class Float32Buffers(nn.Module):
+    """A module whose buffers stay float32 after model.to(dtype)."""
+
+    def _apply(self, fn, recurse=True):
+        exact = self._buffers.copy()
+        super()._apply(fn, recurse)
+        for name, x in exact.items():
+            setattr(self, name, x.to(getattr(self, name).device))
+        return self
+
+
+class Float32Tables(Float32Buffers):
+    """Two tables (block_size, n) of cos and sin, times a scale, which are never saved. Where texts need not end at
+    block_size, their rows are computed instead.
     """
 
     endless = True
@@ -262,16 +273,11 @@ class Float32Tables(nn.Module):
         self.register_buffer("sin", sin, persistent=False)
 
     def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
         if not self._buffers:
-            super()._apply(fn, recurse)
             # there once for all steps: no CUDA graph copies what a processor holds
             device = fn(self.frequencies).device
             self.cos.frequencies = self.sin.frequencies = self.frequencies.to(device)
-            return self
-        cos, sin = self.cos, self.sin
-        super()._apply(fn, recurse)
-        self.cos = cos.to(self.cos.device)
-        self.sin = sin.to(self.sin.device)
         return self
 
 
@@ -312,7 +318,7 @@ def rotate(x, cos, sin):
     return x * cos + x.roll(x.size(-1) // 2, -1) * sin
 
 
-class ALiBi(nn.Module):
+class ALiBi(Float32Buffers):
     """Adds -slope * distance to scores, with a slope for each head (Press et al. 2021; for an H that is no
     power of 2, the authors' own rule).
     """
@@ -325,11 +331,10 @@ class ALiBi(nn.Module):
         power = 2 ** math.floor(math.log2(c.n_head))
         slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
         slopes += [2 ** (-4 * (i + 1) / power) for i in range(0, 2 * (c.n_head - power), 2)]
-        self.slopes = slopes
+        self.register_buffer("slopes", torch.tensor(slopes), persistent=False)
 
     def forward(self, distance):  # (T, S) -> (H, T, S), (B, 1, T, S) -> (B, H, T, S)
-        slopes = torch.tensor(self.slopes, device=distance.device)
-        return slopes[:, None, None] * distance
+        return self.slopes[:, None, None] * distance
 
 
 POSITIONS = {

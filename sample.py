@@ -229,7 +229,7 @@ def load(cfg):
     model = model.to(compute.device, compute.dtype)
     rmsnorm_message = choose_rmsnorm(model, cfg.rmsnorm, compute)
     graph_message = decoding_message(
-        model.config, compute.device, cfg.max_new_tokens, bool(cfg.draft), cfg.is_compiled
+        compute.device, cfg.max_new_tokens, bool(cfg.draft), cfg.is_compiled
     )
     return (
         model,

@@ -16,6 +16,7 @@ from test_train import lab, run_train  # lab is a fixture
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import experts
 import graphs
 import quantize
 import quantized
@@ -35,7 +36,6 @@ from graphs import (
     decoding_message,
     graph_message,
     joint_projections,
-    whats_not_static,
 )
 from optim import make_optimizers
 
@@ -211,18 +211,12 @@ def test_what_waits_is_noted():
 @torch.inference_mode()
 @pytest.mark.parametrize("name", MODELS)
 def test_a_step_waits_for_nothing_where_it_is_captured(name):
-    """In inference mode, as generate() has it. What whats_not_static names does wait."""
+    """In inference mode, as generate() has it."""
     model = build(**MODELS[name]).double()  # float32 is NumPy's on a processor: generate.likeliest
     for lengths in (4, 4), (3, 8):
         decoder, _ = started(model, prompts_of(*lengths), 12)
         decoder.step()
-        waits = waits_of(decoder.step)
-        if name == "alibi":
-            assert waits
-            assert whats_not_static(model.config)
-        else:
-            assert not waits
-            assert not whats_not_static(model.config)
+        assert not waits_of(decoder.step)
 
 
 @torch.inference_mode()
@@ -336,7 +330,7 @@ def test_a_replay_repeats_ops_and_no_python(noted):
     assert total == 3 + 3 * 2
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "alibi"])
+@pytest.mark.parametrize("name", MODELS)
 def test_replays_write_the_text_of_plain_steps(name, noted):
     model = build(**MODELS[name]).double()
     for lengths in (5,), (1, 7, 4, 12):
@@ -464,7 +458,16 @@ CFG = train.Config(vocab_size=V)
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 @pytest.mark.parametrize(
-    "settings", [{}, dict(dropout=0.3), dict(n_micro=3), dict(pos="learned", tie=False)], ids=str
+    "settings",
+    [
+        {},
+        dict(dropout=0.3),
+        dict(n_micro=3),
+        dict(pos="learned", tie=False),
+        dict(pos="alibi"),
+        dict(mlp="moe"),
+    ],
+    ids=str,
 )
 def test_static_training_steps_are_the_plain_ones_to_the_bit(optimizer, settings):
     expected, weights, states, _ = trained(False, optimizer=optimizer, **settings)
@@ -493,11 +496,15 @@ def test_batches_of_another_shape_go_through_a_plain_step():
     assert all(map(torch.equal, static_weights, weights))
 
 
-def test_a_training_step_asks_only_what_a_processor_is_asked():
+@pytest.mark.parametrize("settings", [{}, dict(pos="alibi"), dict(mlp="moe")], ids=str)
+def test_a_training_step_asks_only_what_a_processor_is_asked(settings, monkeypatch):
     """Whether each optimizer's step is left out, in step_unless. Called as for a GPU they ask nothing."""
-    _, _, _, step = trained(True, n_steps=1)
+    monkeypatch.setattr(
+        experts, "has_grouped_mm", lambda *_: False
+    )  # it asks where an expert's rows end
+    _, _, _, step = trained(True, n_steps=1, **settings)
     assert waits_of(step.work) == ["aten._local_scalar_dense.default"] * len(step.optimizers)
-    _, weights, _, step = trained(True, n_steps=1)
+    _, weights, _, step = trained(True, n_steps=1, **settings)
     before = [weight.clone() for weight in weights]
     for is_skipped in torch.ones(()), torch.zeros(()):
         assert all(map(torch.equal, weights, before))
@@ -518,12 +525,10 @@ def test_what_is_not_captured_is_said():
         "several processes": (CFG, replace(gpu, world_size=2)),
         "float16's loss scaler": (CFG, replace(gpu, dtype_name="float16")),
         "gradient_checkpointing": (replace(CFG, gradient_checkpointing=True), gpu),
-        "experts": (replace(CFG, mlp="moe", n_inner=0), gpu),
         "dropout, drawn anew for each micro-batch": (
             replace(CFG, dropout=0.1, gradient_accumulation_steps=2),
             gpu,
         ),
-        "pos=alibi sends its slopes to the GPU at each step": (replace(CFG, pos="alibi"), gpu),
     }
     for reason, (cfg, compute) in cases.items():
         assert graph_message(cfg, compute) == f", no CUDA graph ({reason})"
@@ -536,20 +541,21 @@ def test_what_is_not_captured_is_said():
 
 
 def test_what_is_not_captured_of_a_text_is_said():
-    gpu, config = torch.device("cuda"), build().config
+    gpu = torch.device("cuda")
     for settings in {}, dict(is_compiled=True):
-        assert decoding_message(config, gpu, FEWEST + 1, **settings) == ", a CUDA graph a token"
-    assert decoding_message(config, gpu, FEWEST, is_compiled=True) == ", a CUDA graph a token"
-    assert decoding_message(config, gpu, FEWEST) == f", no CUDA graph (at most {FEWEST} tokens)"
-    assert decoding_message(config, gpu, 500, has_draft=True) == ", no CUDA graph (a draft guesses)"
-    assert "pos=alibi" in decoding_message(build(pos="alibi").config, gpu, 500)
-    assert decoding_message(config, torch.device("cpu"), 500) == ""
+        assert decoding_message(gpu, FEWEST + 1, **settings) == ", a CUDA graph a token"
+    assert decoding_message(gpu, FEWEST, is_compiled=True) == ", a CUDA graph a token"
+    assert decoding_message(gpu, FEWEST) == f", no CUDA graph (at most {FEWEST} tokens)"
+    assert decoding_message(gpu, 500, has_draft=True) == ", no CUDA graph (a draft guesses)"
+    assert decoding_message(torch.device("cpu"), 500) == ""
 
 
 @needs_gpu
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 @pytest.mark.parametrize(
-    "settings", [{}, dict(dropout=0.3), dict(n_micro=3), dict(compile="true")], ids=str
+    "settings",
+    [{}, dict(dropout=0.3), dict(n_micro=3), dict(compile="true"), dict(pos="alibi"), dict(mlp="moe")],
+    ids=str,
 )
 def test_on_a_gpu_training_steps_are_captured_and_learn_the_same(optimizer, settings):
     settings = settings | dict(device="cuda", n_steps=12, optimizer=optimizer)
@@ -562,7 +568,7 @@ def test_on_a_gpu_training_steps_are_captured_and_learn_the_same(optimizer, sett
 
 
 @needs_gpu
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "alibi"])
+@pytest.mark.parametrize("name", MODELS)
 def test_on_a_gpu_steps_are_captured_and_write_the_plain_text(name):
     model = build(**MODELS[name] | dict(block_size=96)).cuda()
     with torch.inference_mode():
