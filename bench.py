@@ -27,7 +27,7 @@ import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from config import Refusal, read_toml, run
+from config import Refusal, check_range, read_toml, run
 
 # isort: split
 import numpy as np
@@ -117,23 +117,13 @@ class Config(train.Config):
                 setattr(self, key, shape[key])
         self.eval_only = False  # or no memory would be foreseen for training
         super().__post_init__()
-        if self.block_size < 16 or self.vocab_size < 1:
-            raise ValueError(
-                "there is little to measure: block_size must be at least 16 and vocab_size at least 1"
-            )
-        if self.processes < 0:
-            raise ValueError(f"processes cannot be negative, not {self.processes}")
-        if self.steps <= START or not 0 < self.share <= 1:
-            raise ValueError(
-                f"steps must be at least {START + 1}, not {self.steps}, "
-                f"and share above 0 and at most 1, not {self.share}"
-            )
-        if not 0 <= self.seconds <= 3600:
-            raise ValueError(f"seconds must be between 0 and 3600, not {self.seconds}")
-        if not 1 <= self.speculate <= MOST_GUESSES:
-            raise ValueError(
-                f"speculate must be at least 1 and at most {MOST_GUESSES}, not {self.speculate}"
-            )
+        check_range(self, "at least 16", "block_size")  # of fewer there is little to measure
+        check_range(self, "at least 1", "vocab_size")
+        check_range(self, "at least 0", "processes")
+        check_range(self, f"above {START}", "steps")
+        check_range(self, "above 0 and at most 1", "share")
+        check_range(self, "at least 0 and at most 3600", "seconds")
+        check_range(self, f"at least 1 and at most {MOST_GUESSES}", "speculate")
         Quantization(4, self.group_size)  # raises for another size
         if self.against == LLAMA_CPP and self.init_from == "scratch":
             raise ValueError("llama.cpp wants a tokenizer: give init_from")

@@ -23,7 +23,7 @@ import time
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-from config import COMMAND_LINE, Refusal, configure, convert, nearest, run
+from config import COMMAND_LINE, Refusal, check_choice, check_range, configure, convert, nearest, run
 
 # isort: split
 import torch
@@ -83,14 +83,12 @@ class Config(train.Config):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.by not in BUDGETS:
-            raise ValueError(f"by must be one of {' | '.join(BUDGETS)}, not {self.by!r}")
+        check_choice(self, "by", BUDGETS)
         if self.budget <= 0 or self.by != "seconds" and self.budget < 1:
             raise ValueError(f"a budget of {self.budget:g} {self.by} trains nothing")
         if self.budget >= 2**53:  # where a float no longer counts each step
             raise ValueError(f"budget must be below 9e15 {self.by}, not {self.budget:g}")
-        if not 0 < self.sweep_budget <= 1:
-            raise ValueError(f"sweep_budget must be above 0 and at most 1, not {self.sweep_budget}")
+        check_range(self, "above 0 and at most 1", "sweep_budget")
 
 
 # -----------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import ast
 import dataclasses
 import difflib
 import math
+import operator
 import os
 import re
 import signal
@@ -97,6 +98,27 @@ def hf_name(value):
 def new_lines(text):
     """Returns an option's text with a new line for each \\n in it; other backslashes stay."""
     return text.replace("\\n", "\n")
+
+
+BOUNDS = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
+
+
+def check_range(cfg, words, *keys):
+    """Raises ValueError where the value of a key is outside the range of these words, such as "above 0" or "at least 0
+    and below 1".
+    """
+    limits = [limit.rsplit(" ", 1) for limit in words.split(" and ")]
+    for key in keys:
+        value = getattr(cfg, key)
+        if not all(BOUNDS[bound](value, float(number)) for bound, number in limits):
+            raise ValueError(f"{key} must be {words}, not {value}")
+
+
+def check_choice(cfg, key, choices):
+    """Raises ValueError where the value of a key is none of the choices."""
+    value = getattr(cfg, key)
+    if value not in choices:
+        raise ValueError(f"{key} must be one of {' | '.join(map(str, choices))}, not {value!r:.60}")
 
 
 class Refusal(Exception):

@@ -28,7 +28,7 @@ import re
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from config import Refusal, is_hf, run
+from config import Refusal, check_range, is_hf, run
 
 # isort: split
 import numpy as np
@@ -58,14 +58,6 @@ PROMPT_WORDS = 4
 JUDGED = 12  # texts of each column that the judge reads
 MADE_UP = 100  # words of a column that are listed
 
-LIMITS = [
-    ("num_samples", 1, 1000),
-    ("max_new_tokens", 1, 10**6),
-    ("num_cases", 22, 10**5),
-    ("resamples", 1000, 10**6),
-    ("top_k", 0, 10**9),
-]
-
 
 @dataclass
 class Config:
@@ -89,17 +81,12 @@ class Config:
     dtype: str = "auto"  # of matrix products: auto | float32 | bfloat16 | float16
 
     def __post_init__(self):
-        for key, least, most in LIMITS:
-            value = getattr(self, key)
-            if not least <= value <= most:
-                raise ValueError(f"{key} must be at least {least} and at most {most:,}, not {value}")
-        if self.temperature < 0:
-            raise ValueError("temperature cannot be negative; 0 is greedy")
-        if self.seed < 0:
-            raise ValueError("seed cannot be negative")
-        if not 0 < self.judge_timeout <= 3600:
-            limits = "above 0 and at most 3600 seconds"
-            raise ValueError(f"judge_timeout must be {limits}, not {self.judge_timeout}")
+        check_range(self, "at least 1 and at most 1000", "num_samples")
+        check_range(self, "at least 1 and at most 1000000", "max_new_tokens")
+        check_range(self, "at least 22 and at most 100000", "num_cases")
+        check_range(self, "at least 1000 and at most 1000000", "resamples")
+        check_range(self, "at least 0", "temperature", "top_k", "seed")
+        check_range(self, "above 0 and at most 3600", "judge_timeout")
         if self.judge_url and not is_url(self.judge_url):
             raise ValueError(f"judge_url must be like http://127.0.0.1:8000/v1, not {self.judge_url!r}")
         if not all(part.strip() for part in self.out_dir.split(",")):

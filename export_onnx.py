@@ -32,7 +32,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from config import Refusal, hf_name, is_hf, run
+from config import Refusal, check_choice, check_range, hf_name, is_hf, run
 
 # isort: split
 import torch
@@ -91,10 +91,9 @@ class Config:
     def __post_init__(self):
         if self.to and (not Path(self.to).name or self.to.endswith(".onnx")):
             raise ValueError(f"to is a folder to write, not {self.to!r}")
-        if self.quantize not in ("none", *WAYS):
-            raise ValueError(f"quantize must be none, {', '.join(WAYS)}, not {self.quantize!r}")
-        if self.eval_tokens < 0 or not 0 <= self.seconds <= 3600:
-            raise ValueError("eval_tokens cannot be negative, and seconds must be between 0 and 3600")
+        check_choice(self, "quantize", ("none", *WAYS))
+        check_range(self, "at least 0", "eval_tokens")
+        check_range(self, "at least 0 and at most 3600", "seconds")
         for library in "onnx", "onnxscript", "onnxruntime":
             if not importlib.util.find_spec(library):
                 raise ValueError(f"exporting needs {library}: pip install {library}")

@@ -18,7 +18,7 @@ chose. A lower --learning_rate or a higher --beta helps, and fine-tuning on the 
 
 from dataclasses import dataclass
 
-from config import run
+from config import check_range, run
 
 # isort: split
 import numpy as np
@@ -59,8 +59,7 @@ class Config(PairConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.beta <= 0:
-            raise ValueError(f"beta must be above 0, not {self.beta}")
+        check_range(self, "above 0", "beta")
 
 
 # -----------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import os
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
-from config import Refusal, hf_name, new_lines, run
+from config import Refusal, check_range, hf_name, new_lines, run
 
 # isort: split
 import numpy as np
@@ -94,10 +94,8 @@ class Config(TrainConfig, lora.LoRAConfig):
             raise ValueError(
                 f"template must have {{prompt}} in it, where the prompt goes, not {self.template!r}"
             )
-        if self.max_length < 0:
-            raise ValueError(f"max_length cannot be negative, not {self.max_length}")
-        if not 0 < self.val_fraction < 1:
-            raise ValueError(f"val_fraction must be between 0 and 1, not {self.val_fraction}")
+        check_range(self, "at least 0", "max_length")
+        check_range(self, "above 0 and below 1", "val_fraction")
         if self.dataset == self.built_in and self.val_dataset:
             raise ValueError(f"{self.built_in} has held-out rows of its own: leave val_dataset out")
         if self.optimizer == "muon" and self.rank:

@@ -25,7 +25,7 @@ import re
 from contextlib import nullcontext
 from dataclasses import dataclass
 
-from config import Refusal, run
+from config import Refusal, check_choice, check_range, run
 
 # isort: split
 import numpy as np
@@ -89,18 +89,15 @@ class Config(finetune_lora.Config):
         super().__post_init__()
         if not self.rank:
             raise ValueError("the reference is the base without its adapters: rank must be at least 1")
-        if self.baseline not in ("group", "value"):
-            raise ValueError(f"baseline must be group or value, not {self.baseline!r}")
-        if not 0 <= self.gae <= 1 or self.group < 1:
-            raise ValueError("gae must be between 0 and 1, and group at least 1")
+        check_choice(self, "baseline", ("group", "value"))
+        check_range(self, "at least 1", "group", "updates", "max_new_tokens")
+        check_range(self, "at least 0 and at most 1", "gae")
+        check_range(self, "above 0 and below 1", "clip")
+        check_range(self, "at least 0", "kl")
         if self.group < 2 and self.baseline == "group":
             raise ValueError(
                 "one sample a group has nothing to be compared with: group must be at least 2"
             )
-        if self.updates < 1 or self.max_new_tokens < 1:
-            raise ValueError("updates and max_new_tokens must be at least 1")
-        if not 0 < self.clip < 1 or self.kl < 0:
-            raise ValueError("clip must be between 0 and 1, and kl at least 0")
         reward, out_dir = map(os.path.realpath, (self.reward, self.out_dir))
         if reward == out_dir and os.path.isdir(reward):
             raise ValueError(f"the reward model is in {self.out_dir}: give another --out_dir")

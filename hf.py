@@ -17,7 +17,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import Refusal, hf_name, is_hf, run
+from config import Refusal, check_choice, hf_name, is_hf, run
 
 # isort: split
 import checkpoint
@@ -47,8 +47,7 @@ class Config:
         if self.adapter and gguf_file.is_gguf(self.to):
             advice = "finetune_lora.py --merge makes a whole model of it and its base"
             raise ValueError(f"an adapter is not written as GGUF: {advice}")
-        if self.bits not in gguf_file.BITS:
-            raise ValueError(f"bits must be 32, 16, 8 or 4, not {self.bits}")
+        check_choice(self, "bits", gguf_file.BITS)
         if self.bits != 32 and not gguf_file.is_gguf(self.to):
             raise ValueError(f"--bits={self.bits} is for --to=FILE.gguf; a folder has float32")
 

@@ -17,6 +17,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from config import check_range
 from products import Linear
 
 LINEARS = "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
@@ -34,10 +35,8 @@ class LoRAConfig:
     def __post_init__(self):
         if self.rank < 0:
             raise ValueError(f"rank cannot be negative; 0 trains all weights, not {self.rank}")
-        if not 0 < self.alpha <= 1e36:  # float32 ends at 3e38
-            raise ValueError(f"alpha must be above 0 and at most 1e36, not {self.alpha}")
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout must be at least 0 and below 1, not {self.lora_dropout}")
+        check_range(self, "above 0 and at most 1e36", "alpha")  # float32 ends at 3e38
+        check_range(self, "at least 0 and below 1", "lora_dropout")
         for name in self.names:
             if name not in LINEARS:
                 raise ValueError(

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from cache import KVCache, positions
+from config import check_choice, check_range
 from experts import ExpertLinear, MoE, balance_loss, gated_width, recorded_routings
 from masks import as_numbers, in_blocks, make_sight, with_previous
 from products import Linear, joint_linear, product_dtype
@@ -63,24 +64,17 @@ class ModelConfig:
     def __post_init__(self):
         self.check_types()
         self.n_kv_head = self.n_kv_head or self.n_head
-        at_least = {
-            "n_layer": 1,
-            "n_head": 1,
-            "n_kv_head": 1,
-            "n_embd": 1,
-            "head_dim": 0,
-            "block_size": 1,
-            "n_inner": 0,
-            "n_expert": 1,
-            "n_expert_per_token": 1,
-            "vocab_size": 0,
-            "window": 0,
-        }
-        for key, least in at_least.items():
-            if not least <= getattr(self, key) <= 10**7:
-                raise ValueError(
-                    f"{key} must be at least {least} and at most ten million, not {getattr(self, key)}"
-                )
+        check_range(
+            self, "at least 1 and at most 1e7", "n_layer", "n_head", "n_kv_head", "n_embd", "block_size"
+        )
+        check_range(self, "at least 1 and at most 1e7", "n_expert", "n_expert_per_token")
+        check_range(self, "at least 0 and at most 1e7", "head_dim", "n_inner", "vocab_size", "window")
+        check_range(self, "at least 0 and below 1", "dropout")
+        check_range(self, "above 0 and below inf", "norm_eps", "rope_theta")
+        check_choice(self, "norm", NORMS)
+        check_choice(self, "norm_position", BLOCKS)
+        check_choice(self, "pos", POSITIONS)
+        check_choice(self, "mlp", MLPS)
         if not self.head_dim and self.n_embd % self.n_head:
             raise ValueError(
                 f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}, or head_dim be given"
@@ -88,12 +82,6 @@ class ModelConfig:
         self.head_dim = self.head_dim or self.n_embd // self.n_head
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}")
-        toggles = {"norm": NORMS, "norm_position": BLOCKS, "mlp": MLPS, "pos": POSITIONS}
-        for key, choices in toggles.items():
-            if getattr(self, key) not in choices:
-                raise ValueError(
-                    f"{key} must be one of {' | '.join(choices)}, not {getattr(self, key)!r}"
-                )
         if self.n_expert_per_token > self.n_expert:
             raise ValueError(
                 f"a token cannot go through n_expert_per_token={self.n_expert_per_token} of "
@@ -112,10 +100,6 @@ class ModelConfig:
                 f"window_pattern={self.window_pattern:.60} has {len(self.window_pattern)} letters and "
                 f"n_layer is {self.n_layer}"
             )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
-        if not 0 < self.norm_eps < math.inf or not 0 < self.rope_theta < math.inf:
-            raise ValueError("norm_eps and rope_theta must be above 0, and finite")
         if self.pos != "rope" and self.rope_scaling != "none":
             raise ValueError(f"rope_scaling={self.rope_scaling} stretches rope, and pos is {self.pos}")
         rope_frequencies(self)  # raises for a rope_scaling that it cannot read

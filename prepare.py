@@ -50,7 +50,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from config import Refusal, hf_name, is_hf, run
+from config import Refusal, check_range, hf_name, is_hf, run
 
 # isort: split
 import numpy as np
@@ -138,13 +138,10 @@ class Config:
             )
         if self.tokenizer == "bpe":  # else only learning, which comes last, would find out
             check_vocab_size(self.vocab_size)
-        if not 0 < self.val_fraction < 1:
-            raise ValueError(f"val_fraction must be between 0 and 1, not {self.val_fraction}")
-        for key, least in (("num_stories", 1), ("num_proc", 0), ("shard_mb", 1), ("seed", 0)):
-            if getattr(self, key) < least:
-                raise ValueError(f"{key} must be at least {least}, not {getattr(self, key)}")
-        if self.num_proc > 1024:
-            raise ValueError(f"num_proc must be at most 1024, not {self.num_proc}")
+        check_range(self, "above 0 and below 1", "val_fraction")
+        check_range(self, "at least 1", "num_stories", "shard_mb")
+        check_range(self, "at least 0 and at most 1024", "num_proc")
+        check_range(self, "at least 0", "seed")
 
 
 def dataset_name(dataset):

@@ -28,7 +28,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from config import Refusal, hf_name, run
+from config import Refusal, check_range, hf_name, run
 
 # isort: split
 import numpy as np
@@ -83,10 +83,8 @@ class Config:
             raise ValueError("rtn looks at no text: leave out text, or --method=gptq or awq")
         if self.act_order and self.method != "gptq":
             raise ValueError("act_order is gptq's order of columns: --method=gptq")
-        if self.tokens < 1:
-            raise ValueError(f"tokens must be at least 1, not {self.tokens}")
-        if not 0 < self.damping <= 1:
-            raise ValueError(f"damping must be above 0 and at most 1, not {self.damping}")
+        check_range(self, "at least 1", "tokens")
+        check_range(self, "above 0 and at most 1", "damping")
 
 
 # -----------------------------------------------------------------------------------------------------

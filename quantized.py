@@ -25,6 +25,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import lora
+from config import check_choice
 from experts import ExpertLinear
 from products import Linear, product_dtype
 
@@ -43,16 +44,14 @@ class Quantization:
     method: str = "rtn"  # that chose the integers; nothing depends on it when they are read
 
     def __post_init__(self):
-        if self.bits not in LARGEST:
-            raise ValueError(f"bits must be 8 or 4, not {self.bits!r:.60}")
+        check_choice(self, "bits", LARGEST)
         sizes = GROUP_SIZES if self.bits == 4 else (0,)
         if self.group_size not in sizes:
             choices = " | ".join(map(str, sizes))
             raise ValueError(
                 f"group_size of {self.bits} bits must be {choices}, not {self.group_size!r:.60}"
             )
-        if self.method not in METHODS:
-            raise ValueError(f"method must be {' | '.join(METHODS)}, not {self.method!r:.60}")
+        check_choice(self, "method", METHODS)
 
 
 class Codes(NamedTuple):

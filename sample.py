@@ -20,7 +20,7 @@ import time
 from dataclasses import dataclass, replace
 from functools import partial
 
-from config import BOOLS, Refusal, convert, new_lines, run
+from config import BOOLS, Refusal, check_choice, check_range, convert, new_lines, run
 
 # isort: split
 import torch
@@ -77,35 +77,20 @@ class Config:
     # fmt: on
 
     def __post_init__(self):
-        if self.num_samples < 1 or self.max_new_tokens < 1:
-            raise ValueError("num_samples and max_new_tokens must be at least 1")
-        if self.temperature < 0 or self.top_k < 0:
-            raise ValueError(
-                "temperature and top_k cannot be negative; temperature 0 is greedy, top_k 0 keeps all tokens"
-            )
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, not {self.top_p}")
-        if self.repetition_penalty <= 0:
-            raise ValueError(
-                f"repetition_penalty must be above 0 (1 is none), not {self.repetition_penalty}"
-            )
-        if self.past_end not in ("stop", "recompute", "slide"):
-            raise ValueError(f"past_end must be stop, recompute or slide, not {self.past_end!r}")
+        check_range(self, "at least 1", "num_samples", "max_new_tokens")
+        check_range(self, "at least 0", "temperature", "top_k")
+        check_range(self, "above 0 and at most 1", "top_p")
+        check_range(self, "above 0", "repetition_penalty")
+        check_range(self, f"at least 1 and at most {MOST_GUESSES}", "speculate")
+        check_choice(self, "past_end", ("stop", "recompute", "slide"))
+        check_choice(self, "rmsnorm", rmsnorm.SETTINGS)
         if self.onnx_path and self.past_end == "slide":
             raise ValueError("an ONNX file keeps a text whole, until block_size: no slide")
-        if not 1 <= self.speculate <= MOST_GUESSES:
-            raise ValueError(
-                f"speculate must be at least 1 and at most {MOST_GUESSES}, not {self.speculate}"
-            )
         if self.is_compiled and (self.onnx_path or self.draft):
             raise ValueError("compile is for a model's own steps: leave out onnx and draft")
         if self.onnx_path and self.draft:
             raise ValueError(
                 "an ONNX file cannot take tokens back, as guesses of a draft must be: leave out draft"
-            )
-        if self.rmsnorm not in rmsnorm.SETTINGS:
-            raise ValueError(
-                f"rmsnorm must be one of {' | '.join(rmsnorm.SETTINGS)}, not {self.rmsnorm!r}"
             )
         if self.chat and (self.start or self.num_samples != 1):
             raise ValueError("chat reads what you type: leave out start and num_samples")

@@ -13,7 +13,7 @@ import sys
 from dataclasses import dataclass
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
-from config import Refusal, run
+from config import Refusal, check_range, run
 from folders import onnx_advice, split_onnx
 
 HERE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "browser")
@@ -57,8 +57,7 @@ class Config:
     port: int = 8000  # 0 = any free one, as where 8000 is taken and no port was given
 
     def __post_init__(self):
-        if not 0 <= self.port < 65536:
-            raise ValueError(f"port must be from 0 to 65535, not {self.port}")
+        check_range(self, "at least 0 and at most 65535", "port")
 
 
 class Handler(SimpleHTTPRequestHandler):

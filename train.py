@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import takewhile
 
-from config import Refusal, new_lines, run
+from config import Refusal, check_choice, check_range, new_lines, run
 
 # isort: split
 import numpy as np
@@ -110,56 +110,26 @@ class TrainConfig:
         self.start = new_lines(self.start)
         if not self.out_dir:
             raise ValueError("out_dir is empty: name a folder")
-        at_least_one = (
-            "eval_interval",
-            "log_interval",
-            "batch_size",
-            "gradient_accumulation_steps",
-            "max_iters",
-        )
-        for key in at_least_one:
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key} must be at least 1, not {getattr(self, key)}")
-        never_negative = (
-            "eval_tokens",
-            "min_lr",
-            "warmup_iters",
-            "lr_decay_iters",
-            "weight_decay",
-            "grad_clip",
-            "balance",
-            "seed",
-        )
-        for key in never_negative:
-            if getattr(self, key) < 0:
-                raise ValueError(f"{key} cannot be negative")
-        for key in ("beta1", "beta2", "momentum"):
-            if not 0 <= getattr(self, key) < 1:
-                raise ValueError(f"{key} must be at least 0 and below 1, not {getattr(self, key)}")
-        if self.save_minutes <= 0:
-            raise ValueError(f"save_minutes must be above 0, not {self.save_minutes}")
-        if self.embd_lr_scale <= 0:
-            raise ValueError(f"embd_lr_scale must be above 0, not {self.embd_lr_scale}")
+        check_range(self, "at least 1", "batch_size", "gradient_accumulation_steps", "max_iters")
+        check_range(self, "at least 1", "eval_interval", "log_interval")
+        check_range(self, "at least 0", "min_lr", "warmup_iters", "lr_decay_iters", "weight_decay")
+        check_range(self, "at least 0", "eval_tokens", "grad_clip", "balance", "seed")
+        check_range(self, "at least 0 and below 1", "beta1", "beta2", "momentum")
+        check_range(self, "above 0", "learning_rate", "embd_lr_scale", "save_minutes")
+        check_range(self, "above 0 and at most 1", "decay_frac")
+        check_choice(self, "optimizer", ("muon", "adamw"))
+        check_choice(self, "schedule", ("cosine", "linear"))
+        check_choice(self, "loss", ("plain", "chunked"))
+        check_choice(self, "rmsnorm", rmsnorm.SETTINGS)
         rate = self.learning_rate * max(1, self.embd_lr_scale)
         if rate * max(1, self.weight_decay) > 1e36:  # float32 ends at 3e38
             raise ValueError(
                 "learning_rate, that times embd_lr_scale, and that times weight_decay, can be 1e36 at most"
             )
-        if self.learning_rate <= 0 or self.min_lr > self.learning_rate:
-            raise ValueError("learning_rate must be above 0 and at least min_lr")
-        if not 0 < self.decay_frac <= 1:
-            raise ValueError(f"decay_frac must be above 0 and at most 1, not {self.decay_frac}")
-        choices = {
-            "optimizer": ("muon", "adamw"),
-            "schedule": ("cosine", "linear"),
-            "loss": ("plain", "chunked"),
-            "rmsnorm": rmsnorm.SETTINGS,
-        }
-        for key, values in choices.items():
-            if getattr(self, key) not in values:
-                raise ValueError(
-                    f"{key} must be one of {' | '.join(values)}, not {getattr(self, key)!r}"
-                )
+        if self.min_lr > self.learning_rate:
+            raise ValueError(
+                f"min_lr must be at most learning_rate={self.learning_rate}, not {self.min_lr}"
+            )
         if self.wandb_log and not importlib.util.find_spec("wandb"):
             raise ValueError("wandb_log needs wandb: pip install wandb; --no-wandb_log does without")
         if self.loss == "chunked" and not HAS_CHUNKED_LOSS:
@@ -179,8 +149,7 @@ class Config(TrainConfig, ModelConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.shard not in ("none", "full"):
-            raise ValueError(f"shard must be none | full, not {self.shard!r}")
+        check_choice(self, "shard", ("none", "full"))
 
 
 # -----------------------------------------------------------------------------------------------------

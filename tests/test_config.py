@@ -1,6 +1,7 @@
 """config.py: the command line, the files, and what is refused."""
 
 import importlib
+import math
 import os
 import re
 import shutil
@@ -20,7 +21,7 @@ from scripts import ROOT
 
 import config
 import train
-from config import Refusal, configure
+from config import Refusal, check_choice, check_range, configure
 
 
 @dataclass
@@ -54,6 +55,29 @@ def toml(folder, text, name="a.toml"):
     path = folder / name
     path.write_text(text, encoding="utf-8")
     return str(path)
+
+
+@pytest.mark.parametrize(
+    "words, inside, outside",
+    [
+        ("at least 1", [1, 10**400], [0, 0.999]),
+        ("above 0 and at most 1", [1, 1e-300], [0, 1.001]),
+        ("at least 0 and below 1", [0, 0.999], [-1e-300, 1]),
+        ("above 0 and below inf", [1e300], [math.inf, math.nan]),
+    ],
+)
+def test_a_range_has_the_ends_that_its_words_say(words, inside, outside):
+    for value in inside:
+        check_range(Config(learning_rate=value), words, "learning_rate")
+    for value in outside:
+        with pytest.raises(ValueError, match=f"learning_rate must be {words}, not {value}"):
+            check_range(Config(learning_rate=value), words, "learning_rate")
+
+
+def test_a_choice_is_one_of_those_named():
+    check_choice(Config(dtype="float32"), "dtype", ("auto", "float32"))
+    with pytest.raises(ValueError, match=r"dtype must be one of auto \| float32, not 'float64'"):
+        check_choice(Config(dtype="float64"), "dtype", ("auto", "float32"))
 
 
 def test_without_arguments_all_is_default():

@@ -680,8 +680,8 @@ def test_a_compiled_run_is_the_same(shop):
         (["--reward=match:("], "is no regular expression"),
         (["--reward=match:a{99999999999}"], "is no regular expression"),
         (["--reward=length:0"], "reward must be toy"),
-        (["--clip=1"], "clip must be between 0 and 1"),
-        (["--updates=0"], "updates and max_new_tokens must be at least 1"),
+        (["--clip=1"], "clip must be above 0 and below 1"),
+        (["--updates=0"], "updates must be at least 1"),
     ],
 )
 def test_mistakes_are_one_line(shop, argv, message):

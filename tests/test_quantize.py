@@ -610,8 +610,8 @@ def test_adapters_belong_over_floats(lab, tmp_path, monkeypatch):
         (["--group_size=32"], "8 bits have a scale a row: leave out group_size, or --bits=4"),
         (["--bits=4", "--group_size=64"], "has 96 inputs, no multiple of group_size=64: --group_size=32 fits"),
         (["--bits=4", "--group_size=48"], "group_size of 4 bits must be 32 | 64 | 128, not 48"),
-        (["--bits=3"], "bits must be 8 or 4, not 3"),
-        (["--method=best"], "method must be rtn | gptq | awq, not 'best'"),
+        (["--bits=3"], "bits must be one of 8 | 4, not 3"),
+        (["--method=best"], "method must be one of rtn | gptq | awq, not 'best'"),
         (["--method=gptq", "--out_dir=bare"], "gptq looks at text, and the model's own is not here"),
         (["--method=awq", "--text=missing.txt"], "there is no file missing.txt"),
         (["--method=awq", "--text=short.txt"], "the text has 3 tokens, too few for awq"),
@@ -673,7 +673,7 @@ def test_sizes_without_a_group_are_named(lab, tmp_path, monkeypatch):
     "change, message",
     [
         (lambda c: c.pop("quantization"), "quantization is missing"),
-        (lambda c: c["quantization"].update(bits=5), "bits must be 8 or 4"),
+        (lambda c: c["quantization"].update(bits=5), "bits must be one of 8"),
         (
             lambda c: c["quantization"].update(group_size=64),
             "no multiple of group_size=64|size mismatch for blocks",
