@@ -34,6 +34,8 @@ async function load(described) {
     session = await ort.InferenceSession.create(file, { logSeverityLevel: 4 });  // the page says what is wrong, not the console
   } catch (e) {
     if (/no available backend/.test(e)) throw Error(`onnxruntime-web does not start; npm ci in browser/ installs it again: ${short(e)}`);
+    if (/unrecognized attribute|not a registered function|find an implementation/i.test(e))
+      throw Error(`onnxruntime-web lacks an operator of this file; the files of float32 and of --quantize=plain_int8 need none: ${short(e)}`);
     throw Error(`model/model.onnx cannot be read, it is damaged or no ONNX file: ${short(e)}`);
   }
   counts = ["places", "total"].filter(name => session.inputNames.includes(name));

@@ -1307,8 +1307,20 @@ DAMAGES = {
     "model.onnx is not there": lambda folder: (folder / "model.onnx").unlink(),
     "model.onnx cannot be read": lambda folder: shorten(folder / "model.onnx", 5000),
     "no ONNX file": lambda folder: (folder / "model.onnx").write_bytes(b"PK" * 9999),
+    "onnxruntime-web lacks an operator": lambda folder: onnx.save(
+        experts_in_integers(), folder / "model.onnx"
+    ),
     "model/model.onnx cannot be read": lambda folder: shorten(folder / "model.onnx", 0),
 }
+
+
+def experts_in_integers():
+    """Returns a graph whose experts are onnxruntime's QMoE, which onnxruntime-web 1.30 does not know as 1.32 has it."""
+    model = build(mlp="moe", n_inner=64, n_layer=1, n_embd=64, n_head=4)
+    proto = onnx_graph.export(model, fused=True)
+    onnx_integers.quantize(proto)
+    assert any(node.op_type == "QMoE" for node in proto.graph.node)
+    return proto
 
 
 @pytest.mark.slow
