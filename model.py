@@ -355,6 +355,13 @@ def attention(q, k, v, mask=None, is_causal=False, dropout_p=0.0):
     out, and still 1.2 times at 1,024 tokens (LOG.md). So there are two ways. To change the scores, by a cap or
     a sink, edit the second one and set is_written_out = True.
     """
+    n_kv_head = k.size(1)
+    if q.size(-2) == 1 and q.size(1) > n_kv_head:
+        # a token's queries of one KV head are taken as several tokens' of one head: sooner, and a GPU copies nothing
+        if mask is not None and mask.dim() > 2 and mask.size(-3) > 1:
+            mask = mask.unflatten(-3, (n_kv_head, -1)).squeeze(-2)  # ([B,] n_kv_head, group, S)
+        q = q.unflatten(1, (n_kv_head, -1)).squeeze(-2)  # (B, n_kv_head, group, D)
+        return attention(q, k, v, mask, False, dropout_p).flatten(1, 2).unsqueeze(-2)
     is_slow = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad
     is_written_out = is_slow and q.size(-2) <= LONGEST_WRITTEN_OUT
     is_grouped = q.size(1) != k.size(1)
