@@ -68,6 +68,7 @@ from measure import (
 from memory import check_training_memory
 from model import KVCache, ModelConfig
 from quantized import Quantization
+from runs import inherit
 from sizes import flops_per_token, kv_cache_bytes, num_active_params, num_params
 from speculate import MOST_GUESSES
 from tokenizer import EOT, Tokenizer
@@ -156,7 +157,7 @@ def take_shape(cfg):
         return cfg
     start = checkpoint.open_checkpoint(cfg.init_from)
     longest = cfg.block_size
-    cfg = checkpoint.inherit(cfg, start.state, start.path, resume=False)
+    cfg = inherit(cfg, start.state, start.path, resume=False)
     cfg.block_size = min(longest, cfg.block_size)
     return cfg
 

@@ -24,14 +24,14 @@ import torch
 
 import lora
 import quantized
-from config import Refusal, convert, hf_name, is_hf, is_out_of_memory
+from config import Refusal, hf_name, is_hf, is_out_of_memory
 from data import text_rule
 from folders import holds_run, is_free, write_atomic
 from interop import hf_folder
 from interop.any_tokenizer import load_tokenizer
 from interop.gguf_file import is_gguf
 from memory import check_memory
-from model import MODEL_KEYS, ModelConfig, Transformer
+from model import ModelConfig, Transformer
 from sharding import gathered, is_sharded
 from sizes import Undrawn, model_sizes
 from tensors import FLOATS, INTEGERS, check_tensors, count_stored_numbers, find_not_finite
@@ -588,47 +588,3 @@ def lora_config(adapter):
     """Returns the LoRAConfig of loaded adapters."""
     keys = [f.name for f in dataclasses.fields(lora.LoRAConfig)]
     return lora.LoRAConfig(**{key: adapter["config"][key] for key in keys})
-
-
-DATA_KEYS = {"dataset", "seed"}
-# each run has its own: they are never taken from a checkpoint
-OWN_KEYS = {"out_dir", "init_from", "overwrite", "eval_only"}
-
-
-def inherit(cfg, ckpt, path, resume, fixed=DATA_KEYS):
-    """Returns cfg with what a loaded checkpoint decides: the architecture, and when resuming every key that
-    was not given anew. Raises Refusal where a key is given anew that cannot change: one of the architecture,
-    or when resuming one in `fixed`.
-    """
-    types = {f.name: f.type for f in dataclasses.fields(cfg)}
-    saved = {}
-    if "model_config" in ckpt:  # an adapter has none; a setting that came later has its default
-        saved = {f.name: f.default for f in dataclasses.fields(ModelConfig)} | ckpt["model_config"]
-    if resume:
-        saved = ckpt["config"] | saved
-    for key, value in saved.items():
-        if key not in types:
-            continue
-        value = convert(value, types[key], f"{path}: {key}", parse=False)
-        if key not in cfg.given:
-            is_run_time = key == "dtype" and cfg.eval_only  # an evaluation chooses its own dtype
-            if key not in OWN_KEYS and not is_run_time:
-                setattr(cfg, key, value)
-            continue
-        # see Checkpoint.crop
-        is_cropped = key == "dropout" or key == "block_size" and cfg.block_size < value
-        if is_cropped and not resume:
-            continue
-        is_fixed = key in MODEL_KEYS or resume and key in fixed
-        if is_fixed and getattr(cfg, key) != value:
-            advice = "leave it out"
-            if key in ("block_size", "rope_scaling") and not resume and saved["pos"] == "rope":
-                keys = f"--out_dir={path} --{key}={getattr(cfg, key)}"
-                advice = f"hf.py {keys} --to=FOLDER stretches it, for --init_from=hf:FOLDER"
-            problem = f"{path} has {key}={value!r}, which cannot become {getattr(cfg, key)!r}"
-            raise Refusal(f"{problem}; {advice}")
-    try:
-        cfg.__post_init__()
-    except (ValueError, TypeError) as e:
-        raise Refusal(f"the settings of {path}: {e}")
-    return cfg

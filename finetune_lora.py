@@ -29,7 +29,7 @@ import folders
 import lora
 import toy_stories
 from chat import has_own_template, start_of_answer
-from checkpoint import DATA_KEYS, Checkpoint, RunState, inherit, open_checkpoint
+from checkpoint import Checkpoint, RunState, open_checkpoint
 from data import (
     AS_IT_STANDS,
     MODELS_OWN,
@@ -50,7 +50,7 @@ from log import PANELS, plot
 from memory import check_memory, training_bytes
 from rmsnorm import choose_rmsnorm
 from rows import conversations, packed_batch, split_rows, training_packs
-from runs import alone_in_out_dir, go_on_after_restart, is_in_the_way, launch
+from runs import DATA_KEYS, alone_in_out_dir, go_on_after_restart, inherit, is_in_the_way, launch
 from score import completion_nats, floor_line, mean_nats, next_token_loss
 from sizes import num_params, size_text
 from train import TrainConfig, fit, place

@@ -4,17 +4,24 @@ train.py and the scripts that fine-tune share it. Each function raises Refusal, 
 """
 
 import contextlib
+import dataclasses
 import os
 from pathlib import Path
 
 import checkpoint
 import folders
 import prepare
-from checkpoint import inherit, open_checkpoint
-from config import Refusal, is_hf
+from checkpoint import open_checkpoint
+from config import Refusal, convert, is_hf
 from data import prompt_ids
 from device import torchrun_ranks
 from interop.any_tokenizer import load_tokenizer
+from model import MODEL_KEYS, ModelConfig
+
+DATA_KEYS = {"dataset", "seed"}
+# each run has its own: they are never taken from a checkpoint
+OWN_KEYS = {"out_dir", "init_from", "overwrite", "eval_only"}
+
 
 # -----------------------------------------------------------------------------------------------------
 # out_dir
@@ -98,6 +105,44 @@ def open_start(cfg):
     if "dataset" not in cfg.given:  # one that was fine-tuned has its base's
         cfg.dataset = start.dataset or dataset
     return start, cfg
+
+
+def inherit(cfg, ckpt, path, resume, fixed=DATA_KEYS):
+    """Returns cfg with what a loaded checkpoint decides: the architecture, and when resuming every key that
+    was not given anew. Raises Refusal where a key is given anew that cannot change: one of the architecture,
+    or when resuming one in `fixed`.
+    """
+    saved = {}
+    if "model_config" in ckpt:  # an adapter has none; a setting that came later has its default
+        saved = {f.name: f.default for f in dataclasses.fields(ModelConfig)} | ckpt["model_config"]
+    if resume:
+        saved = ckpt["config"] | saved
+        fixed = {*MODEL_KEYS, *fixed}
+    else:
+        fixed = {*MODEL_KEYS} - {"dropout"}  # see Checkpoint.crop
+    own = OWN_KEYS | {"dtype"} if cfg.eval_only else OWN_KEYS  # an evaluation chooses its own dtype
+    types = {f.name: f.type for f in dataclasses.fields(cfg)}
+    for key, value in saved.items():
+        if key not in types:
+            continue
+        value = convert(value, types[key], f"{path}: {key}", parse=False)
+        if key not in cfg.given:
+            if key not in own:
+                setattr(cfg, key, value)
+            continue
+        given = getattr(cfg, key)
+        is_cropped = key == "block_size" and not resume and given < value
+        if key in fixed and given != value and not is_cropped:
+            advice = "leave it out"
+            if key in ("block_size", "rope_scaling") and not resume and saved["pos"] == "rope":
+                command = f"hf.py --out_dir={path} --{key}={given} --to=FOLDER"
+                advice = f"{command} stretches it, for --init_from=hf:FOLDER"
+            raise Refusal(f"{path} has {key}={value!r}, which cannot become {given!r}; {advice}")
+    try:
+        cfg.__post_init__()
+    except (ValueError, TypeError) as e:
+        raise Refusal(f"the settings of {path}: {e}")
+    return cfg
 
 
 def check_resumable(start, cfg):

@@ -692,9 +692,9 @@ def test_a_setting_that_came_later_has_its_default():
     plain = configure(train.Config, [])
     changed = configure(train.Config, ["--head_dim=16"])
     for resumed in True, False:
-        assert checkpoint.inherit(plain, ckpt, "old.pt", resumed).head_dim == 48
+        assert runs.inherit(plain, ckpt, "old.pt", resumed).head_dim == 48
         with pytest.raises(Refusal, match="head_dim=0, which cannot become 16"):
-            checkpoint.inherit(changed, ckpt, "old.pt", resumed)
+            runs.inherit(changed, ckpt, "old.pt", resumed)
 
 
 def test_resume_keeps_the_settings_and_refuses_another_model_or_data(lab):
