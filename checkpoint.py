@@ -26,12 +26,19 @@ import lora
 import quantized
 from config import Refusal, hf_name, is_hf, is_out_of_memory
 from data import text_rule
-from folders import holds_run, is_free, write_atomic
+from folders import ADAPTERS, CHECKPOINTS, holds_run, write_atomic
 from interop import hf_folder
 from interop.any_tokenizer import load_tokenizer
 from interop.gguf_file import is_gguf
 from memory import check_memory
 from model import ModelConfig, Transformer
+from refusals import (
+    refuse_hf,
+    refuse_missing_adapter,
+    refuse_missing_checkpoint,
+    refuse_quantized,
+    refuse_reward_model,
+)
 from sharding import gathered, is_sharded
 from sizes import Undrawn, model_sizes
 from tensors import FLOATS, INTEGERS, check_tensors, count_stored_numbers, find_not_finite
@@ -123,97 +130,6 @@ def unwrap(model):
 
 # -----------------------------------------------------------------------------------------------------
 # Reading
-
-
-def find(out_dir, prefer="ckpt_best.pt"):
-    """Returns the file that out_dir means: itself where it is a file, else the preferred one in it, else that
-    without _best: ckpt.pt or adapter.pt. hf:NAME stays as it is. Raises Refusal.
-    """
-    if os.path.isfile(out_dir):
-        return out_dir
-    last = prefer.replace("_best", "")
-    folder = hf_name(out_dir)
-    is_gguf_file = is_gguf(folder) and os.path.isfile(folder)
-    has_model = is_gguf_file or os.path.isfile(os.path.join(folder, "config.json"))
-    has_peft = os.path.isfile(os.path.join(folder, "adapter_config.json"))
-    if is_hf(out_dir) and holds_run(folder) and not has_model and not has_peft:
-        raise Refusal(
-            f"{folder} is ours, not what transformers or PEFT wrote: it is read as {folder}, without hf:"
-        )
-    if is_hf(out_dir) and last != "adapter.pt" and (has_model or not has_peft):
-        return out_dir
-    for name in (prefer, last):
-        if os.path.isfile(os.path.join(out_dir, name)):
-            return os.path.join(out_dir, name)
-    refuse_missing(out_dir, last, has_model, has_peft)
-
-
-def tuning_script():
-    """Returns the name of the running script where it makes adapters, else of the one that is mostly used for it."""
-    script = os.path.basename(sys.argv[0])
-    return script if script.startswith("finetune_") else "finetune_lora.py"
-
-
-def refuse_missing(out_dir, last, has_model, has_peft):
-    """Raises the Refusal for an out_dir without `last`, ckpt.pt or adapter.pt: it says what is there instead, and
-    which command reads or makes one.
-    """
-    refuse_foreign(out_dir, last, has_model, has_peft)
-    refuse_killed(out_dir, last)
-    free = out_dir if is_free(out_dir) else "OTHER"
-    if last == "adapter.pt":
-        if holds_run(out_dir, ["ckpt.pt", "ckpt_best.pt"]):
-            raise Refusal(
-                f"{out_dir} holds a whole checkpoint, not an adapter: sample.py --out_dir={out_dir} reads it"
-            )
-        command = f"python {tuning_script()} --init_from=BASE --out_dir={free}"
-        raise Refusal(f"there is no adapter in {out_dir}; {command} makes one")
-    adapters = [os.path.join(out_dir, name) for name in ("adapter.pt", "adapter_best.pt")]
-    if path := next(filter(os.path.isfile, adapters), None):
-        refuse_reward_model(Checkpoint("", None, path, load(path, ADAPTER_KEYS)))
-        raise Refusal(
-            f"{out_dir} holds an adapter: sample.py --adapter={out_dir} and eval.py read it, "
-            f"finetune_lora.py --merge --out_dir={out_dir} makes a checkpoint of it and its base"
-        )
-    hint = ""
-    if not os.path.exists(out_dir):
-        hint = f" (a folder or a name of the Hugging Face hub is hf:{out_dir})"
-    raise Refusal(
-        f"there is no checkpoint in {out_dir}; python train.py --out_dir={free} makes one{hint}"
-    )
-
-
-def refuse_foreign(out_dir, last, has_model, has_peft):
-    """Raises Refusal where an out_dir holds what onnxruntime, transformers or PEFT reads; see refuse_missing."""
-    folder = hf_name(out_dir)
-    if os.path.isfile(os.path.join(folder, "model.onnx")):
-        raise Refusal(f"{folder} holds an ONNX model, which sample.py --onnx={folder} reads")
-    if last == "adapter.pt" and has_model and not has_peft:
-        raise Refusal(
-            f"{folder} holds a whole model, not an adapter: sample.py --out_dir=hf:{folder} reads it"
-        )
-    if is_hf(out_dir) and os.path.isdir(folder) and not has_peft:
-        raise Refusal(
-            f"there is no adapter of PEFT in {folder}, which would have an adapter_config.json"
-        )
-    if has_peft or is_hf(out_dir):
-        command = f"python hf.py --out_dir=BASE --adapter=hf:{folder} --to=FOLDER"
-        raise Refusal(f"hf:{folder} is not read as it is: {command} makes an adapter of ours of it")
-    if has_model:
-        raise Refusal(
-            f"{out_dir} holds no checkpoint of ours; what transformers wrote there is read as hf:{out_dir}, "
-            "to sample, evaluate or start from"
-        )
-
-
-def refuse_killed(out_dir, last):
-    """Raises Refusal where a run in out_dir has a best checkpoint or adapter, but not the last one."""
-    if holds_run(out_dir, [last.replace(".pt", "_best.pt")]):
-        ways = f"--init_from={out_dir} --out_dir=OTHER starts from its best one"
-        if last == "adapter.pt":
-            command = f"{tuning_script()} --out_dir={out_dir} --overwrite"
-            ways = f"sample.py --adapter={out_dir} reads its best one, {command} begins anew"
-        raise Refusal(f"the run in {out_dir} was killed before its first {last}: {ways}")
 
 
 def load(path, keys=KEYS):
@@ -402,7 +318,7 @@ class Checkpoint:
         if self.loaded is None:
             self.loaded = load(self.path)
         if self.loaded.get("format") == QUANTIZED and (self.adapter or not self.takes_integers):
-            raise quantized_refusal(self)
+            refuse_quantized(self)
         return self.loaded
 
     @property
@@ -508,18 +424,26 @@ class Checkpoint:
             raise damaged(self.adapter_path, repr(e))
 
 
-def quantized_refusal(start):
-    """Returns the Refusal of a quantized Checkpoint where floats are needed."""
-    path, made_of = start.path, start.loaded["config"].get("quantized_from", "")
-    if start.adapter:
-        return Refusal(
-            f"{path} is quantized, and {start.adapter_path} belongs over floats: finetune_lora.py --merge makes a "
-            "checkpoint of it and its base, which quantize.py reads"
-        )
-    return Refusal(
-        f"{path} is quantized, which sample.py, eval.py and export_onnx.py read: for anything else take "
-        f"what it was made of, {made_of}"
-    )
+def find(out_dir, prefer="ckpt_best.pt"):
+    """Returns the file that out_dir means: itself where it is a file, else the preferred one in it, else that
+    without _best: ckpt.pt or adapter.pt. hf:NAME stays as it is. Raises Refusal.
+    """
+    if os.path.isfile(out_dir):
+        return out_dir
+    wants_adapter = prefer in ADAPTERS
+    if is_hf(out_dir):
+        refuse_hf(out_dir, wants_adapter)
+        return out_dir
+    for name in (prefer, prefer.replace("_best", "")):
+        path = os.path.join(out_dir, name)
+        if os.path.isfile(path):
+            return path
+    if wants_adapter:
+        refuse_missing_adapter(out_dir)
+    if holds_run(out_dir, ADAPTERS):
+        path = find(out_dir, "adapter_best.pt")
+        refuse_reward_model(Checkpoint("", adapter_path=path, adapter=load(path, ADAPTER_KEYS)))
+    refuse_missing_checkpoint(out_dir)
 
 
 def open_checkpoint(
@@ -546,8 +470,7 @@ def open_any(name):
     """Returns the Checkpoint of a folder: its model, which may be of integers, or where it has only adapters, these
     over their base. A file and hf:FOLDER_OR_NAME are as for open_checkpoint. Raises Refusal.
     """
-    has_adapters = holds_run(name, ["adapter_best.pt", "adapter.pt"])
-    if has_adapters and not holds_run(name, ["ckpt_best.pt", "ckpt.pt"]):
+    if holds_run(name, ADAPTERS) and not holds_run(name, CHECKPOINTS):
         start = open_checkpoint("", adapter=name)
         refuse_reward_model(start)
         return start
@@ -562,15 +485,6 @@ def open_given(cfg, adapter, takes_integers=False):
     start = open_checkpoint(out_dir, adapter=adapter, takes_integers=takes_integers)
     refuse_reward_model(start)
     return start
-
-
-def refuse_reward_model(start):
-    """Raises Refusal for a Checkpoint whose adapters judge text and write none."""
-    if start.task == "reward model":
-        raise Refusal(
-            f"{start.adapter_path} is a reward model, which judges text and writes none: "
-            "finetune_ppo.py --reward=FOLDER learns from it"
-        )
 
 
 def find_base(adapter, path):

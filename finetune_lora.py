@@ -48,6 +48,7 @@ from graphs import graph_message
 from lenses import probes
 from log import PANELS, plot
 from memory import check_memory, training_bytes
+from refusals import refuse_reward_model
 from rmsnorm import choose_rmsnorm
 from rows import conversations, packed_batch, split_rows, training_packs
 from runs import DATA_KEYS, alone_in_out_dir, go_on_after_restart, inherit, is_in_the_way, launch
@@ -222,7 +223,7 @@ def open_run(cfg, kind):
         start = open_checkpoint("", adapter=cfg.out_dir, prefer_adapter="adapter.pt")
     if start.task != kind or not start.last["optimizers"]:
         if start.task != kind:
-            checkpoint.refuse_reward_model(start)  # what is advised below does not work for one
+            refuse_reward_model(start)  # what is advised below does not work for one
         way = f"--init_from={cfg.out_dir} --out_dir=OTHER starts from it"
         if "ckpt.pt" not in names:
             way = f"finetune_lora.py --merge --out_dir={cfg.out_dir} makes a base of it"
@@ -240,7 +241,7 @@ def merge(cfg):
         raise Refusal(f"{merged_path} is there already: --overwrite moves it aside")
     base = cfg.init_from if "init_from" in cfg.given else ""
     start = open_checkpoint(base, adapter=adapter_path)
-    checkpoint.refuse_reward_model(start)
+    refuse_reward_model(start)
     model, tokenizer = start.restore()
     model.eval()
     shape = (4, min(256, model.config.block_size))

@@ -15,7 +15,9 @@ from filelock import FileLock, Timeout
 
 from config import Refusal, is_hf
 
-RUN = ("ckpt.pt", "ckpt_best.pt", "adapter.pt", "adapter_best.pt")
+CHECKPOINTS = ("ckpt.pt", "ckpt_best.pt")
+ADAPTERS = ("adapter.pt", "adapter_best.pt")
+RUN = CHECKPOINTS + ADAPTERS
 BESIDE = r".*\.gguf|bench_.*\.png"  # files of hf.py and bench.py
 LOCK = ".lock"
 PID = ".pid"  # of the process that has the lock; a file of its own, as some systems let nobody read a locked one
