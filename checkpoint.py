@@ -275,18 +275,17 @@ def fingerprint(ckpt):
     """Returns the sha256 of a checkpoint's architecture, tokenizer and weights: equal where two compute the
     same, however they were trained. restore must take the checkpoint.
     """
-    settings = dict(ckpt["model_config"])
-    c = ModelConfig(**settings)
+    c = ModelConfig(**ckpt["model_config"])
+    # settings that came later are left out where they change nothing: older adapters still know their base
+    idle = set()
     if c.head_dim * c.n_head == c.n_embd:
-        # left out where it says nothing new: adapters from before this setting still know their base
-        settings.pop("head_dim", None)
-    if not c.window:  # and so these
-        for key in "window", "window_pattern":
-            settings.pop(key, None)
+        idle |= {"head_dim"}
+    if not c.window:
+        idle |= {"window", "window_pattern"}
     if c.mlp != "moe":
-        for key in "n_expert", "n_expert_per_token", "norm_topk_prob":
-            settings.pop(key, None)
-    digest = hashlib.sha256(repr((sorted(settings.items()), ckpt["tokenizer_sha256"])).encode())
+        idle |= {"n_expert", "n_expert_per_token", "norm_topk_prob"}
+    settings = sorted((key, value) for key, value in ckpt["model_config"].items() if key not in idle)
+    digest = hashlib.sha256(repr((settings, ckpt["tokenizer_sha256"])).encode())
     for name, weight in sorted(ckpt["model"].items()):
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
         digest.update(weight.detach().contiguous().view(-1).view(torch.uint8).numpy())
