@@ -26,7 +26,7 @@ from folders import new_folder
 from interop import gguf_file, hf_folder, hf_layout, peft_layout
 from interop.chat_template import noted_jinja
 from interop.foreign_tokenizer import CHAT_TEMPLATE
-from tokenizer import bos_processor
+from vocabulary import bos_processor
 
 
 @dataclass

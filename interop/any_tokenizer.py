@@ -4,7 +4,8 @@ import json
 
 from interop.chat_template import read_note
 from interop.foreign_tokenizer import ForeignTokenizer, encode_text, list_parts, make_library_tokenizer
-from tokenizer import EOT, Tokenizer, bos_processor
+from tokenizer import Tokenizer
+from vocabulary import EOT, bos_processor
 
 
 def load_tokenizer(text):

@@ -22,7 +22,8 @@ from functools import cached_property
 from pathlib import Path
 
 from interop.chat_template import ChatTemplate
-from tokenizer import CHAR_BYTE, Tokenizer, mend
+from tokenizer import Tokenizer, mend
+from vocabulary import CHAR_BYTE
 
 LARGEST_VOCABULARY = 10**7
 CHAT_TEMPLATE = "chat_template.jinja"

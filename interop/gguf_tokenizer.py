@@ -15,7 +15,7 @@ import json
 
 from interop.any_tokenizer import from_files
 from interop.foreign_tokenizer import list_parts, token_text
-from tokenizer import BPE, BYTE_LEVEL, CHAR_BYTE, bos_processor, byte_chars, dump_vocabulary
+from vocabulary import BPE, BYTE_LEVEL, CHAR_BYTE, bos_processor, byte_chars, dump_vocabulary
 
 # llama.cpp's kinds of tokens
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6

@@ -16,7 +16,7 @@ import regex
 from tqdm import tqdm
 
 import toy_stories
-from tokenizer import EOT
+from vocabulary import EOT
 
 COPY = 12  # words in a row, the same as in the training text, that count as copied
 PHRASE = 4  # words of a phrase that is better not said twice

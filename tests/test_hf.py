@@ -39,7 +39,8 @@ from interop.any_tokenizer import from_files, load_tokenizer
 from interop.foreign_tokenizer import FILES
 from lenses import likelihood
 from model import HAS_CHUNKED_LOSS
-from tokenizer import EOT, Tokenizer, bos_processor
+from tokenizer import EOT, Tokenizer
+from vocabulary import bos_processor
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
