@@ -49,6 +49,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 from config import Refusal, check_range, hf_name, is_hf, run
 
@@ -156,35 +157,47 @@ def dataset_name(dataset):
 
 
 # ---- from documents to tokens
-#
-# A row is (split, text, whether end-of-text follows, whether a document ends here). A piece is a part
-# of a row: the same four, and fifth whether the row's text begins here.
+
+
+class Piece(NamedTuple):
+    """A document, or a part of one that is cut between the splits or is long."""
+
+    split: str
+    text: str
+    add_eot: bool  # whether end-of-text follows
+    doc_ends: (
+        bool  # whether it counts as a document: the last of the pieces into which a long text is cut
+    )
+    text_begins: bool = (
+        True  # whether it is not encoded as going on where another ended: the first of these
+    )
 
 
 def count_documents(docs, exact):
     """Returns (documents, characters). White space around a document counts only with exact, where it is alone."""
     n = 0
     chars = 0
-    for n, text in with_progress(enumerate(docs, 1), "reading"):
-        chars += len(text.strip())
+    with progress_bar("reading") as bar:
+        for n, text in enumerate(docs, 1):
+            chars += len(text.strip())
+            bar.update(len(text))
     return (1, len(text)) if n == 1 and exact else (n, chars)
 
 
 def split_documents(cfg, files, val_files, n, chars):
-    """Yields the rows of all n documents, which hold chars characters.
-
-    A document is one row, or two where the cut between the splits goes through it.
+    """Yields all n documents, which hold chars characters, each as one Piece, or as two where the cut between the
+    splits goes through it.
     """
     docs = documents(files, cfg, exact=n == 1)
     if val_files:
         for text in docs:
-            yield "train", text, True, True
+            yield Piece("train", text, add_eot=True, doc_ends=True)
         for text in documents(val_files, cfg):
-            yield "val", text, True, True
+            yield Piece("val", text, add_eot=True, doc_ends=True)
     elif n >= FEW:
         is_val = np.random.default_rng(cfg.seed).permutation(n) < round(cfg.val_fraction * n)
         for text, val in zip(docs, is_val.tolist()):
-            yield "val" if val else "train", text, True, True
+            yield Piece("val" if val else "train", text, add_eot=True, doc_ends=True)
     else:
         left = int(chars * (1 - cfg.val_fraction))  # characters of the training split that are to come
         for i, text in enumerate(docs, 1):
@@ -192,21 +205,21 @@ def split_documents(cfg, files, val_files, n, chars):
             tail = text[left:]
             left -= len(head)
             if head:
-                yield "train", head, i < n and not tail, True
+                yield Piece("train", head, add_eot=i < n and not tail, doc_ends=True)
             if tail:
-                yield "val", tail, i < n, True
+                yield Piece("val", tail, add_eot=i < n, doc_ends=True)
 
 
-def pieces(rows, cuts=BREAK):
-    """Yields the pieces of rows: long texts are cut where the pattern `cuts` matches."""
-    for split, text, add_eot, doc_ends in rows:
+def cut_long(pieces, cuts=BREAK):
+    """Yields pieces, long ones cut where the pattern `cuts` matches."""
+    for split, text, add_eot, doc_ends, _ in pieces:
         start = 0
         while start < len(text):
             cut = cuts.search(text, start + CHUNK)
             stop = cut.start() if cut else len(text)
             is_last = stop == len(text)
             part = text[start:stop]
-            yield split, part, add_eot and is_last, doc_ends and is_last, start == 0
+            yield Piece(split, part, add_eot and is_last, doc_ends and is_last, start == 0)
             start = stop
 
 
@@ -215,31 +228,31 @@ def progress_bar(desc, total=None):
     return tqdm(desc=desc, total=total, unit=" characters", unit_scale=True, disable=None, leave=False)
 
 
-def with_progress(rows, desc, total=None):
-    """Yields the rows, with a progress bar."""
+def with_progress(pieces, desc, total):
+    """Yields the pieces, with a progress bar."""
     with progress_bar(desc, total) as bar:
-        for row in rows:
-            yield row
-            bar.update(len(row[1]))
+        for piece in pieces:
+            yield piece
+            bar.update(len(piece.text))
 
 
-def with_counts(rows, stats):
+def with_counts(pieces, stats):
     """Yields the pieces, and adds to stats[split] how many documents, characters and bytes they hold."""
-    for row in rows:
-        split, text, _, doc_ends, _ = row
-        stats[split]["documents"] += int(doc_ends)
-        stats[split]["characters"] += len(text)
-        stats[split]["bytes"] += len(text.encode())
-        yield row
+    for piece in pieces:
+        counts = stats[piece.split]
+        counts["documents"] += int(piece.doc_ends)
+        counts["characters"] += len(piece.text)
+        counts["bytes"] += len(piece.text.encode())
+        yield piece
 
 
-def chunks(rows):
+def chunks(pieces):
     """Yields lists of pieces with about CHUNK characters."""
     chunk = []
     size = 0
-    for row in rows:
-        chunk.append(row)
-        size += len(row[1]) + 100  # about what the tuple takes, which counts where texts are tiny
+    for piece in pieces:
+        chunk.append(piece)
+        size += len(piece.text) + 100  # about what the tuple takes, which counts where texts are tiny
         if size >= CHUNK:
             yield chunk
             chunk = []
@@ -250,15 +263,15 @@ def chunks(rows):
 def encode_chunk(chunk, tokenizer):
     """Returns {"train": ids, "val": ids} of a list of pieces, each a 1-D array."""
     ids = {split: [] for split in SPLITS}
-    beginnings = [text for _, text, _, _, text_begins in chunk if text_begins]
+    beginnings = [piece.text for piece in chunk if piece.text_begins]
     encoded = iter(tokenizer.encode_batch(beginnings, num_threads=1))  # the chunk has its own
-    for split, text, add_eot, _, text_begins in chunk:
-        if text_begins:
-            ids[split] += tokenizer.head + next(encoded)
+    for piece in chunk:
+        if piece.text_begins:
+            ids[piece.split] += tokenizer.head + next(encoded)
         else:
-            ids[split] += tokenizer.encode_more(text)
-        if add_eot:
-            ids[split].append(tokenizer.eot)
+            ids[piece.split] += tokenizer.encode_more(piece.text)
+        if piece.add_eot:
+            ids[piece.split].append(tokenizer.eot)
     dtype = id_type(tokenizer.vocab_size)
     return {split: np.array(ids[split], dtype) for split in SPLITS}
 
@@ -280,24 +293,24 @@ def in_threads(function, items, threads):
             yield item, result.result()
 
 
-def encode(rows, tokenizer, folder, cfg, progress, chars=None):
-    """Writes the ids of the pieces to files in folder, but for those that progress already has. Returns what
-    meta.json says of each split. chars: characters in all pieces, for the progress bar.
+def encode(pieces, tokenizer, cfg, progress, chars=None):
+    """Writes the ids of the pieces to files, but for those that progress already has. Returns what meta.json says of
+    each split. chars: characters in all pieces, for the progress bar.
     """
     dtype = id_type(tokenizer.vocab_size)
     size = cfg.shard_mb * MB // dtype.itemsize
     stats = {split: {"documents": 0, "characters": 0, "bytes": 0} for split in SPLITS}
-    todo = chunks(with_counts(rows, stats))
+    todo = chunks(with_counts(pieces, stats))
     with ExitStack() as stack:
         bar = stack.enter_context(progress_bar("encoding", chars))
         writers, done = progress.open_writers(size, dtype)
         for writer in writers.values():
             stack.enter_context(writer)
         for chunk in islice(todo, done):  # what a killed run encoded is only read
-            bar.update(sum(len(text) for _, text, *_ in chunk))
+            bar.update(sum(len(piece.text) for piece in chunk))
         threads = cfg.num_proc or os.cpu_count() or 1
         for chunk, ids in in_threads(lambda chunk: encode_chunk(chunk, tokenizer), todo, threads):
-            bar.update(sum(len(text) for _, text, *_ in chunk))
+            bar.update(sum(len(piece.text) for piece in chunk))
             done += 1
             ended = [writer.write(ids[split]) for split, writer in writers.items()]
             if any(ended):
@@ -378,13 +391,13 @@ def more_text(counts):
     return "give more text" if "val" in counts else "give more text or another --val_fraction"
 
 
-def learn(cfg, rows, chars):
+def learn(cfg, pieces, chars):
     """Returns the tokenizer that is made from the pieces. chars: as encode has it. Raises ValueError."""
     if cfg.tokenizer == "char":
-        rows = with_progress(rows, "collecting characters", chars)
-        return Tokenizer.char(text for _, text, *_ in rows)
-    rows = with_progress(rows, "learning words", chars)
-    texts = (text for split, text, *_ in rows if split == "train")
+        pieces = with_progress(pieces, "collecting characters", chars)
+        return Tokenizer.char(piece.text for piece in pieces)
+    pieces = with_progress(pieces, "learning words", chars)
+    texts = (piece.text for piece in pieces if piece.split == "train")
     progress = partial(tqdm, desc="learning merges", unit=" merges", disable=None, leave=False)
     return Tokenizer.train(texts, cfg.vocab_size, progress)
 
@@ -412,13 +425,13 @@ def build(cfg, tmp):
     progress.note(counts=counts)
 
     def read_pieces():
-        return pieces(split_documents(cfg, files["train"], files["val"], n, chars), cuts)
+        return cut_long(split_documents(cfg, files["train"], files["val"], n, chars), cuts)
 
     try:
         if not tokenizer:
             tokenizer = progress.tokenizer() or learn(cfg, read_pieces(), chars)
             progress.note_tokenizer(tokenizer)
-        splits = encode(read_pieces(), tokenizer, tmp, cfg, progress, chars)
+        splits = encode(read_pieces(), tokenizer, cfg, progress, chars)
     except ValueError as e:  # the tokenizer's, such as a character that it does not have
         raise Refusal(e)
 

@@ -295,9 +295,9 @@ def test_split_text_is_str_split(text, cuts, separator):
 def test_pieces_encode_as_the_whole(text, size):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare, "CHUNK", size)
-        pieces = list(prepare.pieces([("val", text, True, True)]))
+        pieces = list(prepare.cut_long([prepare.Piece("val", text, True, True)]))
     assert bool(pieces) == bool(text)
-    ids = [i for _, piece, *_ in pieces for i in TOKENIZER.encode(piece)]
+    ids = [i for piece in pieces for i in TOKENIZER.encode(piece.text)]
     assert ids == TOKENIZER.encode(text)
     # closed and whole at the last piece alone, counted at the first
     last = len(pieces) - 1
@@ -785,7 +785,7 @@ def test_encoding_reads_only_so_far_ahead(monkeypatch, tmp_path):
         for _ in range(2000):
             num_read += 1
             most_ahead = max(most_ahead, num_read - num_encoded)
-            yield "train", "x" * 100, True, True, True
+            yield prepare.Piece("train", "x" * 100, True, True)
 
     def encode_batch(texts, num_threads):
         nonlocal num_encoded
@@ -794,7 +794,7 @@ def test_encoding_reads_only_so_far_ahead(monkeypatch, tmp_path):
 
     tokenizer = SimpleNamespace(vocab_size=2, eot=0, head=[], encode_batch=encode_batch)
     cfg = Config(num_proc=1)
-    splits = prepare.encode(pieces(), tokenizer, tmp_path, cfg, prepare.Progress(tmp_path, "d", {}))
+    splits = prepare.encode(pieces(), tokenizer, cfg, prepare.Progress(tmp_path, "d", {}))
     assert splits["train"]["tokens"] == 4000
     assert most_ahead <= 40
 

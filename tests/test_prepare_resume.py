@@ -144,8 +144,8 @@ def num_chunks():
     cfg = Config(**SETTINGS)
     paths = [Path("c.txt")]
     docs = list(sources.documents(paths, cfg))
-    rows = prepare.split_documents(cfg, paths, [], len(docs), sum(map(len, docs)))
-    return sum(1 for _ in prepare.chunks(prepare.pieces(rows)))
+    pieces = prepare.split_documents(cfg, paths, [], len(docs), sum(map(len, docs)))
+    return sum(1 for _ in prepare.chunks(prepare.cut_long(pieces)))
 
 
 def test_a_vocabulary_and_counts_are_kept(whole, monkeypatch, capsys):
