@@ -354,41 +354,27 @@ def count_splits(cfg, files):
     return counts
 
 
-def check_counts(cfg, counts, origins):
-    """Returns (documents, characters) of all files, and says in origins which share each split is.
-
-    Raises Refusal where a split gets no text.
+def validation_part(cfg, n, chars, origin):
+    """Returns which part of n documents, of chars characters, is the validation split, in words; split_documents cuts
+    it so. Raises Refusal where it or the training split gets no text.
     """
-    for split, (n, _) in counts.items():
-        if n == 0:
-            raise Refusal(f"{origins[split]}: there is no text in it")
-    n, chars = map(sum, zip(*counts.values()))
-    if "val" in counts:
-        return n, chars
-
     percent = f"{100 * cfg.val_fraction:g}%"
     if n < FEW:
-        train = int(chars * (1 - cfg.val_fraction))
-        total = chars
-        unit = "characters"
         part = f"the last {percent} of the text"
         print(f"fewer than {FEW} documents ({n}): {part} is the validation split")
+        total = chars
+        unit = "characters"
+        train = int(chars * (1 - cfg.val_fraction))
     else:
-        train = n - round(cfg.val_fraction * n)
+        part = f"{percent} of the documents"
         total = n
         unit = "documents"
-        part = f"{percent} of the documents"
+        train = n - round(cfg.val_fraction * n)
     for split, share in (("train", train), ("val", total - train)):
         if share == 0:
             problem = f"{percent} for validation leave the {split} split none of its {total:,} {unit}"
-            raise Refusal(f"{origins['train']}: {problem}: {more_text(counts)}")
-    origins["val"] = f"{origins['train']}; {part}"
-    origins["train"] += "; the rest"
-    return n, chars
-
-
-def more_text(counts):
-    return "give more text" if "val" in counts else "give more text or another --val_fraction"
+            raise Refusal(f"{origin}: {problem}: give more text or another --val_fraction")
+    return part
 
 
 def learn(cfg, pieces, chars):
@@ -421,7 +407,14 @@ def build(cfg, tmp):
     files, origins = find_files(cfg, tmp, progress)
     progress.check_sources(files)
     counts = progress.done.get("counts") or count_splits(cfg, files)
-    n, chars = check_counts(cfg, counts, origins)
+    for split, (n, _) in counts.items():
+        if n == 0:
+            raise Refusal(f"{origins[split]}: there is no text in it")
+    n, chars = map(sum, zip(*counts.values()))
+    if not files["val"]:
+        part = validation_part(cfg, n, chars, origins["train"])
+        origins["val"] = f"{origins['train']}; {part}"
+        origins["train"] += "; the rest"
     progress.note(counts=counts)
 
     def read_pieces():
@@ -441,19 +434,18 @@ def build(cfg, tmp):
     for split, stats in splits.items():
         if stats["tokens"] < 2:
             problem = f"the {split} split has {stats['tokens']} tokens and needs 2"
-            raise Refusal(f"{origins[split]}: {problem}: {more_text(counts)}")
+            way = "" if files["val"] else " or another --val_fraction"
+            raise Refusal(f"{origins[split]}: {problem}: give more text{way}")
         stats["source"] = origins[split]
-    write_text(tmp / "tokenizer.json", tokenizer.to_str())
-    write_text(tmp / "meta.json", json.dumps(describe(cfg, tokenizer, splits), indent=1) + "\n")
-    for key in ("dataset", "val_dataset"):
-        shutil.rmtree(tmp / key, ignore_errors=True)
-    name_shards(tmp, splits)
-    (tmp / STATE).unlink()
+    finish(cfg, tmp, tokenizer, splits)
 
 
-def describe(cfg, tokenizer, splits):
-    """Returns meta.json as a dict. splits: what encode returned, each with its source."""
-    return {
+def finish(cfg, tmp, tokenizer, splits):
+    """Writes what a dataset has beside its ids, and removes what only going on with it would need.
+
+    splits: what encode returned, each with its source.
+    """
+    meta = {
         "format": FORMAT,
         "name": cfg.name,
         "source": cfg.dataset,
@@ -467,6 +459,12 @@ def describe(cfg, tokenizer, splits):
         "tokenizer": {"kind": tokenizer.kind, "sha256": tokenizer.sha256},
         "splits": splits,
     }
+    write_text(tmp / "tokenizer.json", tokenizer.to_str())
+    write_text(tmp / "meta.json", json.dumps(meta, indent=1) + "\n")
+    for key in ("dataset", "val_dataset"):
+        shutil.rmtree(tmp / key, ignore_errors=True)
+    name_shards(tmp, splits)
+    (tmp / STATE).unlink()
 
 
 def prepare(cfg):
