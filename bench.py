@@ -35,9 +35,9 @@ import torch
 
 import checkpoint
 import prepare
+import readers
 import rmsnorm
 import shards
-import sources
 import toy_stories
 import train
 from bench_decode import LLAMA_CPP, bench_decode
@@ -131,8 +131,8 @@ class Config(train.Config):
         if self.draft and self.init_from == "scratch":
             raise ValueError("a draft agrees with no random weights: draft needs init_from")
         if self.text:
-            if not sources.file_kind(self.text) or not os.path.isfile(self.text):
-                endings = " ".join(sources.READERS)
+            if not readers.file_kind(self.text) or not os.path.isfile(self.text):
+                endings = " ".join(readers.READERS)
                 raise ValueError(f"text must be a file that ends in {endings}, not {self.text!r}")
         if self.plot and not importlib.util.find_spec("matplotlib"):
             raise ValueError("plot needs matplotlib: pip install matplotlib")
@@ -483,7 +483,7 @@ def train_hf_tokenizer(docs, vocab_size):
 def bench_tokenizer(cfg, compute):
     """Times learning a vocabulary and encoding with it, in MB/s of text, beside Hugging Face's."""
     if cfg.text:
-        docs = list(sources.documents([cfg.text], prepare.Config(dataset=cfg.text, name="text")))
+        docs = list(readers.documents([cfg.text], prepare.Config(dataset=cfg.text, name="text")))
     else:
         docs = toy_stories.texts(9000, cfg.seed)
     try:

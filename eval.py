@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 import folders
 import prepare
-import sources
+import readers
 from checkpoint import Checkpoint, open_any
 from data import document_slices, prompt_ids
 from device import resolve
@@ -206,10 +206,10 @@ def read_file(path):
     cfg = prepare.Config(dataset=path, name="text")
     if not os.path.isfile(path):
         raise Refusal(f"there is no file {path}")
-    if not sources.file_kind(path):
-        endings = " ".join(sources.READERS)
+    if not readers.file_kind(path):
+        endings = " ".join(readers.READERS)
         raise Refusal(f"{path}: no text file by its name, which should end in {endings}")
-    documents = list(sources.documents([path], cfg))
+    documents = list(readers.documents([path], cfg))
     if not documents:
         raise Refusal(f"{path}: there is no text in it")
     return documents, len(documents) > 1

@@ -28,6 +28,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+import readers
 import shards
 import sources
 from config import Refusal, hf_name, is_hf
@@ -95,7 +96,7 @@ def fingerprint(dataset, built_in=""):
             from huggingface_hub import HfApi
 
             return HfApi().dataset_info(name, timeout=10).sha
-    if sources.file_kind(dataset) not in sources.ROW_READERS:
+    if readers.file_kind(dataset) not in readers.ROW_READERS:
         return ""  # read_rows() will refuse it
     try:
         return hash_file(dataset)

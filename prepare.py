@@ -60,6 +60,7 @@ from tqdm import tqdm
 from folders import new_folder
 from interop.any_tokenizer import load_tokenizer
 from progress import STATE, Progress, has_parts, write_text
+from readers import documents, file_kind, unpacked
 from shards import (
     SPLITS,
     check_entries,
@@ -69,7 +70,7 @@ from shards import (
     open_shards,
     strangers,
 )
-from sources import base_folder, documents, file_kind, find_files, is_pattern, unpacked
+from sources import base_folder, find_files, is_pattern
 from tokenizer import Tokenizer, check_vocab_size
 
 FORMAT = 2

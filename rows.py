@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+import readers
 import sources
 import toy_stories
 from chat import encode_answers, encode_turns, turns_of
@@ -42,12 +43,11 @@ def read_rows(dataset, split="train", built_in=""):
         for n, row in enumerate(rows, 1):
             yield f"{dataset} row {n}", row
         return
-    readers = sources.ROW_READERS
-    kind = sources.file_kind(dataset)
-    if kind not in readers:
+    kind = readers.file_kind(dataset)
+    if kind not in readers.ROW_READERS:
         key = f"dataset must be {built_in}," if built_in else "val_dataset must be"
-        raise Refusal(f"{key} a {' '.join(readers)} file or hf:NAME, not {dataset!r}")
-    yield from readers[kind](dataset)
+        raise Refusal(f"{key} a {' '.join(readers.ROW_READERS)} file or hf:NAME, not {dataset!r}")
+    yield from readers.ROW_READERS[kind](dataset)
 
 
 class BuiltIn(NamedTuple):
@@ -145,7 +145,7 @@ PART = "a part of a content has type and text; here is"
 
 def messages_of_texts(row, place, columns):
     """Returns the Messages of a row of texts: the last column is the answer, those before it make one prompt."""
-    *prompts, answer = [sources.field(row, column, place, ROW) for column in columns]
+    *prompts, answer = [readers.field(row, column, place, ROW) for column in columns]
     prompt = "\n".join(filter(None, prompts))
     return [Message("user", prompt), Message("assistant", answer)]
 
@@ -177,7 +177,7 @@ def read_message(message, place, is_learned):
     role_key, content_key = "role", "content"
     if isinstance(message, dict) and message.get("from") is not None:
         role_key, content_key = "from", "value"
-    role = sources.field(message, role_key, place, MESSAGE)
+    role = readers.field(message, role_key, place, MESSAGE)
     if role not in ROLES:
         known = ", ".join(ROLES)
         raise Refusal(f"{place}: a role is {role!r:.40}, which is not read; known are {known}")
@@ -194,13 +194,13 @@ def read_content(message, key, place):
     if content is None and key in message:
         return None
     if not isinstance(content, list):
-        return sources.field(message, key, place, MESSAGE)
+        return readers.field(message, key, place, MESSAGE)
     texts = []
     for part in content:
-        kind = sources.field(part, "type", place, PART)
+        kind = readers.field(part, "type", place, PART)
         if kind != "text":
             raise Refusal(f"{place}: a part of its content is of type {kind!r:.40}; only text is read")
-        texts.append(sources.field(part, "text", place, PART))
+        texts.append(readers.field(part, "text", place, PART))
     return "".join(texts) if texts else None
 
 

@@ -27,9 +27,9 @@ import hf
 import lora
 import onnx_model
 import prepare
+import readers
 import rows
 import sample
-import sources
 import train
 from config import Refusal, configure
 from interop import hf_folder
@@ -153,7 +153,7 @@ def read_rows(suffix):
 
 def read_documents(suffix):
     return lambda folder: list(
-        sources.documents([folder / f"c{suffix}"], configure(prepare.Config, ["--dataset=toy"]))
+        readers.documents([folder / f"c{suffix}"], configure(prepare.Config, ["--dataset=toy"]))
     )
 
 

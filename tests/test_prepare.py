@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 
 import folders
 import prepare
+import readers
 import shards
 import sources
 import toy_stories
@@ -285,7 +286,7 @@ def test_split_text_is_str_split(text, cuts, separator):
     cuts = [0, *sorted(cuts), len(text)]
     chunks = [text[i:j] for i, j in zip(cuts, cuts[1:])]
     documents = text.split(separator) if separator else [text]
-    assert list(sources.split_text(chunks, separator)) == documents
+    assert list(readers.split_text(chunks, separator)) == documents
 
 
 @settings(max_examples=300, deadline=None)
@@ -616,12 +617,12 @@ def test_a_folder_without_a_text_to_train_on():
 def test_what_csv_holds():
     long = 'x, "y"\nnext line ' * 20_000  # beyond the csv module's own limit of 131,072
     write_csv("c.csv", ["  a\r\nb ", long, "", "é日"], "story")
-    rows = list(sources.csv_rows("c.csv"))
+    rows = list(readers.csv_rows("c.csv"))
     assert rows[1] == ("c.csv row 2", {"id": "1", "story": long})
     cfg = Config(dataset="c.csv", column="story")
-    assert list(sources.documents(["c.csv"], cfg)) == ["a\r\nb", long.strip(), "é日"]
+    assert list(readers.documents(["c.csv"], cfg)) == ["a\r\nb", long.strip(), "é日"]
     write("c.csv", "\ufeff\n\nid,text\n\n1,one\n\n2,two")
-    assert list(sources.documents(["c.csv"], Config(dataset="c.csv"))) == ["one", "two"]
+    assert list(readers.documents(["c.csv"], Config(dataset="c.csv"))) == ["one", "two"]
 
 
 @pytest.mark.parametrize(
@@ -659,7 +660,7 @@ def test_a_parquet_refusal_names_the_row():
     texts = pa.array([b"a"] * 130 + [b"\xff"] + [b"b"], pa.binary())
     pq.write_table(pa.table({"text": texts}), "c.parquet")
     assert refusal(make, "c.parquet").startswith("c.parquet row 1: column 'text' is not text but b'a'")
-    rows = list(sources.parquet_rows("c.parquet"))
+    rows = list(readers.parquet_rows("c.parquet"))
     assert rows[130] == ("c.parquet row 131", {"text": b"\xff"})
 
 
@@ -678,7 +679,7 @@ def test_a_packed_file_that_is_cut_off_or_damaged_is_refused(pack):
         Path(f"{name}.jsonl{suffix}").write_bytes(data)
         assert f"cannot read {name}.jsonl{suffix}: " in refusal(make, f"{name}.jsonl{suffix}")
     Path(f"twice.jsonl{suffix}").write_bytes(packed + packed)
-    assert len(list(sources.documents([f"twice.jsonl{suffix}"], Config()))) == 300
+    assert len(list(readers.documents([f"twice.jsonl{suffix}"], Config()))) == 300
     Path(f"bad.txt{suffix}").write_bytes(pack(b"caf\xe9 " * 10))
     place = "byte 0xe9 at offset 3;" if suffix == ".gz" else "byte 0xe9;"
     assert f"bad.txt{suffix} is not UTF-8: {place}" in refusal(make, f"bad.txt{suffix}")
@@ -748,13 +749,13 @@ def test_the_progress_bar_covers_learning_and_encoding():
 
 
 def test_reading_holds_one_document(monkeypatch):
-    monkeypatch.setattr(sources, "CHUNK", 1 << 16)
+    monkeypatch.setattr(readers, "CHUNK", 1 << 16)
     docs = ["x" * 99] * 30_000
     write_txt("c.txt", docs)
     write_jsonl("c.jsonl", docs)
     for file in "c.txt", "c.jsonl":
         tracemalloc.start()
-        n = sum(1 for _ in sources.documents([Path(file)], Config(dataset=file)))
+        n = sum(1 for _ in readers.documents([Path(file)], Config(dataset=file)))
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         assert n == 30_000
@@ -769,7 +770,7 @@ def test_reading_parquet_holds_no_group_of_rows():
     assert pq.read_metadata("c.parquet").num_row_groups == 1
     before = pa.total_allocated_bytes()
     most = 0
-    for i, text in enumerate(sources.documents([Path("c.parquet")], Config())):
+    for i, text in enumerate(readers.documents([Path("c.parquet")], Config())):
         assert text == docs[i]
         most = max(most, pa.total_allocated_bytes() - before)
     assert i == 2999
@@ -1117,7 +1118,7 @@ def test_the_offset_of_a_bad_byte(before, bad):
         Path("c.txt").write_bytes(data)
         with pytest.raises(UnicodeDecodeError) as e:
             data.decode("utf-8")
-        message = refusal(list, sources.documents([Path("c.txt")], Config(dataset="c.txt")))
+        message = refusal(list, readers.documents([Path("c.txt")], Config(dataset="c.txt")))
         assert f"byte 0x{data[e.value.start]:02x} at offset {e.value.start};" in message
 
 

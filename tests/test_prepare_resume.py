@@ -13,6 +13,7 @@ from test_prepare import files, make_docs, write_txt
 
 import prepare
 import progress
+import readers
 import sources
 from prepare import Config, load
 from tokenizer import Tokenizer
@@ -143,7 +144,7 @@ def test_a_killed_run_is_gone_on_with(target, at, goes_on, whole, monkeypatch, c
 def num_chunks():
     cfg = Config(**SETTINGS)
     paths = [Path("c.txt")]
-    docs = list(sources.documents(paths, cfg))
+    docs = list(readers.documents(paths, cfg))
     pieces = prepare.split_documents(cfg, paths, [], len(docs), sum(map(len, docs)))
     return sum(1 for _ in prepare.chunks(prepare.cut_long(pieces)))
 
