@@ -27,6 +27,10 @@ class InUse(Refusal):
     """A folder that another process trains in."""
 
 
+# -----------------------------------------------------------------------------------------------------
+# What stands in a folder
+
+
 def holds_run(folder, names=RUN):
     """Returns whether train.py or finetune_lora.py saved a run in folder, under one of these names."""
     return any(os.path.isfile(os.path.join(folder, name)) for name in names)
@@ -81,10 +85,6 @@ def move_aside(folder, keep=()):
     Raises Refusal where the system does not allow it, or another process trains there.
     """
     folder = Path(folder)
-    if not keep:
-        for lock in list(folder.rglob(LOCK)):
-            if held := acquire(lock.parent):
-                held.release()
     old = folder.with_name(f"{folder.name}.old-{datetime.now():%Y%m%d-%H%M%S-%f}")
     try:
         if keep:
@@ -93,10 +93,17 @@ def move_aside(folder, keep=()):
                 if path.name not in keep:
                     path.rename(old / path.name)
         else:
+            for lock in list(folder.rglob(LOCK)):
+                if held := acquire(lock.parent):
+                    held.release()
             folder.rename(old)
     except OSError as e:
         raise Refusal(f"cannot move {folder} aside: {e.strerror}", status=1)
     print(f"what was {folder} is now {old}")
+
+
+# -----------------------------------------------------------------------------------------------------
+# One run in a folder at a time
 
 
 def acquire(folder, waits=None):
@@ -193,6 +200,10 @@ def remove_temporaries(folder):
                 path.unlink()
 
 
+# -----------------------------------------------------------------------------------------------------
+# Files and folders, whole or not at all
+
+
 def sync(f):
     """Waits until what was written to an open file is on disk."""
     f.flush()
@@ -230,35 +241,41 @@ def write_atomic(path, write):
             os.remove(tmp)
 
 
-def is_alive(pid):
-    """Returns whether a process of this machine has the number pid; True where that cannot be told."""
-    if os.name == "nt":  # os.kill(pid, 0) ends a process there
-        import _winapi
+@contextmanager
+def new_folder(to, overwrite, ways, reads=(), is_worth=None):
+    """Gives an empty folder to fill, which becomes `to` on success and is removed on failure.
 
-        try:
-            handle = _winapi.OpenProcess(_winapi.SYNCHRONIZE, False, pid)
-        except OSError as e:
-            return e.winerror != 87  # ERROR_INVALID_PARAMETER: no such process
-        try:
-            return _winapi.WaitForSingleObject(handle, 0) == _winapi.WAIT_TIMEOUT
-        finally:
-            _winapi.CloseHandle(handle)
+    With overwrite, what stood at `to` is moved aside. Raises Refusal, also where `to` holds the current
+    folder or a path in `reads`. A run that is killed leaves a .NAME.tmp-MACHINE-PID-TIME beside `to`,
+    which nothing reads and the next run for the same `to` removes.
+
+    is_worth: a function of a folder. With it, the next run is given the folder of a killed run to fill, as that
+    was left; and the folder of a run that failed stays for the next run where is_worth(folder) is true.
+    """
+    to = Path(os.path.realpath(to) if os.path.islink(to) else to)
+    moving = in_the_way(to, overwrite, ways)
+    refuse_around(to, [".", *reads])
+    tmp = temporary(to, time.time_ns())
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # another user's
-        return True
-    with suppress(OSError):  # where there is no /proc
-        # a killed process keeps its number until its parent asks for its status, in a container maybe never
-        state = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0]
-        return state not in ("Z", "X")
-    return True
-
-
-def machine():
-    """Returns a short name of this machine: on a shared disk, a pid of another one says nothing here."""
-    return f"{zlib.crc32(platform.node().encode()):08x}"
+        if is_worth:
+            take_over(to, tmp)
+        sweep(to)
+        tmp.mkdir(parents=True, exist_ok=True)
+        yield tmp
+        if moving:
+            move_aside(to)
+        elif to.exists():
+            to.rmdir()
+        tmp.rename(to)
+    except OSError as e:
+        if e.errno in (errno.EEXIST, errno.ENOTEMPTY):
+            raise Refusal(f"another process has written {to} meanwhile: {ways}", status=1)
+        raise Refusal(f"cannot write {to}: {e}", status=1)
+    finally:
+        if is_worth and is_worth(tmp):
+            print(f"what is done stays in {tmp}: the same command goes on with it")
+        else:
+            shutil.rmtree(tmp, ignore_errors=True)
 
 
 def temporary(to, stamp):
@@ -305,41 +322,39 @@ def sweep(to):
                 own.unlink()
 
 
-@contextmanager
-def new_folder(to, overwrite, ways, reads=(), is_worth=None):
-    """Gives an empty folder to fill, which becomes `to` on success and is removed on failure.
+def machine():
+    """Returns a short name of this machine: on a shared disk, a pid of another one says nothing here."""
+    return f"{zlib.crc32(platform.node().encode()):08x}"
 
-    With overwrite, what stood at `to` is moved aside. Raises Refusal, also where `to` holds the current
-    folder or a path in `reads`. A run that is killed leaves a .NAME.tmp-MACHINE-PID-TIME beside `to`,
-    which nothing reads and the next run for the same `to` removes.
 
-    is_worth: a function of a folder. With it, the next run is given the folder of a killed run to fill, as that
-    was left; and the folder of a run that failed stays for the next run where is_worth(folder) is true.
-    """
-    to = Path(os.path.realpath(to) if os.path.islink(to) else to)
-    moving = in_the_way(to, overwrite, ways)
-    refuse_around(to, [".", *reads])
-    tmp = temporary(to, time.time_ns())
+def is_alive(pid):
+    """Returns whether a process of this machine has the number pid; True where that cannot be told."""
+    if os.name == "nt":  # os.kill(pid, 0) ends a process there
+        import _winapi
+
+        try:
+            handle = _winapi.OpenProcess(_winapi.SYNCHRONIZE, False, pid)
+        except OSError as e:
+            return e.winerror != 87  # ERROR_INVALID_PARAMETER: no such process
+        try:
+            return _winapi.WaitForSingleObject(handle, 0) == _winapi.WAIT_TIMEOUT
+        finally:
+            _winapi.CloseHandle(handle)
     try:
-        if is_worth:
-            take_over(to, tmp)
-        sweep(to)
-        tmp.mkdir(parents=True, exist_ok=True)
-        yield tmp
-        if moving:
-            move_aside(to)
-        elif to.exists():
-            to.rmdir()
-        tmp.rename(to)
-    except OSError as e:
-        if e.errno in (errno.EEXIST, errno.ENOTEMPTY):
-            raise Refusal(f"another process has written {to} meanwhile: {ways}", status=1)
-        raise Refusal(f"cannot write {to}: {e}", status=1)
-    finally:
-        if is_worth and is_worth(tmp):
-            print(f"what is done stays in {tmp}: the same command goes on with it")
-        else:
-            shutil.rmtree(tmp, ignore_errors=True)
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    with suppress(OSError):  # where there is no /proc
+        # a killed process keeps its number until its parent asks for its status, in a container maybe never
+        state = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0]
+        return state not in ("Z", "X")
+    return True
+
+
+# -----------------------------------------------------------------------------------------------------
+# ONNX models
 
 
 def split_onnx(path):
