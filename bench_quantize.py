@@ -7,7 +7,7 @@ import io
 import torch
 
 import checkpoint
-import prepare
+import dataset
 import quantize
 import quantized
 from bench_decode import begun_steps, timed_steps
@@ -28,7 +28,7 @@ def held_out(cfg, model):
     if cfg.init_from != "scratch":
         start = checkpoint.open_checkpoint(cfg.init_from)
         try:
-            meta, data, tokenizer = load_data(data_folder(start), start, prepare.load)
+            meta, data, tokenizer = load_data(data_folder(start), start, dataset.load)
             settings = quantize.Config(to="nowhere")
             rows = quantize.read_rows(settings, data, "", tokenizer, T)
             return rows, data["val"], bits_per_nat(meta["splits"]["val"])

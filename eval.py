@@ -34,6 +34,7 @@ from config import Refusal, check_range, is_hf, run
 import numpy as np
 from tqdm import tqdm
 
+import dataset
 import folders
 import prepare
 import readers
@@ -151,7 +152,7 @@ def data_folder(ckpt):
 
 
 def load_data(folder, ckpt, load):
-    """Returns (meta, data, tokenizer) of the data that a checkpoint was trained with. load: prepare.load, or one that
+    """Returns (meta, data, tokenizer) of the data that a checkpoint was trained with. load: dataset.load, or one that
     remembers what it returned. Raises Refusal.
     """
     if folder == ELSEWHERE:
@@ -172,7 +173,7 @@ def load_subjects(cfg, compute):
     names = [cfg.out_dir]
     if not os.path.exists(cfg.out_dir):
         names = [name.strip() for name in cfg.out_dir.split(",")]
-    load = functools.cache(prepare.load)  # once a folder, as it reads all of the data to check it
+    load = functools.cache(dataset.load)  # once a folder, as it reads all of the data to check it
     subjects = []
     validation = None
     for name in names:
@@ -180,21 +181,21 @@ def load_subjects(cfg, compute):
         if not cfg.lengths:
             ckpt.stretch(cfg.rope_scaling, cfg.block_size)
         model, tokenizer = ckpt.restore(compute.device)
-        dataset = data_folder(ckpt)
+        folder = data_folder(ckpt)
         try:
-            _, data, data_tokenizer = load_data(dataset, ckpt, load)
+            _, data, data_tokenizer = load_data(folder, ckpt, load)
             training = data["train"], data_tokenizer
             if not subjects:
                 validation = data["val"], data_tokenizer
         except Refusal as e:
             training = str(e)
             if not subjects and not cfg.text:
-                problem = f"{ckpt.path} was trained on {dataset}, which cannot be read: {e}. Or"
-                if dataset == ELSEWHERE:
+                problem = f"{ckpt.path} was trained on {folder}, which cannot be read: {e}. Or"
+                if folder == ELSEWHERE:
                     problem = f"{ckpt.path}: {e};"
                 raise Refusal(f"{problem} give a text with --text=FILE")
         step = ckpt.last["step"]
-        subjects.append(Subject(name, ckpt.last_path, step, model, tokenizer, dataset, training, ckpt))
+        subjects.append(Subject(name, ckpt.last_path, step, model, tokenizer, folder, training, ckpt))
     return subjects, validation
 
 

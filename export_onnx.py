@@ -38,8 +38,8 @@ from config import Refusal, check_choice, check_range, hf_name, is_hf, run
 import torch
 
 import checkpoint
+import dataset
 import onnx_model
-import prepare
 from device import resolve
 from folders import new_folder, write_atomic
 from generate import generate
@@ -210,15 +210,15 @@ def check(model, exported, prompt, n):
     print(f"greedy text: {len(pytorch_ids)} tokens, all equal")
 
 
-def load_validation(cfg, dataset, tokenizer):
+def load_validation(cfg, trained_on, tokenizer):
     """Returns the ids of the validation split on which integers are judged. Raises Refusal where there is none."""
-    name = cfg.dataset or dataset
+    name = cfg.dataset or trained_on
     advice = f"--dataset=NAME names data that {cfg.quantize} can be judged by"
     if not name:
         raise Refusal(f"what {cfg.out_dir} was trained on is not known: {advice}")
     folder = f"data/{name}"
     try:
-        _, data, data_tokenizer = prepare.load(folder)
+        _, data, data_tokenizer = dataset.load(folder)
     except Refusal as e:
         message = (
             f"{cfg.quantize} is judged by a validation split, and --dataset=NAME would name another"

@@ -44,7 +44,7 @@ import shutil
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
@@ -57,24 +57,15 @@ from config import Refusal, check_range, hf_name, is_hf, run
 import numpy as np
 from tqdm import tqdm
 
+from dataset import FORMAT
 from folders import new_folder
 from interop.any_tokenizer import load_tokenizer
 from progress import STATE, Progress, has_parts, write_text
 from readers import documents, file_kind, unpacked
-from shards import (
-    SPLITS,
-    check_entries,
-    check_file,
-    id_type,
-    name_shards,
-    open_shards,
-    strangers,
-)
+from shards import SPLITS, id_type, name_shards
 from sources import base_folder, find_files, is_pattern
 from tokenizer import Tokenizer, check_vocab_size
 
-FORMAT = 2
-FORMATS = (1, FORMAT)  # that load reads; 1 had one file a split
 FEW = 100  # documents: of fewer a random tenth would be a poor sample
 CHUNK = 1 << 20  # characters that a thread encodes at a time
 MB = 10**6
@@ -478,86 +469,6 @@ def prepare(cfg):
     with new_folder(folder, cfg.overwrite, ways, is_worth=has_parts) as tmp:
         build(cfg, tmp)
     return folder.as_posix()
-
-
-# ---- loading it
-
-
-def load(folder):
-    """Returns (meta, {"train": ids, "val": ids}, tokenizer) of a prepared folder.
-
-    ids are a memory-mapped 1-D array of uint16 or uint32: numpy's own, or Shards of several files. Every
-    file is checked against meta.json. Raises Refusal.
-    """
-    folder = Path(folder)
-    if folder.is_file():
-        raise Refusal(
-            f"{folder} is a file: python prepare.py --dataset={folder} --name={folder.stem} "
-            f"makes data/{folder.stem} of it"
-        )
-    if not folder.exists():
-        dataset = "tinystories" if folder.name == "tinystories" else f"FILE --name={folder.name}"
-        raise Refusal(f"there is no dataset {folder}: python prepare.py --dataset={dataset} makes it")
-
-    with refusing_damage(folder / "meta.json") as path:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-        files = check_meta(meta)
-        vocab_size, sha256 = meta["vocab_size"], meta["tokenizer"]["sha256"]
-    with refusing_damage(folder / "tokenizer.json") as path:
-        tokenizer = load_tokenizer(path.read_bytes().decode("utf-8"))
-        if (tokenizer.vocab_size, tokenizer.sha256) != (vocab_size, sha256):
-            raise ValueError("not the tokenizer that the data was made with")
-    data = {split: open_split(folder, files[split], vocab_size) for split in SPLITS}
-    names = [file["file"] for split in SPLITS for file in files[split]]
-    for stranger in strangers(folder, names):
-        with refusing_damage(stranger):
-            raise ValueError("meta.json names no such file: remove it if it is another dataset's")
-    return meta, data, tokenizer
-
-
-def check_meta(meta):
-    """Returns {split: its files, as shards.check_entries has them} of a parsed meta.json. Raises ValueError, KeyError
-    or TypeError where prepare.py would not write it so.
-    """
-    for split in SPLITS:
-        for key, least in (("tokens", 2), ("documents", 1), ("characters", 1), ("bytes", 1)):
-            number = meta["splits"][split][key]
-            if type(number) is not int or number < least:
-                raise ValueError(f"{key} of {split} is {number!r}, and at least {least} is needed")
-    files = {split: check_entries(split, meta["splits"][split]) for split in SPLITS}
-    dtype = id_type(meta["vocab_size"])
-    if meta["format"] not in FORMATS or meta["dtype"] != dtype.name:
-        form = f"format {meta['format']!r} with {meta['dtype']!r}"
-        raise ValueError(f"{form} is not {FORMAT} with {dtype.name}")
-    return files
-
-
-def open_split(folder, files, vocab_size):
-    """Returns the ids of a split, memory-mapped, after each of its files was checked. Raises Refusal."""
-    dtype = id_type(vocab_size)
-    for file in files:
-        with refusing_damage(folder / file["file"]) as path:
-            _, highest = check_file(path, dtype, file["tokens"], file["sha256"])
-            if highest >= vocab_size:
-                raise ValueError(f"it holds id {highest}, and the vocabulary ends at {vocab_size - 1}")
-    return open_shards([folder / file["file"] for file in files], dtype)
-
-
-@contextmanager
-def refusing_damage(path):
-    """Turns what goes wrong inside the with into a Refusal, which says that the path is damaged. Gives the path."""
-    try:
-        yield path
-        return
-    except FileNotFoundError:
-        problem = "there is no such file"
-    except (KeyError, TypeError, AttributeError, RecursionError) as e:
-        problem = f"not written by prepare.py ({e!r})"
-    except (OSError, ValueError) as e:
-        problem = e
-    again = f"python prepare.py --dataset=... --name={path.parent.name} --overwrite"
-    status = 2 if path.name == "meta.json" else 1  # without that, the folder is no dataset of ours
-    raise Refusal(f"{path}: {problem}; prepare it again: {again}", status)
 
 
 def main(cfg):

@@ -36,7 +36,7 @@ import torch
 from tqdm import tqdm
 
 import checkpoint
-import prepare
+import dataset
 from data import blocks, evenly
 from device import resolve
 from eval import data_folder, load_data, read_file
@@ -463,7 +463,7 @@ def quantize_model(model, cfg, rows=None):
 def load_ids(ckpt):
     """Returns ({"train": ids, "val": ids} of the model's own data, ""), or ({}, why that cannot be read)."""
     try:
-        _, data, _ = load_data(data_folder(ckpt), ckpt, prepare.load)
+        _, data, _ = load_data(data_folder(ckpt), ckpt, dataset.load)
     except Refusal as e:
         return {}, str(e)
     return data, ""

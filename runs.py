@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 import checkpoint
+import dataset
 import folders
 import prepare
 from checkpoint import open_checkpoint
@@ -99,11 +100,11 @@ def open_start(cfg):
     if not cfg.eval_only:
         check_resumable(start, cfg)
         return start, inherit(cfg, start.state, start.path, resume=True)
-    dataset = cfg.dataset
+    default = cfg.dataset
     # nothing is written, so other data do no harm
     cfg = inherit(cfg, start.state, start.path, resume=True, fixed=())
     if "dataset" not in cfg.given:  # one that was fine-tuned has its base's
-        cfg.dataset = start.dataset or dataset
+        cfg.dataset = start.dataset or default
     return start, cfg
 
 
@@ -175,7 +176,7 @@ def open_data(cfg, compute):
             if not os.path.exists(folder):  # else another run was faster
                 raise
     compute.barrier()  # nothing is written to out_dir before everyone has looked at it, nothing read before it is there
-    meta, data, tokenizer = prepare.load(folder)
+    meta, data, tokenizer = dataset.load(folder)
     check_data(cfg, folder, data, tokenizer)
     return folder, meta, data, tokenizer
 

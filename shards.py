@@ -9,7 +9,6 @@ meta.json names the files of each split in order, with the tokens and the sha256
 
 import hashlib
 import os
-import re
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,6 @@ from folders import sync
 
 SPLITS = ("train", "val")
 HASH_CHUNK = 1 << 24  # ids that are checked at a time
-NAME = re.compile(rf"({'|'.join(SPLITS)})(_\d+)?\.bin")
 
 
 def id_type(vocab_size):
@@ -186,37 +184,3 @@ def check_file(path, dtype, tokens, sha256):
     if digest.hexdigest() != sha256:
         raise ValueError("its sha256 is not the one in meta.json")
     return digest, highest
-
-
-def check_entries(split, entry):
-    """Returns the files that meta.json names of a split, [{"file", "tokens", "sha256"}].
-
-    Raises ValueError, KeyError or TypeError where prepare.py would not write it so.
-    """
-    if "files" not in entry:  # of format 1, which had one file
-        entry = {"tokens": entry["tokens"], "files": [entry | {"file": f"{split}.bin"}]}
-    files = entry["files"]
-    names = shard_names(split, len(files))
-    if [file["file"] for file in files] != names:
-        raise ValueError(f"{split} should be in files named {', '.join(names)}")
-    for file in files:
-        if type(file["tokens"]) is not int or file["tokens"] < 1 or type(file["sha256"]) is not str:
-            raise ValueError(
-                f"{file['file']} has {file['tokens']!r} tokens and sha256 {file['sha256']!r}"
-            )
-    total = sum(file["tokens"] for file in files)
-    if total != entry["tokens"]:
-        raise ValueError(f"{split} has {entry['tokens']} tokens, and its files {total}")
-    return files
-
-
-def strangers(folder, names):
-    """Returns the paths in a folder that look like shards and are none of the names, sorted."""
-    paths = sorted(Path(folder).iterdir())
-    return [path for path in paths if NAME.fullmatch(path.name) and path.name not in names]
-
-
-def open_shards(paths, dtype):
-    """Returns the ids of one split, memory-mapped: one file as numpy's own array, several as Shards."""
-    parts = [np.memmap(path, dtype, mode="r") for path in paths]
-    return parts[0] if len(parts) == 1 else Shards(parts)

@@ -25,6 +25,7 @@ from test_model import build, tokens
 from test_train import SMALL
 
 import checkpoint
+import dataset
 import eval as evaluation
 import prepare
 import score
@@ -160,7 +161,7 @@ def long_lab(lab):
     """The lab with long.txt, one document, and untrained models of a context of 48."""
     text = " ".join(STORIES[:110])
     (lab / "long.txt").write_text(text, encoding="utf-8")
-    _, _, tokenizer = prepare.load(lab / "data/toy")
+    _, _, tokenizer = dataset.load(lab / "data/toy")
     sizes = {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 48}
     for pos in "rope", "alibi", "sinusoidal", "none", "learned":
         torch.manual_seed(1)
@@ -227,7 +228,7 @@ def test_lengths_leave_the_ends_of_documents_out_and_take_a_scaling(long_lab, ca
     evaluate(lab, *argv, "--report_dir=ends")
     results = figures(capsys.readouterr().out)
     assert [way["name"] for way in results["ways"]] == ["rope.pt", "rope.pt, yarn:2,48"]
-    _, data, _ = prepare.load(lab / "data/toy")
+    _, data, _ = dataset.load(lab / "data/toy")
     ids = data["val"].astype(int)
     n = (len(ids) - 1) // 96
     rows = np.array([ids[i * 96 : (i + 1) * 96 + 1] for i in range(n)])
@@ -270,7 +271,7 @@ def test_the_lenses_see_a_stretched_model(long_lab, capsys):
     ckpt = checkpoint.open_checkpoint(str(lab / "rope.pt"))
     ckpt.stretch("linear:2", 96)
     model, tokenizer = ckpt.restore()
-    _, data, _ = prepare.load(lab / "data/toy")
+    _, data, _ = dataset.load(lab / "data/toy")
     documents, _ = evaluation.split_documents(data["val"], tokenizer)
     nats = document_nats(model, tokenizer.encode_batch(documents), tokenizer, CPU)
     loss = np.concatenate([losses[:-1] for losses in nats]).mean()
@@ -338,7 +339,7 @@ def test_by_position_has_every_target_once():
 
 
 def test_the_text_is_what_prepare_wrote_and_the_figures_are_of_its_bytes_alone(lab, capsys):
-    meta, data, tokenizer = prepare.load(lab / "data/toy")
+    meta, data, tokenizer = dataset.load(lab / "data/toy")
     documents, closed = evaluation.split_documents(data["val"], tokenizer)
     assert np.array_equal(stream(documents, closed, tokenizer), data["val"])
     model, _ = checkpoint.restore(checkpoint.load(str(lab / "out/a/ckpt_best.pt")), "a")

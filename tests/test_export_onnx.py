@@ -26,6 +26,7 @@ from test_sample import complete
 from test_train import SMALL
 
 import checkpoint
+import dataset
 import export_onnx
 import onnx_graph
 import onnx_integers
@@ -68,7 +69,7 @@ def lab(tmp_path_factory):
         prepare.prepare(
             configure(prepare.Config, ["--num_stories=300", "--vocab_size=300", "--num_proc=1"])
         )
-        _, _, tokenizer = prepare.load("data/toy")
+        _, _, tokenizer = dataset.load("data/toy")
         model = build(vocab_size=tokenizer.vocab_size, n_kv_head=2, block_size=64)
         config = {"dataset": "toy", "start": "Once", "template": "Q: {prompt}"}
         run_state = checkpoint.RunState(1, 2.0, 2.0)

@@ -23,6 +23,7 @@ from test_sample import complete
 from test_train import CPU, SMALL, lab, log, same  # lab is a fixture
 
 import checkpoint
+import dataset
 import eval as evaluation
 import finetune_lora as ft
 import prepare
@@ -381,9 +382,9 @@ def test_every_file_format_gives_the_same_rows(tmp_path, monkeypatch, hub):
         Path("r.json").write_text(json.dumps(rows, indent=1))
         write_table(pa.Table.from_pylist(rows), "r.parquet")
         hub.splits = {"train": iter(rows)}
-        for dataset in "r.jsonl", "r.json", "r.parquet", "hf:me/rows":
-            dialogues = [conversation.turns for conversation in conversations(read_rows(dataset))]
-            assert dialogues == [[Turn(*pair)] for pair in pairs], dataset
+        for name in "r.jsonl", "r.json", "r.parquet", "hf:me/rows":
+            dialogues = [conversation.turns for conversation in conversations(read_rows(name))]
+            assert dialogues == [[Turn(*pair)] for pair in pairs], name
     hub.splits = {"train": iter([PAIRS[0], {"messages": None}])}
     with pytest.raises(Refusal, match="hf:me/rows row 2: column 'messages' is not a list"):
         conversations(read_rows("hf:me/rows"))
@@ -824,7 +825,7 @@ def test_answers_are_exact_and_of_tokens_that_the_stories_have(shop):
         moral = toy_stories.moral(story)
         assert row["response"] == f"So {moral[0].lower()}{moral[1:]}"
         assert row["response"] in toy_stories.ANSWERS
-    _, data, tokenizer = prepare.load(shop / "data/toy")
+    _, data, tokenizer = dataset.load(shop / "data/toy")
     ids = set(np.unique(data["train"]).tolist())
     assert all(ids.issuperset(tokenizer.encode(answer)) for answer in toy_stories.ANSWERS)
     # the morals themselves have others, which is why they are not the answers
@@ -843,7 +844,7 @@ def test_the_morals_are_counted_right(shop, monkeypatch):
 
     monkeypatch.setattr(ft, "completion_nats", completion_nats)
     monkeypatch.setattr(ft, "generate", generate)
-    _, _, tokenizer = prepare.load(shop / "data/toy")
+    _, _, tokenizer = dataset.load(shop / "data/toy")
     rows = [("", row) for row in toy_stories.moral_rows(60, seed=4)]
     right = [row["response"] == answer for _, row in rows]
     unsaid = [row["response"][3:-1] not in row["prompt"] for _, row in rows]
@@ -861,7 +862,7 @@ def test_the_morals_are_counted_right(shop, monkeypatch):
 
 def test_morals_are_asked_in_the_models_own_chat_template(shop):
     """One that writes what a template with {prompt} does: the same stories, answers and ranks."""
-    _, _, tokenizer = prepare.load(shop / "data/toy")
+    _, _, tokenizer = dataset.load(shop / "data/toy")
     template = "Q: {prompt}\nA: "
     files = {
         "tokenizer.json": tokenizer.tokenizer_json(),

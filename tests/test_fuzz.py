@@ -20,6 +20,7 @@ from test_prepare import DOCS, write_jsonl, write_parquet, write_rows, write_txt
 
 import bench
 import checkpoint
+import dataset
 import eval as evaluation
 import export_onnx
 import finetune_lora
@@ -127,7 +128,7 @@ def make_files(folder):
 
 
 def read_data(folder):
-    _, data, tokenizer = prepare.load(folder / "data/d")
+    _, data, tokenizer = dataset.load(folder / "data/d")
     assert all(int(ids.max()) < tokenizer.vocab_size for ids in data.values())
 
 

@@ -24,6 +24,7 @@ from test_prepare import DOCS, file_size_limit
 from test_train import CPU, SMALL
 
 import checkpoint
+import dataset
 import eval as evaluation
 import finetune_lora
 import hf
@@ -893,7 +894,7 @@ def test_data_of_a_foreign_tokenizer_is_what_sample_and_eval_read(make, tmp_path
     Path("text.txt").write_text(EOT.join(documents), encoding="utf-8")
     settings = ["--dataset=text.txt", "--tokenizer=tokenizer.json", "--name=d", "--val_fraction=0.01"]
     prepare.prepare(configure(prepare.Config, settings))
-    _, data, foreign = prepare.load("data/d")
+    _, data, foreign = dataset.load("data/d")
     assert foreign.sha256 == tokenizer.sha256
 
     train_documents, _ = evaluation.split_documents(data["train"], foreign)
@@ -1494,7 +1495,7 @@ def test_prepare_train_and_sample_from_a_folder(tokenizer, kind, tmp_path, capsy
     peer = write_folder("folder", kind, tokenizer)
     write_text("text.txt")
     call(prepare, "--dataset=text.txt", "--tokenizer=hf:folder", "--name=d")
-    _, data, foreign = prepare.load("data/d")
+    _, data, foreign = dataset.load("data/d")
     call(
         train,
         *(setting for setting in SMALL if not setting.startswith("--n_")),

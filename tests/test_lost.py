@@ -20,8 +20,8 @@ from scripts import ROOT, call
 from test_train import lab, load, log, resume, same  # lab is a fixture
 
 import checkpoint
+import dataset
 import folders
-import prepare
 import train
 from config import Refusal, configure
 from log import plot
@@ -421,7 +421,7 @@ def test_of_two_prepares_of_one_name_at_once_one_is_whole_and_one_is_refused(tmp
         loser = 1 - winner
         statuses.add(codes[loser])
         assert messages[loser].count("\n") == 1
-        meta, _, _ = prepare.load(tmp_path / f"data/d{i}")
+        meta, _, _ = dataset.load(tmp_path / f"data/d{i}")
         assert meta["seed"] == winner
     assert 1 in statuses
     assert sorted(os.listdir(tmp_path / "data")) == ["d0", "d1", "d2", "d3"]

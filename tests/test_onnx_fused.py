@@ -28,6 +28,7 @@ from test_model import build
 from test_sample import complete
 
 import checkpoint
+import dataset
 import export_onnx
 import onnx_graph
 import onnx_integers
@@ -271,7 +272,7 @@ def run(tmp_path_factory):
         prepare.prepare(
             configure(prepare.Config, ["--num_stories=300", "--vocab_size=300", "--num_proc=1"])
         )
-        _, _, tokenizer = prepare.load("data/toy")
+        _, _, tokenizer = dataset.load("data/toy")
         model = build(vocab_size=tokenizer.vocab_size, **WIDE)
         checkpoint.save(
             "out/ckpt.pt", model, tokenizer, {"dataset": "toy"}, checkpoint.RunState(1, 2.0, 2.0)

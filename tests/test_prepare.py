@@ -30,7 +30,8 @@ import shards
 import sources
 import toy_stories
 from config import Refusal, describe
-from prepare import Config, load
+from dataset import load
+from prepare import Config
 from tokenizer import Tokenizer
 
 SCRIPT = Path(prepare.__file__)

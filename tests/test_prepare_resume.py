@@ -15,7 +15,8 @@ import prepare
 import progress
 import readers
 import sources
-from prepare import Config, load
+from dataset import load
+from prepare import Config
 from tokenizer import Tokenizer
 
 ROOT = Path(prepare.__file__).parent

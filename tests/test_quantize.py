@@ -16,6 +16,7 @@ import bench
 import bench_decode
 import bench_quantize
 import checkpoint
+import dataset
 import export_onnx
 import finetune_lora
 import hf
@@ -510,7 +511,7 @@ def lab(tmp_path_factory):
     state = checkpoint.RunState(7, 2.5, 2.25)
     with contextlib.chdir(folder):
         call(prepare, "--dataset=text.txt", "--name=t", "--vocab_size=270", "--num_proc=1")
-        _, _, tokenizer = prepare.load("data/t")
+        _, _, tokenizer = dataset.load("data/t")
         model = build(vocab_size=tokenizer.vocab_size, n_embd=64, n_inner=96)
         checkpoint.save("out/ckpt.pt", model, tokenizer, {"dataset": "t", "start": "the cat"}, state)
         checkpoint.save("bare/ckpt.pt", model, tokenizer, {}, state)
@@ -697,7 +698,7 @@ def test_a_damaged_file_is_one_line(change, message, lab, tmp_path):
 def test_text_from_a_file_takes_the_place_of_the_models_own(lab, tmp_path, monkeypatch):
     """The same text gives the same integers, whichever way it comes in."""
     monkeypatch.chdir(lab)
-    _, data, tokenizer = prepare.load("data/t")
+    _, data, tokenizer = dataset.load("data/t")
     text = tokenizer.decode(data["train"].tolist())
     (tmp_path / "t.txt").write_text(text, encoding="utf-8")
     for name in "bare", "out":
@@ -717,7 +718,7 @@ def test_the_bench_measures_what_is_written(lab, monkeypatch):
     rows = {row["weights"]: row for row in bench_quantize.bench_quantize(cfg, compute)}
     ours = ["float32", "int8 rtn", "int4 rtn", "int4 gptq", "int4 awq", "int4 gptq act_order"]
     assert [name for name in rows if not name.startswith("torchao")] == ours
-    meta, data, tokenizer = prepare.load("data/t")
+    meta, data, tokenizer = dataset.load("data/t")
     split = meta["splits"]["val"]
     for name, folder in {"float32": "out", "int8 rtn": "out/rtn8", "int4 rtn": "out/rtn4"}.items():
         model, _ = checkpoint.open_checkpoint(folder, takes_integers=True).restore()

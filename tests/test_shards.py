@@ -17,8 +17,9 @@ import prepare
 import shards
 import train
 from data import training_rows
+from dataset import load
 from log import read_log
-from prepare import Config, load
+from prepare import Config
 from shards import Shards, check_file
 
 

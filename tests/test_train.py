@@ -19,6 +19,7 @@ from test_model import build, tokens
 from torch.overrides import TorchFunctionMode
 
 import checkpoint
+import dataset
 import folders
 import memory
 import prepare
@@ -912,7 +913,7 @@ def test_the_log_the_best_checkpoint_and_the_plot(lab):
     val_losses = {line["step"]: line["val_loss"] for line in lines if "val_loss" in line}
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 13))
     assert list(val_losses) == [0, 4, 8, 12]
-    _, data, tokenizer = prepare.load(lab / "data/toy")
+    _, data, tokenizer = dataset.load(lab / "data/toy")
     ids = data["val"]
     n_bytes = len(tokenizer.decode(ids[ids != tokenizer.eot].tolist()).encode())
     bits = [line["val_bits_per_byte"] for line in lines if "val_loss" in line]
@@ -936,7 +937,7 @@ def test_a_loss_in_the_log_is_the_mean_of_its_steps_and_the_last_one_that_of_the
     each, means = losses
     assert means == pytest.approx([sum(each[:3]) / 3, sum(each[3:]) / 3])
     model, _ = checkpoint.restore(load(lab, "each-3"), "each-3")
-    _, data, _ = prepare.load(lab / "data/toy")
+    _, data, _ = dataset.load(lab / "data/toy")
     loss = evaluate(model, data["val"], model.config.block_size, 4, CPU)
     assert f"tokens: {loss:.4f} nats a token" in output
 
@@ -1086,7 +1087,7 @@ def test_each_architecture_trained_briefly_beats_a_bigram_model(lab, preset):
     out_dir = f"bigram-{preset}"
     argv = [str(ROOT / f"configs/{preset}.toml"), *LARGER, "--max_iters=200", "--eval_interval=200"]
     run_train(lab, *argv, f"--out_dir={out_dir}")
-    _, data, tokenizer = prepare.load(lab / "data/toy")
+    _, data, tokenizer = dataset.load(lab / "data/toy")
     assert load(lab, out_dir)["val_loss"] < bigram_nats(data, tokenizer.vocab_size)
 
 
@@ -1107,7 +1108,7 @@ def test_floor_line_compares_like_with_like(lab):
     """A model that gives each story its exact probability is at the floor: the line must say 0.0%. One that is above it
     by a part of a story's length is so by a mean and with an error that are known.
     """
-    _, data, tokenizer = prepare.load(lab / "data/toy")
+    _, data, tokenizer = dataset.load(lab / "data/toy")
 
     class Oracle(torch.nn.Module):
         config = ModelConfig(vocab_size=tokenizer.vocab_size)

@@ -33,6 +33,7 @@ from test_train import same
 from tqdm import tqdm
 
 import checkpoint
+import dataset
 import prepare
 from config import Refusal, configure
 from folders import RUN, holds_run
@@ -181,7 +182,7 @@ class Preparing:
             if self.dataset(each) not in (before, whole):
                 lost.append(f"data/{each} is neither the old nor the new dataset")
             with contextlib.chdir(self.folder):
-                prepare.load(f"data/{each}")
+                dataset.load(f"data/{each}")
         if all(self.dataset(each) != before for each in names):
             lost.append(f"the dataset that stood at data/{name} is gone")
         return lost
