@@ -468,11 +468,9 @@ LESSONS = [uncapitalize(title[:-1]) for title in MORALS]
 
 def fate(text):
     """Returns (hero, lesson) of the story as which a text begins, however it goes on."""
-    low, high = 0, len(text)
-    while low < high:  # the longest beginning that is a story's
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if possible(text[:middle]) else (low, middle - 1)
-    _, _, settled = next(continuations(text[:low]))
+    # of the longest beginning that is a story's: all shorter ones are, too
+    length = bisect(range(1, len(text) + 1), False, key=lambda n: not possible(text[:n]))
+    _, _, settled = next(continuations(text[:length]))
     return settled["{hero}"], settled["{lesson}"]
 
 
