@@ -76,6 +76,17 @@ def find_splits(key, cfg, tmp, progress, wanted):
             splits = fetch(dataset, cfg, tmp / key, wanted)
             progress.note_fetched(key, splits)
         return splits
+    splits = local_splits(dataset, key)
+    if key == "dataset" and not splits["train"]:
+        names = file_names(dataset, [file for files in splits.values() for file in files])
+        raise Refusal(f"{dataset}: no file to train on, only {names}; name a file or a folder in it")
+    return splits
+
+
+def local_splits(dataset, key):
+    """Returns {split: files} of a file, a folder or a pattern, which the key names. Raises Refusal where no file is
+    one to read.
+    """
     path = Path(dataset)
     if is_pattern(dataset):
         folder = base_folder(dataset)  # not part of the pattern, as its name may have a [ in it
@@ -96,9 +107,6 @@ def find_splits(key, cfg, tmp, progress, wanted):
     if not any(splits.values()):
         endings = f"{' '.join(READERS)}, also with {' '.join(PACKINGS)}"
         raise Refusal(f"{path}: no file here ends in {endings}")
-    if key == "dataset" and not splits["train"]:
-        names = file_names(dataset, [file for files in splits.values() for file in files])
-        raise Refusal(f"{path}: no file to train on, only {names}; name a file or a folder in it")
     return splits
 
 
