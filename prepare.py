@@ -152,17 +152,15 @@ def dataset_name(dataset):
 
 
 class Piece(NamedTuple):
-    """A document, or a part of one that is cut between the splits or is long."""
+    """A document, or the part of it that a split has. A long one is cut into pieces: the first begins it, the last
+    ends it.
+    """
 
     split: str
     text: str
     add_eot: bool  # whether end-of-text follows
-    doc_ends: (
-        bool  # whether it counts as a document: the last of the pieces into which a long text is cut
-    )
-    text_begins: bool = (
-        True  # whether it is not encoded as going on where another ended: the first of these
-    )
+    begins: bool = True
+    ends: bool = True
 
 
 def count_documents(docs, exact):
@@ -183,13 +181,13 @@ def split_documents(cfg, files, val_files, n, chars):
     docs = documents(files, cfg, exact=n == 1)
     if val_files:
         for text in docs:
-            yield Piece("train", text, add_eot=True, doc_ends=True)
+            yield Piece("train", text, add_eot=True)
         for text in documents(val_files, cfg):
-            yield Piece("val", text, add_eot=True, doc_ends=True)
+            yield Piece("val", text, add_eot=True)
     elif n >= FEW:
         is_val = np.random.default_rng(cfg.seed).permutation(n) < round(cfg.val_fraction * n)
         for text, val in zip(docs, is_val.tolist()):
-            yield Piece("val" if val else "train", text, add_eot=True, doc_ends=True)
+            yield Piece("val" if val else "train", text, add_eot=True)
     else:
         left = int(chars * (1 - cfg.val_fraction))  # characters of the training split that are to come
         for i, text in enumerate(docs, 1):
@@ -197,21 +195,21 @@ def split_documents(cfg, files, val_files, n, chars):
             tail = text[left:]
             left -= len(head)
             if head:
-                yield Piece("train", head, add_eot=i < n and not tail, doc_ends=True)
+                yield Piece("train", head, add_eot=i < n and not tail)
             if tail:
-                yield Piece("val", tail, add_eot=i < n, doc_ends=True)
+                yield Piece("val", tail, add_eot=i < n)
 
 
 def cut_long(pieces, cuts=BREAK):
     """Yields pieces, long ones cut where the pattern `cuts` matches."""
-    for split, text, add_eot, doc_ends, _ in pieces:
+    for split, text, add_eot, *_ in pieces:
         start = 0
         while start < len(text):
             cut = cuts.search(text, start + CHUNK)
             stop = cut.start() if cut else len(text)
             is_last = stop == len(text)
             part = text[start:stop]
-            yield Piece(split, part, add_eot and is_last, doc_ends and is_last, start == 0)
+            yield Piece(split, part, add_eot and is_last, begins=start == 0, ends=is_last)
             start = stop
 
 
@@ -232,7 +230,7 @@ def with_counts(pieces, stats):
     """Yields the pieces, and adds to stats[split] how many documents, characters and bytes they hold."""
     for piece in pieces:
         counts = stats[piece.split]
-        counts["documents"] += int(piece.doc_ends)
+        counts["documents"] += int(piece.ends)
         counts["characters"] += len(piece.text)
         counts["bytes"] += len(piece.text.encode())
         yield piece
@@ -255,10 +253,10 @@ def chunks(pieces):
 def encode_chunk(chunk, tokenizer):
     """Returns {"train": ids, "val": ids} of a list of pieces, each a 1-D array."""
     ids = {split: [] for split in SPLITS}
-    beginnings = [piece.text for piece in chunk if piece.text_begins]
+    beginnings = [piece.text for piece in chunk if piece.begins]
     encoded = iter(tokenizer.encode_batch(beginnings, num_threads=1))  # the chunk has its own
     for piece in chunk:
-        if piece.text_begins:
+        if piece.begins:
             ids[piece.split] += tokenizer.head + next(encoded)
         else:
             ids[piece.split] += tokenizer.encode_more(piece.text)

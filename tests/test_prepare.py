@@ -297,13 +297,13 @@ def test_split_text_is_str_split(text, cuts, separator):
 def test_pieces_encode_as_the_whole(text, size):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare, "CHUNK", size)
-        pieces = list(prepare.cut_long([prepare.Piece("val", text, True, True)]))
+        pieces = list(prepare.cut_long([prepare.Piece("val", text, True)]))
     assert bool(pieces) == bool(text)
     ids = [i for piece in pieces for i in TOKENIZER.encode(piece.text)]
     assert ids == TOKENIZER.encode(text)
-    # closed and whole at the last piece alone, counted at the first
+    # closed and counted at the last piece alone, encoded as a beginning at the first
     last = len(pieces) - 1
-    assert [piece[2:] for piece in pieces] == [(i == last, i == last, i == 0) for i in range(last + 1)]
+    assert [piece[2:] for piece in pieces] == [(i == last, i == 0, i == last) for i in range(last + 1)]
 
 
 TOKENIZER = Tokenizer.train([" \n\n  a\u3000\u3000 b  'sa's 11,, \r\n\r\n é日  日"] * 2 + DOCS, 600)
@@ -787,7 +787,7 @@ def test_encoding_reads_only_so_far_ahead(monkeypatch, tmp_path):
         for _ in range(2000):
             num_read += 1
             most_ahead = max(most_ahead, num_read - num_encoded)
-            yield prepare.Piece("train", "x" * 100, True, True)
+            yield prepare.Piece("train", "x" * 100, True)
 
     def encode_batch(texts, num_threads):
         nonlocal num_encoded
