@@ -213,6 +213,15 @@ READERS = {
 ROW_READERS = {".json": json_rows, ".jsonl": jsonl_rows, ".csv": csv_rows, ".parquet": parquet_rows}
 
 
+def documents(files, cfg, exact=False):
+    """Yields the documents of all files in order; exact: with the white space around them."""
+    for path in files:
+        read = READERS[file_kind(path)]
+        for text in read(path, cfg):
+            if text and not text.isspace():
+                yield text if exact else text.strip()
+
+
 def column_texts(rows, column):
     for place, row in rows:
         yield field(row, column, place)
@@ -240,12 +249,3 @@ def check_text(text, place):
     except (AttributeError, UnicodeEncodeError):
         raise Refusal(f"{place} is not text but {text!r:.60}")
     return text
-
-
-def documents(files, cfg, exact=False):
-    """Yields the documents of all files in order; exact: with the white space around them."""
-    for path in files:
-        read = READERS[file_kind(path)]
-        for text in read(path, cfg):
-            if text and not text.isspace():
-                yield text if exact else text.strip()

@@ -96,7 +96,11 @@ def mask_bytes(c, batch_size=0):
     places = torch.arange(2)
     doc = torch.zeros(1, 2) if batch_size else None
     mask = make_sight(places, places, doc, doc, model.score_bias, window=short.window).mask
-    return 0 if mask is None else (max(1, batch_size) * mask.nbytes // 4 + 8) * queries * keys
+    if mask is None:
+        return 0
+    pair = mask.nbytes // 4  # two tokens are four pairs of a query and a key
+    distance = 8  # an int64
+    return (max(1, batch_size) * pair + distance) * queries * keys
 
 
 def activation_bytes(c, adapt=None):
