@@ -123,13 +123,13 @@ def parse_vocabulary(text):
     except (KeyError, TypeError, AttributeError):
         problem = "model or added_tokens is missing or malformed"
         raise ValueError(f"the JSON is no tokenizer.json: {problem}") from None
-    char = settings.get("type") == "WordLevel"
+    is_char = settings.get("type") == "WordLevel"
     normalizer = data.get("normalizer")
     pre_tokenizer = data.get("pre_tokenizer")
     post_processor = data.get("post_processor")
-    splits_alike = pre_tokenizer == EACH_CHAR if char else is_gpt2_split(pre_tokenizer)
+    splits_alike = pre_tokenizer == EACH_CHAR if is_char else is_gpt2_split(pre_tokenizer)
     checks = [
-        ("model", settings, char or is_plain_bpe(settings)),
+        ("model", settings, is_char or is_plain_bpe(settings)),
         ("normalizer", normalizer, normalizer is None),
         ("pre_tokenizer", pre_tokenizer, splits_alike),
         ("post_processor", post_processor, adds_no_token(post_processor)),
@@ -142,7 +142,7 @@ def parse_vocabulary(text):
     vocab = model.get("vocab")
     merges = model.get("merges")
     vocab = {**vocab, **added} if isinstance(vocab, dict) else {}
-    return check_vocabulary(vocab, merges if isinstance(merges, list) else [], char)
+    return check_vocabulary(vocab, merges if isinstance(merges, list) else [], is_char)
 
 
 def read_gpt2_vocabulary(folder=None):
@@ -165,7 +165,7 @@ def read_gpt2_vocabulary(folder=None):
     return check_vocabulary(vocab | {EOT: encoding.eot_token})
 
 
-def check_vocabulary(vocab, merges=None, char=False):
+def check_vocabulary(vocab, merges=None, is_char=False):
     """Returns the vocabulary of {token text: id} and merges, "left right" or [left, right] each.
 
     ValueError: ids with holes or twice, a token that is not text of its kind.
@@ -181,11 +181,11 @@ def check_vocabulary(vocab, merges=None, char=False):
     for i, text in enumerate(texts):
         if i == eot:
             continue
-        if char and (len(text) != 1 or "\ud800" <= text <= "\udfff"):
+        if is_char and (len(text) != 1 or "\ud800" <= text <= "\udfff"):
             raise ValueError(f"token {i} ({text!r:.60}) is not one character")
-        if not char and set(text) - CHAR_BYTE.keys():
+        if not is_char and set(text) - CHAR_BYTE.keys():
             raise ValueError(f"token {i} ({text!r:.60}) is not written in GPT-2's byte characters")
-    if char:
+    if is_char:
         return "char", [text.encode() for text in texts], eot, None
     tokens = [bytes(CHAR_BYTE[c] for c in text) for text in texts]
     if merges is None:
