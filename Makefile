@@ -65,7 +65,8 @@ gpu: .venv/installed-dev  ## with a CUDA GPU: its tests, then its tables; NANOGP
 	$(BIN)/python bench.py rmsnorm
 	$(BIN)/python train.py configs/small.toml --dataset=toy --max_iters=1 --out_dir=out/gpu-small --overwrite
 	for n in 1 64; do for compile in false true; do $(BIN)/python sample.py --out_dir=out/gpu-small --dtype=bfloat16 \
-		--num_samples=$$n --max_new_tokens=400 --compile=$$compile | tail -n 2; done; done
+		--num_samples=$$n --max_new_tokens=400 --compile=$$compile > out/gpu-small/text.txt \
+		&& tail -n 2 out/gpu-small/text.txt || exit 1; done; done
 	date +%T && $(BIN)/python train.py --out_dir=out/gpu --overwrite && date +%T
 
 torture: .venv/installed-dev  ## 1,000 kills of running scripts and 500 damaged files: nothing may be lost; half an hour
