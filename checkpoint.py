@@ -439,7 +439,7 @@ def find(out_dir, prefer="ckpt_best.pt"):
             return path
     if wants_adapter:
         refuse_missing_adapter(out_dir)
-    if holds_run(out_dir, ADAPTERS):
+    if holds_run(out_dir, ADAPTERS):  # a reward model is not advised to write
         path = find(out_dir, "adapter_best.pt")
         refuse_reward_model(Checkpoint("", adapter_path=path, adapter=load(path, ADAPTER_KEYS)))
     refuse_missing_checkpoint(out_dir)

@@ -1,5 +1,5 @@
 """What a command is told where a name has no checkpoint that it can use: what is there instead, and which command
-reads or makes one. Each function raises Refusal, or returns the one that is said in two places.
+reads or makes one.
 """
 
 import os
@@ -14,8 +14,8 @@ from interop.gguf_file import is_gguf
 
 
 def refuse_hf(name, wants_adapter):
-    """Raises Refusal where hf:FOLDER_OR_NAME is not read: as an adapter never, as a model where only PEFT's adapter
-    or a run of ours is in the folder.
+    """Raises Refusal where hf:FOLDER_OR_NAME cannot be read. An adapter never can. A model can, unless the folder has
+    a run of ours, or PEFT's adapter alone.
     """
     folder = hf_name(name)
     is_model = holds_model(folder)
