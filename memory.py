@@ -71,18 +71,23 @@ def check_memory(device, needs, advice):
 
 
 def training_parts(cfg, c, compute, learned=None, adapt=None, documents=False):
-    """Returns {part: bytes}, the least that a process holds while it trains a model of config c: "weights",
-    "tables", "moments" and "gradients"; the "tokens" of a step; a "mask"; and what is "kept" of a micro-batch
-    for its backward pass, its logits and their gradient too. Of weights in shards only this process's count.
+    """Returns {part: bytes}, the least that a process holds while it trains a model of config c. Raises ValueError
+    where the numbers are too large to count.
+
+        "weights", "moments", "gradients"   where they are in shards, this process's
+        "tables"
+        "tokens"                            of a step
+        "mask", "kept"                      of a micro-batch; kept are logits, too, and what the backward pass needs
+
+    With --eval_only there are weights and tables alone.
 
     learned: how many weights learn, None for all; adapt: what freezes the others (see sizes.activation_bytes);
-    documents: whether rows have documents in them. With --eval_only, which may have fewer rows than a
-    micro-batch, only the weights and tables count. Raises ValueError where the numbers are too large to count.
+    documents: whether rows have documents in them.
     """
     sizes = model_sizes(c)
     shards = compute.parts
     weights = {"weights": 4 * sizes.parameters // shards, "tables": 4 * sizes.buffers}
-    if cfg.eval_only:
+    if cfg.eval_only:  # which may have fewer rows than a micro-batch
         return weights
     learned = sizes.parameters if learned is None else learned
     moments = 8 * learned - (4 * sizes.hidden if cfg.optimizer == "muon" else 0)
