@@ -140,9 +140,7 @@ def learn_merges(words, counts, first, stop, progress=iter):
     shows how far it is, such as tqdm.
 
     The words stand in one linked list, and a merge visits only the places of its pair, so a word as
-    long as the text takes no longer than many short ones. A pair is never more frequent than when it
-    came up (a merge makes only pairs with the new id). So it has one entry in the heap, whose count is
-    never too low; an entry whose count is too high goes back with the count of the moment.
+    long as the text takes no longer than many short ones.
     """
     ids = []  # None between words, and where an id was merged into the one before it
     weights = []  # how often each id's word occurs
@@ -162,13 +160,9 @@ def learn_merges(words, counts, first, stop, progress=iter):
     heapq.heapify(heap)
     merges = {}
     for new in progress(range(first, min(stop, first + len(ids)))):
-        while heap and -heap[0][0] != pair_count[heap[0][1]]:
-            _, pair = heapq.heappop(heap)
-            if pair_count[pair]:
-                heapq.heappush(heap, (-pair_count[pair], pair))
-        if not heap:
+        pair = pop_most_frequent(heap, pair_count)
+        if pair is None:
             break
-        _, pair = heapq.heappop(heap)
         merges[pair] = new
         left, right = pair
         born = set()
@@ -198,6 +192,22 @@ def learn_merges(words, counts, first, stop, progress=iter):
             if pair_count[p]:  # in a run of the new id, a pair may be gone already
                 heapq.heappush(heap, (-pair_count[p], p))
     return merges
+
+
+def pop_most_frequent(heap, pair_count):
+    """Returns the pair that is most frequent by now, or None where no pair is left, and takes it off the heap of
+    (-count, pair).
+
+    A pair has one entry, whose count is never too low: no pair gets more frequent after it came up, as a merge
+    makes only pairs with the new id. An entry whose count is too high goes back with the count of the moment.
+    """
+    while heap:
+        negative_count, pair = heapq.heappop(heap)
+        if -negative_count == pair_count[pair]:
+            return pair
+        if pair_count[pair]:
+            heapq.heappush(heap, (-pair_count[pair], pair))
+    return None
 
 
 def merge_by_heap(ids, merges):
