@@ -215,28 +215,23 @@ def merge_by_heap(ids, merges):
 
     merges must have each pair with a merged id after the pair that made that id, as recover_merges does.
     """
-    ids = list(ids)
-    end = len(ids)
-    before = list(range(-1, end - 1))
-    after = list(range(1, end + 1))
-    heap = [(merges[pair], i) for i, pair in enumerate(zip(ids, ids[1:])) if pair in merges]
+    ids = [*ids, None]  # a ring; None also where an id was merged into the one before it
+    before = list(range(-1, len(ids) - 1))
+    after = [*range(1, len(ids)), 0]
+    heap = [(merges[pair], i) for i, pair in enumerate(pairwise(ids)) if pair in merges]
     heapq.heapify(heap)
     while heap:
         new, i = heapq.heappop(heap)
         j = after[i]
-        # another merge may have taken this pair apart
-        if j == end or merges.get((ids[i], ids[j])) != new:
+        if merges.get((ids[i], ids[j])) != new:  # another merge has taken this pair apart
             continue
-        ids[i] = new
-        ids[j] = None
+        ids[i], ids[j] = new, None
         after[i] = after[j]
-        if after[i] < end:
-            before[after[i]] = i
+        before[after[i]] = i
         for left in (before[i], i):
-            if left >= 0 and after[left] < end:
-                pair = (ids[left], ids[after[left]])
-                if pair in merges:
-                    heapq.heappush(heap, (merges[pair], left))
+            pair = ids[left], ids[after[left]]
+            if pair in merges:
+                heapq.heappush(heap, (merges[pair], left))
     return [i for i in ids if i is not None]
 
 
