@@ -48,8 +48,8 @@ def others_in(folder):
 
 
 def is_free(folder):
-    """Returns whether a run can begin in folder as it is: where there is nothing but subfolders, which hold other runs
-    and what was made of them, files that other scripts write beside these, and the log of a run without a checkpoint.
+    """Returns whether a run can begin in folder as it is. There may be subfolders (other runs, and what was made of
+    them), files that other scripts write beside these, and the log of a run without a checkpoint.
     """
     if not os.path.isdir(folder):
         return not os.path.exists(folder)

@@ -270,7 +270,6 @@ class Tokenizer:
     files = {}
     chat_template = None
     generation = {}  # generation_config.json
-
     tuning = {}  # {"template", "text_rule"}, what hf.py's folder of our own says that its model was fine-tuned with
 
     def __init__(self, kind, tokens, eot, merges=None):
@@ -354,6 +353,9 @@ class Tokenizer:
 
     @classmethod
     def _checked(cls, kind, tokens, eot, pairs):
+        """Returns the tokenizer of a vocabulary, as vocabulary.py has it. ValueError: merges that do not make the
+        tokens.
+        """
         merges = recover_merges(tokens, eot) if kind == "bpe" else {}
         needed_pairs = [[byte_chars(tokens[left]), byte_chars(tokens[right])] for left, right in merges]
         if pairs is not None:
