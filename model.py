@@ -29,7 +29,7 @@ from products import Linear, joint_linear, product_dtype
 from rope_scaling import rope_frequencies, rope_scale
 
 LONGEST_WRITTEN_OUT = 1024  # tokens: from there on SDPA is nearly as fast, and it keeps no scores
-HAS_CHUNKED_LOSS = hasattr(nn, "LinearCrossEntropyOptions")  # from torch 2.13 on
+LOGITS_AT_ONCE = 2**24  # that a chunked loss holds: 64 MB in float32
 
 
 @dataclass
@@ -519,8 +519,7 @@ class Transformer(nn.Module):
     """A decoder-only language model. Attributes that are no part of the architecture:
 
     gradient_checkpointing: recompute each block in the backward pass; less memory, a third more time.
-    chunked_loss: never hold all logits at once. A call with targets then returns no logits, and logits() is
-    not called (see has_plain_logits).
+    chunked_loss: never hold all logits at once. A call with targets then returns no logits.
     balance: how much of balance_loss is added to the loss in training.
     quantization: how the integers are stored that quantized.py has put in place of matrices; None without.
     """
@@ -652,16 +651,26 @@ class Transformer(nn.Module):
         """Returns the logits (..., V) of final states x (..., C). All logits come from here."""
         return self.head(x)
 
-    @torch.no_grad()
-    def has_plain_logits(self):
-        """Returns whether logits() only multiplies by the head's weight, as a chunked loss takes for granted."""
-        example = self.example
-        weight = self.head.weight.to(example)
-        x = torch.linspace(0, 9, weight.size(1)).sin().to(example)
-        x *= 100 / F.linear(x, weight).abs().max().clamp(min=1e-6)  # so that a cap shows
-        logits = self.logits(x[None])[0]
-        bias = getattr(self.head, "bias", None)  # an untrained one is 0, and does not show in the logits
-        return bias is None and torch.allclose(logits, F.linear(x, weight), rtol=0.01, atol=1)
+    def token_nats(self, x, targets):
+        """Returns -log p (R,) of targets (R,) after final states x (R, C), in nats; 0 for a target of -100."""
+        return F.cross_entropy(self.logits(x).float(), targets, reduction="none")
+
+    def chunked_nats(self, x, targets):
+        """Returns what token_nats does, with LOGITS_AT_ONCE at most: the backward pass makes them again (Chen et
+        al. 2016). torch's linear_cross_entropy adds up in bfloat16 (findings/linear_cross_entropy_chunks.sh).
+        """
+        rows = max(1, LOGITS_AT_ONCE // self.config.vocab_size)
+        if len(x) <= rows:
+            return self.token_nats(x, targets)
+        device = x.device.type
+        chunks = zip(x.split(rows), targets.split(rows))
+        # without a cache each chunk casts the weight by itself, and their gradients are added up in float32
+        with torch.autocast(device, enabled=torch.is_autocast_enabled(device), cache_enabled=False):
+            nats = [
+                checkpoint(self.token_nats, *chunk, use_reentrant=False, preserve_rng_state=False)
+                for chunk in chunks
+            ]
+        return torch.cat(nats)
 
     def forward(self, idx, targets=None, cache=None, doc=None, reduction="mean"):
         """Returns (logits, loss): logits (B, T, V); loss None without targets, else cross-entropy in
@@ -677,7 +686,11 @@ class Transformer(nn.Module):
             return self.logits(x), None
         logits = None
         if self.chunked_loss:
-            loss = chunked_cross_entropy(x.flatten(0, 1), self.head.weight, targets.flatten(), reduction)
+            loss = self.chunked_nats(x.flatten(0, 1), targets.flatten())
+            if reduction != "none":
+                loss = loss.sum()
+            if reduction == "mean":
+                loss = loss / (targets != -100).sum()
         else:
             logits = self.logits(x)
             loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction=reduction)
@@ -687,22 +700,3 @@ class Transformer(nn.Module):
             balance = self.balance * balance_loss(routings, targets, doc, reduction)
             loss = loss + (balance - balance.detach())
         return logits, loss
-
-
-def chunked_cross_entropy(x, weight, targets, reduction):
-    """Returns the cross-entropy in nats of logits x @ weight.T, x (R, C), weight (V, C), and targets (R,), without
-    ever holding all logits.
-    """
-    dtype = product_dtype(x)  # autocast passes this product by
-    is_rounded = dtype.itemsize < 4  # and a sum or a mean would be, to 8 bits in bfloat16
-    loss = F.linear_cross_entropy(
-        x.to(dtype),
-        weight.to(dtype),
-        targets,
-        reduction="none" if is_rounded else reduction,
-        options=nn.LinearCrossEntropyOptions(),
-    )
-    if not is_rounded or reduction == "none":
-        return loss
-    total = loss.float().sum()
-    return total / (targets != -100).sum() if reduction == "mean" else total

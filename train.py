@@ -37,7 +37,7 @@ from gradients import GradientSum
 from graphs import TrainingStep, captures_steps, graph_message
 from log import Log, Meter, evaluation_line, plot
 from memory import check_training_memory
-from model import HAS_CHUNKED_LOSS, ModelConfig, Transformer, model_config
+from model import ModelConfig, Transformer, model_config
 from optim import (
     get_lr,
     load_optimizers,
@@ -94,7 +94,7 @@ class TrainConfig:
     momentum: float = 0.95                  # Muon's
     grad_clip: float = 1.0                  # largest gradient norm; 0 = any
     balance: float = 0.01                   # moe: weight of the loss that spreads tokens over experts
-    loss: str = "plain"                     # plain | chunked (linear_cross_entropy: less memory, never all logits)
+    loss: str = "plain"                     # plain | chunked (never all logits at once: less memory, a little slower)
     gradient_checkpointing: bool = False    # recompute blocks in the backward pass: less memory, more time
     device: str = "auto"                    # auto | cpu | cuda | cuda:N | mps
     dtype: str = "auto"                     # of products: auto | float32 | tf32 | bfloat16 | float16; kept on resume
@@ -132,10 +132,6 @@ class TrainConfig:
             )
         if self.wandb_log and not importlib.util.find_spec("wandb"):
             raise ValueError("wandb_log needs wandb: pip install wandb; --no-wandb_log does without")
-        if self.loss == "chunked" and not HAS_CHUNKED_LOSS:
-            raise ValueError(
-                f"loss=chunked needs a torch with linear_cross_entropy (2.13); this is {torch.__version__}"
-            )
 
     @property
     def only_prints(self):
@@ -591,10 +587,6 @@ def place(model, cfg, compute):
     """
     model.gradient_checkpointing = cfg.gradient_checkpointing
     model.chunked_loss = cfg.loss == "chunked"
-    if model.chunked_loss and not model.has_plain_logits():
-        raise Refusal(
-            "loss=chunked multiplies by the head alone, and model.py's logits() does more: --loss=plain"
-        )
     model.balance = cfg.balance
     if compute.shards:
         if compute.compile:  # between their messages

@@ -9,7 +9,6 @@ import toy_stories
 from config import Refusal
 from data import document_slices
 from lenses.stats import bits, bits_per_byte, bootstrap, ratio
-from model import HAS_CHUNKED_LOSS
 from score import STORIES, above_floor, context_lengths, document_nats
 
 FEW = 30  # documents; with fewer, text is resampled in slices, and paragraphs stand for documents
@@ -53,7 +52,7 @@ def fit_batch(model):
     of a single row are too many.
     """
     rows = LOGITS // (model.config.block_size * model.config.vocab_size)
-    model.chunked_loss = rows == 0 and HAS_CHUNKED_LOSS and model.has_plain_logits()
+    model.chunked_loss = rows == 0
     return min(32, max(1, rows))
 
 

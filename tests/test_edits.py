@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from scripts import call
-from test_model import build, tokens
+from test_model import V, build, tokens
 from test_train import SMALL
 
 import bench_decode
@@ -28,7 +28,7 @@ from interop import gguf_layout, hf_layout, known_logits, peft_layout
 from interop.hf_config import choose_kind
 from lenses import likelihood
 from lora import LoRAConfig, inject
-from model import HAS_CHUNKED_LOSS, Transformer
+from model import Transformer
 from products import Linear
 from score import batch_nats
 
@@ -85,19 +85,14 @@ def test_an_activation_that_one_has_changed_is_exported(monkeypatch):
     torch.testing.assert_close(own(x), relu_squared(build().blocks[0].mlp, x))
 
 
-@pytest.mark.skipif(not HAS_CHUNKED_LOSS, reason="this torch has no linear_cross_entropy")
-def test_a_chunked_loss_is_not_taken_where_logits_are_more_than_a_product(monkeypatch, tmp_path):
-    model = build().eval()
-    monkeypatch.setattr(likelihood, "LOGITS", 999)
-    likelihood.fit_batch(model)
-    assert model.chunked_loss
+def test_a_chunked_loss_is_of_the_logits_that_the_model_has(monkeypatch):
+    monkeypatch.setattr("model.LOGITS_AT_ONCE", 3 * V)
     for edited in capped, lambda self, x: self.head(x) / 8, lambda self, x: F.pad(self.head(x), (1, -1)):
         monkeypatch.setattr(Transformer, "logits", edited)
-        likelihood.fit_batch(model)
-        assert not model.chunked_loss
-    call(prepare, "--num_stories=400", "--num_proc=1", folder=tmp_path)
-    with pytest.raises(Refusal, match="logits.. does more: --loss=plain"):
-        call(train, *SMALL, "--loss=chunked", folder=tmp_path)
+        model = build().eval()
+        plain = model(tokens(), tokens())[1]
+        model.chunked_loss = True
+        torch.testing.assert_close(model(tokens(), tokens())[1], plain)
 
 
 @torch.no_grad()

@@ -20,7 +20,6 @@ from experts import MoE, Routing, balance_loss, has_grouped_mm, recorded_routing
 from masks import attention_mask
 from model import (
     BLOCKS,
-    HAS_CHUNKED_LOSS,
     MLPS,
     NORMS,
     POSITIONS,
@@ -665,32 +664,31 @@ def test_initialisation_by_role():
         assert abs(p.mean().item()) < 0.1 * std, name
 
 
-@pytest.mark.skipif(not HAS_CHUNKED_LOSS, reason="torch before 2.13")
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 def test_a_chunked_loss_in_bfloat16_is_the_plain_one(reduction, monkeypatch):
-    """Neither rounded to bfloat16, nor of a state and a matrix of two dtypes, which a GPU does not multiply."""
-    dtypes = []
-    product = F.linear_cross_entropy
-
-    def noted(x, weight, *args, **kwargs):
-        dtypes.append((x.dtype, weight.dtype))
-        return product(x, weight, *args, **kwargs)
-
-    monkeypatch.setattr(F, "linear_cross_entropy", noted)
-    model = build()
-    idx = torch.randint(V, (4, 24), generator=torch.Generator().manual_seed(0))
+    """Neither the loss nor the gradient of the head is added up in bfloat16, and few logits are there at a time."""
+    monkeypatch.setattr("model.LOGITS_AT_ONCE", 3 * V)
+    model = build(tie=False)
+    sizes = []
+    model.head.register_forward_hook(lambda module, args, logits: sizes.append(len(logits)))
+    idx = torch.randint(V, (16, 24), generator=torch.Generator().manual_seed(0))
     targets = idx.roll(-1, 1).masked_fill(idx < 9, -100)
     losses, gradients = [], []
-    for model.chunked_loss in False, True:
+    for model.chunked_loss, dtype in (
+        (False, torch.float32),
+        (False, torch.bfloat16),
+        (True, torch.bfloat16),
+    ):
         model.zero_grad()
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
             loss = model(idx, targets, reduction=reduction)[1]
         loss.backward()
         losses.append(loss.detach())
-        gradients.append(model.wte.weight.grad)
-    assert dtypes == [(torch.bfloat16, torch.bfloat16)]
-    torch.testing.assert_close(losses[1], losses[0], rtol=3e-4, atol=0)
-    assert (gradients[1] - gradients[0]).norm() < 0.03 * gradients[0].norm()
+        gradients.append(model.head.weight.grad)
+    assert sizes[2:] == [3] * (2 * 16 * 24 // 3)
+    torch.testing.assert_close(losses[2], losses[1], rtol=1e-6, atol=0)
+    errors = [(gradient - gradients[0]).norm() for gradient in gradients]
+    assert 0 < errors[2] < 1.1 * errors[1]
 
 
 @pytest.mark.slow
@@ -714,9 +712,8 @@ def test_texts_of_many_lengths_are_compiled_twice():
 
 
 @pytest.mark.parametrize("chunked_loss", [False, True])
-def test_loss_is_cross_entropy_over_targets_that_are_not_masked(chunked_loss):
-    if chunked_loss and not HAS_CHUNKED_LOSS:
-        pytest.skip("this torch has no linear_cross_entropy")
+def test_loss_is_cross_entropy_over_targets_that_are_not_masked(chunked_loss, monkeypatch):
+    monkeypatch.setattr("model.LOGITS_AT_ONCE", 3 * V)
     model = build().double()
     idx, targets = tokens(), tokens(seed=2)
     targets[:, :5] = -100

@@ -29,7 +29,7 @@ from config import Refusal, configure
 from data import prompt_ids
 from device import resolve
 from generate import generate
-from model import HAS_CHUNKED_LOSS, Transformer
+from model import Transformer
 from quantized import Codes, Quantization, QuantizedLinear, linears
 from score import document_nats, evaluate
 from sizes import num_params
@@ -481,7 +481,7 @@ def test_a_model_of_integers_computes_what_its_numbers_do(bits, method, settings
     tied = integers.wte.table is integers.head
     assert tied == settings.get("tie", True)
     loss = integers(tokens(), targets=tokens())[1]
-    integers.chunked_loss = HAS_CHUNKED_LOSS
+    integers.chunked_loss = True
     torch.testing.assert_close(integers(tokens(), targets=tokens())[1], loss)
 
 
