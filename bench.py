@@ -46,28 +46,25 @@ from bench_ops import bench_attention, bench_rmsnorm, rmsnorm_kinds
 from bench_processes import bench_processes
 from bench_quantize import bench_quantize
 from bench_scale import bench_scale
-from bench_step import build_model, make_training_step, untimed_steps
+from bench_step import SLOW, build_model, make_slow_optimizers, make_training_step, untimed_steps
 from data import to, tokens_a_step, training_rows
 from device import DTYPES, fast_bfloat16, name_of, peak_flops, resolve
 from graphs import captures_steps
 from interop import nanogpt
 from measure import (
-    SLOW,
     convert,
     count_bytes,
     device_name,
     git_commit,
-    make_slow_optimizers,
-    ms_columns,
     peak_memory,
     print_tables,
-    race,
     state_bytes,
     to_megabytes,
 )
 from memory import check_training_memory
 from model import KVCache, ModelConfig
 from quantized import Quantization
+from race import ms_columns, race
 from runs import inherit
 from sizes import flops_per_token, kv_cache_bytes, num_active_params, num_params
 from speculate import MOST_GUESSES

@@ -19,7 +19,8 @@ from graphs import CHUNK
 from hf import to_transformers
 from interop import gguf_file, llama_cpp
 from interop.any_tokenizer import load_tokenizer
-from measure import PAUSE, convert, count_bytes, draw, large_tensor, ms_columns, race
+from measure import convert, count_bytes, draw, large_tensor
+from race import PAUSE, ms_columns, race
 from speculate import Speculation, load_draft
 
 LLAMA_CPP = "llama.cpp"

@@ -13,8 +13,8 @@ import train
 from bench_step import build_trained
 from data import micro_batches, to, tokens_a_step, training_rows
 from interop import nanogpt
-from measure import time_rival
 from optim import get_lr, make_optimizers, set_rate
+from race import time_rival
 from score import evaluate
 from shards import id_type
 from tokenizer import Tokenizer

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 import rmsnorm
 from device import fast_bfloat16, name_of, one_shape
 from graphs import WARM_UP, Graph, without_cast_cache
-from measure import draw, large_tensor, ms_columns, peak_memory, race, synchronize, to_megabytes
+from measure import draw, large_tensor, peak_memory, to_megabytes
+from race import ms_columns, race, synchronize
 
 LAUNCHES = 100  # calls over which a launch is timed
 

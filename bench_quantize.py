@@ -15,7 +15,7 @@ from bench_step import build_model
 from config import Refusal
 from device import fast_bfloat16, name_of, resolve
 from eval import data_folder, load_data
-from measure import ms_columns, race
+from race import ms_columns, race
 from score import bits_per_nat, evaluate
 
 

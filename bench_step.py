@@ -1,5 +1,7 @@
 """The model and the training step that bench.py times."""
 
+from dataclasses import replace
+
 import torch
 
 import checkpoint
@@ -8,10 +10,11 @@ import train
 from config import Refusal
 from data import padded, to
 from graphs import WARM_UP, captures_steps
-from measure import make_slow_optimizers
 from model import Transformer, model_config
-from optim import make_scaler
+from optim import make_optimizers, make_scaler
 from rmsnorm import use_rmsnorm
+
+SLOW = 1e-7  # a learning rate
 
 
 def build_model(cfg):
@@ -35,6 +38,14 @@ def build_trained(cfg, compute, ops=None):
         ops, _ = rmsnorm.choose(cfg.rmsnorm, compute.device, compute.compile)
     use_rmsnorm(model, ops)
     return model, trained
+
+
+def make_slow_optimizers(model, cfg, compute):
+    """Returns train.py's optimizers with a learning rate that leaves the weights where they are.
+
+    Else random weights might diverge or become denormal, and steps would take another time.
+    """
+    return make_optimizers(model, replace(cfg, learning_rate=SLOW, min_lr=0.0), compute)
 
 
 def untimed_steps(cfg, compute):

@@ -43,10 +43,10 @@ import onnx_model
 from device import resolve
 from folders import new_folder, write_atomic
 from generate import generate
-from measure import PAUSE, race
 from onnx_graph import DENSE, OPSET, export, is_fusible
 from onnx_integers import LEAST, quantize
 from quantized import dequantized
+from race import PAUSE, race
 from score import evaluate
 from sizes import num_params, size_text
 

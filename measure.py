@@ -1,111 +1,20 @@
-"""How bench.py and its parts measure and print: rivals in turn, memory, tables and drawings."""
+"""How bench.py and its parts measure memory, and print and draw what was measured. race.py has the times."""
 
 import ctypes
 import gc
 import itertools
 import os
 import platform
-import statistics
 import subprocess
 import sys
-import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from folders import write_atomic
-from optim import make_optimizers
 from sharding import local
 
-SLOW = 1e-7  # a learning rate
-PAUSE = 0.1  # seconds: onnxruntime's threads spin for 20 to 50 ms after a call, on a core that the next rival needs
 LARGE = 1 << 26  # float32 numbers: 256 MB, more than caches hold
-
-# -----------------------------------------------------------------------------------------------------
-# Time
-
-
-def synchronize(device):
-    """Waits until the device has done what it was given."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
-def time_rival(rival, device, calls=1):
-    """Returns the mean seconds of a call of the rival, over so many calls. A rival is as race() has it."""
-    setup, function = rival if isinstance(rival, tuple) else (None, rival)
-    arguments = [setup()] if setup else []
-    synchronize(device)
-    start = time.perf_counter()
-    for _ in range(calls):
-        function(*arguments)
-    synchronize(device)
-    return (time.perf_counter() - start) / calls
-
-
-def count_calls(rival, seconds, device):
-    """Returns how many calls, of `seconds` each, are timed together.
-
-    The launch of a kernel takes longer than a kernel of microseconds, so a GPU is timed over 5 ms of calls; and a
-    training step is launched while the one before runs, so it is timed over 20 ms or four calls.
-    """
-    if isinstance(rival, tuple) or device.type == "cpu":
-        return 1
-    calls = max(int(5e-3 / seconds), min(4, int(20e-3 / seconds)))
-    return max(1, min(1000, calls))
-
-
-def race(rivals, seconds, device, untimed=0, pause=0.0):
-    """Times functions against each other; they take turns.
-
-    Each is called once ("first"), `untimed` times more, and once to warm up. Then all are called in turn, every
-    other round from the last to the first, until `seconds` from the warm-up on are over, for 100 rounds at most. On
-    a processor, whose speed drifts, there are at least three rounds; on a GPU the warm-up counts where there was no
-    time for a round.
-
-    rivals: {name: function}. A function may be a pair (setup, function) instead: the function then gets what
-    setup(), which is not timed, returns.
-    pause: seconds before each turn, PAUSE where rivals have threads of their own.
-    Returns {name: {"first", "median", "min", "max"}} in seconds a call.
-    """
-    first = {name: time_rival(rival, device) for name, rival in rivals.items()}
-    for rival in list(rivals.values()) * untimed:
-        time_rival(rival, device)
-    end = time.perf_counter() + seconds
-    warm = {name: time_rival(rival, device) for name, rival in rivals.items()}
-    calls = {name: count_calls(rivals[name], warm[name], device) for name in rivals}
-    times = {name: [] for name in rivals}
-    least = 3 if device.type == "cpu" else 0
-    for i in range(100):
-        if i >= least and time.perf_counter() >= end:
-            break
-        # threads spin on after a call, so that no rival should always come after the same one
-        names = reversed(rivals) if i % 2 else rivals
-        for name in names:
-            time.sleep(pause)
-            times[name].append(time_rival(rivals[name], device, calls[name]))
-    times = {name: times[name] or [warm[name]] for name in rivals}
-    return {
-        name: {
-            "first": first[name],
-            "median": statistics.median(times[name]),
-            "min": min(times[name]),
-            "max": max(times[name]),
-        }
-        for name in rivals
-    }
-
-
-def ms_columns(times):
-    """Returns the columns of a table for what race() measured of a rival."""
-    return {
-        "ms": 1e3 * times["median"],
-        "ms_min": 1e3 * times["min"],
-        "ms_max": 1e3 * times["max"],
-        "first_ms": 1e3 * times["first"],
-    }
-
 
 # -----------------------------------------------------------------------------------------------------
 # Memory
@@ -118,14 +27,6 @@ def count_bytes(tensors):
 
 def to_megabytes(size):
     return None if size is None else size / 1e6
-
-
-def make_slow_optimizers(model, cfg, compute):
-    """Returns train.py's optimizers with a learning rate that leaves the weights where they are.
-
-    Else random weights might diverge or become denormal, and steps would take another time.
-    """
-    return make_optimizers(model, replace(cfg, learning_rate=SLOW, min_lr=0.0), compute)
 
 
 def state_bytes(model, optimizers):
@@ -175,6 +76,11 @@ def peak_memory(device, work):
         return peak_process_memory(work)
     work()
     return None
+
+
+def large_tensor(device):
+    """Returns a tensor of ones that is too large for any cache."""
+    return torch.ones(LARGE, device=device)
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -271,9 +177,8 @@ def git_commit():
     return process.stdout.strip()
 
 
-def large_tensor(device):
-    """Returns a tensor of ones that is too large for any cache."""
-    return torch.ones(LARGE, device=device)
+# -----------------------------------------------------------------------------------------------------
+# Rivals by Hugging Face
 
 
 def convert(to_hf, ours):

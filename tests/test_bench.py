@@ -24,6 +24,7 @@ import bench_step
 import checkpoint
 import graphs
 import measure
+import race
 import toy_stories
 import train
 from config import Refusal, configure
@@ -102,7 +103,7 @@ def clock(monkeypatch):
         nonlocal now
         now += seconds
 
-    monkeypatch.setattr(measure.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(race.time, "perf_counter", lambda: now)
     return advance
 
 
@@ -119,7 +120,7 @@ def test_a_race_takes_turns_and_tells_the_first_call_apart(clock):
         return call
 
     a, b = rival("a", 50, 9, 1, 2, 4), rival("b", 60, 9, 3, 3, 3)
-    times = measure.race({"a": a, "b": b}, 0, CPU)
+    times = race.race({"a": a, "b": b}, 0, CPU)
     assert calls == ["a", "b"] * 2 + ["a", "b", "b", "a", "a", "b"]
     assert times == {
         "a": {"first": 50, "median": 2, "min": 1, "max": 4},
@@ -127,7 +128,7 @@ def test_a_race_takes_turns_and_tells_the_first_call_apart(clock):
     }
     calls.clear()
     a, b = rival("a", 50, 70, 80, 9, 1, 2, 4), rival("b", 60, 70, 80, 9, 3, 3, 3)
-    assert measure.race({"a": a, "b": b}, 0, CPU, untimed=2) == times  # what is captured meanwhile
+    assert race.race({"a": a, "b": b}, 0, CPU, untimed=2) == times  # what is captured meanwhile
     assert calls == ["a", "b"] * 4 + ["a", "b", "b", "a", "a", "b"]
 
 
@@ -143,8 +144,8 @@ def test_a_pause_is_before_each_turn_and_not_timed(clock, monkeypatch):
         clock(1)
 
     turns = []
-    monkeypatch.setattr(measure.time, "sleep", sleep)
-    times = measure.race({"a": lambda: call("a"), "b": lambda: call("b")}, 0, CPU, pause=100)
+    monkeypatch.setattr(race.time, "sleep", sleep)
+    times = race.race({"a": lambda: call("a"), "b": lambda: call("b")}, 0, CPU, pause=100)
     assert turns[-12:] == [x for name in "abbaab" for x in ("pause", name)]
     assert times["a"] == times["b"] == dict.fromkeys(("first", "median", "min", "max"), 1)
 
@@ -157,27 +158,27 @@ GPU = torch.device("cuda")
     [(CPU, 0, 3), (CPU, 9.5, 9), (CPU, 10**6, 100), (GPU, 0, 0), (GPU, 9.5, 9), (GPU, 10**6, 100)],
 )
 def test_a_race_runs_until_its_time_is_over(clock, device, seconds, rounds, monkeypatch):
-    monkeypatch.setattr(measure, "synchronize", lambda _: None)
+    monkeypatch.setattr(race, "synchronize", lambda _: None)
     calls = []
 
     def f():
         calls.append(1)
         clock(1)
 
-    times = measure.race({"f": f}, seconds, device)
+    times = race.race({"f": f}, seconds, device)
     assert len(calls) == 2 + rounds
     assert times["f"] == dict.fromkeys(("first", "median", "min", "max"), 1)
 
 
 def test_a_gpu_is_timed_over_several_calls():
     seconds = (1e-6, 1.1e-5, 0.9e-3, 2e-3, 4.9e-3, 9e-3, 21e-3, 1)
-    numbers = [measure.count_calls(print, x, GPU) for x in seconds]
+    numbers = [race.count_calls(print, x, GPU) for x in seconds]
     assert numbers == [1000, 454, 5, 4, 4, 2, 1, 1]
-    assert measure.count_calls(print, 1e-6, CPU) == 1 == measure.count_calls((print, print), 1e-6, GPU)
+    assert race.count_calls(print, 1e-6, CPU) == 1 == race.count_calls((print, print), 1e-6, GPU)
 
 
 def test_the_time_of_several_calls_is_told_of_one(clock):
-    assert measure.time_rival(lambda: clock(2), CPU, calls=3) == 2
+    assert race.time_rival(lambda: clock(2), CPU, calls=3) == 2
 
 
 def test_a_race_does_not_time_the_setup(clock):
@@ -192,7 +193,7 @@ def test_a_race_does_not_time_the_setup(clock):
         assert number == numbers_made[-1]
         clock(1 + number)
 
-    times = measure.race({"f": (setup, f)}, 0, CPU)
+    times = race.race({"f": (setup, f)}, 0, CPU)
     assert times == {"f": {"first": 1, "median": 4, "min": 3, "max": 5}}
 
 
