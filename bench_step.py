@@ -28,6 +28,11 @@ def build_model(cfg):
     return Transformer(model_config(cfg))
 
 
+def redrawn(cfg):
+    """Returns cfg without init_from, whose weights fit no other shape."""
+    return replace(cfg, init_from="scratch")
+
+
 def build_trained(cfg, compute, ops=None):
     """Returns (model, what to train: the model, perhaps compiled), as train.py makes them. ops: an rmsnorm.Ops; None:
     the one that train.py chooses.

@@ -16,11 +16,13 @@ from test_sample import greedy
 from test_train import copied
 
 import bench
+import bench_cache
 import bench_decode
 import bench_learning
 import bench_ops
 import bench_scale
 import bench_step
+import bench_train
 import checkpoint
 import graphs
 import measure
@@ -318,16 +320,16 @@ def seconds(monkeypatch):
         columns = "first", "median", "min", "max"
         return {name: dict.fromkeys(columns, float(i)) for i, name in enumerate(rivals, 1)}
 
-    for module in bench, bench_decode, bench_ops:
+    for module in bench_cache, bench_decode, bench_ops, bench_train:
         monkeypatch.setattr(module, "race", by_place)
 
 
 def test_training_is_told_by_its_operations(seconds, monkeypatch):
     """6 a weight and token, 12 a score's number; of 2 n^3 a product's and of a data sheet's."""
-    monkeypatch.setattr(bench, "peak_flops", lambda device, dtype: 1e9)
-    monkeypatch.setattr(bench, "peak_memory", lambda device, step: step() or 1000)
+    monkeypatch.setattr(bench_train, "peak_flops", lambda device, dtype: 1e9)
+    monkeypatch.setattr(bench_train, "peak_memory", lambda device, step: step() or 1000)
     cfg = config("--optimizer=adamw", "--gradient_accumulation_steps=3")
-    rows = list(bench.train_rows(cfg, resolve("cpu", "float32", "false"), ["float32"]))
+    rows = list(bench_train.train_rows(cfg, resolve("cpu", "float32", "false"), ["float32"]))
     C = 16
     scores = 12 * 2 * C * 16
     llama = 300 * C + 2 * (4 * C * C + 3 * C * 64 + 2 * C) + C
@@ -341,10 +343,10 @@ def test_training_is_told_by_its_operations(seconds, monkeypatch):
     assert rows[1]["peak_mb"] == pytest.approx(
         (1000 + 12 * (gpt2 + 16 * C) + 4 * (2 + 2 * 16 + 2)) / 1e6
     )
-    for row in bench.bench_experts(cfg, resolve("cpu", "float32", "false")):
+    for row in bench_train.bench_experts(cfg, resolve("cpu", "float32", "false")):
         assert row["mflop_a_token"] == pytest.approx((6 * row["active"] + scores) / 1e6)
         assert row["weights_mb"] == pytest.approx(4 * row["parameters"] / 1e6)
-    reading, training = bench.bench_data(cfg, resolve("cpu", "float32", "false"))
+    reading, training = bench_train.bench_data(cfg, resolve("cpu", "float32", "false"))
     assert (reading["tokens_per_s"], training["tokens_per_s"]) == (32, 3 * 32 / 2)
     assert reading["against_training"] == 2 / 3
 
@@ -408,7 +410,7 @@ def test_the_cache_table_from_a_shell():
 
 
 def test_the_table_of_windows_has_what_was_asked_for():
-    rows = list(bench.bench_windows(config("--window=4"), resolve("cpu", "float32", "false")))
+    rows = list(bench_cache.bench_windows(config("--window=4"), resolve("cpu", "float32", "false")))
     steps = [(row["what"], row["attention"], row["window"], row["tokens"]) for row in rows]
     assert steps == [
         ("training step", "full", None, 32),
@@ -455,7 +457,7 @@ def test_the_shape_is_tiny_tomls_unless_it_is_given():
 
 
 def test_llamas_and_gpt2s_settings_are_their_files_under_the_given_ones():
-    settings = bench.architectures(config("--n_kv_head=1", "--bias"))
+    settings = bench_train.architectures(config("--n_kv_head=1", "--bias"))
     assert {
         name: (c.norm, c.pos, c.mlp, c.n_inner, c.n_kv_head, c.qk_norm, c.bias)
         for name, c in settings.items()
@@ -463,15 +465,15 @@ def test_llamas_and_gpt2s_settings_are_their_files_under_the_given_ones():
         "llama": ("rmsnorm", "rope", "swiglu", 64, 1, False, True),
         "gpt2": ("layernorm", "learned", "gelu", 64, 1, False, True),
     }
-    assert {c.n_inner for c in bench.architectures(config("--n_inner=24")).values()} == {24}
-    [(name, cfg)] = bench.architectures(config("--pos=alibi")).items()
+    assert {c.n_inner for c in bench_train.architectures(config("--n_inner=24")).values()} == {24}
+    [(name, cfg)] = bench_train.architectures(config("--pos=alibi")).items()
     assert name == "as given"
     assert cfg.pos == "alibi"
     assert cfg.qk_norm
 
 
 def test_the_step_is_a_real_one_and_a_loss_of_nan_is_refused():
-    step, model, optimizers = bench.make_training_step(config(), resolve("cpu", "float32", "false"))
+    step, model, optimizers = bench_step.make_training_step(config(), resolve("cpu", "float32", "false"))
     assert len(optimizers) == 2
     before = copied(model)
     step()
@@ -492,7 +494,7 @@ def test_on_a_gpu_steps_are_read_as_seldom_as_train_py_does(monkeypatch):
     monkeypatch.setattr(bench_step, "to", lambda batch, device: batch)
     monkeypatch.setattr(bench_step, "build_trained", lambda *_: (torch.nn.Linear(1, 1),) * 2)
     gpu = Compute(GPU, "bfloat16", False, "")
-    step, _, _ = bench.make_training_step(config("--log_interval=5", "--optimizer=adamw"), gpu)
+    step, _, _ = bench_step.make_training_step(config("--log_interval=5", "--optimizer=adamw"), gpu)
     for _ in range(5):
         step()
     with pytest.raises(Refusal, match="the loss is nan"):
@@ -548,11 +550,11 @@ def test_a_run_in_shards_is_foreseen_and_may_be_any_of_train_pys():
     [line] = [line for line in bench.__doc__.splitlines() if " scale " in line]
     _, command, _ = line.split("    ")
     argv = command.split()[2:]
-    [row] = bench.bench_scale(configure(bench.Config, argv, bench.BENCHES), None)
+    [row] = bench_scale.bench_scale(configure(bench.Config, argv, bench.BENCHES), None)
     assert row["processes"] == 64
-    assert bench.bench_scale(configure(bench.Config, [*argv, "--eval_only"], bench.BENCHES), None) == [
-        row
-    ]
+    assert bench_scale.bench_scale(
+        configure(bench.Config, [*argv, "--eval_only"], bench.BENCHES), None
+    ) == [row]
 
 
 def test_what_decode_alone_reads_is_refused_without_it(monkeypatch):
@@ -585,7 +587,7 @@ def test_a_folder_of_hugging_faces_is_decoded_beside_transformers(block_size, tm
     assert bench_decode.generate_cached(model, ids.tolist(), 12) == bench_decode.generate_hf(
         peer, ids, 12
     )
-    rows = bench.bench_decode(cfg, resolve("cpu", "float32", "false"))
+    rows = bench_decode.bench_decode(cfg, resolve("cpu", "float32", "false"))
     same = [row["same_ids"] for row in rows if row["what"] in ("transformers generate", "cached")]
     assert same == [True] * 6
     drawn = [(row["what"], row["a_prompt"]) for row in rows if "samples_per_s" in row]
@@ -604,11 +606,11 @@ def test_a_checkpoint_is_trained_as_it_is_and_its_shape_alone_is_varied(tmp_path
     argv = [f"--init_from={tmp_path}", "--batch_size=2", "--seconds=0", *PLAIN_CPU]
     cfg = bench.take_shape(configure(bench.Config, argv))
     compute = resolve("cpu", "float32", "false")
-    [row] = bench.train_rows(cfg, compute, ["float32"])
+    [row] = bench_train.train_rows(cfg, compute, ["float32"])
     assert (row["settings"], row["parameters"]) == ("as given", num_params(model))
-    dense, experts, *_ = bench.bench_experts(cfg, compute)
+    dense, experts, *_ = bench_train.bench_experts(cfg, compute)
     assert dense["parameters"] == num_params(model) < experts["parameters"]
-    caches = [row for row in bench.bench_kvcache(cfg, compute) if row["shape"] != "7B"]
+    caches = [row for row in bench_cache.bench_kvcache(cfg, compute) if row["shape"] != "7B"]
     assert [(row["n_kv_head"], row["window"]) for row in caches] == [
         (4, None),
         (2, None),
@@ -621,8 +623,8 @@ def test_a_checkpoint_is_trained_as_it_is_and_its_shape_alone_is_varied(tmp_path
         windows.append(model.config.window)
         return lambda: None
 
-    monkeypatch.setattr(bench, "next_token_step", step_of)
-    list(bench.bench_windows(cfg, compute))
+    monkeypatch.setattr(bench_cache, "next_token_step", step_of)
+    list(bench_cache.bench_windows(cfg, compute))
     assert windows == [0, 0, 4, 4]
 
 
