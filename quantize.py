@@ -6,24 +6,22 @@ export_onnx.py read as they read any.
     python quantize.py --out_dir=out/ts --bits=4 --method=awq --text=t.txt --to=out/ts-awq
     python sample.py --out_dir=out/ts-int4
 
-Which integers (quantized.py has what they stand for):
+Methods (rounding.py computes them):
 
-    rtn    each number by itself to the nearest one
-    gptq   Frantar et al. 2022, arXiv:2210.17323: one column of a matrix after the other; the columns after
-           it make up for what rounding it changes in the outputs
-    awq    Lin et al. 2023, arXiv:2306.00978: large inputs are made smaller and their weights larger, by the
-           power of the inputs' size that changes the outputs least. The scale goes into the norm or Linear
-           before, where there is one that takes it; then each number is rounded to the nearest
+    rtn    rounds each number to the nearest
+    gptq   rounds column by column; later columns make up for the errors of earlier ones
+    awq    makes large inputs smaller and their weights larger, then rounds to the nearest
 
-gptq and awq look at the inputs of each matrix, on training text of the model's own data or on --text, a
-block at a time, when the blocks before it are integers already; for gptq so are the matrices before it in
-its block. Errors are relative ones of a matrix's outputs there: ||X (W - Q)^T||^2 / ||X W^T||^2. An expert's
+gptq and awq look at the inputs of each matrix, on training text of the model's own data or on --text, a block at a
+time, when the blocks before it are integers already; for gptq so are the matrices before it in its block. An expert's
 inputs are the tokens that go to it; where there are none, its numbers are rounded to the nearest.
 """
 
 import math
 import os
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,15 +40,14 @@ from device import resolve
 from eval import data_folder, load_data, read_file
 from folders import new_folder
 from interop.gguf_file import is_gguf
-from quantized import LARGEST, Codes, Quantization, check_matrices, linears, quantized
+from quantized import Quantization, check_matrices, linears, quantized
+from rounding import awq_scale, error_of, gptq, rtn, stacked_codes
 from score import evaluate
 
 BATCH = 8  # rows of text at a time
-COLUMNS = 128  # that GPTQ rounds before it changes all columns after them
 LONGEST = 2048  # tokens of a row of text, however long the model's context is
 SHORTEST = 256  # the least tokens of a text to look at, or the context where that is shorter
 MOST_CHANGED = 1e-4  # the share of a block's outputs that AWQ's scales may change: more is not rounding
-GRID = 20  # powers of the inputs' size that AWQ tries, from 0 on
 HELD_OUT = 1 << 15  # tokens of the validation split, about so many, on which the loss is measured
 
 
@@ -85,137 +82,6 @@ class Config:
             raise ValueError("act_order is gptq's order of columns: --method=gptq")
         check_range(self, "at least 1", "tokens")
         check_range(self, "above 0 and at most 1", "damping")
-
-
-# -----------------------------------------------------------------------------------------------------
-# A matrix. W (out, in) is float32 or float64; H (in, in) is X^T X of its inputs X (n, in), float64. Of experts W is
-# (n_expert, out, in) and H (n_expert, in, in), and their Codes stand below each other
-
-
-def find_scales(W, bits):
-    """Returns scales and zeros (out, 1), floats, for a group of columns W (out, n): with 8 bits the number of
-    largest size becomes 127 or -127, with 4 the range, with 0 in it, becomes 0 to 15.
-    """
-    if bits == 8:
-        scales = W.abs().amax(1, keepdim=True) / LARGEST[bits]
-        zeros = torch.zeros_like(scales)
-    else:
-        lowest = W.amin(1, keepdim=True).clamp(max=0)
-        highest = W.amax(1, keepdim=True).clamp(min=0)
-        scales = (highest - lowest) / LARGEST[bits]
-        zeros = lowest
-    scales = scales.clamp(min=1e-30).bfloat16().to(W.dtype)
-    if bits == 4:
-        zeros = (-zeros / scales).round().clamp(0, LARGEST[bits])
-    return scales, zeros
-
-
-def nearest_codes(W, scales, zeros, bits):
-    """Returns the integers, as floats, nearest to W (out, n)."""
-    lowest = -LARGEST[bits] if bits == 8 else 0
-    return ((W / scales).round() + zeros).clamp(lowest, LARGEST[bits])
-
-
-def to_codes(codes, scales, zeros, bits):
-    """Returns the Codes of integers, scales and zeros that are floats."""
-    if bits == 8:
-        return Codes(codes.to(torch.int8), scales, None)
-    return Codes(codes.to(torch.uint8), scales, zeros.to(torch.uint8))
-
-
-def stacked_codes(matrices):
-    """Returns a list of Codes as one, with their matrices below each other."""
-    return Codes(*[None if parts[0] is None else torch.cat(parts) for parts in zip(*matrices)])
-
-
-def group_scales(W, bits, group_size):
-    """Returns the scales and zeros (out, groups) of W."""
-    groups = W.split(group_size or W.size(1), 1)
-    pairs = [find_scales(group, bits) for group in groups]
-    return tuple(torch.cat(columns, 1) for columns in zip(*pairs))
-
-
-def rtn(W, bits, group_size):
-    """Returns the Codes of W, or of experts, each number rounded to the nearest."""
-    W = W.flatten(0, -2)
-    scales, zeros = group_scales(W, bits, group_size)
-    width = W.size(1) // scales.size(1)
-    of_columns = [x.repeat_interleave(width, 1) for x in (scales, zeros)]
-    return to_codes(nearest_codes(W, *of_columns, bits), scales, zeros, bits)
-
-
-def inverse_factor(H, damping):
-    """Returns the upper triangular U with U^T U = (H + damping mean(diag H) I)^-1."""
-    H = H + damping * H.diagonal().mean() * torch.eye(len(H), dtype=H.dtype)
-    unused = H.diagonal() == 0  # only where all inputs were always 0, as else the damping is in each
-    H.diagonal()[unused] = 1
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(H))
-    return torch.linalg.cholesky(inverse, upper=True)
-
-
-def gptq(W, H, bits, group_size, damping=0.01, act_order=False):
-    """Returns W's Codes by GPTQ.
-
-    A group's scale is chosen when its first column is reached, for what its columns have become by then. With
-    act_order a group's columns do not follow each other, so all scales are chosen before, for W itself.
-    """
-    W = W.double().clone()
-    n_in = W.size(1)
-    width = group_size or n_in
-    order = torch.arange(n_in)
-    if act_order:
-        order = H.diagonal().argsort(descending=True, stable=True)
-    U = inverse_factor(H.double()[order][:, order], damping)
-    scales, zeros = group_scales(W, bits, group_size)
-    W = W[:, order]
-    codes = torch.empty_like(W)
-    for first in range(0, n_in, COLUMNS):
-        end = min(first + COLUMNS, n_in)
-        errors = torch.empty(len(W), end - first, dtype=W.dtype)
-        for i in range(first, end):
-            group = int(order[i]) // width
-            if group_size and not act_order and i % width == 0:  # groups divide COLUMNS
-                scales[:, [group]], zeros[:, [group]] = find_scales(W[:, i : i + width], bits)
-            s, z = scales[:, [group]], zeros[:, [group]]
-            codes[:, [i]] = nearest_codes(W[:, [i]], s, z, bits)
-            error = (W[:, i] - ((codes[:, [i]] - z) * s)[:, 0]) / U[i, i]
-            W[:, i:end] -= error[:, None] * U[i, i:end]
-            errors[:, i - first] = error
-        W[:, end:] -= errors @ U[first:end, end:]
-    return to_codes(codes[:, order.argsort()], scales, zeros, bits)
-
-
-def error_of(W, codes, H):
-    """Returns the relative error of a matrix's outputs, or of all experts', with its Codes; inf for outputs of 0."""
-    W = W.double()
-    D = W - codes.dense().view_as(W).double()
-    size = ((W @ H) * W).sum()
-    error = ((D @ H) * D).sum()
-    return (error / size).item() if size > 0 else math.inf
-
-
-def awq_scale(pairs, sizes, bits, group_size, spread=None):
-    """Returns the scale s (m,) of the inputs of matrices, [(W, H)], that changes all their outputs together least,
-    when W s is rounded to the nearest and inputs are divided by s.
-
-    sizes (m,): the mean absolute value of each input; s is a power of it, from 0 to 1. spread: the function from
-    (m,) to (in,) where several inputs share a scale; None: each has its own.
-    """
-    spread = spread or (lambda s: s)
-    sizes = sizes.clamp(min=1e-4)
-    best = torch.ones_like(sizes)
-    least = math.inf
-    for step in range(GRID):
-        s = sizes ** (step / GRID)
-        s = s / (s.max() * s.min()).sqrt()
-        of_inputs = spread(s)
-        error = 0.0
-        for W, H in pairs:
-            D = rtn(W * of_inputs, bits, group_size).dense() / of_inputs - W
-            error += ((D @ H) * D).sum().item()
-        if error < least:
-            best, least = s, error
-    return best
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -257,38 +123,30 @@ def collect(block, names, states):
     last = None  # the tensor that was given last
     shared = None  # the Inputs that it is in
 
-    def hook(name):
-        def note(module, arguments):
-            nonlocal last, shared
-            if arguments[0] is not last:
-                last = arguments[0]
-                parts = rows_of(*arguments)
-                shared = inputs.get(name) or Inputs(len(parts), last.size(-1))
-                shared.add(parts)
-            inputs[name] = shared
+    def note(name, module, arguments):
+        nonlocal last, shared
+        if arguments[0] is not last:
+            last = arguments[0]
+            parts = rows_of(*arguments)
+            shared = inputs.get(name) or Inputs(len(parts), last.size(-1))
+            shared.add(parts)
+        inputs[name] = shared
 
-        return note
-
-    modules = dict(block.named_modules())
-    handles = [modules[name].register_forward_pre_hook(hook(name)) for name in names]
-    try:
+    with ExitStack() as hooks:
+        for name in names:
+            module = block.get_submodule(name)
+            hooks.enter_context(module.register_forward_pre_hook(partial(note, name)))
         for x, context in states:
             block(x, context)
-    finally:
-        for handle in handles:
-            handle.remove()
     return inputs
 
 
 def block_inputs(model, rows):
     """Returns [(x, context)], with which the first block is called for each batch of rows (n, T) of ids."""
     states = []
-    handle = model.blocks[0].register_forward_pre_hook(lambda _, arguments: states.append(arguments))
-    try:
+    with model.blocks[0].register_forward_pre_hook(lambda _, arguments: states.append(arguments)):
         for batch in rows.split(BATCH):
             model.hidden(batch)
-    finally:
-        handle.remove()
     return states
 
 
@@ -438,13 +296,12 @@ def quantize_model(model, cfg, rows=None):
         table.weight.copy_(codes[name].dense())
     errors = {}
     states = block_inputs(model, rows) if rows is not None else []
-    with tqdm(
-        total=len(linears(model)), unit="matrix", dynamic_ncols=True, desc=cfg.method, disable=None
-    ) as bar:
+    all_names = list(linears(model))
+    options = dict(total=len(all_names), unit="matrix", dynamic_ncols=True, disable=None)
+    with tqdm(desc=cfg.method, **options) as bar:
         for number, block in enumerate(model.blocks):
             prefix = f"blocks.{number}."
-            names = [name for name in linears(model) if name.startswith(prefix)]
-            names = [name.removeprefix(prefix) for name in names]
+            names = [name.removeprefix(prefix) for name in all_names if name.startswith(prefix)]
             results = BLOCKS[cfg.method](block, names, states, cfg, model.config)
             for name, chosen, error, nearest in results:
                 codes[prefix + name] = chosen
@@ -517,37 +374,28 @@ def loss_on(model, data, T):
     return evaluate(model, data["val"], T, BATCH, resolve("cpu", "float32", "false"), HELD_OUT)
 
 
-def main(cfg):
-    ckpt = checkpoint.open_checkpoint(cfg.out_dir)
-    to = Path(os.path.abspath(cfg.to))
-    with new_folder(to, cfg.overwrite, "--overwrite moves it aside", [hf_name(ckpt.path)]) as tmp:
-        model, tokenizer = ckpt.restore()
-        try:
-            check_matrices(model, cfg.group_size)
-        except ValueError as e:
-            raise Refusal(e)
-        T = min(model.config.block_size, LONGEST)
-        data, reason = load_ids(ckpt)
-        rows = None
-        if cfg.method != "rtn":
-            rows = read_rows(cfg, data, reason, tokenizer, T)
-        before = loss_on(model, data, T) if data else None
-        codes, errors = quantize_model(model, cfg, rows)
-        for line in summary(cfg, errors):
-            print(line)
-        if data:
-            after = loss_on(model, data, T)
-            print(
-                f"held-out loss: {before:.4f} nats a token, with {cfg.bits} bits {after:.4f}, "
-                f"{100 * (after / before - 1):+.2f}%"
-            )
-        else:
-            print(f"no held-out loss, as the model's own data is not here ({reason})")
-        model = quantized(model, Quantization(cfg.bits, cfg.group_size, cfg.method), codes)
-        write(tmp, model, tokenizer, ckpt)
-    size = (to / "ckpt.pt").stat().st_size
-    print(f"{cfg.to}/ckpt.pt: {size:,} bytes")
-    print(f"next: python sample.py --out_dir={cfg.to}")
+def quantize_and_report(cfg, ckpt, model, tokenizer):
+    """Returns the model in integers, and prints what they lose. Raises Refusal."""
+    try:
+        check_matrices(model, cfg.group_size)
+    except ValueError as e:
+        raise Refusal(e)
+    T = min(model.config.block_size, LONGEST)
+    data, reason = load_ids(ckpt)
+    rows = None if cfg.method == "rtn" else read_rows(cfg, data, reason, tokenizer, T)
+    before = loss_on(model, data, T) if data else None
+    codes, errors = quantize_model(model, cfg, rows)
+    for line in summary(cfg, errors):
+        print(line)
+    if data:
+        after = loss_on(model, data, T)
+        print(
+            f"held-out loss: {before:.4f} nats a token, with {cfg.bits} bits {after:.4f}, "
+            f"{100 * (after / before - 1):+.2f}%"
+        )
+    else:
+        print(f"no held-out loss, as the model's own data is not here ({reason})")
+    return quantized(model, Quantization(cfg.bits, cfg.group_size, cfg.method), codes)
 
 
 def write(folder, model, tokenizer, ckpt):
@@ -555,6 +403,18 @@ def write(folder, model, tokenizer, ckpt):
     state = checkpoint.RunState(*[ckpt.state[key] for key in ("step", "val_loss", "best_val_loss")])
     config = ckpt.config | {"quantized_from": ckpt.path}
     checkpoint.save(str(folder / "ckpt.pt"), model, tokenizer, config, state)
+
+
+def main(cfg):
+    ckpt = checkpoint.open_checkpoint(cfg.out_dir)
+    to = Path(os.path.abspath(cfg.to))
+    with new_folder(to, cfg.overwrite, "--overwrite moves it aside", [hf_name(ckpt.path)]) as tmp:
+        model, tokenizer = ckpt.restore()
+        model = quantize_and_report(cfg, ckpt, model, tokenizer)
+        write(tmp, model, tokenizer, ckpt)
+    size = (to / "ckpt.pt").stat().st_size
+    print(f"{cfg.to}/ckpt.pt: {size:,} bytes")
+    print(f"next: python sample.py --out_dir={cfg.to}")
 
 
 if __name__ == "__main__":

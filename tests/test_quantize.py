@@ -23,6 +23,7 @@ import hf
 import prepare
 import quantize
 import quantized
+import rounding
 import sample
 import train
 from config import Refusal, configure
@@ -77,7 +78,7 @@ def nearest(x, scale, zero, choices):
 @pytest.mark.parametrize("bits, group_size", BITS)
 def test_rtn_takes_the_nearest_of_all_integers(bits, group_size):
     W = draw(3, 64)
-    codes = quantize.rtn(W, bits, group_size)
+    codes = rounding.rtn(W, bits, group_size)
     for row, number_row, code_row in zip(W.tolist(), codes.dense().tolist(), codes.codes.tolist()):
         for first in range(0, 64, group_size or 64):
             w = row[first : first + (group_size or 64)]
@@ -130,11 +131,11 @@ def test_gptq_is_optimal_brain_surgery_a_column_at_a_time(bits, group_size, act_
         order.sort(key=lambda i: -H[i, i].item())
     chosen_first = act_order or bits == 8
     expected = optimal_brain_surgeon(W, damped, bits, group_size, order, chosen_first)
-    codes = quantize.gptq(W, H, bits, group_size, 0.01, act_order)
+    codes = rounding.gptq(W, H, bits, group_size, 0.01, act_order)
     assert torch.equal(codes.dense(), expected)
     error = (X @ (codes.dense() - W).T).norm()
-    assert error < 0.8 * (X @ (quantize.rtn(W, bits, group_size).dense() - W).T).norm()
-    assert quantize.error_of(W, codes, H) == pytest.approx(((error / (X @ W.T).norm()) ** 2).item())
+    assert error < 0.8 * (X @ (rounding.rtn(W, bits, group_size).dense() - W).T).norm()
+    assert rounding.error_of(W, codes, H) == pytest.approx(((error / (X @ W.T).norm()) ** 2).item())
 
 
 def test_gptq_rounds_what_no_input_ever_reaches():
@@ -142,10 +143,10 @@ def test_gptq_rounds_what_no_input_ever_reaches():
     X = correlated(100, 32)
     X[:, 5] = 0
     W = draw(4, 32)
-    codes = quantize.gptq(W, X.T @ X, 4, 32)
+    codes = rounding.gptq(W, X.T @ X, 4, 32)
     assert ((codes.dense() - W)[:, 5].abs() <= 0.51 * codes.scales[:, 0]).all()
-    no_inputs = quantize.gptq(W, torch.zeros(32, 32, dtype=torch.float64), 4, 32)
-    assert torch.equal(no_inputs.codes, quantize.rtn(W, 4, 32).codes)
+    no_inputs = rounding.gptq(W, torch.zeros(32, 32, dtype=torch.float64), 4, 32)
+    assert torch.equal(no_inputs.codes, rounding.rtn(W, 4, 32).codes)
 
 
 @pytest.mark.parametrize("bits, group_size", BITS)
@@ -158,14 +159,14 @@ def test_awq_takes_the_power_whose_outputs_are_nearest(bits, group_size):
         s = s / (s.max() * s.min()).sqrt()
         errors[step] = 0
         for W in matrices:
-            Q = quantize.rtn(W * s, bits, group_size).dense()
+            Q = rounding.rtn(W * s, bits, group_size).dense()
             errors[step] += ((X / s) @ Q.T - X @ W.T).square().sum().item()
     best = min(errors, key=errors.get)
     assert 0 < best < 19
     s = X.abs().mean(0) ** (best / 20)
     expected = s / (s.max() * s.min()).sqrt()
     pairs = [(W, X.T @ X) for W in matrices]
-    computed = quantize.awq_scale(pairs, X.abs().mean(0), bits, group_size)
+    computed = rounding.awq_scale(pairs, X.abs().mean(0), bits, group_size)
     torch.testing.assert_close(computed, expected)
 
 
@@ -293,11 +294,11 @@ def test_an_expert_is_rounded_by_its_own_tokens(method):
     rows, ends = given[name]
     for expert in range(8):
         x = rows[ends[expert] - n_rows[expert] : ends[expert]]
-        nearest = quantize.rtn(W[expert], 4, 32).codes
+        nearest = rounding.rtn(W[expert], 4, 32).codes
         if n_rows[expert] == 0:
             assert torch.equal(parts[expert], nearest)
         elif method == "gptq":
-            assert torch.equal(parts[expert], quantize.gptq(W[expert], x.T @ x, 4, 32).codes)
+            assert torch.equal(parts[expert], rounding.gptq(W[expert], x.T @ x, 4, 32).codes)
 
 
 def test_awqs_errors_are_of_each_matrix_before_it_was_scaled():
@@ -316,7 +317,7 @@ def test_awqs_errors_are_of_each_matrix_before_it_was_scaled():
     for name, W in original.items():
         Q = block.get_submodule(name).weight.double()
         Y = X @ W.double().T
-        nearest = X @ quantize.rtn(W, 4, 32).dense().double().T
+        nearest = X @ rounding.rtn(W, 4, 32).dense().double().T
         expected = [((y - Y).norm() / Y.norm()).item() ** 2 for y in (given[0] @ Q.T, nearest)]
         assert errors[f"blocks.0.{name}"] == pytest.approx(expected, rel=1e-4)
 
@@ -350,7 +351,7 @@ def make_linear(bits, n_out=48, n_in=64, bias=True):
     linear.weight.data = draw(n_out, n_in).float() / 8
     size = 32 if bits == 4 else 0
     other = QuantizedLinear(n_in, n_out, Quantization(bits, size), bias)
-    other.set_codes(quantize.rtn(linear.weight.detach(), bits, size))
+    other.set_codes(rounding.rtn(linear.weight.detach(), bits, size))
     if bias:
         other.bias.data = linear.bias.data
     return linear, other
@@ -359,7 +360,7 @@ def make_linear(bits, n_out=48, n_in=64, bias=True):
 @pytest.mark.parametrize("bits", [8, 4])
 def test_packed_integers_are_those_that_were_put_in(bits):
     linear, packed = make_linear(bits)
-    codes = quantize.rtn(linear.weight.detach(), bits, 32 if bits == 4 else 0)
+    codes = rounding.rtn(linear.weight.detach(), bits, 32 if bits == 4 else 0)
     assert torch.equal(packed.float().weight, codes.dense())
     assert (packed.weight - linear.weight).abs().max() <= 0.51 * codes.scales.max()
     names = set(packed.state_dict())
