@@ -12,6 +12,7 @@ import checkpoint
 import onnx_model
 from bench_step import build_model
 from device import name_of
+from drafts import load_draft
 from experts import MoE
 from export_onnx import write_on
 from generate import generate
@@ -21,7 +22,7 @@ from interop import gguf_file, llama_cpp
 from interop.any_tokenizer import load_tokenizer
 from measure import convert, count_bytes, draw, large_tensor
 from race import PAUSE, ms_columns, race
-from speculate import Speculation, load_draft
+from speculate import Speculation
 
 LLAMA_CPP = "llama.cpp"
 SAMPLES = 32  # prompts continued together

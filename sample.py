@@ -32,13 +32,14 @@ from chat import Chat, has_own_template, start_of_answer, talk
 from checkpoint import open_given
 from data import MODELS_OWN, STRIPPED, by_text_rule, prompt_ids, text_rule
 from device import fast_bfloat16, resolve
+from drafts import DraftModel, load_draft
 from generate import generate, start_rows
 from graphs import decoding_message
 from memory import check_memory
 from quantized import dequantized, has_kernels
 from rmsnorm import choose_rmsnorm
 from sizes import Undrawn, kv_cache_bytes
-from speculate import MOST_GUESSES, DraftModel, Speculation, load_draft
+from speculate import MOST_GUESSES, Speculation
 
 # an ONNX file is compared with model.py on so many tokens, whose logits may differ by this share
 COMPARED = 32

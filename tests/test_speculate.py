@@ -16,15 +16,16 @@ import bench
 import bench_decode
 import bench_step
 import checkpoint
+import drafts
 import quantize
 import quantized
 import sample
-import speculate
 from config import Refusal, configure
 from device import resolve
+from drafts import MOST_IN_RING, DraftModel, Lookup
 from generate import Row, generate, next_token
 from model import ModelConfig, Transformer
-from speculate import LEAST_ROUNDS, MOST_IN_RING, TRIAL, DraftModel, Draws, Lookup, Speculation
+from speculate import LEAST_ROUNDS, TRIAL, Draws, Speculation
 from tokenizer import Tokenizer
 
 slow = pytest.mark.slow
@@ -508,7 +509,7 @@ def by_torch(logits, temperature=1.0, top_k=0, top_p=1.0, uniform=None):
     """Draws from the same probabilities in another way."""
     if temperature == 0:
         return logits.argmax(-1)
-    p, ids = speculate.distribution(logits, temperature, top_k, top_p)
+    p, ids = drafts.distribution(logits, temperature, top_k, top_p)
     place = p.multinomial(1, generator=torch.Generator().manual_seed(0))
     return (place if ids is None else ids.gather(-1, place))[:, 0]
 
@@ -523,10 +524,10 @@ def test_a_rule_in_next_token_alone_has_no_draft(monkeypatch):
     """What guesses are checked by does not ask it."""
     model = build()
     arguments = "ngram", model, None, 4, resolve("cpu", "float32", "false"), "torch"
-    speculate.load_draft(*arguments)
-    monkeypatch.setattr(speculate, "next_token", by_torch)
-    speculate.load_draft(*arguments)
+    drafts.load_draft(*arguments)
+    monkeypatch.setattr(drafts, "next_token", by_torch)
+    drafts.load_draft(*arguments)
     for rule in min_p, second_best:
-        monkeypatch.setattr(speculate, "next_token", rule)
+        monkeypatch.setattr(drafts, "next_token", rule)
         with pytest.raises(Refusal, match="next_token in generate.py was changed"):
-            speculate.load_draft(*arguments)
+            drafts.load_draft(*arguments)
