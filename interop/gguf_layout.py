@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from interop import known_logits
-from interop.hf_config import NEEDS, choose_kind, format_number, read_context
+from interop.hf_config import format_number, read_context
+from interop.hf_kinds import NEEDS, choose_kind
 from model import ModelConfig
 from rope_scaling import YARN_DEFAULTS, read_rope_scaling, rope_base, rope_frequencies, yarn_scale
 from sizes import meta_model, model_sizes

@@ -3,7 +3,7 @@
     ckpt = load("HuggingFaceTB/SmolLM2-135M")         # what checkpoint.load returns for "hf:NAME"
     tokenizer = load_tokenizer("gpt2")                # as prepare.py --tokenizer=hf:gpt2 does
 
-hf_config.py has the kinds of models, and names what ours does not have when it refuses it. Weights come from
+hf_config.py reads config.json, and names what ours does not have when it refuses it. Weights come from
 safetensors, in one file or several, or from a .bin that is read with weights_only=True: no code runs.
 "hf:FILE.gguf" is read here too, by gguf_file.py. Everything raises Refusal, in one line.
 """
@@ -20,6 +20,7 @@ from config import Refusal
 from interop import gguf_file, hf_config, hf_layout, peft_layout
 from interop.any_tokenizer import from_files
 from interop.foreign_tokenizer import FILES, parse_json, read_settings, token_text
+from interop.hf_keys import unknown_keys
 from model import ModelConfig
 from tensors import NotFinite
 
@@ -241,7 +242,7 @@ def load(name):
     with reading(os.path.join(folder, "config.json")):
         keys, without = hf_config.read_config(data)
         c = ModelConfig(**keys)
-    report_unknown(name, data["model_type"], hf_config.unknown_keys(data))
+    report_unknown(name, data["model_type"], unknown_keys(data))
     tokenizer = read_tokenizer(folder)
     tensors = read_tensors(folder, "model")
     with reading(folder):

@@ -3,8 +3,8 @@
     data, tensors = to_hf(model.config, model.state_dict())     # config.json and its tensors
     state = from_hf(data["model_type"], ModelConfig(**keys), tensors, without)
 
-Dicts in, dicts out; hf_config.py has the kinds and their config.json. What has no counterpart on the other side is
-a ValueError that names it.
+Dicts in, dicts out; hf_kinds.py has the kinds, hf_config.py their config.json. What has no counterpart on the other
+side is a ValueError that names it.
 """
 
 import re
@@ -12,7 +12,8 @@ import re
 import torch
 
 from interop import known_logits
-from interop.hf_config import CLASSES, QWEN2_WITHOUT, choose_kind, write_config
+from interop.hf_config import write_config
+from interop.hf_kinds import CLASSES, QWEN2_WITHOUT, choose_kind
 from sizes import meta_model, model_sizes
 from tensors import check_finite, check_tensor, count_stored_numbers
 

@@ -9,7 +9,7 @@ transformers gave for it.
 
 import torch
 
-from interop.hf_config import CLASSES, NEEDS
+from interop.hf_kinds import CLASSES, NEEDS
 from model import ModelConfig, Transformer
 from sizes import Undrawn
 

@@ -11,7 +11,8 @@ import torch
 import torch.nn as nn
 
 from interop import known_logits
-from interop.hf_config import choose_kind, read_number
+from interop.hf_config import read_number
+from interop.hf_kinds import choose_kind
 from interop.hf_layout import locate
 from lora import LINEARS, LoRAConfig, inject
 from sizes import meta_model

@@ -20,7 +20,7 @@ import checkpoint
 import hf
 import sample
 from config import Refusal, configure
-from interop import hf_config, hf_layout
+from interop import hf_config, hf_keys, hf_layout
 from model import ModelConfig, Transformer
 from tokenizer import Tokenizer
 
@@ -53,7 +53,7 @@ def installed_config(kind, **keys):
 
 def open_config(data):
     """Returns what is read of a config.json, without keys that would be passed over."""
-    assert hf_config.unknown_keys(data) == []
+    assert hf_keys.unknown_keys(data) == []
     keys, without = hf_config.read_config(data)
     return ModelConfig(**keys), without
 
@@ -66,7 +66,7 @@ REFUSED_UNLESS_EMPTY = {"pruned_heads", "cross_attention_hidden_size"}
 
 def keys_without_meaning(data):
     """Returns the keys of a config.json that have no meaning here, whatever their values."""
-    return set(hf_config.unknown_keys(dict.fromkeys(data, 1) | {"model_type": data["model_type"]}))
+    return set(hf_keys.unknown_keys(dict.fromkeys(data, 1) | {"model_type": data["model_type"]}))
 
 
 @pytest.mark.parametrize("version, kind", VERSIONS)
@@ -98,7 +98,7 @@ def check_missing_keys(data):
         except ValueError as e:
             assert str(e) == f"{key} is missing"
             missing.append(key)
-    sizes = set(hf_config.SIZES[kind].values()) - {"n_inner"} - hf_config.DEFAULTS[kind].keys()
+    sizes = set(hf_keys.SIZES[kind].values()) - {"n_inner"} - hf_keys.DEFAULTS[kind].keys()
     assert set(missing) == sizes
 
 
@@ -115,7 +115,7 @@ def test_a_missing_key_of_experts_is_the_default_of_its_class(kind):
     """That of the installed version, in which Qwen3-MoE's experts are counted by Mixtral's key."""
     data = installed_config(kind)
     if "num_local_experts" in data:
-        data[hf_config.SIZES[kind]["n_expert"]] = data.pop("num_local_experts")
+        data[hf_keys.SIZES[kind]["n_expert"]] = data.pop("num_local_experts")
     check_missing_keys(data)
 
 
@@ -152,7 +152,7 @@ NOTED = [
 @pytest.mark.parametrize("key", NOTED)
 def test_a_key_that_nobody_knows_passes(key):
     data = installed_config("llama")
-    assert hf_config.unknown_keys(data | {key: 1}) == [key]
+    assert hf_keys.unknown_keys(data | {key: 1}) == [key]
     assert hf_config.read_config(data | {key: 1}) == hf_config.read_config(data)
 
 
@@ -206,9 +206,9 @@ def test_a_key_of_another_kind_is_refused_by_name(kind, keys, message):
 def test_gpt2s_sizes_may_have_the_names_that_its_class_maps():
     own = installed_config("gpt2", n_layer=3, n_head=2, n_embd=32, n_positions=64)
     renamed = {
-        name: value for name, value in own.items() if name not in hf_config.ALIASES["gpt2"].values()
+        name: value for name, value in own.items() if name not in hf_keys.ALIASES["gpt2"].values()
     }
-    renamed |= {alias: own[key] for alias, key in hf_config.ALIASES["gpt2"].items()}
+    renamed |= {alias: own[key] for alias, key in hf_keys.ALIASES["gpt2"].items()}
     assert open_config(renamed) == open_config(own)
     assert transformers.GPT2Config(**renamed).to_dict() == transformers.GPT2Config(**own).to_dict()
 
@@ -480,7 +480,7 @@ def test_real_shapes_compute_what_transformers_does(name):
     layers = "n_layer" if SHAPES[name]["model_type"] == "gpt2" else "num_hidden_layers"
     data = SHAPES[name] | {layers: 2, "vocab_size": 300}
     peer = random_peer(data)
-    assert hf_config.unknown_keys(data) == []
+    assert hf_keys.unknown_keys(data) == []
     model = own_model(data, peer.state_dict())
     close(model, peer)
 

@@ -25,7 +25,7 @@ import train
 from config import Refusal
 from device import resolve
 from interop import gguf_layout, hf_layout, known_logits, peft_layout
-from interop.hf_config import choose_kind
+from interop.hf_kinds import choose_kind
 from lenses import likelihood
 from lora import LoRAConfig, inject
 from model import Transformer
