@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import rmsnorm
+import rmsnorm_build
 from device import fast_bfloat16, name_of, one_shape
 from graphs import WARM_UP, Graph, without_cast_cache
 from measure import draw, large_tensor, peak_memory, to_megabytes
@@ -27,7 +28,7 @@ def rmsnorm_kinds(device):
     if device.type == "cpu":
         kinds["cpu"] = rmsnorm.CPU
     if device.type == "cuda":
-        missing = rmsnorm.load()
+        missing = rmsnorm_build.load()
         if missing:
             print(f"without the CUDA kernel: {missing}")
         else:

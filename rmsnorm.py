@@ -1,5 +1,5 @@
-"""Faster RMSNorms in place of model.py's: on a GPU by the CUDA kernel of rmsnorm_kernel.cu, which is built when it
-is first used, on a processor with the backward pass of LayerNorm.
+"""Faster RMSNorms in place of model.py's: on a GPU by the CUDA kernel of rmsnorm_kernel.cu, on a processor with
+the backward pass of LayerNorm.
 
     python train.py --rmsnorm=cuda                      auto | torch | cpu | cuda; a checkpoint does not keep which
     python bench.py rmsnorm                             both, and torch's own, against the speed of a copy
@@ -11,23 +11,15 @@ x's dtype.
 """
 
 import copy
-import functools
-import hashlib
-import os
-import shutil
-import subprocess
-import time
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
+import rmsnorm_build
 from model import PostNorm, PreNorm, RMSNorm, rms_norm
 
 SETTINGS = ("auto", "torch", "cpu", "cuda")
-SOURCE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "rmsnorm_kernel.cu")
-TOOLKIT = "/usr/local/cuda"
-BUILD_SECONDS = 300  # no build takes so long: who locked the folder longer ago is dead
 
 # compute capabilities, as (9, 0), of the GPUs where `bench.py rmsnorm train` found the kernel to be faster, end to
 # end. Not measured on any yet.
@@ -116,40 +108,29 @@ def check(weight, x, a=None):
 
     Not in the operator itself: with torch 2.11 on a GPU an exception from there ended the process.
     """
-    is_right = (
-        x.dtype in DTYPES
-        and weight.dtype.is_floating_point
-        and x.dim() >= 1
-        and weight.shape == x.shape[-1:]
-        and 1 <= x.size(-1) <= LONGEST
-        and weight.device == x.device
-    )
-    if is_right and a is not None:
-        is_right = a.dtype in DTYPES and a.shape == x.shape and a.device == x.device
-    if not is_right:
-        raise RuntimeError(f"rms_norm: {whats_wrong(weight, x, a)}")
-
-
-def whats_wrong(weight, x, a):
-    """Returns what check found wrong, in words."""
-    for name, summand in {"x": x, "a": x if a is None else a}.items():
-        if summand.dtype not in DTYPES:
-            return f"{name} must be float32, float16 or bfloat16, not {summand.dtype}"
-        if summand.shape != x.shape or summand.device != x.device:
-            return (
-                "a must be of x's shape and on its device; "
-                f"they are {tuple(summand.shape)} on {summand.device} and {tuple(x.shape)} on {x.device}"
-            )
-    if not weight.is_floating_point():
-        return f"the weight must be of floating point, not {weight.dtype}"
-    if x.dim() < 1 or weight.shape != x.shape[-1:]:
-        return (
+    if x.dtype not in DTYPES:
+        problem = f"x must be float32, float16 or bfloat16, not {x.dtype}"
+    elif a is not None and a.dtype not in DTYPES:
+        problem = f"a must be float32, float16 or bfloat16, not {a.dtype}"
+    elif a is not None and (a.shape != x.shape or a.device != x.device):
+        problem = (
+            "a must be of x's shape and on its device; "
+            f"they are {tuple(a.shape)} on {a.device} and {tuple(x.shape)} on {x.device}"
+        )
+    elif not weight.is_floating_point():
+        problem = f"the weight must be of floating point, not {weight.dtype}"
+    elif x.dim() < 1 or weight.shape != x.shape[-1:]:
+        problem = (
             "the weight must be 1-D and as long as x's last dimension; "
             f"they are {tuple(weight.shape)} and {tuple(x.shape)}"
         )
-    if not 1 <= x.size(-1) <= LONGEST:
-        return f"the last dimension must be between 1 and {LONGEST}, not {x.size(-1)}"
-    return f"x is on {x.device} and the weight on {weight.device}"
+    elif not 1 <= x.size(-1) <= LONGEST:
+        problem = f"the last dimension must be between 1 and {LONGEST}, not {x.size(-1)}"
+    elif weight.device != x.device:
+        problem = f"x is on {x.device} and the weight on {weight.device}"
+    else:
+        return
+    raise RuntimeError(f"rms_norm: {problem}")
 
 
 def gain(weight, dtype):
@@ -317,113 +298,6 @@ def agrees_around(block, fused):
         return False
 
 
-def register():
-    """Tells torch.compile which shapes and dtypes the operators of the loaded library return."""
-
-    def numbers_of_rows(x):
-        return x.new_empty(x.numel() // x.size(-1), dtype=torch.float32)
-
-    @torch.library.register_fake("tinylm::rms_norm")
-    def _(x, weight, eps):
-        return torch.empty_like(x), numbers_of_rows(x)
-
-    @torch.library.register_fake("tinylm::add_rms_norm")
-    def _(x, a, weight, eps):
-        return torch.empty_like(x), torch.empty_like(x), numbers_of_rows(x)
-
-    @torch.library.register_fake("tinylm::rms_norm_backward")
-    def _(dy, ds, x, weight, inv_rms, weight_grad):
-        return torch.empty_like(x), weight.new_empty(weight.shape if weight_grad else (0,))
-
-
-@functools.cache
-def load():
-    """Builds the kernel for the GPU that is here, loads and tries it, which takes half a minute the first time
-    on a machine. Returns "", or in one line why that failed.
-    """
-    from torch.utils import cpp_extension  # 0.2 s
-
-    cpp_extension.CUDA_HOME = toolkit(cpp_extension.CUDA_HOME)
-    if missing := whats_missing(cpp_extension):
-        return missing
-    with open(SOURCE, "rb") as f:
-        build = (
-            hashlib.sha256(f.read()).hexdigest()[:12],
-            torch.__version__,
-            "sm_{}{}".format(*torch.cuda.get_device_capability()),
-        )
-    folder = os.path.join(
-        os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root(),
-        "-".join(("tinylm_rmsnorm", *build)),
-    )
-    if dead := locked(os.path.join(folder, "lock")):
-        return dead
-    try:
-        os.makedirs(folder, exist_ok=True)
-        cpp_extension.load(
-            "tinylm_rmsnorm",
-            [SOURCE],
-            extra_cuda_cflags=["-O3"],
-            build_directory=folder,
-            is_python_module=False,
-        )
-        register()
-        cuda_norm(torch.ones(1, 8, device="cuda"), torch.ones(8, device="cuda"), 1e-5).sum().item()
-    except (RuntimeError, OSError, ValueError, subprocess.CalledProcessError) as e:
-        return f"the build failed: {telling_line(str(e) or repr(e))[:300]}"
-    return ""
-
-
-def toolkit(home):
-    """Returns the folder of the CUDA toolkit: home, which torch takes for it, unless that only holds a script or a
-    link to an nvcc elsewhere.
-    """
-    is_given = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    if is_given or home and os.path.exists(os.path.join(home, "include", "cuda_runtime.h")):
-        return home
-    return TOOLKIT if os.path.exists(os.path.join(TOOLKIT, "include", "cuda_runtime.h")) else home
-
-
-def telling_line(text):
-    """Returns the line of a build's output that says why it failed."""
-    lines = [line.strip() for line in text.splitlines()]
-    for word in "error:", "cannot find":  # a linker's, before which collect2 speaks of an error
-        for line in lines:
-            if word in line and not line.startswith("collect2"):
-                return line
-    return next((line for line in lines if "error" in line), lines[0])
-
-
-def whats_missing(cpp_extension):
-    """Returns what is missing here for a build, in one line, or ""."""
-    if not torch.cuda.is_available():
-        return "there is no CUDA GPU"
-    if torch.cuda.get_device_capability() < (8, 0):
-        return "the GPU is older than compute capability 8.0 (Ampere)"
-    if not cpp_extension.CUDA_HOME or not shutil.which(
-        os.path.join(cpp_extension.CUDA_HOME, "bin", "nvcc")
-    ):
-        return "there is no nvcc: install the CUDA toolkit, and set CUDA_HOME if it is somewhere unusual"
-    if not cpp_extension.is_ninja_available():
-        return "there is no ninja: pip install ninja"
-    if not shutil.which(cpp_extension.get_cxx_compiler()):
-        return f"there is no C++ compiler {cpp_extension.get_cxx_compiler()}"
-    return ""
-
-
-def locked(lock):
-    """Waits while another process builds. Returns "", or a line where that process must be dead."""
-    while os.path.exists(lock):
-        try:
-            age = time.time() - os.path.getmtime(lock)
-        except OSError:  # removed this moment
-            return ""
-        if age > BUILD_SECONDS:
-            return f"a build that was killed left {lock}: remove it"
-        time.sleep(0.2)
-    return ""
-
-
 def choose(setting, device, compile=False):
     """Returns (TORCH, CPU or CUDA, why) for a setting auto | torch | cpu | cuda on a device; why is ""
     where there is nothing to say. compile: the model is compiled, and the compiler fuses norms itself.
@@ -437,7 +311,7 @@ def choose(setting, device, compile=False):
     missing = f"device={device.type}"
     if device.type == "cuda":
         with torch.cuda.device(device):  # else the first GPU would be asked
-            missing = load()
+            missing = rmsnorm_build.load()
     if missing:
         return TORCH, f"rmsnorm=torch (no kernel: {missing})"
     return CUDA, "rmsnorm=cuda"

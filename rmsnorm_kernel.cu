@@ -1,4 +1,4 @@
-// RMSNorm for NVIDIA GPUs, forward and backward. Read from the top: the kernels, their launches, the bindings. rmsnorm.py builds this when it is first used.
+// RMSNorm for NVIDIA GPUs, forward and backward. Read from the top: the kernels, their launches, the bindings. rmsnorm_build.py builds this when it is first used.
 //
 //   forward    s = x + a                        the residual sum, where there is an a
 //              r = 1 / sqrt(mean(s^2) + eps)    a number a row, kept for the backward
@@ -373,7 +373,7 @@ extern "C" int64_t rmsnorm_parts(int64_t rows) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Bindings, on LibTorch's stable ABI: one object serves torch 2.11 and later. rmsnorm.py says to torch what the outputs look like and which op is whose gradient.
+// Bindings, on LibTorch's stable ABI: one object serves torch 2.11 and later. rmsnorm_build.py says to torch what the outputs look like, rmsnorm.py which op is whose gradient.
 
 #ifndef RMSNORM_KERNELS_ONLY
 #define TORCH_TARGET_VERSION 0x020b000000000000

@@ -22,6 +22,7 @@ from torch.utils import cpp_extension
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rmsnorm
+import rmsnorm_build
 import train
 from config import configure
 from data import padded, to
@@ -31,7 +32,7 @@ from optim import make_optimizers
 from rmsnorm import use_rmsnorm
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-ROOT = os.path.dirname(rmsnorm.SOURCE)
+ROOT = os.path.dirname(rmsnorm_build.SOURCE)
 TORCH = os.path.dirname(torch.__file__)
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 CXX = shutil.which("g++")
@@ -54,7 +55,7 @@ def names(dtypes):
     return "-".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
-def build_for_host(path, *flags, source=rmsnorm.SOURCE):
+def build_for_host(path, *flags, source=rmsnorm_build.SOURCE):
     """Compiles the .cu into a library for the processor; returns its path."""
     header = ["-include", f"{HERE}/cuda_on_host.h", f"-I{TORCH}/include"]
     command = [CXX, "-std=c++17", "-x", "c++", *header, "-fPIC", "-shared", source, "-o", str(path)]
@@ -67,7 +68,7 @@ def build_for_host(path, *flags, source=rmsnorm.SOURCE):
 def device(tmp_path_factory):
     """The device where the ops run; loads them."""
     if torch.cuda.is_available():
-        missing = rmsnorm.load()
+        missing = rmsnorm_build.load()
         assert not missing, missing
         return torch.device("cuda")
     if not CXX:
@@ -75,7 +76,7 @@ def device(tmp_path_factory):
     path = tmp_path_factory.mktemp("kernel") / "host.so"
     library = build_for_host(path, "-O1", f"-L{TORCH}/lib", "-ltorch_cpu", "-lc10")
     torch.ops.load_library(library)
-    rmsnorm.register()
+    rmsnorm_build.register()
     return torch.device("cpu")
 
 
@@ -516,7 +517,7 @@ def test_without_a_gpu_the_choice_is_a_processors():
     assert ops is rmsnorm.TORCH
     assert "device=cpu" in reason
     if not torch.cuda.is_available():
-        assert rmsnorm.whats_missing(cpp_extension) == "there is no CUDA GPU"
+        assert rmsnorm_build.whats_missing(cpp_extension) == "there is no CUDA GPU"
 
 
 @pytest.mark.parametrize(
@@ -549,7 +550,7 @@ def test_what_a_build_lacks_is_named(changes, word, monkeypatch, tmp_path):
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", home)
     monkeypatch.setattr(cpp_extension, "is_ninja_available", lambda: machine["has_ninja"])
     monkeypatch.setattr(cpp_extension, "get_cxx_compiler", lambda: machine["cxx"])
-    missing = rmsnorm.whats_missing(cpp_extension)
+    missing = rmsnorm_build.whats_missing(cpp_extension)
     assert word in missing
     assert bool(word) == bool(missing)
 
@@ -565,7 +566,7 @@ def test_the_kernel_is_tried_on_the_gpu_that_is_to_run_it(monkeypatch):
 
     gpu = torch.device("cuda:1")
     monkeypatch.setattr(torch.cuda, "device", as_current)
-    monkeypatch.setattr(rmsnorm, "load", lambda: "" if current == [gpu] else "another GPU")
+    monkeypatch.setattr(rmsnorm_build, "load", lambda: "" if current == [gpu] else "another GPU")
     assert rmsnorm.choose("cuda", gpu) == (rmsnorm.CUDA, "rmsnorm=cuda")
     assert current == []
 
@@ -578,14 +579,14 @@ def test_the_toolkit_is_not_where_only_a_script_for_nvcc_is(tmp_path, monkeypatc
     for folder in real, whole:
         (folder / "include").mkdir(parents=True)
         (folder / "include/cuda_runtime.h").touch()
-    monkeypatch.setattr(rmsnorm, "TOOLKIT", str(tmp_path / "nowhere"))
-    assert rmsnorm.toolkit(str(script)) == str(script)
-    assert rmsnorm.toolkit(None) is None
-    monkeypatch.setattr(rmsnorm, "TOOLKIT", str(real))
-    assert rmsnorm.toolkit(str(script)) == rmsnorm.toolkit(None) == str(real)
-    assert rmsnorm.toolkit(str(whole)) == str(whole)
+    monkeypatch.setattr(rmsnorm_build, "TOOLKIT", str(tmp_path / "nowhere"))
+    assert rmsnorm_build.toolkit(str(script)) == str(script)
+    assert rmsnorm_build.toolkit(None) is None
+    monkeypatch.setattr(rmsnorm_build, "TOOLKIT", str(real))
+    assert rmsnorm_build.toolkit(str(script)) == rmsnorm_build.toolkit(None) == str(real)
+    assert rmsnorm_build.toolkit(str(whole)) == str(whole)
     monkeypatch.setenv("CUDA_HOME", str(script))
-    assert rmsnorm.toolkit(str(script)) == str(script)
+    assert rmsnorm_build.toolkit(str(script)) == str(script)
 
 
 @pytest.mark.parametrize(
@@ -600,18 +601,18 @@ def test_the_toolkit_is_not_where_only_a_script_for_nvcc_is(tmp_path, monkeypatc
     ],
 )
 def test_why_a_build_failed_is_said(text, line):
-    assert line in rmsnorm.telling_line(text)
+    assert line in rmsnorm_build.telling_line(text)
 
 
 def test_a_stale_lock_is_named_and_a_live_one_waited_for(tmp_path):
     lock = tmp_path / "lock"
-    assert rmsnorm.locked(str(lock)) == ""
+    assert rmsnorm_build.locked(str(lock)) == ""
     lock.touch()
-    long_ago = time.time() - rmsnorm.BUILD_SECONDS - 1
+    long_ago = time.time() - rmsnorm_build.BUILD_SECONDS - 1
     os.utime(lock, (long_ago, long_ago))
-    assert str(lock) in rmsnorm.locked(str(lock))
+    assert str(lock) in rmsnorm_build.locked(str(lock))
     os.utime(lock)
-    code = f"import rmsnorm; print(repr(rmsnorm.locked({str(lock)!r})))"
+    code = f"import rmsnorm_build; print(repr(rmsnorm_build.locked({str(lock)!r})))"
     waiting = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     with pytest.raises(subprocess.TimeoutExpired):
         waiting.wait(timeout=0.5)
@@ -686,7 +687,7 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_host_finds_mistakes(tmp_path, mistake):
     right, wrong = MISTAKES[mistake]
-    code = Path(rmsnorm.SOURCE).read_text(encoding="utf-8")
+    code = Path(rmsnorm_build.SOURCE).read_text(encoding="utf-8")
     assert right in code
     source = tmp_path / "wrong.cu"
     source.write_text(code.replace(right, wrong), encoding="utf-8")
@@ -698,7 +699,7 @@ def test_host_finds_mistakes(tmp_path, mistake):
 
 def run_nvcc(path, *flags):
     """Compiles the .cu to path; returns what the compiler wrote to stderr."""
-    command = [NVCC, *flags, rmsnorm.SOURCE, "-o", str(path)]
+    command = [NVCC, *flags, rmsnorm_build.SOURCE, "-o", str(path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stderr
