@@ -44,6 +44,8 @@ from speculate import MOST_GUESSES, Speculation
 # an ONNX file is compared with model.py on so many tokens, whose logits may differ by this share
 COMPARED = 32
 ROUNDING = 1e-3
+SEPARATOR = re.compile(r"^<\|endoftext\|>\n|<\|endoftext\|>", re.MULTILINE)
+GENERATION = ("temperature", "top_k", "top_p", "repetition_penalty")
 
 
 @dataclass
@@ -124,25 +126,8 @@ class Config:
         return is_float32_on_cpu and not is_changed
 
 
-SEPARATOR = re.compile(r"^<\|endoftext\|>\n|<\|endoftext\|>", re.MULTILINE)
-
-
-def read_start(start):
-    """Returns the prompts that --start means, as they stand.
-
-    In a file <|endoftext|> stands between prompts, in a line of its own or not, and the newline that ends
-    a prompt's last line does not belong to it. Raises Refusal for a file that cannot be read.
-    """
-    if not start.startswith("FILE:"):
-        return [new_lines(start)]
-    path = start[5:]
-    try:
-        with open(path, encoding="utf-8-sig") as f:
-            return [text.removesuffix("\n") for text in SEPARATOR.split(f.read())]
-    except OSError as e:
-        raise Refusal(f"cannot read {path}: {e.strerror}")
-    except UnicodeDecodeError as e:
-        raise Refusal(f"{path} is not UTF-8 text: byte {e.start}")
+# -----------------------------------------------------------------------------------------------------
+# The model
 
 
 def written_onnx(cfg, ckpt):
@@ -182,13 +167,11 @@ def load_onnx(path, ckpt=None):
     None where that is to stand for a checkpoint, ckpt, and computes something else.
     """
     model, tokenizer, config = onnx_model.load(path)
-    threads = torch.get_num_threads()
+    if ckpt and not still_computes(ckpt, model):
+        return None
+    message = f"{model.path}: onnxruntime, {torch.get_num_threads()} threads"
     # torch only draws tokens: two pools of threads that spin on the same cores slow each other down to a third
     torch.set_num_threads(1)
-    if ckpt and not still_computes(ckpt, model):
-        torch.set_num_threads(threads)
-        return None
-    message = f"{model.path}: onnxruntime, {threads} threads"
     return model, tokenizer, config, resolve("cpu", "float32", "false"), message
 
 
@@ -205,9 +188,13 @@ def load(cfg):
             return *results, f"{message}; --onnx=no is PyTorch"
         onnx_message = f"\n{folder} computes what model.py did before it was changed, and is left out"
     model, tokenizer = ckpt.restore()
-    if model.quantization and cfg.dtype == "auto" and fast_bfloat16(compute.device):
-        if has_kernels(model.config):
-            compute = resolve(cfg.device, "bfloat16", compile)  # the only dtype that the kernels take
+    if (
+        cfg.dtype == "auto"
+        and model.quantization
+        and has_kernels(model.config)
+        and fast_bfloat16(compute.device)
+    ):
+        compute = resolve(cfg.device, "bfloat16", compile)  # the only dtype that the kernels take
     paths = ckpt.path
     if ckpt.adapter:
         lora.merge(model)  # in float32; the model is as fast as its base then
@@ -217,28 +204,8 @@ def load(cfg):
     graph_message = decoding_message(
         compute.device, cfg.max_new_tokens, bool(cfg.draft), cfg.is_compiled
     )
-    return (
-        model,
-        tokenizer,
-        ckpt.config,
-        compute,
-        f"{paths}: {compute.message}{rmsnorm_message}{graph_message}{onnx_message}",
-    )
-
-
-def load_speculation(cfg, model, tokenizer, compute):
-    """Returns the Speculation that --draft asks for, None without it. Raises Refusal."""
-    if cfg.draft:
-        draft = load_draft(cfg.draft, model, tokenizer, cfg.speculate, compute, cfg.rmsnorm)
-        return Speculation(draft, cfg.speculate)
-    if "speculate" in cfg.given:
-        raise Refusal(
-            "speculate is the number of a draft's guesses: --draft=FOLDER or --draft=ngram makes them"
-        )
-    return None
-
-
-GENERATION = ("temperature", "top_k", "top_p", "repetition_penalty")
+    message = f"{paths}: {compute.message}{rmsnorm_message}{graph_message}{onnx_message}"
+    return model, tokenizer, ckpt.config, compute, message
 
 
 def model_defaults(cfg, tokenizer):
@@ -264,6 +231,101 @@ def model_defaults(cfg, tokenizer):
     return cfg, f"{', '.join(texts)}, as the model's generation_config.json says" if texts else ""
 
 
+def load_speculation(cfg, model, tokenizer, compute):
+    """Returns the Speculation that --draft asks for, None without it. Raises Refusal."""
+    if cfg.draft:
+        draft = load_draft(cfg.draft, model, tokenizer, cfg.speculate, compute, cfg.rmsnorm)
+        return Speculation(draft, cfg.speculate)
+    if "speculate" in cfg.given:
+        raise Refusal(
+            "speculate is the number of a draft's guesses: --draft=FOLDER or --draft=ngram makes them"
+        )
+    return None
+
+
+def check_caches(cfg, model, context, speculation, n_rows, compute):
+    """Raises Refusal where the device has no memory for the caches of so many rows: the model's and a draft model's."""
+    caches = [(model.config, context)]
+    if speculation and isinstance(speculation.draft, DraftModel):
+        caches.append((speculation.draft.model.config, speculation.draft.context))
+    needs = 0
+    for c, longest in caches:
+        length = min(cfg.max_new_tokens, longest)
+        needs += kv_cache_bytes(c, n_rows, length, compute.dtype.itemsize)
+    check_memory(compute.device, needs, "try a smaller num_samples")
+
+
+# -----------------------------------------------------------------------------------------------------
+# The prompts
+
+
+def read_start(start):
+    """Returns the prompts that --start means, as they stand.
+
+    In a file <|endoftext|> stands between prompts, in a line of its own or not, and the newline that ends
+    a prompt's last line does not belong to it. Raises Refusal for a file that cannot be read.
+    """
+    if not start.startswith("FILE:"):
+        return [new_lines(start)]
+    path = start[5:]
+    try:
+        with open(path, encoding="utf-8-sig") as f:
+            return [text.removesuffix("\n") for text in SEPARATOR.split(f.read())]
+    except OSError as e:
+        raise Refusal(f"cannot read {path}: {e.strerror}")
+    except UnicodeDecodeError as e:
+        raise Refusal(f"{path} is not UTF-8 text: byte {e.start}")
+
+
+def encode_starts(cfg, starts, tokenizer, template, rule):
+    """Returns (texts, prompts): how each row's text starts, and its ids, num_samples rows a start. Raises
+    ValueError.
+    """
+    if cfg.special and template not in ("", MODELS_OWN):
+        raise ValueError(
+            f"the model was fine-tuned on prompts in {template!r:.60}, and all of that is text: leave out special, "
+            "or take --raw, which leaves out the template"
+        )
+    texts = []
+    prompts = []
+    for start in starts:
+        text, ids = start, None
+        if template and start:  # an empty start begins a document, with a template too
+            text, ids = start_of_answer(tokenizer, by_text_rule(start, rule), template)
+        texts += [text] * cfg.num_samples
+        prompts += [ids or prompt_ids(tokenizer, text, cfg.special)] * cfg.num_samples
+    return texts, prompts
+
+
+def template_line(template, rule):
+    """Returns the line that says what prompts are put into."""
+    shown = "the model's chat template" if template == MODELS_OWN else repr(template)
+    stripped = ", without the space around it" if rule == STRIPPED else ""
+    return f"each prompt is put into {shown}{stripped}; --raw leaves it as it is"
+
+
+# -----------------------------------------------------------------------------------------------------
+# The texts
+
+
+def make_steps(cfg, model, speculation, ends):
+    """Returns the function from prompts to the steps of their texts: generate's, or those of a Speculation."""
+    options = {"compile": True} if cfg.is_compiled else {}
+    return partial(
+        speculation.generate if speculation else generate,
+        model,
+        max_new_tokens=cfg.max_new_tokens,
+        temperature=cfg.temperature,
+        top_k=cfg.top_k,
+        top_p=cfg.top_p,
+        repetition_penalty=cfg.repetition_penalty,
+        stop=ends,
+        seed=cfg.seed,
+        past_end=cfg.past_end,
+        **options,
+    )
+
+
 def converse(steps, tokenizer, block_size, template, system, rule):
     """Talks with a model in the terminal; steps: the function of make_steps. Raises Refusal where the model
     was never taught to talk.
@@ -275,6 +337,56 @@ def converse(steps, tokenizer, block_size, template, system, rule):
             "finetune_lora.py teaches a model to answer"
         )
     talk(Chat(steps, tokenizer, block_size, template, system, rule))
+
+
+def compile_seconds(steps, prompts):
+    """Makes the first steps of a text, which compiles them. Returns how many seconds that took."""
+    start = time.perf_counter()
+    text = steps(prompts)
+    next(text)
+    next(text, None)  # None where all rows have ended with their first token
+    text.close()
+    return time.perf_counter() - start
+
+
+def past_end_advice(model):
+    """Returns how a text goes on past the end of a model's context."""
+    can_slide = not (isinstance(model, onnx_model.OnnxModel) or model.config.what_ends_a_text)
+    return f"--past_end={'slide' if can_slide else 'recompute'} goes on"
+
+
+def write(steps, texts, prompts, tokenizer, context, advice):
+    """Prints the first row as it comes, then the others, then the speed; advice: what to do about a full context."""
+    line = "-" * 80
+    stream = tokenizer.stream()
+    start = time.perf_counter()
+    times = []
+    print(f"{line}\n{texts[0]}", end="", flush=True)
+    for rows in steps:
+        times.append(time.perf_counter())
+        if rows[0].new is not None:
+            print(stream(rows[0].new), end="", flush=True)
+    print(stream(None), end="")  # of a character that was not finished
+    for i, row in enumerate(rows):
+        if i > 0:
+            # not as it comes: to decode a large batch at each step would keep a GPU waiting
+            print(f"\n{line}\n{texts[i]}{tokenizer.decode_more(row.ids)}", end="")
+        if row.end == "block_size":
+            print(f"\n[the context of {context} tokens is full; {advice}]", end="")
+    print(f"\n{line}\n{speed_line(prompts, rows, start, times)}")
+
+
+def speed_line(prompts, rows, start, times):
+    """Returns a line about the speed: the prompts' tokens until the first step, then the new ones."""
+    n_read = sum(len(prompt) for prompt in prompts)
+    n_new = sum(len(row.ids) for row in rows)
+    message = (
+        f"prefill {n_read} tokens, {n_read / (times[0] - start):,.0f} tokens/s; decode {n_new} tokens"
+    )
+    seconds = times[-1] - times[0]
+    if seconds and n_new > len(prompts):
+        message += f", {(n_new - len(prompts)) / seconds:,.0f} tokens/s"
+    return message
 
 
 def main(cfg):
@@ -310,113 +422,6 @@ def main(cfg):
             raise Refusal(e)
     if speculation:
         print(speculation.line())
-
-
-def check_caches(cfg, model, context, speculation, n_rows, compute):
-    """Raises Refusal where the device has no memory for the caches of so many rows: the model's and a draft model's."""
-    caches = [(model.config, context)]
-    if speculation and isinstance(speculation.draft, DraftModel):
-        caches.append((speculation.draft.model.config, speculation.draft.context))
-    needs = 0
-    for c, longest in caches:
-        length = min(cfg.max_new_tokens, longest)
-        needs += kv_cache_bytes(c, n_rows, length, compute.dtype.itemsize)
-    check_memory(compute.device, needs, "try a smaller num_samples")
-
-
-def make_steps(cfg, model, speculation, ends):
-    """Returns the function from prompts to the steps of their texts: generate's, or those of a Speculation."""
-    options = {"compile": True} if cfg.is_compiled else {}
-    return partial(
-        speculation.generate if speculation else generate,
-        model,
-        max_new_tokens=cfg.max_new_tokens,
-        temperature=cfg.temperature,
-        top_k=cfg.top_k,
-        top_p=cfg.top_p,
-        repetition_penalty=cfg.repetition_penalty,
-        stop=ends,
-        seed=cfg.seed,
-        past_end=cfg.past_end,
-        **options,
-    )
-
-
-def template_line(template, rule):
-    """Returns the line that says what prompts are put into."""
-    shown = "the model's chat template" if template == MODELS_OWN else repr(template)
-    stripped = ", without the space around it" if rule == STRIPPED else ""
-    return f"each prompt is put into {shown}{stripped}; --raw leaves it as it is"
-
-
-def past_end_advice(model):
-    """Returns how a text goes on past the end of a model's context."""
-    can_slide = not (isinstance(model, onnx_model.OnnxModel) or model.config.what_ends_a_text)
-    return f"--past_end={'slide' if can_slide else 'recompute'} goes on"
-
-
-def encode_starts(cfg, starts, tokenizer, template, rule):
-    """Returns (texts, prompts): how each row's text starts, and its ids, num_samples rows a start. Raises
-    ValueError.
-    """
-    if cfg.special and template not in ("", MODELS_OWN):
-        raise ValueError(
-            f"the model was fine-tuned on prompts in {template!r:.60}, and all of that is text: leave out special, "
-            "or take --raw, which leaves out the template"
-        )
-    texts = []
-    prompts = []
-    for start in starts:
-        text, ids = start, None
-        if template and start:  # an empty start begins a document, with a template too
-            text, ids = start_of_answer(tokenizer, by_text_rule(start, rule), template)
-        texts += [text] * cfg.num_samples
-        prompts += [ids or prompt_ids(tokenizer, text, cfg.special)] * cfg.num_samples
-    return texts, prompts
-
-
-def compile_seconds(steps, prompts):
-    """Makes the first steps of a text, which compiles them. Returns how many seconds that took."""
-    start = time.perf_counter()
-    text = steps(prompts)
-    next(text)
-    next(text, None)  # None where all rows have ended with their first token
-    text.close()
-    return time.perf_counter() - start
-
-
-def write(steps, texts, prompts, tokenizer, context, advice):
-    """Prints the first row as it comes, then the others, then the speed; advice: what to do about a full context."""
-    line = "-" * 80
-    stream = tokenizer.stream()
-    start = time.perf_counter()
-    times = []
-    print(f"{line}\n{texts[0]}", end="", flush=True)
-    for rows in steps:
-        times.append(time.perf_counter())
-        if rows[0].new is not None:
-            print(stream(rows[0].new), end="", flush=True)
-    print(stream(None), end="")  # of a character that was not finished
-    for i, row in enumerate(rows):
-        if i > 0:
-            # not as it comes: to decode a large batch at each step would keep a GPU waiting
-            print(f"\n{line}\n{texts[i]}{tokenizer.decode_more(row.ids)}", end="")
-        if row.end == "block_size":
-            print(f"\n[the context of {context} tokens is full; {advice}]", end="")
-    print(f"\n{line}\n{speed_line(prompts, rows, start, times)}")
-
-
-def speed_line(prompts, rows, start, times):
-    """Returns a line about the speed: the prompts' tokens until the first step, then the new ones."""
-    n_read = sum(len(prompt) for prompt in prompts)
-    n_new = sum(len(row.ids) for row in rows)
-    message = (
-        f"prefill {n_read} tokens, {n_read / (times[0] - start):,.0f} tokens/s; decode {n_new} tokens"
-    )
-    seconds = times[-1] - times[0]
-    if seconds and n_new > len(prompts):
-        message += f", {(n_new - len(prompts)) / seconds:,.0f} tokens/s"
-    return message
 
 
 if __name__ == "__main__":
