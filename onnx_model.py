@@ -397,15 +397,38 @@ def fingerprint(folder):
     """Returns the fingerprint of the model whose files are in a folder; "" where there is none, or where it cannot be
     read or run here.
     """
-    if not importlib.util.find_spec("onnxruntime") or not os.path.isfile(
-        os.path.join(folder, "model.onnx")
-    ):
+    has_model = os.path.isfile(os.path.join(folder, "model.onnx"))
+    if not has_model or not importlib.util.find_spec("onnxruntime"):
         return ""
     try:
         config = json.loads(read_text(folder, "config.json"))
         return config["fingerprint"] if config["format"] in READABLE else ""
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return ""
+
+
+def read_description(folder):
+    """Returns config.json as a dict, that of an older format with what was added since. Raises ValueError."""
+    config = json.loads(read_text(folder, "config.json"))
+    if config["format"] not in READABLE:
+        message = f"format {config['format']!r}; this version reads format {FORMAT}"
+        raise ValueError(f"{message}: export the model again, with --overwrite")
+    if config["format"] == 4:
+        config["ends"] = [config["eot"]]
+    config["format"] = FORMAT
+    config.setdefault("text_rule", text_rule(config))  # exports from before it was kept
+    return config
+
+
+def read_tokenizer(folder, kind, eot, bos, ends):
+    """Returns the tokenizer of a folder, ours or a foreign one, with these settings of config.json."""
+    text = read_text(folder, "tokenizer.json")
+    files = [name for name in FILES if os.path.exists(os.path.join(folder, name))]
+    # ours has no file but tokenizer.json, and one token ends its texts
+    is_like_ours = kind == "char" or kind == "bpe" and bos == eot
+    if is_like_ours and ends == [eot] and len(files) == 1:
+        return Tokenizer.from_str(text)
+    return ForeignTokenizer({name: read_text(folder, name) for name in files}, eot, bos, ends)
 
 
 def load(path):
@@ -415,29 +438,11 @@ def load(path):
     """
     folder, file = split_onnx(path)
     with refusing(folder, "config.json", file):
-        config = json.loads(read_text(folder, "config.json"))
-        if config["format"] not in READABLE:
-            message = f"format {config['format']!r}; this version reads format {FORMAT}"
-            raise ValueError(f"{message}: export the model again, with --overwrite")
-        if config["format"] == 4:
-            config["ends"] = [config["eot"]]
-        config["format"] = FORMAT
-        config.setdefault("text_rule", text_rule(config))  # exports from before it was kept
+        config = read_description(folder)
         c = ModelConfig(**config["model"])
-        kind = config["tokenizer"]
-        eot = config["eot"]
-        bos = config["bos"]
-        ends = config["ends"]
+        settings = [config[key] for key in ("tokenizer", "eot", "bos", "ends")]
     with refusing(folder, "tokenizer.json", file):
-        text = read_text(folder, "tokenizer.json")
-        names = [name for name in FILES if os.path.exists(os.path.join(folder, name))]
-        # ours has no file but tokenizer.json, and one token ends its texts
-        is_like_ours = kind == "char" or kind == "bpe" and bos == eot
-        if is_like_ours and ends == [eot] and len(names) == 1:
-            tokenizer = Tokenizer.from_str(text)
-        else:
-            files = {name: read_text(folder, name) for name in names}
-            tokenizer = ForeignTokenizer(files, eot, bos, ends)
+        tokenizer = read_tokenizer(folder, *settings)
     with refusing(folder, "config.json", file):
         check_description(config, c, tokenizer)
     model = open_session(os.path.join(folder, file), c)
