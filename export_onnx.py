@@ -235,6 +235,10 @@ def validation_loss(model, ids, tokens):
     return evaluate(model, ids, min(model.config.block_size, LONGEST), 4, compute, tokens)
 
 
+# -----------------------------------------------------------------------------------------------------
+# Speed
+
+
 def write_on(threads, model, prompt, n):
     """Returns write_greedy's ids, on so many of torch's threads: onnxruntime has its own, see sample.load_onnx."""
     torch.set_num_threads(threads)
@@ -254,6 +258,7 @@ def compare_speed(models, prompt, n, seconds):
 
 
 # -----------------------------------------------------------------------------------------------------
+# The folder
 
 
 def write_graph(proto, path):
@@ -310,25 +315,19 @@ def write_integers(cfg, proto, quantization, ids, float_loss, folder):
     return model, increase
 
 
-def write_folder(cfg, model, tokenizer, ckpt, ids, folder):
-    """Fills the folder, prints what is in it, and checks and times the models in it.
-
-    ids: the validation split, on which integers are judged. Returns the share by which they raise the loss there,
-    0 where none are written. Raises Refusal where model.onnx does not compute what the model does.
-    """
+def write_description(model, tokenizer, ckpt, folder):
+    """Writes config.json and the tokenizer's files."""
     start = str(ckpt.config.get("start", ""))
-    fingerprint = ckpt.fingerprint
     description = onnx_model.describe(
-        model.config, tokenizer, start, ckpt.template, fingerprint, ckpt.text_rule
+        model.config, tokenizer, start, ckpt.template, ckpt.fingerprint, ckpt.text_rule
     )
     text = json.dumps(description, indent=1)
     tokenizer.save_files(folder)
     write_atomic(str(folder / "config.json"), lambda f: f.write(text.encode()))
 
-    quantization = model.quantization
-    if quantization:
-        print(f"{ckpt.path} is quantized: in model.onnx its integers are written out as float32")
-        model = dequantized(model)
+
+def write_float(model, fingerprint, folder):
+    """Writes model.onnx, and prints what is in it. Returns its graph."""
     proto = export(model)
     proto.metadata_props.add(key="fingerprint", value=fingerprint)
     path = folder / "model.onnx"
@@ -340,6 +339,21 @@ def write_folder(cfg, model, tokenizer, ckpt, ids, folder):
     )
     if model.config.mlp == "moe":
         print(f"{size_text(model)}; in the file experts are {DENSE}")
+    return proto
+
+
+def write_folder(cfg, model, tokenizer, ckpt, ids, folder):
+    """Fills the folder, prints what is in it, and checks and times the models in it.
+
+    ids: the validation split, on which integers are judged. Returns the share by which they raise the loss there,
+    0 where none are written. Raises Refusal where model.onnx does not compute what the model does.
+    """
+    write_description(model, tokenizer, ckpt, folder)
+    quantization = model.quantization
+    if quantization:
+        print(f"{ckpt.path} is quantized: in model.onnx its integers are written out as float32")
+        model = dequantized(model)
+    proto = write_float(model, ckpt.fingerprint, folder)
     exported, _, _ = onnx_model.load(str(folder))
     prompt = [tokenizer.eot]
     check(model, exported, prompt, 200)
@@ -350,7 +364,7 @@ def write_folder(cfg, model, tokenizer, ckpt, ids, folder):
         float_loss = validation_loss(exported, ids, cfg.eval_tokens)
         fused = None if cfg.quantize == "plain_int8" else fused_graph(model, folder)
         if fused:
-            fused.metadata_props.add(key="fingerprint", value=fingerprint)
+            fused.metadata_props.add(key="fingerprint", value=ckpt.fingerprint)
             proto = fused
         models[cfg.quantize], increase = write_integers(
             cfg, proto, quantization, ids, float_loss, folder
