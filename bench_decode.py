@@ -90,37 +90,38 @@ def count_bytes_a_step(model, batch_size):
 
 
 def decode_rivals(model, hf_model, batch_size, compiled):
-    """Returns three things for a batch size: {name: rival}; {name: the tokens a row that it makes while it is timed};
-    and the tokens of a prompt.
+    """Returns {name: (rival, the tokens a row that it makes while it is timed)}, for prompts of half the context.
 
     On a GPU "decode" is the replays of a captured graph, of which the first are not timed, "compiled" those of a
     compiled step; and rivals that launch each step make a quarter of the tokens, as they take so long.
     """
     device = model.device
+    on_gpu = device.type == "cuda"
     n_prompt = model.config.block_size // 2
     ids = torch.randint(model.config.vocab_size, (batch_size, n_prompt))
     prompts = ids.tolist()
     ids = ids.to(device)
-    n_new = n_slow = n_prompt if device.type == "cuda" else min(n_prompt, 64)
+    n_new = n_slow = n_prompt if on_gpu else min(n_prompt, 64)
     n_read, n_decoded = timed_steps(device, n_new)
     if n_read > 1:
         n_slow = n_new // 4
     begun = functools.partial(begun_steps, model, prompts)
     prefill = functools.partial(begun, n_new)
-    rivals = {"prefill": prefill, "decode": (functools.partial(prefill, n_read), list)}
-    tokens = {"prefill": n_prompt, "decode": n_decoded}
-    if device.type == "cuda":
-        rivals["decode, step by step"] = (functools.partial(begun, n_slow, graph=False), list)
-        tokens["decode, step by step"] = n_slow - 1
-    if device.type == "cuda" and compiled:
-        rivals["decode, compiled"] = (functools.partial(prefill, n_read, compile=True), list)
-        tokens["decode, compiled"] = n_decoded
-    rivals["generate"] = functools.partial(generate_cached, model, prompts, n_new)
-    tokens["generate"] = n_new
+    rivals = {
+        "prefill": (prefill, n_prompt),
+        "decode": ((functools.partial(prefill, n_read), list), n_decoded),
+    }
+    if on_gpu:
+        by_step = functools.partial(begun, n_slow, graph=False)
+        rivals["decode, step by step"] = ((by_step, list), n_slow - 1)
+    if on_gpu and compiled:
+        by_compiled = functools.partial(prefill, n_read, compile=True)
+        rivals["decode, compiled"] = ((by_compiled, list), n_decoded)
+    rivals["generate"] = (functools.partial(generate_cached, model, prompts, n_new), n_new)
     if hf_model:
-        rivals["transformers generate"] = functools.partial(generate_hf, hf_model, ids, n_slow)
-        tokens["transformers generate"] = n_slow
-    return rivals, tokens, n_prompt
+        by_hf = functools.partial(generate_hf, hf_model, ids, n_slow)
+        rivals["transformers generate"] = (by_hf, n_slow)
+    return rivals
 
 
 def decode_rows(model, hf_model, large, batch_size, seconds, compiled=False):
@@ -128,28 +129,30 @@ def decode_rows(model, hf_model, large, batch_size, seconds, compiled=False):
 
     large: a tensor that no cache holds, whose sum shows the memory's speed.
     """
-    rivals, tokens, n_prompt = decode_rivals(model, hf_model, batch_size, compiled)
+    rivals = decode_rivals(model, hf_model, batch_size, compiled)
+    functions = {name: rival for name, (rival, _) in rivals.items()}
     # the sum last, as it fills the caches with its own numbers
-    times = race(rivals | {"memory": large.sum}, seconds, model.device)
-    memory_speed = large.nbytes / times.pop("memory")["median"]
-    for name, rival_times in times.items():
+    times = race(functions | {"memory": large.sum}, seconds, model.device)
+    memory_speed = large.nbytes / times["memory"]["median"]
+    for name, (rival, n) in rivals.items():
+        median = times[name]["median"]
         row = {
             "what": name,
             "batch": batch_size,
-            "prompt": n_prompt,
-            "new": 1 if name == "prefill" else tokens[name],
-            "tokens_per_s": batch_size * tokens[name] / rival_times["median"],
-            **ms_columns(rival_times),
+            "prompt": model.config.block_size // 2,
+            "new": 1 if name == "prefill" else n,
+            "tokens_per_s": batch_size * n / median,
+            **ms_columns(times[name]),
             **dict.fromkeys(("weights_gb_per_s", "memory_gb_per_s", "of_memory", "same_ids")),
         }
         if name.startswith("decode"):
-            weights_speed = count_bytes_a_step(model, batch_size) * tokens[name] / rival_times["median"]
+            weights_speed = count_bytes_a_step(model, batch_size) * n / median
             row["weights_gb_per_s"] = weights_speed / 1e9
             row["memory_gb_per_s"] = memory_speed / 1e9
             row["of_memory"] = weights_speed / memory_speed
         if name == "transformers generate":
-            expected = [ids[: tokens[name]] for ids in rivals["generate"]()]
-            row["same_ids"] = rivals[name]() == expected
+            generate_own, _ = rivals["generate"]
+            row["same_ids"] = rival() == [ids[:n] for ids in generate_own()]
         yield row
 
 

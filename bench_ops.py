@@ -51,26 +51,29 @@ def race_both_ways(functions, inputs, gradients, seconds, device):
     # A compiled backward pass that may reuse its buffers refuses to run twice
     with torch._functorch.config.patch(donated_buffer=False):
         for way in "forward", "backward":
-            rivals = {}
-            host_times = {}
+            graphs = {}
+            host_seconds = {}
             for name, function in functions.items():
-                forward = functools.partial(function, *inputs)
                 graph = Graph(None, device)
-                work = forward
-                if way == "backward":
-                    with graph.beside():  # a backward pass runs on the stream of its forward pass
-                        outputs = forward()
-                    work = functools.partial(
-                        torch.autograd.grad, outputs, inputs, gradients, retain_graph=True
-                    )
+                work = work_of(way, function, inputs, gradients, graph)
                 with without_cast_cache():  # as in the graph, or it would be compiled twice
-                    host_times[way, name] = launch_seconds(work, device)
+                    host_seconds[name] = launch_seconds(work, device)
                 graph.function = functools.partial(repeat, work, n)
-                rivals[way, name] = graph
-            for rival, result in race(rivals, seconds / 2, device, untimed).items():
-                result = {key: value / n for key, value in result.items()}
-                times[rival] = result | {"host": host_times[rival]}
+                graphs[name] = graph
+            for name, result in race(graphs, seconds / 2, device, untimed).items():
+                times[way, name] = {key: value / n for key, value in result.items()}
+                times[way, name]["host"] = host_seconds[name]
     return times
+
+
+def work_of(way, function, inputs, gradients, graph):
+    """Returns what a graph is to replay, a function without arguments: the forward pass, or the backward pass alone."""
+    forward = functools.partial(function, *inputs)
+    if way == "forward":
+        return forward
+    with graph.beside():  # a backward pass runs on the stream of its forward pass
+        outputs = forward()
+    return functools.partial(torch.autograd.grad, outputs, inputs, gradients, retain_graph=True)
 
 
 def repeat(work, n):

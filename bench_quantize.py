@@ -86,6 +86,18 @@ def file_bytes(model):
     return file.tell()
 
 
+def stored_models(cfg, compute, model, rows):
+    """Yields (name, model, bytes of its file, the dtype to time it in) for each way to store a model's weights."""
+    fast = compute.dtype
+    if cfg.dtype == "auto" and quantized.has_kernels(cfg) and fast_bfloat16(compute.device):
+        fast = torch.bfloat16
+    for name, other in quantized_models(cfg, model, rows):
+        size = file_bytes(other)
+        yield name, other.float(), size, fast if other.quantization else compute.dtype
+    for name, other in torchao_models(cfg, model, fast):
+        yield name, other, file_bytes(other), fast
+
+
 def bench_quantize(cfg, compute):
     """Compares a model's weights in 8 and 4 bits, by quantize.py, with float32: bits a byte on about
     eval_tokens of held-out text, the size of their file, and greedy tokens/s, one row, on a CPU in bfloat16
@@ -95,30 +107,20 @@ def bench_quantize(cfg, compute):
     """
     model = build_model(cfg).eval()
     rows, ids, bits_a_byte = held_out(cfg, model)
+    T = model.config.block_size
     plain = resolve("cpu", "float32", "false")
-    sizes, losses, rivals, dtypes = {}, {}, {}, {}
-    n = min(64, model.config.block_size // 2)
+    n = min(64, T // 2)
     n_read, n_timed = timed_steps(compute.device, n)
-    fast = compute.dtype
-    if cfg.dtype == "auto" and quantized.has_kernels(cfg) and fast_bfloat16(compute.device):
-        fast = torch.bfloat16
-
-    def add(name, other, dtype):
-        """Evaluates a model on a CPU as it is, and has it timed in dtype."""
+    sizes, losses, rivals, dtypes = {}, {}, {}, {}
+    for name, other, size, dtype in stored_models(cfg, compute, model, rows):
+        sizes[name] = size
+        dtypes[name] = dtype
         losses[name] = None
         if ids is not None:
-            nats = evaluate(other, ids, model.config.block_size, cfg.batch_size, plain, cfg.eval_tokens)
+            nats = evaluate(other, ids, T, cfg.batch_size, plain, cfg.eval_tokens)
             losses[name] = nats * bits_a_byte
-        dtypes[name] = dtype
         other = copy.deepcopy(other).to(compute.device, dtype)
         rivals[name] = (functools.partial(begun_steps, other, [[0]], n, n_read), list)
-
-    for name, other in quantized_models(cfg, model, rows):
-        sizes[name] = file_bytes(other)
-        add(name, other.float(), fast if other.quantization else compute.dtype)
-    for name, other in torchao_models(cfg, model, fast):
-        sizes[name] = file_bytes(other)
-        add(name, other, fast)
     times = race(rivals, cfg.seconds, compute.device)
     exact, nearest = losses["float32"], losses.get("int4 rtn")
     for name, rival_times in times.items():
