@@ -33,8 +33,10 @@ def from_files(files, data, eot, ends=()):
     bos = find_bos(data, eot)
     tokenizer = ForeignTokenizer(files, eot, bos, ends)
     own = tokenizer.own
-    has_own_ends = tokenizer.ends == (eot,) and bos == (None if own and own.kind == "char" else eot)
-    if not own or own.eot != eot or not has_own_ends:
+    if not own:
+        return tokenizer
+    own_bos = None if own.kind == "char" else eot
+    if own.eot != eot or bos != own_bos or tokenizer.ends != (eot,):
         return tokenizer
     source = tokenizer.template_source
     if source is not None:

@@ -53,6 +53,14 @@ NAMES = {
     "mlp.down_proj": "ffn_down",
     "mlp.router": "ffn_gate_inp",
 }
+# our sizes, and their keys after "ARCHITECTURE."
+SIZES = {
+    "n_layer": "block_count",
+    "block_size": "context_length",
+    "n_embd": "embedding_length",
+    "n_inner": "feed_forward_length",
+    "n_head": "attention.head_count",
+}
 FREQUENCIES = "rope_freqs.weight"  # the numbers by which llama3's scaling divides each frequency
 OWN_SCALING = "tinylm.rope_scaling"  # llama3's numbers, which cannot be read off those divisors
 
@@ -199,19 +207,12 @@ def to_gguf(c, state):
 
 def write_sizes(kind, c):
     """Returns the metadata of a model's sizes, without "ARCHITECTURE." in the keys."""
-    is_gpt2 = kind == "gpt2"
-    settings = {
-        "block_count": c.n_layer,
-        "context_length": c.block_size,
-        "embedding_length": c.n_embd,
-        "feed_forward_length": c.n_inner,
-        "attention.head_count": c.n_head,
-        "vocab_size": c.vocab_size,
-        f"attention.layer_norm_{'' if is_gpt2 else 'rms_'}epsilon": float(c.norm_eps),
-    }
-    if is_gpt2:
-        return settings
+    settings = {name: getattr(c, key) for key, name in SIZES.items()}
+    settings["vocab_size"] = c.vocab_size
+    if kind == "gpt2":
+        return settings | {"attention.layer_norm_epsilon": float(c.norm_eps)}
     settings |= {
+        "attention.layer_norm_rms_epsilon": float(c.norm_eps),
         "attention.head_count_kv": c.n_kv_head,
         "attention.key_length": c.head_dim,
         "attention.value_length": c.head_dim,
@@ -323,14 +324,7 @@ def read_config(metadata, names, divisors):
         known = ", ".join(sorted({*ARCHITECTURES.values(), *READ_ALONE}))
         raise ValueError(f"general.architecture is {architecture!r:.60}; only {known} are read here")
     keys = dict(NEEDS[kind])
-    for key, name in {
-        "n_layer": "block_count",
-        "block_size": "context_length",
-        "n_embd": "embedding_length",
-        "n_head": "attention.head_count",
-        "n_inner": "feed_forward_length",
-    }.items():
-        keys[key] = data.number(name)
+    keys |= {key: data.number(name) for key, name in SIZES.items()}
     if min(keys["n_layer"], keys["n_embd"], keys["n_head"]) < 1:
         raise ValueError(f"its sizes cannot be: {keys}")
     keys["tie_embeddings"] = "output.weight" not in names

@@ -247,15 +247,22 @@ def load(name):
     tensors = read_tensors(folder, "model")
     with reading(folder):
         state = hf_layout.from_hf(data["model_type"], c, tensors, without)
-        rows = c.vocab_size
-        V = tokenizer.vocab_size
-        if not 0 <= rows - V <= max(PADDING_ROWS, PADDING_SHARE * rows):
-            sizes = f"the model has {rows:,} tokens and its tokenizer {V:,}"
-            raise ValueError(f"{sizes}: they do not belong together")
-        c = replace(c, vocab_size=V)
-        state["wte.weight"] = state["wte.weight"][:V]
-        state["head.weight"] = state["wte.weight"] if c.tie_embeddings else state["head.weight"][:V]
+        c = leave_out_padding(c, state, tokenizer.vocab_size)
     return make_checkpoint(c, state, tokenizer)
+
+
+def leave_out_padding(c, state, V):
+    """Leaves out the rows of a state's embedding and head past V tokens. Returns the config c with V tokens.
+
+    Raises ValueError where there are too few rows, or too many for padding.
+    """
+    rows = c.vocab_size
+    if not 0 <= rows - V <= max(PADDING_ROWS, PADDING_SHARE * rows):
+        sizes = f"the model has {rows:,} tokens and its tokenizer {V:,}"
+        raise ValueError(f"{sizes}: they do not belong together")
+    state["wte.weight"] = state["wte.weight"][:V]
+    state["head.weight"] = state["wte.weight"] if c.tie_embeddings else state["head.weight"][:V]
+    return replace(c, vocab_size=V)
 
 
 def make_checkpoint(c, state, tokenizer):
