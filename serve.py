@@ -24,6 +24,8 @@ FILES = [
     "app.js",
     "model.js",
     "sample.js",
+    "spans.js",
+    "settings.js",
     "tokenizer.js",
     "get.js",
     ORT + "ort.wasm.min.mjs",

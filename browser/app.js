@@ -1,10 +1,12 @@
 // The page. A story is a list of tokens, yours and the model's; what the model writes becomes text nodes, never markup.
 
 import { get } from "./get.js";
+import { keep, keepSettings, kept, readSettings, restoreSettings, showSettings } from "./settings.js";
+import { closeOthers, connect, drawTokens, hideOthers, isListOpen } from "./spans.js";
 import { Tokenizer } from "./tokenizer.js";
 
 const $ = id => document.getElementById(id);
-const edit = $("edit"), story = $("story"), others = $("others");
+const edit = $("edit"), story = $("story");
 const CHUNK = 64;  // tokens read at once: the page can stop between, and their logits stay small
 
 let config, tokenizer;
@@ -66,13 +68,20 @@ const lastHalf = () => Math.max(0, tokens.length - Math.max(1, Math.floor(config
 const EDGES = /^[\p{White_Space}\x1c-\x1f]+|[\p{White_Space}\x1c-\x1f]+$/gu;  // what Python's strip() takes away
 const byTextRule = prompt => config.text_rule === "as it stands" ? prompt : prompt.replace(EDGES, "");  // as in data.py
 
-/** Makes this text the story; tokens that are the same at its start stay, in the cache too. Throws for text that the tokenizer cannot encode. */
-function setText(now) {
-  if (tokens.length && now === text()) return;
-  let ids = tokenizer.encode(now), n = 0, m = 0;  // tokens alike at the start, and at the end
+/** The ids of a text as a story, with the token that one starts with. Throws for text that the tokenizer cannot encode. */
+function encodeStory(now) {
+  let ids = tokenizer.encode(now);
   if (config.template && ids[0] !== tokens.find((_, i) => !isStart(i))?.id)  // another story: its text is a prompt
     ids = tokenizer.encode(config.template.split("{prompt}").join(byTextRule(now)));
-  if (!ids.length || config.bos !== null && tokenizer.kind !== "char") ids = [config.bos ?? config.eot, ...ids];  // as data.prompt_ids
+  const startsWithToken = !ids.length || config.bos !== null && tokenizer.kind !== "char";  // as data.prompt_ids
+  return startsWithToken ? [config.bos ?? config.eot, ...ids] : ids;
+}
+
+/** Makes this text the story; tokens that are the same at its start stay, in the cache too. Throws as encodeStory does. */
+function setText(now) {
+  if (tokens.length && now === text()) return;
+  const ids = encodeStory(now);
+  let n = 0, m = 0;  // tokens alike at the start, and at the end
   const old = ended() ? tokens.slice(0, -1) : [...tokens], most = Math.min(ids.length, old.length);
   while (n < most && old[n].id === ids[n]) n++;
   while (m < most - n && old.at(-1 - m).id === ids.at(-1 - m)) m++;
@@ -252,7 +261,6 @@ async function clear() {
 // Drawing, at most once a frame
 
 let frame = null;
-const spans = [];  // one a token
 
 function draw() {
   frame ??= requestAnimationFrame(redraw);
@@ -264,7 +272,7 @@ function redraw() {
   edit.hidden = !editing;
   story.hidden = editing;
   if (editing) fit();
-  else drawTokens();
+  else drawTokens(tokens);
   story.classList.toggle("writing", Boolean(working));
   const done = !working && !editing && ended();
   $("write").textContent = working ? "Stop" : editing ? "Write" : full() ? "Go on from the last half" : "Continue";
@@ -280,34 +288,6 @@ function redraw() {
   const rate = !editing && speed?.made > 1 && `${Math.round(1000 * (speed.made - 1) / (speed.now - speed.first)).toLocaleString("en")} tokens/s`;
   const used = !blank() && !editing && `${Math.min(tokens.length - from, config.block_size)} of ${config.block_size} tokens of context`;
   $("speed").textContent = [rate, used].filter(Boolean).join(" · ");
-}
-
-function drawTokens() {
-  let same = 0;
-  while (same < spans.length && same < tokens.length && spans[same].token === tokens[same]) same++;
-  if (chosen >= same) hideOthers();
-  for (const { span } of spans.splice(same)) span.remove();
-  for (const token of tokens.slice(same)) {
-    const span = document.createElement("span"), end = isEnd(token.id) && spans.length > 0;
-    span.textContent = end ? "∎" : token.text;
-    span.className = end ? "end" : /^\n+$/.test(token.text) ? "line" : "";
-    span.classList.toggle("given", Boolean(token.given));
-    span.classList.toggle("spaced", token.text.startsWith(" "));
-    span.tabIndex = -1;
-    if (span.textContent) {
-      span.role = "button";
-      span.ariaHasPopup = "true";
-      if (end || !token.text.trim()) span.ariaLabel = end ? "∎ the end" : token.text.includes("\n") ? "new line" : "space";
-    }
-    story.append(span);
-    spans.push({ token, span });
-  }
-  for (const s of spans) {
-    if (s.p === s.token.p) continue;
-    s.p = s.token.p;
-    s.span.style.setProperty("--heat-of", Math.min(1, -Math.log(s.p) / Math.log(100)).toFixed(3));  // full at one in a hundred
-  }
-  if (!story.querySelector("[tabindex='0']")) spans.find(s => s.span.textContent)?.span.setAttribute("tabindex", "0");
 }
 
 /** Makes the editor as high as its text. */
@@ -336,142 +316,11 @@ function fatal(message) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// What else a token might have been
-
-let chosen = -1;     // the token whose others are shown
-let pinned = false;  // they were asked for by click or key, and stay when the mouse leaves
-let timer;
-
-function showOthers(i, pin = false) {
-  const { token, span } = spans[i], { p, others: list, id } = token;
-  hideOthers();
-  [chosen, pinned] = [i, pin];
-  span.classList.add("on");
-  const head = document.createElement("p"), close = document.createElement("button");
-  head.textContent = p !== undefined ? `Probability ${percent(p)}. Take another:` : i ? "The model has not read this token." : "The first token: nothing comes before it.";
-  close.textContent = "Close";
-  close.onclick = closeOthers;
-  head.append(close);
-  others.replaceChildren(head, ...(list ?? []).map(([other, p]) => {
-    const button = document.createElement("button"), name = document.createElement("span"), share = document.createElement("span");
-    name.append(...(isEnd(other) ? ["∎ the end"] : visible(tokenizer.show(other))));
-    share.textContent = percent(p);
-    button.append(name, share);
-    button.style.setProperty("--p", p.toFixed(4));
-    if (other === id) button.setAttribute("aria-current", "true");
-    button.onclick = () => take(token, other);
-    return button;
-  }));
-  others.hidden = false;
-  const paper = $("paper").getBoundingClientRect(), [line] = span.getClientRects();
-  const above = line.bottom + others.offsetHeight > Math.min(innerHeight, paper.bottom) && line.top > others.offsetHeight;
-  others.style.left = `${Math.max(8, Math.min(line.left - paper.left, paper.width - others.offsetWidth - 8))}px`;
-  others.style.top = `${(above ? line.top - others.offsetHeight : line.bottom) - paper.top}px`;
-  if (getComputedStyle(others).position === "fixed") scrollBy(0, Math.max(0, line.bottom + 8 - (innerHeight - others.offsetHeight)));  // on a phone: at the bottom
-}
-
-function hideOthers() {
-  clearTimeout(timer);
-  spans[chosen]?.span.classList.remove("on");
-  chosen = -1;
-  others.hidden = true;
-}
-
-/** Hides the list; the focus goes from it back to its token. */
-function closeOthers() {
-  if (others.contains(document.activeElement)) spans[chosen].span.focus();
-  hideOthers();
-}
-
-const percent = p => p >= 0.9995 ? "100%" : p < 0.0005 ? "< 0.1%" : `${(100 * p).toFixed(1)}%`;
-
-/** A token's text with its spaces made visible. */
-function visible(text) {
-  return Array.from(text, c => {
-    const mark = { " ": "·", "\n": "↵", "\t": "⇥" }[c];
-    if (!mark) return c;
-    const i = document.createElement("i");
-    i.textContent = mark;
-    return i;
-  });
-}
-
-const indexOf = target => spans.findIndex(s => s.span === target);
-
-/** The next token from i on, in steps of by = 1 or -1, that has text. */
-function step(i, by) {
-  do i += by; while (spans[i] && !spans[i].span.textContent);
-  return i;
-}
-
-function focusToken(i) {
-  if (!spans[i]?.span.textContent) return;
-  story.querySelector("[tabindex='0']")?.setAttribute("tabindex", "-1");
-  spans[i].span.tabIndex = 0;
-  spans[i].span.focus();
-  showOthers(i, true);
-}
-
-let over;  // the element that the mouse was last moved to: no list opens because the story moves under it
-story.addEventListener("pointermove", e => {
-  if (e.pointerType !== "mouse" || e.target === over) return;
-  over = e.target;
-  clearTimeout(timer);  // the way down to the list may cross other tokens
-  const i = indexOf(over);
-  if (!(pinned && chosen >= 0)) timer = setTimeout(() => i < 0 ? hideOthers() : i !== chosen && showOthers(i), 90);
-});
-others.addEventListener("pointermove", () => {
-  over = null;
-  clearTimeout(timer);
-});
-$("paper").addEventListener("pointerleave", e => {
-  over = null;
-  clearTimeout(timer);
-  if (e.pointerType === "mouse" && !pinned) hideOthers();
-});
-document.addEventListener("pointerdown", e => {
-  if (!$("paper").contains(e.target)) hideOthers();
-});
-story.addEventListener("click", e => {
-  const i = indexOf(e.target);
-  if (i >= 0 && !(pinned && chosen === i)) focusToken(i);
-  else if (i >= 0 || chosen >= 0) hideOthers();
-  else if (!getSelection().toString()) change();
-});
-story.addEventListener("dblclick", e => {
-  const i = indexOf(e.target);
-  if (i >= 0) change(undefined, tokens.slice(0, i + 1).map(t => t.text).join("").length);
-});
-story.addEventListener("focusin", e => {
-  const i = indexOf(e.target);
-  if (i >= 0 && i !== chosen && e.target.matches(":focus-visible")) showOthers(i, true);
-});
-story.addEventListener("keydown", e => {
-  const i = indexOf(e.target);
-  if (i < 0 || e.ctrlKey || e.metaKey || e.altKey) return;
-  const to = { ArrowLeft: step(i, -1), ArrowRight: step(i, 1), Home: step(-1, 1), End: step(spans.length, -1) }[e.key];
-  if (to !== undefined) focusToken(to);
-  else if (["ArrowDown", "Enter", " "].includes(e.key)) {
-    if (chosen !== i) showOthers(i, true);
-    others.querySelector(":scope > button")?.focus();
-  } else return;
-  e.preventDefault();
-});
-others.addEventListener("keydown", e => {
-  const by = { ArrowDown: "nextElementSibling", ArrowUp: "previousElementSibling" }[e.key];
-  if (!by) return;
-  e.preventDefault();
-  const to = e.target[by];
-  if (to?.matches("button")) to.focus();
-  else if (e.key === "ArrowUp") spans[chosen].span.focus();
-});
-
-// ---------------------------------------------------------------------------------------------------------------------
 // Keys, settings, and what a reload finds again
 
 document.addEventListener("keydown", e => {
   if (e.key !== "Escape" || e.isComposing) return;
-  if (chosen >= 0) closeOthers();
+  if (isListOpen()) closeOthers();
   else if (working) stop();
   else if (editing && !$("change").hidden) finish(read);
 });
@@ -501,39 +350,10 @@ $("settings").oninput = () => {
 addEventListener("pagehide", save);
 document.addEventListener("visibilitychange", save);
 
-function readSettings() {
-  const settings = {};
-  for (const input of document.querySelectorAll("#settings input")) {
-    settings[input.id] = Number(input.value);
-    if (!input.checkValidity()) throw Error(`${input.labels[0].textContent.trim()}: ${input.validationMessage}`);
-  }
-  return settings;
-}
-
-function showSettings() {
-  for (const output of document.querySelectorAll("#settings output")) output.value = Number($(output.htmlFor).value).toFixed(2);
-}
-
-/** Keeps a value for this tab, and for the next one that opens. */
-function keep(name, value) {
-  const rounded = (key, v) => key === "text" ? undefined : typeof v === "number" && !Number.isInteger(v) ? Number(v.toPrecision(4)) : v;
-  try {
-    for (const store of [sessionStorage, localStorage]) store.setItem(name, JSON.stringify(value, rounded));
-  } catch { /* then a reload starts anew */ }
-}
-
-function kept(name) {
-  try {
-    return JSON.parse(sessionStorage.getItem(name) ?? localStorage.getItem(name));
-  } catch {
-    return null;
-  }
-}
-
 const storyName = () => `tinylm ${config.tokenizer_sha256} ${config.block_size}`;
 
 function save() {
-  keep("tinylm settings", Object.fromEntries(Array.from(document.querySelectorAll("#settings input"), i => [i.id, i.value])));
+  keepSettings();
   if (!edit.disabled) keep(storyName(), { ...onDesk(), before });  // else the old one is still to come
 }
 
@@ -584,7 +404,6 @@ async function start() {
   redraw();
 }
 
-const settings = kept("tinylm settings");
-for (const input of document.querySelectorAll("#settings input")) input.value = settings?.[input.id] ?? input.value;
-showSettings();
+connect({ isEnd, show: id => tokenizer.show(id), take, change });
+restoreSettings();
 start().catch(e => fatal(e.message));
