@@ -10,7 +10,8 @@ const edit = $("edit"), story = $("story");
 const CHUNK = 64;  // tokens read at once: the page can stop between, and their logits stay small
 
 let config, tokenizer;
-let tokens = [];     // {id, text, given, p, others}: given means by you; p and others are those of score() in sample.js, once it was read
+// {id, text, given, p, others}: given means by you; p and others are those of score() in sample.js, once it was read
+let tokens = [];
 let decode;          // from the next id to its text
 let from = 0;        // the first token that the model still sees
 let cached = 0;      // how many from there on are in the worker's cache
@@ -25,10 +26,15 @@ function startWorker() {
   worker.onmessage = ({ data }) => {
     if (data.failed) waiting.reject(Error(data.failed));
     else if (data.done) waiting.resolve();
-    else if (data.bytes) $("speed").textContent = `Loading the model: ${mega(bytes = data.bytes)}${data.of ? ` of ${mega(data.of)}` : ""} MB`;
+    else if (data.bytes) showLoading(data.bytes, data.of);
     else waiting.heard(data);
   };
   worker.onerror = e => waiting.reject(Error(e.message || "model.js did not come whole: reload the page."));
+}
+
+function showLoading(soFar, of) {
+  bytes = soFar;
+  $("speed").textContent = `Loading the model: ${mega(bytes)}${of ? ` of ${mega(of)}` : ""} MB`;
 }
 
 /** Sends a message and waits until it is done. heard is called with what the worker tells on the way. */
@@ -110,7 +116,9 @@ async function read(settings) {
 
 /** Takes what the worker tells of the tokens that it was given to read, or of one that it has written. */
 function hear(part, { scores, next, at }) {
-  scores?.forEach((score, j) => part[j].others || Object.assign(part[j], score));  // a token keeps its first score when the window moves on
+  scores?.forEach((score, j) => {
+    if (!part[j].others) Object.assign(part[j], score);  // a token keeps its first score when the window moves on
+  });
   cached = next ? tokens.length - from : cached + part.length;
   if (next) {
     push(next.id, next);
@@ -166,7 +174,8 @@ async function work(what) {
 
 function where() {
   if (ended()) return "The model ended its story here.";
-  if (full() && tokens.length - from > config.block_size + 1) return `This text has ${tokens.length} tokens, and the model sees ${config.block_size} at a time.`;
+  if (tokens.length - from > config.block_size + 1)
+    return `This text has ${tokens.length} tokens, and the model sees ${config.block_size} at a time.`;
   if (full()) return `The context of ${config.block_size} tokens is full.`;
   return stopped ? "Stopped." : "";
 }
@@ -215,7 +224,8 @@ function press() {
 function again() {
   work(() => {
     $("seed").value = (Number($("seed").value) + 1) % 2 ** 53;
-    return write(() => cut(Math.max(1, tokens.findLastIndex(t => t.given && !isEnd(t.id)) + 1)));  // an end goes, even if you took it
+    const yours = tokens.findLastIndex(t => t.given && !isEnd(t.id)) + 1;  // an end goes, even if you took it
+    return write(() => cut(Math.max(1, yours)));
   });
 }
 
@@ -238,7 +248,8 @@ const unwritten = () => editing && blank() && ["", config.start.trim()].includes
 function lay(story) {
   tokens = [];
   cut(0);
-  const isJudged = story.fingerprint === config.fingerprint;  // else p and others are those of another model with this tokenizer
+  // else p and others are those of another model with this tokenizer
+  const isJudged = story.fingerprint === config.fingerprint;
   for (const { id, given, p, others } of story.tokens) push(id, isJudged ? { given, p, others } : { given });
   from = story.from;
   editing = blank() || story.draft !== null;
@@ -285,9 +296,18 @@ function redraw() {
   const back = before && unwritten();
   $("clear").hidden = editing && blank() && !back;
   $("clear").textContent = back ? "Bring the last one back" : "New story";
-  const rate = !editing && speed?.made > 1 && `${Math.round(1000 * (speed.made - 1) / (speed.now - speed.first)).toLocaleString("en")} tokens/s`;
-  const used = !blank() && !editing && `${Math.min(tokens.length - from, config.block_size)} of ${config.block_size} tokens of context`;
-  $("speed").textContent = [rate, used].filter(Boolean).join(" · ");
+  $("speed").textContent = editing ? "" : [speedText(), contextText()].filter(Boolean).join(" · ");
+}
+
+function speedText() {
+  if (!(speed?.made > 1)) return "";
+  const rate = 1000 * (speed.made - 1) / (speed.now - speed.first);
+  return `${Math.round(rate).toLocaleString("en")} tokens/s`;
+}
+
+function contextText() {
+  if (blank()) return "";
+  return `${Math.min(tokens.length - from, config.block_size)} of ${config.block_size} tokens of context`;
 }
 
 /** Makes the editor as high as its text. */
@@ -338,7 +358,8 @@ addEventListener("resize", () => {
   draw();
 });
 $("write").onclick = press;
-$("write").onkeydown = e => !(e.repeat && e.key === "Enter");  // the Enter that began writing does not stop it while it is held down
+// the Enter that began writing does not stop it while it is held down
+$("write").onkeydown = e => !(e.repeat && e.key === "Enter");
 $("again").onclick = again;
 $("change").onclick = () => editing ? finish(read) : change();
 $("clear").onclick = clear;
@@ -369,17 +390,30 @@ async function getJson(name) {
   }
 }
 
-async function start() {
-  config = await getJson("config.json");
-  if (![4, 5, 6].includes(config?.format)) throw Error(`model/config.json has format ${JSON.stringify(config?.format)}; this page reads format 6: export the model again, with --overwrite.`);
+/** Reads config.json. Throws an Error of one sentence where this page cannot do with it. */
+async function getConfig() {
+  const config = await getJson("config.json");
+  if (![4, 5, 6].includes(config?.format)) {
+    const format = JSON.stringify(config?.format);
+    throw Error(`model/config.json has format ${format}; this page reads format 6: `
+      + "export the model again, with --overwrite.");
+  }
   config.ends ??= [config.eot];  // format 4
   for (const key of ["n_layer", "n_kv_head", "head_dim", "block_size", "vocab_size"])
-    if (!(Number.isInteger(config[key]) && config[key] > 0)) throw Error(`model/config.json is damaged: its ${key} is ${JSON.stringify(config[key])}.`);
+    if (!(Number.isInteger(config[key]) && config[key] > 0))
+      throw Error(`model/config.json is damaged: its ${key} is ${JSON.stringify(config[key])}.`);
   config.template = String(config.template ?? "");
   if (config.template === "{messages}")
-    throw Error("This model answers by its own chat template, which this page does not know: python sample.py --chat --onnx=FOLDER talks with it.");
+    throw Error("This model answers by its own chat template, which this page does not know: "
+      + "python sample.py --chat --onnx=FOLDER talks with it.");
   config.start = String(config.start ?? "");
+  return config;
+}
+
+/** Reads tokenizer.json. Throws an Error of one sentence where it is damaged or does not belong to config.json. */
+async function getTokenizer() {
   const file = await getJson("tokenizer.json");
+  let tokenizer;
   try {
     tokenizer = new Tokenizer(file);
   } catch (e) {
@@ -387,9 +421,16 @@ async function start() {
   }
   if (tokenizer.size !== config.vocab_size || tokenizer.eot !== config.eot)
     throw Error("model/tokenizer.json and model/config.json are not of one model: export it again.");
+  return tokenizer;
+}
+
+async function start() {
+  config = await getConfig();
+  tokenizer = await getTokenizer();
   startWorker();
   await ask({ load: config });
-  $("about").textContent = `A language model of ${config.n_layer} layers and ${mega(bytes)} MB. It writes in this page, on your own machine.`;
+  const size = `${config.n_layer} layers and ${mega(bytes)} MB`;
+  $("about").textContent = `A language model of ${size}. It writes in this page, on your own machine.`;
   const story = kept(storyName()) ?? nothing();
   try {
     lay(story);

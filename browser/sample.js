@@ -3,7 +3,8 @@
 /** The ids of the k largest logits and of those that equal the last of them, largest first, among equals the smallest id first. */
 export function largest(logits, k) {
   const all = k > 1000;  // then it is faster to sort all
-  const top = all ? logits.slice().sort().slice(-k) : logits.slice(0, k).sort();  // the k largest so far, ascending; few of the rest get into it
+  // the k largest so far, ascending; few of the rest get into it
+  const top = all ? logits.slice().sort().slice(-k) : logits.slice(0, k).sort();
   let least = top[0];
   for (let i = all ? logits.length : k; i < logits.length; i++) {
     const x = logits[i];
@@ -30,26 +31,34 @@ function total(logits, max, temperature = 1) {
   return finite(sum);
 }
 
+const add = numbers => numbers.reduce((a, b) => a + b);
+
 /** What next_token draws from: ids and their weights, which need not sum to 1. Not all logits are checked: score() does that. */
 export function keep(logits, { temperature, top_k, top_p }) {
-  const V = logits.length, every = !(top_k > 0 && top_k < V), first = every || temperature < 1e-5 ? 1 : top_k;
+  const V = logits.length, greedy = temperature < 1e-5;
+  const every = !(top_k > 0 && top_k < V);  // no token is left out by top_k
+  const first = greedy || every ? 1 : top_k;
   let ids = largest(logits, first).slice(0, first);
-  const max = finite(logits[ids[0]]), weight = i => Math.exp((logits[i] - max) / temperature);
-  if (temperature < 1e-5) return { ids, weights: [1] };
+  const max = finite(logits[ids[0]]);
+  if (greedy) return { ids, weights: [1] };
+  const weight = i => Math.exp((logits[i] - max) / temperature);
   if (every && top_p >= 1) {
     const all = { ids: new Uint32Array(V), weights: new Float64Array(V) };
     for (let i = 0; i < V; i++) all.weights[i] = weight(all.ids[i] = i);
     return all;
   }
   let weights = ids.map(weight);
-  const sum = every ? total(logits, max, temperature) : weights.reduce((a, b) => a + b);
-  for (let k = 64; every; k = k < 512 ? 512 : V) {  // more and more of the largest: few make up top_p, and to sort all is slow
-    weights = (ids = largest(logits, Math.min(k, V))).map(weight);
-    if (k >= V || weights.reduce((a, b) => a + b) >= top_p * sum) break;
-  }
+  const sum = every ? total(logits, max, temperature) : add(weights);
+  if (every)
+    for (const k of [64, 512, V]) {  // more and more of the largest: few make up top_p, and to sort all is slow
+      ids = largest(logits, Math.min(k, V));
+      weights = ids.map(weight);
+      if (k >= V || add(weights) >= top_p * sum) break;
+    }
   let before = 0;
   const n = weights.findIndex(w => (before += w) >= top_p * sum);  // the token that crosses top_p is kept
-  return top_p < 1 && n >= 0 ? { ids: ids.slice(0, n + 1), weights: weights.slice(0, n + 1) } : { ids, weights };
+  if (top_p >= 1 || n < 0) return { ids, weights };
+  return { ids: ids.slice(0, n + 1), weights: weights.slice(0, n + 1) };
 }
 
 /** A number in [0, 1) for place n of a story: the same seed writes the same story, however often it was stopped on the way. */
@@ -66,13 +75,14 @@ export function uniform(seed, n) {
 
 export function draw(logits, settings, n) {
   const { ids, weights } = keep(logits, settings);
-  let left = uniform(settings.seed, n) * weights.reduce((a, b) => a + b);
+  let left = uniform(settings.seed, n) * add(weights);
   return ids.find((_, i) => (left -= weights[i]) < 0) ?? ids.at(-1);
 }
 
 /** How likely a token was for the model itself, whatever the settings, and the n likeliest tokens. */
 export function score(logits, id, n = 8) {
-  const likely = largest(logits, Math.min(n, logits.length)).slice(0, n), max = logits[likely[0]], sum = total(logits, max);
+  const likely = largest(logits, Math.min(n, logits.length)).slice(0, n);
+  const max = logits[likely[0]], sum = total(logits, max);
   const p = i => Math.exp(logits[i] - max) / sum;
   return { p: p(id), others: likely.map(i => [i, p(i)]) };
 }
