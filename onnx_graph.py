@@ -11,8 +11,8 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-import onnx_model
 from config import Refusal, end_at_once
+from onnx_cache import cache_names
 from onnx_modules import MICROSOFT, FusedGraph, Graph, can_fuse
 from sizes import num_params
 
@@ -168,8 +168,8 @@ def trace(graph):
         program = torch.onnx.export(
             graph.eval(),
             (*inputs.values(), past),
-            input_names=[*inputs, *onnx_model.names(c, "past")],
-            output_names=["logits", *onnx_model.names(c, "present")],
+            input_names=[*inputs, *cache_names(c, "past")],
+            output_names=["logits", *cache_names(c, "present")],
             dynamic_shapes=axes,
             opset_version=OPSET,
             dynamo=True,

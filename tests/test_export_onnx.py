@@ -28,6 +28,7 @@ from test_train import SMALL
 import checkpoint
 import dataset
 import export_onnx
+import onnx_cache
 import onnx_graph
 import onnx_integers
 import onnx_model
@@ -226,8 +227,8 @@ def test_of_a_prompt_one_tokens_logits_are_computed(lab, exported, monkeypatch):
         return past_read(self, session, idx, places, logits)
 
     asked = []
-    past_read = onnx_model.Past.read
-    monkeypatch.setattr(onnx_model.Past, "read", read)
+    past_read = onnx_cache.Past.read
+    monkeypatch.setattr(onnx_cache.Past, "read", read)
     complete(generate(exported, [[1, 2, 3], [4, 5, 6], [7]], 2, temperature=0))
     V = lab.model.config.vocab_size
     assert asked == [([0], (1, 1, V)), ([2], (2, 1, V)), ([0], (1, 1, V)), ([0], (2, 1, V))]
@@ -473,7 +474,7 @@ def test_a_past_that_grows_in_its_place_is_the_one_of_fresh_arrays(lab, exported
     ids = draw_ids(config, B, 40)
     past = exported.new_past(B, 40)
     empty = np.zeros((0, B, config.n_kv_head, config.head_dim), np.float32)
-    fresh = dict.fromkeys(onnx_model.names(config, "past"), empty)
+    fresh = dict.fromkeys(onnx_cache.cache_names(config, "past"), empty)
     for part in ids.split((9, 1, 1, 20, 1, 8), dim=1):
         inputs = {"ids": part.numpy(), "places": np.arange(part.size(1)), **fresh}
         logits, *present = exported.session.run(None, inputs)

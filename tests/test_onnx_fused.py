@@ -30,6 +30,7 @@ from test_sample import complete
 import checkpoint
 import dataset
 import export_onnx
+import onnx_cache
 import onnx_graph
 import onnx_integers
 import onnx_model
@@ -103,7 +104,7 @@ def test_a_past_in_its_place_is_the_one_of_fresh_arrays(model, fused, B):
     ids = draw_ids(c, B, 20)
     past = fused.new_past(B, 20)
     empty = np.zeros((B, c.n_kv_head, 0, c.head_dim), np.float32)
-    fresh = dict.fromkeys(onnx_model.names(c, "past"), empty)
+    fresh = dict.fromkeys(onnx_cache.cache_names(c, "past"), empty)
     total = 0
     for part in ids.split((9, 1, 1, 1, 8) if B == 1 else (9, *[1] * 11), dim=1):
         total += part.size(1)
