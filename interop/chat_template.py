@@ -76,6 +76,27 @@ def generation_tag():
     return Generation
 
 
+# jinja_template's text; <words> stand for what depends on the template and the tokenizer
+JINJA = (
+    "{{ <start> }}"
+    "{% set turn = namespace(prompt='', n=0) %}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}"
+    "{{ <turn> }}"
+    "{% if message['content'] %}{{ message['content'] ~ <end> }}{% endif %}"
+    "{% set turn.prompt = '' %}{% set turn.n = 0 %}"
+    "{% else %}"
+    "{% set text = <text> %}"
+    "{% if text %}"
+    r"{% set turn.prompt = turn.prompt ~ ('\n' if turn.prompt else '') ~ text %}"
+    "{% endif %}"
+    "{% set turn.n = turn.n + 1 %}"
+    "{% endif %}"
+    "{% endfor %}"
+    "{% if turn.n or add_generation_prompt %}{{ <turn> }}{% endif %}"
+)
+
+
 def jinja_template(template, start, end, is_stripped=False):
     """Returns the Jinja text of a template with {prompt} in it, for programs that know no other kind: it
     renders the text that chat.conversation_ids takes in parts.
@@ -84,20 +105,13 @@ def jinja_template(template, start, end, is_stripped=False):
     is_stripped: whether prompts lose the space around them first, as by data.STRIPPED.
     """
     literals = [json.dumps(text, ensure_ascii=False) for text in template.split("{prompt}")]
-    turn = "{{ " + " ~ turn.prompt ~ ".join(literals) + " }}"
-    text = "(message['content'] or '') | trim" if is_stripped else "message['content']"
-    return (
-        f"{{{{ {json.dumps(start, ensure_ascii=False)} }}}}"
-        "{% set turn = namespace(prompt='', n=0) %}"
-        "{% for message in messages %}{% if message['role'] == 'assistant' %}"
-        f"{turn}{{% if message['content'] %}}"
-        f"{{{{ message['content'] ~ {json.dumps(end, ensure_ascii=False)} }}}}{{% endif %}}"
-        "{% set turn.prompt = '' %}{% set turn.n = 0 %}"
-        f"{{% else %}}{{% set text = {text} %}}{{% if text %}}"
-        "{% set turn.prompt = turn.prompt ~ ('\\n' if turn.prompt else '') ~ text %}"
-        "{% endif %}{% set turn.n = turn.n + 1 %}"
-        f"{{% endif %}}{{% endfor %}}{{% if turn.n or add_generation_prompt %}}{turn}{{% endif %}}"
-    )
+    words = {
+        "<start>": json.dumps(start, ensure_ascii=False),
+        "<turn>": " ~ turn.prompt ~ ".join(literals),
+        "<end>": json.dumps(end, ensure_ascii=False),
+        "<text>": "(message['content'] or '') | trim" if is_stripped else "message['content']",
+    }
+    return re.sub("|".join(words), lambda match: words[match[0]], JINJA)
 
 
 def own_jinja(tokenizer, template, text_rule):

@@ -14,7 +14,7 @@ joined, and the token of the highest score is made first.
 import json
 
 from interop.any_tokenizer import from_files
-from interop.foreign_tokenizer import list_parts, token_text
+from interop.foreign_tokenizer import CHAT_TEMPLATE, list_parts, token_text
 from vocabulary import BPE, BYTE_LEVEL, CHAR_BYTE, bos_processor, byte_chars, dump_vocabulary
 
 # llama.cpp's kinds of tokens
@@ -257,15 +257,20 @@ def read_tokenizer(metadata):
     }
     if bos is not None:
         settings["bos_token"] = tokens[bos]
+    files = make_files(data, settings, [eot, *others], metadata.get("tokenizer.chat_template"))
+    return from_files(files, data, eot, others)
+
+
+def make_files(data, settings, ends, template):
+    """Returns the files that a folder of Hugging Face's would have, {name: text}, of their parsed content."""
     files = {
         "tokenizer.json": json.dumps(data, ensure_ascii=False),
         "tokenizer_config.json": json.dumps(settings, ensure_ascii=False),
-        "generation_config.json": json.dumps({"eos_token_id": [eot, *others]}),
+        "generation_config.json": json.dumps({"eos_token_id": ends}),
     }
-    template = metadata.get("tokenizer.chat_template")
     if isinstance(template, str):
-        files["chat_template.jinja"] = template
-    return from_files(files, data, eot, others)
+        files[CHAT_TEMPLATE] = template
+    return files
 
 
 def read_list(metadata, key, kind):
