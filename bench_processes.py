@@ -19,8 +19,8 @@ DELAYS = (0.0, 0.05)  # seconds by which each message of gradients takes longer
 ROUNDS = 5
 
 
-class Link:
-    """A slow network: each message takes `delay` seconds longer, one after the other, while the processor is free."""
+class SlowNetwork:
+    """Sends messages, each of which takes `delay` seconds longer, one after the other, while the processor is free."""
 
     def __init__(self, send):
         self.send = send
@@ -87,28 +87,27 @@ def work(rank, env, cfg, queue):
         steps[shard]()  # makes the moments
         held[shard] = state_bytes(*trained)
 
-    link = torch.distributed.all_gather = Link(torch.distributed.all_gather)
+    network = torch.distributed.all_gather = SlowNetwork(torch.distributed.all_gather)
     sums = {"after": SentAfter, "during": gradients.GradientSum}
     times = {("none", way, delay): [] for delay in DELAYS for way in sums}
     times["full", "by FSDP2", 0.0] = []
     for _ in range(ROUNDS):
         for (shard, way, delay), seconds in times.items():
-            link.delay = delay
+            network.delay = delay
             train.GradientSum = sums.get(way)
             seconds.append(timed(steps[shard], compute))
+    rows = [
+        {
+            "shard": shard,
+            "gradients": way,
+            "messages": f"{1e3 * delay:.0f} ms more" if delay else "as they are",
+            "step_ms": 1e3 * median(seconds),
+            "held_mb": held[shard] / 1e6,
+        }
+        for (shard, way, delay), seconds in times.items()
+    ]
     if rank == 0:
-        queue.put(
-            [
-                {
-                    "shard": shard,
-                    "gradients": way,
-                    "messages": f"{1e3 * delay:.0f} ms more" if delay else "as they are",
-                    "step_ms": 1e3 * median(seconds),
-                    "held_mb": held[shard] / 1e6,
-                }
-                for (shard, way, delay), seconds in times.items()
-            ]
-        )
+        queue.put(rows)
     compute.close()
 
 
