@@ -19,7 +19,7 @@ import torch
 from config import Refusal
 from data import AS_IT_STANDS, MODELS_OWN
 from folders import in_the_way, move_aside, write_atomic
-from interop import gguf_layout, gguf_tokenizer
+from interop import gguf_config, gguf_layout, gguf_tokenizer
 from interop.chat_template import own_jinja
 
 SUFFIX = ".gguf"
@@ -294,9 +294,9 @@ def read(path):
     """Returns (ModelConfig, our state dict, tokenizer) of a file. Raises ValueError, OSError and Refusal."""
     gguf, data, metadata, entries = open_file(path)
     divisors = None
-    if entry := entries.pop(gguf_layout.FREQUENCIES, None):
-        divisors = read_tensor(gguf, data, gguf_layout.FREQUENCIES, entry)
-    c = gguf_layout.read_config(metadata, entries.keys(), divisors)
+    if entry := entries.pop(gguf_config.FREQUENCIES, None):
+        divisors = read_tensor(gguf, data, gguf_config.FREQUENCIES, entry)
+    c = gguf_config.read_config(metadata, entries.keys(), divisors)
     tokenizer = gguf_tokenizer.read_tokenizer(metadata)
     c = replace(c, vocab_size=tokenizer.vocab_size)
     architecture = metadata["general.architecture"]
