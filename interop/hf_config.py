@@ -142,10 +142,10 @@ def read_windows(kind, data, sizes):
     if may_mix and SLIDING not in types:
         return {}
     window = read_number(data, "sliding_window", kind=int)
-    has_none = kind == "llama" or FULL in types and not may_mix
-    if window > context or window == context and has_none:
+    can_have = kind != "llama" and (may_mix or FULL not in types)
+    if window > context or window == context and not can_have:
         return {}
-    if has_none or window < 1:
+    if window < 1 or not can_have:
         problem = f"sliding_window is {window} in a context of {context}: not here in a {CLASSES[kind]}"
         advice = f"with max_position_embeddings {window} in config.json there is none"
         raise ValueError(f"{problem}; {advice}" if window > 0 else problem)
