@@ -92,9 +92,9 @@ def list_parts(component):
     return [component]
 
 
-def token_bytes(data, vocab, n):
-    """Returns the bytes of each of n ids, which are written in GPT-2's byte characters or as Llama's pieces. Raises
-    ValueError.
+def decoder_kinds(data):
+    """Returns the types of the decoder's parts, a set. Raises ValueError where they do not say which bytes a token is,
+    or where a text has other ids each time.
     """
     decoder_parts = list_parts(data.get("decoder"))
     kinds = {part.get("type") for part in decoder_parts}
@@ -109,6 +109,14 @@ def token_bytes(data, vocab, n):
     if not kinds & {"ByteLevel", "ByteFallback", "Metaspace"}:
         decoder = json.dumps(data.get("decoder"))
         raise ValueError(f"its decoder is {decoder:.120}; the bytes of its tokens are not known here")
+    return kinds
+
+
+def token_bytes(data, vocab, n):
+    """Returns the bytes of each of n ids, which are written in GPT-2's byte characters or as Llama's pieces. Raises
+    ValueError.
+    """
+    kinds = decoder_kinds(data)
     added = {token["content"] for token in data.get("added_tokens") or []}
     tokens = [b""] * n
     for text, i in vocab.items():

@@ -218,6 +218,15 @@ def read_header(gguf, data):
     if version not in (2, 3):
         raise ValueError(f"its version is {version}; GGUF's versions 2 and 3 are read here")
     n_tensors, n_values = cursor.number("Q"), cursor.number("Q")
+    metadata = read_metadata(cursor, n_values)
+    infos = read_infos(cursor, n_tensors)
+    alignment = metadata.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
+    if type(alignment) is not int or alignment < 1:
+        raise ValueError(f"general.alignment is {alignment!r:.60}")
+    return metadata, place_entries(gguf, infos, alignment, cursor.place, len(data))
+
+
+def read_metadata(cursor, n_values):
     metadata = {}
     for _ in range(n_values):
         key = cursor.text()
@@ -226,6 +235,11 @@ def read_header(gguf, data):
         metadata[key] = cursor.value(cursor.number("I"))
     if metadata.get("split.count", 1) != 1:
         raise ValueError("it is one part of several: llama.cpp's llama-gguf-split --merge joins them")
+    return metadata
+
+
+def read_infos(cursor, n_tensors):
+    """Returns {name: (shape, type's number, offset)}. Raises ValueError."""
     infos = {}
     for _ in range(n_tensors):
         name = cursor.text()
@@ -234,10 +248,7 @@ def read_header(gguf, data):
             raise ValueError(f"tensor {name:.60} is there twice, or has {n_dimensions} dimensions")
         shape = tuple(cursor.number("Q") for _ in range(n_dimensions))[::-1]
         infos[name] = shape, cursor.number("I"), cursor.number("Q")
-    alignment = metadata.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
-    if type(alignment) is not int or alignment < 1:
-        raise ValueError(f"general.alignment is {alignment!r:.60}")
-    return metadata, place_entries(gguf, infos, alignment, cursor.place, len(data))
+    return infos
 
 
 def place_entries(gguf, infos, alignment, header_size, file_size):

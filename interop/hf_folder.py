@@ -183,18 +183,26 @@ def read_tokenizer(folder):
     with reading(path):
         eot = find_eot(folder, data, settings)
         tokenizer = from_files(files, data, eot, end_ids(folder))
-        add_bos = settings.get("add_bos_token")
-        if add_bos is not None and tokenizer.kind != "char" and add_bos != (tokenizer.bos is not None):
-            print(
-                f"hf:{folder}: add_bos_token is {add_bos!r:.60}, but as in transformers 5 the "
-                "post_processor of tokenizer.json decides what a text starts with"
-            )
-        space = settings.get("add_prefix_space")
-        if space is not None and space != bool(tokenizer.prefix):
-            number = "a" if tokenizer.prefix else "no"
-            setting = f"add_prefix_space in tokenizer_config.json is {space!r:.60}"
-            raise ValueError(f"{setting}, but here {number} space is put before a text")
+        compare_starts(folder, settings, tokenizer)
         return tokenizer
+
+
+def compare_starts(folder, settings, tokenizer):
+    """Prints where a text starts with another token than tokenizer_config.json says.
+
+    Raises ValueError where it starts with a space and should not, or the other way round.
+    """
+    add_bos = settings.get("add_bos_token")
+    if add_bos is not None and tokenizer.kind != "char" and add_bos != (tokenizer.bos is not None):
+        print(
+            f"hf:{folder}: add_bos_token is {add_bos!r:.60}, but as in transformers 5 the "
+            "post_processor of tokenizer.json decides what a text starts with"
+        )
+    space = settings.get("add_prefix_space")
+    if space is not None and space != bool(tokenizer.prefix):
+        number = "a" if tokenizer.prefix else "no"
+        setting = f"add_prefix_space in tokenizer_config.json is {space!r:.60}"
+        raise ValueError(f"{setting}, but here {number} space is put before a text")
 
 
 def load_tokenizer(name):

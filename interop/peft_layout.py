@@ -49,17 +49,22 @@ def to_peft(c, lora, adapters):
     ranks = {}
     for module, parts in modules.items():
         A = torch.cat([A for _, A, _ in parts])
-        third, _, B = parts[0]
-        if third is not None:
-            B = torch.zeros(3, c.n_embd, len(A))
-            for n, (third, _, part_B) in enumerate(parts):
-                B[third, :, n * lora.rank : (n + 1) * lora.rank] = part_B
-            B = B.flatten(0, 1)
         name_A, name_B = peft_names(module)
         tensors[name_A] = A
-        tensors[name_B] = B
+        tensors[name_B] = join_B(parts, lora.rank)
         ranks[re.sub(r".*\.\d+\.", "", module)] = len(A)
     return write_peft_config(kind, lora, ranks), tensors
+
+
+def join_B(parts, rank):
+    """Returns B of a module there with the parts [(third, A, B)]: the only one, or those of q, k and v in blocks."""
+    third, _, B = parts[0]
+    if third is None:
+        return B
+    joined = torch.zeros(3, len(B), rank * len(parts))
+    for n, (third, _, B) in enumerate(parts):
+        joined[third, :, n * rank : (n + 1) * rank] = B
+    return joined.flatten(0, 1)
 
 
 def write_peft_config(kind, lora, ranks):
