@@ -88,11 +88,15 @@ function setText(now) {
   if (tokens.length && now === text()) return;
   const ids = encodeStory(now);
   let n = 0, m = 0;  // tokens alike at the start, and at the end
-  const old = ended() ? tokens.slice(0, -1) : [...tokens], most = Math.min(ids.length, old.length);
+  const old = ended() ? tokens.slice(0, -1) : [...tokens];
+  const most = Math.min(ids.length, old.length);
   while (n < most && old[n].id === ids[n]) n++;
   while (m < most - n && old.at(-1 - m).id === ids.at(-1 - m)) m++;
   cut(n);
-  for (let i = n; i < ids.length; i++) push(ids[i], { given: i < ids.length - m || old[i - ids.length + old.length].given });
+  for (let i = n; i < ids.length; i++) {
+    const isNew = i < ids.length - m;
+    push(ids[i], { given: isNew || old[i - ids.length + old.length].given });
+  }
 }
 
 /** Reads what is not in the cache yet; with settings it writes on, until the end, the end of the context, or stop(). */
@@ -152,6 +156,7 @@ async function rest() {
   return turn === turns;
 }
 
+/** Does what once nothing else is under way, and says how it ended. */
 async function work(what) {
   if (!await rest()) return;
   stopped = false;
@@ -172,6 +177,7 @@ async function work(what) {
   draw();
 }
 
+/** Why the model writes no more. */
 function where() {
   if (ended()) return "The model ended its story here.";
   if (tokens.length - from > config.block_size + 1)
@@ -199,6 +205,7 @@ function finish(what) {
   $("write").focus({ preventScroll: true });
 }
 
+/** Opens the editor, with a draft or the story, and the caret at its place or at the end. */
 async function change(draft, caret) {
   if (!await rest()) return;
   editing = true;
@@ -221,6 +228,7 @@ function press() {
   }));
 }
 
+/** Writes on after your last token in another way: with the next seed. */
 function again() {
   work(() => {
     $("seed").value = (Number($("seed").value) + 1) % 2 ** 53;
@@ -229,6 +237,7 @@ function again() {
   });
 }
 
+/** Puts an id in the place of a token, and writes on from there. */
 function take(token, id) {
   hideOthers();
   $("write").focus({ preventScroll: true });
@@ -256,6 +265,7 @@ function lay(story) {
   edit.value = story.draft ?? "";
 }
 
+/** Puts the story away for a new one, or brings the last one back. */
 async function clear() {
   if (unwritten() && before) {
     lay(before);
