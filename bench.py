@@ -31,15 +31,15 @@ import torch
 import checkpoint
 import readers
 import train
-from bench_cache import bench_kvcache, bench_windows
-from bench_decode import LLAMA_CPP, bench_decode
-from bench_learning import START, bench_learning
-from bench_ops import bench_attention, bench_rmsnorm
-from bench_processes import bench_processes
-from bench_quantize import bench_quantize
-from bench_scale import bench_scale
-from bench_tokenizer import bench_tokenizer
-from bench_train import CONFIGS, bench_data, bench_experts, bench_optimizer, bench_train
+from benches.cache import bench_kvcache, bench_windows
+from benches.decode import LLAMA_CPP, bench_decode
+from benches.learning import START, bench_learning
+from benches.ops import bench_attention, bench_rmsnorm
+from benches.processes import bench_processes
+from benches.quantize import bench_quantize
+from benches.scale import bench_scale
+from benches.tokenizer import bench_tokenizer
+from benches.train import CONFIGS, bench_data, bench_experts, bench_optimizer, bench_train
 from device import resolve
 from interop import nanogpt
 from measure import device_name, git_commit, print_tables

@@ -15,7 +15,7 @@ import torch
 import finetune_lora  # noqa: F401  as these
 import prepare  # noqa: F401
 import train  # noqa: F401
-from bench_processes import free_port
+from benches.processes import free_port
 from config import run
 
 fork = multiprocessing.get_context("forkserver")

@@ -16,13 +16,13 @@ from test_sample import greedy
 from test_train import copied
 
 import bench
-import bench_cache
-import bench_decode
-import bench_learning
-import bench_ops
-import bench_scale
-import bench_step
-import bench_train
+import benches.cache as bench_cache
+import benches.decode as bench_decode
+import benches.learning as bench_learning
+import benches.ops as bench_ops
+import benches.scale as bench_scale
+import benches.step as bench_step
+import benches.train as bench_train
 import checkpoint
 import graphs
 import measure

@@ -10,7 +10,7 @@ from scripts import call
 from test_model import V, build, tokens
 from test_train import SMALL
 
-import bench_decode
+import benches.decode as bench_decode
 import export_onnx
 import hf
 import model as lab_model

@@ -13,8 +13,8 @@ from scripts import call, printed, written
 from test_model import V, build, tokens
 
 import bench
-import bench_decode
-import bench_quantize
+import benches.decode as bench_decode
+import benches.quantize as bench_quantize
 import checkpoint
 import dataset
 import export_onnx

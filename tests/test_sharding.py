@@ -16,10 +16,10 @@ from test_processes import fork_together, run_together
 from test_train import lab, load, log, resume  # lab is a fixture
 
 import bench
-import bench_scale
+import benches.scale as bench_scale
 import sharding
 import train
-from bench_step import make_training_step
+from benches.step import make_training_step
 from config import configure
 from device import resolve
 from optim import orthogonalize

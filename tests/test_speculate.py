@@ -13,8 +13,8 @@ from test_model import V, build, prompts_of
 from test_windows import windowed
 
 import bench
-import bench_decode
-import bench_step
+import benches.decode as bench_decode
+import benches.step as bench_step
 import checkpoint
 import drafts
 import quantize

@@ -10,8 +10,8 @@ import checkpoint
 import dataset
 import quantize
 import quantized
-from bench_decode import begun_steps, timed_steps
-from bench_step import build_model
+from benches.decode import begun_steps, timed_steps
+from benches.step import build_model
 from config import Refusal
 from device import fast_bfloat16, name_of, resolve
 from eval import data_folder, load_data

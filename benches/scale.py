@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench_processes import ROUNDS, N, join, run_processes, timed
-from bench_step import make_training_step
+from benches.processes import ROUNDS, N, join, run_processes, timed
+from benches.step import make_training_step
 from data import micro_batches, rows_each, tokens_a_step
 from device import Compute
 from measure import peak_memory, state_bytes, to_megabytes

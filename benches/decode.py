@@ -10,7 +10,7 @@ import torch
 
 import checkpoint
 import onnx_model
-from bench_step import build_model
+from benches.step import build_model
 from device import name_of
 from drafts import load_draft
 from experts import MoE

@@ -10,7 +10,7 @@ import torch
 
 import gradients
 import train
-from bench_step import make_training_step
+from benches.step import make_training_step
 from device import resolve
 from measure import state_bytes
 

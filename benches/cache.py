@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 
-from bench_step import build_model, make_training_step, redrawn, untimed_steps
+from benches.step import build_model, make_training_step, redrawn, untimed_steps
 from data import tokens_a_step
 from device import name_of
 from measure import peak_memory

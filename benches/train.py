@@ -12,9 +12,9 @@ import torch
 
 import rmsnorm
 import shards
-from bench_learning import NANOGPT
-from bench_ops import rmsnorm_kinds
-from bench_step import (
+from benches.learning import NANOGPT
+from benches.ops import rmsnorm_kinds
+from benches.step import (
     SLOW,
     build_model,
     make_slow_optimizers,
@@ -31,7 +31,7 @@ from measure import count_bytes, peak_memory, state_bytes, to_megabytes
 from race import ms_columns, race
 from sizes import flops_per_token, num_active_params, num_params
 
-CONFIGS = Path(__file__).parent / "configs"
+CONFIGS = Path(__file__).parents[1] / "configs"
 ARCHITECTURE_KEYS = {"norm", "norm_position", "pos", "mlp"}
 
 

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 import toy_stories
 import train
-from bench_step import build_trained
+from benches.step import build_trained
 from data import micro_batches, to, tokens_a_step, training_rows
 from interop import nanogpt
 from optim import get_lr, make_optimizers, set_rate
