@@ -21,8 +21,6 @@ import hashlib
 import math
 import numbers
 import os
-import re
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 from config import Refusal, check_choice, check_range, run
@@ -34,17 +32,13 @@ import torch
 import finetune_lora
 import lora
 import toy_stories
-from chat import conversation_ids
 from data import evenly, micro_batches, to
-from finetune_reward import add_head, load_reward, read_head, reward_sha256, saved_head
-from generate import generate
+from finetune_reward import add_head, read_head, reward_sha256, saved_head
+from rollouts import answer_batch, draw, encode_prompt, find_reward, prompt_row
 from rows import (
-    NO_RESPONSE,
     LeftOut,
-    chat_messages,
     conversations,
     default_template,
-    kind_of,
     side_line,
     side_names,
     split_rows,
@@ -102,66 +96,6 @@ class Config(finetune_lora.Config):
         if reward == out_dir and os.path.isdir(reward):
             raise ValueError(f"the reward model is in {self.out_dir}: give another --out_dir")
         find_reward(self.reward)
-
-
-# -----------------------------------------------------------------------------------------------------
-# Rewards: functions of (prompt, answer), two texts; the prompt of a conversation is its messages, [{"role", "content"}]
-
-
-def find_reward(name, device="cpu", load=False):
-    """Returns the reward function of a name. Without load it returns None for a folder of finetune_reward.py, which
-    takes long to load. Raises ValueError or Refusal.
-    """
-    kind, _, argument = name.partition(":")
-    if os.path.isdir(name):
-        return load_reward(name, device) if load else None
-    if name == "toy":
-        return lambda prompt, answer: float(toy_stories.is_preferred(prompt + answer))
-    if kind == "length" and argument.isdigit() and int(argument):
-        length = int(argument)
-        return lambda prompt, answer: -abs(len(answer) - length) / length
-    if kind == "match" and argument:
-        try:
-            pattern = re.compile(argument)
-        except (re.error, OverflowError, RecursionError) as e:
-            raise ValueError(f"reward: {argument!r:.80} is no regular expression: {e}")
-        return lambda prompt, answer: float(pattern.search(answer) is not None)
-    raise ValueError(
-        f"reward must be toy, length:CHARACTERS, match:REGEX or the folder of a reward model, not {name!r}"
-    )
-
-
-def prompt_row(row):
-    """Returns a row as one that rows.conversations reads, without need of an answer: one of texts gets an empty answer,
-    one whose prompt is messages becomes a conversation. It has the template that its kind has in finetune_lora.py,
-    or where that reads no such rows in finetune_dpo.py.
-    """
-    if not isinstance(row, dict):
-        return row
-    kind = kind_of(row)
-    column, *answers = kind.columns
-    if {*answers} <= row.keys() and isinstance(row.get(column), kind.type):
-        if kind.type is str:
-            return row | {answers[-1]: ""}
-        return {"messages": row["prompt"]} if answers else row
-    prompt = row.get("prompt")
-    if isinstance(row.get("chosen"), list):  # a conversation; its prompt may have a column of its own
-        return {"messages": prompt if isinstance(prompt, list) else row["chosen"]}
-    if isinstance(prompt, str) or row.keys() == {"prompt"} and not isinstance(prompt, list):
-        return {"prompt": prompt, "response": ""}
-    if "instruction" in row:
-        return row | {"output": ""}
-    return {"messages": prompt} if isinstance(prompt, list) else row
-
-
-def prompt_messages(conversation):
-    """Returns the messages before the last answer of a Conversation, as chat.py has them, without empty ones. An empty
-    one of the system stays, as a model's own template may write it otherwise than none.
-    """
-    messages = [message for message in conversation.messages if message.text or message.role == "system"]
-    if messages and messages[-1].role == "assistant":
-        messages.pop()
-    return chat_messages(messages)
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -321,29 +255,11 @@ class Reinforcing(finetune_lora.FineTuning):
 
     def read_prompts(self, conversations, name):
         """Returns the prompts of Conversations that leave room for an answer, and a line about them."""
-        results = [self.encode_prompt(conversation) for conversation in conversations]
+        tokenizer, T = self.tuning.tokenizer, self.tuning.T
+        results = [encode_prompt(item, tokenizer, self.cfg.template, T) for item in conversations]
         left_out = [result for result in results if isinstance(result, LeftOut)]
-        line = side_line(name, len(results), left_out, self.tuning.T, "leaves room in")
+        line = side_line(name, len(results), left_out, T, "leaves room in")
         return [result for result in results if not isinstance(result, LeftOut)], line
-
-    def encode_prompt(self, conversation):
-        """Returns the prompt of a Conversation, a text or messages, and its ids; LeftOut where it leaves no room for
-        an answer. Raises Refusal.
-        """
-        place, problem = conversation.place, conversation.problem
-        messages = prompt_messages(conversation)
-        if problem in ("", NO_RESPONSE):  # answers are not looked at
-            problem = "" if any(message["content"] for message in messages) else "without a prompt"
-        if problem:
-            return LeftOut(place, problem)
-        try:
-            ids = conversation_ids(self.tuning.tokenizer, messages, self.cfg.template)
-        except ValueError as e:
-            raise Refusal(f"{place}: {e}")
-        if len(ids) >= self.tuning.T:
-            return LeftOut(place, f"that leave no room in {self.tuning.T} tokens")
-        is_text = [message["role"] for message in messages] == ["user"]
-        return messages[0]["content"] if is_text else messages, ids
 
     def describe(self):
         return f"{self.message}\n{self.val_message}"
@@ -386,26 +302,28 @@ class Reinforcing(finetune_lora.FineTuning):
     def batches(self, step):
         """Returns this process's micro-batches of a step, new samples or those of the step before. Raises Unusable."""
         number = step // self.cfg.updates
-        if self.round == number:
-            return self.samples
-        samples, drifts, refusal = [], [self.drift], None
-        try:
+        if self.round != number:
+            parts = []
             for first, n in micro_batches(number, self.cfg, self.compute):
-                batch, drift = self.learned_batch(first, n)
-                samples.append(batch)
-                drifts.append(drift)
+                prompts = training_packs(self.prompts, self.cfg.seed, first, n)
+                parts.append(([prompt for prompt in prompts for _ in range(self.cfg.group)], first))
+            samples, self.drift = self.sample_all(parts)
+            self.samples = [self.with_advantages(batch, rewards) for batch, rewards, _ in samples]
+            if self.cfg.baseline == "value":
+                whiten(self.samples, self.compute)
+            self.round = number
+        return self.samples
+
+    def sample_all(self, parts):
+        """Returns what sample() returns for each of parts, (prompts, number) pairs; and the largest drift so far, of
+        all processes. Raises Unusable in all of them where one has a Refusal.
+        """
+        samples, refusal = [], None
+        try:
+            samples = [self.sample(prompts, (self.cfg.seed, number)) for prompts, number in parts]
         except Refusal as e:  # the others must be told before they wait for a gradient
             refusal = e
-        self.drift = self.agree(max(drifts), refusal)
-        if self.cfg.baseline == "value":
-            whiten(samples, self.compute)
-        self.round, self.samples = number, samples
-        return samples
-
-    def agree(self, drift, refusal):
-        """Returns the largest drift of all processes. Raises Unusable in all of them where one has a Refusal. drift and
-        refusal: this process's own, the latter None where it has none.
-        """
+        drift = max([self.drift, *(drift for _, _, drift in samples)])
         reports = torch.zeros(self.compute.world_size, 2)
         reports[self.compute.rank] = torch.tensor([drift, refusal is not None])
         drift, is_refused = self.compute.sum(reports).amax(0).tolist()
@@ -413,22 +331,17 @@ class Reinforcing(finetune_lora.FineTuning):
             raise Unusable(str(refusal), refusal.status)
         if is_refused:
             raise Unusable("a reward of another process is none, which says so", status=1)
-        return drift
+        return samples, drift
 
-    def learned_batch(self, first, n):
-        """Returns (a batch with advantages, its drift): samples for prompts first .. first+n of the stream."""
+    def with_advantages(self, batch, rewards):
+        """Returns a batch of sample() with its "advantage" and, for PPO, the "goal" of its values."""
         cfg = self.cfg
-        prompts = training_packs(self.prompts, cfg.seed, first, n)
-        prompts = [prompt for prompt in prompts for _ in range(cfg.group)]
-        batch, rewards, drift = self.sample(prompts, (cfg.seed, first))
         rewards = torch.tensor(rewards, device=self.compute.device)
         if cfg.baseline == "group":
-            batch["advantage"] = group_advantages(rewards, batch["is_whole"], cfg.group, cfg.scale)
-        else:
-            is_answer = batch["targets"] != -100
-            batch["advantage"] = value_advantages(rewards, batch["value"], is_answer, cfg.gae)
-            batch["goal"] = batch["value"] + batch["advantage"]
-        return batch, drift
+            advantage = group_advantages(rewards, batch["is_whole"], cfg.group, cfg.scale)
+            return batch | {"advantage": advantage}
+        advantage = value_advantages(rewards, batch["value"], batch["targets"] != -100, cfg.gae)
+        return batch | {"advantage": advantage, "goal": batch["value"] + advantage}
 
     def values(self, batch):
         """Returns what the value layer reads from the state before each token, (rows, T) float32. No gradient flows
@@ -444,31 +357,13 @@ class Reinforcing(finetune_lora.FineTuning):
         "is_whole" (rows,), whether an answer has come to its end; the rewards, a list; and the drift, the largest
         difference of log p between the sampler, token by token, and the model that learns.
         """
-        cfg, model, tokenizer = self.cfg, self.tuning.model, self.tuning.tokenizer
-        seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
-        ids = [list(prompt_ids) for _, prompt_ids in prompts]
-        # a processor writes text in float32, as in sample.py
-        is_cpu = self.compute.device.type == "cpu"
-        with lora.folded_in(model), nullcontext() if is_cpu else self.compute.autocast():
-            *_, answers = generate(
-                model, ids, cfg.max_new_tokens, 1.0, top_k=0, stop=tokenizer.ends, seed=seed, logps=True
-            )
-        texts = [
-            start + answer.ids + [answer.stop] * answer.is_whole for start, answer in zip(ids, answers)
-        ]
-        shape = len(texts), max(map(len, texts)) - 1
-        batch = {"idx": torch.zeros(shape, dtype=torch.long), "targets": torch.full(shape, -100)}
-        batch["is_whole"] = torch.tensor([answer.is_whole for answer in answers])
-        sampled = torch.zeros(shape)
-        for row, (start, text, answer) in enumerate(zip(ids, texts, answers)):
-            batch["idx"][row, : len(text) - 1] = torch.tensor(text[:-1])
-            learned = slice(len(start) - 1, len(text) - 1)
-            batch["targets"][row, learned] = torch.tensor(text[len(start) :])
-            sampled[row, learned] = torch.tensor(answer.logps)
+        model, tokenizer = self.tuning.model, self.tuning.tokenizer
+        answers = draw(model, tokenizer, prompts, self.cfg.max_new_tokens, seed, self.compute)
+        batch, sampled = answer_batch(prompts, answers)
         batch = to(batch, self.compute.device)
         with evaluating(model), self.compute.autocast():
             batch["old"] = token_logps(model, batch)
-            if cfg.baseline == "value":
+            if self.cfg.baseline == "value":
                 batch["value"] = self.values(batch)
             with lora.switched_off(model):
                 batch["reference"] = token_logps(model, batch)
@@ -505,27 +400,23 @@ class Reinforcing(finetune_lora.FineTuning):
         0 where that is lower; drift, see sample(), the largest of these samples and of all that were learned from;
         and for the built-in task story, nats a toy story.
         """
-        rewards, whole, drifts, refusal = [], [], [self.drift], None
-        kl = torch.zeros(2, dtype=torch.float64)  # the sum over tokens, and their number
-        try:
-            for i in range(0, len(self.val_prompts), self.cfg.rows):
-                prompts = self.val_prompts[i : i + self.cfg.rows]
-                batch, batch_rewards, drift = self.sample(prompts, (self.cfg.seed, i))
-                is_sampled = batch["targets"] != -100
-                divergence = (k3(batch["old"], batch["reference"]) * is_sampled).sum()
-                kl += torch.tensor([divergence.item(), is_sampled.sum().item()])
-                whole += batch["is_whole"].tolist()
-                rewards += batch_rewards
-                drifts.append(drift)
-        except Refusal as e:
-            refusal = e
-        drift = self.agree(max(drifts), refusal)
+        size = self.cfg.rows
+        starts = range(0, len(self.val_prompts), size)
+        samples, drift = self.sample_all([(self.val_prompts[i : i + size], i) for i in starts])
+        rewards, whole = [], []
+        divergence, n_tokens = 0.0, 0
+        for batch, batch_rewards, _ in samples:
+            is_sampled = batch["targets"] != -100
+            divergence += (k3(batch["old"], batch["reference"]) * is_sampled).sum().item()
+            n_tokens += is_sampled.sum().item()
+            rewards += batch_rewards
+            whole += batch["is_whole"].tolist()
         # else a model that never ends its texts, which costs nothing in training, might be the best one
         reward = float(np.where(whole, rewards, min(0, *rewards)).mean())
         figures = {
             "val_loss": -reward,
             "reward": reward,
-            "kl": (kl[0] / kl[1].clamp(min=1)).item(),
+            "kl": divergence / max(1, n_tokens),
             "cut_off": 1 - float(np.mean(whole)),
             "drift": drift,
         }

@@ -28,6 +28,7 @@ import toy_stories
 import train
 from config import Refusal, configure
 from generate import generate
+from rollouts import prompt_messages
 from rows import chat_messages, conversations, default_template, preferences
 
 PROMPTS = ["--dataset=prompts.jsonl", "--val_dataset=held.jsonl"]
@@ -795,7 +796,7 @@ def test_a_row_has_the_prompt_that_finetune_lora_reads_and_its_template(shop, ro
     task = small_task(shop)
     [prompt] = task.convert([("here", row)])
     assert default_template([prompt]) == default_template([learned])
-    assert ppo.prompt_messages(prompt) == chat_messages(learned.messages[:-1])
+    assert prompt_messages(prompt) == chat_messages(learned.messages[:-1])
 
 
 @pytest.mark.parametrize("key, side", [("dataset", "to learn from"), ("val_dataset", "held out")])
@@ -824,7 +825,7 @@ def test_a_pair_has_the_prompt_that_finetune_dpo_reads_and_its_template(shop, ro
     [[learned, _]] = preferences([("here", row)])
     [prompt] = small_task(shop).convert([("here", row)])
     assert default_template([prompt]) == default_template([learned])
-    assert ppo.prompt_messages(prompt) == chat_messages(learned.messages[:-1])
+    assert prompt_messages(prompt) == chat_messages(learned.messages[:-1])
 
 
 def test_the_prompt_of_a_conversation_is_all_before_its_last_answer(shop):
