@@ -34,8 +34,7 @@ import train
 from compare_report import CLOSE, draw, table
 from data import tokens_a_step
 from device import resolve, torchrun_ranks
-from eval import split_documents
-from lenses.likelihood import text_nats, units
+from lenses.likelihood import split_documents, text_nats, units
 from lenses.stats import bits_per_byte
 from log import read_log
 from memory import check_training_memory

@@ -15,8 +15,8 @@ contexts, of rope under each scaling.
 1 likelihood (lenses/likelihood.py): loss, perplexity and bits a byte with 95% intervals over documents;
   loss by position; for toy stories the distance to their entropy.
 2 probes (lenses/probes.py): questions with one right answer, chance beside the accuracy.
-3 reading (lenses/reading.py): samples for fixed prompts at a fixed seed, marked by rules beside real
-  text, and by a judge (lenses/judge.py) if there is one.
+3 reading (lenses/samples.py): samples for fixed prompts at a fixed seed, marked by rules
+  (lenses/reading.py) beside real text, and by a judge (lenses/judge.py) if there is one.
 
 The verdict (lenses/verdict.py) says whether the three agree.
 """
@@ -32,32 +32,25 @@ from config import Refusal, check_range, is_hf, run
 
 # isort: split
 import numpy as np
-from tqdm import tqdm
 
 import dataset
 import folders
 import prepare
 import readers
 from checkpoint import Checkpoint, open_any
-from data import document_slices, prompt_ids
 from device import resolve
-from generate import generate
-from lenses import judge, lengths, likelihood, page, probes, reading, report
-from lenses.stats import mean_interval
+from lenses import judge, lengths, likelihood, page, probes, report
+from lenses.likelihood import split_documents
+from lenses.samples import Rules, openings, passages, read_all, shuffled
 from lenses.verdict import compare, grade, verdict
-from memory import check_memory
 from model import Transformer
 from score import completion_nats
-from sizes import kv_cache_bytes, num_active_params, num_params
+from sizes import num_active_params, num_params
 from tokenizer import Tokenizer
 
 ELSEWHERE = "data elsewhere"  # of a checkpoint that was trained on what is not here
-PASSAGE_TOKENS = 1 << 22  # at the beginning of a split, from which passages are taken
 PASSAGES = 3000  # from which prompts, the cloze and real text are taken
-PROMPTS = 8
-PROMPT_WORDS = 4
 JUDGED = 12  # texts of each column that the judge reads
-MADE_UP = 100  # words of a column that are listed
 
 
 @dataclass
@@ -127,19 +120,6 @@ class Subject:
         return not isinstance(self.training, str)
 
 
-@dataclass
-class Rules:
-    """Which rules of the reading lens apply.
-
-    toy: the texts are toy stories. ends: documents have ends that a model can have learned.
-    known: the training texts of all subjects are here.
-    """
-
-    toy: bool
-    ends: bool
-    known: bool
-
-
 # -----------------------------------------------------------------------------------------------------
 # What is evaluated, on what
 
@@ -184,9 +164,6 @@ def load_subjects(cfg, compute):
         folder = data_folder(ckpt)
         try:
             _, data, data_tokenizer = load_data(folder, ckpt, load)
-            training = data["train"], data_tokenizer
-            if not subjects:
-                validation = data["val"], data_tokenizer
         except Refusal as e:
             training = str(e)
             if not subjects and not cfg.text:
@@ -194,6 +171,10 @@ def load_subjects(cfg, compute):
                 if folder == ELSEWHERE:
                     problem = f"{ckpt.path}: {e};"
                 raise Refusal(f"{problem} give a text with --text=FILE")
+        else:
+            training = data["train"], data_tokenizer
+            if not subjects:
+                validation = data["val"], data_tokenizer
         step = ckpt.last["step"]
         subjects.append(Subject(name, ckpt.last_path, step, model, tokenizer, folder, training, ckpt))
     return subjects, validation
@@ -216,31 +197,8 @@ def read_file(path):
     return documents, len(documents) > 1
 
 
-def split_documents(ids, tokenizer):
-    """Returns the documents of a split (ids, 1-D) as texts, and whether the last one has an end."""
-    closed = len(ids) > 0 and bool(ids[-1] == tokenizer.eot)
-    if not closed:
-        ids = np.r_[ids, tokenizer.eot]
-    documents = [document for document in document_slices(ids, tokenizer) if len(document)]
-    return [tokenizer.decode(document.tolist()) for document in documents], closed
-
-
-def passages(documents):
-    """Returns the documents or, where they are few, the paragraphs in them."""
-    if len(documents) >= likelihood.FEW:
-        return documents
-    paragraphs = [part.strip() for text in documents for part in text.split("\n\n")]
-    return [paragraph for paragraph in paragraphs if paragraph]
-
-
-def shuffled(items, seed, n):
-    """Returns n of the items in random order."""
-    order = np.random.default_rng(seed).permutation(len(items))
-    return [items[i] for i in order[:n]]
-
-
 # -----------------------------------------------------------------------------------------------------
-# Lens 2: probes
+# The three lenses
 
 
 def answer(subject, questions, compute, cfg):
@@ -253,170 +211,6 @@ def answer(subject, questions, compute, cfg):
     low, high = probes.skill_interval(skills, cfg.resamples, cfg.seed)
     mean = float(np.mean([skill.mean() for skill in skills]))
     return {"skill": mean, "skill_low": low, "skill_high": high, "probes": results}
-
-
-# -----------------------------------------------------------------------------------------------------
-# Lens 3: reading. A text is a dict: "prompt", "text" with the prompt, "ended" if it came to an end
-
-
-def openings(texts, documents):
-    """Returns the prompts: the first words of texts, and the beginning of a document."""
-    prompts = [""] if len(documents) >= likelihood.FEW else []
-    for text in texts:
-        if len(text.split()) > 2 * PROMPT_WORDS:
-            beginning = " ".join(text.split(" ")[:PROMPT_WORDS])
-            prompts.append(beginning.split("\n")[0])
-    return list(dict.fromkeys(prompts))[:PROMPTS] or [""]
-
-
-def write(subject, prompts, most, compute, cfg):
-    """Returns num_samples texts for each prompt, of up to `most` new tokens."""
-    model, tokenizer = subject.model, subject.tokenizer
-    prompts = [prompt for prompt in prompts for _ in range(cfg.num_samples)]
-    ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
-    cache = kv_cache_bytes(model.config, len(prompts), model.config.block_size, 4)
-    check_memory(compute.device, cache, "try a smaller num_samples")
-    settings = {"stop": tokenizer.ends, "seed": cfg.seed, "past_end": "recompute"}
-    steps = generate(model, ids, most, cfg.temperature, cfg.top_k, **settings)
-    with compute.autocast():
-        *_, rows = tqdm(steps, "samples", most, disable=None, leave=False)
-    texts = []
-    for prompt, row in zip(prompts, rows):
-        text = prompt + tokenizer.decode_more(row.ids)
-        texts.append({"prompt": prompt, "text": text, "ended": row.end == "stop"})
-    return texts
-
-
-def real(passages, tokenizer, n, most):
-    """Returns n passages as if they had been written, each cut after `most` tokens."""
-    texts = []
-    for passage in passages[:n]:
-        ids = tokenizer.encode(passage)
-        text = tokenizer.decode(ids[:most])
-        texts.append({"prompt": "", "text": text, "ended": len(ids) <= most})
-    return texts
-
-
-def real_training(subject, n, most, seed):
-    """Returns n passages of a subject's training text as if they had been written."""
-    ids, tokenizer = subject.training
-    ids = ids[:PASSAGE_TOKENS]
-    documents, _ = split_documents(ids, tokenizer)
-    documents = documents[:-1]  # the last one may be cut
-    if not documents:
-        documents = [tokenizer.decode(ids.tolist())]
-    return real(shuffled(passages(documents), seed, n), tokenizer, n, most)
-
-
-def read(texts, rules, cfg, copied=None, made_up=None):
-    """Returns a column: the mean of each rule, the score (their mean) with its interval, and the texts.
-
-    copied (texts,): the share of each text that is in the training text; made_up: the words that are not; both
-    are None where there is no training text.
-    """
-    unknown = made_up if rules.known else None
-    marked = []
-    for i, text in enumerate(texts):
-        ended = text["ended"] if rules.ends else None
-        marks = reading.marks(text["text"], ended, unknown, rules.toy)
-        share = None if copied is None else float(copied[i])
-        marked.append(text | {"marks": marks, "copied": share})
-    scores = reading.mean_marks(marked)
-    low, high = mean_interval(scores, cfg.resamples, cfg.seed)
-    column = {
-        "score": float(np.mean(scores)),
-        "score_low": low,
-        "score_high": high,
-        "marks": {},
-        "n": len(texts),
-        "distinct": reading.distinct([text["text"] for text in texts]),
-        "texts": marked,
-    }
-    for key in marked[0]["marks"]:
-        column["marks"][key] = float(np.mean([text["marks"][key] for text in marked]))
-    if copied is not None:
-        words = {word for text in texts for word in reading.words_in(text["text"])}
-        column["copied"] = float(np.mean(copied))
-        column["made_up"] = sorted(words & made_up)[:MADE_UP]
-    return column
-
-
-def read_beside(groups, training, rules, cfg):
-    """Returns a column for each group of texts, {key: texts}, beside the same training text.
-
-    training: as in Subject.
-    """
-    if isinstance(training, str):
-        return {key: read(texts, rules, cfg) for key, texts in groups.items()}
-    flat = [text["text"] for texts in groups.values() for text in texts]
-    copied, made_up = reading.against_training(flat, *training)
-    shares = np.split(copied, np.cumsum([len(texts) for texts in groups.values()]))
-    columns = {}
-    for (key, texts), group_shares in zip(groups.items(), shares):
-        columns[key] = read(texts, rules, cfg, group_shares, made_up)
-    return columns
-
-
-def read_all(subjects, prompts, passages, rules, bytes_a_token, compute, cfg):
-    """Returns the columns of the reading lens: a list of the subjects', and a dict of real text's.
-
-    Real text is "unseen" and, if it is here, the "training" text of the first subject. A subject with shorter
-    tokens, fewer bytes_a_token, may write more of them, so that all texts are cut after as many bytes.
-    """
-    budget = cfg.max_new_tokens * max(bytes_a_token)  # bytes
-    most = [round(budget / size) for size in bytes_a_token]
-    trainings = {}  # each training text, and the groups to read beside it, so that it is read once
-    for i, subject in enumerate(subjects):
-        key = subject.dataset, subject.has_training
-        _, groups = trainings.setdefault(key, (subject.training, {}))
-        groups[i] = write(subject, prompts, most[i], compute, cfg)
-
-    first = subjects[0]
-    n = len(prompts) * cfg.num_samples
-    _, groups = trainings[first.dataset, first.has_training]
-    groups["unseen"] = real(passages, first.tokenizer, n, most[0])
-    if first.has_training:
-        groups["training"] = real_training(first, n, most[0], cfg.seed)
-
-    columns = {}
-    for training, groups in trainings.values():
-        columns |= read_beside(groups, training, rules, cfg)
-    reference = {key: columns[key] for key in ("unseen", "training") if key in columns}
-    return [columns[i] for i in range(len(subjects))], reference
-
-
-def ask_judge(columns, cfg):
-    """Adds the judge's marks to the columns. Returns the lines that say what went wrong."""
-    problems = []
-    for column in columns:
-        step = max(1, column["n"] // JUDGED)
-        texts = [text["text"] for text in column["texts"][::step][:JUDGED]]
-        answers, problem = judge.mark_all(texts, cfg.judge_url, cfg.judge_model, cfg.judge_timeout)
-        marked = [marks for marks in answers if marks]
-        if marked:
-            means = {key: float(np.mean([marks[key] for marks in marked])) for key in judge.RUBRIC}
-            column["judge"] = means | {"n": len(marked)}
-        if problem:
-            problems.append(problem)
-        if len(answers) < len(texts):  # the judge fails: it is not asked again
-            break
-    return problems
-
-
-# -----------------------------------------------------------------------------------------------------
-
-
-def report_path(cfg, several):
-    """Returns where the report goes: report.html, or lengths.html."""
-    folder = cfg.report_dir
-    if not folder:
-        if several or is_hf(cfg.out_dir):
-            folder = "out/compare"
-        elif os.path.isdir(cfg.out_dir):
-            folder = cfg.out_dir
-        else:
-            folder = os.path.dirname(cfg.out_dir) or "."
-    return os.path.join(folder, "lengths.html" if cfg.lengths else "report.html")
 
 
 def measure(subject, documents, closed, questions, compute, cfg):
@@ -435,6 +229,24 @@ def measure(subject, documents, closed, questions, compute, cfg):
         "probes": answer(subject, questions, compute, cfg),
     }
     return result, columns
+
+
+def ask_judge(columns, cfg):
+    """Adds the judge's marks to the columns. Returns the lines that say what went wrong."""
+    problems = []
+    for column in columns:
+        step = max(1, column["n"] // JUDGED)
+        texts = [text["text"] for text in column["texts"][::step][:JUDGED]]
+        answers, problem = judge.mark_all(texts, cfg.judge_url, cfg.judge_model, cfg.judge_timeout)
+        marked = [marks for marks in answers if marks]
+        if marked:
+            means = {key: float(np.mean([marks[key] for marks in marked])) for key in judge.RUBRIC}
+            column["judge"] = means | {"n": len(marked)}
+        if problem:
+            problems.append(problem)
+        if len(answers) < len(texts):  # the judge fails: it is not asked again
+            break
+    return problems
 
 
 def cautions(subjects, cfg):
@@ -464,7 +276,6 @@ def evaluate(subjects, documents, closed, text, compute, cfg):
 
     results = []
     columns = []  # of each subject's likelihood, to resample
-    bytes_a_token = []
     known = all(subject.has_training for subject in subjects)
     rules = Rules(toy, len(documents) >= likelihood.FEW, known)
     try:
@@ -472,7 +283,8 @@ def evaluate(subjects, documents, closed, text, compute, cfg):
             result, subject_columns = measure(subject, documents, closed, questions, compute, cfg)
             results.append(result)
             columns.append(subject_columns)
-            bytes_a_token.append(result["likelihood"]["bytes"] / result["likelihood"]["tokens"])
+        figures = [result["likelihood"] for result in results]
+        bytes_a_token = [lens["bytes"] / lens["tokens"] for lens in figures]
         readings, reference = read_all(subjects, prompts, texts, rules, bytes_a_token, compute, cfg)
     except ValueError as e:  # a character that a tokenizer lacks
         raise Refusal(f"{subject.path}: {e}")
@@ -498,6 +310,23 @@ def evaluate(subjects, documents, closed, text, compute, cfg):
         "verdict": sentence,
         "ranking": ranking,
     }
+
+
+# -----------------------------------------------------------------------------------------------------
+# The report
+
+
+def report_path(cfg, several):
+    """Returns where the report goes: report.html, or lengths.html."""
+    folder = cfg.report_dir
+    if not folder:
+        if several or is_hf(cfg.out_dir):
+            folder = "out/compare"
+        elif os.path.isdir(cfg.out_dir):
+            folder = cfg.out_dir
+        else:
+            folder = os.path.dirname(cfg.out_dir) or "."
+    return os.path.join(folder, "lengths.html" if cfg.lengths else "report.html")
 
 
 def publish(text, html, path, whole):

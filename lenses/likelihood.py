@@ -18,6 +18,15 @@ LOGITS = 1 << 26  # that are held at once: 256 MB
 TRAINING_TOKENS = 1 << 16  # of the training text on which the loss is measured, about so many
 
 
+def split_documents(ids, tokenizer):
+    """Returns the documents of a split (ids, 1-D) as texts, and whether the last one has an end."""
+    closed = len(ids) > 0 and bool(ids[-1] == tokenizer.eot)
+    if not closed:
+        ids = np.r_[ids, tokenizer.eot]
+    documents = [document for document in document_slices(ids, tokenizer) if len(document)]
+    return [tokenizer.decode(document.tolist()) for document in documents], closed
+
+
 def units(documents, tokenizer, few):
     """Returns the unit that each token belongs to, and each token's bytes, both int64 (n,).
 
