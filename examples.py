@@ -33,17 +33,15 @@ import shards
 import sources
 from config import Refusal, hf_name, is_hf
 from folders import alone, new_folder
+from messages import conversations, default_template, preferences
 from prepare import in_threads
 from rows import (
     BUILT_IN,
     LeftOut,
     check_template,
-    conversations,
-    default_template,
     encode_row,
     example,
     pack,
-    preferences,
     read_both,
     side_line,
     side_names,

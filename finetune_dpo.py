@@ -27,12 +27,13 @@ import torch.nn.functional as F
 
 import finetune_lora
 import lora
-import rows
 import toy_stories
 from chat import start_of_answer
 from data import to
 from generate import generate
 from log import LOSSES
+from messages import preferences
+from rows import packed_batch, split_rows
 from score import evaluating, means
 
 SAMPLES = 200  # of the built-in task, judged by the grammar
@@ -192,7 +193,7 @@ class Preferring(Pairing):
     def built_in_lines(self):
         """Returns two lines: how many samples end as preferred, by the grammar, and how well stories are told."""
         tuning = self.tuning
-        _, held_out = rows.split_rows(self.cfg, rows.preferences)
+        _, held_out = split_rows(self.cfg, preferences)
         openings = [chosen.turns[-1].prompt for chosen, _ in held_out[:SAMPLES]]
         prompts = [
             start_of_answer(tuning.tokenizer, opening, self.cfg.template)[1] for opening in openings
@@ -215,7 +216,7 @@ def pair_batch(packs, examples, reference, length):
     """Returns the batch of packs of examples. reference (examples,): the log p that the reference gives each answer;
     length: tokens in a row.
     """
-    batch = rows.packed_batch(packs, examples, length)
+    batch = packed_batch(packs, examples, length)
     batch["reference"] = torch.full((len(packs), max(map(len, packs))), torch.nan)
     for row, numbers in zip(batch["reference"], packs):
         row[: len(numbers)] = torch.from_numpy(reference[numbers])

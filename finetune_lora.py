@@ -8,7 +8,7 @@ of all its weights.
 
 A row is an object with prompt and response; with instruction, output and perhaps input (Alpaca); with
 messages, each with a role (system, user, assistant) and content; with conversations (ShareGPT); or with
-prompt and completion, texts or lists of messages (TRL): see rows.py. Text is learned as it stands. The
+prompt and completion, texts or lists of messages (TRL): see messages.py. Text is learned as it stands. The
 loop is train.py's fit, so that --init_from=resume, signals, torchrun and the log work as they do there.
 Another kind of tuning uses open_tuning and Tuning too, and has its own rows and loss.
 """
@@ -48,9 +48,10 @@ from graphs import graph_message
 from lenses import probes
 from log import PANELS, plot
 from memory import check_memory, training_bytes
+from messages import conversations
 from refusals import refuse_reward_model
 from rmsnorm import choose_rmsnorm
-from rows import conversations, packed_batch, split_rows, training_packs
+from rows import packed_batch, split_rows, training_packs
 from runs import DATA_KEYS, alone_in_out_dir, go_on_after_restart, inherit, is_in_the_way, launch
 from score import completion_nats, floor_line, mean_nats, next_token_loss
 from sizes import num_params, size_text

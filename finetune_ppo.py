@@ -34,16 +34,9 @@ import lora
 import toy_stories
 from data import evenly, micro_batches, to
 from finetune_reward import add_head, read_head, reward_sha256, saved_head
+from messages import conversations, default_template
 from rollouts import answer_batch, draw, encode_prompt, find_reward, prompt_row
-from rows import (
-    LeftOut,
-    conversations,
-    default_template,
-    side_line,
-    side_names,
-    split_rows,
-    training_packs,
-)
+from rows import LeftOut, side_line, side_names, split_rows, training_packs
 from score import document_nats, evaluating
 from train import Unusable
 

@@ -23,12 +23,12 @@ import torch.nn.functional as F
 
 import finetune_dpo
 import finetune_lora
-import rows
 from chat import conversation_ids
 from checkpoint import open_checkpoint
 from data import to
 from examples import hash_file
 from log import LOSSES
+from rows import packed_batch
 from score import evaluating
 
 KIND = "reward model"  # by which checkpoint.py knows such adapters
@@ -165,7 +165,7 @@ class Rewarding(finetune_dpo.Pairing):
 
     def preview(self):
         """Returns the rewards of the first held-out pair's answers."""
-        pair = to(rows.packed_batch([[0, 1]], self.val_examples, self.length), self.compute.device)
+        pair = to(packed_batch([[0, 1]], self.val_examples, self.length), self.compute.device)
         with evaluating(self.tuning.model), self.compute.autocast():
             chosen, rejected = rewards(self.tuning.model, pair).tolist()
         learned = [targets[targets != -100] for _, targets in map(self.val_examples.__getitem__, (0, 1))]

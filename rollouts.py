@@ -18,7 +18,8 @@ from chat import conversation_ids
 from config import Refusal
 from finetune_reward import load_reward
 from generate import generate
-from rows import NO_RESPONSE, LeftOut, chat_messages, kind_of
+from messages import NO_RESPONSE, chat_messages, kind_of
+from rows import LeftOut
 
 
 def find_reward(name, device="cpu", load=False):
@@ -49,9 +50,9 @@ def find_reward(name, device="cpu", load=False):
 
 
 def prompt_row(row):
-    """Returns a row as one that rows.conversations reads, without need of an answer: one of texts gets an empty answer,
-    one whose prompt is messages becomes a conversation. It has the template that its kind has in finetune_lora.py,
-    or where that reads no such rows in finetune_dpo.py.
+    """Returns a row as one that messages.conversations reads, without need of an answer: one of texts gets an empty
+    answer, one whose prompt is messages becomes a conversation. It has the template that its kind has in
+    finetune_lora.py, or where that reads no such rows in finetune_dpo.py.
     """
     if not isinstance(row, dict):
         return row

@@ -19,8 +19,9 @@ from data import AS_IT_STANDS, STRIPPED, prompt_ids
 from generate import Row
 from interop import hf_folder
 from interop.chat_template import ChatTemplate
-from rows import EQUAL, MODELS_OWN, LeftOut, encode, encode_row, preferences
-from rows import conversations as read_conversations
+from messages import EQUAL, preferences
+from messages import conversations as read_conversations
+from rows import MODELS_OWN, LeftOut, encode, encode_row
 from tokenizer import EOT, Tokenizer
 
 transformers = pytest.importorskip("transformers")

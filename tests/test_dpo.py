@@ -25,6 +25,7 @@ import toy_stories
 import train
 from chat import Turn
 from config import Refusal, configure
+from messages import preferences
 
 ANSWERS = [
     {"prompt": f"Is {a} {b}?", "chosen": f" {b.capitalize()}, yes.", "rejected": " No, never."}
@@ -51,7 +52,7 @@ def prefer(shop, *argv):
 def sides(row):
     """Returns (what is read, what is learned) of the chosen and the rejected answer of a row, spelled."""
     result = []
-    [pair] = rows.preferences([("r.jsonl line 1", row)])
+    [pair] = preferences([("r.jsonl line 1", row)])
     for conversation in pair:
         idx, targets = rows.example(*rows.encode(conversation, BYTES, "Q{prompt}A"))
         result.append((spelled(idx), spelled(targets)))
@@ -142,7 +143,7 @@ def test_every_file_format_gives_the_same_pairs(tmp_path, monkeypatch, hub):
         write_table(pa.Table.from_pylist(made), "r.parquet")
         hub.splits = {"train": iter(made)}
         for dataset in "r.jsonl", "r.json", "r.parquet", "hf:me/pairs":
-            pairs = rows.preferences(rows.read_rows(dataset))
+            pairs = preferences(rows.read_rows(dataset))
             assert [[side.turns for side in pair] for pair in pairs] == expected, dataset
 
 
@@ -192,7 +193,7 @@ def test_rows_without_two_answers_to_learn_from_are_counted_with_their_places(sh
 )
 def test_rows_that_cannot_be_read_are_refused(row, message):
     with pytest.raises(Refusal) as refusal:
-        rows.preferences([("p.jsonl line 1", row)])
+        preferences([("p.jsonl line 1", row)])
     assert str(refusal.value).startswith("p.jsonl line 1: ") and message in str(refusal.value)
 
 

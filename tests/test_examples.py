@@ -24,7 +24,8 @@ import finetune_lora as ft
 from config import Refusal, configure
 from data import AS_IT_STANDS, STRIPPED
 from examples import Source, find_encoded
-from rows import conversations, encode, pack, preferences, split_rows
+from messages import conversations, preferences
+from rows import encode, pack, split_rows
 from tokenizer import Tokenizer
 
 shop = tuned_shop

@@ -37,14 +37,12 @@ from generate import Row
 from interop import hf_layout
 from interop.chat_template import jinja_template
 from interop.foreign_tokenizer import ForeignTokenizer
+from messages import conversations, default_template, kind_of
 from rows import (
     MORAL_SEED,
-    conversations,
-    default_template,
     encode,
     encode_row,
     example,
-    kind_of,
     pack,
     packed_batch,
     read_rows,

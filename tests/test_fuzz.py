@@ -35,6 +35,7 @@ import train
 from config import Refusal, configure
 from interop import hf_folder
 from log import read_log
+from messages import conversations
 from model import ModelConfig, Transformer
 from optim import load_optimizers
 from tokenizer import Tokenizer
@@ -149,7 +150,7 @@ def read_onnx(folder):
 
 
 def read_rows(suffix):
-    return lambda folder: rows.conversations(rows.read_rows(str(folder / f"r{suffix}")))
+    return lambda folder: conversations(rows.read_rows(str(folder / f"r{suffix}")))
 
 
 def read_documents(suffix):

@@ -28,8 +28,8 @@ import toy_stories
 import train
 from config import Refusal, configure
 from generate import generate
+from messages import chat_messages, conversations, default_template, preferences
 from rollouts import prompt_messages
-from rows import chat_messages, conversations, default_template, preferences
 
 PROMPTS = ["--dataset=prompts.jsonl", "--val_dataset=held.jsonl"]
 REWARDED = [
