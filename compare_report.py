@@ -52,23 +52,12 @@ def table(comparison, results):
         line = {"variant": name} | {key: taken_cell(key, values[key], comparison.sweep) for key in swept}
         rows = [row for row in results[name] if row["bits_per_byte"] is not None]
         if rows:
-            bits = [row["bits_per_byte"] for row in rows]
-            peaks = [row["peak_bytes"] for row in rows if row["peak_bytes"] is not None]
-            line |= {
-                "bits a byte": f"{statistics.mean(bits):.4f}",
-                "spread": f"{statistics.stdev(bits):.4f}" if len(bits) > 1 else "",
-                f"to {first}": difference(losses[name], losses[first]) if i else "",
-                "to the line above": difference(losses[name], losses[names[i - 1]]) if i else "",
-                "nats a token": f"{statistics.mean(row['nats'] for row in rows):.4f}",
-                "parameters": f"{rows[0]['parameters']:,}",
-                "steps": f"{rows[0]['steps']:,}",
-                "tokens": f"{rows[0]['tokens']:,}",
-                "tokens/s": f"{statistics.median(row['tokens_per_s'] for row in rows):,.0f}",
-                "peak MB": f"{statistics.median(peaks) / 1e6:,.0f}" if peaks else "",
-            }
-        line["seeds"] = (
-            f"{len(rows)} of {len(results[name])}" if len(rows) < len(results[name]) else f"{len(rows)}"
-        )
+            to_first = difference(losses[name], losses[first]) if i else ""
+            to_above = difference(losses[name], losses[names[i - 1]]) if i else ""
+            line |= loss_cells(rows) | {f"to {first}": to_first, "to the line above": to_above}
+            line |= size_cells(rows)
+        is_whole = len(rows) == len(results[name])
+        line["seeds"] = f"{len(rows)}" if is_whole else f"{len(rows)} of {len(results[name])}"
         lines.append(line)
     keys = list(max(lines, key=len))
     cells = [keys, ["---"] * len(keys), *([line.get(key, "diverged") for key in keys] for line in lines)]
@@ -77,6 +66,28 @@ def table(comparison, results):
         f"- {name} against {first}: {verdict(losses[name], losses[first])}" for name in names[1:]
     ]
     return "\n".join([*text, "", *verdicts, "", *notes(comparison, results)])
+
+
+def loss_cells(rows):
+    """Returns {header: cell} of the losses of a variant's runs."""
+    bits = [row["bits_per_byte"] for row in rows]
+    return {
+        "bits a byte": f"{statistics.mean(bits):.4f}",
+        "spread": f"{statistics.stdev(bits):.4f}" if len(bits) > 1 else "",
+    }
+
+
+def size_cells(rows):
+    """Returns {header: cell} of how large and how fast a variant's runs are."""
+    peaks = [row["peak_bytes"] for row in rows if row["peak_bytes"] is not None]
+    return {
+        "nats a token": f"{statistics.mean(row['nats'] for row in rows):.4f}",
+        "parameters": f"{rows[0]['parameters']:,}",
+        "steps": f"{rows[0]['steps']:,}",
+        "tokens": f"{rows[0]['tokens']:,}",
+        "tokens/s": f"{statistics.median(row['tokens_per_s'] for row in rows):,.0f}",
+        "peak MB": f"{statistics.median(peaks) / 1e6:,.0f}" if peaks else "",
+    }
 
 
 def taken_cell(key, value, sweep):

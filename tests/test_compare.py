@@ -13,6 +13,7 @@ import pytest
 from scripts import call, shell
 
 import compare
+import compare_job
 import eval as evaluation
 import folders
 import prepare
@@ -109,7 +110,7 @@ def test_an_interrupted_comparison_ends_as_an_uninterrupted_one(lab, pair, monke
         if place == "in a step":  # the third of the second run
             patch.setattr(train, "train_step", interrupting(train.train_step, 8 + 3))
         else:
-            patch.setattr(compare, "judge", interrupting(compare.judge, 2))
+            patch.setattr(compare_job, "judge", interrupting(compare_job.judge, 2))
         with pytest.raises((Refusal, KeyboardInterrupt)) as stopped:
             call(compare, *argv, folder=lab)
     if place == "in a step":
