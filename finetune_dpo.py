@@ -35,6 +35,7 @@ from log import LOSSES
 from messages import preferences
 from rows import packed_batch, split_rows
 from score import evaluating, means
+from tuning import FIXED
 
 SAMPLES = 200  # of the built-in task, judged by the grammar
 
@@ -129,7 +130,7 @@ class Preferring(Pairing):
         ("share of pairs", ("accuracy",)),
         ("log p of an answer, nats", ("logp_chosen", "logp_rejected")),
     )
-    fixed = finetune_lora.FIXED | {"beta"}
+    fixed = FIXED | {"beta"}
     count = staticmethod(count_pairs)
     # accuracy: the share whose chosen answer gained more; margin: by how much, times beta; log p in nats
     names = ("val_loss", "accuracy", "margin", "logp_chosen", "logp_rejected")

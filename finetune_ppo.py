@@ -39,6 +39,7 @@ from rollouts import answer_batch, draw, encode_prompt, find_reward, prompt_row
 from rows import LeftOut, side_line, side_names, split_rows, training_packs
 from score import document_nats, evaluating
 from train import Unusable
+from tuning import FIXED
 
 SAMPLES = 200  # of held-out prompts, one each, that an evaluation looks at
 STORIES = 100  # toy stories on which an evaluation looks how well they are still told
@@ -206,7 +207,7 @@ class Reinforcing(finetune_lora.FineTuning):
     kind = "reinforcement"
     panels = (("reward of held-out prompts", ("reward",)), ("nats a token from the reference", ("kl",)))
     val_packs = ()  # prompts do not share rows
-    fixed = finetune_lora.FIXED | {"baseline", "reward"}
+    fixed = FIXED | {"baseline", "reward"}
     samples = ()  # the micro-batches of the last round of sampling
     round = -1  # the number of that round
 
