@@ -111,19 +111,16 @@ def moral_lines(model, tokenizer, held_out, template, compute):
         _, ids = start_of_answer(tokenizer, story, template)
         return ids
 
-    most = 1 + max(len(tokenizer.encode_more(answer)) for answer in toy_stories.ANSWERS)
+    morals = toy_stories.ANSWERS
+    most = 1 + max(len(tokenizer.encode_more(moral)) for moral in morals)
     prompts = []
     cases = []
-    is_unsaid = []  # the story itself does not give the moral away
     for conversation in held_out:
-        [(story, answer, _)] = conversation.turns
+        [(story, right, _)] = conversation.turns
         prompt = story_ids(tokenizer, story)
-        if len(prompt) + most - 1 > model.config.block_size:
-            continue
-        wrong = [a for a in toy_stories.ANSWERS if a != answer]
-        prompts.append(prompt)
-        cases.append(probes.Case(story, [answer, *wrong]))
-        is_unsaid.append(answer.removeprefix("So ")[:-1] not in story)
+        if len(prompt) + most - 1 <= model.config.block_size:
+            prompts.append(prompt)
+            cases.append(probes.Case(story, [right, *(moral for moral in morals if moral != right)]))
     if not prompts:
         return f"block_size={model.config.block_size} is too short for a story and its moral"
     ranked = probes.ask(
@@ -131,14 +128,16 @@ def moral_lines(model, tokenizer, held_out, template, compute):
         lambda pairs: completion_nats(model, tokenizer, pairs, compute, story_ids),
     )
     *_, answers = generate(model, prompts, most, temperature=0, stop=tokenizer.ends)
-    is_exact = np.array(
-        [tokenizer.decode_more(row.ids) == case.candidates[0] for row, case in zip(answers, cases)]
+    right = [case.candidates[0] for case in cases]
+    is_exact = np.array([tokenizer.decode_more(row.ids) == moral for row, moral in zip(answers, right)])
+    # whether the story itself does not give its moral away
+    is_unsaid = np.array(
+        [moral.removeprefix("So ")[:-1] not in case.context for moral, case in zip(right, cases)]
     )
-    is_unsaid = np.array(is_unsaid)
     return (
         f"moral of {len(prompts)} held-out stories: answered word for word {is_exact.mean():.1%} "
         f"({is_exact[is_unsaid].sum()} of the {is_unsaid.sum()} that leave it unsaid), "
-        f"the likeliest of the {len(toy_stories.ANSWERS)} {ranked['accuracy']:.1%} (chance {ranked['chance']:.1%})\n"
+        f"the likeliest of the {len(morals)} {ranked['accuracy']:.1%} (chance {ranked['chance']:.1%})\n"
         + story_line(model, tokenizer, compute)
     )
 
@@ -172,12 +171,11 @@ class FineTuning:
         self.tuning = tuning
         self.cfg = cfg = tuning.cfg
         self.compute = tuning.compute
-        tokenizer = tuning.tokenizer
         # a run that goes on, and a model that is only evaluated, keep the rule that they learned by
         is_new = not tuning.resumed and not cfg.eval_only
         self.text_rule = AS_IT_STANDS if is_new else tuning.base.text_rule
         cfg.template = cfg.template or tuning.base.template
-        if not cfg.template and cfg.dataset != cfg.built_in and has_own_template(tokenizer):
+        if not cfg.template and cfg.dataset != cfg.built_in and has_own_template(tuning.tokenizer):
             cfg.template = MODELS_OWN
         self.rows_template = cfg.template  # "": that of the rows' kind, which read() puts into cfg
         if tuning.resumed:  # encoded rows are found by the template that they were encoded with
@@ -188,13 +186,7 @@ class FineTuning:
             raise Refusal(
                 f"{cfg.dataset} holds other rows than when {path} was begun: give another --out_dir"
             )
-        self.preview_text, self.preview_ids = self.first_prompt()
-        if cfg.start:
-            try:
-                start = by_text_rule(cfg.start, self.text_rule)
-                self.preview_text, self.preview_ids = start_of_answer(tokenizer, start, cfg.template)
-            except ValueError as e:
-                raise Refusal(e)
+        self.preview_text, self.preview_ids = self.preview_start()
         self.trained = None  # what Tuning.prepare returns, once it is called
 
     def read(self):
@@ -219,6 +211,16 @@ class FineTuning:
     def preview_tokens(self):
         """The most tokens that a sample may have."""
         return min(self.tuning.T, 200)
+
+    def preview_start(self):
+        """Returns (text, ids) of what a sample goes on from: the first held-out prompt, or --start. Raises Refusal."""
+        if not self.cfg.start:
+            return self.first_prompt()
+        start = by_text_rule(self.cfg.start, self.text_rule)
+        try:
+            return start_of_answer(self.tuning.tokenizer, start, self.cfg.template)
+        except ValueError as e:
+            raise Refusal(e)
 
     def first_prompt(self):
         """Returns (text, ids) of what stands before the first held-out answer."""
@@ -339,15 +341,7 @@ def tune(cfg, Task):
     task.trained = tuning.prepare(task.length)
     task.begin()
     if compute.is_main:
-        learned, total = lora.trainable(tuning.model)
-        print(task.describe())
-        stripped = ", text without the space around it" if task.text_rule == STRIPPED else ""
-        template = "the model's own" if cfg.template == MODELS_OWN else repr(cfg.template)
-        print(f"template: {template}{stripped}")
-        print(f"{learned:,} of {total:,} parameters are trained, {learned / total:.2%}")
-        if tuning.model.config.mlp == "moe":
-            print(f"with adapters, {size_text(tuning.model)}")
-
+        print_setup(task)
     if not tuning.resumed and not cfg.eval_only:
         task.report_built_in("before")  # the loss before is that of step 0
     compute.barrier()  # nothing is written to out_dir before everyone has looked at it
@@ -360,6 +354,19 @@ def tune(cfg, Task):
         print(plot(cfg.out_dir, task.panels))
         print(f"next: python {task.next_command()}")
     compute.close()
+
+
+def print_setup(task):
+    """Prints what is learned, and how much of the model learns it."""
+    model, template = task.tuning.model, task.cfg.template
+    learned, total = lora.trainable(model)
+    print(task.describe())
+    stripped = ", text without the space around it" if task.text_rule == STRIPPED else ""
+    template = "the model's own" if template == MODELS_OWN else repr(template)
+    print(f"template: {template}{stripped}")
+    print(f"{learned:,} of {total:,} parameters are trained, {learned / total:.2%}")
+    if model.config.mlp == "moe":
+        print(f"with adapters, {size_text(model)}")
 
 
 if __name__ == "__main__":

@@ -168,8 +168,11 @@ class Rewarding(finetune_dpo.Pairing):
         pair = to(packed_batch([[0, 1]], self.val_examples, self.length), self.compute.device)
         with evaluating(self.tuning.model), self.compute.autocast():
             chosen, rejected = rewards(self.tuning.model, pair).tolist()
-        learned = [targets[targets != -100] for _, targets in map(self.val_examples.__getitem__, (0, 1))]
-        texts = [self.tuning.tokenizer.decode_more(ids[:-1].tolist()) for ids in learned]
+        texts = []
+        for n in (0, 1):
+            _, targets = self.val_examples[n]
+            *ids, _ = targets[targets != -100].tolist()  # without the end
+            texts.append(self.tuning.tokenizer.decode_more(ids))
         return f"{chosen:+.3f} for {texts[0]!r:.300}\n{rejected:+.3f} for {texts[1]!r:.300}"
 
     def line(self, figures):
