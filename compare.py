@@ -291,11 +291,12 @@ class Comparison:
         """Returns the values of a variant's best trial in the sweep, {} without one. Raises Refusal."""
         if not self.sweep:
             return {}
-        losses = [self.trial(name, values).read()["bits_per_byte"] for values in self.sweep]
-        if not any(loss is not None for loss in losses):
+        results = [(self.trial(name, values).read()["bits_per_byte"], values) for values in self.sweep]
+        results = [(loss, values) for loss, values in results if loss is not None]
+        if not results:
             raise Refusal(f"every trial of {name} diverged: try a lower learning_rate", status=1)
-        _, best = min((loss, i) for i, loss in enumerate(losses) if loss is not None)
-        return self.sweep[best]
+        _, best = min(results, key=lambda result: result[0])
+        return best
 
     def runs(self):
         """Returns the jobs whose results count; those of all variants with a seed follow each other, there and back."""

@@ -301,8 +301,10 @@ def write_ids(datasets, encode, per_row, folder):
                 for row in chunk.left_out:
                     if row:
                         left_out[len(first_examples)] = row
-                    first_examples.append(-1 if row else example_number)
-                    example_number += 0 if row else per_row
+                        first_examples.append(-1)
+                    else:
+                        first_examples.append(example_number)
+                        example_number += per_row
                 for length in chunk.lengths:
                     starts.append(starts[-1] + length)
             n_rows.append(len(first_examples) - n_before)

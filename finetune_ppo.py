@@ -206,7 +206,6 @@ class Reinforcing(finetune_lora.FineTuning):
 
     kind = "reinforcement"
     panels = (("reward of held-out prompts", ("reward",)), ("nats a token from the reference", ("kl",)))
-    val_packs = ()  # prompts do not share rows
     fixed = FIXED | {"baseline", "reward"}
     samples = ()  # the micro-batches of the last round of sampling
     round = -1  # the number of that round

@@ -58,11 +58,11 @@ def prompt_row(row):
         return row
     kind = kind_of(row)
     column, *answers = kind.columns
-    if {*answers} <= row.keys() and isinstance(row.get(column), kind.type):
+    prompt = row.get("prompt")
+    if {*answers} <= row.keys() and isinstance(row.get(column), kind.type):  # finetune_lora.py reads it
         if kind.type is str:
             return row | {answers[-1]: ""}
-        return {"messages": row["prompt"]} if answers else row
-    prompt = row.get("prompt")
+        return {"messages": prompt} if answers else row
     if isinstance(row.get("chosen"), list):  # a conversation; its prompt may have a column of its own
         return {"messages": prompt if isinstance(prompt, list) else row["chosen"]}
     if isinstance(prompt, str) or row.keys() == {"prompt"} and not isinstance(prompt, list):

@@ -12,7 +12,7 @@ import re
 from config import Refusal
 from folders import write_atomic
 from lenses import reading
-from lenses.report import EQUAL, FACTS, facts, flags, sections, short
+from lenses.report import EQUAL, FACTS, facts, flags, names_of, sections, short
 
 MARK = "<!-- a report of eval.py -->"  # so that one may be replaced, and nothing else
 
@@ -167,7 +167,7 @@ def position_plot(whole):
     low = min(0.0, *(nats for line in lines for _, nats in line))
     return line_plot(
         lines,
-        [result["out_dir"] for result in whole["checkpoints"]],
+        names_of(whole),
         lambda x: math.log(x) / log_end,
         marks,
         low,
@@ -330,7 +330,7 @@ def page(whole):
     title_1, about_1, header_1, rows_1 = likelihood
     title_2, about_2, header_2, rows_2 = probes
     title_3, about_3, header_3, rows_3 = texts
-    names = e(", ".join(result["out_dir"] for result in whole["checkpoints"]))
+    names = e(", ".join(names_of(whole)))
     notes = "".join(f"<p class=soft>{e(note)}</p>" for note in whole["notes"])
     body = f"""<h1>{names}</h1><p class=soft>Evaluated on {e(whole["text"])}</p>
 {verdict_box(whole)}{notes}{html_table(FACTS, facts(whole), left=2)}
