@@ -82,9 +82,10 @@ def gains(model, batch):
     than for the reference; then log p of the chosen ones, and of the rejected ones.
     """
     logps = answer_logps(model, batch)
-    is_pair = ~batch["reference"][:, ::2].isnan()
     gained = logps - batch["reference"]
-    return [values[:, side::2][is_pair] for values in (gained, logps) for side in (0, 1)]
+    is_pair = ~batch["reference"][:, ::2].isnan()
+    chosen, rejected = gained[:, ::2][is_pair], gained[:, 1::2][is_pair]
+    return chosen, rejected, logps[:, ::2][is_pair], logps[:, 1::2][is_pair]
 
 
 def sums_of_pairs(margin, chosen, rejected):
