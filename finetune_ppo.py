@@ -261,17 +261,11 @@ class Reinforcing(finetune_lora.FineTuning):
         """Loads the reward, adds the layer that reads values, and takes over the samples of a run that stopped between
         two steps on the same samples.
         """
-        model = self.tuning.model
-        lora.without_dropout(model)
-        reward = self.cfg.reward
-        self.judge = find_reward(reward, self.compute.device, load=True)
-        self.reward_sha256 = reward_sha256(reward) if os.path.isdir(reward) else ""
         notes = self.tuning.resumed["config"] if self.tuning.resumed else {}
-        if notes.get("reward_sha256", self.reward_sha256) != self.reward_sha256:  # older runs have none
-            path = self.tuning.base.last_path
-            raise Refusal(f"{reward} is another one than when {path} was begun: give another --out_dir")
+        lora.without_dropout(self.tuning.model)
+        self.open_reward(notes)
         if self.cfg.baseline == "value":
-            add_head(model, "value_head", notes.get("value_head"))
+            add_head(self.tuning.model, "value_head", notes.get("value_head"))
         if self.cfg.updates > 1 and self.compute.world_size > 1:
             raise Refusal("several processes take one step on their samples: updates must be 1")
         # the largest one in training so far, of all processes, see sample(); older runs did not keep it
@@ -283,11 +277,24 @@ class Reinforcing(finetune_lora.FineTuning):
                 for batch in samples["batches"]
             ]
 
+    def open_reward(self, notes):
+        """Loads the reward. Raises Refusal where it is another one than in the notes of the run that goes on."""
+        reward = self.cfg.reward
+        self.judge = find_reward(reward, self.compute.device, load=True)
+        self.reward_sha256 = reward_sha256(reward) if os.path.isdir(reward) else ""
+        if notes.get("reward_sha256", self.reward_sha256) != self.reward_sha256:  # older runs have none
+            path = self.tuning.base.last_path
+            raise Refusal(f"{reward} is another one than when {path} was begun: give another --out_dir")
+
     def notes(self):
-        batches = [{name: x.tolist() for name, x in batch.items()} for batch in self.samples]
-        samples = {"round": self.round, "batches": batches} if self.cfg.updates > 1 else {}
-        notes = super().notes() | {"samples": samples, "drift": self.drift}
-        notes["reward_sha256"] = self.reward_sha256
+        notes = super().notes() | {
+            "samples": {},
+            "drift": self.drift,
+            "reward_sha256": self.reward_sha256,
+        }
+        if self.cfg.updates > 1:
+            batches = [{name: x.tolist() for name, x in batch.items()} for batch in self.samples]
+            notes["samples"] = {"round": self.round, "batches": batches}
         if self.cfg.baseline == "value":
             notes["value_head"] = saved_head(self.tuning.model.value_head)
         return notes
