@@ -330,16 +330,8 @@ def make(source, key, folder):
         side_left_out = [left_out[row] for row in order.tolist() if row in left_out]
         lines[side] = side_line(name, len(order), side_left_out, source.T)
         kept = first_examples[order]
-        kept = kept[kept >= 0]
-        numbers = (kept[:, None] + np.arange(per_row)).ravel()
-        tokens = np.diff(starts)[numbers] - 1
-        tokens = tokens.reshape(-1, per_row).sum(1)  # of each row
-        length = max(length, int(tokens.max()))
-        packs = pack(tokens.tolist(), length)
-        members = np.array(list(chain.from_iterable(packs)))
-        arrays[f"{side}.numbers"] = numbers
-        arrays[f"{side}.packs"] = (members[:, None] * per_row + np.arange(per_row)).ravel()
-        arrays[f"{side}.pack_starts"] = np.cumsum([0, *(per_row * len(rows) for rows in packs)])
+        packed, length = pack_side(kept[kept >= 0], np.diff(starts) - 1, per_row, length)
+        arrays |= {f"{side}.{part}": values for part, values in packed.items()}
     types = array_types(source.tokenizer.vocab_size)
     for name, values in arrays.items():
         # not by tofile(), which does not say when the disk has no room for the last bytes
@@ -355,6 +347,26 @@ def make(source, key, folder):
     }
     text = json.dumps(meta | {"sha256": hash_json(meta)}, indent=1)
     (folder / "meta.json").write_text(text + "\n", encoding="utf-8")
+
+
+def pack_side(first_examples, tokens, per_row, length):
+    """Returns {name: array} of a side, and how many tokens a row of the context has: `length`, or as many as the
+    longest row of the dataset needs.
+
+    first_examples: the number of the first example of each row; tokens: how many each example has.
+    """
+    in_row = np.arange(per_row)
+    numbers = (first_examples[:, None] + in_row).ravel()
+    row_tokens = tokens[numbers].reshape(-1, per_row).sum(1)
+    length = max(length, int(row_tokens.max()))
+    packs = pack(row_tokens.tolist(), length)  # of rows
+    members = np.array(list(chain.from_iterable(packs)))
+    arrays = {
+        "numbers": numbers,
+        "packs": (members[:, None] * per_row + in_row).ravel(),
+        "pack_starts": np.cumsum([0, *(per_row * len(rows) for rows in packs)]),
+    }
+    return arrays, length
 
 
 def hash_examples(folder, types, arrays, per_row):
