@@ -54,8 +54,10 @@ DECIDED = {
 }
 WHOLE = ("out_dir", "overwrite", "device")  # those of them that may be set for the whole comparison
 # keys that do not change how long a step takes
-RATES = "learning_rate embd_lr_scale min_lr warmup_iters schedule decay_frac weight_decay beta1 beta2 momentum".split()
-RATES += ["grad_clip", "balance"]
+RATES = (
+    "learning_rate embd_lr_scale min_lr warmup_iters schedule decay_frac weight_decay "
+    "beta1 beta2 momentum grad_clip balance"
+).split()
 KINDS = ("timings", "trials", "runs")  # of jobs; their folders have these names
 TIMING_STEPS = 50
 # a change to these changes results, and no setting tells
@@ -175,11 +177,11 @@ def matched(variant, parameters):
     which is fast, where that is near enough.
     """
 
-    def distance(n_inner):
-        return abs(count(n_inner) - parameters)
-
     def count(n_inner):
         return model_sizes(replace(model_config(variant), n_inner=n_inner)).parameters
+
+    def distance(n_inner):
+        return abs(count(n_inner) - parameters)
 
     slope = count(2) - count(1)
     if not slope:  # an MLP that does not look at n_inner
@@ -256,8 +258,7 @@ class Comparison:
             return []
         return [
             self.job("timings", name, number, TIMING_STEPS, {}, eval_tokens=1, log_interval=10)
-            for number, names in there_and_back([0, 1], list(self.variants))
-            for name in names
+            for number, name in there_and_back([0, 1], list(self.variants))
         ]
 
     def steps(self, name, values, share=1.0):
@@ -282,9 +283,7 @@ class Comparison:
     def trials(self):
         """Returns the jobs of the sweep; those of all variants with the same values follow each other."""
         return [
-            self.trial(name, values)
-            for values, names in there_and_back(self.sweep, list(self.variants))
-            for name in names
+            self.trial(name, values) for values, name in there_and_back(self.sweep, list(self.variants))
         ]
 
     def best_values(self, name):
@@ -303,8 +302,7 @@ class Comparison:
         best = {name: self.best_values(name) for name in self.variants}
         return [
             self.job("runs", name, seed, self.steps(name, best[name]), best[name])
-            for seed, names in there_and_back(self.seeds, list(self.variants))
-            for name in names
+            for seed, name in there_and_back(self.seeds, list(self.variants))
         ]
 
     def finished(self):
@@ -313,11 +311,24 @@ class Comparison:
 
 
 def there_and_back(rounds, names):
-    """Yields (round, names), in every other round from the last name to the first, so that where a machine slows
-    down or warms up no name always comes later.
+    """Yields (round, name) for all names of each round, in every other round from the last name to the first, so that
+    where a machine slows down or warms up no name always comes later.
     """
     for i, item in enumerate(rounds):
-        yield item, names[::-1] if i % 2 else names
+        for name in names[::-1] if i % 2 else names:
+            yield item, name
+
+
+def make_room(cfg):
+    """Moves out_dir aside with --overwrite. Raises Refusal for an out_dir that holds something else than a comparison
+    without it.
+    """
+    is_comparison = any(os.path.isdir(os.path.join(cfg.out_dir, kind)) for kind in KINDS)
+    if is_comparison and not cfg.overwrite:
+        return
+    ways = "--overwrite moves it aside, --out_dir=OTHER writes elsewhere"
+    if folders.in_the_way(cfg.out_dir, cfg.overwrite, ways):
+        folders.move_aside(cfg.out_dir)
 
 
 def warn_of_changes(out_dir):
@@ -396,13 +407,7 @@ def main(cfg):
         torch.set_num_threads(threads)
         os.environ["OMP_NUM_THREADS"] = str(threads)  # the others' too
     comparison = Comparison(cfg)
-    is_other = os.path.exists(cfg.out_dir) and not any(
-        os.path.isdir(os.path.join(cfg.out_dir, kind)) for kind in KINDS
-    )
-    if is_other or cfg.overwrite:
-        ways = "--overwrite moves it aside, --out_dir=OTHER writes elsewhere"
-        if folders.in_the_way(cfg.out_dir, cfg.overwrite, ways):
-            folders.move_aside(cfg.out_dir)
+    make_room(cfg)
     warn_of_changes(cfg.out_dir)
     if others:
         print(f"{1 + len(others)} processes share the runs")
