@@ -66,10 +66,6 @@ def figures(nats, sizes, edges, cfg):
     return rows
 
 
-def name_way(out_dir, scaling):
-    return f"{out_dir}, {scaling}" if scaling else out_dir
-
-
 def long_rows(documents, tokenizer, length):
     """Returns rows of length + 1 ids of the documents, which are joined as in data: evenly spaced rows, of about
     TOKENS tokens together; and the bytes of each target (n, length), -1 where it is not text. Raises Refusal.
@@ -108,7 +104,7 @@ def read_lengths(subject, documents, length, edges, compute, cfg):
         nats = position_nats(model, rows, compute, fit_batch(model)) * is_text
         check_nats(subject, nats)
         way = {
-            "name": name_way(subject.name, scaling),
+            "name": f"{subject.name}, {scaling}" if scaling else subject.name,
             "out_dir": subject.name,
             "rope_scaling": scaling or own.rope_scaling,
             "n": len(rows),

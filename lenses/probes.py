@@ -250,10 +250,10 @@ def name_pairs():
 def name_cases(n, seed):
     cases = {}  # by story: two of the frames have no thing in them
     for pair, thing, frame in in_random_order(seed, name_pairs(), THINGS[:7], frames(NAMES)):
-        a, b, his, him = pair
+        one, other, his, him = pair
         context, answer, whose = frame
         group = []
-        for a, b in (a, b), (b, a):  # the same story with the names swapped
+        for a, b in (one, other), (other, one):  # the same story with the names swapped
             story = context.format(a=a, b=b, thing=thing, his=his, him=him)
             group.append((story, " " + answer.format(x=a if whose == "a" else b)))
         cases |= {case.context: case for case in lend(group)}
