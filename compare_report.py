@@ -120,11 +120,25 @@ def notes(comparison, results):
         yield f"Trained on {device}, in {dtype}."
 
 
-def curve(folder, step_seconds):
-    """Returns (steps, seconds, bits a byte) of the evaluations in a run's log."""
-    lines = [line for line in read_log(folder / "log.jsonl") if "val_bits_per_byte" in line]
+def curve(job):
+    """Returns (steps, seconds, bits a byte) of the evaluations in the log of a job that did not diverge."""
+    result = job.read()
+    lines = [line for line in read_log(job.folder / "log.jsonl") if "val_bits_per_byte" in line]
     steps = np.array([line["step"] for line in lines])
-    return steps, steps * step_seconds, np.array([line["val_bits_per_byte"] for line in lines])
+    seconds = steps * (result["seconds"] / result["steps"])
+    return steps, seconds, np.array([line["val_bits_per_byte"] for line in lines])
+
+
+def draw_variant(by_step, by_second, name, curves):
+    """Draws the mean of a variant's curves into two axes, their spread shaded."""
+    longest = max(len(steps) for steps, _, _ in curves)  # a log may have been lost since
+    curves = [curve for curve in curves if len(curve[0]) == longest]
+    steps, _, _ = curves[0]
+    seconds = np.mean([seconds for _, seconds, _ in curves], 0)
+    bits = np.array([bits for _, _, bits in curves])
+    for ax, x in ((by_step, steps), (by_second, seconds)):
+        [line] = ax.plot(x[1:], bits.mean(0)[1:], marker="o", ms=2, lw=1, label=name)
+        ax.fill_between(x[1:], bits.min(0)[1:], bits.max(0)[1:], color=line.get_color(), alpha=0.2, lw=0)
 
 
 def draw(comparison, path):
@@ -133,25 +147,11 @@ def draw(comparison, path):
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     by_step, by_second = figure.subplots(1, 2, sharey=True)
-    jobs = comparison.finished()
+    jobs = [job for job in comparison.finished() if job.read()["bits_per_byte"] is not None]
     for name in comparison.variants:
-        curves = []
-        for job in jobs:
-            result = job.read()
-            if job.variant == name and result["bits_per_byte"] is not None:
-                curves.append(curve(job.folder, result["seconds"] / result["steps"]))
-        if not curves:
-            continue
-        longest = max(len(steps) for steps, *_ in curves)  # a log may have been lost since
-        curves = [curve for curve in curves if len(curve[0]) == longest]
-        steps = curves[0][0]
-        seconds = np.mean([x for _, x, _ in curves], 0)
-        bits = np.array([y for _, _, y in curves])
-        for ax, x in ((by_step, steps), (by_second, seconds)):
-            [line] = ax.plot(x[1:], bits.mean(0)[1:], marker="o", ms=2, lw=1, label=name)
-            ax.fill_between(
-                x[1:], bits.min(0)[1:], bits.max(0)[1:], color=line.get_color(), alpha=0.2, lw=0
-            )
+        curves = [curve(job) for job in jobs if job.variant == name]
+        if curves:
+            draw_variant(by_step, by_second, name, curves)
     by_step.set(xlabel="step", ylabel="validation loss, bits a byte")
     by_step.set_title(comparison.cfg.out_dir, parse_math=False)  # a name may have a $ in it
     by_second.set(xlabel="seconds of training")
