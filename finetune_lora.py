@@ -195,10 +195,10 @@ class FineTuning:
         source = Source(
             cfg,
             tuning.tokenizer,
-            self.rows_template,
-            self.text_rule,
-            tuning.T,
-            self.conversations_per_row,
+            template=self.rows_template,
+            text_rule=self.text_rule,
+            T=tuning.T,
+            conversations_per_row=self.conversations_per_row,
         )
         encoded = find_encoded(source, self.compute.is_main)
         self.examples, self.packs, self.message = encoded.learn

@@ -114,17 +114,18 @@ def read(texts, rules, cfg, copied=None, made_up=None):
         marked.append(text | {"marks": marks, "copied": share})
     scores = reading.mean_marks(marked)
     low, high = mean_interval(scores, cfg.resamples, cfg.seed)
+    means = {
+        rule: float(np.mean([text["marks"][rule] for text in marked])) for rule in marked[0]["marks"]
+    }
     column = {
         "score": float(np.mean(scores)),
         "score_low": low,
         "score_high": high,
-        "marks": {},
+        "marks": means,
         "n": len(texts),
         "distinct": reading.distinct([text["text"] for text in texts]),
         "texts": marked,
     }
-    for key in marked[0]["marks"]:
-        column["marks"][key] = float(np.mean([text["marks"][key] for text in marked]))
     if copied is not None:
         words = {word for text in texts for word in reading.words_in(text["text"])}
         column["copied"] = float(np.mean(copied))
