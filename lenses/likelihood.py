@@ -90,7 +90,8 @@ def measure(subject, documents, closed, compute, cfg):
     T = subject.model.config.block_size
     encoded = tokenizer.encode_batch(documents)
     document_losses, nats = text_nats(subject.model, tokenizer, encoded, compute)
-    ends = np.array([losses[-1] for losses in document_losses[: len(documents) - (not closed)]])
+    with_ends = document_losses if closed else document_losses[:-1]
+    ends = np.array([losses[-1] for losses in with_ends])
     check_nats(subject, nats)
     few = len(documents) < FEW
     unit, lengths = units(encoded, tokenizer, few)
