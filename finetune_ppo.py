@@ -356,7 +356,7 @@ class Reinforcing(finetune_lora.FineTuning):
         # else a model that never ends its texts, which costs nothing in training, might be the best one
         reward = float(np.where(whole, rewards, min(0, *rewards)).mean())
         figures = {
-            "val_loss": -reward,
+            "val_loss": 0.0 - reward,  # not -0.0, which would be printed as such
             "reward": reward,
             "kl": divergence / max(1, n_tokens),
             "cut_off": 1 - float(np.mean(whole)),

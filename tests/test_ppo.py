@@ -753,6 +753,12 @@ def test_an_answer_that_was_cut_off_counts_as_the_worst(shop):
     assert task.validate()["reward"] == -2
 
 
+def test_no_reward_is_a_loss_of_zero_without_a_sign(shop):
+    task = small_task(shop, "--max_new_tokens=1")
+    task.judge = lambda prompt, answer: 0.0
+    assert f"{task.validate()['val_loss']:.4f}" == "0.0000"
+
+
 def test_prompts_are_read_from_rows_of_every_kind_without_an_answer(shop):
     task = small_task(shop)
     message = {"role": "user", "content": "ab"}
