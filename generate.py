@@ -143,12 +143,13 @@ def start_rows(model, prompts, max_new_tokens, stop, past_end):
             raise ValueError(f"no text slides past block_size: {model.config.what_ends_a_text}")
     limits = Limits(max_new_tokens, block_size, stop, past_end == "recompute")
     rows = []
-    for prompt in prompts:
+    for number, prompt in enumerate(prompts, 1):
         if not prompt:
             raise ValueError("a prompt must have at least one token")
         if len(prompt) > block_size and past_end == "stop":
+            name = f"prompt {number}" if len(prompts) > 1 else "the prompt"
             raise ValueError(
-                f"the prompt has {len(prompt)} tokens and the context {block_size}: shorten it, or keep only its "
+                f"{name} has {len(prompt)} tokens and the context {block_size}: shorten it, or keep only its "
                 f"end with --past_end=recompute"
             )
         rows.append(Row(list(prompt) if len(prompt) <= block_size else list(prompt[-limits.half :])))

@@ -161,12 +161,13 @@ def position_nats(model, rows, compute, batch_size=32):
     """
     length = rows.shape[1] - 1
     nats = np.zeros((len(rows), length))
+    windows = document_windows(length, model.config.block_size)
+    batches = [(window, i) for window in windows for i in range(0, len(rows), batch_size)]
     with evaluating(model):
-        for start, first, end in document_windows(length, model.config.block_size):
-            for i in range(0, len(rows), batch_size):
-                pieces = rows[i : i + batch_size, start : end + 1]
-                losses = target_nats(model, pieces, end - start, compute)
-                nats[i : i + batch_size, first:end] = losses[:, first - start :]
+        for (start, first, end), i in tqdm(batches, "lengths", unit="batch", disable=None, leave=False):
+            pieces = rows[i : i + batch_size, start : end + 1]
+            losses = target_nats(model, pieces, end - start, compute)
+            nats[i : i + batch_size, first:end] = losses[:, first - start :]
     return nats
 
 

@@ -253,8 +253,10 @@ def test_rows_end_at_the_end_of_the_context():
         rows, ends = complete(generate(model, [prompt], 10, temperature=0))
         assert rows == [greedy(model, prompt, 25 - n)]
         assert ends == ["block_size"]
-    with pytest.raises(ValueError, match="25 tokens and the context 24"):
+    with pytest.raises(ValueError, match="the prompt has 25 tokens and the context 24"):
         next(generate(model, prompts_of(25), 10))
+    with pytest.raises(ValueError, match="prompt 2 has 25 tokens and the context 24"):
+        next(generate(model, prompts_of(6, 25), 10))
     with pytest.raises(ValueError, match="at least one token"):
         next(generate(model, [[]], 10))
     # in a batch each row has its own end
