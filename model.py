@@ -355,19 +355,20 @@ def attention(q, k, v, mask=None, is_causal=False, dropout_p=0.0):
     out, and still 1.2 times at 1,024 tokens (LOG.md). So there are two ways. To change the scores, by a cap or
     a sink, edit the second one and set is_written_out = True.
     """
+    is_slow = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad
+    is_written_out = is_slow and q.size(-2) <= LONGEST_WRITTEN_OUT
     n_kv_head = k.size(1)
-    if q.size(-2) == 1 and q.size(1) > n_kv_head:
+    is_grouped = q.size(1) != n_kv_head
+    if is_grouped and q.size(-2) == 1 and not is_written_out:
         # a token's queries of one KV head are taken as several tokens' of one head: sooner, and a GPU copies nothing
         if mask is not None and mask.dim() > 2 and mask.size(-3) > 1:
             mask = mask.unflatten(-3, (n_kv_head, -1)).squeeze(-2)  # ([B,] n_kv_head, group, S)
         q = q.unflatten(1, (n_kv_head, -1)).squeeze(-2)  # (B, n_kv_head, group, D)
-        return attention(q, k, v, mask, False, dropout_p).flatten(1, 2).unsqueeze(-2)
-    is_slow = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad
-    is_written_out = is_slow and q.size(-2) <= LONGEST_WRITTEN_OUT
-    is_grouped = q.size(1) != k.size(1)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p)
+        return y.flatten(1, 2).unsqueeze(-2)
     # on a GPU only cuDNN's takes groups under a mask, see device.one_shape; without it SDPA writes the scores out
     if is_written_out or is_grouped and mask is not None and q.device.type == "cuda":
-        k, v = (x.repeat_interleave(q.size(1) // k.size(1), 1) for x in (k, v))
+        k, v = (x.repeat_interleave(q.size(1) // n_kv_head, 1) for x in (k, v))
         is_grouped = False
     if not is_written_out:
         return F.scaled_dot_product_attention(

@@ -233,20 +233,34 @@ def test_in_a_compiled_step_of_a_gpu_products_of_one_input_are_one(monkeypatch):
     assert widths("cuda", False) == widths("cpu", True) == widths("cuda", True, False) == [8, 4, 4]
 
 
-def test_on_a_gpu_grouped_heads_under_a_mask_are_copied(monkeypatch):
-    """Or SDPA would write the scores out: its kernel that takes a mask takes no groups."""
+def test_on_a_gpu_grouped_heads_under_a_mask_are_copied_for_several_tokens(monkeypatch):
+    """Or SDPA would write the scores out: its kernel that takes a mask takes no groups. One token needs no groups."""
     calls = []
 
-    def sdpa(q, k, v, enable_gqa, **_):
-        calls.append((k.size(1), enable_gqa))
+    def sdpa(q, k, v, enable_gqa=False, **_):
+        calls.append((q.size(1), k.size(1), enable_gqa))
+        return q
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", sdpa)
     with FakeTensorMode():
-        q, k = (torch.empty(2, n, 1, 64, device="cuda") for n in (6, 2))
-        mask = torch.zeros(2, 1, 1, 1, device="cuda")
-        attention(q, k, k, mask)
-        attention(q, k, k)
-    assert calls == [(6, False), (2, True)]
+        for T in 2, 1:
+            q, k = (torch.empty(2, n, T, 64, device="cuda") for n in (6, 2))
+            mask = torch.zeros(2, 1, T, T, device="cuda")
+            attention(q, k, k, mask)
+            attention(q, k, k)
+    assert calls == [(6, 6, False), (6, 2, True), (2, 2, False), (2, 2, False)]
+
+
+@pytest.mark.parametrize("shape", [(1, 9), (2, 1, 1, 9), (6, 1, 9), (2, 6, 1, 9), None])
+def test_a_tokens_grouped_heads_are_those_of_copied_keys(shape):
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(2, n, T, 8, dtype=torch.float64, generator=g) for n, T in ((6, 1), (2, 9), (2, 9))
+    )
+    mask = None if shape is None else torch.randn(shape, dtype=torch.float64, generator=g)
+    copies = [x.repeat_interleave(3, 1) for x in (k, v)]
+    expected = F.scaled_dot_product_attention(q, *copies, attn_mask=mask)
+    torch.testing.assert_close(attention(q, k, v, mask), expected)
 
 
 @pytest.mark.parametrize("n_kv_head", [4, 2])
