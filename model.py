@@ -359,8 +359,9 @@ def attention(q, k, v, mask=None, is_causal=False, dropout_p=0.0):
     is_written_out = is_slow and q.size(-2) <= LONGEST_WRITTEN_OUT
     n_kv_head = k.size(1)
     is_grouped = q.size(1) != n_kv_head
-    if is_grouped and q.size(-2) == 1 and not is_written_out:
-        # a token's queries of one KV head are taken as several tokens' of one head: sooner, and a GPU copies nothing
+    # a token's queries of one KV head may be taken as several tokens' of one head: sooner but for a processor's float32
+    is_folded = is_grouped and q.size(-2) == 1 and (q.is_cuda or q.dtype != torch.float32)
+    if is_folded and not is_written_out:
         if mask is not None and mask.dim() > 2 and mask.size(-3) > 1:
             mask = mask.unflatten(-3, (n_kv_head, -1)).squeeze(-2)  # ([B,] n_kv_head, group, S)
         q = q.unflatten(1, (n_kv_head, -1)).squeeze(-2)  # (B, n_kv_head, group, D)
