@@ -85,7 +85,7 @@ def test_a_loss_is_that_of_eval(lab, pair):
     compute = resolve("cpu", "float32", "false")
     with contextlib.chdir(lab):
         [subject], validation = evaluation.load_subjects(cfg, compute)
-    documents, closed = evaluation.split_documents(*validation)
+    documents, closed = likelihood.split_documents(*validation)
     figures, _ = likelihood.measure(subject, documents, closed, compute, cfg)
     assert row["bits_per_byte"] == pytest.approx(figures["bits_per_byte"], rel=1e-9)
     assert row["nats"] == pytest.approx(figures["loss"], rel=1e-9)

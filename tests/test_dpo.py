@@ -26,6 +26,7 @@ import train
 from chat import Turn
 from config import Refusal, configure
 from messages import preferences
+from tuning import open_tuning
 
 ANSWERS = [
     {"prompt": f"Is {a} {b}?", "chosen": f" {b.capitalize()}, yes.", "rejected": " No, never."}
@@ -219,7 +220,7 @@ def test_the_grammar_tells_what_is_preferred():
 def small_task(shop, *argv):
     """Returns a Preferring that is ready to train, in float32 on a CPU."""
     argv = [*TINY, f"--init_from={shop}/base", f"--dataset={shop}/pairs.jsonl", *argv]
-    tuning = finetune_lora.open_tuning(configure(dpo.Config, argv), "preference tuning")
+    tuning = open_tuning(configure(dpo.Config, argv), "preference tuning")
     task = dpo.Preferring(tuning)
     task.trained = tuning.prepare(task.length)
     task.begin()

@@ -272,7 +272,7 @@ def test_the_lenses_see_a_stretched_model(long_lab, capsys):
     ckpt.stretch("linear:2", 96)
     model, tokenizer = ckpt.restore()
     _, data, _ = dataset.load(lab / "data/toy")
-    documents, _ = evaluation.split_documents(data["val"], tokenizer)
+    documents, _ = likelihood.split_documents(data["val"], tokenizer)
     nats = document_nats(model, tokenizer.encode_batch(documents), tokenizer, CPU)
     loss = np.concatenate([losses[:-1] for losses in nats]).mean()
     assert results["likelihood"]["loss"] == pytest.approx(loss, rel=1e-5)
@@ -340,7 +340,7 @@ def test_by_position_has_every_target_once():
 
 def test_the_text_is_what_prepare_wrote_and_the_figures_are_of_its_bytes_alone(lab, capsys):
     meta, data, tokenizer = dataset.load(lab / "data/toy")
-    documents, closed = evaluation.split_documents(data["val"], tokenizer)
+    documents, closed = likelihood.split_documents(data["val"], tokenizer)
     assert np.array_equal(stream(documents, closed, tokenizer), data["val"])
     model, _ = checkpoint.restore(checkpoint.load(str(lab / "out/a/ckpt_best.pt")), "a")
     nats = []

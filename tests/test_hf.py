@@ -877,7 +877,7 @@ def test_the_bytes_of_a_foreign_tokenizers_tokens_are_those_of_the_text(make):
     ids = stream(documents, True, tokenizer)
     unit, lengths = likelihood.units(tokenizer.encode_batch(documents), tokenizer, few=False)
     assert np.bincount(unit, lengths).tolist() == [len(document.encode()) for document in documents]
-    assert evaluation.split_documents(ids, tokenizer) == (documents, True)
+    assert likelihood.split_documents(ids, tokenizer) == (documents, True)
 
 
 @pytest.mark.parametrize("make", [smollm, tinyllama, qwen])
@@ -896,8 +896,8 @@ def test_data_of_a_foreign_tokenizer_is_what_sample_and_eval_read(make, tmp_path
     _, data, foreign = dataset.load("data/d")
     assert foreign.sha256 == tokenizer.sha256
 
-    train_documents, _ = evaluation.split_documents(data["train"], foreign)
-    val_documents, _ = evaluation.split_documents(data["val"], foreign)
+    train_documents, _ = likelihood.split_documents(data["train"], foreign)
+    val_documents, _ = likelihood.split_documents(data["val"], foreign)
     assert train_documents[:4] == documents[:4]
     assert train_documents[4] + val_documents[0] == documents[4]
     train_ids = data["train"].tolist()

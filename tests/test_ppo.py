@@ -19,17 +19,18 @@ from test_train import CPU, SMALL, WithoutFloat64, log, same
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import checkpoint
-import finetune_lora
 import finetune_ppo as ppo
 import hf
 import lora
 import prepare
 import toy_stories
 import train
+from advantages import group_advantages, is_learned, value_advantages, whiten
 from config import Refusal, configure
 from generate import generate
 from messages import chat_messages, conversations, default_template, preferences
-from rollouts import prompt_messages
+from rollouts import find_reward, prompt_messages
+from tuning import open_tuning
 
 PROMPTS = ["--dataset=prompts.jsonl", "--val_dataset=held.jsonl"]
 REWARDED = [
@@ -78,7 +79,7 @@ def small_task(shop, *argv):
         f"--val_dataset={shop}/held.jsonl",
         *argv,
     ]
-    tuning = finetune_lora.open_tuning(configure(ppo.Config, argv), "reinforcement")
+    tuning = open_tuning(configure(ppo.Config, argv), "reinforcement")
     task = ppo.Reinforcing(tuning)
     task.trained = tuning.prepare(task.length)
     task.begin()
@@ -139,7 +140,7 @@ def test_advantages_are_those_of_the_paper():
     for row, (first, end) in enumerate(spans):
         is_answer[row, first:end] = True
     for decay in (0.0, 0.9, 1.0):
-        got = ppo.value_advantages(rewards, values, is_answer, decay)
+        got = value_advantages(rewards, values, is_answer, decay)
         for row, (first, end) in enumerate(spans):
             later = [*values[row, first + 1 : end].tolist(), 0.0]
             reward = [0.0] * (end - first - 1) + [rewards[row].item()]
@@ -174,10 +175,10 @@ def test_the_loss_of_values_is_that_of_the_definition():
     assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
     [gradient], [exact] = (torch.autograd.grad(x, values) for x in (loss, expected))
     torch.testing.assert_close(gradient, exact, rtol=1e-10, atol=1e-14)
-    ppo.whiten([batch | {"advantage": values.detach()}], CPU)
+    whiten([batch | {"advantage": values.detach()}], CPU)
     batch["advantage"] = values.detach()
-    ppo.whiten([batch], CPU)
-    learned = batch["advantage"][ppo.is_learned(batch)]
+    whiten([batch], CPU)
+    learned = batch["advantage"][is_learned(batch)]
     assert learned.mean().item() == pytest.approx(0, abs=1e-12)
     assert learned.std(correction=0).item() == pytest.approx(1, abs=1e-6)
 
@@ -186,10 +187,10 @@ def test_advantages_need_no_float64_of_the_device():
     _, batch = random_batch(3)
 
     def advantages():
-        batch["advantage"] = ppo.group_advantages(torch.arange(6.0), batch["is_whole"], 3, True).expand(
+        batch["advantage"] = group_advantages(torch.arange(6.0), batch["is_whole"], 3, True).expand(
             batch["targets"].shape
         )
-        ppo.whiten([batch], CPU)
+        whiten([batch], CPU)
         return batch["advantage"]
 
     expected = advantages()
@@ -215,7 +216,7 @@ def test_the_loss_and_its_gradient_are_those_of_trl(shop, tmp_path, scale):
     [batch] = task.batches(0)
     rewards = [task.reward("", answer) for answer in answers(task, batch)]
     batch["is_whole"][:] = True  # TRL lets what was cut off count in the mean
-    batch["advantage"] = ppo.group_advantages(torch.tensor(rewards), batch["is_whole"], 4, scale)
+    batch["advantage"] = group_advantages(torch.tensor(rewards), batch["is_whole"], 4, scale)
     moved(model)
     lora.merge(model)  # an ordinary model, of which all weights learn
 
@@ -533,12 +534,12 @@ def test_what_was_cut_off_has_no_advantage_and_gives_none(scale):
         expected = np.array([-1, 2, 0, -1, 0, 0, 0, 0]) / (
             np.std([1, 4, 1], ddof=1) + 1e-4 if scale else 1
         )
-        got = ppo.group_advantages(torch.tensor(rewards), is_whole, 4, scale)
+        got = group_advantages(torch.tensor(rewards), is_whole, 4, scale)
         np.testing.assert_allclose(got[:, 0], expected, rtol=1e-6)
 
 
 def test_built_in_rewards_by_hand():
-    length, match, toy = map(ppo.find_reward, ("length:4", "match:b+c", "toy"))
+    length, match, toy = map(find_reward, ("length:4", "match:b+c", "toy"))
     assert [length("ab", answer) for answer in ("", "abc", "abcd", "abcdef")] == [-1, -0.25, 0, -0.5]
     assert [match("bc", answer) for answer in ("abbcd", "ac", "bc", "")] == [1, 0, 1, 0]
     for row in toy_stories.preference_rows(20, seed=5):
@@ -594,13 +595,13 @@ def test_the_best_arm_is_found(length, steps, baseline):
         batch = {"idx": idx[:, :-1], "targets": last, "is_whole": torch.ones(64, dtype=bool)}
         batch["old"] = batch["reference"] = ppo.token_logps(model, batch).detach()
         if baseline == "group":
-            batch["advantage"] = ppo.group_advantages(rewards, batch["is_whole"], 64)
+            batch["advantage"] = group_advantages(rewards, batch["is_whole"], 64)
         else:
             batch["value"] = worth(batch["idx"])[..., 0].detach()
             is_answer = torch.ones_like(last, dtype=bool)
-            batch["advantage"] = ppo.value_advantages(rewards, batch["value"], is_answer, 0.95)
+            batch["advantage"] = value_advantages(rewards, batch["value"], is_answer, 0.95)
             batch["goal"] = batch["value"] + batch["advantage"]
-            ppo.whiten([batch], CPU)
+            whiten([batch], CPU)
         for _ in range(2):
             loss = ppo.policy_loss(ppo.token_logps(model, batch), batch, 0.2, 0.0)
             if baseline == "value":
@@ -890,7 +891,5 @@ def test_other_prompts_than_toy_stories_need_a_reward(shop):
 
 def test_equal_rewards_teach_nothing():
     for reward in 1 / 3, 0.7, -1.1:
-        advantages = ppo.group_advantages(
-            torch.full((8,), reward), torch.ones(8, dtype=torch.bool), 8, True
-        )
+        advantages = group_advantages(torch.full((8,), reward), torch.ones(8, dtype=torch.bool), 8, True)
         assert not advantages.any()

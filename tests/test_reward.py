@@ -27,6 +27,7 @@ import hf
 import sample
 from config import Refusal, configure
 from tokenizer import EOT
+from tuning import open_tuning
 
 ANSWERED = {"chosen": "The cat sat.", "rejected": "No"}
 
@@ -49,7 +50,7 @@ def test_the_loss_and_its_gradient_are_those_of_the_definition(shop):
         f"--dataset={shop}/pairs.jsonl",
         f"--out_dir={shop}/there",
     ]
-    tuning = finetune_lora.open_tuning(configure(finetune_reward.Config, argv), finetune_reward.KIND)
+    tuning = open_tuning(configure(finetune_reward.Config, argv), finetune_reward.KIND)
     task = finetune_reward.Rewarding(tuning)
     task.trained = tuning.prepare(task.length)
     task.begin()
@@ -93,7 +94,7 @@ def test_text_is_judged_as_it_was_in_training(shop, judge, monkeypatch):
     *_, last = [line for line in log(shop, "judge") if "accuracy" in line]
     assert last["accuracy"] == 1 and last["val_loss"] < 0.3
     argv = [*TINY, "--init_from=resume", "--out_dir=judge", "--dataset=pairs.jsonl", "--eval_only"]
-    tuning = finetune_lora.open_tuning(configure(finetune_reward.Config, argv), finetune_reward.KIND)
+    tuning = open_tuning(configure(finetune_reward.Config, argv), finetune_reward.KIND)
     task = finetune_reward.Rewarding(tuning)
     task.trained = tuning.prepare(task.length)
     task.begin()
