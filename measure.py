@@ -1,4 +1,4 @@
-"""How bench.py and its parts measure memory, and print and draw what was measured. race.py has the times."""
+"""How bench.py and benches/ measure memory, and print and draw what was measured. race.py has the times."""
 
 import ctypes
 import gc

@@ -658,8 +658,9 @@ class Transformer(nn.Module):
         return F.cross_entropy(self.logits(x).float(), targets, reduction="none")
 
     def chunked_nats(self, x, targets):
-        """Returns what token_nats does, with LOGITS_AT_ONCE at most: the backward pass makes them again (Chen et
-        al. 2016). torch's linear_cross_entropy adds up in bfloat16 (findings/linear_cross_entropy_chunks.sh).
+        """Returns what token_nats does, and holds LOGITS_AT_ONCE logits at most, which the backward pass makes again
+        (Chen et al. 2016). Not by torch's linear_cross_entropy, which adds up in bfloat16
+        (findings/linear_cross_entropy_chunks.sh).
         """
         rows = max(1, LOGITS_AT_ONCE // self.config.vocab_size)
         if len(x) <= rows:

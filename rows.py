@@ -1,5 +1,5 @@
 """From rows of examples to batches for tuning: rows of a file or of the hub become conversations (messages.py),
-these ids, and several examples share a row of the context.
+conversations become ids, and several examples share a row of the context.
 
 Responses and the end of text after each are learned, prompts are not. Examples that share a row do not see each
 other.

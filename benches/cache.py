@@ -6,10 +6,11 @@ from dataclasses import replace
 import torch
 
 from benches.step import build_model, make_training_step, redrawn, untimed_steps
+from cache import KVCache
 from data import tokens_a_step
 from device import name_of
 from measure import peak_memory
-from model import KVCache, ModelConfig
+from model import ModelConfig
 from race import ms_columns, race
 from sizes import kv_cache_bytes
 

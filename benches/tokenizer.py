@@ -10,7 +10,8 @@ import toy_stories
 from config import Refusal
 from measure import convert
 from race import ms_columns, race
-from tokenizer import EOT, Tokenizer
+from tokenizer import Tokenizer
+from vocabulary import EOT
 
 
 def to_tokenizers(tokenizer):

@@ -172,7 +172,7 @@ REASONS = {
 def unknown_keys(data):
     """Returns the keys of a config.json that neither this file nor the kind's config class knows.
 
-    read_config refuses those with a certain word in their names (REASONS), and passes over the others.
+    check_keys refuses those with a certain word in their names (REASONS); the others are passed over.
     """
     kind = data["model_type"]
     known = HARMLESS | READ[kind] | FIXED[kind].keys() | set(SIZES[kind].values()) | ALIASES[kind].keys()
@@ -180,6 +180,7 @@ def unknown_keys(data):
 
 
 def check_keys(kind, data):
+    """Raises ValueError where a config.json has a key, or a value, that may change a logit and has no counterpart."""
     for key in unknown_keys(data):
         for words, reason in REASONS.items():
             if re.search(words, key.lower()):
