@@ -667,7 +667,8 @@ class Transformer(nn.Module):
             return self.token_nats(x, targets)
         device = x.device.type
         chunks = zip(x.split(rows), targets.split(rows))
-        # without a cache each chunk casts the weight by itself, and their gradients are added up in float32
+        # without a cache each chunk casts the weight by itself, and their gradients are added up in float32; with
+        # --shard=full in bfloat16 they are not, as the weight comes rounded
         with torch.autocast(device, enabled=torch.is_autocast_enabled(device), cache_enabled=False):
             nats = [
                 checkpoint(self.token_nats, *chunk, use_reentrant=False, preserve_rng_state=False)
