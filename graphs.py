@@ -147,9 +147,10 @@ def decoding_message(device, n_tokens, has_draft=False, is_compiled=False):
     """Returns what to say about graphs where texts of so many tokens are written: "" on a processor, which has none."""
     if device.type != "cuda":
         return ""
-    reason = "a draft guesses" if has_draft else ""
-    # the first token is drawn by reading the prompt
-    if not reason and not is_compiled and n_tokens - 1 < FEWEST:
+    reason = ""
+    if has_draft:
+        reason = "a draft guesses"
+    elif not is_compiled and n_tokens - 1 < FEWEST:  # the first token is drawn by reading the prompt
         reason = f"at most {FEWEST} tokens"
     return outcome(reason, "token")
 
