@@ -8,7 +8,7 @@ import torch
 
 from config import Refusal
 from data import rows_each
-from model import LOGITS_AT_ONCE
+from model import rows_at_once
 from rmsnorm import choose, use_rmsnorm
 from sizes import activation_bytes, mask_bytes, model_sizes
 
@@ -95,10 +95,8 @@ def training_parts(cfg, c, compute, learned=None, adapt=None, documents=False):
     rows = rows_each(cfg, compute)
     batch_size = min(cfg.batch_size, rows)
     tokens = batch_size * c.block_size
-    logits = tokens * c.vocab_size
-    if cfg.loss == "chunked":
-        logits = min(logits, max(LOGITS_AT_ONCE, c.vocab_size))
-    kept = 8 * logits
+    predicted = tokens if cfg.loss == "plain" else min(tokens, rows_at_once(c.vocab_size))
+    kept = 8 * predicted * c.vocab_size
 
     def change(model):
         use_rmsnorm(model, choose(cfg.rmsnorm, compute.device)[0])

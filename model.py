@@ -517,6 +517,11 @@ BLOCKS = {"pre": PreNorm, "post": PostNorm}
 # -----------------------------------------------------------------------------------------------------
 
 
+def rows_at_once(vocab_size):
+    """Returns of how many tokens a chunked loss holds the logits at once."""
+    return max(1, LOGITS_AT_ONCE // vocab_size)
+
+
 class Transformer(nn.Module):
     """A decoder-only language model. Attributes that are no part of the architecture:
 
@@ -662,7 +667,7 @@ class Transformer(nn.Module):
         (Chen et al. 2016). Not by torch's linear_cross_entropy, which adds up in bfloat16
         (findings/linear_cross_entropy_chunks.sh).
         """
-        rows = max(1, LOGITS_AT_ONCE // self.config.vocab_size)
+        rows = rows_at_once(self.config.vocab_size)
         if len(x) <= rows:
             return self.token_nats(x, targets)
         device = x.device.type
