@@ -315,11 +315,11 @@ def write_integers(cfg, proto, quantization, ids, float_loss, folder):
     return model, increase
 
 
-def write_description(model, tokenizer, ckpt, folder):
-    """Writes config.json and the tokenizer's files."""
+def write_description(model, tokenizer, ckpt, fingerprint, folder):
+    """Writes config.json and the tokenizer's files. fingerprint: ckpt's."""
     start = str(ckpt.config.get("start", ""))
     description = onnx_model.describe(
-        model.config, tokenizer, start, ckpt.template, ckpt.fingerprint, ckpt.text_rule
+        model.config, tokenizer, start, ckpt.template, fingerprint, ckpt.text_rule
     )
     text = json.dumps(description, indent=1)
     tokenizer.save_files(folder)
@@ -348,12 +348,13 @@ def write_folder(cfg, model, tokenizer, ckpt, ids, folder):
     ids: the validation split, on which integers are judged. Returns the share by which they raise the loss there,
     0 where none are written. Raises Refusal where model.onnx does not compute what the model does.
     """
-    write_description(model, tokenizer, ckpt, folder)
+    fingerprint = ckpt.fingerprint  # which reads all weights
+    write_description(model, tokenizer, ckpt, fingerprint, folder)
     quantization = model.quantization
     if quantization:
         print(f"{ckpt.path} is quantized: in model.onnx its integers are written out as float32")
         model = dequantized(model)
-    proto = write_float(model, ckpt.fingerprint, folder)
+    proto = write_float(model, fingerprint, folder)
     exported, _, _ = onnx_model.load(str(folder))
     prompt = [tokenizer.eot]
     check(model, exported, prompt, 200)
@@ -364,7 +365,7 @@ def write_folder(cfg, model, tokenizer, ckpt, ids, folder):
         float_loss = validation_loss(exported, ids, cfg.eval_tokens)
         fused = None if cfg.quantize == "plain_int8" else fused_graph(model, folder)
         if fused:
-            fused.metadata_props.add(key="fingerprint", value=ckpt.fingerprint)
+            fused.metadata_props.add(key="fingerprint", value=fingerprint)
             proto = fused
         models[cfg.quantize], increase = write_integers(
             cfg, proto, quantization, ids, float_loss, folder
