@@ -21,6 +21,7 @@ from config import Refusal, check_choice, hf_name, is_hf, run
 
 # isort: split
 import checkpoint
+import checkpoint_file
 from data import text_rule
 from folders import new_folder
 from interop import gguf_file, hf_folder, hf_layout, peft_layout
@@ -160,12 +161,12 @@ def write_own_adapter(folder, name, ckpt, model):
     settings["base_dataset"] = ckpt.dataset
     settings["template"] = notes.get("template", ckpt.template)
     settings["text_rule"] = text_rule(notes) if "template" in notes else ckpt.text_rule
-    sha256 = notes.get("base_sha256") or checkpoint.fingerprint(ckpt.state)
+    sha256 = notes.get("base_sha256") or checkpoint_file.fingerprint(ckpt.state)
     ckpt.adapter_path = name
     ckpt.adapter = {"config": settings, "adapters": tensors, "base": peft_base, "base_sha256": sha256}
     ckpt.restore_adapters(model)
     path = str(folder / "adapter.pt")
-    checkpoint.save_adapters(path, model, ckpt.path, sha256, settings, checkpoint.RunState())
+    checkpoint_file.save_adapters(path, model, ckpt.path, sha256, settings, checkpoint_file.RunState())
     if "base_sha256" not in notes:
         print(
             f"{name} was trained over {peft_base}, as it says; whether that is {ckpt.path} is not known"

@@ -34,6 +34,7 @@ import torch
 from tqdm import tqdm
 
 import checkpoint
+import checkpoint_file
 import dataset
 from data import blocks, evenly
 from device import resolve
@@ -400,9 +401,9 @@ def quantize_and_report(cfg, ckpt, model, tokenizer):
 
 def write(folder, model, tokenizer, ckpt):
     """Writes the checkpoint of a quantized model, with the settings of the one that it was made of."""
-    state = checkpoint.RunState(*[ckpt.state[key] for key in ("step", "val_loss", "best_val_loss")])
+    state = checkpoint_file.RunState(*[ckpt.state[key] for key in ("step", "val_loss", "best_val_loss")])
     config = ckpt.config | {"quantized_from": ckpt.path}
-    checkpoint.save(str(folder / "ckpt.pt"), model, tokenizer, config, state)
+    checkpoint_file.save(str(folder / "ckpt.pt"), model, tokenizer, config, state)
 
 
 def main(cfg):

@@ -8,7 +8,7 @@ import dataclasses
 import os
 from pathlib import Path
 
-import checkpoint
+import checkpoint_file
 import dataset
 import folders
 import prepare
@@ -45,9 +45,11 @@ def go_on_after_restart(cfg):
 
     def is_own(name, keys):
         path = os.path.join(cfg.out_dir, name)
-        return os.path.exists(path) and checkpoint.load(path, keys)["config"].get("launch") == launch()
+        return (
+            os.path.exists(path) and checkpoint_file.load(path, keys)["config"].get("launch") == launch()
+        )
 
-    kinds = {"ckpt": checkpoint.KEYS, "adapter": checkpoint.ADAPTER_KEYS}
+    kinds = {"ckpt": checkpoint_file.KEYS, "adapter": checkpoint_file.ADAPTER_KEYS}
     if any(is_own(f"{name}.pt", keys) for name, keys in kinds.items()):
         cfg.init_from = "resume"
     elif any(is_own(f"{name}_best.pt", keys) for name, keys in kinds.items()):

@@ -26,10 +26,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import checkpoint
+import checkpoint_file
 import folders
 import rmsnorm
-from checkpoint import RunState
+from checkpoint_file import RunState
 from data import count_targets, micro_batches, prompt_ids, to, tokens_a_step, training_rows
 from device import StopAfterStep, name_of, one_shape, resolve
 from generate import generate
@@ -284,7 +284,7 @@ class Loop:
         self.task = task
         self.cfg = cfg
         self.compute = compute
-        self.optimizers = make_optimizers(checkpoint.unwrap(model), cfg, compute)
+        self.optimizers = make_optimizers(checkpoint_file.unwrap(model), cfg, compute)
         self.scaler = make_scaler(compute)
         self.update = make_step(model, self.optimizers, cfg, compute, task, self.scaler)
         self.state = RunState(optimizers=self.optimizers, scaler=self.scaler)
@@ -497,7 +497,7 @@ class Pretraining:
         """Writes a checkpoint of this name to out_dir."""
         path = os.path.join(self.cfg.out_dir, name)
         config = asdict(self.cfg) | {"task": "pre-training", "launch": launch()}
-        checkpoint.save(path, self.model, self.tokenizer, config, state)
+        checkpoint_file.save(path, self.model, self.tokenizer, config, state)
 
     def preview(self):
         """Returns a sample to look at."""

@@ -10,9 +10,11 @@ from functools import partial
 import torch
 
 import checkpoint
+import checkpoint_file
 import folders
 import lora
-from checkpoint import Checkpoint, RunState, open_checkpoint
+from checkpoint import Checkpoint, open_checkpoint
+from checkpoint_file import RunState
 from config import Refusal, hf_name
 from data import rows_each
 from device import Compute, resolve
@@ -85,9 +87,11 @@ class Tuning:
         path = os.path.join(self.cfg.out_dir, name)
         if self.cfg.rank:
             path = os.path.join(self.cfg.out_dir, name.replace("ckpt", "adapter"))
-            checkpoint.save_adapters(path, self.model, self.base.path, self.base_sha256, config, state)
+            checkpoint_file.save_adapters(
+                path, self.model, self.base.path, self.base_sha256, config, state
+            )
         else:
-            checkpoint.save(path, self.model, self.tokenizer, config, state)
+            checkpoint_file.save(path, self.model, self.tokenizer, config, state)
 
 
 def open_tuning(cfg, kind, fixed=FIXED):
@@ -111,7 +115,7 @@ def open_tuning(cfg, kind, fixed=FIXED):
         raise Refusal(
             f"the base {base.path} is in {cfg.out_dir}, which cannot be moved aside then: give another --out_dir"
         )
-    model, tokenizer = checkpoint.restore(base.state, base.path)
+    model, tokenizer = checkpoint_file.restore(base.state, base.path)
     width = 0 if cfg.eval_only else model.config.n_embd
     steps = 0 if cfg.eval_only else cfg.max_iters - (resumed["step"] if resumed else 0)
     flops = 6 * num_params(model) * cfg.gradient_accumulation_steps * cfg.rows * model.config.block_size
@@ -121,7 +125,7 @@ def open_tuning(cfg, kind, fixed=FIXED):
     cfg.dtype = compute.dtype_name  # a resumed run keeps it, on another processor too
     rows_each(cfg, compute)
     T = min(cfg.max_length or math.inf, model.config.block_size)
-    base_sha256 = checkpoint.fingerprint(base.state)
+    base_sha256 = checkpoint_file.fingerprint(base.state)
     return Tuning(cfg, kind, base, resumed, compute, model, tokenizer, T, base_sha256, moves_aside)
 
 
@@ -168,7 +172,7 @@ def merge(cfg):
         folders.move_aside(merged_path)
     adapter = start.adapter
     state = RunState(adapter["step"], adapter["val_loss"], adapter["best_val_loss"])
-    checkpoint.save(merged_path, model, tokenizer, adapter["config"], state)
+    checkpoint_file.save(merged_path, model, tokenizer, adapter["config"], state)
     print(
         f"{merged_path}: {start.path} with {start.adapter_path} merged; largest logit {unmerged.abs().max():.3g}, "
         f"largest difference to unmerged {difference:.1e}"

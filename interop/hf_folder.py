@@ -1,6 +1,6 @@
 """Reads what transformers and PEFT write, a folder or a NAME of the Hugging Face hub, as a checkpoint.
 
-    ckpt = load("HuggingFaceTB/SmolLM2-135M")         # what checkpoint.load returns for "hf:NAME"
+    ckpt = load("HuggingFaceTB/SmolLM2-135M")         # what checkpoint_file.load returns for "hf:NAME"
     tokenizer = load_tokenizer("gpt2")                # as prepare.py --tokenizer=hf:gpt2 does
 
 hf_config.py reads config.json, and names what ours does not have when it refuses it. Weights come from
@@ -274,7 +274,7 @@ def leave_out_padding(c, state, V):
 
 
 def make_checkpoint(c, state, tokenizer):
-    """Returns what checkpoint.load returns, for a model of whose training no more is known than tokenizer.tuning."""
+    """Returns what checkpoint_file.load returns, for a model of whose training only tokenizer.tuning is known."""
     return {
         "format": 1,
         "config": dict(tokenizer.tuning),

@@ -17,7 +17,7 @@ from test_prepare import DOCS, write, write_jsonl, write_parquet, write_txt
 from test_train import SMALL
 
 import bench
-import checkpoint
+import checkpoint_file
 import eval as evaluation
 import export_onnx
 import finetune_lora
@@ -109,7 +109,7 @@ def make_checkpoints(folder):
         write("text.pt", "hello")
         Path("pickle.pt").write_bytes(pickle.dumps({"format": 1}))
         Path("truncated.pt").write_bytes(Path("out/ckpt.pt").read_bytes()[:5000])
-        good = checkpoint.load("out/ckpt.pt")
+        good = checkpoint_file.load("out/ckpt.pt")
         good_model = good["model_config"]
         down = "blocks.1.mlp.down_proj.weight"
         changes = {
@@ -162,7 +162,7 @@ def cut_moments(state):
 
 
 def save_untrained(path, model, tokenizer):
-    checkpoint.save(path, model, tokenizer, {}, checkpoint.RunState(1, 1.0, 1.0))
+    checkpoint_file.save(path, model, tokenizer, {}, checkpoint_file.RunState(1, 1.0, 1.0))
 
 
 def make_datasets(folder):
@@ -196,7 +196,7 @@ def make_datasets(folder):
         write("data/big_ids/meta.json", json.dumps(meta))
         call(prepare, "--dataset=good.txt", "--tokenizer=char", "--name=chars")
         chars = Tokenizer.load("data/chars/tokenizer.json")
-        shape = checkpoint.load("out/ckpt.pt")["model_config"] | {"vocab_size": chars.vocab_size}
+        shape = checkpoint_file.load("out/ckpt.pt")["model_config"] | {"vocab_size": chars.vocab_size}
         save_untrained("chars.pt", Transformer(ModelConfig(**shape)), chars)
 
 
@@ -230,7 +230,7 @@ def make_adapters(folder):
     with contextlib.chdir(folder):
         argv = ["--max_iters=1", "--rank=2", "--out_dir=lora", "--device=cpu"]
         call(finetune_lora, "--dataset=pairs.json", *argv)
-        good = checkpoint.load("lora/adapter.pt", checkpoint.ADAPTER_KEYS)
+        good = checkpoint_file.load("lora/adapter.pt", checkpoint_file.ADAPTER_KEYS)
         first = next(iter(good["adapters"]))
         for name, change in {
             "a_version": {"format": 9},
@@ -254,7 +254,7 @@ def make_adapters(folder):
 def make_onnx_folders(folder):
     """Makes o_good, and broken copies."""
     with contextlib.chdir(folder):
-        model, tokenizer = checkpoint.restore(checkpoint.load("out/ckpt.pt"), "out")
+        model, tokenizer = checkpoint_file.restore(checkpoint_file.load("out/ckpt.pt"), "out")
         good = onnx_model.describe(model.config, tokenizer, "", "", "whose")
         graph = onnx_folder("o_good", good, tokenizer)
         for name, change in {

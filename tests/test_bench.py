@@ -23,7 +23,7 @@ import benches.ops as bench_ops
 import benches.scale as bench_scale
 import benches.step as bench_step
 import benches.train as bench_train
-import checkpoint
+import checkpoint_file
 import graphs
 import measure
 import race
@@ -602,7 +602,9 @@ def test_a_checkpoint_is_trained_as_it_is_and_its_shape_alone_is_varied(tmp_path
         n_layer=2, n_head=4, n_embd=32, block_size=32, vocab_size=tokenizer.vocab_size, pos="alibi"
     )
     model = Transformer(c)
-    checkpoint.save(f"{tmp_path}/ckpt.pt", model, tokenizer, {}, checkpoint.RunState(1, 2.0, 2.0))
+    checkpoint_file.save(
+        f"{tmp_path}/ckpt.pt", model, tokenizer, {}, checkpoint_file.RunState(1, 2.0, 2.0)
+    )
     argv = [f"--init_from={tmp_path}", "--batch_size=2", "--seconds=0", *PLAIN_CPU]
     cfg = bench.take_shape(configure(bench.Config, argv))
     compute = resolve("cpu", "float32", "false")

@@ -44,6 +44,7 @@ from test_tokenizer import (
 
 import chat
 import checkpoint
+import checkpoint_file
 import export_onnx
 import onnx_graph
 import onnx_integers
@@ -91,7 +92,7 @@ def story_teller(tmp_path_factory):
         call(train, *settings)
         call(export_onnx, "--out_dir=out", "--seconds=0")
         path = checkpoint.find("out")
-        model, tokenizer = checkpoint.restore(checkpoint.load(path), path)
+        model, tokenizer = checkpoint_file.restore(checkpoint_file.load(path), path)
     return StoryTeller(folder / "out/onnx", model, tokenizer)
 
 
@@ -1057,9 +1058,9 @@ def test_a_character_model_one_with_experts_and_one_with_windows(browser, tmp_pa
     tokenizer = Tokenizer.char(CHAR_DOCS)
     torch.manual_seed(0)
     model = build(vocab_size=tokenizer.vocab_size, block_size=64, **settings)
-    run_state = checkpoint.RunState(1, 2.0, 2.0)
+    run_state = checkpoint_file.RunState(1, 2.0, 2.0)
     with contextlib.chdir(tmp_path):
-        checkpoint.save("out/ckpt.pt", model, tokenizer, {"dataset": ""}, run_state)
+        checkpoint_file.save("out/ckpt.pt", model, tokenizer, {"dataset": ""}, run_state)
         call(export_onnx, "--seconds=0")
     teller = StoryTeller(tmp_path / "out/onnx", model.eval(), tokenizer)
     prompt = CHAR_DOCS[0][:5]

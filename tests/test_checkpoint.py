@@ -14,6 +14,7 @@ from scripts import ROOT
 from test_model import build, redraw, tokens
 
 import checkpoint
+import checkpoint_file
 import train
 from config import Refusal
 from device import resolve
@@ -30,18 +31,18 @@ def saved(tmp_path):
     config = ModelConfig(vocab_size=tokenizer.vocab_size, n_layer=1, n_embd=32, n_head=2)
     model = redraw(Transformer(config))
     path = str(tmp_path / "ckpt.pt")
-    checkpoint.save(path, model, tokenizer, {"seed": 1}, checkpoint.RunState(7, 2.5, 2.25))
+    checkpoint_file.save(path, model, tokenizer, {"seed": 1}, checkpoint_file.RunState(7, 2.5, 2.25))
     return path, model, tokenizer
 
 
 def test_a_checkpoint_restores_model_tokenizer_and_state(saved):
     path, model, tokenizer = saved
-    ckpt = checkpoint.load(path)
+    ckpt = checkpoint_file.load(path)
     assert ckpt["step"] == 7
     assert ckpt["val_loss"] == 2.5
     assert ckpt["best_val_loss"] == 2.25
     assert ckpt["config"] == {"seed": 1}
-    restored, restored_tokenizer = checkpoint.restore(ckpt, path)
+    restored, restored_tokenizer = checkpoint_file.restore(ckpt, path)
     idx = torch.arange(20)[None]
     assert torch.equal(restored(idx)[0], model.eval()(idx)[0])
     assert restored.head.weight is restored.wte.weight
@@ -53,28 +54,30 @@ def test_a_checkpoint_restores_model_tokenizer_and_state(saved):
 def test_a_base_is_the_same_one_with_later_settings_that_are_off(saved):
     """A base that is saved again has them in its file: adapters from before stay valid."""
     later = ["window", "window_pattern", "n_expert", "n_expert_per_token", "norm_topk_prob"]
-    ckpt = checkpoint.load(saved[0])
+    ckpt = checkpoint_file.load(saved[0])
     settings = ckpt["model_config"]
     older = {key: value for key, value in settings.items() if key not in later}
     assert len(settings) - len(older) == 5
-    fingerprint = checkpoint.fingerprint(ckpt)
-    assert checkpoint.fingerprint(ckpt | {"model_config": older}) == fingerprint
+    fingerprint = checkpoint_file.fingerprint(ckpt)
+    assert checkpoint_file.fingerprint(ckpt | {"model_config": older}) == fingerprint
     windowed = settings | {"window": 4}
-    assert checkpoint.fingerprint(ckpt | {"model_config": windowed}) != fingerprint
+    assert checkpoint_file.fingerprint(ckpt | {"model_config": windowed}) != fingerprint
 
 
 def test_a_base_that_computes_otherwise_with_the_same_weights_is_another_one(tmp_path):
     path = str(tmp_path / "ckpt.pt")
     model = build(vocab_size=257, mlp="moe")
-    checkpoint.save(path, model, Tokenizer.train(["ab"], 257), {}, checkpoint.RunState(1, 2.0, 2.0))
-    ckpt = checkpoint.load(path)
+    checkpoint_file.save(
+        path, model, Tokenizer.train(["ab"], 257), {}, checkpoint_file.RunState(1, 2.0, 2.0)
+    )
+    ckpt = checkpoint_file.load(path)
     changes = [{"n_expert_per_token": 1}, {"norm_topk_prob": False}, {"window": 4}]
     changes += [{"norm_eps": 0.1}, {"rope_scaling": "linear:2"}]
-    fingerprints = {checkpoint.fingerprint(ckpt)}
+    fingerprints = {checkpoint_file.fingerprint(ckpt)}
     for change in changes:
         other = ckpt | {"model_config": ckpt["model_config"] | change}
-        fingerprints.add(checkpoint.fingerprint(other))
-        restored, _ = checkpoint.restore(other, path)
+        fingerprints.add(checkpoint_file.fingerprint(other))
+        restored, _ = checkpoint_file.restore(other, path)
         assert not torch.equal(restored(tokens())[0], model(tokens())[0]), change
     assert len(fingerprints) == 1 + len(changes)
 
@@ -82,7 +85,9 @@ def test_a_base_that_computes_otherwise_with_the_same_weights_is_another_one(tmp
 def test_a_run_that_starts_from_a_checkpoint_has_its_own_context_and_dropout(tmp_path):
     path = str(tmp_path / "ckpt.pt")
     model = build(vocab_size=257, pos="learned")
-    checkpoint.save(path, model, Tokenizer.train(["ab"], 257), {}, checkpoint.RunState(1, 2.0, 2.0))
+    checkpoint_file.save(
+        path, model, Tokenizer.train(["ab"], 257), {}, checkpoint_file.RunState(1, 2.0, 2.0)
+    )
     cfg = replace(model.config, block_size=12, dropout=0.5)
     start = checkpoint.open_checkpoint(path)
     start.crop(cfg)
@@ -97,16 +102,16 @@ def test_stretching_changes_what_is_restored_and_nothing_else(tmp_path):
     path = str(tmp_path / "ckpt.pt")
     tokenizer = Tokenizer.train(["ab"], 257)
     model = build(vocab_size=257)
-    checkpoint.save(path, model, tokenizer, {}, checkpoint.RunState(1, 2.0, 2.0))
+    checkpoint_file.save(path, model, tokenizer, {}, checkpoint_file.RunState(1, 2.0, 2.0))
     ckpt = checkpoint.open_checkpoint(path)
-    fingerprint = checkpoint.fingerprint(ckpt.state)
+    fingerprint = checkpoint_file.fingerprint(ckpt.state)
     ckpt.stretch("yarn:4,24", 96)
     stretched, _ = ckpt.restore()
     expected = Transformer(replace(model.config, rope_scaling="yarn:4,24", block_size=96))
     expected.load_state_dict(model.state_dict())
     idx = tokens(T=90)
     assert torch.equal(stretched(idx)[0], expected.eval()(idx)[0])
-    assert checkpoint.fingerprint(ckpt.state) == fingerprint
+    assert checkpoint_file.fingerprint(ckpt.state) == fingerprint
     ckpt.stretch(block_size=96)
     longer, _ = ckpt.restore()
     assert longer.config == replace(model.config, block_size=96)
@@ -130,7 +135,7 @@ def test_what_cannot_be_stretched_is_one_line(pos, scaling, block_size, message,
     tokenizer = Tokenizer.train(["ab"], 257)
     model = build(vocab_size=257, pos=pos)
     path = str(tmp_path / "ckpt.pt")
-    checkpoint.save(path, model, tokenizer, {}, checkpoint.RunState(1, 2.0, 2.0))
+    checkpoint_file.save(path, model, tokenizer, {}, checkpoint_file.RunState(1, 2.0, 2.0))
     with pytest.raises(Refusal, match=message) as refusal:
         checkpoint.open_checkpoint(path).stretch(scaling, block_size)
     assert refusal.value.status == 2
@@ -138,8 +143,8 @@ def test_what_cannot_be_stretched_is_one_line(pos, scaling, block_size, message,
 
 def test_a_compiled_model_is_saved_unwrapped(saved):
     path, model, tokenizer = saved
-    checkpoint.save(path, torch.compile(model), tokenizer, {}, checkpoint.RunState(1, 1, 1))
-    assert checkpoint.load(path)["model"].keys() == model.state_dict().keys()
+    checkpoint_file.save(path, torch.compile(model), tokenizer, {}, checkpoint_file.RunState(1, 1, 1))
+    assert checkpoint_file.load(path)["model"].keys() == model.state_dict().keys()
 
 
 def test_code_in_a_checkpoint_is_refused_and_does_not_run(saved, tmp_path):
@@ -150,14 +155,14 @@ def test_code_in_a_checkpoint_is_refused_and_does_not_run(saved, tmp_path):
         def __reduce__(self):
             return os.system, (f"touch {mark}",)
 
-    with_code = checkpoint.load(path) | {"config": Touch()}
+    with_code = checkpoint_file.load(path) | {"config": Touch()}
     for write in (
         lambda: torch.save(with_code, path),
         lambda: Path(path).write_bytes(pickle.dumps(Touch())),
     ):
         write()
         with pytest.raises(Refusal, match="not a checkpoint that is safe to read"):
-            checkpoint.load(path)
+            checkpoint_file.load(path)
         assert not mark.exists()
 
 
@@ -197,27 +202,27 @@ def test_code_in_a_checkpoint_is_refused_and_does_not_run(saved, tmp_path):
 )
 def test_damage_is_one_line(saved, change, message):
     path, *_ = saved
-    ckpt = checkpoint.load(path)
+    ckpt = checkpoint_file.load(path)
     change(ckpt)
     torch.save(ckpt, path)
     with pytest.raises(Refusal, match=message) as e:
-        checkpoint.restore(checkpoint.load(path), path)
+        checkpoint_file.restore(checkpoint_file.load(path), path)
     assert e.value.status == 1
     assert "\n" not in str(e.value)
 
 
 def test_another_format_is_refused_as_no_file_of_ours(saved):
     path = saved[0]
-    whole = checkpoint.load(path)
+    whole = checkpoint_file.load(path)
     for change, words in ({"format": 99}, "format 99"), ({"format": None}, "format None"):
         torch.save(whole | change, path)
         with pytest.raises(Refusal, match=words) as e:
-            checkpoint.load(path)
+            checkpoint_file.load(path)
         assert e.value.status == 2
     del whole["format"]
     torch.save(whole, path)
     with pytest.raises(Refusal, match="not a TinyLM checkpoint"):
-        checkpoint.load(path)
+        checkpoint_file.load(path)
 
 
 @pytest.mark.parametrize(
@@ -225,23 +230,23 @@ def test_another_format_is_refused_as_no_file_of_ours(saved):
 )
 def test_weights_of_other_kinds_are_refused(saved, dtype):
     path = saved[0]
-    whole = checkpoint.load(path)
+    whole = checkpoint_file.load(path)
     name = "blocks.0.mlp.up_proj.weight"
     whole["model"][name] = whole["model"][name].to(dtype)
     torch.save(whole, path)
     shown = str(dtype).removeprefix("torch.")
     with pytest.raises(Refusal, match=f"is damaged: tensor {name} is {shown}: only float32") as e:
-        checkpoint.load(path)
+        checkpoint_file.load(path)
     assert e.value.status == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_one_number_that_is_not_finite_is_found_in_each_tensor(saved, dtype):
     path = saved[0]
-    whole = checkpoint.load(path)
+    whole = checkpoint_file.load(path)
     weights = {name: x.to(dtype) for name, x in whole["model"].items()}
     torch.save(whole | {"model": weights}, path)
-    checkpoint.restore(checkpoint.load(path), path)
+    checkpoint_file.restore(checkpoint_file.load(path), path)
     bad_numbers = [math.nan, math.inf, -math.inf]
     if dtype == torch.float64:
         bad_numbers.append(1e300)  # which is infinite in float32
@@ -250,7 +255,7 @@ def test_one_number_that_is_not_finite_is_found_in_each_tensor(saved, dtype):
         spoiled.view(-1)[i % x.numel()] = bad_numbers[i % len(bad_numbers)]
         torch.save(whole | {"model": weights | {name: spoiled}}, path)
         with pytest.raises(Refusal, match=f"is damaged: tensor {name} holds nan or infinity") as e:
-            checkpoint.load(path)
+            checkpoint_file.load(path)
         assert e.value.status == 1 and "\n" not in str(e.value)
 
 
@@ -275,9 +280,9 @@ def stopped(tmp_path_factory):
         for p in model.parameters():
             p.grad = torch.randn_like(p)
         step_unless(optimizers, torch.tensor(False))
-    state = checkpoint.RunState(2, 2.5, 2.25, [2.5], optimizers, scaler)
+    state = checkpoint_file.RunState(2, 2.5, 2.25, [2.5], optimizers, scaler)
     tokenizer = Tokenizer.train(["the cat sat on the mat"] * 3, 270)
-    checkpoint.save(path, model, tokenizer, {}, state)
+    checkpoint_file.save(path, model, tokenizer, {}, state)
     return path, cfg
 
 
@@ -291,7 +296,7 @@ def make_run(cfg):
 
 def test_an_optimizers_state_comes_back_and_settings_are_the_configs(stopped):
     path, cfg = stopped
-    ckpt = checkpoint.load(path)
+    ckpt = checkpoint_file.load(path)
     again = replace(cfg, weight_decay=0.3, beta1=0.5, momentum=0.6, embd_lr_scale=2.0)
     _, optimizers, scaler = make_run(again)
     assert load_optimizers(optimizers, scaler, ckpt, again) == [2.5]
@@ -378,7 +383,7 @@ def group(ckpt):
 )
 def test_an_optimizers_damage_is_one_line(stopped, change, words):
     path, cfg = stopped
-    ckpt = checkpoint.load(path)
+    ckpt = checkpoint_file.load(path)
     change(ckpt)
     _, optimizers, scaler = make_run(cfg)
     with pytest.raises(Refusal, match=f"the checkpoint's optimizer state is damaged: .*{words}") as e:
@@ -388,7 +393,7 @@ def test_an_optimizers_damage_is_one_line(stopped, change, words):
 
 def test_a_state_may_be_empty_where_no_step_was_taken(stopped):
     path, cfg = stopped
-    ckpt = checkpoint.load(path)
+    ckpt = checkpoint_file.load(path)
     for saved in ckpt["optimizers"]:
         saved["state"] = {}
     _, optimizers, scaler = make_run(cfg)
@@ -412,10 +417,10 @@ def test_truncated_empty_and_foreign_files_are_one_line(saved, tmp_path):
     ):
         path.write_bytes(content)
         with pytest.raises(Refusal) as e:
-            checkpoint.load(str(path))
+            checkpoint_file.load(str(path))
         assert "\n" not in str(e.value)
     with pytest.raises(Refusal, match="cannot read"):
-        checkpoint.load(str(tmp_path / "none.pt"))
+        checkpoint_file.load(str(tmp_path / "none.pt"))
     with pytest.raises(Refusal, match="no checkpoint in"):
         checkpoint.find(str(tmp_path / "nowhere"))
 
@@ -427,13 +432,13 @@ def test_a_write_that_fails_leaves_the_old_file(saved):
     code = f"""
 import resource, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
-import checkpoint, config
-ckpt = checkpoint.load({path!r})
-model, tokenizer = checkpoint.restore(ckpt, {path!r})
+import checkpoint_file, config
+ckpt = checkpoint_file.load({path!r})
+model, tokenizer = checkpoint_file.restore(ckpt, {path!r})
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (10000, 10000))
 try:
-    checkpoint.save({path!r}, model, tokenizer, {{}}, checkpoint.RunState(8, 1, 1))
+    checkpoint_file.save({path!r}, model, tokenizer, {{}}, checkpoint_file.RunState(8, 1, 1))
 except config.Refusal as e:
     print(e.status, e)
 """
@@ -451,7 +456,7 @@ def test_weights_that_are_not_finite_are_not_written(saved, value):
     before = Path(path).read_bytes()
     model.blocks[0].attn.q_proj.weight.data[3, 4] = value
     with pytest.raises(Refusal, match="blocks.0.attn.q_proj.weight holds nan or infinity") as e:
-        checkpoint.save(path, model, tokenizer, {}, checkpoint.RunState(8, 1.0, 1.0))
+        checkpoint_file.save(path, model, tokenizer, {}, checkpoint_file.RunState(8, 1.0, 1.0))
     assert e.value.status == 1 and Path(path).read_bytes() == before
 
 

@@ -16,7 +16,7 @@ from test_model import redraw
 from test_parity import SCALE, preset
 from test_prepare import DOCS
 
-import checkpoint
+import checkpoint_file
 import hf
 import sample
 from config import Refusal, configure
@@ -528,7 +528,7 @@ def write_folder(folder, kind, **keys):
 
 def load_folder(folder):
     path = f"hf:{folder}"
-    return checkpoint.restore(checkpoint.load(path), path)[0].eval()
+    return checkpoint_file.restore(checkpoint_file.load(path), path)[0].eval()
 
 
 def test_unknown_keys_are_named_in_one_line(tmp_path, capsys):
@@ -575,7 +575,9 @@ def test_qwen2_with_more_biases_goes_out_as_llama(changed, tmp_path):
         if name.endswith(f"1.attn.{changed}") or name.endswith(f"1.mlp.{changed}"):
             p.data[3] = 0.7
     tokenizer = Tokenizer.train(DOCS, 300)
-    checkpoint.save(str(tmp_path / "ckpt.pt"), model, tokenizer, {}, checkpoint.RunState(1, 2.0, 2.0))
+    checkpoint_file.save(
+        str(tmp_path / "ckpt.pt"), model, tokenizer, {}, checkpoint_file.RunState(1, 2.0, 2.0)
+    )
     export(tmp_path, "--out_dir=ckpt.pt", "--to=b")
     again = open_peer(tmp_path / "b")
     assert type(again).__name__ == "LlamaForCausalLM"

@@ -9,7 +9,7 @@ from scripts import printed, written
 from test_model import build
 from test_train import lab, load, resume, run_train  # lab is a fixture
 
-import checkpoint
+import checkpoint_file
 import device
 import sample
 import train
@@ -121,7 +121,7 @@ def test_a_checkpoint_of_auto_goes_on_by_the_rule(lab):
     """Checkpoints from before runs kept their dtype."""
     run_train(lab, "--max_iters=1", "--out_dir=older")
     path = str(lab / "older/ckpt.pt")
-    ckpt = checkpoint.load(path)
+    ckpt = checkpoint_file.load(path)
     ckpt["config"]["dtype"] = "auto"
     torch.save(ckpt, path)
     resume(lab, "older", "--max_iters=2")

@@ -16,7 +16,7 @@ from test_processes import run_together
 from test_train import SMALL, lab, log, same  # lab is a fixture
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import checkpoint
+import checkpoint_file
 import finetune_dpo as dpo
 import finetune_lora
 import hf
@@ -355,7 +355,9 @@ def test_the_loss_and_its_gradient_are_those_of_trl(shop, tmp_path):
     call(hf, f"--out_dir={shop}/base", f"--to={tmp_path}/base")
     reference = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
     moved(model)
-    checkpoint.save(f"{tmp_path}/ckpt.pt", model, task.tuning.tokenizer, {}, checkpoint.RunState())
+    checkpoint_file.save(
+        f"{tmp_path}/ckpt.pt", model, task.tuning.tokenizer, {}, checkpoint_file.RunState()
+    )
     call(hf, f"--out_dir={tmp_path}", f"--to={tmp_path}/moved")
     peer = AutoModelForCausalLM.from_pretrained(tmp_path / "moved", dtype=torch.float32)
 
@@ -407,9 +409,9 @@ def test_stop_and_resume_is_an_uninterrupted_run_to_the_bit(shop, rank, name):
     prefer(shop, *argv, f"--out_dir={whole_dir}")
     prefer(shop, *argv, f"--out_dir={parts_dir}", "--max_iters=4", "--lr_decay_iters=8")
     call(dpo, f"--out_dir={parts_dir}", "--init_from=resume", "--max_iters=8", folder=shop)
-    keys = checkpoint.ADAPTER_KEYS if rank else checkpoint.KEYS
+    keys = checkpoint_file.ADAPTER_KEYS if rank else checkpoint_file.KEYS
     whole, parts = (
-        checkpoint.load(str(shop / folder / name), keys) for folder in (whole_dir, parts_dir)
+        checkpoint_file.load(str(shop / folder / name), keys) for folder in (whole_dir, parts_dir)
     )
     for key in "adapters" if rank else "model", "optimizers", "val_loss", "best_val_loss", "step":
         assert same(whole[key], parts[key]), key
@@ -437,7 +439,7 @@ def test_a_run_goes_on_over_its_own_base_or_without_one(shop):
         call(dpo, "--out_dir=mine2", "--init_from=resume", "--max_iters=8", folder=shop)
     call(dpo, "--out_dir=mine0", "--init_from=resume", "--max_iters=8", folder=shop)
     undisturbed, kept = (
-        checkpoint.load(str(shop / folder / "ckpt.pt"), checkpoint.KEYS)
+        checkpoint_file.load(str(shop / folder / "ckpt.pt"), checkpoint_file.KEYS)
         for folder in ("undisturbed", "mine0")
     )
     assert same(undisturbed["model"], kept["model"])

@@ -25,6 +25,7 @@ from test_model import build, tokens
 from test_train import SMALL
 
 import checkpoint
+import checkpoint_file
 import dataset
 import eval as evaluation
 import prepare
@@ -169,7 +170,9 @@ def long_lab(lab):
         for p in model.parameters():
             p.data *= 4
         path = str(lab / f"{pos}.pt")
-        checkpoint.save(path, model, tokenizer, {"dataset": "toy"}, checkpoint.RunState(1, 2.0, 2.0))
+        checkpoint_file.save(
+            path, model, tokenizer, {"dataset": "toy"}, checkpoint_file.RunState(1, 2.0, 2.0)
+        )
     return lab, tokenizer, tokenizer.encode(text)
 
 
@@ -342,7 +345,7 @@ def test_the_text_is_what_prepare_wrote_and_the_figures_are_of_its_bytes_alone(l
     meta, data, tokenizer = dataset.load(lab / "data/toy")
     documents, closed = likelihood.split_documents(data["val"], tokenizer)
     assert np.array_equal(stream(documents, closed, tokenizer), data["val"])
-    model, _ = checkpoint.restore(checkpoint.load(str(lab / "out/a/ckpt_best.pt")), "a")
+    model, _ = checkpoint_file.restore(checkpoint_file.load(str(lab / "out/a/ckpt_best.pt")), "a")
     nats = []
     ends = []
     gaps = []  # above the stories' entropy

@@ -26,6 +26,7 @@ from test_sample import complete
 from test_train import SMALL
 
 import checkpoint
+import checkpoint_file
 import dataset
 import export_onnx
 import onnx_cache
@@ -73,8 +74,8 @@ def lab(tmp_path_factory):
         _, _, tokenizer = dataset.load("data/toy")
         model = build(vocab_size=tokenizer.vocab_size, n_kv_head=2, block_size=64)
         config = {"dataset": "toy", "start": "Once", "template": "Q: {prompt}"}
-        run_state = checkpoint.RunState(1, 2.0, 2.0)
-        checkpoint.save("out/ckpt.pt", model, tokenizer, config, run_state)
+        run_state = checkpoint_file.RunState(1, 2.0, 2.0)
+        checkpoint_file.save("out/ckpt.pt", model, tokenizer, config, run_state)
         export("--quantize=int8", "--eval_tokens=512", "--seconds=0")
     return Lab(folder, model, tokenizer, output.getvalue())
 
@@ -505,7 +506,7 @@ def test_sample_takes_the_graph_of_the_same_weights(lab, monkeypatch, tmp_path, 
         assert text() == (False, line + own) and own != old
     for argv in ["--onnx=no"], ["--num_samples=2"], ["--dtype=bfloat16"], ["--draft=ngram"]:
         assert not text(*argv)[0], argv
-    ckpt = checkpoint.load("out/ckpt.pt")
+    ckpt = checkpoint_file.load("out/ckpt.pt")
     ckpt["model"]["norm.weight"] *= 2
     torch.save(ckpt, "out/ckpt.pt")
     assert not text()[0]
@@ -707,8 +708,8 @@ def test_a_quantized_folder_keeps_its_groups(lab, monkeypatch, tmp_path, capsys)
     monkeypatch.chdir(lab.folder)
     shape = {"n_embd": 128, "n_inner": 128, "n_layer": 1, "block_size": 64}
     model = build(vocab_size=lab.tokenizer.vocab_size, **shape)
-    run_state = checkpoint.RunState(1, 2.0, 2.0)
-    checkpoint.save(f"{tmp_path}/wide/ckpt.pt", model, lab.tokenizer, {"dataset": "toy"}, run_state)
+    run_state = checkpoint_file.RunState(1, 2.0, 2.0)
+    checkpoint_file.save(f"{tmp_path}/wide/ckpt.pt", model, lab.tokenizer, {"dataset": "toy"}, run_state)
     of_folder = [f"--out_dir={tmp_path}/wide", f"--to={tmp_path}/q", "--bits=4", "--group_size=128"]
     call(quantize, *of_folder)
     sizes = {}
@@ -760,7 +761,7 @@ def test_int8_that_is_worse_is_not_kept(lab, monkeypatch, capsys):
     monkeypatch.chdir(lab.folder)
     settings = ["--max_iters=60", "--no-tie_embeddings", "--out_dir=bad", "--block_size=64"]
     call(train, *SMALL, *settings)
-    ckpt = checkpoint.load("bad/ckpt.pt")
+    ckpt = checkpoint_file.load("bad/ckpt.pt")
     ckpt["model"]["norm.weight"][0] = 0
     ckpt["model"]["head.weight"][:, 0] = 1e4
     torch.save(ckpt, "bad/ckpt.pt")

@@ -23,6 +23,7 @@ from test_sample import complete
 from test_train import CPU, SMALL, lab, log, same  # lab is a fixture
 
 import checkpoint
+import checkpoint_file
 import dataset
 import eval as evaluation
 import finetune_lora as ft
@@ -91,7 +92,7 @@ def resume(shop, out_dir, *argv):
 
 
 def adapter(shop, out_dir, name="adapter.pt"):
-    return checkpoint.load(str(shop / out_dir / name), checkpoint.ADAPTER_KEYS)
+    return checkpoint_file.load(str(shop / out_dir / name), checkpoint_file.ADAPTER_KEYS)
 
 
 # Rows
@@ -481,7 +482,7 @@ def test_rates_are_said_where_an_adapter_is_learned_too(shop, capsys):
 def test_the_held_out_loss_is_that_of_each_response_token_once(shop, capsys):
     finetune(shop, "--out_dir=loss", "--max_iters=1", "--batch_size=3", "--val_fraction=0.3")
     with contextlib.chdir(shop):
-        model, tokenizer = checkpoint.restore(checkpoint.load("base/ckpt_best.pt"), "base")
+        model, tokenizer = checkpoint_file.restore(checkpoint_file.load("base/ckpt_best.pt"), "base")
         cfg = configure(ft.Config, ["--dataset=rows.jsonl", "--val_fraction=0.3"])
         learn, held_out = split_rows(cfg, conversations)
     assert len(held_out) == 6
@@ -516,9 +517,9 @@ def test_stop_and_resume_is_an_uninterrupted_run_to_the_bit(shop, rank, name, dt
     finetune(shop, *argv, f"--out_dir={whole_dir}")
     finetune(shop, *argv, f"--out_dir={parts_dir}", "--max_iters=4", "--lr_decay_iters=8")
     resume(shop, parts_dir, "--max_iters=8")
-    keys = checkpoint.ADAPTER_KEYS if rank else checkpoint.KEYS
-    whole = checkpoint.load(str(shop / whole_dir / name), keys)
-    parts = checkpoint.load(str(shop / parts_dir / name), keys)
+    keys = checkpoint_file.ADAPTER_KEYS if rank else checkpoint_file.KEYS
+    whole = checkpoint_file.load(str(shop / whole_dir / name), keys)
+    parts = checkpoint_file.load(str(shop / parts_dir / name), keys)
     weights = "adapters" if rank else "model"
     for key in weights, "optimizers", "val_loss", "best_val_loss", "step":
         assert same(whole[key], parts[key]), key
@@ -653,10 +654,10 @@ def one_and_two(shop, script, *argv):
     call(script, *argv, "--out_dir=one", "--overwrite", folder=shop)
     run_together(shop, script.__name__, 2, *argv, "--out_dir=two", "--overwrite")
     assert log(shop, "one") == log(shop, "two")
-    name, keys, learned = "adapter.pt", checkpoint.ADAPTER_KEYS, "adapters"
+    name, keys, learned = "adapter.pt", checkpoint_file.ADAPTER_KEYS, "adapters"
     if "--rank=0" in argv:
-        name, keys, learned = "ckpt.pt", checkpoint.KEYS, "model"
-    one, two = (checkpoint.load(str(shop / folder / name), keys) for folder in ("one", "two"))
+        name, keys, learned = "ckpt.pt", checkpoint_file.KEYS, "model"
+    one, two = (checkpoint_file.load(str(shop / folder / name), keys) for folder in ("one", "two"))
     for key in learned, "optimizers", "val_loss":
         assert same(one[key], two[key]), key
     return one, two
@@ -689,13 +690,13 @@ def tuned(shop):
 
 
 def test_another_base_is_refused_whatever_differs(tuned):
-    ckpt = checkpoint.load(str(tuned / "base/ckpt_best.pt"))
-    fingerprint = checkpoint.fingerprint(ckpt)
+    ckpt = checkpoint_file.load(str(tuned / "base/ckpt_best.pt"))
+    fingerprint = checkpoint_file.fingerprint(ckpt)
     assert adapter(tuned, "tuned")["base_sha256"] == fingerprint
     older = dict(ckpt["model_config"])
     del older["head_dim"]  # a setting that came later
     for change in {"step": 9, "config": {}}, {"model_config": older}:
-        assert checkpoint.fingerprint(ckpt | change) == fingerprint
+        assert checkpoint_file.fingerprint(ckpt | change) == fingerprint
     name = "blocks.1.mlp.up_proj.weight"
     for change in (
         {"model_config": ckpt["model_config"] | {"head_dim": 2}},
@@ -703,7 +704,7 @@ def test_another_base_is_refused_whatever_differs(tuned):
         {"model_config": ckpt["model_config"] | {"rope_theta": 5000.0}},
         {"tokenizer_sha256": "0"},
     ):
-        assert checkpoint.fingerprint(ckpt | change) != fingerprint
+        assert checkpoint_file.fingerprint(ckpt | change) != fingerprint
     message = "trained over another base than other/ckpt_best.pt: over base/ckpt_best.pt"
     with pytest.raises(Refusal, match=message):
         call(sample, "--adapter=tuned", "--out_dir=other", "--device=cpu", folder=tuned)
@@ -787,8 +788,8 @@ def test_it_learns(shop, argv):
     finetune(shop, *argv, "--val_dataset=rows.jsonl", "--out_dir=learned", "--overwrite")
     is_adapter = "--rank=8" in argv
     path = str(shop / ("base/ckpt_best.pt" if is_adapter else "learned/ckpt.pt"))
-    ckpt = checkpoint.load(path)
-    model, tokenizer = checkpoint.restore(ckpt, path)
+    ckpt = checkpoint_file.load(path)
+    model, tokenizer = checkpoint_file.restore(ckpt, path)
     if is_adapter:
         learned = checkpoint.Checkpoint(path, ckpt, "learned/adapter.pt", adapter(shop, "learned"))
         learned.restore_adapters(model)

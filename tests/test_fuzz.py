@@ -20,6 +20,7 @@ from test_prepare import DOCS, write_jsonl, write_parquet, write_rows, write_txt
 
 import bench
 import checkpoint
+import checkpoint_file
 import dataset
 import eval as evaluation
 import export_onnx
@@ -93,13 +94,13 @@ def make_files(folder):
         write_parquet("c.parquet", DOCS)
         call(prepare, "--dataset=c.txt", "--name=d", "--vocab_size=300")
         tokenizer = Tokenizer.load("data/d/tokenizer.json")
-        state = checkpoint.RunState(7, 2.5, 2.25)
+        state = checkpoint_file.RunState(7, 2.5, 2.25)
         model = Transformer(CONFIG)
-        checkpoint.save("ckpt.pt", model, tokenizer, {"seed": 1}, state)
-        fingerprint = checkpoint.fingerprint(checkpoint.load("ckpt.pt"))
+        checkpoint_file.save("ckpt.pt", model, tokenizer, {"seed": 1}, state)
+        fingerprint = checkpoint_file.fingerprint(checkpoint_file.load("ckpt.pt"))
         lora.inject(model, lora.LoRAConfig(rank=1))
         tuning = asdict(finetune_lora.Config(rank=1))
-        checkpoint.save_adapters("adapter.pt", model, "ckpt.pt", fingerprint, tuning, state)
+        checkpoint_file.save_adapters("adapter.pt", model, "ckpt.pt", fingerprint, tuning, state)
         onnx_folder("o", onnx_model.describe(CONFIG, tokenizer, "", "", "whose"), tokenizer)
         pair = {"prompt": "a", "response": "b"}
         task = {"instruction": "a", "input": "", "output": "b"}
@@ -135,13 +136,15 @@ def read_data(folder):
 
 def read_checkpoint(folder):
     path = str(folder / "ckpt.pt")
-    checkpoint.restore(checkpoint.load(path), path)
+    checkpoint_file.restore(checkpoint_file.load(path), path)
 
 
 def read_adapter(folder):
     path, base = str(folder / "adapter.pt"), str(folder / "ckpt.pt")
-    adapter, ckpt = checkpoint.load(path, checkpoint.ADAPTER_KEYS), checkpoint.load(base)
-    checkpoint.Checkpoint(base, ckpt, path, adapter).restore_adapters(checkpoint.restore(ckpt, base)[0])
+    adapter, ckpt = checkpoint_file.load(path, checkpoint_file.ADAPTER_KEYS), checkpoint_file.load(base)
+    checkpoint.Checkpoint(base, ckpt, path, adapter).restore_adapters(
+        checkpoint_file.restore(ckpt, base)[0]
+    )
 
 
 def read_onnx(folder):
@@ -177,7 +180,7 @@ def read_config(folder):
 
 def read_folder(folder):
     path = f"hf:{folder}/h"
-    checkpoint.restore(checkpoint.load(path), path)
+    checkpoint_file.restore(checkpoint_file.load(path), path)
 
 
 def read_peft(folder):
@@ -303,7 +306,7 @@ ODD = st.one_of(
 def test_any_value_in_any_place_of_a_checkpoint_is_read_or_refused(stopped, tmp_path):
     path, cfg = stopped
     changed_path = str(tmp_path / "ckpt.pt")
-    whole = checkpoint.load(path)
+    whole = checkpoint_file.load(path)
     places = list_places(whole)
 
     @FUZZ
@@ -320,8 +323,8 @@ def test_any_value_in_any_place_of_a_checkpoint_is_read_or_refused(stopped, tmp_
         torch.save(changed, changed_path)
         _, optimizers, scaler = make_run(cfg)
         try:
-            ckpt = checkpoint.load(changed_path)
-            checkpoint.restore(ckpt, changed_path)
+            ckpt = checkpoint_file.load(changed_path)
+            checkpoint_file.restore(ckpt, changed_path)
             load_optimizers(optimizers, scaler, ckpt, cfg)
             for optimizer in optimizers:
                 optimizer.step()

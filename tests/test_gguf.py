@@ -36,6 +36,7 @@ from test_prepare import DOCS
 
 import chat
 import checkpoint
+import checkpoint_file
 import hf
 import prepare
 import sample
@@ -147,10 +148,10 @@ def test_out_and_in_again(name, tmp_path):
     save_checkpoint(tmp_path / "ckpt.pt", name, **GOING[name])
     export(tmp_path, "--out_dir=.", "--to=model.gguf")
     assert sorted(os.listdir(tmp_path)) == ["ckpt.pt", "model.gguf"]
-    before = checkpoint.load(str(tmp_path / "ckpt.pt"))
-    after = checkpoint.load(f"hf:{tmp_path}/model.gguf")
+    before = checkpoint_file.load(str(tmp_path / "ckpt.pt"))
+    after = checkpoint_file.load(f"hf:{tmp_path}/model.gguf")
     assert after["model_config"] == before["model_config"]
-    assert checkpoint.fingerprint(after) == checkpoint.fingerprint(before)
+    assert checkpoint_file.fingerprint(after) == checkpoint_file.fingerprint(before)
 
 
 # what transformers 5.24 reads: it has GPT-2's context in another key, and no head_dim or n_inner of experts
@@ -259,7 +260,7 @@ def test_a_file_in_the_way_stays(tmp_path, capsys):
     export(tmp_path, "--out_dir=.", "--to=model.gguf", "--overwrite")
     [old] = [name for name in os.listdir(tmp_path) if ".old-" in name]
     assert (tmp_path / old).read_text() == "mine"
-    checkpoint.load(f"hf:{tmp_path}/model.gguf")
+    checkpoint_file.load(f"hf:{tmp_path}/model.gguf")
 
 
 def test_what_another_process_has_written_meanwhile_stays(tmp_path, monkeypatch):
@@ -279,15 +280,15 @@ def test_a_name_says_that_a_file_is_meant(tmp_path, capsys):
     """In capitals too, and where a folder is in the way."""
     save_checkpoint(tmp_path / "ckpt.pt")
     assert " tensors F32\n" in printed(capsys, hf, "--out_dir=.", "--to=model.GGUF", folder=tmp_path)
-    checkpoint.load(f"hf:{tmp_path}/model.GGUF")
+    checkpoint_file.load(f"hf:{tmp_path}/model.GGUF")
     (tmp_path / "folder.gguf").mkdir()
     with pytest.raises(Refusal, match="^cannot write folder.gguf: Is a directory"):
         export(tmp_path, "--out_dir=.", "--to=folder.gguf", "--bits=8")
     with pytest.raises(Refusal, match="^cannot read .*folder.gguf: Is a directory$"):
-        checkpoint.load(f"hf:{tmp_path}/folder.gguf")
+        checkpoint_file.load(f"hf:{tmp_path}/folder.gguf")
     (tmp_path / "page.gguf").write_text("Not\n")
     with pytest.raises(Refusal, match="page.gguf: it is no GGUF file, which begins with GGUF$"):
-        checkpoint.load(f"hf:{tmp_path}/page.gguf")
+        checkpoint_file.load(f"hf:{tmp_path}/page.gguf")
 
 
 @pytest.mark.parametrize("bits", [32, 8])
@@ -492,7 +493,9 @@ def test_numbers_that_fewer_bits_do_not_hold_are_refused(tmp_path):
     model = save_checkpoint(tmp_path / "ckpt.pt")
     with torch.no_grad():
         model.blocks[1].attn.o_proj.weight[0, 0] = -7e4
-    checkpoint.save(str(tmp_path / "ckpt.pt"), model, TOKENIZER, {}, checkpoint.RunState(1, 2.0, 2.0))
+    checkpoint_file.save(
+        str(tmp_path / "ckpt.pt"), model, TOKENIZER, {}, checkpoint_file.RunState(1, 2.0, 2.0)
+    )
     for bits in 16, 8, 4:
         with pytest.raises(Refusal, match="tensor blk.1.attn_output.weight has numbers above 65,504"):
             export(tmp_path, "--out_dir=.", "--to=model.gguf", f"--bits={bits}")
@@ -510,16 +513,16 @@ def test_a_command_that_cannot_be_is_one_line(tmp_path, monkeypatch):
             export(tmp_path, "--out_dir=.", *argv)
     export(tmp_path, "--out_dir=.", "--to=model.gguf")
     with pytest.raises(Refusal, match="a GGUF file is read as hf:.*model.gguf"):
-        checkpoint.load(str(tmp_path / "model.gguf"))
+        checkpoint_file.load(str(tmp_path / "model.gguf"))
     with pytest.raises(
         Refusal, match="model.gguf holds a whole model, not an adapter: sample.py --out_dir=hf:"
     ):
         checkpoint.find(f"hf:{tmp_path}/model.gguf", "adapter_best.pt")
     with pytest.raises(Refusal, match="cannot read .*none.gguf: No such file"):
-        checkpoint.load(f"hf:{tmp_path}/none.gguf")
+        checkpoint_file.load(f"hf:{tmp_path}/none.gguf")
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
     with pytest.raises(Refusal, match="^reading a GGUF file needs a library: pip install gguf$"):
-        checkpoint.load(f"hf:{tmp_path}/model.gguf")
+        checkpoint_file.load(f"hf:{tmp_path}/model.gguf")
     with pytest.raises(Refusal, match="^writing a GGUF file needs a library: pip install gguf$"):
         export(tmp_path, "--out_dir=.", "--to=other.gguf")
 
@@ -593,7 +596,7 @@ def test_metadata_is_refused_by_name(keys, message, llama_file, tmp_path):
 
     rewrite(llama_file, tmp_path / "a.gguf", change)
     with pytest.raises(Refusal, match=message):
-        checkpoint.load(f"hf:{tmp_path}/a.gguf")
+        checkpoint_file.load(f"hf:{tmp_path}/a.gguf")
 
 
 def test_keys_that_are_absent_have_llama_cpps_defaults(tmp_path):
@@ -611,9 +614,9 @@ def test_keys_that_are_absent_have_llama_cpps_defaults(tmp_path):
             del metadata[f"llama.{key}"]
 
     rewrite(tmp_path / "model.gguf", tmp_path / "other.gguf", change)
-    before, after = (checkpoint.load(f"hf:{tmp_path}/{name}.gguf") for name in ("model", "other"))
+    before, after = (checkpoint_file.load(f"hf:{tmp_path}/{name}.gguf") for name in ("model", "other"))
     assert after["model_config"] == before["model_config"]
-    assert checkpoint.fingerprint(after) == checkpoint.fingerprint(before)
+    assert checkpoint_file.fingerprint(after) == checkpoint_file.fingerprint(before)
 
 
 def test_the_usual_betas_of_yarn_come_in_as_llama_cpps_converter_writes_them(tmp_path):
@@ -625,7 +628,7 @@ def test_the_usual_betas_of_yarn_come_in_as_llama_cpps_converter_writes_them(tmp
         metadata |= {f"qwen3.rope.scaling.{key}": value for key, value in betas.items()}
 
     rewrite(tmp_path / "model.gguf", tmp_path / "other.gguf", change)
-    before, after = (checkpoint.load(f"hf:{tmp_path}/{name}.gguf") for name in ("model", "other"))
+    before, after = (checkpoint_file.load(f"hf:{tmp_path}/{name}.gguf") for name in ("model", "other"))
     assert after["model_config"] == before["model_config"]
     assert after["model_config"]["rope_scaling"] == "yarn:8,32"
 
@@ -634,7 +637,7 @@ def test_tensors_are_refused_by_name(llama_file, tmp_path):
     def check(message, change):
         rewrite(llama_file, tmp_path / "a.gguf", change)
         with pytest.raises(Refusal, match=message) as caught:
-            checkpoint.load(f"hf:{tmp_path}/a.gguf")
+            checkpoint_file.load(f"hf:{tmp_path}/a.gguf")
         return caught.value.status
 
     def drop(metadata, arrays):
@@ -670,7 +673,7 @@ def test_divisors_of_frequencies_that_are_a_little_off_are_refused(tmp_path):
 
     rewrite(tmp_path / "model.gguf", tmp_path / "other.gguf", change)
     with pytest.raises(Refusal, match="rope_freqs.weight divides frequencies otherwise"):
-        checkpoint.load(f"hf:{tmp_path}/other.gguf")
+        checkpoint_file.load(f"hf:{tmp_path}/other.gguf")
 
 
 def test_a_damaged_file_is_one_line(llama_file, tmp_path, monkeypatch):
@@ -687,17 +690,17 @@ def test_a_damaged_file_is_one_line(llama_file, tmp_path, monkeypatch):
     for size in [0, 3, 4, 20, len(content) - 1, *rng.sample(range(len(content)), 20)]:
         path.write_bytes(content[:size])
         with pytest.raises(Refusal):
-            checkpoint.load(f"hf:{path}")
+            checkpoint_file.load(f"hf:{path}")
     for place in [*range(24), *rng.sample(range(24, 12_000), 40)]:
         damaged = bytearray(content)
         damaged[place] ^= 1 << rng.randrange(8)
         path.write_bytes(damaged)
         with contextlib.suppress(Refusal):
-            checkpoint.load(f"hf:{path}")
+            checkpoint_file.load(f"hf:{path}")
     place = content.index(b"tokenizer.ggml.pre")
     path.write_bytes(content[:place] + b"\xff" + content[place + 1 :])
     with pytest.raises(Refusal, match=f"the text before byte {place + 18:,} is not UTF-8: the file"):
-        checkpoint.load(f"hf:{path}")
+        checkpoint_file.load(f"hf:{path}")
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -819,13 +822,13 @@ def test_smollm2_is_what_transformers_made_a_folder_of():
     from test_smollm2 import CONVERSATIONS, messages
 
     before, after = (
-        checkpoint.load(f"hf:{name}") for name in (os.path.abspath(FOLDER), os.path.abspath(FILE))
+        checkpoint_file.load(f"hf:{name}") for name in (os.path.abspath(FOLDER), os.path.abspath(FILE))
     )
     assert before["model"].keys() == after["model"].keys()
     for name, weight in before["model"].items():
         assert torch.equal(after["model"][name], weight)
     (folder, folder_tokenizer), (model, tokenizer) = (
-        checkpoint.restore(ckpt, "SmolLM2") for ckpt in (before, after)
+        checkpoint_file.restore(ckpt, "SmolLM2") for ckpt in (before, after)
     )
     for conversation in CONVERSATIONS:
         ids = chat.conversation_ids(tokenizer, messages(conversation))

@@ -24,6 +24,7 @@ from test_prepare import DOCS, file_size_limit
 from test_train import CPU, SMALL
 
 import checkpoint
+import checkpoint_file
 import dataset
 import eval as evaluation
 import finetune_lora
@@ -231,7 +232,7 @@ def write_folder(folder, kind, tokenizer=tinylm, shard="5GB", dtype=torch.float3
 
 def read_folder(folder):
     path = f"hf:{folder}"
-    return checkpoint.restore(checkpoint.load(path), path)
+    return checkpoint_file.restore(checkpoint_file.load(path), path)
 
 
 def check_close(logits, reference, tolerance=1e-4):
@@ -503,20 +504,22 @@ def save_checkpoint(path, name="llama", tokenizer=TOKENIZER, config=None, **chan
     preset, settings, _ = MODELS[name]
     sizes = {"vocab_size": tokenizer.vocab_size, "block_size": 256, "n_layer": 2}
     model = build_preset(preset, **(sizes | settings | changes))
-    checkpoint.save(str(path), model, tokenizer, config or {}, checkpoint.RunState(1, 2.0, 2.0))
+    checkpoint_file.save(
+        str(path), model, tokenizer, config or {}, checkpoint_file.RunState(1, 2.0, 2.0)
+    )
     return model
 
 
 def save_adapter(folder, model, config):
     """Saves the adapters of a model as adapter.pt, over the ckpt.pt in folder."""
     base_path = str(folder / "ckpt.pt")
-    checkpoint.save_adapters(
+    checkpoint_file.save_adapters(
         str(folder / "adapter.pt"),
         model,
         base_path,
-        checkpoint.fingerprint(checkpoint.load(base_path)),
+        checkpoint_file.fingerprint(checkpoint_file.load(base_path)),
         config,
-        checkpoint.RunState(1, 2.0, 2.0),
+        checkpoint_file.RunState(1, 2.0, 2.0),
     )
 
 
@@ -568,11 +571,11 @@ def test_out_and_in_again(name, tmp_path):
     empty = tokenizer("", return_tensors="pt")
     assert peer.generate(**empty, max_new_tokens=1).shape == (1, 2)
 
-    before = checkpoint.load(str(tmp_path / "ckpt.pt"))
-    after = checkpoint.load(f"hf:{folder}")
+    before = checkpoint_file.load(str(tmp_path / "ckpt.pt"))
+    after = checkpoint_file.load(f"hf:{folder}")
     settings = before["model_config"]
     assert {key: after["model_config"][key] for key in settings} == settings
-    assert checkpoint.fingerprint(before) == checkpoint.fingerprint(after)
+    assert checkpoint_file.fingerprint(before) == checkpoint_file.fingerprint(after)
 
 
 TURNS = ["the cat", "sat on", "the mat?", "No.", "Where then"]
@@ -594,16 +597,18 @@ def test_the_template_of_a_fine_tuned_model_goes_out_and_in_again(template, rule
         assert text == TOKENIZER.decode(ids)
         if template.endswith("\n"):  # else a token may join a prompt and its answer
             assert peer(text, add_special_tokens=False).input_ids == ids
-    after = checkpoint.load(f"hf:{tmp_path}/folder")
+    after = checkpoint_file.load(f"hf:{tmp_path}/folder")
     assert after["config"] == settings
-    assert after["tokenizer_sha256"] == checkpoint.load(str(tmp_path / "ckpt.pt"))["tokenizer_sha256"]
+    assert (
+        after["tokenizer_sha256"] == checkpoint_file.load(str(tmp_path / "ckpt.pt"))["tokenizer_sha256"]
+    )
 
     # where transformers 4 keeps it
     path = tmp_path / "folder/chat_template.jinja"
     source = path.read_text()
     edit_json(tmp_path / "folder/tokenizer_config.json", lambda data: data.update(chat_template=source))
     path.unlink()
-    assert checkpoint.load(f"hf:{tmp_path}/folder")["config"] == settings
+    assert checkpoint_file.load(f"hf:{tmp_path}/folder")["config"] == settings
 
     # an edited one is a chat template as any other folder's
     path.write_text(source + "!")
@@ -619,7 +624,7 @@ def test_a_template_that_stays_behind_is_named(tmp_path, capsys):
         write_folder(tmp_path / "a", "llama", smollm)
         model, tokenizer = checkpoint.open_checkpoint(f"hf:{tmp_path}/a").restore()
         path = str(tmp_path / "ckpt.pt")
-        checkpoint.save(path, model, tokenizer, {"template": template}, checkpoint.RunState())
+        checkpoint_file.save(path, model, tokenizer, {"template": template}, checkpoint_file.RunState())
         export(tmp_path, "--out_dir=.", "--to=folder", "--overwrite")
         assert ("the template 'Q: {prompt}\\nA:'; a .gguf has it" in capsys.readouterr().out) == is_named
         assert not (tmp_path / "folder/chat_template.jinja").exists()
@@ -644,7 +649,9 @@ def test_a_foreign_tokenizer_goes_out_as_it_came_in(tokenizer, tmp_path):
         assert after(text).input_ids == before(text).input_ids
         ids = before(text, add_special_tokens=False).input_ids
         assert after(text, add_special_tokens=False).input_ids == ids
-    fingerprints = [checkpoint.fingerprint(checkpoint.load(f"hf:{tmp_path}/{f}")) for f in "ab"]
+    fingerprints = [
+        checkpoint_file.fingerprint(checkpoint_file.load(f"hf:{tmp_path}/{f}")) for f in "ab"
+    ]
     assert fingerprints[0] == fingerprints[1]
     assert hf_folder.read_tokenizer(str(tmp_path / "b")).ends == (0, 2)
 
@@ -1251,10 +1258,10 @@ def test_a_small_file_takes_little_memory(tensor, tmp_path):
         read_folder(tmp_path)
 
     save_checkpoint(tmp_path / "ckpt.pt")
-    ckpt = checkpoint.load(str(tmp_path / "ckpt.pt"))
+    ckpt = checkpoint_file.load(str(tmp_path / "ckpt.pt"))
     ckpt["model"] = dict.fromkeys(ckpt["model"], tensor)
     with pytest.raises(Refusal, match="weights are fewer"):
-        checkpoint.restore(ckpt, "ckpt.pt")
+        checkpoint_file.restore(ckpt, "ckpt.pt")
 
 
 def test_code_in_a_bin_file_is_refused_and_does_not_run(tmp_path):
@@ -1280,7 +1287,7 @@ def test_what_is_no_folder_of_a_model_is_refused(tmp_path):
         ("", "no folder"),
     ):
         with pytest.raises(Refusal, match=message):
-            checkpoint.load(f"hf:{name}")
+            checkpoint_file.load(f"hf:{name}")
 
 
 @pytest.mark.parametrize("vocab_size", [500, 299])
@@ -1295,7 +1302,7 @@ def test_a_name_of_the_hub_without_a_network_is_one_line_in_seconds(tmp_path, mo
     start = time.monotonic()
     message = "hf:HuggingFaceTB/SmolLM2-135M is no folder here and could not be downloaded"
     with pytest.raises(Refusal, match=message) as e:
-        checkpoint.load("hf:HuggingFaceTB/SmolLM2-135M")
+        checkpoint_file.load("hf:HuggingFaceTB/SmolLM2-135M")
     assert "\n" not in str(e.value)
     assert time.monotonic() - start < 20
 
@@ -1312,7 +1319,7 @@ def test_a_downloaded_tokenizer_without_its_weights_is_named(tmp_path, monkeypat
     assert hf_folder.read_tokenizer(folder).sha256 == TOKENIZER.sha256
     message = "hf:a/b is no folder here and could not be downloaded.*tokenizer.json.*no weights"
     with pytest.raises(Refusal, match=message):
-        checkpoint.load("hf:a/b")
+        checkpoint_file.load("hf:a/b")
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -1329,9 +1336,9 @@ def draw_adapters(model, cfg):
 
 def restore_adapted(base_path, adapter_path):
     """Returns the model of a checkpoint with an adapter."""
-    ckpt = checkpoint.load(base_path)
-    adapter = checkpoint.load(adapter_path, checkpoint.ADAPTER_KEYS)
-    model, _ = checkpoint.restore(ckpt, base_path)
+    ckpt = checkpoint_file.load(base_path)
+    adapter = checkpoint_file.load(adapter_path, checkpoint_file.ADAPTER_KEYS)
+    model, _ = checkpoint_file.restore(ckpt, base_path)
     checkpoint.Checkpoint(base_path, ckpt, adapter_path, adapter).restore_adapters(model)
     return model
 
@@ -1367,7 +1374,7 @@ def test_our_adapter_in_peft_and_back(name, keys, tmp_path):
     export(tmp_path, "--out_dir=ckpt.pt", "--adapter=hf:peft", "--to=back")
     adapter_path = str(tmp_path / "back/adapter.pt")
     check_logits(restore_adapted(base_path, adapter_path), peer)
-    adapter = checkpoint.load(adapter_path, checkpoint.ADAPTER_KEYS)
+    adapter = checkpoint_file.load(adapter_path, checkpoint_file.ADAPTER_KEYS)
     assert adapter["config"]["base_dataset"] == "stories"  # the base's
     assert adapter["config"]["template"] == "A: {prompt}"  # the adapter's
     assert adapter["config"]["text_rule"] == rule.get("text_rule", STRIPPED)
@@ -1424,7 +1431,7 @@ def test_an_adapter_of_peft_is_read(kind, keys, tmp_path, capsys):
     note = f"hf:peft was trained over {base!r}, as it says; whether that is hf:base is not known"
     assert note in capsys.readouterr().out
     adapter_path = str(tmp_path / "lora/adapter.pt")
-    adapter = checkpoint.load(adapter_path, checkpoint.ADAPTER_KEYS)
+    adapter = checkpoint_file.load(adapter_path, checkpoint_file.ADAPTER_KEYS)
     assert adapter["config"]["lora_dropout"] == keys.get("lora_dropout", 0)
     model = restore_adapted(f"hf:{base}", adapter_path)
     check_logits(model, peer)
@@ -1506,7 +1513,7 @@ def test_prepare_train_and_sample_from_a_folder(tokenizer, kind, tmp_path, capsy
         "--learning_rate=1e-9",
         "--embd_lr_scale=1",
     )
-    model, model_tokenizer = checkpoint.restore(checkpoint.load("out/ckpt.pt"), "out")
+    model, model_tokenizer = checkpoint_file.restore(checkpoint_file.load("out/ckpt.pt"), "out")
     assert model.config.block_size == 48
     assert model_tokenizer.sha256 == foreign.sha256 == read_folder("folder")[1].sha256
     ids = torch.from_numpy(data["val"][:48].astype(np.int64))[None]
@@ -1586,7 +1593,7 @@ def test_the_refusal_of_a_longer_context_leads_to_a_run_that_has_it(tmp_path, mo
     advice = re.search("hf.py (.*) --to=FOLDER .* --init_from=hf:FOLDER$", str(e.value))[1]
     call(hf, *advice.split(), "--to=stretched")
     call(train, *rest, "--init_from=hf:stretched", "--out_dir=long")
-    assert checkpoint.load("long/ckpt.pt")["model_config"]["block_size"] == 32
+    assert checkpoint_file.load("long/ckpt.pt")["model_config"]["block_size"] == 32
 
     call(train, *settings, "--block_size=16", "--pos=learned", "--out_dir=table")
     with pytest.raises(Refusal, match="cannot become 32; leave it out"):

@@ -19,7 +19,7 @@ from children import error_output, finish, fork, ranks, start
 from scripts import ROOT, call
 from test_train import lab, load, log, resume, same  # lab is a fixture
 
-import checkpoint
+import checkpoint_file
 import dataset
 import folders
 import train
@@ -85,7 +85,7 @@ def test_a_run_killed_at_20_random_moments_is_the_undisturbed_one(lab):
         process.kill()
         assert finish(process) == -signal.SIGKILL, error_output(lab, process)
         for name in "ckpt.pt", "ckpt_best.pt":
-            checkpoint.restore(load(lab, "killed", name), name)
+            checkpoint_file.restore(load(lab, "killed", name), name)
         steps.append(load(lab, "killed")["step"])
         process = start(lab, "train", "--out_dir=killed", "--init_from=resume")
     assert finish(process) == 0, error_output(lab, process)
@@ -126,7 +126,7 @@ def test_a_run_killed_within_a_save_is_the_undisturbed_one(lab, place, count):
     assert finish(process) == -signal.SIGKILL, error_output(lab, process)
     saved = [name for name in ("ckpt.pt", "ckpt_best.pt") if (lab / out_dir / name).exists()]
     for name in saved:
-        checkpoint.restore(load(lab, out_dir, name), name)
+        checkpoint_file.restore(load(lab, out_dir, name), name)
     if "ckpt.pt" in saved:
         resume(lab, out_dir)
     else:  # killed before there was one: the run starts anew

@@ -27,7 +27,7 @@ from test_export_onnx import (
 from test_model import build
 from test_sample import complete
 
-import checkpoint
+import checkpoint_file
 import dataset
 import export_onnx
 import onnx_cache
@@ -275,8 +275,8 @@ def run(tmp_path_factory):
         )
         _, _, tokenizer = dataset.load("data/toy")
         model = build(vocab_size=tokenizer.vocab_size, **WIDE)
-        checkpoint.save(
-            "out/ckpt.pt", model, tokenizer, {"dataset": "toy"}, checkpoint.RunState(1, 2.0, 2.0)
+        checkpoint_file.save(
+            "out/ckpt.pt", model, tokenizer, {"dataset": "toy"}, checkpoint_file.RunState(1, 2.0, 2.0)
         )
     return folder
 

@@ -18,7 +18,7 @@ from test_processes import run_together
 from test_train import CPU, SMALL, WithoutFloat64, log, same
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import checkpoint
+import checkpoint_file
 import finetune_ppo as ppo
 import hf
 import lora
@@ -220,7 +220,9 @@ def test_the_loss_and_its_gradient_are_those_of_trl(shop, tmp_path, scale):
     moved(model)
     lora.merge(model)  # an ordinary model, of which all weights learn
 
-    checkpoint.save(f"{tmp_path}/ckpt.pt", model, task.tuning.tokenizer, {}, checkpoint.RunState())
+    checkpoint_file.save(
+        f"{tmp_path}/ckpt.pt", model, task.tuning.tokenizer, {}, checkpoint_file.RunState()
+    )
     call(hf, f"--out_dir={tmp_path}", f"--to={tmp_path}/moved")
     peer = AutoModelForCausalLM.from_pretrained(tmp_path / "moved", dtype=torch.float32)
     config = trl.GRPOConfig(
@@ -654,7 +656,7 @@ def test_stop_and_resume_is_an_uninterrupted_run_to_the_bit(shop, updates, basel
     reinforce(shop, *argv, f"--out_dir={parts_dir}", "--max_iters=4", "--lr_decay_iters=8")
     call(ppo, f"--out_dir={parts_dir}", "--init_from=resume", "--max_iters=8", folder=shop)
     whole, parts = (
-        checkpoint.load(str(shop / folder / "adapter.pt"), checkpoint.ADAPTER_KEYS)
+        checkpoint_file.load(str(shop / folder / "adapter.pt"), checkpoint_file.ADAPTER_KEYS)
         for folder in (whole_dir, parts_dir)
     )
     for key in "adapters", "optimizers", "val_loss", "best_val_loss", "step":

@@ -12,7 +12,7 @@ from test_model import GRID, build, cached, exactly, tokens
 from test_prepare import write_rows
 from test_train import SMALL, same
 
-import checkpoint
+import checkpoint_file
 import eval as evaluation
 import export_onnx
 import finetune_lora
@@ -133,11 +133,11 @@ def test_strange_classes_go_through_every_script(pos, tmp_path, capsys, monkeypa
     call(train, *SMALL, *shape, "--max_iters=8", "--out_dir=whole")
     call(train, *SMALL, *shape, "--max_iters=4", "--lr_decay_iters=8", "--out_dir=parts")
     call(train, "--out_dir=parts", "--init_from=resume", "--max_iters=8")
-    whole = checkpoint.load("whole/ckpt.pt")
-    parts = checkpoint.load("parts/ckpt.pt")
+    whole = checkpoint_file.load("whole/ckpt.pt")
+    parts = checkpoint_file.load("parts/ckpt.pt")
     assert same(whole["model"], parts["model"])
     assert same(whole["optimizers"], parts["optimizers"])
-    trained, _ = checkpoint.restore(whole, "whole")
+    trained, _ = checkpoint_file.restore(whole, "whole")
     assert type(trained.norm) is ScaleNorm
     assert trained.config.n_inner == 96
     untrained = Transformer(trained.config).state_dict()
@@ -209,5 +209,5 @@ def test_a_hostile_size_is_refused_before_anything_is_made(hostile):
     }
     start = time.perf_counter()
     with pytest.raises(Refusal, match="fewer than|larger machine|cannot be made"):
-        checkpoint.restore(ckpt, "hostile.pt")
+        checkpoint_file.restore(ckpt, "hostile.pt")
     assert time.perf_counter() - start < 30  # a model that is made takes minutes, and all memory

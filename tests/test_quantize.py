@@ -16,6 +16,7 @@ import bench
 import benches.decode as bench_decode
 import benches.quantize as bench_quantize
 import checkpoint
+import checkpoint_file
 import dataset
 import export_onnx
 import finetune_lora
@@ -509,13 +510,15 @@ def lab(tmp_path_factory):
     folder = tmp_path_factory.mktemp("quantize")
     stories = ["the cat sat on the mat and the dog sat on the cat. " * 3] * 40
     (folder / "text.txt").write_text("<|endoftext|>".join(stories), encoding="utf-8")
-    state = checkpoint.RunState(7, 2.5, 2.25)
+    state = checkpoint_file.RunState(7, 2.5, 2.25)
     with contextlib.chdir(folder):
         call(prepare, "--dataset=text.txt", "--name=t", "--vocab_size=270", "--num_proc=1")
         _, _, tokenizer = dataset.load("data/t")
         model = build(vocab_size=tokenizer.vocab_size, n_embd=64, n_inner=96)
-        checkpoint.save("out/ckpt.pt", model, tokenizer, {"dataset": "t", "start": "the cat"}, state)
-        checkpoint.save("bare/ckpt.pt", model, tokenizer, {}, state)
+        checkpoint_file.save(
+            "out/ckpt.pt", model, tokenizer, {"dataset": "t", "start": "the cat"}, state
+        )
+        checkpoint_file.save("bare/ckpt.pt", model, tokenizer, {}, state)
         for bits, method in itertools.product((8, 4), quantized.METHODS):
             argv = [f"--to=out/{method}{bits}", f"--bits={bits}", f"--method={method}"]
             call(quantize, *argv, *([] if method == "rtn" else ["--tokens=200"]))
@@ -595,11 +598,11 @@ def test_who_needs_floats_is_told_where_they_are(script, argv, lab, monkeypatch)
 def test_adapters_belong_over_floats(lab, tmp_path, monkeypatch):
     monkeypatch.chdir(lab)
     adapter = {"adapters": {}, "base": "out/gptq4/ckpt.pt", "base_sha256": ""}
-    checkpoint.write_checkpoint(
+    checkpoint_file.write_checkpoint(
         str(tmp_path / "adapter.pt"),
         adapter | {"adapters": {"a": torch.ones(1)}},
         {"rank": 1},
-        checkpoint.RunState(),
+        checkpoint_file.RunState(),
     )
     for argv in [], ["--out_dir=out/gptq4"]:
         with pytest.raises(Refusal, match="out/gptq4/ckpt.pt is quantized.*--merge"):
@@ -643,7 +646,7 @@ def test_experts_become_integers_too(lab, monkeypatch, capsys):
     monkeypatch.chdir(lab)
     _, tokenizer = checkpoint.open_checkpoint("out").restore()
     model = build(vocab_size=tokenizer.vocab_size, n_embd=64, n_inner=96, mlp="moe")
-    checkpoint.save("moe/ckpt.pt", model, tokenizer, {"dataset": "t"}, checkpoint.RunState())
+    checkpoint_file.save("moe/ckpt.pt", model, tokenizer, {"dataset": "t"}, checkpoint_file.RunState())
     argv = ["--out_dir=moe", "--to=moe/4", "--bits=4", "--method=gptq", "--tokens=100"]
     assert "14 matrices with" in printed(capsys, quantize, *argv)
     integers, _ = checkpoint.open_checkpoint("moe/4", takes_integers=True).restore()
@@ -663,9 +666,9 @@ def test_experts_become_integers_too(lab, monkeypatch, capsys):
 
 def test_sizes_without_a_group_are_named(lab, tmp_path, monkeypatch):
     tokenizer = Tokenizer.train(["ab"], 257)
-    state = checkpoint.RunState(1, 2.0, 2.0)
+    state = checkpoint_file.RunState(1, 2.0, 2.0)
     monkeypatch.chdir(tmp_path)
-    checkpoint.save("odd/ckpt.pt", build(vocab_size=257, n_inner=40), tokenizer, {}, state)
+    checkpoint_file.save("odd/ckpt.pt", build(vocab_size=257, n_inner=40), tokenizer, {}, state)
     with pytest.raises(Refusal, match="has 40 inputs, no multiple of group_size=32: no group fits"):
         call(quantize, "--out_dir=odd", "--bits=4", "--to=n")
     call(quantize, "--out_dir=odd", "--to=n")

@@ -17,7 +17,6 @@ from test_prepare import write_rows
 from test_processes import run_together
 from test_train import lab, log, same  # lab is a fixture
 
-import checkpoint
 import eval as evaluation
 import finetune_dpo
 import finetune_lora

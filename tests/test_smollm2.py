@@ -17,6 +17,7 @@ from scripts import call
 
 import chat
 import checkpoint
+import checkpoint_file
 import export_onnx
 import finetune_lora
 import hf
@@ -117,7 +118,7 @@ def test_greedy_answers_are_those_of_transformers(base, base_answers):
 
 
 def test_it_learned_in_its_own_template(lab, base_answers, tuned_answers):
-    config = checkpoint.load(str(lab / "lora/ckpt.pt"))["config"]
+    config = checkpoint_file.load(str(lab / "lora/ckpt.pt"))["config"]
     assert config["template"] == "{messages}"
     assert [ids for ids, _ in tuned_answers] == [ids for ids, _ in base_answers]
     assert tuned_answers != base_answers

@@ -16,6 +16,7 @@ import bench
 import benches.decode as bench_decode
 import benches.step as bench_step
 import checkpoint
+import checkpoint_file
 import drafts
 import quantize
 import quantized
@@ -399,7 +400,7 @@ def shop(tmp_path_factory):
     for name, (model, tokenizer) in models.items():
         path = str(folder / name / "ckpt.pt")
         config = {"template": "to {prompt} be"} if name == "small" else {}
-        checkpoint.save(path, model, tokenizer, config, checkpoint.RunState(1, 2.0, 2.0))
+        checkpoint_file.save(path, model, tokenizer, config, checkpoint_file.RunState(1, 2.0, 2.0))
     return folder
 
 
@@ -423,8 +424,8 @@ def test_a_draft_may_be_of_integers(shop, capsys):
     model, tokenizer = checkpoint.open_checkpoint(str(shop / "small")).restore()
     codes, _ = quantize.quantize_model(model, quantize.Config(to="n"))
     integers = quantized.quantized(model, quantized.Quantization(8, 0, "rtn"), codes)
-    checkpoint.save(
-        str(shop / "integers/ckpt.pt"), integers, tokenizer, {}, checkpoint.RunState(1, 2.0, 2.0)
+    checkpoint_file.save(
+        str(shop / "integers/ckpt.pt"), integers, tokenizer, {}, checkpoint_file.RunState(1, 2.0, 2.0)
     )
     argv = ["--out_dir=model", "--start=to be", "--temperature=0", "--max_new_tokens=50", "--device=cpu"]
     plain = printed(capsys, sample, *argv, folder=shop)

@@ -18,7 +18,7 @@ from scripts import ROOT, call, printed, shell
 from test_model import build, tokens
 from torch.overrides import TorchFunctionMode
 
-import checkpoint
+import checkpoint_file
 import dataset
 import folders
 import memory
@@ -71,7 +71,7 @@ def resume(lab, out_dir, *argv):
 
 
 def load(lab, out_dir, name="ckpt.pt"):
-    return checkpoint.load(str(lab / out_dir / name))
+    return checkpoint_file.load(str(lab / out_dir / name))
 
 
 def log(lab, out_dir):
@@ -804,7 +804,9 @@ def test_numbers_at_the_edge_are_refused_or_work(lab, argv, refusal):
         run_train(lab, *argv)
         assert load(lab, "edge")["step"] == 3
     for path in (lab / "edge").glob("*.pt"):
-        assert all(weight.isfinite().all() for weight in checkpoint.load(str(path))["model"].values())
+        assert all(
+            weight.isfinite().all() for weight in checkpoint_file.load(str(path))["model"].values()
+        )
 
 
 @pytest.fixture(scope="module")
@@ -936,7 +938,7 @@ def test_a_loss_in_the_log_is_the_mean_of_its_steps_and_the_last_one_that_of_the
         losses.append([line["loss"] for line in log(lab, f"each-{n}") if "loss" in line])
     each, means = losses
     assert means == pytest.approx([sum(each[:3]) / 3, sum(each[3:]) / 3])
-    model, _ = checkpoint.restore(load(lab, "each-3"), "each-3")
+    model, _ = checkpoint_file.restore(load(lab, "each-3"), "each-3")
     _, data, _ = dataset.load(lab / "data/toy")
     loss = evaluate(model, data["val"], model.config.block_size, 4, CPU)
     assert f"tokens: {loss:.4f} nats a token" in output
@@ -1093,7 +1095,7 @@ def test_each_architecture_trained_briefly_beats_a_bigram_model(lab, preset):
 def test_no_model_is_below_the_floor(lab):
     """No model knows unseen stories better than their grammar: 3 standard errors below it is a bug."""
     run_train(lab, *LARGER, "--max_iters=300", "--eval_interval=300", "--out_dir=floor")
-    model, tokenizer = checkpoint.restore(load(lab, "floor"), "floor")
+    model, tokenizer = checkpoint_file.restore(load(lab, "floor"), "floor")
     texts, logp = zip(*toy_stories.stories(200, seed=99))
     documents = tokenizer.encode_batch(texts)
     nats = [losses.sum() for losses in document_nats(model, documents, tokenizer, CPU)]

@@ -32,7 +32,7 @@ from test_prepare import DOCS, write_rows
 from test_train import same
 from tqdm import tqdm
 
-import checkpoint
+import checkpoint_file
 import dataset
 import prepare
 from config import Refusal, configure
@@ -105,8 +105,8 @@ class Training:
         return [*self.argv, f"--out_dir={name}", *overwrite]
 
     def state(self, name, file):
-        keys = checkpoint.ADAPTER_KEYS if file.startswith("adapter") else checkpoint.KEYS
-        return checkpoint.load(str(self.folder / name / file), keys)
+        keys = checkpoint_file.ADAPTER_KEYS if file.startswith("adapter") else checkpoint_file.KEYS
+        return checkpoint_file.load(str(self.folder / name / file), keys)
 
     def check(self, name):
         """Returns what was lost by a kill."""
