@@ -34,8 +34,8 @@ import lora
 import toy_stories
 from advantages import group_advantages, is_learned, value_advantages, whiten
 from data import evenly, micro_batches, to
-from finetune_reward import add_head, read_head, reward_sha256, saved_head
 from messages import conversations, default_template
+from reward_model import add_head, read_head, reward_sha256, saved_head
 from rollouts import answer_batch, draw, encode_prompt, find_reward, prompt_row
 from rows import LeftOut, side_line, side_names, split_rows, training_packs
 from score import document_nats, evaluating

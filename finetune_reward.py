@@ -17,21 +17,15 @@ from dataclasses import dataclass
 from config import Refusal, run
 
 # isort: split
-import torch
-import torch.nn as nn
 import torch.nn.functional as F
 
 import finetune_dpo
 import finetune_lora
-from chat import conversation_ids
-from checkpoint import open_checkpoint
 from data import to
-from examples import hash_file
 from log import LOSSES
+from reward_model import KIND, add_head, is_last, rewards, saved_head
 from rows import packed_batch
 from score import evaluating
-
-KIND = "reward model"  # by which checkpoint.py knows such adapters
 
 
 @dataclass
@@ -42,90 +36,6 @@ class Config(finetune_dpo.PairConfig):
         super().__post_init__()
         if not self.rank:
             raise ValueError("a reward model is adapters and a layer: rank must be at least 1")
-
-
-# -----------------------------------------------------------------------------------------------------
-# A number for an answer
-
-
-def add_head(model, name, saved):
-    """Gives a model a linear layer, under this name, that reads a number from its states. saved: what saved_head
-    returned for a run that goes on; {} or None: a new layer, which reads 0.
-    """
-    head = nn.Linear(model.config.n_embd, 1)
-    nn.init.zeros_(head.weight)
-    nn.init.zeros_(head.bias)
-    if saved:
-        head.load_state_dict({key: torch.tensor(numbers) for key, numbers in saved.items()})
-    setattr(model, name, head.to(model.device))
-
-
-def read_head(head, states):
-    """Returns the number that a layer of add_head reads from each of states (..., C): (...,) float32, without autocast,
-    which would leave it 8 bits.
-    """
-    with torch.autocast(states.device.type, enabled=False):
-        return head(states.float())[..., 0]
-
-
-def saved_head(head):
-    """Returns a layer of add_head as {name of a tensor: lists}."""
-    return {key: tensor.tolist() for key, tensor in head.state_dict().items()}
-
-
-def is_last(batch):
-    """Returns which tokens are the last of their document's answer, (rows, T), bool: the ones whose target, the last
-    one in the document, ends the answer. A template may have written more after it.
-    """
-    doc = batch["doc"].clamp(min=0)
-    places = torch.arange(1, doc.size(1) + 1, device=doc.device) * (batch["targets"] != -100)
-    last = torch.zeros_like(doc).scatter_reduce(1, doc, places, "amax")  # of each document
-    return (places == last.gather(1, doc)) & (places > 0)
-
-
-def rewards(model, batch):
-    """Returns the reward of each document of a batch, one row after the other, float32 (documents,)."""
-    states = model.hidden(batch["idx"], doc=batch["doc"])[is_last(batch)]
-    return read_head(model.reward_head, states)
-
-
-def load_reward(path, device="cpu"):
-    """Returns the reward function in a folder that this script wrote: judge(prompt, answer), as finetune_ppo.py calls
-    it, which raises ValueError where both do not fit in its context. Raises Refusal.
-    """
-    problem = f"{path} is no reward model, which finetune_reward.py makes"
-    try:
-        start = open_checkpoint("", adapter=path)
-    except Refusal as e:
-        raise Refusal(f"{problem}: {e}")
-    if start.task != KIND:
-        raise Refusal(problem)
-    model, tokenizer = start.restore(device)
-    add_head(model, "reward_head", start.config["reward_head"])
-    model.eval()
-
-    @torch.no_grad()
-    def judge(prompt, answer):
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        ids = conversation_ids(tokenizer, messages, start.config["template"])
-        idx = torch.tensor([ids + tokenizer.encode_more(answer)], device=device)
-        if idx.size(1) > model.config.block_size:
-            raise ValueError(
-                f"{idx.size(1)} tokens do not fit in the reward model's block_size={model.config.block_size}"
-            )
-        zeros = torch.zeros_like(idx)
-        return rewards(model, {"idx": idx, "targets": zeros, "doc": zeros}).item()
-
-    return judge
-
-
-def reward_sha256(path):
-    """Returns the sha256 of a reward model's adapters, whose file has that of their base."""
-    return hash_file(open_checkpoint("", adapter=path).adapter_path)
-
-
-# -----------------------------------------------------------------------------------------------------
-# The task
 
 
 class Rewarding(finetune_dpo.Pairing):

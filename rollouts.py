@@ -16,9 +16,9 @@ import lora
 import toy_stories
 from chat import conversation_ids
 from config import Refusal
-from finetune_reward import load_reward
 from generate import generate
 from messages import NO_RESPONSE, chat_messages, kind_of
+from reward_model import load_reward
 from rows import LeftOut
 
 

@@ -23,6 +23,7 @@ import finetune_lora
 import finetune_ppo
 import finetune_reward
 import hf
+import reward_model
 import sample
 from config import Refusal, configure
 from tokenizer import EOT
@@ -83,7 +84,7 @@ def test_a_number_keeps_its_bits_under_autocast():
     torch.manual_seed(0)
     head, states = torch.nn.Linear(64, 1), torch.randn(5, 7, 64)
     with torch.autocast("cpu", torch.bfloat16):
-        numbers = finetune_reward.read_head(head, states)
+        numbers = reward_model.read_head(head, states)
     exact = (states.double() * head.weight.double()).sum(-1) + head.bias.double()
     torch.testing.assert_close(numbers, exact.float(), rtol=0, atol=1e-6)
 
@@ -97,9 +98,9 @@ def test_text_is_judged_as_it_was_in_training(shop, judge, monkeypatch):
     task = finetune_reward.Rewarding(tuning)
     task.trained = tuning.prepare(task.length)
     task.begin()
-    score = finetune_reward.load_reward(str(judge))
+    score = reward_model.load_reward(str(judge))
     batch = task.make_batch(task.packs)
-    values = finetune_reward.rewards(tuning.model.eval(), batch).tolist()
+    values = reward_model.rewards(tuning.model.eval(), batch).tolist()
     order = [number for pack in task.packs for number in pack]
     texts = {}
     for number in order:
@@ -126,7 +127,7 @@ def test_conversations_are_judged_as_in_training(shop, tmp_path):
     argv += ["--max_iters=4", "--eval_interval=4", f"--out_dir={tmp_path}/judge"]
     call(finetune_reward, *argv, folder=shop)
     *_, last = [line for line in log(tmp_path, "judge") if "accuracy" in line]
-    score = finetune_reward.load_reward(str(tmp_path / "judge"))
+    score = reward_model.load_reward(str(tmp_path / "judge"))
     prompt = chat(*turns)["messages"]
     for side, text in ANSWERED.items():
         assert score(prompt, text) == pytest.approx(last[f"reward_{side}"], abs=1e-4)
