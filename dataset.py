@@ -6,16 +6,18 @@ Every file in it is checked: prepare.py wrote it, for this dataset, and nothing 
 """
 
 import json
+import os
 import re
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
-from config import Refusal
+from config import Refusal, is_hf
 from interop.any_tokenizer import load_tokenizer
 from shards import SPLITS, Shards, check_file, id_type, shard_names
 
+ELSEWHERE = "data elsewhere"  # of a checkpoint that was trained on what is not here
 FORMAT = 2
 FORMATS = (1, FORMAT)  # that load reads; 1 had one file a split
 SHARD = re.compile(rf"({'|'.join(SPLITS)})(_\d+)?\.bin")  # what looks like one of prepare.py's
@@ -125,3 +127,27 @@ def damaged(path, problem):
     again = f"python prepare.py --dataset=... --name={path.parent.name} --overwrite"
     status = 2 if path.name == "meta.json" else 1  # without that, the folder is no dataset of ours
     return Refusal(f"{path}: {problem}; prepare it again: {again}", status)
+
+
+# -----------------------------------------------------------------------------------------------------
+# The data of a checkpoint
+
+
+def data_folder(ckpt):
+    """Returns the folder of a checkpoint's data, or ELSEWHERE."""
+    if ckpt.dataset and not is_hf(ckpt.path):
+        return os.path.join("data", ckpt.dataset)
+    return ELSEWHERE
+
+
+def load_data(folder, ckpt, load=load):
+    """Returns what load does, of the data that a checkpoint was trained with. load may be one that remembers what it
+    returned. Raises Refusal.
+    """
+    if folder == ELSEWHERE:
+        raise Refusal("it was trained elsewhere, on what is not here")
+    meta, data, tokenizer = load(folder)
+    if tokenizer.sha256 != ckpt.state["tokenizer_sha256"]:
+        change = "was prepared anew, with another tokenizer than"
+        raise Refusal(f"{folder} {change} {ckpt.path} was trained with")
+    return meta, data, tokenizer

@@ -36,7 +36,6 @@ import numpy as np
 import dataset
 import folders
 import prepare
-import readers
 from checkpoint import Checkpoint, open_any
 from device import resolve
 from lenses import judge, lengths, likelihood, page, probes, report
@@ -48,7 +47,6 @@ from score import completion_nats
 from sizes import num_active_params, num_params
 from tokenizer import Tokenizer
 
-ELSEWHERE = "data elsewhere"  # of a checkpoint that was trained on what is not here
 PASSAGES = 3000  # from which prompts, the cloze and real text are taken
 JUDGED = 12  # texts of each column that the judge reads
 
@@ -102,7 +100,7 @@ def is_url(text):
 class Subject:
     """A checkpoint under evaluation, or adapters over one, and its model.
 
-    dataset: the folder of its data, or ELSEWHERE.
+    dataset: the folder of its data, or dataset.ELSEWHERE.
     training: (ids, tokenizer) of its training text, or the sentence that says why there is none.
     """
 
@@ -124,26 +122,6 @@ class Subject:
 # What is evaluated, on what
 
 
-def data_folder(ckpt):
-    """Returns the folder of a checkpoint's data, or ELSEWHERE."""
-    if ckpt.dataset and not is_hf(ckpt.path):
-        return os.path.join("data", ckpt.dataset)
-    return ELSEWHERE
-
-
-def load_data(folder, ckpt, load):
-    """Returns (meta, data, tokenizer) of the data that a checkpoint was trained with. load: dataset.load, or one that
-    remembers what it returned. Raises Refusal.
-    """
-    if folder == ELSEWHERE:
-        raise Refusal("it was trained elsewhere, on what is not here")
-    meta, data, tokenizer = load(folder)
-    if tokenizer.sha256 != ckpt.state["tokenizer_sha256"]:
-        change = "was prepared anew, with another tokenizer than"
-        raise Refusal(f"{folder} {change} {ckpt.path} was trained with")
-    return meta, data, tokenizer
-
-
 def load_subjects(cfg, compute):
     """Loads the checkpoints that out_dir names. Returns them and the first one's validation split.
 
@@ -161,14 +139,14 @@ def load_subjects(cfg, compute):
         if not cfg.lengths:
             ckpt.stretch(cfg.rope_scaling, cfg.block_size)
         model, tokenizer = ckpt.restore(compute.device)
-        folder = data_folder(ckpt)
+        folder = dataset.data_folder(ckpt)
         try:
-            _, data, data_tokenizer = load_data(folder, ckpt, load)
+            _, data, data_tokenizer = dataset.load_data(folder, ckpt, load)
         except Refusal as e:
             training = str(e)
             if not subjects and not cfg.text:
                 problem = f"{ckpt.path} was trained on {folder}, which cannot be read: {e}. Or"
-                if folder == ELSEWHERE:
+                if folder == dataset.ELSEWHERE:
                     problem = f"{ckpt.path}: {e};"
                 raise Refusal(f"{problem} give a text with --text=FILE")
         else:
@@ -178,23 +156,6 @@ def load_subjects(cfg, compute):
         step = ckpt.last["step"]
         subjects.append(Subject(name, ckpt.last_path, step, model, tokenizer, folder, training, ckpt))
     return subjects, validation
-
-
-def read_file(path):
-    """Returns the documents of a file, as prepare.py cuts them, and whether the last one has an end.
-
-    Raises Refusal for a file that is no text.
-    """
-    cfg = prepare.Config(dataset=path, name="text")
-    if not os.path.isfile(path):
-        raise Refusal(f"there is no file {path}")
-    if not readers.file_kind(path):
-        endings = " ".join(readers.READERS)
-        raise Refusal(f"{path}: no text file by its name, which should end in {endings}")
-    documents = list(readers.documents([path], cfg))
-    if not documents:
-        raise Refusal(f"{path}: there is no text in it")
-    return documents, len(documents) > 1
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -343,7 +304,7 @@ def main(cfg):
     path = report_path(cfg, len(subjects) > 1)
     with folders.without_empty(os.path.dirname(path)):
         page.check(path)
-        documents, closed = read_file(cfg.text) if cfg.text else split_documents(*validation)
+        documents, closed = prepare.read_file(cfg.text) if cfg.text else split_documents(*validation)
         text = cfg.text or f"{subjects[0].dataset}, validation split"
         if cfg.lengths:
             whole = lengths.compare(subjects, documents, text, compute, cfg)

@@ -61,7 +61,7 @@ from dataset import FORMAT
 from folders import new_folder
 from interop.any_tokenizer import load_tokenizer
 from progress import STATE, Progress, has_parts, write_text
-from readers import documents, file_kind, unpacked
+from readers import READERS, documents, file_kind, unpacked
 from shards import SPLITS, id_type, name_shards
 from sources import base_folder, find_files, is_pattern
 from tokenizer import Tokenizer, check_vocab_size
@@ -467,6 +467,23 @@ def prepare(cfg):
     with new_folder(folder, cfg.overwrite, ways, is_worth=has_parts) as tmp:
         build(cfg, tmp)
     return folder.as_posix()
+
+
+def read_file(path):
+    """Returns the documents of a file, as prepare.py cuts them, and whether the last one has an end.
+
+    Raises Refusal for a file that is no text.
+    """
+    cfg = Config(dataset=path, name="text")
+    if not os.path.isfile(path):
+        raise Refusal(f"there is no file {path}")
+    if not file_kind(path):
+        endings = " ".join(READERS)
+        raise Refusal(f"{path}: no text file by its name, which should end in {endings}")
+    texts = list(documents([path], cfg))
+    if not texts:
+        raise Refusal(f"{path}: there is no text in it")
+    return texts, len(texts) > 1
 
 
 def main(cfg):

@@ -36,9 +36,9 @@ from tqdm import tqdm
 import checkpoint
 import checkpoint_file
 import dataset
+import prepare
 from data import blocks, evenly
 from device import resolve
-from eval import data_folder, load_data, read_file
 from folders import new_folder
 from interop.gguf_file import is_gguf
 from quantized import Quantization, check_matrices, linears, quantized
@@ -321,7 +321,7 @@ def quantize_model(model, cfg, rows=None):
 def load_ids(ckpt):
     """Returns ({"train": ids, "val": ids} of the model's own data, ""), or ({}, why that cannot be read)."""
     try:
-        _, data, _ = load_data(data_folder(ckpt), ckpt, dataset.load)
+        _, data, _ = dataset.load_data(dataset.data_folder(ckpt), ckpt)
     except Refusal as e:
         return {}, str(e)
     return data, ""
@@ -330,7 +330,7 @@ def load_ids(ckpt):
 def read_rows(cfg, data, reason, tokenizer, T):
     """Returns the ids to look at (n, T). Raises Refusal where there is no text, or too little."""
     if cfg.text:
-        documents, _ = read_file(cfg.text)
+        documents, _ = prepare.read_file(cfg.text)
         ids = []
         for document in tokenizer.encode_batch(documents):
             ids += [*tokenizer.head, *document, tokenizer.eot]

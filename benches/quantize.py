@@ -14,7 +14,6 @@ from benches.decode import begun_steps, timed_steps
 from benches.step import build_model
 from config import Refusal
 from device import fast_bfloat16, name_of, resolve
-from eval import data_folder, load_data
 from race import ms_columns, race
 from score import bits_per_nat, evaluate
 
@@ -28,7 +27,7 @@ def held_out(cfg, model):
     if cfg.init_from != "scratch":
         start = checkpoint.open_checkpoint(cfg.init_from)
         try:
-            meta, data, tokenizer = load_data(data_folder(start), start, dataset.load)
+            meta, data, tokenizer = dataset.load_data(dataset.data_folder(start), start)
             settings = quantize.Config(to="nowhere")
             rows = quantize.read_rows(settings, data, "", tokenizer, T)
             return rows, data["val"], bits_per_nat(meta["splits"]["val"])
