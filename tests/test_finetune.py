@@ -630,7 +630,7 @@ def test_code_is_learned_with_its_indentation(shop):
         for name, sign in (("add", "+"), ("sub", "-"))
     ]
     (shop / "code.json").write_text(json.dumps(rows))
-    argv = ["--rank=8", "--alpha=32", "--max_iters=100", "--eval_interval=100"]
+    argv = ["--rank=8", "--alpha=32", "--max_iters=200", "--eval_interval=200"]
     finetune(shop, *argv, "--dataset=code.json", "--val_dataset=code.json", "--out_dir=code")
     with contextlib.chdir(shop):
         model, tokenizer = checkpoint.open_checkpoint("", adapter="code").restore()
