@@ -10,9 +10,11 @@ import re
 import shutil
 import signal
 import sys
+import sysconfig
 import time
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import NamedTuple
 
 import torch
 
@@ -30,7 +32,11 @@ BFLOAT16_WIDTH = 128  # auto trains in bfloat16 on a CPU from this n_embd on
 # Seconds that processes wait in a step for one that may hang. torchrun kills that one 30 s later, within the minute
 HANGS_AFTER = 20
 
-# Of a training run on a GPU, by rule of thumb
+# Of a training run on a processor, in bfloat16: torch.compile takes 15 to 30 s and makes steps 1.08 to 1.24 times as
+# fast (LOG.md). Uncompiled a thread of an EPYC makes 0.4 to 1.2e11 FLOP/s
+CPU_COMPILE_SECONDS = 240
+CPU_FLOPS = 1e11
+# Of one on a GPU, by rule of thumb
 COMPILE_SECONDS = 90  # that torch.compile takes of it: most of 111 s of train.py's defaults on an H200
 LAUNCH_SECONDS = 0.02  # that a step takes however small it is: about what small.toml's took there
 SHARE_OF_PEAK = 0.25  # that an uncompiled step reaches
@@ -124,14 +130,14 @@ def resolve(
     """Returns the Compute for three settings as they stand on the command line.
 
     join: with the other processes that torchrun started, which with shard share out the weights.
-    train_width: n_embd of the model to train, 0 where none is trained, for auto_dtype. work: (floating-point
-    operations of a step, steps) of the training to do, None where that is not known, for choose_compile.
+    train_width: n_embd of the model to train, 0 where none is trained, for auto_dtype. work: the Work to do, None where
+    that is not known, for choose_compile.
     Raises Refusal for what this machine cannot do.
     """
     rank, world_size, local_rank = torchrun_ranks() if join else (0, 1, 0)
     device, device_reason = choose_device(device, local_rank if world_size > 1 else None)
     dtype, dtype_reason = choose_dtype(device, dtype, train_width)
-    compile, compile_reason = choose_compile(device, compile, DTYPES[dtype], work)
+    compile, compile_reason = choose_compile(device, compile, DTYPES[dtype], work, world_size)
     reasons = [device_reason, dtype_reason, compile_reason]
     if device.type == "cpu":
         keep_freed_memory()
@@ -157,6 +163,22 @@ def one_shape():
         yield
     finally:
         torch.backends.cuda.enable_cudnn_sdp(was_enabled)
+
+
+@contextlib.contextmanager
+def one_order():
+    """Returns the context in which compiled steps on a processor add up in the same order each time. Without it an
+    embedding's gradient is added up by atomic additions, and no run would be resumed to the bit.
+    """
+    was_set = torch.are_deterministic_algorithms_enabled()
+    was_filling = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(was_set)
+        torch.utils.deterministic.fill_uninitialized_memory = was_filling
 
 
 def torchrun_ranks():
@@ -270,13 +292,22 @@ def choose_dtype(device, dtype, train_width):
     return dtype, f"dtype={dtype}"
 
 
-def choose_compile(device, compile, dtype=torch.float32, work=None):
+class Work(NamedTuple):
+    """Training to do, by which choose_compile knows whether a compiler pays."""
+
+    flops: float  # floating-point operations of a step
+    steps: int
+    is_static: bool = False  # all steps have one shape
+    dropout: float = 0.0
+
+
+def choose_compile(device, compile, dtype=torch.float32, work=None, world_size=1):
     """Returns (whether to use torch.compile, the reason) for auto | true | false. dtype: the torch.dtype of products;
-    work: as resolve has it.
+    work: as resolve has it. Raises Refusal.
     """
     if compile == "auto":
         if device.type == "cpu":
-            return False, "compile=False (on a CPU its start-up is not earned back)"
+            return choose_cpu_compile(dtype, work, world_size)
         has_compiler = shutil.which("cc") is not None
         if (
             device.type != "cuda"
@@ -284,7 +315,8 @@ def choose_compile(device, compile, dtype=torch.float32, work=None):
             or torch.cuda.get_device_capability(device) < (7, 0)
         ):
             return False, "compile=False (not here)"
-        seconds = math.inf if work is None else training_seconds(*work, peak_flops(device, dtype))
+        peak = peak_flops(device, dtype)
+        seconds = math.inf if work is None else training_seconds(work.flops, work.steps, peak)
         if seconds < COMPILE_SECONDS:
             return False, f"compile=False (the steps take about {seconds:,.0f} s, compiling them longer)"
         return True, "compile=True (pays on a GPU)"
@@ -293,7 +325,35 @@ def choose_compile(device, compile, dtype=torch.float32, work=None):
     compile = BOOLS[compile.lower()]
     if compile and device.type == "cpu" and sys.platform == "win32":
         raise Refusal("compile=true was never tried on a Windows CPU; leave it out")
+    if compile and device.type == "cpu" and not has_cpp_compiler():
+        raise Refusal(f"compile=true needs {CPP_COMPILER}: install them, or give --compile=false")
     return compile, f"compile={compile}"
+
+
+CPP_COMPILER = "a C++ compiler (g++, or what CXX names) and Python's headers"
+
+
+def has_cpp_compiler():
+    """Returns whether there is what torch.compile needs on a processor, CPP_COMPILER."""
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    header = os.path.join(sysconfig.get_path("include"), "Python.h")
+    return shutil.which(compiler) is not None and os.path.isfile(header)
+
+
+def choose_cpu_compile(dtype, work, world_size):
+    """Returns what choose_compile does, for auto on a processor. In float32 compiled steps are slower, dropout is too,
+    and steps of other shapes are compiled anew; several processes were not measured.
+    """
+    threads = torch.get_num_threads()
+    seconds = 0
+    is_faster = work and work.is_static and not work.dropout and dtype == torch.bfloat16
+    if is_faster and world_size == 1:
+        seconds = work.steps * work.flops / (threads * CPU_FLOPS)
+    if seconds < CPU_COMPILE_SECONDS or sys.platform != "linux":
+        return False, "compile=False (on a CPU its start-up is not earned back)"
+    if not has_cpp_compiler():
+        return False, f"compile=False (it would pay, with {CPP_COMPILER})"
+    return True, "compile=True (pays on a CPU in bfloat16, after half a minute)"
 
 
 def training_seconds(flops, steps, peak=None):

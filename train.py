@@ -31,7 +31,7 @@ import folders
 import rmsnorm
 from checkpoint_file import RunState
 from data import count_targets, micro_batches, prompt_ids, to, tokens_a_step, training_rows
-from device import StopAfterStep, name_of, one_shape, resolve
+from device import StopAfterStep, Work, name_of, one_order, one_shape, resolve
 from generate import generate
 from gradients import GradientSum
 from graphs import TrainingStep, captures_steps, graph_message
@@ -227,6 +227,8 @@ def make_step(model, optimizers, cfg, compute, task=None, scaler=None):
     is_static = task is None or getattr(task, "is_static", False)
     if is_static and compute.device.type == "cuda":
         step = one_shape()(step)
+    if compute.compile and compute.device.type == "cpu":
+        step = one_order()(step)
     if is_static and captures_steps(cfg, compute):
         return TrainingStep(step, optimizers, seed_dropout, compute.device)
     return step
@@ -452,17 +454,17 @@ def advice(cfg):
 class Pretraining:
     """Predicting every next token of data/NAME: all that fit() asks of a task.
 
-    model: the plain Transformer; trained: the same, perhaps compiled.
+    model: the plain Transformer; evaluated: the same, perhaps compiled.
     """
 
     loss = staticmethod(next_token_loss)
     count = staticmethod(count_targets)
     is_static = True  # all its batches have one shape
 
-    def __init__(self, cfg, model, trained, tokenizer, meta, data, compute):
+    def __init__(self, cfg, model, evaluated, tokenizer, meta, data, compute):
         self.cfg = cfg
         self.model = model
-        self.trained = trained
+        self.evaluated = evaluated
         self.tokenizer = tokenizer
         self.meta = meta
         self.data = data
@@ -486,7 +488,7 @@ class Pretraining:
         cfg = self.cfg
         tokens = cfg.eval_tokens if tokens is None else tokens
         loss = evaluate(
-            self.trained, self.data["val"], cfg.block_size, cfg.batch_size, self.compute, tokens
+            self.evaluated, self.data["val"], cfg.block_size, cfg.batch_size, self.compute, tokens
         )
         experts = expert_figures(
             self.model, self.data["val"], cfg.block_size, cfg.batch_size, self.compute
@@ -534,11 +536,13 @@ def pretrain(cfg):
     width = 0 if cfg.eval_only else cfg.n_embd
     shards = cfg.shard == "full"
     steps = 0 if cfg.eval_only else cfg.max_iters - (start.state["step"] if resume else 0)
-    work = step_flops(cfg), steps
+    work = Work(step_flops(cfg), steps, is_static=True, dropout=cfg.dropout)
     compute = resolve(
         cfg.device, cfg.dtype, cfg.compile, join=True, train_width=width, shard=shards, work=work
     )
     cfg.dtype = compute.dtype_name  # a resumed run keeps it, on another processor too
+    if compute.compile and compute.device.type == "cpu":
+        cfg.compile = "true"  # so does what is compiled here, as it goes on to the bit
     folder, meta, data, tokenizer = open_data(cfg, compute)
     cfg.vocab_size = tokenizer.vocab_size
     check_training_memory(cfg, compute)
@@ -561,7 +565,9 @@ def pretrain(cfg):
 
     if not cfg.eval_only:  # which writes no samples
         check_start(tokenizer, cfg)
-    task = Pretraining(cfg, model, trained, tokenizer, meta, data, compute)
+    # a processor evaluates sooner than each shape of an evaluation is compiled
+    evaluated = model if compute.device.type == "cpu" else trained
+    task = Pretraining(cfg, model, evaluated, tokenizer, meta, data, compute)
     if moves_aside and compute.is_main:
         folders.move_aside(cfg.out_dir, folders.others_in(cfg.out_dir))
     if not cfg.eval_only:
@@ -604,7 +610,7 @@ def report(task):
     figures = task.validate(tokens=0)
     floor = ""
     if task.meta["source"] == "toy" and compute.takes_part:
-        floor = floor_line(task.trained, task.tokenizer, task.data["val"], compute)
+        floor = floor_line(task.evaluated, task.tokenizer, task.data["val"], compute)
     if compute.is_main:
         print(
             f"whole validation split, in windows of {cfg.block_size} tokens: {figures['val_loss']:.4f} nats a token, "

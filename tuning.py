@@ -17,7 +17,7 @@ from checkpoint import Checkpoint, open_checkpoint
 from checkpoint_file import RunState
 from config import Refusal, hf_name
 from data import rows_each
-from device import Compute, resolve
+from device import Compute, Work, resolve
 from graphs import graph_message
 from memory import check_memory, training_bytes
 from refusals import refuse_reward_model
@@ -119,9 +119,8 @@ def open_tuning(cfg, kind, fixed=FIXED):
     width = 0 if cfg.eval_only else model.config.n_embd
     steps = 0 if cfg.eval_only else cfg.max_iters - (resumed["step"] if resumed else 0)
     flops = 6 * num_params(model) * cfg.gradient_accumulation_steps * cfg.rows * model.config.block_size
-    compute = resolve(
-        cfg.device, cfg.dtype, cfg.compile, join=True, train_width=width, work=(flops, steps)
-    )
+    work = Work(flops, steps)
+    compute = resolve(cfg.device, cfg.dtype, cfg.compile, join=True, train_width=width, work=work)
     cfg.dtype = compute.dtype_name  # a resumed run keeps it, on another processor too
     rows_each(cfg, compute)
     T = min(cfg.max_length or math.inf, model.config.block_size)

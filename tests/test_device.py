@@ -18,6 +18,7 @@ from device import (
     BFLOAT16_WIDTH,
     COMPILE_SECONDS,
     LAUNCH_SECONDS,
+    Work,
     choose_compile,
     peak_flops,
     resolve,
@@ -194,14 +195,52 @@ def test_auto_compiles_on_a_gpu_where_the_steps_take_longer(argv, is_compiled, m
     monkeypatch.setattr(device.shutil, "which", lambda _: "/usr/bin/cc")
     cfg = configure(train.Config, argv)
     gpu = torch.device("cuda")
-    work = step_flops(cfg), cfg.max_iters
+    work = Work(step_flops(cfg), cfg.max_iters, is_static=True, dropout=cfg.dropout)
     compiles, reason = choose_compile(gpu, "auto", torch.bfloat16, work)
     assert compiles == is_compiled
     assert f"compile={is_compiled} (" in reason
     for setting in "true", "false":
         assert choose_compile(gpu, setting, torch.bfloat16, work)[0] == (setting == "true")
     assert choose_compile(gpu, "auto")[0]  # as bench.py has it, where nobody knows the steps
-    assert not choose_compile(torch.device("cpu"), "auto", torch.bfloat16, work)[0]
+
+
+@pytest.mark.parametrize(
+    "argv, settings, is_compiled",
+    [
+        (["configs/tiny.toml"], {}, True),
+        (["configs/tiny.toml", "--max_iters=300"], {}, False),
+        ([], {}, False),  # the toy stories
+        (["configs/tiny.toml", "--dropout=0.1"], {}, False),
+        (["configs/tiny.toml"], dict(dtype=torch.float32), False),
+        (["configs/tiny.toml"], dict(world_size=2), False),
+    ],
+)
+def test_auto_compiles_on_a_cpu_in_bfloat16_where_the_steps_take_longer(
+    argv, settings, is_compiled, monkeypatch
+):
+    monkeypatch.setattr(device, "has_cpp_compiler", lambda: True)
+    monkeypatch.setattr(device.sys, "platform", "linux")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    cfg = configure(train.Config, argv)
+    work = Work(step_flops(cfg), cfg.max_iters, is_static=True, dropout=cfg.dropout)
+    cpu = torch.device("cpu")
+    settings = dict(dtype=torch.bfloat16, work=work) | settings
+    compiles, reason = choose_compile(cpu, "auto", **settings)
+    assert compiles == is_compiled
+    assert f"compile={is_compiled} (" in reason
+    assert not choose_compile(cpu, "auto", **settings | dict(work=work._replace(is_static=False)))[0]
+    assert not choose_compile(cpu, "auto", **settings | dict(work=None))[0]
+
+
+def test_a_cpu_without_a_compiler_is_told_what_it_lacks(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(device.sys, "platform", "linux")
+    cpu = torch.device("cpu")
+    work = Work(1e15, 1000, is_static=True)
+    compiles, reason = choose_compile(cpu, "auto", torch.bfloat16, work)
+    assert not compiles and "a C++ compiler (g++, or what CXX names)" in reason
+    with pytest.raises(Refusal, match="a C\\+\\+ compiler .* or give --compile=false"):
+        choose_compile(cpu, "true")
 
 
 def test_the_rule_of_thumb_for_a_runs_seconds():

@@ -29,7 +29,7 @@ import toy_stories
 import train
 from config import Refusal, configure
 from data import count_targets, epoch_starts, training_rows
-from device import resolve
+from device import has_cpp_compiler, resolve
 from experts import recorded_routings
 from log import Meter
 from model import ModelConfig
@@ -665,6 +665,40 @@ def test_stop_and_resume_is_an_uninterrupted_run_to_the_bit(lab, optimizer, dtyp
     for key in "model", "optimizers", "val_loss", "best_val_loss":
         assert same(whole[key], parts[key]), key
     assert log(lab, whole_dir) == log(lab, parts_dir)
+
+
+@pytest.fixture
+def four_threads():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.slow
+def test_a_compiled_run_resumes_to_the_bit_and_learns_what_a_plain_one_does(lab, four_threads):
+    """With enough rows that threads share out the embedding's gradient; settings are kept as auto leaves them."""
+    if not has_cpp_compiler():
+        pytest.skip("needs a C++ compiler")
+    argv = [
+        "--compile=true",
+        "--dtype=float32",
+        "--batch_size=64",
+        "--max_iters=30",
+        "--eval_interval=10",
+    ]
+    run_train(lab, *argv, "--out_dir=whole-compiled")
+    run_train(lab, *argv, "--out_dir=parts-compiled", "--max_iters=10", "--lr_decay_iters=30")
+    resume(lab, "parts-compiled", "--max_iters=30")
+    run_train(lab, *argv, "--compile=false", "--out_dir=plain")
+    whole, parts, plain = (
+        load(lab, f"{name}") for name in ("whole-compiled", "parts-compiled", "plain")
+    )
+    assert parts["config"]["compile"] == "true"
+    for key in "model", "optimizers", "val_loss", "best_val_loss":
+        assert same(whole[key], parts[key]), key
+    assert log(lab, "whole-compiled") == log(lab, "parts-compiled")
+    assert whole["val_loss"] == pytest.approx(plain["val_loss"], rel=1e-3)
 
 
 def test_experts_stop_and_resume_to_the_bit_and_are_logged(lab, capsys):
