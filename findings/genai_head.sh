@@ -19,6 +19,7 @@ trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
 "$folder/venv/bin/pip" install -q torch==2.13.0 numpy==2.2.6 transformers==5.24.0 tokenizers==0.23.3 \
     onnxruntime-genai==0.18.0 onnxruntime==1.32.0 onnx==1.23.2 onnx-ir==1.1.0
+cd "$folder"
 cat > "$folder/run.py" <<'PYTHON'
 import os
 import subprocess
