@@ -103,8 +103,10 @@ def training_parts(cfg, c, compute, learned=None, adapt=None, documents=False):
         if adapt:
             adapt(model)
 
-    # not where a compiler chooses what is kept, nor on a GPU, which says when it is full: a CPU's process is killed
-    if compute.device.type == "cpu" and not (compute.compile or cfg.gradient_checkpointing):
+    # not where a user wants a compiler, which chooses what is kept, nor on a GPU, which says when it is full: a CPU's
+    # process is killed
+    wants_compiler = compute.compile and cfg.compile != "auto"
+    if compute.device.type == "cpu" and not (wants_compiler or cfg.gradient_checkpointing):
         kept += tokens * activation_bytes(c, change) * compute.dtype.itemsize // 4
     return weights | {
         "moments": moments // shards,

@@ -541,11 +541,11 @@ def pretrain(cfg):
         cfg.device, cfg.dtype, cfg.compile, join=True, train_width=width, shard=shards, work=work
     )
     cfg.dtype = compute.dtype_name  # a resumed run keeps it, on another processor too
-    if compute.compile and compute.device.type == "cpu":
-        cfg.compile = "true"  # so does what is compiled here, as it goes on to the bit
     folder, meta, data, tokenizer = open_data(cfg, compute)
     cfg.vocab_size = tokenizer.vocab_size
     check_training_memory(cfg, compute)
+    if compute.compile and compute.device.type == "cpu":
+        cfg.compile = "true"  # which a resumed run keeps too, as it goes on to the bit
 
     torch.manual_seed(cfg.seed)
     if start:

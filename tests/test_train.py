@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 import checkpoint_file
 import dataset
+import device
 import folders
 import memory
 import prepare
@@ -676,24 +677,28 @@ def four_threads():
 
 
 @pytest.mark.slow
-def test_a_compiled_run_resumes_to_the_bit_and_learns_what_a_plain_one_does(lab, four_threads):
-    """With enough rows that threads share out the embedding's gradient; settings are kept as auto leaves them."""
+def test_a_compiled_run_resumes_to_the_bit_and_learns_what_a_plain_one_does(
+    lab, four_threads, monkeypatch
+):
+    """With enough rows that threads share out the embedding's gradient. What auto compiled stays so when it is resumed,
+    where auto would compile it no longer.
+    """
     if not has_cpp_compiler():
         pytest.skip("needs a C++ compiler")
     argv = [
-        "--compile=true",
         "--dtype=float32",
         "--batch_size=64",
         "--max_iters=30",
         "--eval_interval=10",
     ]
-    run_train(lab, *argv, "--out_dir=whole-compiled")
-    run_train(lab, *argv, "--out_dir=parts-compiled", "--max_iters=10", "--lr_decay_iters=30")
+    run_train(lab, *argv, "--compile=true", "--out_dir=whole-compiled")
+    with monkeypatch.context() as patch:
+        patch.setattr(device, "choose_cpu_compile", lambda *_: (True, "compile=True (pays)"))
+        run_train(lab, *argv, "--out_dir=parts-compiled", "--max_iters=10", "--lr_decay_iters=30")
     resume(lab, "parts-compiled", "--max_iters=30")
-    run_train(lab, *argv, "--compile=false", "--out_dir=plain")
-    whole, parts, plain = (
-        load(lab, f"{name}") for name in ("whole-compiled", "parts-compiled", "plain")
-    )
+    run_train(lab, *argv, "--out_dir=plain")
+    whole, parts, plain = (load(lab, name) for name in ("whole-compiled", "parts-compiled", "plain"))
+    assert plain["config"]["compile"] == "auto"
     assert parts["config"]["compile"] == "true"
     for key in "model", "optimizers", "val_loss", "best_val_loss":
         assert same(whole[key], parts[key]), key
@@ -902,6 +907,11 @@ def test_only_what_this_process_takes_is_counted():
     assert bytes_of[1] == sizes.bytes + moments + 4 * 16 * tokens + tokens * kept
     # of the 64 rows of a step 8 are each process's: half a micro-batch
     assert bytes_of[8] == sizes.bytes + moments + 16 * tokens // 2 + tokens // 2 * kept
+    # nobody asked for the compiler that auto takes, so that a run which is too large is still refused
+    compiled = replace(CPU, compile=True)
+    assert memory.training_bytes(cfg, cfg, compiled) == bytes_of[1]
+    cfg.compile = "true"
+    assert memory.training_bytes(cfg, cfg, compiled) < bytes_of[1]
     cfg.eval_only = True
     assert memory.training_bytes(cfg, cfg, CPU) == sizes.bytes
 
