@@ -1,12 +1,14 @@
 """Checkpoints by name: which file a command line means, and what is known of it before the model is made.
 
-out/NAME/ckpt.pt        the last step, what --init_from=resume goes on from
-out/NAME/ckpt_best.pt   the best validation loss, what sample.py reads
-out/NAME/adapter.pt, adapter_best.pt   LoRA adapters in their place, useless without the base that they name
-hf:FOLDER_OR_NAME       what transformers wrote, read as a checkpoint (interop/hf_folder.py)
-hf:FILE.gguf            what llama.cpp runs, read as one (interop/gguf_file.py)
+    out/NAME/ckpt.pt        the last step, what --init_from=resume goes on from
+    out/NAME/ckpt_best.pt   the best validation loss, what sample.py reads
+    out/NAME/adapter.pt, adapter_best.pt   LoRA adapters in their place, useless without the base that they name
+    hf:FOLDER_OR_NAME       what transformers wrote, read as a checkpoint (interop/hf_folder.py)
+    hf:FILE.gguf            what llama.cpp runs, read as one (interop/gguf_file.py)
 
-checkpoint = open_checkpoint("out/ts"); model, tokenizer = checkpoint.restore()
+    checkpoint = open_checkpoint("out/ts"); model, tokenizer = checkpoint.restore()
+
+checkpoint_file.py writes and reads the files.
 """
 
 import dataclasses

@@ -32,10 +32,11 @@ BFLOAT16_WIDTH = 128  # auto trains in bfloat16 on a CPU from this n_embd on
 # Seconds that processes wait in a step for one that may hang. torchrun kills that one 30 s later, within the minute
 HANGS_AFTER = 20
 
-# Of a training run on a processor, in bfloat16: torch.compile takes 15 to 30 s and makes steps 1.08 to 1.24 times as
+# Of a training run on a processor, in bfloat16: torch.compile takes 15 to 30 s and makes steps 1.08 to 1.25 times as
 # fast (LOG.md). Uncompiled a thread of an EPYC makes 0.4 to 1.2e11 FLOP/s
 CPU_COMPILE_SECONDS = 240
 CPU_FLOPS = 1e11
+CPP_COMPILER = "a C++ compiler (g++, or what CXX names) and Python's headers"  # that it needs
 # Of one on a GPU, by rule of thumb
 COMPILE_SECONDS = 90  # that torch.compile takes of it: most of 111 s of train.py's defaults on an H200
 LAUNCH_SECONDS = 0.02  # that a step takes however small it is: about what small.toml's took there
@@ -328,9 +329,6 @@ def choose_compile(device, compile, dtype=torch.float32, work=None, world_size=1
     if compile and device.type == "cpu" and not has_cpp_compiler():
         raise Refusal(f"compile=true needs {CPP_COMPILER}: install them, or give --compile=false")
     return compile, f"compile={compile}"
-
-
-CPP_COMPILER = "a C++ compiler (g++, or what CXX names) and Python's headers"
 
 
 def has_cpp_compiler():
