@@ -987,7 +987,9 @@ def test_products_of_experts_wait_for_no_gpu(major, expected, monkeypatch):
     assert has_grouped_mm(x, x)
 
 
-@pytest.mark.parametrize("n_embd, n_inner, R", [(32, 48, 39), (30, 7, 40), (32, 48, 1), (8, 4, 1500)])
+@pytest.mark.parametrize(
+    "n_embd, n_inner, R", [(32, 48, 39), (30, 7, 40), (32, 48, 1), (8, 4, 1500), (256, 288, 5)]
+)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_experts_are_those_of_a_plain_loop(n_embd, n_inner, R, dtype):
     """At sizes that F.grouped_mm takes or not, with experts that get nothing, to rounding."""
