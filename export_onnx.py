@@ -8,7 +8,7 @@ The folder also has tokenizer.json and config.json. model.onnx is one file, as l
 model_int8.onnx is about a quarter of that. model_int4.onnx is smaller still, with the embedding and the head in
 4 bits, too, where the loss allows it. Both need onnxruntime, whose own operators they have; model_plain_int8.onnx has
 operators of ONNX alone. Of a mixture of experts each computes each token in model.onnx and model_plain_int8.onnx, and a
-file says so in its metadata, as "experts": right, but slower than the model here.
+file says so in its metadata, as "experts": right, but slower than the model here where a token has less than a quarter.
 
 The graph takes ids (B, T); places (K,), those among the T tokens, from 0 on, whose logits are wanted; and the keys and
 values of the tokens before them, past_k.0 past_v.0 past_k.1 ..., each (P, B, n_kv_head, head_dim). It returns logits

@@ -30,6 +30,7 @@ import onnx_model
 import rmsnorm
 from chat import Chat, has_own_template, start_of_answer, talk
 from checkpoint import open_given
+from checkpoint_file import settings_of
 from data import MODELS_OWN, STRIPPED, by_text_rule, prompt_ids, text_rule
 from device import fast_bfloat16, resolve
 from drafts import DraftModel, load_draft
@@ -139,11 +140,13 @@ def written_onnx(cfg, ckpt):
     if cfg.onnx == "no" or is_beyond or not (cfg.is_plain and is_one_text):
         return ""
     folder = os.path.join(os.path.dirname(ckpt.path), "onnx")
-    is_slower = ckpt.state["model_config"].get("mlp") == "moe"  # each expert computes each token
     written = onnx_model.fingerprint(folder)
-    if is_slower or not written or written != ckpt.fingerprint:
+    if not written or written != ckpt.fingerprint:
         return ""
-    return folder
+    c = settings_of(ckpt.state, ckpt.path)
+    # in the file each expert computes each token, which PyTorch's slower reading of memory makes up for four times
+    is_slower = c.mlp == "moe" and c.n_expert > 4 * c.n_expert_per_token
+    return "" if is_slower else folder
 
 
 @torch.inference_mode()

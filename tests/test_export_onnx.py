@@ -519,6 +519,27 @@ def test_sample_takes_the_graph_of_the_same_weights(lab, monkeypatch, tmp_path, 
         text()
 
 
+@pytest.mark.slow
+def test_sample_takes_the_graph_where_a_token_has_a_quarter_of_the_experts(
+    lab, monkeypatch, tmp_path, capsys
+):
+    """In the graph each expert computes each token, which is quicker up to there."""
+    monkeypatch.chdir(lab.folder)
+    for n_expert, expected in (4, True), (5, False):
+        folder = tmp_path / str(n_expert)
+        shape = {"n_layer": 1, "mlp": "moe", "n_expert": n_expert, "n_expert_per_token": 1}
+        model = build(vocab_size=lab.tokenizer.vocab_size, **shape)
+        run_state = checkpoint_file.RunState(1, 2.0, 2.0)
+        checkpoint_file.save(
+            str(folder / "ckpt.pt"), model, lab.tokenizer, {"dataset": "toy"}, run_state
+        )
+        export(f"--out_dir={folder}", "--seconds=0")
+        capsys.readouterr()
+        call(sample, f"--out_dir={folder}", "--max_new_tokens=5")
+        message = capsys.readouterr().out.splitlines()[0]
+        assert ("onnxruntime" in message) == expected
+
+
 # -----------------------------------------------------------------------------------------------------
 # int8
 
