@@ -18,6 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from config import check_range
+from dropout import Dropout
 from products import Linear
 
 LINEARS = "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
@@ -60,7 +61,7 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.base = base
         self.scale = alpha / rank
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.multiply = getattr(base, "multiply", F.linear)
         *n, n_out, n_in = base.weight.shape
         device = base.weight.device

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cache import KVCache, positions
 from config import check_choice, check_range
+from dropout import Dropout, dropout
 from experts import ExpertLinear, MoE, balance_loss, gated_width, recorded_routings
 from masks import as_numbers, in_blocks, make_sight, with_previous
 from products import Linear, joint_linear, product_dtype
@@ -352,11 +353,11 @@ def attention(q, k, v, mask=None, is_causal=False, dropout_p=0.0):
     S, D), as F.scaled_dot_product_attention does.
 
     On a processor, training in bfloat16, PyTorch's function takes 2 to 5 times as long as the same steps written
-    out, and still 1.2 times at 1,024 tokens (LOG.md). So there are two ways. To change the scores, by a cap or
-    a sink, edit the second one and set is_written_out = True.
+    out, and still 1.2 times at 1,024 tokens; with dropout it writes them out itself and draws slowly (LOG.md). So
+    there are two ways. To change the scores, by a cap or a sink, edit the second one and set is_written_out = True.
     """
-    is_slow = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad
-    is_written_out = is_slow and q.size(-2) <= LONGEST_WRITTEN_OUT
+    is_slow = q.dtype == torch.bfloat16 and q.size(-2) <= LONGEST_WRITTEN_OUT
+    is_written_out = q.device.type == "cpu" and q.requires_grad and (is_slow or dropout_p > 0)
     n_kv_head = k.size(1)
     is_grouped = q.size(1) != n_kv_head
     # a token's queries of one KV head may be taken as several tokens' of one head: sooner but for a processor's float32
@@ -383,7 +384,7 @@ def attention(q, k, v, mask=None, is_causal=False, dropout_p=0.0):
         mask = as_numbers(mask, q.dtype)
     if mask is not None:
         scores += mask
-    return F.dropout(scores.softmax(-1), dropout_p) @ v
+    return dropout(scores.softmax(-1), dropout_p) @ v
 
 
 def attend(q, k, v, sight, dropout_p=0.0):
@@ -492,7 +493,7 @@ class PreNorm(nn.Module):
         self.norm2 = NORMS[c.norm](c.n_embd, eps=c.norm_eps, bias=c.bias)
         self.attn = Attention(c, layer)
         self.mlp = MLPS[c.mlp](c)
-        self.drop = nn.Dropout(c.dropout)
+        self.drop = Dropout(c.dropout)
 
     def forward(self, x, context):
         x = x + self.drop(self.attn(self.norm1(x), context))
@@ -546,7 +547,7 @@ class Transformer(nn.Module):
         self.add_pos = self.build_position(c, "add")
         self.rotary = self.build_position(c, "rotate")
         self.score_bias = self.build_position(c, "bias")
-        self.drop = nn.Dropout(c.dropout)
+        self.drop = Dropout(c.dropout)
         block = BLOCKS[c.norm_position]
         self.blocks = nn.ModuleList(block(c, layer) for layer in range(c.n_layer))
         self.norm = nn.Identity()
