@@ -17,6 +17,7 @@ import os
 import re
 import signal
 import sys
+import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -383,6 +384,8 @@ def run(main, Config, words=()):
             main(cfg)
             output.flush()
         except Refusal as e:
+            if os.environ.get("LOCAL_RANK", "0") != "0":
+                time.sleep(1)  # where the first process says the same, torchrun ends this one meanwhile
             print(f"{os.path.basename(sys.argv[0])}: {e}", file=sys.stderr)
             raise SystemExit(e.status)
         except KeyboardInterrupt:
