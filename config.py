@@ -385,7 +385,7 @@ def run(main, Config, words=()):
             output.flush()
         except Refusal as e:
             if os.environ.get("LOCAL_RANK", "0") != "0":
-                time.sleep(1)  # where the first process says the same, torchrun ends this one meanwhile
+                time.sleep(2)  # where the first process says the same, torchrun ends this one meanwhile
             print(f"{os.path.basename(sys.argv[0])}: {e}", file=sys.stderr)
             raise SystemExit(e.status)
         except KeyboardInterrupt:
