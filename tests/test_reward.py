@@ -2,6 +2,7 @@
 
 import copy
 import math
+import random
 import shutil
 
 import pytest
@@ -25,6 +26,7 @@ import finetune_reward
 import hf
 import reward_model
 import sample
+import train
 from config import Refusal, configure
 from tokenizer import EOT
 from tuning import open_tuning
@@ -158,25 +160,38 @@ def test_two_processes_are_one(shop):
     assert one["config"]["reward_head"] == two["config"]["reward_head"]
 
 
-def test_what_it_judges_is_learned(shop, letters, judge):
-    """By a model whose texts end, of which another folder has one."""
+def test_what_it_judges_is_learned(shop, letters):
+    """That words shall have no e: by a model of another folder, whose texts end."""
+    rng = random.Random(0)
+    rows = []
+    for _ in range(200):
+        chosen, rejected = ("".join(rng.choices(alphabet, k=4)) for alphabet in ("abcd", "abee"))
+        rows.append({"prompt": rng.choice("abcde"), "chosen": chosen, "rejected": rejected})
+    write_rows(shop / "words.jsonl", rows)
+    length = "--max_iters=60", "--eval_interval=60"
+    rate(shop, "--dataset=words.jsonl", "--template={prompt}", *length, "--out_dir=words")
+    # until it knows how long words are
+    longer = "--init_from=resume", "--out_dir=writer", "--max_iters=450", "--eval_interval=450"
+    shutil.copytree(letters / "base", letters / "writer")
+    call(train, *longer, folder=letters)
     argv = [
         *TINY,
         *REWARDED,
-        f"--init_from={letters}/base",
+        f"--init_from={letters}/writer",
         f"--dataset={letters}/prompts.jsonl",
         f"--val_dataset={letters}/held.jsonl",
-        "--reward=judge",
-        "--group=8",
-        "--learning_rate=5e-3",
+        "--reward=words",
+        "--batch_size=5",
+        "--group=16",
+        "--learning_rate=2e-3",
         "--kl=0.3",
-        "--max_iters=20",
-        "--eval_interval=20",
+        "--max_iters=40",
+        "--eval_interval=40",
     ]
     call(finetune_ppo, *argv, "--out_dir=judged", folder=shop)
     first, last = (line for line in log(shop, "judged") if "reward" in line)
     assert last["cut_off"] < 0.5
-    assert last["reward"] > first["reward"]
+    assert last["reward"] > first["reward"] + 0.3  # 0.5 to 1.5 more, by four seeds
 
 
 @pytest.mark.slow
