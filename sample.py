@@ -140,13 +140,13 @@ def written_onnx(cfg, ckpt):
     if cfg.onnx == "no" or is_beyond or not (cfg.is_plain and is_one_text):
         return ""
     folder = os.path.join(os.path.dirname(ckpt.path), "onnx")
-    written = onnx_model.fingerprint(folder)
-    if not written or written != ckpt.fingerprint:
-        return ""
     c = settings_of(ckpt.state, ckpt.path)
     # in the file each expert computes each token, which PyTorch's slower reading of memory makes up for four times
     is_slower = c.mlp == "moe" and c.n_expert > 4 * c.n_expert_per_token
-    return "" if is_slower else folder
+    written = onnx_model.fingerprint(folder)
+    if is_slower or not written or written != ckpt.fingerprint:
+        return ""
+    return folder
 
 
 @torch.inference_mode()
