@@ -176,7 +176,7 @@ def test_torchrun_and_a_signal_that_stops_all_at_one_step(lab):
 
 @pytest.mark.slow
 def test_a_mistake_is_told_once_for_all_processes(lab):
-    """Or twice, on a machine so busy that the first is seconds late."""
+    """Or by some of them, but not by all, on a machine so busy that the first is seconds late."""
     command = torchrun_command("--n_layer=0", n=4)
     launcher = subprocess.run(command, cwd=lab, capture_output=True, text=True, timeout=60)
     assert launcher.returncode == 1
