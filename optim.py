@@ -85,16 +85,21 @@ def step_unless(optimizers, is_skipped):
 
 # settings of a group of parameters that the config may change when a run goes on
 CHANGEABLE = {"lr", "lr_scale", "weight_decay", "betas", "momentum"}
-# of Muon's Newton-Schulz iteration
-NS_COEFFICIENTS = (3.4445, -4.775, 2.0315)
-NS_STEPS = 5
+# a, b, c of a x + b x^3 + c x^5, one for each of Muon's steps: those that bring singular values from 0.003 on nearest
+# to 1 (Amsel et al. 2025, arXiv:2505.16932), of x / 1.02, as beyond 1 they would grow, and bfloat16 rounds 1 up
+POLYNOMIALS = (
+    (8.2193, -23.3375, 16.6266),
+    (3.9641, -2.8377, 0.5158),
+    (3.4368, -2.4752, 0.4762),
+    (2.4413, -1.7285, 0.3957),
+)
 # Settings of torch's classes, whose state older checkpoints hold: ours have no others, so a saved group must agree
 FIXED = {
     "amsgrad": False,
     "maximize": False,
     "nesterov": True,
-    "ns_steps": NS_STEPS,
-    "ns_coefficients": NS_COEFFICIENTS,
+    "ns_steps": 5,
+    "ns_coefficients": (3.4445, -4.775, 2.0315),
     "adjust_lr_fn": "match_rms_adamw",
 }
 
@@ -367,8 +372,8 @@ class Muon(Optimizer):
 
     Matrices of one shape go through Newton-Schulz together, in the run's own dtype. torch.optim.Muon
     always uses bfloat16, one matrix at a time; a CPU without bfloat16 instructions then takes 25 times as
-    long. In bfloat16 the two give the same weights (tests/test_optim.py). A parameter of more than two
-    dimensions is many matrices, which torch's refuses.
+    long. With its five equal steps in place of POLYNOMIALS the two give the same weights in bfloat16
+    (tests/test_optim.py). A parameter of more than two dimensions is many matrices, which torch's refuses.
     """
 
     can_skip = True
@@ -443,14 +448,12 @@ def orthogonalize_list(updates):
 
 
 def orthogonalize(G):
-    """Returns each matrix of G (n, rows, columns) with its singular values moved to about 1 (0.7 to
-    1.2): a quintic Newton-Schulz iteration whose coefficients were chosen for steep ascent near 0, not
-    for exactness.
+    """Returns each matrix of G (n, rows, columns) with its singular values moved to about 1 (0.75 to 1.2 for those
+    that are at least 0.003 of its norm), by Newton-Schulz: each step takes a polynomial of them.
     """
-    a, b, c = NS_COEFFICIENTS
     X = G.mT if G.size(-2) > G.size(-1) else G  # the smaller side first: A below is (small, small)
     X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    for _ in range(NS_STEPS):
+    for a, b, c in POLYNOMIALS:
         A = X @ X.mT
         X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
     return X.mT if G.size(-2) > G.size(-1) else X
