@@ -147,7 +147,7 @@ def plot(out_dir, panels=PANELS):
         ax.set(xlabel="step", ylabel=label)
         ax.set_title(out_dir, parse_math=False)  # a name may have a $ in it
         if keys == LOSSES:
-            ax.set(yscale="log")
+            ax.set_yscale("log", subs=(1.5, 2, 3, 4, 5, 7))  # 8 and 9 would lie over 10
             ax.yaxis.set_major_formatter("{x:g}")
             ax.yaxis.set_minor_formatter("{x:g}")
         ax.grid(alpha=0.3)

@@ -1,6 +1,6 @@
 """Trains a model and writes it, its log and a loss plot to out_dir.
 
-    python train.py                                                 the toy stories, two to three minutes on two cores
+    python train.py                                                 the toy stories, one to three minutes on two cores
     python train.py configs/tiny.toml --dataset=ts --out_dir=out/ts what prepare.py wrote to data/ts
     python train.py --out_dir=out/ts --init_from=resume             goes on with a stopped run, to the bit
     torchrun --nproc_per_node=2 train.py                            the same run, its rows shared by two processes
@@ -79,7 +79,7 @@ class TrainConfig:
     log_interval: int = 10                  # steps between lines of log.jsonl
     batch_size: int = 16                    # rows of block_size tokens in a micro-batch
     gradient_accumulation_steps: int = 1    # micro-batches in a step, of all processes together
-    max_iters: int = 600                    # steps
+    max_iters: int = 700                    # steps
     optimizer: str = "muon"                 # muon (hidden matrices; AdamW for the rest) | adamw
     learning_rate: float = 2.5e-3           # the highest; Muon's updates are scaled to AdamW's size
     embd_lr_scale: float = 8.0              # muon: times the rate for embeddings, head, gains and biases
