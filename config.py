@@ -324,6 +324,9 @@ class Output:
         # None: closed before Python began. What stands in for it is open for reading alone, so that a
         # write fails here too
         self.stream = stream or open(os.devnull)
+        if getattr(self.stream, "errors", "") == "strict":
+            # a story may have quotes that an encoding lacks: they are printed as stderr would
+            self.stream.reconfigure(errors="backslashreplace")
         self.is_needed = False
 
     def __getattr__(self, name):

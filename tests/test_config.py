@@ -1,6 +1,7 @@
 """config.py: the command line, the files, and what is refused."""
 
 import importlib
+import io
 import math
 import os
 import re
@@ -338,6 +339,18 @@ def run_script(folder, body, *argv, stdout=subprocess.PIPE):
 )
 def test_a_script_ends_with_its_status_and_one_line(tmp_path, body, argv, result):
     assert run_script(tmp_path, body, *argv) == result
+
+
+@pytest.mark.parametrize(
+    "encoding, text", [("latin-1", b"\xe9\\u201c"), ("utf-8", b"\xc3\xa9\xe2\x80\x9c")]
+)
+def test_what_a_terminal_cannot_show_is_escaped(encoding, text):
+    """As of a console or a file of Windows' cp1252; half a surrogate pair is from a path that is not UTF-8."""
+    raw = io.BytesIO()
+    output = config.Output(io.TextIOWrapper(raw, encoding))
+    output.write("\xe9\u201c\udcff")
+    output.flush()
+    assert raw.getvalue() == text + b"\\udcff"
 
 
 def break_pipe(number):
