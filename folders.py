@@ -21,6 +21,7 @@ RUN = CHECKPOINTS + ADAPTERS
 BESIDE = r".*\.gguf|bench_.*\.png"  # files of hf.py and bench.py
 LOCK = ".lock"
 PID = ".pid"  # of the process that has the lock; a file of its own, as some systems let nobody read a locked one
+STARTED = time.time_ns()  # when this process did
 
 
 class InUse(Refusal):
@@ -292,9 +293,12 @@ def left_by_dead(to):
     left = []
     with suppress(FileNotFoundError):  # there is no parent yet
         for path in to.parent.iterdir():
-            match = name.fullmatch(path.name)
-            if match and not is_alive(int(match[1])):
-                left.append((int(match[2]), path))
+            if not (match := name.fullmatch(path.name)):
+                continue
+            pid, stamp = map(int, match.groups())
+            # a container that is started again gives this process the number of the killed one
+            if not is_alive(pid) or pid == os.getpid() and stamp < STARTED:
+                left.append((stamp, path))
     return sorted(left)
 
 

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import tracemalloc
 from dataclasses import fields
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -975,11 +976,15 @@ def test_the_next_run_sweeps_what_dead_processes_left_and_nothing_else():
     ended.wait()
     living = os.getppid()
     machine = folders.machine()
-    swept = [f".d.tmp-{ended.pid}-3", f".d.tmp-{machine}-{ended.pid}-1234567890123456789"]
+    swept = [
+        f".d.tmp-{ended.pid}-3",
+        f".d.tmp-{machine}-{ended.pid}-1234567890123456789",
+        f".d.tmp-{machine}-{os.getpid()}-1",  # of a killed process of this number, as in a container
+    ]
     left = [
         f".d.tmp-{machine}-{living}-1",
         f".d.tmp-{living}-1",
-        f".d.tmp-{machine}-{os.getpid()}-1",  # of another thread
+        f".d.tmp-{machine}-{os.getpid()}-{time.time_ns()}",  # of another thread
         f".d.tmp-0badcafe-{ended.pid}-1",  # of another machine on a shared disk
         f".dd.tmp-{ended.pid}-1",  # of other names
         f".d.x.tmp-{ended.pid}-1",
