@@ -191,13 +191,11 @@ def flops_per_token(model, T):
 
 
 def step_flops(cfg):
-    """Returns about how many floating-point operations a step takes: 6 a parameter and token. A run's tokenizer,
-    whose vocabulary counts, may not be there yet.
+    """Returns about how many floating-point operations a step takes: 6 a parameter and token. At a usual vocabulary:
+    a new run's may not be there yet, and a resumed run must choose as that did.
     """
     try:
-        parameters = model_sizes(
-            replace(model_config(cfg), vocab_size=cfg.vocab_size or 4096)
-        ).parameters
+        parameters = model_sizes(replace(model_config(cfg), vocab_size=4096)).parameters
     except ValueError:  # a size that check_training_memory refuses
         return math.inf
     return 6 * parameters * tokens_a_step(cfg)

@@ -1,6 +1,7 @@
 """The rule for dtype=auto on both sorts of processor, the dtype of a resumed run, and GPUs by name."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -253,12 +254,18 @@ def test_the_rule_of_thumb_for_a_runs_seconds():
 
 
 def test_a_steps_operations_are_six_a_parameter_and_token():
-    cfg = configure(train.Config, ["--vocab_size=300", "--gradient_accumulation_steps=3"])
+    cfg = configure(train.Config, ["--vocab_size=4096", "--gradient_accumulation_steps=3"])
     model = Transformer(model_config(cfg))
     assert step_flops(cfg) == 6 * num_params(model) * 3 * cfg.batch_size * cfg.block_size
-    cfg = configure(train.Config, ["--n_embd=10000000", "--n_head=1", "--n_inner=10000000"])
-    cfg.vocab_size = 10**13  # more than check_training_memory can count, and refuses
+    sizes = ["--n_embd=10000000", "--n_head=1", "--n_inner=10000000", "--mlp=moe", "--n_expert=10000000"]
+    cfg = configure(train.Config, sizes)  # more than check_training_memory can count, and refuses
     assert step_flops(cfg) == math.inf
+
+
+def test_a_resumed_run_counts_its_steps_as_a_new_one_which_knows_no_vocabulary():
+    """Else one that was not worth a compiler might be, and not go on to the bit."""
+    cfg = configure(train.Config, ["configs/tiny.toml"])
+    assert step_flops(cfg) == step_flops(replace(cfg, vocab_size=50257))
 
 
 def test_attention_is_cudnns_only_where_shapes_stay(monkeypatch):
