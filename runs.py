@@ -13,6 +13,7 @@ import dataset
 import folders
 import prepare
 from checkpoint import open_checkpoint
+from checkpoint_file import settings_of
 from config import Refusal, convert, is_hf
 from data import prompt_ids
 from device import torchrun_ranks
@@ -22,6 +23,8 @@ from model import MODEL_KEYS, ModelConfig
 DATA_KEYS = {"dataset", "seed"}
 # each run has its own: they are never taken from a checkpoint
 OWN_KEYS = {"out_dir", "init_from", "overwrite", "eval_only"}
+# 0 is what the other settings make of them: where there is a checkpoint, its settings
+COMPUTED = {"n_kv_head", "head_dim", "n_inner"}
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -133,6 +136,9 @@ def inherit(cfg, ckpt, path, resume, fixed=DATA_KEYS):
             if key not in own:
                 setattr(cfg, key, value)
             continue
+        if key in COMPUTED and not cfg.values[key]:
+            computed = settings_of({"model_config": ckpt["model_config"] | {key: 0}}, path)
+            setattr(cfg, key, getattr(computed, key))
         given = getattr(cfg, key)
         is_cropped = key == "block_size" and not resume and given < value
         if key in fixed and given != value and not is_cropped:

@@ -33,7 +33,7 @@ from data import count_targets, epoch_starts, training_rows
 from device import has_cpp_compiler, resolve
 from experts import recorded_routings
 from log import Meter
-from model import ModelConfig
+from model import ModelConfig, model_config
 from optim import plan_rates, saved_schedule
 from rmsnorm import use_rmsnorm
 from score import completion_nats, document_nats, evaluate, expert_figures, expert_line, floor_line
@@ -735,6 +735,19 @@ def test_a_setting_that_came_later_has_its_default():
         assert runs.inherit(plain, ckpt, "old.pt", resumed).head_dim == 48
         with pytest.raises(Refusal, match="head_dim=0, which cannot become 16"):
             runs.inherit(changed, ckpt, "old.pt", resumed)
+
+
+def test_a_setting_of_0_is_what_the_checkpoints_own_make_of_it():
+    """As n_kv_head in configs/llama.toml, and not what the default n_head makes of it."""
+    c = ModelConfig(n_embd=96, n_head=6, n_kv_head=6, vocab_size=300)
+    for resumed in True, False:
+        cfg = configure(train.Config, [f"--{key}=0" for key in ("n_kv_head", "head_dim", "n_inner")])
+        cfg = runs.inherit(cfg, {"config": {}, "model_config": asdict(c)}, "x.pt", resumed)
+        assert model_config(cfg) == c
+        cfg = configure(train.Config, ["--n_kv_head=0"])
+        grouped = {"config": {}, "model_config": asdict(replace(c, n_kv_head=2))}
+        with pytest.raises(Refusal, match="n_kv_head=2, which cannot become 6"):
+            runs.inherit(cfg, grouped, "x.pt", resumed)
 
 
 def test_resume_keeps_the_settings_and_refuses_another_model_or_data(lab):
