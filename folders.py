@@ -80,12 +80,18 @@ def refuse_around(folder, paths):
             raise Refusal(f"{folder} cannot be written: {name} is in it")
 
 
+def behind_link(path):
+    """Returns the Path that a symbolic link leads to; another path as it is."""
+    path = Path(path)
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
+
+
 def move_aside(folder, keep=()):
     """Renames a folder to NAME.old-TIME, or moves all in it but the names in keep there, and says so.
 
     Raises Refusal where the system does not allow it, or another process trains there.
     """
-    folder = Path(folder)
+    folder = behind_link(folder) if keep else Path(folder)  # what is in a folder stays on its disk
     old = folder.with_name(f"{folder.name}.old-{datetime.now():%Y%m%d-%H%M%S-%f}")
     try:
         if keep:
@@ -253,7 +259,7 @@ def new_folder(to, overwrite, ways, reads=(), is_worth=None):
     is_worth: a function of a folder. With it, the next run is given the folder of a killed run to fill, as that
     was left; and the folder of a run that failed stays for the next run where is_worth(folder) is true.
     """
-    to = Path(os.path.realpath(to) if os.path.islink(to) else to)
+    to = behind_link(to)
     moving = in_the_way(to, overwrite, ways)
     refuse_around(to, [".", *reads])
     tmp = temporary(to, time.time_ns())

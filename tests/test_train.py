@@ -1085,6 +1085,18 @@ def test_other_runs_and_a_run_without_a_checkpoint_are_not_in_the_way(tmp_path):
         is_in_the_way()
 
 
+def test_what_is_in_a_linked_out_dir_is_moved_aside_on_its_own_disk(tmp_path):
+    disk = tmp_path / "disk"
+    (disk / "out").mkdir(parents=True)
+    (disk / "out/ckpt.pt").touch()
+    out = tmp_path / "out"
+    out.symlink_to(disk / "out")
+    folders.move_aside(f"{out}/", folders.others_in(out))
+    [aside] = disk.glob("out.old-*")
+    assert os.listdir(aside) == ["ckpt.pt"]
+    assert out.is_symlink() and os.listdir(out) == []
+
+
 def test_the_current_folder_is_not_moved_aside(tmp_path, monkeypatch):
     here = tmp_path / "here"
     here.mkdir()
