@@ -51,7 +51,7 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from config import Refusal, check_range, hf_name, is_hf, run
+from config import Refusal, check_range, hf_name, is_hf, new_lines, run
 
 # isort: split
 import numpy as np
@@ -85,7 +85,7 @@ class Config:
     name: str = ""  # the result is data/NAME; empty: the dataset's own name
     tokenizer: str = "bpe"  # bpe | char | gpt2 | gpt2:FOLDER | hf:FOLDER_OR_NAME | FILE.json to reuse
     vocab_size: int = 4096  # bpe: at most so many tokens, end-of-text and the 256 bytes among them
-    separator: str = "<|endoftext|>"  # between documents of .txt and .md; empty: a file is one
+    separator: str = "<|endoftext|>"  # of .txt and .md documents, \n a new line; empty: a file is one
     column: str = "text"  # where .json, .jsonl, .csv, .parquet and hub rows have their text
     val_fraction: float = 0.1  # of the documents, or of the text where they are fewer than 100
     num_stories: int = 30000  # toy
@@ -113,6 +113,7 @@ class Config:
             raise ValueError(
                 f"split {self.split!r}: a part of one cannot be streamed, only all of {whole}"
             )
+        self.separator = new_lines(self.separator)
         if not self.name:
             self.name = dataset_name(self.dataset)
         name = self.name

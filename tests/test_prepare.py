@@ -279,6 +279,14 @@ def test_another_separator_and_none():
     assert (data["train"] == tokenizer.eot).sum() == 135  # text that spells end-of-text is text
 
 
+def test_a_separator_may_be_an_empty_line():
+    """As a shell gives it: \\n is a new line, as in train.py's and sample.py's start."""
+    docs = [f"{i} is a number\nand this a line" for i in range(120)]
+    write_txt("c.txt", docs, "\n\n")
+    _, data, tokenizer = make(separator=r"\n\n")
+    assert all_texts(data, tokenizer) == sorted(docs)
+
+
 @settings(max_examples=300, deadline=None)
 @given(
     st.text("ab\n", max_size=30), st.lists(st.integers(0, 30), max_size=6), st.text("ab\n", max_size=3)
