@@ -186,10 +186,14 @@ def load(cfg):
     compute = resolve(cfg.device, cfg.dtype, compile)
     onnx_message = ""
     if compute.device.type == "cpu" and (folder := written_onnx(cfg, ckpt)):
-        if written := load_onnx(folder, ckpt):
-            *results, message = written
-            return *results, f"{message}; --onnx=no is PyTorch"
-        onnx_message = f"\n{folder} computes what model.py did before it was changed, and is left out"
+        reason = f"{folder} computes what model.py did before it was changed"
+        try:
+            if written := load_onnx(folder, ckpt):
+                *results, message = written
+                return *results, f"{message}; --onnx=no is PyTorch"
+        except Refusal as e:  # damaged, or of another onnxruntime: the checkpoint is whole
+            reason = e
+        onnx_message = f"\n{reason}, and is left out"
     model, tokenizer = ckpt.restore()
     if (
         cfg.dtype == "auto"

@@ -506,6 +506,14 @@ def test_sample_takes_the_graph_of_the_same_weights(lab, monkeypatch, tmp_path, 
         assert text() == (False, line + own) and own != old
     for argv in ["--onnx=no"], ["--num_samples=2"], ["--dtype=bfloat16"], ["--draft=ngram"]:
         assert not text(*argv)[0], argv
+    own = text("--onnx=no")[1]
+    whole = (tmp_path / "out/onnx/model.onnx").read_bytes()
+    (tmp_path / "out/onnx/model.onnx").write_bytes(whole[:5000])
+    is_onnx, damaged = text()
+    assert not is_onnx and damaged.startswith("out/onnx/model.onnx is damaged or not a model")
+    assert damaged.endswith(f", and is left out\n{own}")
+    (tmp_path / "out/onnx/model.onnx").write_bytes(whole)
+    assert text()[0]
     ckpt = checkpoint_file.load("out/ckpt.pt")
     ckpt["model"]["norm.weight"] *= 2
     torch.save(ckpt, "out/ckpt.pt")
