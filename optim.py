@@ -106,8 +106,8 @@ FIXED = {
 
 def load_optimizers(optimizers, scaler, ckpt, cfg):
     """Gives optimizers, and a loss scaler or None, the state in a loaded checkpoint. Their settings stay
-    those of the config. Returns the losses since the last line of the log. Raises Refusal where the
-    checkpoint is of another optimizer, or its state is not what these would have saved.
+    those of the config. Raises Refusal where the checkpoint is of another optimizer, or its state is not
+    what these would have saved.
     """
     if len(optimizers) != len(ckpt["optimizers"]):
         raise Refusal(
@@ -130,7 +130,6 @@ def load_optimizers(optimizers, scaler, ckpt, cfg):
         reason = str(e) if type(e) is ValueError else repr(e)
         problem = f"the checkpoint's optimizer state is damaged: {reason}"
         raise Refusal(f"{problem}; its weights are whole, and a new run can start from them", status=1)
-    return list(ckpt["losses"])
 
 
 def check_groups(groups, saved_groups):

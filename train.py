@@ -295,7 +295,8 @@ class Loop:
             self.state.step = resumed["step"]
             self.state.best_val_loss = resumed["best_val_loss"]
             self.state.val_loss = resumed["val_loss"]
-            self.state.losses = load_optimizers(self.optimizers, self.scaler, resumed, cfg)
+            self.state.losses = list(resumed["losses"])
+            load_optimizers(self.optimizers, self.scaler, resumed, cfg)
             schedule = saved_schedule(resumed, cfg)
             resumed.pop("optimizers")  # of weights in shards a process keeps its part alone
         for line in plan_rates(self.state.step, schedule, cfg):

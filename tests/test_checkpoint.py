@@ -299,7 +299,7 @@ def test_an_optimizers_state_comes_back_and_settings_are_the_configs(stopped):
     ckpt = checkpoint_file.load(path)
     again = replace(cfg, weight_decay=0.3, beta1=0.5, momentum=0.6, embd_lr_scale=2.0)
     _, optimizers, scaler = make_run(again)
-    assert load_optimizers(optimizers, scaler, ckpt, again) == [2.5]
+    load_optimizers(optimizers, scaler, ckpt, again)
     assert scaler.state_dict() == ckpt["scaler"]
     for optimizer, saved in zip(optimizers, ckpt["optimizers"]):
         state = optimizer.state_dict()["state"]
