@@ -142,6 +142,10 @@ def resolve(
     reasons = [device_reason, dtype_reason, compile_reason]
     if device.type == "cpu":
         keep_freed_memory()
+        if (
+            compile
+        ):  # else what is cached on disk for wider vectors is taken: findings/inductor_cache_isa.sh
+            torch.compiler.config.cache_key_tag = torch.backends.cpu.get_cpu_capability()
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
         torch.backends.cuda.enable_cudnn_sdp(False)  # except within one_shape()

@@ -706,6 +706,21 @@ def test_a_compiled_run_resumes_to_the_bit_and_learns_what_a_plain_one_does(
     assert whole["val_loss"] == pytest.approx(plain["val_loss"], rel=1e-3)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() != "AVX512" or not has_cpp_compiler(),
+    reason="needs a processor with AVX-512, and a C++ compiler",
+)
+def test_a_processors_compiled_code_is_not_anothers(lab, tmp_path):
+    """In one cache: code for vectors of 16 numbers, compiled where they have 8, computes half of the numbers."""
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    for name, more in ("wide", {}), ("narrow", {"ATEN_CPU_CAPABILITY": "avx2"}):
+        argv = [*SMALL, "--max_iters=2", "--compile=true", f"--out_dir={name}"]
+        assert shell("train", *argv, folder=lab, env=environment | more).returncode == 0
+    for wide, narrow in zip(log(lab, "wide"), log(lab, "narrow")):
+        assert narrow == pytest.approx(wide, rel=1e-4)
+
+
 def test_experts_stop_and_resume_to_the_bit_and_are_logged(lab, capsys):
     argv = ["--mlp=moe", "--n_inner=12", "--n_expert=4", "--gradient_accumulation_steps=2"]
     run_train(lab, *argv, "--out_dir=whole-moe")
